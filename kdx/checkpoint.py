@@ -1,0 +1,181 @@
+"""Stop and resume: model, optimizer, schedule, random numbers and the place in the data, written beside and renamed."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kdx.errors import MachineError
+
+MANIFEST = "MANIFEST.json"  # size and sha256 of every other file, written last: with it a checkpoint is whole
+KEPT = 2
+
+
+def folder_of(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def found(run_dir: Path) -> list[Path]:
+    """Return a run's checkpoints, newest first, verified or not."""
+    return sorted((p for p in folder_of(run_dir).glob("step-*") if p.is_dir()), reverse=True)
+
+
+def save(
+    run_dir: Path, model: nn.Module, optimizer: Any, schedule: Any, state: dict[str, Any], best: Path | None = None
+) -> Path:
+    """Save a checkpoint at an optimizer step → its folder. Older ones but two are removed once it is whole.
+
+    Raises MachineError if the disk is full or refuses; earlier checkpoints are then untouched.
+    """
+    name = f"step-{state['step']:08d}"
+    final = folder_of(run_dir) / name
+    beside = folder_of(run_dir) / f".tmp-{name}"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        save_file(_untied(model), beside / "model.safetensors")
+        torch.save(optimizer.state_dict(), beside / "optimizer.pt")
+        if best is not None and best.is_file():
+            shutil.copyfile(best, beside / "best.safetensors")
+        random_state = {
+            "python": random.getstate(),
+            "numpy": numpy.random.get_state(legacy=True),
+            "torch": _torch_rng(),
+        }
+        torch.save({"schedule": schedule.state_dict(), "random": _plain(random_state)}, beside / "random.pt")
+        (beside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        files = sorted(p for p in beside.iterdir() if p.is_file())
+        manifest = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for file in [*files, beside / MANIFEST, beside]:
+            _fsync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(beside, final)
+        _fsync(final.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
+        shutil.rmtree(beside, ignore_errors=True)
+        what = f"cannot save a checkpoint: {error} ({shutil.disk_usage(run_dir).free:,} bytes free)"
+        raise MachineError(str(final), what, "Make room, then run the same command again to go on") from error
+    for old in found(run_dir)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """Find the newest whole checkpoint → (its folder, what was wrong with those skipped).
+
+    Raises MachineError if there are checkpoints and none is whole: a run never starts afresh in silence.
+    """
+    skipped = []
+    for folder in found(run_dir):
+        fault = verify(folder)
+        if fault is None:
+            return folder, skipped
+        skipped.append(f"{folder.name}: {fault}")
+    if skipped:
+        what = f"no checkpoint is whole ({'; '.join(skipped)})"
+        raise MachineError(str(folder_of(run_dir)), what, "Start anew in another folder, or remove this one")
+    return None, skipped
+
+
+def verify(folder: Path) -> str | None:
+    """Compare a checkpoint with its manifest → what is wrong, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, wanted in manifest.items():
+            file = folder / Path(name).name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != wanted["size"]:
+                return f"{name} has {file.stat().st_size} bytes, not {wanted['size']}"
+            if _sha256(file) != wanted["sha256"]:
+                return f"{name} is damaged (its sha256 differs)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def load(folder: Path, model: nn.Module, optimizer: Any, schedule: Any) -> dict[str, Any]:
+    """Load a verified checkpoint into model, optimizer, schedule and the random generators → its state."""
+    load_weights(folder / "model.safetensors", model)
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
+    kept = torch.load(folder / "random.pt", weights_only=True)
+    schedule.load_state_dict(kept["schedule"])
+    python, generator = kept["random"]["python"], kept["random"]["numpy"]
+    random.setstate((python[0], tuple(python[1]), python[2]))
+    numpy.random.set_state((generator[0], numpy.array(generator[1], dtype=numpy.uint32), *generator[2:]))
+    torch.set_rng_state(kept["random"]["torch"]["cpu"])
+    if torch.cuda.is_available() and kept["random"]["torch"]["cuda"]:
+        torch.cuda.set_rng_state_all(kept["random"]["torch"]["cuda"])
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return state
+
+
+def save_weights(file: Path, model: nn.Module) -> None:
+    """Write a model's weights alone, beside and renamed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".tmp")
+    save_file(_untied(model), beside)
+    os.replace(beside, file)
+
+
+def load_weights(file: Path, model: nn.Module) -> None:
+    """Load what save_weights or save wrote; every tensor must be there, tied ones through their twin."""
+    weights = load_file(file)
+    wanted = _untied(model).keys()
+    if weights.keys() != wanted:
+        differ = sorted(weights.keys() ^ wanted)
+        raise MachineError(str(file), f"holds other tensors than the model, the first {differ[0]}", "Start anew")
+    model.load_state_dict(weights, strict=False)
+
+
+def remove(run_dir: Path) -> None:
+    """Remove all checkpoints of a run that is done."""
+    shutil.rmtree(folder_of(run_dir), ignore_errors=True)
+
+
+def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Each tensor once: of tied weights the first name, as safetensors refuses shared memory."""
+    seen: dict[int, str] = {}
+    kept = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen[id(tensor)] = name
+            kept[name] = tensor.detach().contiguous()
+    return kept
+
+
+def _torch_rng() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """numpy's arrays as lists, so that the file loads with weights_only=True."""
+    name, keys, *rest = state["numpy"]
+    return state | {
+        "numpy": [name, keys.tolist(), *rest],
+        "python": [state["python"][0], list(state["python"][1]), state["python"][2]],
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

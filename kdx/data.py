@@ -1,0 +1,359 @@
+"""Rows of text → checked conversations, split into what is trained on and what is held out."""
+
+import hashlib
+import inspect
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from kdx.check import binding_problems
+from kdx.config import DataConfig
+from kdx.errors import ConfigError, DataError, did_you_mean, together
+from kdx.files import kind_of, read_rows, resolve_path
+
+log = logging.getLogger(__name__)
+
+ROLES = ("system", "user", "assistant")
+SHOWN = 20  # faults that are printed; the rest are counted
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with roles and text; the last one is the assistant's."""
+
+    id: str
+    messages: list[dict[str, str]]
+    where: str
+
+    @property
+    def digest(self) -> str:
+        """A digest of the text, the same wherever the row stands."""
+        return hashlib.sha256(json.dumps(self.messages, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that a source leaves out, and the rule by which."""
+
+    rule: str
+
+
+@dataclass
+class Dataset:
+    """Conversations to train on and to measure on, and how many rows fell to which rule."""
+
+    train: list[Conversation]
+    validation: list[Conversation]
+    dropped: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+
+
+Source = Callable[..., Iterable[Any]]
+_SOURCES: dict[str, Source] = {}
+
+
+def register_source(function: Source) -> Source:
+    """Make a source available as `data.name=<its own name>`; its parameters become options of the data group.
+
+    A source yields {"messages": [{"role", "content"}, …]} or {"source": …, "target": …}, with "id" and "where" if it
+    knows them. It is given data.path, data.subset and data.split if it has parameters of those names. Raises
+    ValueError if another function has that name.
+    """
+    name = function.__name__
+    known = _SOURCES.get(name)
+    if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+        raise ValueError(f"a data source named {name} is registered already, by {known.__module__}")
+    _SOURCES[name] = function
+    return function
+
+
+def check_source(config: DataConfig) -> None:
+    """Refuse a source or options that the registry does not know, before anything is read. Raises ConfigError."""
+    if config.name not in _SOURCES:
+        mend = did_you_mean(config.name, sorted(_SOURCES)) + ". One's own: KDX_PLUGINS=module"
+        raise ConfigError("data.name", f"no source is named {config.name!r}", mend)
+    function = _SOURCES[config.name]
+    options = {**_given(config, function), **config.options}
+    found = binding_problems(function, options, "data.", skip=0)
+    if found:
+        raise together([ConfigError(*problem) for problem in found])
+
+
+def load_data(config: DataConfig) -> Dataset:
+    """Read the source, check every row, hold out rows for measuring. Raises DataError with all faults found."""
+    check_source(config)
+    dropped: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
+    rows = _checked(config, dropped, changed)
+    if not rows:
+        rules = "; ".join(f"{count} rows: {rule}" for rule, count in dropped.items()) or "the source gave none"
+        raise DataError("data", f"no row is left ({rules})", "Loosen the rule, or give other data")
+    held_out = _held_out(config, rows, dropped, changed)
+    same = {conversation.digest for conversation in held_out}
+    ids = {conversation.id for conversation in held_out} if not isinstance(config.validation, str) else set()
+    train = []
+    for conversation in rows:
+        if conversation.id in ids and conversation.digest in same:
+            continue
+        if conversation.digest in same:
+            dropped["equal to a held-out row"] += 1
+        else:
+            train.append(conversation)
+    if not train:
+        what = f"{config.validation} of {len(rows)} rows leave none to train on"
+        raise DataError("data.validation", what, "Hold out fewer rows, or give more data")
+    if config.take is not None:
+        if config.take > len(train):
+            log.warning("data.take=%d, but there are %d training rows: all are used", config.take, len(train))
+        taken = {id(c) for c in sorted(train, key=lambda c: _rank(config.seed, c))[: config.take]}
+        train = [c for c in train if id(c) in taken]
+    return Dataset(train, held_out, dropped, changed)
+
+
+def _rank(seed: int, conversation: Conversation) -> str:
+    """A row's place in an order that depends on the seed and the row alone, so that adding rows moves no other."""
+    return hashlib.sha256(f"{seed}:{conversation.id}".encode()).hexdigest()
+
+
+def _held_out(
+    config: DataConfig, rows: list[Conversation], dropped: Counter[str], changed: Counter[str]
+) -> list[Conversation]:
+    wanted = config.validation
+    if wanted is None:
+        return []
+    if isinstance(wanted, str):
+        if wanted.startswith("split:"):
+            other = replace(config, split=wanted.removeprefix("split:"))
+        else:
+            other = replace(config, path=wanted)
+        held_out = _checked(other, dropped, changed)
+        if not held_out:
+            raise DataError("data.validation", f"{wanted} has no usable row", "Give another file or split")
+        return held_out
+    number = wanted if isinstance(wanted, int) else max(1, round(wanted * len(rows)))
+    if number >= len(rows):
+        what = f"{wanted} held-out rows of {len(rows)} leave none to train on"
+        raise DataError("data.validation", what, "Hold out fewer rows, or give more data")
+    return sorted(rows, key=lambda c: _rank(config.seed, c))[:number]
+
+
+def _given(config: DataConfig, function: Source) -> dict[str, Any]:
+    """Those of path, subset and split that the source has parameters for."""
+    common = {"path": config.path, "subset": config.subset, "split": config.split}
+    return {name: value for name, value in common.items() if name in inspect.signature(function).parameters}
+
+
+def _checked(config: DataConfig, dropped: Counter[str], changed: Counter[str]) -> list[Conversation]:
+    """Run the source and check what it yields, all faults in one pass."""
+    function = _SOURCES[config.name]
+    faults: list[DataError] = []
+    rows: list[Conversation] = []
+    seen: set[str] = set()
+    for i, item in enumerate(function(**_given(config, function), **config.options)):
+        if isinstance(item, Dropped):
+            dropped[item.rule] += 1
+            continue
+        try:
+            if isinstance(item, DataError):
+                raise item
+            conversation = _conversation(item, f"{config.name}[{i}]", changed)
+        except DataError as error:
+            faults.append(error)
+            continue
+        if conversation.id in seen:
+            conversation = replace(conversation, id=f"{conversation.id}~{conversation.digest[:12]}")
+        seen.add(conversation.id)
+        rows.append(conversation)
+    if faults and config.on_bad_row == "stop":
+        total = len(faults)
+        error = together(faults[:SHOWN])
+        if total > 1:
+            more = f", the first {SHOWN} shown" if total > SHOWN else ""
+            error.lines.append(f"data: {total} bad rows{more}. Mend them, or set data.on_bad_row=skip")
+        raise error
+    if faults:
+        dropped["bad row (data.on_bad_row=skip)"] += len(faults)
+        log.warning("skipped %d bad rows, the first: %s", len(faults), faults[0])
+    return rows
+
+
+def _conversation(item: Any, where: str, changed: Counter[str]) -> Conversation:
+    """Check one yielded row. Raises DataError."""
+    if not isinstance(item, dict):
+        raise DataError(where, f"is {kind_of(item)}, expected an object", "Write one JSON object a row")
+    where = str(item.get("where", where))
+    if "messages" in item:
+        messages = item["messages"]
+    elif "source" in item and "target" in item:
+        messages = [{"role": "user", "content": item["source"]}, {"role": "assistant", "content": item["target"]}]
+    else:
+        what = f'has neither "messages" nor "source" and "target"; it has: {", ".join(map(str, item)) or "nothing"}'
+        raise DataError(where, what, "Map the columns: data.messages_column=, data.source_column=, data.target_column=")
+    if not isinstance(messages, list) or not messages:
+        raise DataError(where, f'"messages" is {kind_of(messages)}, expected a list of messages', "See README, data")
+    for i, message in enumerate(messages):
+        at = f"{where}: messages[{i}]"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            has = ", ".join(map(str, message)) if isinstance(message, dict) else kind_of(message)
+            raise DataError(
+                at, f'needs "role" and "content", it has: {has}', "Name them: data.role_key, data.content_key"
+            )
+        if message["role"] not in ROLES:
+            mend = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
+            raise DataError(at, f"the role is {kind_of(message['role'])}", mend)
+        if not isinstance(message["content"], str):
+            raise DataError(at, f'"content" is {kind_of(message["content"])}, expected text', "Quote it in the file")
+        if not message["content"].strip():
+            raise DataError(at, '"content" is empty or blank', "Give it text, or take the row out")
+    messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+    if not any(m["role"] == "assistant" for m in messages):
+        raise DataError(where, "no message is the assistant's", "The assistant's turns are what is learnt: add one")
+    while messages[-1]["role"] != "assistant":
+        messages.pop()
+        changed["unanswered last turn cut off"] += 1
+    digest = Conversation("", messages, where).digest
+    own = item.get("id")
+    named = isinstance(own, str | int) and not isinstance(own, bool) and str(own)
+    return Conversation(str(own) if named else digest[:32], messages, where)
+
+
+@register_source
+def pairs(
+    path: str | list[str],
+    subset: str | None,
+    split: str,
+    source_column: str,
+    target_column: str,
+    system: str | None,
+    template: dict[str, str],
+) -> Iterator[Any]:
+    """Instruction pairs: one user turn, one assistant turn, each a Jinja template over the row's columns.
+
+    In the templates `source` and `target` are the two columns, under whatever name; all others go by their own.
+    """
+    columns = {"source": source_column, "target": target_column}
+    renders = {role: _compile(template.get(role), f"data.template.{role}") for role in ("user", "assistant")}
+    for item in read_rows(path, subset, split):
+        if isinstance(item, DataError):
+            yield item
+            continue
+        where, row = item
+        try:
+            if not isinstance(row, dict):
+                raise DataError(where, f"is {kind_of(row)}, expected an object", "Write one JSON object a row")
+            messages = [{"role": "system", "content": system}] if system else []
+            for role, (render, needs) in renders.items():
+                values = {
+                    **row,
+                    **{name: _column(row, columns[name], name, where) for name in columns if name in needs},
+                }
+                content = _rendered(render, values, row, where, f"data.template.{role}")
+                messages.append({"role": role, "content": content})
+            yield {"messages": messages, "id": row.get("id"), "where": where}
+        except DataError as error:
+            yield error
+
+
+def _compile(text: str | None, key: str) -> tuple[Template, set[str]]:
+    """Compile a row template in a sandbox; return it and the names it uses. Raises ConfigError."""
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(key, f"is {kind_of(text)}", "Write Jinja over the row's columns, as in '{{ source }}'")
+    try:
+        return environment.from_string(text), meta.find_undeclared_variables(environment.parse(text))
+    except TemplateError as error:
+        raise ConfigError(key, f"is not Jinja: {error}", "Mend the template") from None
+
+
+def _column(row: dict[str, Any], column: str, name: str, where: str) -> str:
+    if column not in row:
+        what = f'"{column}" is missing; the columns are: {", ".join(map(str, row)) or "none"}'
+        raise DataError(where, what, f"Name the column: data.{name}_column=...")
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(
+            where, f'"{column}" is {kind_of(value)}, expected text', "Quote it in the file, or leave it out"
+        )
+    if not value.strip():
+        raise DataError(where, f'"{column}" is empty or blank', "Give it text, or take the row out")
+    return value
+
+
+def _rendered(template: Template, values: dict[str, Any], row: dict[str, Any], where: str, key: str) -> str:
+    try:
+        return template.render(values)
+    except (TemplateError, TypeError, ValueError) as error:
+        what = f"{key} cannot be filled: {error}; the columns are: {', '.join(map(str, row))}"
+        raise DataError(where, what, "Mend the template or the row") from None
+
+
+@register_source
+def messages(
+    path: str | list[str],
+    subset: str | None,
+    split: str,
+    messages_column: str,
+    role_key: str,
+    content_key: str,
+    roles: dict[str, str],
+) -> Iterator[Any]:
+    """Chats: a column with a list of messages; `roles` maps the file's role names to system, user and assistant."""
+    for item in read_rows(path, subset, split):
+        if isinstance(item, DataError):
+            yield item
+            continue
+        where, row = item
+        if not isinstance(row, dict):
+            yield DataError(where, f"is {kind_of(row)}, expected an object", "Write one JSON object a row")
+        elif messages_column not in row:
+            what = f'"{messages_column}" is missing; the columns are: {", ".join(map(str, row)) or "none"}'
+            yield DataError(where, what, "Name the column: data.messages_column=...")
+        else:
+            chat = row[messages_column]
+            if isinstance(chat, list):
+                chat = [_renamed(m, role_key, content_key, roles) if isinstance(m, dict) else m for m in chat]
+            yield {"messages": chat, "id": row.get("id"), "where": where}
+
+
+def _renamed(message: dict[str, Any], role_key: str, content_key: str, roles: dict[str, str]) -> dict[str, Any]:
+    renamed = dict(message)
+    if role_key in message:
+        role = message[role_key]
+        renamed["role"] = roles.get(role, role) if isinstance(role, str) else role
+    elif role_key != "role":
+        renamed.pop("role", None)
+    if content_key in message:
+        renamed["content"] = message[content_key]
+    elif content_key != "content":
+        renamed.pop("content", None)
+    return renamed
+
+
+@register_source
+def chitchat(path: str, min_turns: int, max_turns: int) -> Iterator[Any]:
+    """Human conversations of the package chitchat-dataset: the first speaker is the user, the other the assistant.
+
+    Keeps conversations of at least `min_turns` turns, their first `max_turns`, none with an empty turn. A turn is
+    one or more utterances of one person, joined by a space.
+    """
+    file = Path(resolve_path(path, "data.path"))
+    file = file / "dataset.json" if file.is_dir() else file
+    if not file.is_file():
+        raise DataError("data.path", f"{file} does not exist", "Run: pip install --no-deps chitchat-dataset")
+    for name, conversation in json.loads(file.read_text(encoding="utf-8")).items():
+        turns = [" ".join(said["text"] for said in turn).strip() for turn in conversation["messages"]]
+        if len(turns) < min_turns:
+            yield Dropped("fewer turns than data.min_turns")
+        elif not all(turns[:max_turns]):
+            yield Dropped("an empty turn")
+        else:
+            roles = ("user", "assistant")
+            chat = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns[:max_turns])]
+            yield {"messages": chat, "id": name, "where": f"{file.name}:{name}"}

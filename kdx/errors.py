@@ -1,0 +1,63 @@
+"""What a user did wrong, where, and the mend.
+
+Exit codes: 0 ok · 1 a bug in kdx · 2 the user's config or data · 3 the machine (disk, device, package, damaged file)
+· 4 diverged · 5 some jobs of a sweep failed · 130/143 a signal, resumable.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class KdxError(Exception):
+    """An error that a user can cause and mend: one clear line each, no traceback.
+
+    where: the key as typed, or file:line. what: what is wrong there. mend: what to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, where: str, what: str, mend: str) -> None:
+        assert where and what and mend, "a user's error says where, what and how to mend it"
+        super().__init__(where, what, mend)  # all three, so that the error survives pickling between processes
+        self.lines = [f"{where}: {what}. {mend}"]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+class ConfigError(KdxError):
+    """A key, a choice, a type or a range."""
+
+
+class DataError(KdxError):
+    """Rows that cannot be trained on."""
+
+
+class ModelError(KdxError):
+    """Weights, tokenizers or architectures that cannot be used."""
+
+
+class MachineError(KdxError):
+    """What the machine lacks: a package, a device, room on the disk, an undamaged checkpoint."""
+
+    exit_code = 3
+
+
+class DivergedError(KdxError):
+    """A loss or gradient that is not finite."""
+
+    exit_code = 4
+
+
+def together(errors: Sequence[KdxError]) -> KdxError:
+    """Join errors of one kind into one that prints a line each, so that all are mended in one go."""
+    first = errors[0]
+    first.lines = list(dict.fromkeys(line for error in errors for line in error.lines))
+    return first
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A mend for a name that is not known: the nearest one, and the choices where they are few."""
+    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return f"{hint}Choices: {', '.join(known)}" if len(known) <= 24 else hint or "See `python -m kdx --cfg job`"

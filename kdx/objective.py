@@ -1,0 +1,225 @@
+"""Student + divergence + cross-entropy as one module, a chunk of positions at a time.
+
+    total = alpha · τ² · D(p_T^τ, p_S^τ) + (1 − alpha) · CE(z_S, label)        loss = Σ total / num_tokens
+
+The logits of a whole batch are never built: the heads are applied to a chunk of counted positions, and the gradients
+with respect to hidden states and head are formed inside the same chunk, in the forward pass. Memory therefore does
+not grow with positions × vocabulary.
+
+N counted positions, n positions of a chunk, V vocabulary, d / D width of student / teacher.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdx import loss
+from kdx.batches import IGNORED, MicroBatch
+from kdx.causal_lm import Head, counted_hidden, head_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised: the numbers of the formula above."""
+
+    name: str = "forward_kl"
+    alpha: float = 0.5
+    temperature: float = 1.0
+    scale_by_temperature: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def formula(self) -> str:
+        """The loss as one would write it down, with this run's numbers."""
+        if self.alpha == 0:
+            return "loss = CE(student, labels)"
+        options = "".join(f", {key}={value:g}" for key, value in self.options.items())
+        at = f"{self.name}(teacher, student{options}; τ={self.temperature:g})"
+        square = f"{self.temperature**2:g}·" if self.scale_by_temperature else ""
+        ce = f" + {1 - self.alpha:g}·CE(student, labels)" if self.alpha < 1 else ""
+        return f"loss = {self.alpha:g}·{square}{at}{ce}"
+
+
+def distillation_loss(
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor | None,
+    teacher_head: Head | None,
+    labels: Tensor,
+    *,
+    name: str = "forward_kl",
+    alpha: float,
+    temperature: float,
+    scale_by_temperature: bool = True,
+    num_tokens: int | None = None,
+    chunk_size: int = 256,
+    **options: Any,
+) -> Tensor:
+    """Distil at N positions: hidden states [N, d] of the student, [N, D] of the teacher, labels [N] → scalar.
+
+    Labels are the tokens to be predicted at each position (shifted already); −100 is not counted. The sum over
+    counted positions is divided by `num_tokens`, by default their number. Differentiable in the student's hidden
+    states, head weight and bias. With alpha 0 the teacher may be None. Raises ValueError for unknown names and
+    options, or a missing teacher.
+    """
+    if name != "cross_entropy":
+        loss.check_options(name, options)
+    if not 0 <= alpha <= 1 or not temperature > 0:
+        raise ValueError(f"alpha is {alpha} (between 0 and 1), temperature {temperature} (above 0)")
+    if alpha > 0 and (teacher_hidden is None or teacher_head is None or name == "cross_entropy"):
+        raise ValueError(f"alpha is {alpha}: it needs the teacher's hidden states, its head and a divergence")
+    counted = (labels != IGNORED).nonzero().squeeze(-1)
+    if num_tokens is None:
+        num_tokens = max(len(counted), 1)
+    if teacher_hidden is not None:
+        teacher_hidden = teacher_hidden[counted.to(teacher_hidden.device)]
+    objective = Objective(
+        name=name, alpha=alpha, temperature=temperature, scale_by_temperature=scale_by_temperature, options=options
+    )
+    total, _, _ = summed_loss(
+        student_hidden[counted], student_head, teacher_hidden, teacher_head, labels[counted], objective, chunk_size
+    )
+    return total / num_tokens
+
+
+def summed_loss(
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor | None,
+    teacher_head: Head | None,
+    labels: Tensor,
+    objective: Objective,
+    chunk_size: int = 256,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum the loss over positions that all count → total, and without gradient its terms kd (τ² included) and ce."""
+    if teacher_head is not None:  # one tokenizer, heads padded differently: the ids they share
+        num_ids = min(student_head.num_ids, teacher_head.num_ids)
+        student_head, teacher_head = student_head.cut(num_ids), teacher_head.cut(num_ids)
+    total, kd, ce = _ChunkedSum.apply(
+        student_hidden,
+        student_head.weight,
+        student_head.bias,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        labels,
+        objective,
+        chunk_size,
+    )
+    return total, kd, ce
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """Σ total over positions, with gradients formed chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        teacher_hidden: Tensor | None,
+        teacher_head: Head | None,
+        labels: Tensor,
+        objective: Objective,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head = head.detached(weight, bias).in_compute_dtype()
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        sum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if wants_bias and bias is not None else None
+        kd_sum, ce_sum = (torch.zeros((), dtype=_sum_dtype(hidden), device=hidden.device) for _ in range(2))
+
+        for start in range(0, len(labels), chunk_size):
+            rows = slice(start, start + chunk_size)
+            logits = head.logits(hidden[rows])
+            teacher_logits = None
+            if objective.alpha > 0 and teacher_head is not None and teacher_hidden is not None:
+                teacher_logits = teacher_head.logits(teacher_hidden[rows]).to(logits.device)
+            kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[rows], objective)
+            kd_sum += kd
+            ce_sum += ce
+            grad = head.through(logits, grad)  # in place where it can be: the chunk's largest tensor
+            narrow = grad.to(head.weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = (narrow @ head.weight).to(hidden.dtype)
+            if grad_weight is not None:
+                if narrow.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(narrow.T, hidden[rows].to(narrow.dtype))
+                else:
+                    grad_weight += narrow.T @ hidden[rows].to(narrow.dtype)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(kd_sum, ce_sum)
+        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
+        total = objective.alpha * kd_sum + (1 - objective.alpha) * ce_sum
+        return total.to(sum_dtype), kd_sum, ce_sum
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:  # type: ignore[override]
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad_total).to(weight_dtype),
+            None if grad_bias is None else (grad_bias * grad_total).to(bias_dtype),
+            *[None] * 6,
+        )
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums over positions: float64, but where the device has none (Apple's MPS)."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _loss_and_gradient(
+    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum one chunk: kd (τ² included), ce, and the gradient [n, V] of alpha·kd + (1−alpha)·ce by the logits."""
+    alpha, temperature = objective.alpha, objective.temperature
+    s1 = loss.log_probabilities(logits)
+    rows = torch.arange(len(labels), device=labels.device)
+    ce = -s1[rows, labels].sum(dtype=_sum_dtype(logits))
+    if teacher_logits is None:
+        kd, grad = ce.new_zeros(()), None
+    else:
+        t = loss.log_probabilities(teacher_logits, temperature)
+        s = s1 if temperature == 1 else loss.log_probabilities(logits, temperature)
+        value, grad = loss.value_and_gradient(objective.name, s, t, objective.options)
+        factor = temperature**2 if objective.scale_by_temperature else 1.0
+        kd = factor * value.sum(dtype=_sum_dtype(logits))
+        grad.mul_(alpha * factor / temperature)  # the logits are divided by τ on the way in
+    if alpha < 1:
+        probabilities = s1.exp_()
+        probabilities[rows, labels] -= 1
+        grad = probabilities if grad is None else grad
+        grad = grad.mul_(1 - alpha) if grad is probabilities else grad.add_(probabilities, alpha=1 - alpha)
+    assert grad is not None
+    return kd, ce, grad
+
+
+class StudentObjective(nn.Module):
+    """The student and its loss as one module: what accelerate wraps, so that DDP's and FSDP's hooks fire."""
+
+    def __init__(self, model: nn.Module, num_ids: int, objective: Objective, chunk_size: int = 256) -> None:
+        super().__init__()
+        self.model = model
+        self.num_ids = num_ids
+        self.objective = objective
+        self.chunk_size = chunk_size
+
+    def forward(
+        self, batch: MicroBatch, teacher_hidden: Tensor | None, teacher_head: Head | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum the loss over the batch's counted positions → total, kd, ce; the caller divides."""
+        hidden = counted_hidden(self.model, batch)
+        head = head_of(self.model).cut(self.num_ids)
+        return summed_loss(
+            hidden, head, teacher_hidden, teacher_head, batch.counted_labels, self.objective, self.chunk_size
+        )

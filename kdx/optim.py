@@ -1,0 +1,70 @@
+"""The optimizer and its learning-rate schedule."""
+
+import importlib
+import inspect
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from kdx.check import binding_problems
+from kdx.config import OptimConfig
+from kdx.errors import ConfigError, MachineError, did_you_mean, together
+
+
+def optimizer_class(config: OptimConfig) -> type[Optimizer]:
+    """Find torch.CLASS or bitsandbytes.CLASS and check its options. Raises ConfigError or MachineError."""
+    library, _, name = config.name.partition(".")
+    try:
+        module = importlib.import_module(f"{library}.optim")
+    except ImportError:
+        raise MachineError("optim.name", f"{library} is not installed", f"Run: pip install {library}") from None
+    found = getattr(module, name, None)
+    if not (inspect.isclass(found) and issubclass(found, Optimizer)):
+        known = [k for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Optimizer)]
+        mend = did_you_mean(name, [k for k in known if k != "Optimizer"])
+        raise ConfigError("optim.name", f"{library} has no optimizer {name}", mend)
+    problems = binding_problems(found, {"lr": config.lr, **config.options}, "optim.", skip=1)
+    if problems:
+        raise together([ConfigError(*problem) for problem in problems])
+    return found
+
+
+def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
+    """Build the optimizer over a module's trainable parameters; norms and biases (one dimension) do not decay."""
+    kind = optimizer_class(config)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    options = dict(config.options)
+    accepts = inspect.signature(kind).parameters
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    if "fused" in accepts and "fused" not in options:  # one kernel over all weights: 6 times faster on a CPU
+        options["fused"] = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    try:
+        return kind([g for g in groups if g["params"]], lr=config.lr, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError("optim", f"{config.name} refuses its options: {error}", "See conf/optim/") from None
+
+
+def build_schedule(config: OptimConfig, optimizer: Optimizer, max_steps: int) -> LRScheduler:
+    """Build the learning-rate schedule (transformers' get_scheduler). Raises ConfigError."""
+    warmup = config.warmup_steps if isinstance(config.warmup_steps, int) else round(config.warmup_steps * max_steps)
+    if warmup > max_steps > 0:
+        what = f"is {warmup}, more than the run's {max_steps} steps"
+        raise ConfigError("optim.warmup_steps", what, f"Allowed: 0 to {max_steps}, or a share of them below 1")
+    try:
+        return get_scheduler(
+            config.schedule,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=max_steps,
+            scheduler_specific_kwargs=dict(config.schedule_options) or None,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError("optim.schedule_options", f"{config.schedule}: {error}", "Mend the options") from None

@@ -1,0 +1,254 @@
+"""A run's folder: its record, its status and owner, and going on with one that is there."""
+
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdx import checkpoint
+from kdx.config import Config
+from kdx.errors import ConfigError, DivergedError, KdxError, MachineError
+from kdx.redact import redact
+from kdx.train import State
+
+log = logging.getLogger(__name__)
+
+# What may differ when a run goes on: nothing here can change the student.
+FREE = ("run.", "sweep.", "tracking.", "train.log_every", "train.save_every", "train.keep_checkpoints")
+
+
+class RunFolder:
+    """The folder design: config.yaml, status.json, metrics.jsonl, summary.json, checkpoints/, student/ and the rest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.step = 0
+        self.max_steps: int | None = None
+
+    def done(self) -> dict[str, Any] | None:
+        """The summary of a run that is done, else None."""
+        if self.status().get("state") != "done":
+            return None
+        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        return summary
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says; empty if there is none."""
+        try:
+            status: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+            return status
+        except (OSError, ValueError):
+            return {}
+
+    def open(self, config: dict[str, Any], is_main: bool) -> None:
+        """Make the folder and write its config, or refuse: in use by another process, or another config's."""
+        status = self.status()
+        owner = status.get("owner", {})
+        if is_main and status.get("state") == "running" and owner.get("pid") != os.getpid() and _alive(owner):
+            what = f"in use by pid {owner['pid']} on host {owner['host']} since {status['updated']}"
+            raise MachineError(str(self.path), what, "Wait for it, or choose another folder")
+        file = self.path / "config.yaml"
+        wanted = json.loads(json.dumps(redact(config)))
+        if file.exists():
+            was = yaml.safe_load(file.read_text(encoding="utf-8"))
+            drift = [d for d in _differences(was, wanted) if not d[0].startswith(FREE)]
+            if drift:
+                lines = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, old, new in drift)
+                mend = "Use the same values, or another folder (run.like= starts a new run from this one's words)"
+                raise ConfigError(str(self.path), f"was started with another config ({lines})", mend)
+        elif is_main:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                file.write_text(yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            except OSError as error:
+                what = f"cannot write there: {error.strerror}"
+                raise MachineError(str(self.path), what, "Choose another folder with hydra.run.dir=...") from None
+
+    @contextmanager
+    def reporting(self, is_main: bool) -> Iterator[None]:
+        """Keep status.json true, whatever happens inside."""
+        self._write_status("running", "", is_main)
+        try:
+            yield
+        except DivergedError as error:
+            self._write_status("diverged", str(error), is_main)
+            raise
+        except KdxError as error:
+            self._write_status("failed", str(error).splitlines()[0], is_main)
+            raise
+        except (SystemExit, KeyboardInterrupt) as error:
+            self._write_status("interrupted", f"{type(error).__name__} {error}", is_main)
+            raise
+        except BaseException as error:
+            self._write_status("failed", f"{type(error).__name__}: {error}".splitlines()[0], is_main)
+            raise
+        self._write_status("done", "", is_main)
+
+    def _write_status(self, state: str, reason: str, is_main: bool) -> None:
+        if not is_main:
+            return
+        lines = (self.path / "metrics.jsonl").read_text().splitlines() if (self.path / "metrics.jsonl").exists() else []
+        status = {
+            "state": state,
+            "reason": reason,
+            "step": json.loads(lines[-1])["step"] if lines else 0,
+            "max_steps": self.max_steps,
+            "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "owner": {"pid": os.getpid(), "host": platform.node(), "boot_id": _boot_id()},
+        }
+        write_beside(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+
+    def resume(self, model: Any, optimizer: Any, schedule: Any, prints: dict[str, str]) -> State | None:
+        """Go on from the newest whole checkpoint, if there is one; name each that is damaged."""
+        newest, skipped = checkpoint.newest(self.path)
+        for fault in skipped:
+            log.warning("skipped a damaged checkpoint, %s", fault)
+        kept = self.path / "data.json"
+        if newest is None:
+            write_beside(kept, json.dumps(prints) + "\n")
+            return None
+        was = json.loads(kept.read_text(encoding="utf-8"))
+        if was != prints:
+            what = f"the data changed since the run began (fingerprints {was} and {prints})"
+            raise ConfigError(str(self.path), what, "Use the same data, or another folder")
+        state = State(**checkpoint.load(newest, model, optimizer, schedule))
+        best = newest / "best.safetensors"
+        if best.is_file():
+            write_beside(checkpoint.folder_of(self.path) / "best.safetensors", best.read_bytes())
+        state.stopped_by = "max_steps"
+        log.info("going on from %s", newest)
+        return state
+
+    def untouched(self) -> dict[str, Any] | None:
+        """What was measured before training, if this run has done so already."""
+        file = self.path / "untouched.json"
+        if not file.is_file():
+            return None
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return kept
+
+    def keep_untouched(self, kept: dict[str, Any], is_main: bool) -> None:
+        if is_main:
+            write_beside(self.path / "untouched.json", json.dumps(kept, indent=2) + "\n")
+
+    def write_results(self, summary: dict[str, Any], rows: list[dict[str, Any]], samples: Any, page: str) -> None:
+        """Write what a done run leaves, the summary last."""
+        with (self.path / "eval_rows.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        write_beside(self.path / "samples.json", json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
+        write_beside(self.path / "samples.md", page)
+        write_beside(self.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+    def name(self, config: Config) -> str:
+        """A readable name: a sweep's point, else what was typed, else the folder's."""
+        if config.sweep.name:
+            return self.path.name
+        typed = self.path / "overrides.yaml"
+        words = yaml.safe_load(typed.read_text(encoding="utf-8")) if typed.is_file() else []
+        said = [w for w in words or [] if not w.lstrip("+~").startswith(("tracking.", "hydra.", "run.", "train.log"))]
+        return redact(" ".join(said))[:100] or "default"
+
+    def wandb_dir(self, config: Config) -> Path:
+        """Where W&B's files lie: a sweep's in its own folder, those of single runs together."""
+        if config.sweep.name:
+            return self.path.parent / "wandb"
+        outputs = next((p for p in self.path.parents if p.name == "outputs"), self.path.parent)
+        return outputs / "wandb"
+
+
+def write_beside(file: Path, text: str | bytes) -> None:
+    """Write a whole file or none: beside, then renamed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.tmp")
+    beside.write_bytes(text.encode() if isinstance(text, str) else text)
+    os.replace(beside, file)
+
+
+def _differences(was: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*was, *now])
+        return [d for k in keys for d in _differences(was.get(k), now.get(k), f"{prefix}.{k}" if prefix else str(k))]
+    return [] if was == now else [(prefix, was, now)]
+
+
+def _boot_id() -> str:
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.is_file() else ""
+
+
+def _alive(owner: dict[str, Any]) -> bool:
+    """Whether the process that owns a folder still runs; on another host there is no telling, so yes."""
+    if owner.get("host") != platform.node():
+        return True
+    if owner.get("boot_id") != _boot_id():
+        return False
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except (ProcessLookupError, ValueError, KeyError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class StopRequest:
+    """SIGTERM and SIGINT: while training, finish the step and save; before and after, stop at once; twice, too."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.is_deferred = False
+        self.found: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.signal or signal.SIGTERM)
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self.found[number] = signal.signal(number, self._handle)
+            except ValueError:  # not the main thread: whoever owns it handles signals
+                break
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.found.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        again = self.signal is not None
+        self.signal = number
+        if again or not self.is_deferred:
+            raise SystemExit(self.exit_code)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self.is_deferred = True
+        try:
+            yield
+        finally:
+            self.is_deferred = False
+
+    def agreed(self, accelerator: Any) -> bool:
+        """Whether any process was asked to stop: all must stop at the same step."""
+        if accelerator.num_processes == 1:
+            return self.signal is not None
+        import torch
+
+        asked = torch.tensor([int(self.signal or 0)], device=accelerator.device)
+        self.signal = int(accelerator.gather(asked).max().item()) or self.signal
+        return self.signal is not None
+
+    def interrupted(self, run_dir: Path, step: int) -> SystemExit:
+        log.warning("stopped after step %d; to go on: python -m kdx run.resume=%s", step, run_dir)
+        return SystemExit(self.exit_code)

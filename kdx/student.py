@@ -1,0 +1,114 @@
+"""Load the student, cut it from the teacher, or make a fresh one; save it as an ordinary model folder."""
+
+import copy
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from kdx.causal_lm import DTYPES, check_split, load_causal_lm, load_config
+from kdx.config import StudentConfig, TeacherConfig
+from kdx.errors import ConfigError
+
+
+def load_student(
+    config: StudentConfig,
+    teacher: TeacherConfig,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    seed: int,
+) -> PreTrainedModel:
+    """Return the student with master weights in `dtype`, whatever the file holds. Raises ConfigError or ModelError."""
+    if config.init == "pretrained":
+        return load_causal_lm(config, "student", dtype=dtype, attn_implementation=attn_implementation)
+    if config.init == "cut":
+        whole = load_causal_lm(teacher, "teacher", dtype=dtype, attn_implementation=attn_implementation)
+        return cut(whole, config.layers)
+    shape = load_config(config, "student")
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        shape, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=config.trust_remote_code
+    )
+    check_split(model, "student")
+    return model
+
+
+def evenly_spread(num_layers: int, num_kept: int) -> list[int]:
+    """Choose layers evenly, the first and the last among them."""
+    if num_kept == 1:
+        return [0]
+    return [round(i * (num_layers - 1) / (num_kept - 1)) for i in range(num_kept)]
+
+
+def cut(model: PreTrainedModel, layers: int | list[int]) -> PreTrainedModel:
+    """Make an ordinary smaller model from some layers of a model, with its embeddings, norms and head.
+
+    layers: how many (evenly spread), or which. Raises ConfigError if the model has no such layers.
+    """
+    total = model.config.get_text_config().num_hidden_layers
+    if isinstance(layers, int):
+        if layers > total:
+            raise ConfigError("student.layers", f"is {layers}, but the teacher has {total}", f"Allowed: 1 to {total}")
+        kept = evenly_spread(total, layers)
+    else:
+        kept = list(layers)
+        wrong = [i for i in kept if i >= total]
+        if wrong or len(set(kept)) != len(kept):
+            what = f"is {kept}; the teacher's layers are 0 to {total - 1}, each at most once"
+            raise ConfigError("student.layers", what, "Choose among them")
+    stacks = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total]
+    if len(stacks) != 1:
+        what = f"cannot cut {type(model).__name__}: it has {len(stacks)} stacks of {total} layers"
+        raise ConfigError("student", what, "Choose another teacher, or student=hf")
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):  # per-layer lists must be cut with the layers
+        if isinstance(getattr(text, name, None), list | tuple) and len(getattr(text, name)) == total:
+            setattr(text, name, [getattr(text, name)[i] for i in kept])
+    text.num_hidden_layers = len(kept)
+    smaller = AutoModelForCausalLM.from_config(
+        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+    )
+    place = {old: new for new, old in enumerate(kept)}
+    pattern = re.compile(rf"^{re.escape(stacks[0])}\.(\d+)\.")
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        layer = pattern.match(name)
+        if layer is None:
+            weights[name] = tensor
+        elif int(layer[1]) in place:
+            weights[pattern.sub(f"{stacks[0]}.{place[int(layer[1])]}.", name)] = tensor
+    smaller.load_state_dict(weights, strict=True)
+    smaller.tie_weights()
+    smaller.generation_config = copy.deepcopy(model.generation_config)
+    check_split(smaller, "student")
+    return smaller.eval()
+
+
+def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path, save_dtype: str, card: str) -> None:
+    """Write config, weights, tokenizer with chat template, generation config and model card as one model folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(DTYPES[save_dtype]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.iterdir():  # safetensors makes its files private, whatever the umask
+        file.chmod(0o666 & ~umask)
+
+
+def answer_greedily(model: PreTrainedModel, max_new_tokens: int) -> None:
+    """Give the model a generation config of its own special tokens, greedy and short, which is saved with it.
+
+    So `pipeline("text-generation", …)` without further words answers as the run's samples do.
+    """
+    known = model.generation_config
+    ids = {name: getattr(known, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if ids["pad_token_id"] is None:
+        eos = ids["eos_token_id"]
+        ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **ids)

