@@ -75,7 +75,7 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
     Raises MachineError if there are checkpoints and none is whole: a run never starts afresh in silence.
     """
-    skipped = []
+    skipped: list[str] = []
     for folder in found(run_dir):
         fault = verify(folder)
         if fault is None:

@@ -4,6 +4,8 @@ N counted positions, n positions of a chunk, V vocabulary.
 """
 
 import math
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,12 +16,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from kdx import loss
-from kdx.batches import MicroBatch, Row, by_length, collate
+from kdx.batches import MicroBatch, Row, StepBatches, by_length, collate
 from kdx.causal_lm import Head, counted_hidden, head_of
 from kdx.teacher import Teacher
 
 MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
-CHUNK = 256
+CHUNK = 256  # positions whose logits exist at once
+MIN_ROWS = 8  # measuring needs less memory than training
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,10 @@ class HeldOut:
     teacher_hidden: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def build(
-        cls,
-        rows: Sequence[Row],
-        *,
-        batch_size: int,
-        pad_id: int,
-        device: torch.device,
-        num_ids: int,
-        rank: int = 0,
-        num_processes: int = 1,
-    ) -> "HeldOut":
-        groups = by_length(rows, batch_size)[rank::num_processes]
-        return cls([collate([rows[i] for i in group], pad_id) for group in groups], device, num_ids)
+    def build(cls, rows: Sequence[Row], like: StepBatches, device: torch.device, num_ids: int) -> "HeldOut":
+        """Share the rows out as the training batches are; rows of like length stand together."""
+        groups = by_length(rows, max(like.micro_batch_size, MIN_ROWS))[like.rank :: like.num_processes]
+        return cls([collate([rows[i] for i in group], like.pad_id) for group in groups], device, num_ids)
 
     def ask(self, teacher: Teacher, advance: Callable[[], None] = lambda: None) -> None:
         """Take the teacher's hidden states at every counted position, once. They are kept in main memory."""
@@ -130,6 +124,12 @@ def score(
     return _joined(parts), _joined(teacher_parts)
 
 
+def mass_past(num_ids: int, head: Head, hidden: list[Tensor]) -> float:
+    """The teacher's mean probability of the head rows past the tokenizer's real ids, on the first batch."""
+    probabilities = loss.log_probabilities(head.logits(hidden[0][:CHUNK])).exp()
+    return probabilities[:, num_ids:].sum(-1).mean().item() if len(probabilities) else 0.0
+
+
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
@@ -162,3 +162,10 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_t
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad)
     model.train(was_training)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes so far: of the GPU's allocator, or of the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

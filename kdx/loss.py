@@ -40,6 +40,7 @@ def register(function: Divergence) -> Divergence:
     if name == "cross_entropy":
         raise ValueError("cross_entropy names the loss without a teacher; choose another name")
     _REGISTRY[name] = function
+    _CLOSED_FORMS.pop(name, None)  # of an earlier version of the same function
     return function
 
 
@@ -73,8 +74,10 @@ def check_options(name: str, options: dict[str, Any]) -> None:
     except TypeError as error:
         takes = ", ".join(list(inspect.signature(function).parameters)[2:]) or "none"
         raise ValueError(f"{name}: {error}; its options: {takes}") from None
-    row = torch.zeros(1, 2).log_softmax(-1)
-    function(row, row, **options)  # ranges are checked by the divergence itself
+    rows = torch.zeros(2, 3).log_softmax(-1)
+    value = function(rows, rows, **options)  # ranges are checked by the divergence itself
+    if value.shape != (2,):  # a mean would be taken for the sum, and weigh a row by the size of its chunk
+        raise ValueError(f"{name} returns shape {list(value.shape)} for 2 positions; it must be one number each")
 
 
 def divergence(
@@ -89,17 +92,19 @@ def divergence(
     check_options(name, options)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
-    if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
+    shape = student_logits.shape[:-1]
+    if shape != teacher_logits.shape[:-1]:
         raise ValueError(f"positions differ: {list(student_logits.shape)} and {list(teacher_logits.shape)}")
     num_ids = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    s = log_probabilities(student_logits[..., :num_ids], temperature).flatten(0, -2)
-    t = log_probabilities(teacher_logits[..., :num_ids], temperature).flatten(0, -2)
-    return temperature**2 * get(name)(s, t, **options).reshape(student_logits.shape[:-1])
+    s = log_probabilities(student_logits[..., :num_ids], temperature).reshape(shape.numel(), num_ids)
+    t = log_probabilities(teacher_logits[..., :num_ids], temperature).reshape(shape.numel(), num_ids)
+    return temperature**2 * get(name)(s, t, **options).reshape(shape)
 
 
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-softmax over the last dimension at a temperature, in float32 (float64 stays float64)."""
-    return (at_least_float32(logits) / temperature).log_softmax(-1)
+    logits = at_least_float32(logits)
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -114,10 +119,10 @@ def value_and_gradient(name: str, s: Tensor, t: Tensor, options: dict[str, Any])
     if name in _CLOSED_FORMS:
         return _CLOSED_FORMS[name](s, t, **options)
     with torch.enable_grad():
-        logits = s.detach().requires_grad_()  # log-probabilities are logits too: log_softmax leaves them as they are
-        value = get(name)(logits.log_softmax(-1), t, **options)
-        (gradient,) = torch.autograd.grad(value.sum(), logits)
-    return value.detach(), gradient
+        leaf = s.detach().requires_grad_()
+        value = get(name)(leaf, t, **options)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), gradient - s.exp() * gradient.sum(-1, keepdim=True)  # back through the log-softmax
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
@@ -138,7 +143,8 @@ def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
 
 
 def _check_share(name: str, value: float, *, ends: bool) -> None:
-    if not (0 <= value <= 1 if ends else 0 < value < 1):
+    is_number = isinstance(value, int | float)
+    if not (is_number and (0 <= value <= 1 if ends else 0 < value < 1)):
         raise ValueError(f"{name} is {value}; it must be between 0 and 1{'' if ends else ', both excluded'}")
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ from kdx.config import OptimConfig
 from kdx.errors import ConfigError, MachineError, did_you_mean, together
 
 
-def optimizer_class(config: OptimConfig) -> type[Optimizer]:
+def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
     """Find torch.CLASS or bitsandbytes.CLASS and check its options. Raises ConfigError or MachineError."""
     library, _, name = config.name.partition(".")
     try:

@@ -1,23 +1,109 @@
 """What a run says in words: the header before it, the table after it, the samples, the model card."""
 
-import json
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import accelerate
+import torch
+import transformers
 import yaml
 from rich.table import Table
 
+from kdx import __version__
+from kdx.causal_lm import device_dtype
+from kdx.prepare import Prepared
 from kdx.tracking import printable
 
 ROWS = (
     ("KL to the teacher", "kl", "{:.4f}"),
     ("reverse KL", "reverse_kl", "{:.4f}"),
-    ("agreement with the teacher", "agreement", "{:.4f}"),
+    ("agreement", "agreement", "{:.4f}"),
     ("CE of the labels", "ce", "{:.4f}"),
-    ("perplexity", "perplexity", "{:,.2f}"),
+    ("perplexity", "perplexity", "{:,.5g}"),
     ("accuracy", "accuracy", "{:.4f}"),
     ("parameters", "num_parameters", "{:,}"),
-    ("bytes on disk", "num_bytes", "{:,}"),
+    ("bytes of weights", "num_bytes", "{:,}"),
 )
+
+
+def header(run: Prepared) -> list[str]:
+    """Say in plain words what will happen."""
+    config, plain = run.config, asdict(run.config)
+    came = {key: f" ({where})" for key, where in config.run.origins.items()}
+    layers = run.student.config.get_text_config().num_hidden_layers
+    start = {"cut": f"{layers} layers cut from the teacher", "random": "fresh weights"}
+    student = start.get(config.student.init, public_name(plain["student"]))
+    counts, batches = run.counts(), run.batches
+    processes = run.accelerator.num_processes
+    device = f"{run.accelerator.device}, {processes} process{'es' if processes > 1 else ''}"
+    num_micro = batches.batch_size // (batches.micro_batch_size * processes)
+    micro = f", {num_micro} micro-batches of {batches.micro_batch_size}" if num_micro > 1 else ""
+    epochs = run.max_steps / batches.steps_per_epoch
+    counted = f"{counts['num_rows']:,} rows, {counts['counted_tokens']:,} counted tokens"
+    held_out = f"{counts['num_validation_rows']:,} rows, {counts['counted_validation_tokens']:,} counted tokens"
+    steps_key = "train.epochs" if config.train.max_steps is None else "train.max_steps"
+    lines = [("", f"kdx {__version__}")]
+    if run.teacher is not None:
+        uses = "" if config.loss.alpha > 0 else ", only to measure"
+        size = count(run.teacher.num_parameters)
+        lines.append(("teacher", f"{public_name(plain['teacher'])}, {size} parameters, {run.teacher.precision}{uses}"))
+    lines += [
+        ("student", f"{student}, {count(run.student.num_parameters())} parameters"),
+        ("device", f"{device}, {run.precision()} ({device_dtype(run.accelerator.device)[1]})"),
+        ("data", f"{config.data.name}: {counted}; held out: {held_out}"),
+    ]
+    for words, fell in (("left out", counts["num_dropped"]), ("changed", counts["num_truncated"])):
+        if fell:
+            lines.append(("", f"{words}: {rules(fell)}"))
+    lines += [
+        ("chat template", run.template),
+        ("objective", run.objective.objective.formula()),
+        (
+            "steps",
+            f"{run.max_steps}{came.get(steps_key, '')} of {batches.batch_size} rows, {epochs:.2f} epochs{micro}, "
+            f"{batches.padding(run.max_steps):.1%} padding",
+        ),
+        (
+            "learning rate",
+            f"{config.optim.lr:g}{came.get('optim.lr', '')}, {config.optim.schedule}, {config.optim.name}",
+        ),
+        ("longest row", f"{run.encoder.max_length} tokens{came.get('data.max_length', '')}"),
+    ]
+    return [lines[0][1], *(f"  {name:<16}{text}" for name, text in lines[1:])]
+
+
+def next_commands(run_dir: Path, has_student: bool) -> list[str]:
+    """The three commands one would type next."""
+    folder = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+    code = f"from transformers import pipeline; chat = pipeline('text-generation', '{folder}/student'); "
+    ask = "print(chat([{'role': 'user', 'content': 'Hello!'}])[0]['generated_text'][-1]['content'])"
+    commands = [f'python -c "{code}{ask}"'] if has_student else []
+    commands += [f"less {folder}/samples.md", "python -m kdx -m loss.temperature=1,2,4 loss.alpha=0.3,0.7"]
+    return ["next:", *(f"  {command}" for command in commands)]
+
+
+def environment(run: Prepared, folder: Path) -> dict[str, Any]:
+    """Versions, device, precision and commit: what a colleague needs to repeat the run."""
+    told = folder / "command.txt"
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "kdx": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "device": str(run.accelerator.device),
+        "machine": platform.machine(),
+        "num_threads": torch.get_num_threads(),
+        "processes": run.accelerator.num_processes,
+        "precision": run.precision(),
+        "teacher_precision": run.teacher.precision if run.teacher else None,
+        "git_commit": git.stdout.strip() or None,
+        "command": told.read_text(encoding="utf-8").strip() if told.is_file() else None,
+    }
 
 
 def closing_table(summary: dict[str, Any]) -> Table:
@@ -128,7 +214,3 @@ def count(number: int) -> str:
 
 def rules(counts: dict[str, int]) -> str:
     return "; ".join(f"{number:,} {rule}" for rule, number in counts.items())
-
-
-def as_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

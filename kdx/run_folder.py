@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,11 @@ class RunFolder:
         self.step = 0
         self.max_steps: int | None = None
 
-    def done(self) -> dict[str, Any] | None:
-        """The summary of a run that is done, else None."""
+    def done(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """The summary of a run that is done with this config, else None. Raises ConfigError if it was another."""
         if self.status().get("state") != "done":
             return None
+        self._refuse_drift(config)
         summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         return summary
 
@@ -56,22 +57,28 @@ class RunFolder:
         if is_main and status.get("state") == "running" and owner.get("pid") != os.getpid() and _alive(owner):
             what = f"in use by pid {owner['pid']} on host {owner['host']} since {status['updated']}"
             raise MachineError(str(self.path), what, "Wait for it, or choose another folder")
+        self._refuse_drift(config)
         file = self.path / "config.yaml"
-        wanted = json.loads(json.dumps(redact(config)))
-        if file.exists():
-            was = yaml.safe_load(file.read_text(encoding="utf-8"))
-            drift = [d for d in _differences(was, wanted) if not d[0].startswith(FREE)]
-            if drift:
-                lines = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, old, new in drift)
-                mend = "Use the same values, or another folder (run.like= starts a new run from this one's words)"
-                raise ConfigError(str(self.path), f"was started with another config ({lines})", mend)
-        elif is_main:
+        if is_main and not file.exists():
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                file.write_text(yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True), encoding="utf-8")
+                text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+                file.write_text(text, encoding="utf-8")
             except OSError as error:
                 what = f"cannot write there: {error.strerror}"
                 raise MachineError(str(self.path), what, "Choose another folder with hydra.run.dir=...") from None
+
+    def _refuse_drift(self, config: dict[str, Any]) -> None:
+        """Refuse to go on under another config than the run began with, but for what cannot change the student."""
+        file = self.path / "config.yaml"
+        if not file.exists():
+            return
+        was = yaml.safe_load(file.read_text(encoding="utf-8"))
+        drift = [d for d in _differences(was, _plain(config)) if not d[0].startswith(FREE)]
+        if drift:
+            lines = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, old, new in drift)
+            mend = "Use the same values, or another folder (run.like= starts a new run from this one's words)"
+            raise ConfigError(str(self.path), f"was started with another config ({lines})", mend)
 
     @contextmanager
     def reporting(self, is_main: bool) -> Iterator[None]:
@@ -128,17 +135,16 @@ class RunFolder:
         log.info("going on from %s", newest)
         return state
 
-    def untouched(self) -> dict[str, Any] | None:
-        """What was measured before training, if this run has done so already."""
-        file = self.path / "untouched.json"
-        if not file.is_file():
-            return None
-        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return kept
-
-    def keep_untouched(self, kept: dict[str, Any], is_main: bool) -> None:
+    def once(self, name: str, make: Callable[[], dict[str, Any]], is_main: bool) -> dict[str, Any]:
+        """What `make` gives, kept in the folder: a run that goes on reads it instead of making it again."""
+        file = self.path / name
+        if file.is_file():
+            kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return kept
+        made = make()
         if is_main:
-            write_beside(self.path / "untouched.json", json.dumps(kept, indent=2) + "\n")
+            write_beside(file, json.dumps(made, indent=2) + "\n")
+        return made
 
     def write_results(self, summary: dict[str, Any], rows: list[dict[str, Any]], samples: Any, page: str) -> None:
         """Write what a done run leaves, the summary last."""
@@ -171,6 +177,11 @@ def write_beside(file: Path, text: str | bytes) -> None:
     beside = file.with_name(f".{file.name}.tmp")
     beside.write_bytes(text.encode() if isinstance(text, str) else text)
     os.replace(beside, file)
+
+
+def _plain(config: dict[str, Any]) -> Any:
+    """A config as YAML gives it back, without secrets."""
+    return json.loads(json.dumps(redact(config)))
 
 
 def _differences(was: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

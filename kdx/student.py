@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from kdx.causal_lm import DTYPES, check_split, load_causal_lm, load_config
+from kdx.causal_lm import check_split, load_causal_lm, load_config
 from kdx.config import StudentConfig, TeacherConfig
 from kdx.errors import ConfigError
 
@@ -89,12 +89,12 @@ def cut(model: PreTrainedModel, layers: int | list[int]) -> PreTrainedModel:
     return smaller.eval()
 
 
-def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path, save_dtype: str, card: str) -> None:
-    """Write config, weights, tokenizer with chat template, generation config and model card as one model folder."""
+def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Write config, weights as they are, tokenizer with chat template and generation config as one model folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(DTYPES[save_dtype]).save_pretrained(folder)
+    model.config.use_cache = True
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
     umask = os.umask(0)
     os.umask(umask)
     for file in folder.iterdir():  # safetensors makes its files private, whatever the umask

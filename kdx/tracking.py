@@ -198,13 +198,18 @@ class Tracker:
         data = [[s["prompt"][-1]["content"], *(s[c] or "" for c in columns[1:])] for s in samples]
         self._wandb("log", {"samples": wandb.Table(columns=columns, data=data)})
 
-    def summary(self, values: dict[str, Any]) -> None:
-        """Set plain final scalars: what a sweep compares and a W&B sweep optimises."""
-        if self.wandb is not None:
-            try:
-                self.wandb.summary.update({k: v for k, v in values.items() if v is not None})
-            except Exception as error:  # W&B's trouble is not the run's
-                self._trouble(error)
+    def summary(self, summary: dict[str, Any], **columns: float) -> None:
+        """Set plain final scalars: what dashboards compare and a W&B sweep optimises."""
+        if self.wandb is None:
+            return
+        parts = (("eval", "student"), ("untouched", "untouched"), ("teacher", "teacher"), ("run", "run"))
+        scalars: dict[str, Any] = dict(columns)
+        for prefix, part in parts:
+            scalars |= {f"{prefix}/{k}": v for k, v in summary[part].items() if isinstance(v, int | float)}
+        try:
+            self.wandb.summary.update(scalars)
+        except Exception as error:  # W&B's trouble is not the run's
+            self._trouble(error)
 
     def finish(self, exit_code: int) -> None:
         """Close the W&B run, as failed unless exit_code is 0."""
@@ -224,7 +229,7 @@ class Tracker:
         log.warning("W&B: %s; metrics.jsonl has everything, %s", str(error).splitlines()[:1], self.wandb_line)
 
 
-def wandb_mode(asked: str) -> str:
+def wandb_mode(asked: str) -> Any:
     """online, offline or disabled: as asked, else as WANDB_MODE says, else online where there is a login."""
     if asked != "auto":
         return asked

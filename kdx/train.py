@@ -1,6 +1,5 @@
 """The training loop: plain accelerate, read top to bottom."""
 
-import logging
 import math
 import statistics
 import time
@@ -12,17 +11,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from kdx import checkpoint
 from kdx.batches import StepBatch, StepBatches
 from kdx.config import TrainConfig
 from kdx.errors import DivergedError
-from kdx.evaluate import MEASURES
+from kdx.evaluate import MEASURES, peak_memory
 from kdx.objective import StudentObjective
 from kdx.teacher import Teacher
 from kdx.tracking import Tracker
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,6 +36,14 @@ class State:
     stopped_by: str = "max_steps"
     seconds: float = 0.0  # spent in steps; evaluation and saving not counted
     step_seconds: list[float] = field(default_factory=list)
+
+    def add(self, batch: StepBatch, seconds: float) -> None:
+        """Count one step that is done."""
+        self.step += 1
+        self.tokens += batch.num_input_tokens
+        self.counted_tokens += batch.num_tokens
+        self.seconds += seconds
+        self.step_seconds = [*self.step_seconds[-199:], seconds]  # enough for a median
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -74,20 +80,17 @@ def train(
     for batch in batches.steps(state.step, max_steps):
         # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
         started = time.perf_counter()
-        kd, ce = _forward_backward(accelerator, module, batch, teacher if alpha > 0 else None)
-        grad_norm = _clip(accelerator, objective, config.max_grad_norm)
-        _check_finite(accelerator, batch, state.step + 1, grad_norm, kd, ce)
+        sums = forward_backward(accelerator, module, batch, teacher if alpha > 0 else None)
+        norm = accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm or math.inf)
+        kd, ce, grad_norm = torch.stack([*(sums / max(batch.num_tokens, 1)), norm.to(sums)]).tolist()  # the one read
+        check_finite(accelerator, batch, state.step + 1, kd, ce, grad_norm)
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        state.tokens += batch.num_input_tokens
-        state.counted_tokens += batch.num_tokens
         seconds = time.perf_counter() - started
-        state.seconds += seconds
-        state.step_seconds = [*state.step_seconds[-199:], seconds]
+        state.add(batch, seconds)
         window.append({"kd": kd, "ce": ce, "counted": batch.num_tokens, "tokens": batch.num_input_tokens, "s": seconds})
         tracker.advance(state.step, alpha * kd + (1 - alpha) * ce, batch.num_input_tokens / seconds)
 
@@ -142,49 +145,31 @@ def keep_best(
         state.num_worse += 1
 
 
-def _forward_backward(
-    accelerator: Accelerator, module: Any, batch: StepBatch, teacher: Teacher | None
-) -> tuple[float, float]:
-    """Accumulate one step's gradient → mean kd and ce over the step's counted positions, all processes."""
+def forward_backward(accelerator: Accelerator, module: Any, batch: StepBatch, teacher: Teacher | None) -> Tensor:
+    """Accumulate one step's gradient → the sums [2] of kd and ce over its counted positions, of all processes."""
     sums = []
-    for i, micro_batch in enumerate(batch.micro_batches):
+    for i, micro_batch in enumerate(batch.micro_batches, 1):
         micro_batch = micro_batch.to(accelerator.device)
         hidden = teacher.hidden(micro_batch) if teacher else None
-        is_last = i == len(batch.micro_batches) - 1
-        context = nullcontext() if is_last else accelerator.no_sync(module)
-        with context:
+        with nullcontext() if i == len(batch.micro_batches) else accelerator.no_sync(module):
             total, kd, ce = module(micro_batch, hidden, teacher.head if teacher else None)
             # DDP averages gradients over processes: undone here, once.
             accelerator.backward(total * (accelerator.num_processes / max(batch.num_tokens, 1)))
         sums.append(torch.stack([kd, ce]))
-    summed = accelerator.reduce(torch.stack(sums).sum(0), reduction="sum")
-    kd_sum, ce_sum = summed.tolist()
-    return kd_sum / max(batch.num_tokens, 1), ce_sum / max(batch.num_tokens, 1)
+    return accelerator.reduce(torch.stack(sums).sum(0), reduction="sum")
 
 
-def _clip(accelerator: Accelerator, objective: StudentObjective, max_norm: float | None) -> float:
-    norm = accelerator.clip_grad_norm_(objective.parameters(), math.inf if max_norm is None else max_norm)
-    return float(norm)
-
-
-def _check_finite(
-    accelerator: Accelerator, batch: StepBatch, step: int, grad_norm: float, kd: float, ce: float
-) -> None:
-    """Stop before the optimizer writes what is not finite into the weights (fp16's scaler may skip a step itself)."""
-    if math.isfinite(kd) and math.isfinite(ce) and (math.isfinite(grad_norm) or accelerator.scaler is not None):
-        return
-    term = (
-        "the distillation term"
-        if not math.isfinite(kd)
-        else "the cross-entropy"
-        if not math.isfinite(ce)
-        else "the gradient"
-    )
-    rows = ", ".join(row for micro_batch in batch.micro_batches for row in micro_batch.row_ids)[:200]
-    mend = "Lower optim.lr, raise optim.warmup_steps, or use train.precision=fp32"
-    raise DivergedError(
-        f"step {step}", f"{term} is not finite; the weights are those of step {step - 1} (rows: {rows})", mend
-    )
+def check_finite(accelerator: Accelerator, batch: StepBatch, step: int, kd: float, ce: float, grad_norm: float) -> None:
+    """Stop before the optimizer writes what is not finite into the weights. fp16's scaler skips such steps itself."""
+    terms = {"the distillation term": kd, "the cross-entropy": ce}
+    if accelerator.scaler is None:
+        terms["the gradient"] = grad_norm
+    wrong = next((name for name, value in terms.items() if not math.isfinite(value)), None)
+    if wrong is not None:
+        rows = ", ".join(row for micro_batch in batch.micro_batches for row in micro_batch.row_ids)[:200]
+        what = f"{wrong} is not finite; the weights are still those of step {step - 1} (rows: {rows})"
+        mend = "Lower optim.lr, raise optim.warmup_steps, or use train.precision=fp32"
+        raise DivergedError(f"step {step}", what, mend)
 
 
 def _means(window: list[dict[str, float]], alpha: float) -> dict[str, float | None]:
@@ -197,13 +182,3 @@ def _means(window: list[dict[str, float]], alpha: float) -> dict[str, float | No
         "train/ce": ce,
         "speed/tokens_per_second": speed,
     }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: of the GPU's allocator, or of the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-    import sys
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

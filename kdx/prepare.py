@@ -1,0 +1,210 @@
+"""All that a run is made of, built from its config before anything is trained: text first, then models, then steps."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from kdx import causal_lm, loss
+from kdx.batches import Encoder, Row, StepBatches, pad_id_of, prepare_tokenizer
+from kdx.config import Config
+from kdx.data import Dataset, check_source, load_data
+from kdx.errors import ConfigError, DataError, MachineError, ModelError
+from kdx.objective import Objective, StudentObjective
+from kdx.optim import optimizer_class
+from kdx.student import answer_greedily, load_student
+from kdx.teacher import Teacher, load_teacher
+from kdx.tracking import log
+
+MAX_NEW_TOKENS = 48  # of a sample answer, and by default of the student's answers
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to start."""
+
+    config: Config
+    accelerator: Accelerator
+    tokenizer: Any
+    template: str
+    data: Dataset
+    encoder: Encoder
+    rows: list[Row]
+    held_out_rows: list[Row]
+    teacher: Teacher | None
+    student: Any
+    num_ids: int
+    objective: StudentObjective
+    batches: StepBatches
+    max_steps: int
+
+    def counts(self) -> dict[str, Any]:
+        """Rows, counted tokens, and how many rows fell to which rule."""
+        return {
+            "num_rows": len(self.rows),
+            "num_validation_rows": len(self.held_out_rows),
+            "counted_tokens": sum(row.num_counted for row in self.rows),
+            "counted_validation_tokens": sum(row.num_counted for row in self.held_out_rows),
+            "num_dropped": dict(self.data.dropped + self.encoder.dropped),
+            "num_truncated": dict(self.data.changed + self.encoder.truncated),
+        }
+
+    def precision(self) -> str:
+        """What the student computes in."""
+        if self.accelerator.mixed_precision in ("bf16", "fp16"):
+            return f"{self.accelerator.mixed_precision} autocast over fp32 weights"
+        return "fp64" if self.config.train.precision == "fp64" else "fp32"
+
+
+def check_names(config: Config) -> None:
+    """Check the names and options that only registries know, before any data or model is read. Raises ConfigError."""
+    if config.loss.name != "cross_entropy":
+        try:
+            loss.check_options(config.loss.name, config.loss.options)
+        except ValueError as error:
+            raise ConfigError("loss", str(error), "See conf/loss/; one's own: KDX_PLUGINS=module") from None
+    elif config.loss.options:
+        known = "alpha, temperature, scale_by_temperature"
+        raise ConfigError(f"loss.{next(iter(config.loss.options))}", "is not an option here", f"It takes: {known}")
+    optimizer_class(config.optim)
+    check_source(config.data)
+
+
+def build_accelerator(config: Config) -> Accelerator:
+    """Choose device and precision, and refuse what accelerate would quietly do otherwise. Raises MachineError."""
+    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    precision = config.train.precision
+    if precision == "auto":
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision not in ("bf16", "fp16"):
+            device = torch.device("cpu") if cpu else Accelerator().device
+            precision = "bf16" if causal_lm.device_dtype(device)[0] == torch.bfloat16 else "fp32"
+    if precision == "fp16" and cpu:
+        raise MachineError("train.precision", "fp16 needs a GPU", "Use train.precision=bf16 or fp32")
+    AcceleratorState._reset_state(reset_partial_state=False)  # a job before this one may have had another precision
+    accelerator = Accelerator(
+        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+        cpu=cpu,
+        step_scheduler_with_optimizer=False,
+    )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes != accelerator.num_processes:
+        what = f"{processes} processes were started, but accelerate sees {accelerator.num_processes}"
+        raise MachineError("WORLD_SIZE", what, "Start them with torchrun, or with accelerate launch on GPUs")
+    return accelerator
+
+
+def prepare(config: Config, accelerator: Accelerator) -> Prepared:
+    """Read data and models as the run will. Raises KdxError; all faults in the data come before any weights are read."""
+    device, train = accelerator.device, config.train
+
+    tokenizer, max_length = load_tokenizers(config)
+    template = prepare_tokenizer(tokenizer, config.data)
+    data = load_data(config.data)
+    encoder = Encoder(tokenizer, max_length, config.data.on_long, config.data.assistant_only)
+    rows, held_out_rows = encoder.encode(data.train), encoder.encode(data.validation)
+    for what, left, given in (("training", rows, data.train), ("held-out", held_out_rows, data.validation)):
+        if given and not left:
+            rules = "; ".join(f"{number} {rule}" for rule, number in encoder.dropped.items())
+            raise DataError("data", f"no {what} row is left ({rules})", "Raise data.max_length, or give other data")
+
+    teacher = load_teacher(config.teacher, device, max_length) if config.teacher.path is not None else None
+    student = load_student(
+        config.student,
+        config.teacher,
+        dtype=torch.float64 if train.precision == "fp64" else torch.float32,
+        attn_implementation=causal_lm.attention_for(config.student, device, max_length),
+        seed=train.seed,
+    ).to(device)
+    answer_greedily(student, MAX_NEW_TOKENS)
+    num_ids = count_ids(tokenizer, student, teacher)
+    if train.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if train.compile:
+        student.base_model.compile()
+
+    batches = StepBatches(
+        rows,
+        batch_size=train.batch_size,
+        micro_batch_size=micro_batch_size(config, accelerator.num_processes),
+        seed=train.seed,
+        shuffle=config.data.shuffle,
+        pad_id=pad_id_of(tokenizer),
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    max_steps = train.max_steps
+    if max_steps is None:
+        assert train.epochs is not None
+        max_steps = math.ceil(train.epochs * batches.steps_per_epoch)
+    objective = Objective(
+        name=config.loss.name,
+        alpha=config.loss.alpha,
+        temperature=config.loss.temperature,
+        scale_by_temperature=config.loss.scale_by_temperature,
+        options=config.loss.options,
+    )
+    return Prepared(
+        config=config,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        template=template,
+        data=data,
+        encoder=encoder,
+        rows=rows,
+        held_out_rows=held_out_rows,
+        teacher=teacher,
+        student=student,
+        num_ids=num_ids,
+        objective=StudentObjective(student, num_ids, objective),
+        batches=batches,
+        max_steps=max_steps,
+    )
+
+
+def load_tokenizers(config: Config) -> tuple[Any, int]:
+    """Load the tokenizer, refuse two that differ, and find the longest row both models can read."""
+    limits = {"data.max_length": config.data.max_length}
+    tokenizers = []
+    if config.teacher.path is not None:
+        tokenizers.append(causal_lm.load_tokenizer(config.teacher, "teacher"))
+        limits["teacher"] = causal_lm.num_positions(causal_lm.load_config(config.teacher, "teacher"))
+    if config.student.init != "cut":
+        tokenizers.append(causal_lm.load_tokenizer(config.student, "student"))
+        limits["student"] = causal_lm.num_positions(causal_lm.load_config(config.student, "student"))
+    if len(tokenizers) == 2:
+        causal_lm.common_ids(*tokenizers)
+    known = [limit for limit in limits.values() if limit is not None]
+    if not known:
+        raise ConfigError("data.max_length", "is null, and the models do not say what they can read", "Give a number")
+    asked = config.data.max_length
+    if asked is not None and min(known) < asked:
+        who = " and ".join(name for name, limit in limits.items() if limit == min(known))
+        log.warning("data.max_length=%d, but the %s can read %d tokens: that is used", asked, who, min(known))
+    return tokenizers[-1], min(known)
+
+
+def count_ids(tokenizer: Any, student: Any, teacher: Teacher | None) -> int:
+    """The tokenizer's real ids: head rows past them are padding and are cut before the softmax. Raises ModelError."""
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    heads = {"student": causal_lm.head_of(student)} | ({"teacher": teacher.head} if teacher else {})
+    for group, head in heads.items():
+        if head.num_ids < num_ids:
+            what = f"its head has {head.num_ids} rows, its tokenizer {num_ids} ids"
+            raise ModelError(f"{group}.path", what, "Resize the model's embeddings, or use its own tokenizer")
+    return num_ids
+
+
+def micro_batch_size(config: Config, num_processes: int) -> int:
+    """Rows at once on one device. Raises ConfigError if the batch cannot be shared out evenly."""
+    size, asked = config.train.batch_size, config.train.micro_batch_size
+    share = num_processes if asked == "auto" else asked * num_processes
+    if size % share:
+        per = "" if asked == "auto" else f" × train.micro_batch_size={asked}"
+        what = f"is {size}, not a multiple of {num_processes} processes{per}"
+        raise ConfigError("train.batch_size", what, f"Try {max(share, size // share * share)}")
+    return size // num_processes if asked == "auto" else int(asked)
