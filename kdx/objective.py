@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from kdx import loss
 from kdx.batches import IGNORED, MicroBatch
@@ -34,7 +35,7 @@ class Objective:
         """The loss as one would write it down, with this run's numbers."""
         if self.alpha == 0:
             return "loss = CE(student, labels)"
-        options = "".join(f", {key}={value:g}" for key, value in self.options.items())
+        options = "".join(f", {key}={value}" for key, value in self.options.items())
         at = f"{self.name}(teacher, student{options}; τ={self.temperature:g})"
         square = f"{self.temperature**2:g}·" if self.scale_by_temperature else ""
         ce = f" + {1 - self.alpha:g}·CE(student, labels)" if self.alpha < 1 else ""
@@ -71,7 +72,7 @@ def distillation_loss(
         raise ValueError(f"alpha is {alpha}: it needs the teacher's hidden states, its head and a divergence")
     counted = (labels != IGNORED).nonzero().squeeze(-1)
     if num_tokens is None:
-        num_tokens = max(len(counted), 1)
+        num_tokens = len(counted)
     if teacher_hidden is not None:
         teacher_hidden = teacher_hidden[counted.to(teacher_hidden.device)]
     objective = Objective(
@@ -80,7 +81,7 @@ def distillation_loss(
     total, _, _ = summed_loss(
         student_hidden[counted], student_head, teacher_hidden, teacher_head, labels[counted], objective, chunk_size
     )
-    return total / num_tokens
+    return total / max(num_tokens, 1)
 
 
 def summed_loss(
@@ -162,6 +163,7 @@ class _ChunkedSum(torch.autograd.Function):
         return total.to(sum_dtype), kd_sum, ce_sum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes

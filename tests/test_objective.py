@@ -1,0 +1,719 @@
+"""The loss of a batch and its gradients against plain float64 loops (tests/plain.py), and sums over micro-batches.
+
+Mistakes seen in other toolkits, and the test here that such a version fails:
+    mean over batch × time × vocabulary, padding included     test_not_a_mean_over_vocabulary_and_padding
+    τ² in the value but not in the gradient                   test_finite_difference_over_gradient_is_1
+    temperature that never reaches the loss                   test_temperature_reaches_the_loss
+    mean per micro-batch, or per process                      test_any_split_gives_the_same_gradient,
+                                                              test_any_share_of_processes_gives_the_same_gradient
+    student outside of what is wrapped: no gradient sync      test_hooks_of_the_wrapper_see_every_gradient
+    answers of one temperature used at another                test_one_set_of_hidden_states_serves_every_temperature
+    chunks that autograd keeps alive: no memory saved         test_memory_does_not_grow_with_positions_times_vocabulary
+    mask made from the pad id, labels shifted twice or never  test_the_end_of_a_turn_counts_though_it_pads
+    padding with zero logits, or the other model's            test_padding_rows_change_nothing
+(those that concern single positions are in test_loss.py)
+
+N counted positions, V vocabulary, d / D width of student / teacher.
+"""
+
+import math
+
+import plain
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from kdx import loss
+from kdx.batches import MicroBatch, Row, StepBatches, collate
+from kdx.causal_lm import Head
+from kdx.objective import Objective, StudentObjective, distillation_loss
+from kdx.teacher import Teacher
+from kdx.train import forward_backward
+
+N, V, d, D = 7, 13, 5, 4
+IGNORED = -100
+each_name = pytest.mark.parametrize("name", sorted(plain.DEFINITIONS))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors: threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Case:
+    """Hidden states and heads of a random student and teacher; the student's are leaves."""
+
+    def __init__(self, n=N, v=V, dtype=torch.float64, seed=0, spread=1.0, bias=True, **how):
+        g = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return (spread * torch.randn(shape, generator=g, dtype=torch.float64)).to(dtype)
+
+        self.hidden, self.weight = random(n, d).requires_grad_(), random(v, d).requires_grad_()
+        self.bias = random(v).requires_grad_() if bias else None
+        self.teacher_hidden, self.teacher_head = random(n, D), Head(random(v, D), random(v))
+        self.labels = torch.randint(0, v, (n,), generator=g)
+        self.how = how  # scale and softcap of the student's head
+
+    @property
+    def leaves(self):
+        return [x for x in (self.hidden, self.weight, self.bias) if x is not None]
+
+    def to(self, dtype):
+        """The same numbers in another dtype, as new leaves."""
+        other = Case()
+        other.hidden, other.weight, other.bias = (
+            None if x is None else x.detach().to(dtype).requires_grad_() for x in (self.hidden, self.weight, self.bias)
+        )
+        other.teacher_hidden = self.teacher_hidden.to(dtype)
+        other.teacher_head = Head(self.teacher_head.weight.to(dtype), self.teacher_head.bias.to(dtype))
+        other.labels, other.how = self.labels, self.how
+        return other
+
+    def loss(self, **options):
+        options = {"alpha": 0.7, "temperature": 2.0} | options
+        head = Head(self.weight, self.bias, **self.how)
+        return distillation_loss(self.hidden, head, self.teacher_hidden, self.teacher_head, self.labels, **options)
+
+    def logits(self):
+        """Both models' logits [N, V], by the formula of a head."""
+        z = F.linear(self.hidden, self.weight, self.bias) * self.how.get("scale", 1.0)
+        cap = self.how.get("softcap")
+        t = F.linear(self.teacher_hidden, self.teacher_head.weight, self.teacher_head.bias)
+        return (z if cap is None else cap * (z / cap).tanh()), t
+
+    def plain(self, name="forward_kl", alpha=0.7, temperature=2.0, **options):
+        return plain.loss(*self.logits(), self.labels, name, alpha, temperature, **options)
+
+    def value_and_gradients(self, value):
+        return [value.detach(), *torch.autograd.grad(value, self.leaves)]
+
+
+def assert_close(ours, expected, tolerance):
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+# ---- value and gradients
+
+
+@each_name
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
+@pytest.mark.parametrize("how", [{}, {"softcap": 3.0, "scale": 0.5}, {"bias": False}])
+def test_any_chunk_size_gives_the_plain_value_and_gradients(name, dtype, tolerance, how):
+    case = Case(**how)
+    case.labels[2] = IGNORED
+    expected = case.value_and_gradients(case.plain(name))
+    ours = case.to(dtype)
+    for chunk_size in (1, 2, 3, N):
+        got = ours.value_and_gradients(ours.loss(name=name, chunk_size=chunk_size))
+        assert [x.dtype for x in got] == [dtype] * len(got)
+        assert_close(got, expected, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("jsd", {"beta": 0}),
+        ("jsd", {"beta": 0.2}),
+        ("jsd", {"beta": 1}),
+        ("skew_forward_kl", {"skew": 0.6}),
+        ("skew_reverse_kl", {"skew": 0.6}),
+        ("adaptive_kl", {"head_mass": 0.8}),
+    ],
+)
+@pytest.mark.parametrize("alpha", [1.0, 0.4])
+def test_options_reach_the_divergence(name, options, alpha):
+    case = Case()
+    expected = case.value_and_gradients(case.plain(name, alpha, **options))
+    assert_close(case.value_and_gradients(case.loss(name=name, alpha=alpha, chunk_size=3, **options)), expected, 1e-9)
+
+
+@each_name
+def test_gradcheck(name):
+    case = Case(n=3, v=6, softcap=3.0, scale=0.5)
+    case.labels[1] = IGNORED
+
+    def value(hidden, weight, bias):
+        case.hidden, case.weight, case.bias = hidden, weight, bias
+        return case.loss(name=name, chunk_size=2)
+
+    assert torch.autograd.gradcheck(value, case.leaves)
+
+
+@each_name
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_finite_difference_over_gradient_is_1(name, temperature):
+    case, step = Case(), 1e-6
+    value, grad, *_ = case.value_and_gradients(case.loss(name=name, alpha=1.0, temperature=temperature))
+    hidden, moved = case.hidden.detach(), []
+    for sign in (1, -1):
+        case.hidden = hidden + sign * step * grad
+        moved.append(case.loss(name=name, alpha=1.0, temperature=temperature).item())
+    ratio = (moved[0] - moved[1]) / (2 * step) / grad.square().sum().item()
+    assert ratio == pytest.approx(1, abs=1e-5)
+    # a gradient without τ² under a value with it would be off by just that
+    case.hidden = hidden.requires_grad_()
+    unscaled = case.loss(name=name, alpha=1.0, temperature=temperature, scale_by_temperature=False)
+    torch.testing.assert_close(value, temperature**2 * unscaled.detach())
+    torch.testing.assert_close(grad, temperature**2 * torch.autograd.grad(unscaled, case.hidden)[0])
+
+
+def test_gradient_stays_level_over_temperatures():
+    # small logits: at high temperature τ²·KL has the gradient (z_S − z_T)/V, whatever τ (Hinton et al., 2015)
+    case = Case(spread=0.3)
+    norms = [case.value_and_gradients(case.loss(alpha=1.0, temperature=t))[1].norm().item() for t in (8.0, 64.0)]
+    assert norms[0] / norms[1] == pytest.approx(1, abs=0.05)
+    bare = case.loss(alpha=1.0, temperature=64.0, scale_by_temperature=False)
+    assert case.value_and_gradients(bare)[1].norm().item() < norms[1] / 1000
+
+
+def test_temperature_reaches_the_loss():
+    case = Case()
+    one, two = (case.value_and_gradients(case.loss(temperature=t)) for t in (1.0, 2.0))
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(one, two, strict=True))
+    # and the distillation term alone: cross-entropy is taken at 1 always
+    one, two = (case.value_and_gradients(case.loss(alpha=0.0, temperature=t)) for t in (1.0, 2.0))
+    assert_close(one, two, 0)
+
+
+def test_cross_entropy_alone_is_torchs():
+    case = Case()
+    case.labels[[0, 3]] = IGNORED
+    expected = case.value_and_gradients(F.cross_entropy(case.logits()[0], case.labels))
+    assert_close(case.value_and_gradients(case.loss(alpha=0.0, chunk_size=2)), expected, 1e-9)
+    alone = distillation_loss(
+        case.hidden, Head(case.weight, case.bias), None, None, case.labels,
+        name="cross_entropy", alpha=0.0, temperature=1.0,
+    )  # fmt: skip
+    assert_close(case.value_and_gradients(alone), expected, 1e-9)
+
+
+@each_name
+def test_one_set_of_hidden_states_serves_every_temperature(name):
+    # what a teacher's kept answers must allow; the top of a distribution at τ = 1 does not
+    case = Case()
+    for temperature in (0.5, 1.0, 3.0):
+        expected = case.value_and_gradients(case.plain(name, temperature=temperature))
+        assert_close(case.value_and_gradients(case.loss(name=name, temperature=temperature)), expected, 1e-9)
+
+
+@each_name
+def test_zero_and_no_gradient_at_a_match(name):
+    case = Case(dtype=torch.float32)
+    case.teacher_hidden = case.hidden.detach()
+    case.teacher_head = Head(case.weight.detach(), case.bias.detach())
+    value, *grads = case.value_and_gradients(case.loss(name=name, alpha=1.0))
+    assert value.abs() < 1e-6
+    assert all(grad.abs().max() < 1e-5 for grad in grads)
+
+
+@each_name
+def test_no_row_near_a_match_loses_its_gradient(name):
+    case = Case(n=64, v=50, dtype=torch.float32)
+    case.teacher_hidden = case.hidden.detach() + 1e-4 * torch.randn(64, d, generator=torch.Generator().manual_seed(1))
+    case.teacher_head = Head(case.weight.detach(), case.bias.detach())
+    grad = case.value_and_gradients(case.loss(name=name, alpha=1.0))[1]
+    assert (grad.abs().amax(-1) > 0).all()
+
+
+@each_name
+@pytest.mark.parametrize("chunk_size", [16, 64])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_bf16_is_no_further_from_float64_than_plain_bf16(name, chunk_size, alpha):
+    ours_off, plain_off = [], []
+    for seed in range(4):  # one rounding may be lucky
+        low = Case(n=48, v=200, dtype=torch.bfloat16, seed=seed)
+        exact = low.to(torch.float64)
+        expected = exact.value_and_gradients(exact.loss(name=name, alpha=alpha))
+        ours = low.value_and_gradients(low.loss(name=name, alpha=alpha, chunk_size=chunk_size))
+
+        # the plain computation: torch's operations on bf16 tensors all the way, the divergence as the definition has it
+        student, teacher = low.logits()
+        s, t = (z.div(2.0).log_softmax(-1) for z in (student, teacher))
+        assert s.dtype == torch.bfloat16
+        kd = 4 * loss.get(name)(s, t).mean()
+        plain_bf16 = low.value_and_gradients(alpha * kd + (1 - alpha) * F.cross_entropy(student, low.labels))
+        ours_off.append([(a.double() - x).square().sum() for a, x in zip(ours, expected, strict=True)])
+        plain_off.append([(a.double() - x).square().sum() for a, x in zip(plain_bf16, expected, strict=True)])
+    assert (torch.tensor(ours_off).sum(0) <= torch.tensor(plain_off).sum(0)).all()
+
+
+# ---- masks and the denominator
+
+
+def test_uncounted_positions_change_nothing():
+    case = Case()
+    case.labels[[1, 4]] = IGNORED
+    with torch.no_grad():
+        case.hidden[1] = case.teacher_hidden[4] = math.inf  # not even through 0·∞
+    value, grad_hidden, *grads = case.value_and_gradients(case.loss(chunk_size=2))
+    assert (grad_hidden[[1, 4]] == 0).all()
+    kept = [0, 2, 3, 5, 6]
+    few = case.to(torch.float64)
+    few.hidden = case.hidden.detach()[kept].requires_grad_()
+    few.teacher_hidden, few.labels = case.teacher_hidden[kept], case.labels[kept]
+    assert_close([value, grad_hidden[kept], *grads], few.value_and_gradients(few.plain()), 1e-9)
+
+
+@each_name
+@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize("num_tokens", [None, 0, 5])
+def test_no_counted_position_is_exactly_0(name, n, num_tokens):
+    case = Case(n=n)
+    case.labels[:] = IGNORED
+    value, *grads = case.value_and_gradients(case.loss(name=name, num_tokens=num_tokens))
+    assert value.item() == 0
+    assert [g.shape for g in grads] == [x.shape for x in case.leaves]
+    assert all((g == 0).all() for g in grads)
+
+
+def test_order_of_positions_changes_nothing():
+    case = Case()
+    value, grad_hidden, *grads = case.value_and_gradients(case.loss(chunk_size=3))
+    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    other = case.to(torch.float64)
+    other.hidden = case.hidden.detach()[order].requires_grad_()
+    other.teacher_hidden, other.labels = case.teacher_hidden[order], case.labels[order]
+    got = other.value_and_gradients(other.loss(chunk_size=3))
+    assert_close(got, [value, grad_hidden[order], *grads], 1e-12)
+
+
+def test_not_a_mean_over_vocabulary_and_padding():
+    case = Case()
+    value = case.loss(alpha=1.0, temperature=1.0).item()
+    student, teacher = case.logits()
+    elements = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
+    assert value == pytest.approx(elements.sum().item() / N)
+    assert value == pytest.approx(V * elements.mean().item())  # what reduction="mean" makes of it is V times less
+    padded = case.to(torch.float64)
+    padded.hidden = F.pad(case.hidden.detach(), (0, 0, 0, 9)).requires_grad_()
+    padded.teacher_hidden, padded.labels = (
+        F.pad(case.teacher_hidden, (0, 0, 0, 9)),
+        F.pad(case.labels, (0, 9), value=IGNORED),
+    )
+    assert padded.loss(alpha=1.0, temperature=1.0).item() == pytest.approx(value)
+
+
+def test_num_tokens_is_the_denominator():
+    case = Case()
+    whole = case.value_and_gradients(case.loss())
+    assert_close([x / 3 for x in whole], case.value_and_gradients(case.loss(num_tokens=3 * N)), 1e-12)
+
+
+# ---- heads
+
+
+@each_name
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_padding_rows_change_nothing(name, who):
+    case = Case()
+    expected = case.value_and_gradients(case.loss(name=name))
+    wide = case.to(torch.float64)
+    more = torch.full((4, d if who == "student" else D), 2.0).double()  # rows as a real checkpoint has them: not 0
+    if who == "student":
+        wide.weight = torch.cat([case.weight.detach(), more]).requires_grad_()
+        wide.bias = F.pad(case.bias.detach(), (0, 4), value=1.0).requires_grad_()
+    else:
+        head = case.teacher_head
+        wide.teacher_head = Head(torch.cat([head.weight, more]), F.pad(head.bias, (0, 4), value=1.0))
+    value, grad_hidden, grad_weight, grad_bias = wide.value_and_gradients(wide.loss(name=name))
+    assert_close([value, grad_hidden, grad_weight[:V], grad_bias[:V]], expected, 1e-12)
+    assert (grad_weight[V:] == 0).all()
+    assert (grad_bias[V:] == 0).all()
+
+
+@each_name
+@pytest.mark.parametrize("both", [True, False])
+def test_excluded_tokens_are_finite(name, both):
+    case = Case()
+    case.labels.clamp_(max=V - 3)
+    case.teacher_head.bias[-2:] = -math.inf
+    if both:
+        with torch.no_grad():
+            case.bias[-2:] = -math.inf
+    got = case.value_and_gradients(case.loss(name=name, chunk_size=2))
+    assert all(x.isfinite().all() for x in got)
+    if both:  # the same as without those tokens
+        few = case.to(torch.float64)
+        few.weight, few.bias = (x.detach()[: V - 2].requires_grad_() for x in (case.weight, case.bias))
+        few.teacher_head = case.teacher_head.cut(V - 2)
+        expected = few.value_and_gradients(few.plain(name))
+        assert (got[2][-2:] == 0).all()
+        assert_close([got[0], got[1], got[2][:-2], got[3][:-2]], expected, 1e-9)
+
+
+def test_only_what_asks_for_a_gradient_gets_one():
+    case = Case()
+    expected = case.value_and_gradients(case.loss())
+    case.weight.requires_grad_(False)
+    value = case.loss()
+    value.backward()
+    assert case.weight.grad is None
+    assert_close([value.detach(), case.hidden.grad, case.bias.grad], [expected[i] for i in (0, 1, 3)], 1e-12)
+    with torch.no_grad():
+        assert not case.loss().requires_grad
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    case = Case()
+    (grad,) = torch.autograd.grad(case.loss().square(), case.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_mixed_precision_matches_heads_in_that_precision():
+    case = Case(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = case.value_and_gradients(case.loss())
+    assert {x.dtype for x in got} == {torch.float32}
+    expected = case.value_and_gradients(case.loss())
+    assert_close(got, expected, 0.05)
+    assert not torch.equal(got[0], expected[0])  # autocast did something
+
+
+# ---- own losses, errors, words
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A copy of the registry, so that a test's own losses are gone after it."""
+    monkeypatch.setattr(loss, "_REGISTRY", dict(loss._REGISTRY))
+
+
+def test_own_loss_with_its_options(registry):
+    @loss.register
+    def squared_gap(student, teacher, power: float = 2.0):
+        return (student.exp() - teacher.exp()).abs().pow(power).sum(-1)
+
+    case = Case()
+    student, teacher = case.logits()
+    gaps = ((student / 3).softmax(-1) - (teacher / 3).softmax(-1)).abs() ** 4
+    expected = case.value_and_gradients(9 * gaps.sum(-1).mean())
+    got = case.loss(name="squared_gap", alpha=1.0, temperature=3.0, chunk_size=2, power=4.0)
+    assert_close(case.value_and_gradients(got), expected, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"name": "kl"}, "choices: adaptive_kl, forward_kl"),
+        ({"name": "jsd", "gamma": 1}, "its options: beta"),
+        ({"name": "jsd", "beta": 2}, "between 0 and 1"),
+        ({"alpha": 1.5}, r"alpha is 1\.5 \(between 0 and 1\)"),
+        ({"alpha": -0.1}, "between 0 and 1"),
+        ({"temperature": 0.0}, r"temperature 0\.0 \(above 0\)"),
+        ({"name": "cross_entropy", "alpha": 0.5}, "it needs the teacher's hidden states, its head and a divergence"),
+    ],
+)
+def test_errors_name_what_is_allowed(options, says):
+    with pytest.raises(ValueError, match=says):
+        Case().loss(**options)
+
+
+def test_a_missing_teacher_is_refused():
+    case = Case()
+    case.teacher_head = None
+    with pytest.raises(ValueError, match=r"alpha is 0\.7: it needs the teacher's hidden states"):
+        case.loss()
+
+
+@pytest.mark.parametrize(
+    ("objective", "formula"),
+    [
+        (Objective(alpha=0.0), "loss = CE(student, labels)"),
+        (Objective(alpha=0.25, temperature=2.0), "loss = 0.25·4·forward_kl(teacher, student; τ=2) + 0.75·CE(student, labels)"),
+        (Objective(alpha=1.0, temperature=2.0, scale_by_temperature=False), "loss = 1·forward_kl(teacher, student; τ=2)"),
+        (
+            Objective(name="jsd", alpha=1.0, options={"beta": 0.2, "how": "mine"}),
+            "loss = 1·1·jsd(teacher, student, beta=0.2, how=mine; τ=1)",
+        ),
+    ],
+)  # fmt: skip
+def test_formula(objective, formula):
+    assert objective.formula() == formula
+
+
+# ---- memory
+
+
+def retained_chunks(case, chunk_size):
+    """Chunks by name: each one's logits stay in the graph until backward."""
+    total = 0.0
+    for start in range(0, len(case.labels), chunk_size):
+        rows = slice(start, start + chunk_size)
+        student = case.hidden[rows] @ case.weight.T + case.bias
+        teacher = case.teacher_head.logits(case.teacher_hidden[rows])
+        kd = loss.divergence("forward_kl", student, teacher, 2.0).sum()
+        total = total + 0.7 * kd + 0.3 * F.cross_entropy(student, case.labels[rows], reduction="sum")
+    return total / len(case.labels)
+
+
+def peak(compute):
+    with plain.PeakBytes() as measured:
+        compute().backward()
+    return measured.peak
+
+
+def saves_memory(compute):
+    """Whether 16 times the positions cost far less than the logits that they have."""
+    v = 500
+    few, many = (Case(n=n, v=v, dtype=torch.float32) for n in (32, 512))
+    grown = peak(lambda: compute(many)) - peak(lambda: compute(few))
+    return grown < (512 - 32) * v * 4 / 5  # bytes of the further logits of one model, a fifth of them
+
+
+@each_name
+def test_memory_does_not_grow_with_positions_times_vocabulary(name):
+    assert saves_memory(lambda case: case.loss(name=name, chunk_size=16))
+
+
+def test_the_measure_of_memory_sees_chunks_that_autograd_keeps():
+    case = Case(n=32, v=500)
+    assert_close(
+        case.value_and_gradients(retained_chunks(case, 16)), case.value_and_gradients(case.loss(chunk_size=16)), 1e-9
+    )  # the numbers are right, only
+    assert not saves_memory(lambda case: retained_chunks(case, 16))
+    assert not saves_memory(lambda case: case.loss(chunk_size=512))
+
+
+# ---- whole models: micro-batches, processes, masks
+
+
+END = 0  # ends a turn, ends a text, and pads: all three, as in GPT-2
+ROWS = [  # very different numbers of counted tokens, one row with none to predict but the last
+    Row("a", [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, END], [False] * 2 + [True] * 10),
+    Row("b", [5, 6, END], [False, False, True]),
+    Row("c", [16, 17, END, 18, END], [False, True, True, False, True]),
+    Row("d", [9, 8, 7, 6, 5, 4, 3, END], [False] * 7 + [True]),
+    Row("e", [3, END], [False, True]),
+    Row("f", [21, 22, 23, 24, 25, 26, 27, 28, 29, END], [False] + [True] * 9),
+    Row("g", [30, 31, 2], [True, False, True]),
+    Row("h", [1, 2, 3, 4, 5, 6], [False, False, False, True, True, True]),
+]
+NUM_IDS = 32
+
+
+def student_model(seed=0, kind="llama"):
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=NUM_IDS + 3, n_embd=8, n_layer=1, n_head=2, n_positions=16)
+        model = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=NUM_IDS + 3, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, tie_word_embeddings=True, max_position_embeddings=16,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+    model = model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)  # fresh weights say nearly nothing
+    return model
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher(student_model(seed=1, kind="gpt2"), "fp64")
+
+
+def step_of(rows, micro_batch_size, rank=0, num_processes=1):
+    batches = StepBatches(
+        rows, batch_size=len(rows), micro_batch_size=micro_batch_size, seed=0, shuffle=False, pad_id=END,
+        rank=rank, num_processes=num_processes,
+    )  # fmt: skip
+    return next(iter(batches.steps(0, 1)))
+
+
+def naive_step(model, teacher, alpha, temperature, rows=ROWS):
+    """One row after the other, without padding, from the model's own logits; labels shifted by hand."""
+    total, counted = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row.tokens])
+        student = model(input_ids=ids).logits[0, :, :NUM_IDS]
+        with torch.no_grad():
+            theirs = teacher(input_ids=ids).logits[0, :, :NUM_IDS]
+        for t in range(1, len(row.tokens)):
+            if row.counted[t]:
+                s, q = student[t - 1][None], theirs[t - 1][None]
+                kd = plain.divergence("forward_kl", s, q, temperature)[0]
+                total = total + alpha * kd - (1 - alpha) * s[0].log_softmax(0)[row.tokens[t]]
+                counted += 1
+    (total / counted).backward()
+    return [p.grad for p in model.parameters()], (total / counted).item()
+
+
+def gradients(model):
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("micro_batch_size", [8, 4, 1])
+def test_any_split_gives_the_same_gradient(accelerator, teacher, kind, alpha, micro_batch_size):
+    expected, expected_loss = naive_step(student_model(kind=kind), teacher.model, alpha, 2.0)
+    model = student_model(kind=kind)
+    module = StudentObjective(model, NUM_IDS, Objective(alpha=alpha, temperature=2.0), chunk_size=5)
+    step = step_of(ROWS, micro_batch_size)
+    assert step.num_tokens == sum(sum(row.counted[1:]) for row in ROWS)
+    assert (
+        len({len(batch.counted_labels) for batch in step.micro_batches}) == len(step.micro_batches)
+        or micro_batch_size == 1
+    )
+    kd, ce = (forward_backward(accelerator, module, step, teacher if alpha > 0 else None) / step.num_tokens).tolist()
+    assert alpha * kd + (1 - alpha) * ce == pytest.approx(expected_loss, rel=1e-9)
+    assert_close(gradients(model), expected, 1e-9)
+
+
+def test_a_mean_per_micro_batch_would_be_another_gradient(accelerator, teacher):
+    expected, _ = naive_step(student_model(), teacher.model, 0.6, 2.0)
+    model = student_model()
+    module = StudentObjective(model, NUM_IDS, Objective(alpha=0.6, temperature=2.0))
+    for batch in step_of(ROWS, 4).micro_batches:
+        total, _, _ = module(batch, teacher.hidden(batch), teacher.head)
+        (total / len(batch.counted_labels) / 2).backward()
+    off = max((a - b).abs().max() / b.abs().max() for a, b in zip(gradients(model), expected, strict=True))
+    assert off > 0.05
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 5])
+def test_any_share_of_processes_gives_the_same_gradient(teacher, num_processes):
+    # 7 rows do not divide: some processes get fewer, and one may get an empty micro-batch
+    rows = ROWS[:7]
+    expected, _ = naive_step(student_model(), teacher.model, 0.6, 2.0, rows)
+    model = student_model()
+    module = StudentObjective(model, NUM_IDS, Objective(alpha=0.6, temperature=2.0))
+    for rank in range(num_processes):
+        step = step_of(rows, 2, rank, num_processes)
+        for batch in step.micro_batches:
+            total, _, _ = module(batch, teacher.hidden(batch), teacher.head)
+            (total / step.num_tokens).backward()  # gradients add up, as over processes
+    assert_close(gradients(model), expected, 1e-9)
+
+
+def test_a_batch_without_counted_positions_gives_zero_gradients(accelerator, teacher):
+    model = student_model()
+    module = StudentObjective(model, NUM_IDS, Objective())
+    empty = [Row("x", [5, 6, 7], [True, False, False]), Row("y", [5, 6], [False, False])]
+    sums = forward_backward(accelerator, module, step_of(empty, 1), teacher)
+    assert sums.tolist() == [0.0, 0.0]
+    assert all((g == 0).all() for g in gradients(model))
+
+
+def test_the_end_of_a_turn_counts_though_it_pads(teacher):
+    batch = collate(ROWS, END)
+    ends = (batch.counted_labels == END).sum().item()
+    assert (
+        ends == sum(token == END and c for row in ROWS for token, c in zip(row.tokens, row.counted, strict=True)) == 7
+    )
+    model = student_model()
+    hidden = {}
+    module = StudentObjective(model, NUM_IDS, Objective(alpha=0.0))
+    model.base_model.register_forward_hook(lambda _, __, output: hidden.update(last=output.last_hidden_state))
+    _, _, ce = module(batch, None, None)
+    # labels made the other way: shifted by one, −100 where nothing counts, the mask from lengths alone
+    labels = torch.full((8, 12), IGNORED)
+    for i, row in enumerate(ROWS):
+        for t in range(1, len(row.tokens)):
+            if row.counted[t]:
+                labels[i, t - 1] = row.tokens[t]
+    logits = model.get_output_embeddings()(hidden["last"])[..., :NUM_IDS]
+    torch.testing.assert_close(ce, F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+    for wrong in (
+        labels.masked_fill(labels == END, IGNORED),  # a mask from the pad id: the student never learns to stop
+        labels.roll(1, dims=1),  # labels not shifted
+        labels.roll(-1, dims=1),  # labels shifted twice
+    ):
+        other = F.cross_entropy(logits.flatten(0, 1), wrong.flatten(), reduction="sum")
+        assert (other - ce).abs() > 0.5
+
+
+def test_padding_of_a_row_changes_nothing(teacher):
+    batch = collate(ROWS[:3], END)
+    more = MicroBatch(
+        F.pad(batch.input_ids, (0, 3), value=7), F.pad(batch.attention_mask, (0, 3)),
+        batch.positions + 3 * batch.row_of, batch.counted_labels, batch.row_of, batch.row_ids,
+    )  # fmt: skip
+    module = StudentObjective(student_model(), NUM_IDS, Objective(temperature=2.0))
+    assert_close(
+        module(more, teacher.hidden(more), teacher.head), module(batch, teacher.hidden(batch), teacher.head), 1e-9
+    )
+
+
+def test_hooks_of_the_wrapper_see_every_gradient(tmp_path, teacher):
+    # DDP syncs in hooks that fire only if its own forward runs and every parameter is inside of it
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        expected, _ = naive_step(student_model(), teacher.model, 0.6, 2.0)
+        model = student_model()
+        module = nn.parallel.DistributedDataParallel(
+            StudentObjective(model, NUM_IDS, Objective(alpha=0.6, temperature=2.0))
+        )
+        seen = []
+
+        def halve(_, bucket):
+            seen.extend(bucket.parameters())
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer() / 2)
+            return done
+
+        module.register_comm_hook(None, halve)
+        batch = collate(ROWS, END)
+        total, _, _ = module(batch, teacher.hidden(batch), teacher.head)
+        (total / len(batch.counted_labels)).backward()
+        assert {id(p) for p in seen} == {id(p) for p in model.parameters()}
+        assert_close(gradients(model), [g / 2 for g in expected], 1e-9)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_teacher_gets_no_gradient(teacher):
+    batch = collate(ROWS, END)
+    module = StudentObjective(student_model(), NUM_IDS, Objective(alpha=0.6))
+    hidden = teacher.hidden(batch)
+    assert not hidden.requires_grad
+    module(batch, hidden, teacher.head)[0].backward()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
+
+
+# ---- any shape
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(
+    n=st.integers(0, 6), v=st.integers(1, 12), chunk_size=st.integers(1, 7), seed=st.integers(0, 10_000),
+    spread=st.sampled_from([0.1, 1.0, 20.0]), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    name=st.sampled_from(sorted(plain.DEFINITIONS)), alpha=st.sampled_from([0.0, 0.3, 1.0]),
+    temperature=st.sampled_from([0.5, 1.0, 4.0]), bias=st.booleans(), excluded=st.integers(0, 3), hidden_rows=st.sets(st.integers(0, 5)),
+)  # fmt: skip
+def test_any_case_is_finite_and_the_same_in_any_chunk(
+    n, v, chunk_size, seed, spread, dtype, name, alpha, temperature, bias, excluded, hidden_rows
+):
+    case = Case(n=n, v=v, dtype=dtype, seed=seed, spread=spread, bias=bias)
+    for row in hidden_rows:
+        case.labels[row : row + 1] = IGNORED
+    case.teacher_head.bias[1 : 1 + excluded] = -math.inf
+    options = {"name": name, "alpha": alpha, "temperature": temperature}
+    whole = case.value_and_gradients(case.loss(**options, chunk_size=100))
+    assert all(x.isfinite().all() for x in whole)
+    assert whole[0] >= -1e-4
+    # bf16: chunks round their part of the weight's gradient
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.05}[dtype]
+    parts = case.value_and_gradients(case.loss(**options, chunk_size=chunk_size))
+    for a, b in zip(parts, whole, strict=True):
+        size = b.double().abs().max().item() if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * (1 + size))
