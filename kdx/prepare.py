@@ -123,7 +123,7 @@ def prepare(config: Config, accelerator: Accelerator) -> Prepared:
     answer_greedily(student, MAX_NEW_TOKENS)
     num_ids = count_ids(tokenizer, student, teacher)
     if train.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        causal_lm.checkpoint_activations(student)
     if train.compile:
         student.base_model.compile()
 

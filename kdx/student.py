@@ -32,7 +32,7 @@ def load_student(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
         shape, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=config.trust_remote_code
-    )
+    ).eval()
     check_split(model, "student")
     return model
 
@@ -85,8 +85,9 @@ def cut(model: PreTrainedModel, layers: int | list[int]) -> PreTrainedModel:
     smaller.load_state_dict(weights, strict=True)
     smaller.tie_weights()
     smaller.generation_config = copy.deepcopy(model.generation_config)
+    smaller.eval()
     check_split(smaller, "student")
-    return smaller.eval()
+    return smaller
 
 
 def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
