@@ -1,0 +1,428 @@
+"""The split of a model into backbone and head, held to the model's own logits; loading, and what is refused.
+
+Tiny models with fresh weights, built here from their configurations: nothing is fetched.
+N counted positions, V vocabulary, d width, B rows, T positions of a row.
+"""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from kdx import causal_lm
+from kdx.batches import Row, collate
+from kdx.causal_lm import Head, check_split, common_ids, counted_hidden, head_of
+from kdx.config import ModelConfig
+from kdx.errors import MachineError, ModelError
+
+V, d = 40, 16
+SHAPE = {
+    "vocab_size": V, "hidden_size": d, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+CONFIGS = {
+    "llama, tied": lambda: hf.LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama, untied": lambda: hf.LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "gpt2": lambda: hf.GPT2Config(vocab_size=V, n_embd=d, n_layer=2, n_head=2, n_positions=32),
+    "gemma2, soft-capped": lambda: hf.Gemma2Config(
+        **SHAPE, head_dim=8, final_logit_softcapping=0.5, layer_types=["full_attention"] * 2
+    ),
+    "cohere, logit_scale": lambda: hf.CohereConfig(**SHAPE, logit_scale=0.0625),
+    "granite, logits_scaling": lambda: hf.GraniteConfig(**SHAPE, logits_scaling=8.0),
+    "phi, bias": lambda: hf.PhiConfig(**SHAPE),
+    "qwen2": lambda: hf.Qwen2Config(**SHAPE),
+    "gpt-neox": lambda: hf.GPTNeoXConfig(
+        **{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}, rotary_pct=0.5
+    ),
+}  # fmt: skip
+each_model = pytest.mark.parametrize("kind", CONFIGS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors: threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(kind, dtype=torch.float64, spread=4.0):
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation="eager").to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(spread)  # fresh weights give logits so small that a soft-cap hardly shows
+        bias = getattr(model.get_output_embeddings(), "bias", None)
+        if bias is not None:
+            bias.normal_()
+    return model
+
+
+# ---- the head
+
+
+@each_model
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_head_of_backbone_is_what_the_model_computes(kind, dtype, tolerance):
+    model = build(kind, dtype)
+    ids = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        own = model(input_ids=ids).logits
+        ours = head_of(model).logits(model.base_model(input_ids=ids).last_hidden_state)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, own, rtol=tolerance, atol=tolerance)
+    check_split(model, "student")
+
+
+@each_model
+def test_gradients_reach_the_weights_as_in_the_model(kind):
+    model = build(kind)
+    ids = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(1))
+
+    def gradients(logits):
+        model.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = gradients(model(input_ids=ids).logits)
+    ours = gradients(head_of(model).logits(model.base_model(input_ids=ids).last_hidden_state))
+    assert ours.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-9, atol=1e-11)
+
+
+def test_what_each_family_does_to_its_logits_is_seen():
+    assert head_of(build("cohere, logit_scale")).scale == 0.0625
+    assert head_of(build("granite, logits_scaling")).scale == 1 / 8
+    assert head_of(build("gemma2, soft-capped")).softcap == 0.5
+    assert head_of(build("phi, bias")).bias.shape == (V,)
+    tied, untied = build("llama, tied"), build("llama, untied")
+    assert head_of(tied).weight is tied.get_input_embeddings().weight
+    assert head_of(untied).weight is not untied.get_input_embeddings().weight
+    plain = head_of(tied)
+    assert (plain.scale, plain.softcap, plain.bias) == (1.0, None, None)
+
+
+def random_head(dtype=torch.float64, **how):
+    g = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for shape in [(V, d), (V,)])
+    return Head(weight, bias, **how), torch.randn(6, d, generator=g, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("how", [{}, {"scale": 0.3}, {"softcap": 5.0}, {"scale": 0.3, "softcap": 2.0}])
+def test_head_follows_its_formula(how):
+    head, hidden = random_head(**how)
+    scale, cap = how.get("scale", 1.0), how.get("softcap")
+    for i in range(len(hidden)):
+        for v in range(V):
+            z = scale * (torch.dot(hidden[i], head.weight[v]) + head.bias[v])
+            z = z if cap is None else cap * torch.tanh(z / cap)
+            assert head.logits(hidden)[i, v].item() == pytest.approx(z.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("how", [{}, {"scale": 0.3}, {"softcap": 5.0}, {"scale": 0.3, "softcap": 2.0}])
+def test_through_is_the_derivative_of_the_head(how):
+    head, hidden = random_head(**how)
+    product = torch.zeros(6, V, dtype=torch.float64, requires_grad=True)
+    logits = Head(head.weight, head.bias + product, **how).logits(hidden)
+    grad = torch.randn(6, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (expected,) = torch.autograd.grad(logits, product, grad)
+    torch.testing.assert_close(head.through(logits.detach(), grad.clone()), expected)
+
+
+def test_cut_keeps_the_first_rows_as_views():
+    head, hidden = random_head(scale=0.3, softcap=5.0)
+    cut = head.cut(30)
+    assert cut.num_ids == 30
+    torch.testing.assert_close(cut.logits(hidden), head.logits(hidden)[:, :30])
+    assert cut.weight.data_ptr() == head.weight.data_ptr()
+    assert cut.bias.data_ptr() == head.bias.data_ptr()
+    assert (cut.scale, cut.softcap) == (0.3, 5.0)
+    assert head.cut(V) is head
+    assert Head(head.weight).cut(30).bias is None
+
+
+def test_logits_are_float32_at_least():
+    for dtype, out in [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]:
+        head, hidden = random_head(dtype)
+        assert head.logits(hidden).dtype == out
+        assert head.logits(hidden.float()).dtype == out  # the product runs in the weight's dtype
+    head, hidden = random_head(torch.bfloat16)
+    expected = (hidden @ head.weight.T).float() + head.bias  # the bias is added after the product, without its rounding
+    assert torch.equal(head.logits(hidden), expected)
+
+
+def test_compute_dtype_is_autocasts_where_it_is_on():
+    head, hidden = random_head(torch.float32)
+    assert head.in_compute_dtype() is head
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = head.in_compute_dtype()
+        assert low.weight.dtype == torch.bfloat16
+        assert low.bias is head.bias
+        assert torch.equal(low.logits(hidden), (hidden.bfloat16() @ head.weight.bfloat16().T).float() + head.bias)
+        assert head.logits(hidden).dtype == torch.float32  # autocast is off inside of it
+        exact, _ = random_head(torch.float64)
+        assert exact.in_compute_dtype() is exact
+
+
+def test_detached_shares_the_numbers_without_gradient():
+    head, hidden = random_head(scale=0.5)
+    weight = head.weight.clone().requires_grad_()
+    copy = head.detached(weight, None)
+    assert not copy.weight.requires_grad
+    assert (copy.bias, copy.scale) == (None, 0.5)
+    assert torch.equal(copy.logits(hidden), 0.5 * (hidden @ head.weight.T))
+
+
+@pytest.mark.parametrize("kind", ["llama, tied", "gpt2"])
+def test_counted_hidden_are_those_before_a_counted_token(kind):
+    model = build(kind)
+    rows = [Row("a", [3, 4, 5, 6, 0], [False, True, False, True, True]), Row("b", [7, 0, 8], [False, True, True])]
+    with torch.no_grad():
+        hidden = counted_hidden(model, collate(rows, pad_id=0))
+        expected = []
+        for row in rows:  # one by one, without padding
+            last = model.base_model(input_ids=torch.tensor([row.tokens])).last_hidden_state[0]
+            expected += [last[t - 1] for t in range(1, len(row.tokens)) if row.counted[t]]
+    torch.testing.assert_close(hidden, torch.stack(expected), rtol=1e-9, atol=1e-11)
+
+
+# ---- the proof at load
+
+
+def changed(forward_of):
+    """A Llama whose forward does one thing more to its logits."""
+
+    class Changed(hf.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = forward_of(output.logits)
+            return output
+
+    torch.manual_seed(0)
+    return Changed(CONFIGS["llama, tied"]()).double().eval()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda z: 2 * z,
+        lambda z: 30 * torch.tanh(z / 30),  # on fresh weights hardly to be seen
+        lambda z: z.roll(1, 1),
+        lambda z: z - 1e-3 * torch.arange(V),
+        lambda z: z * float("nan"),
+    ],
+    ids=["scaled", "soft-capped", "shifted in time", "biased", "nan"],
+)
+def test_a_model_that_does_more_is_refused_by_name(more):
+    with pytest.raises(ModelError, match=r"student\.path: Changed does more to its logits than kdx knows") as error:
+        check_split(changed(more), "student")
+    assert "off by" in str(error.value)
+
+
+def test_a_plain_subclass_is_taken():
+    check_split(changed(lambda z: z), "student")
+
+
+def test_a_forgotten_soft_cap_is_seen_in_float32():
+    model = build("gemma2, soft-capped", torch.float32, spread=1.0)
+    check_split(model, "teacher")
+    model.get_output_embeddings().weight = torch.nn.Parameter(model.get_output_embeddings().weight * 3)
+    model.config.final_logit_softcapping = 30.0
+    check_split(model, "teacher")
+    own = model.forward
+
+    def forward(*args, **kwargs):  # the model keeps its cap, its configuration no longer says so
+        model.config.final_logit_softcapping = 2.0
+        output = own(*args, **kwargs)
+        model.config.final_logit_softcapping = None
+        return output
+
+    model.forward = forward
+    model.config.final_logit_softcapping = None
+    with pytest.raises(ModelError, match="does more to its logits"):
+        check_split(model, "teacher")
+
+
+def test_a_model_without_head_is_refused():
+    backbone = build("llama, tied").base_model
+    with pytest.raises(ModelError, match=r"teacher\.path: LlamaModel has no backbone and output head"):
+        check_split(backbone, "teacher")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_passes_the_proof(dtype):
+    for kind in CONFIGS:
+        check_split(build(kind, dtype, spread=1.0), "student")
+
+
+# ---- tokenizers
+
+
+def tokenizer(words):
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    core.pre_tokenizer = Whitespace()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=core, unk_token=words[0], eos_token=words[1])
+
+
+WORDS = ["<unk>", "<end>", "a", "b", "c"]
+
+
+def test_the_same_map_from_ids_to_tokens_is_taken():
+    common_ids(tokenizer(WORDS), tokenizer(list(WORDS)))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["<unk>", "<end>", "b", "a", "c"], "differ at 2 of 5 ids, the first is 2: 'a' and 'b'"),  # the same size
+        (["<unk>", "<end>", "a", "b", "d"], "differ at 1 of 5 ids, the first is 4: 'c' and 'd'"),
+        (["<unk>", "<end>", "a", "b"], "differ at 1 of 5 ids, the first is 4: 'c' and None"),
+        ([*WORDS, "e"], "differ at 1 of 6 ids, the first is 5: None and 'e'"),
+    ],
+)
+def test_other_tokenizers_are_refused(words, says):
+    with pytest.raises(ModelError) as error:
+        common_ids(tokenizer(WORDS), tokenizer(words))
+    assert says in str(error.value)
+
+
+# ---- loading
+
+
+def given(**keys):
+    """A model's keys, those not given at their plainest."""
+    plainest = {"gguf_file": None, "revision": None, "trust_remote_code": False, "attn_implementation": "auto"}
+    return ModelConfig(**plainest | {"tokenizer": None, "base_model": None, "license": None} | keys)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved Llama with its tokenizer."""
+    build("llama, untied", torch.float32).save_pretrained(tmp_path)
+    tokenizer(WORDS).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def load(folder, dtype=torch.float32):
+    return causal_lm.load_causal_lm(given(path=str(folder)), "student", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_load_gives_the_saved_model_in_the_dtype_asked_for(folder, dtype):
+    model, saved = load(folder, dtype), build("llama, untied", torch.float32)
+    assert not model.training
+    for name, parameter in saved.named_parameters():
+        ours = model.get_parameter(name)
+        assert ours.dtype == dtype
+        assert torch.equal(ours, parameter.to(dtype))
+    assert causal_lm.num_positions(causal_lm.load_config(given(path=str(folder)), "student")) == 32
+
+
+def test_load_tokenizer_by_model_or_by_name(folder, tmp_path):
+    ours = causal_lm.load_tokenizer(given(path=str(folder)), "student")
+    assert ours.get_vocab() == tokenizer(WORDS).get_vocab()
+    other = tmp_path / "other"
+    tokenizer([*WORDS, "e"]).save_pretrained(other)
+    named = causal_lm.load_tokenizer(given(path=str(folder), tokenizer=str(other)), "teacher")
+    assert len(named) == 6
+
+
+def without_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def as_adapter(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def with_a_foreign_index(folder):
+    index = {"weight_map": {"lm_head.weight": "../elsewhere/model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def damaged(folder):
+    (folder / "model.safetensors").write_bytes(b"\0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (without_a_tensor, "lacks 1 tensors, the first model.norm.weight. They would be random"),
+        (as_adapter, "is a LoRA adapter, not a model. Merge it first"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+        (with_a_foreign_index, "names weights outside its folder"),
+        (damaged, "cannot load the model"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_in_one_line(folder, damage, says):
+    damage(folder)
+    with pytest.raises(ModelError) as error:
+        load(folder)
+    text = str(error.value)
+    assert says in text
+    assert text.startswith("student.path: ")
+    assert "\n" not in text
+
+
+def test_a_folder_that_does_not_exist_is_named_with_its_neighbours(tmp_path):
+    (tmp_path / "small").mkdir()
+    with pytest.raises(ModelError, match="small") as error:
+        load(tmp_path / "smal")
+    assert "smal" in str(error.value)
+
+
+def test_a_gguf_file_that_does_not_exist(folder):
+    with pytest.raises(ModelError, match=r"gguf_file: .*none\.gguf does not exist") as error:
+        causal_lm.load_config(given(path=str(folder), gguf_file="none.gguf"), "teacher")
+    assert "model.safetensors" in str(error.value)  # what is there instead
+
+
+def test_a_missing_package_is_the_machines_fault():
+    with pytest.raises(MachineError, match="needs a package"), causal_lm._loading("somewhere", "model", "student.path"):
+        raise ImportError("No module named 'somepackage'")
+
+
+def test_bugs_of_kdx_are_not_dressed_up(folder):
+    with pytest.raises(KeyboardInterrupt), causal_lm._loading(str(folder), "model", "student.path"):
+        raise KeyboardInterrupt
+    mine = ModelError("student.path", "is known", "Leave it")
+    with pytest.raises(ModelError, match="is known"), causal_lm._loading(str(folder), "model", "student.path"):
+        raise mine
+
+
+# ---- devices
+
+
+def test_cpu_choices():
+    cpu = torch.device("cpu")
+    dtype, why = causal_lm.device_dtype(cpu)
+    assert dtype in (torch.bfloat16, torch.float32)
+    assert "this CPU has" in why
+    auto, sdpa = given(path="x"), given(path="x", attn_implementation="sdpa")
+    assert causal_lm.attention_for(auto, cpu, 256) == "eager"
+    assert causal_lm.attention_for(auto, cpu, 257) is None
+    assert causal_lm.attention_for(sdpa, cpu, 10) == "sdpa"
+
+
+def test_cache_dir_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("KDX_CACHE", str(tmp_path / "mine"))
+    assert causal_lm.cache_dir() == tmp_path / "mine"
+    monkeypatch.delenv("KDX_CACHE")
+    assert causal_lm.cache_dir().parts[-2:] == (".cache", "kdx")
+
+
+def test_digest_of_is_sha256(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert causal_lm.digest_of(tmp_path / "x").startswith("ba7816bf8f01cfea")
