@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -15,14 +16,15 @@ ALIASES = {
     "distillation_weight": "loss.alpha",
     "kd_alpha": "loss.alpha",
     "kd_weight": "loss.alpha",
-    "lmbda": "not needed: kdx trains off-policy",
+    "lmbda": "nothing: kdx trains off-policy",
     "beta": "loss.beta, with loss=jsd",
     "learning_rate": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
     "adam_epsilon": "optim.eps",
     "per_device_train_batch_size": "train.micro_batch_size",
     "train_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "derived from train.batch_size and train.micro_batch_size",
+    "per_device_eval_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size with train.micro_batch_size, from which it is derived",
     "num_train_epochs": "train.epochs",
     "num_epochs": "train.epochs",
     "logging_steps": "train.log_every",
@@ -31,7 +33,11 @@ ALIASES = {
     "bf16": "train.precision=bf16",
     "fp16": "train.precision=fp16",
     "optim=adamw_bnb_8bit": "optim=adamw_8bit",
+    "optim=paged_adamw_8bit": "optim=adamw_8bit",
+    "optim=adamw_torch": "optim=adamw",
+    "optim=adamw_torch_fused": "optim=adamw",
     "adamw_bnb_8bit": "optim=adamw_8bit",
+    "warmup_ratio": "optim.warmup_steps, below 1 a share of all steps",
     "max_seq_length": "data.max_length",
     "max_seq_len": "data.max_length",
     "dataset_name": "data.path",
@@ -110,11 +116,13 @@ def problems(tree: dict[str, Any], shape: Any = Config, prefix: str = "") -> lis
             if isinstance(value, dict):
                 found += problems(value, wanted, key + ".")
             else:
-                group = f"choose one with {key}=NAME" if not prefix else "it holds keys of its own"
-                found.append(Problem(key, f"is {show(value)}, expected a mapping", f"This is a group: {group}"))
+                found.append(Problem(key, f"is {show(value)}, but holds keys of its own", f"Set those: {key}.NAME=..."))
             continue
         if value == "???":
             found.append(Problem(key, "is missing", f"Give it: {key}=..."))
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(Problem(key, f"is {value}", "Give a finite number"))
             continue
         kinds = part.metadata.get("kinds")
         words = part.metadata.get("range") or type_words(wanted)
@@ -130,19 +138,34 @@ def problems(tree: dict[str, Any], shape: Any = Config, prefix: str = "") -> lis
             if "choices" in part.metadata:
                 mend = _nearest(str(value), part.metadata["choices"]) + mend
             found.append(Problem(key, f"is {value!r}", mend))
-    known = {part.name for part in dataclasses.fields(shape)}
-    for name in tree.keys() - known:
-        found.append(Problem(f"{prefix}{name}", "is not a key of kdx", _nearest(name, tuple(known)) + "Take it out"))
-    return found or (_contradictions(tree) if shape is Config else [])
+    known = tuple(part.name for part in dataclasses.fields(shape))
+    for name in tree:
+        if name not in known:
+            found.append(Problem(f"{prefix}{name}", "is not a key of kdx", _nearest(name, known) + "Take it out"))
+    return found
 
 
 def _nearest(word: str, choices: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(word, choices, n=1)
-    return f"Did you mean {near[0]}? " if near else ""
+    meant = ALIASES.get(word) or (near[0] if near else "")
+    return f"Did you mean {meant}? " if meant else ""
 
 
-def _contradictions(tree: dict[str, Any]) -> list[Problem]:
-    """Values that are fine alone and wrong together."""
+def nearest_key(key: str, known: list[str]) -> str:
+    """A mend for a dotted key that is not known: other tools' word for it, the same name elsewhere, or the nearest."""
+    last = key.rsplit(".", 1)[-1]
+    if last in ALIASES:
+        return f"Did you mean {ALIASES[last]}?"
+    same = [k for k in known if k.rsplit(".", 1)[-1] == last]
+    near = difflib.get_close_matches(key, same, n=1) or same or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    if not near:  # a short name: compare with the last parts
+        names = difflib.get_close_matches(last, [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.7)
+        near = [k for k in known if k.rsplit(".", 1)[-1] in names]
+    return f"Did you mean {' or '.join(near)}?" if near else "See `python -m kdx --cfg job` for all keys"
+
+
+def contradictions(tree: dict[str, Any]) -> list[Problem]:
+    """Values that are fine alone and wrong together; for a tree without other problems."""
     found = []
     teacher, student, data, loss = tree["teacher"], tree["student"], tree["data"], tree["loss"]
     train, optim = tree["train"], tree["optim"]

@@ -1,21 +1,40 @@
 """Secrets out of all that is written down: logs, the record of a run, W&B."""
 
+import os
 import re
 from typing import Any
 
-SECRET = re.compile(r"(?i)(hf_[A-Za-z0-9]{8,}|\b[a-f0-9]{40}\b|sk-[\w-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@))")
+# Tokens by their look; a revision is a commit, 40 hex digits that are no secret.
+SECRET = re.compile(
+    r"(?i)(hf_[A-Za-z0-9]{8,}|(?<!revision=)\b[a-f0-9]{40}\b|sk-[\w-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@))"
+)
 SECRET_KEY = re.compile(r"(?i)(api_?key|token|secret|password|passwd|credential)$")
+WORD = re.compile(r"[+~]*[\w./-]+=")  # the key of a word as typed
+HIDDEN = "[redacted]"
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """Take secrets out of anything that is written down: by the name of the key, and by the look of the value."""
+    """Take secrets out of anything that is written down.
+
+    By the name of the key (typed ones too), by the look of the value, and whatever a secret-looking environment
+    variable holds.
+    """
     if isinstance(value, dict):
         return {k: redact(v, str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [redact(v) for v in value]
-    if isinstance(value, str):
-        if SECRET_KEY.search(key) and value:
-            return "[redacted]"
-        # a revision is a commit: 40 hex digits that are no secret
-        return value if key == "revision" else SECRET.sub("[redacted]", value)
-    return value
+    if not isinstance(value, str):
+        return value
+    typed = WORD.match(value)
+    if typed and SECRET_KEY.search(typed[0].rstrip("=")):
+        return typed[0] + HIDDEN
+    if SECRET_KEY.search(key) and value:
+        return HIDDEN
+    for held in _held_secrets():
+        value = value.replace(held, HIDDEN)
+    return value if key == "revision" else SECRET.sub(HIDDEN, value)
+
+
+def _held_secrets() -> list[str]:
+    """The values of environment variables that are named like secrets."""
+    return [held for name, held in os.environ.items() if SECRET_KEY.search(name) and len(held) >= 8]

@@ -1,83 +1,101 @@
 """The points of a sweep: what they are, and the names of their folders."""
 
 import hashlib
+import itertools
 import json
 import re
 from dataclasses import asdict
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.override_parser.types import IntervalSweep, Override
 
 from kdx.config import Config
 
 # What cannot change the student is not part of a job's or a sweep's identity.
 NOT_IDENTITY = ("run", "sweep", "tracking")
 NOT_IDENTITY_TRAIN = ("log_every", "save_every", "keep_checkpoints")
+LONGEST_PART = 60  # letters of a value in a folder's name; the hash tells long ones apart
 
 
-def swept_keys(words: list[str]) -> list[str]:
-    """The keys that have several values, in the order typed."""
-    parsed = OverridesParser.create().parse_overrides(words)
-    return [override.get_key_element().lstrip("+~") for override in parsed if override.is_sweep_override()]
+def swept_keys(words: list[Override]) -> list[str]:
+    """The keys that have several values, in the order typed; of a key typed twice the last counts."""
+    last = {word.get_key_element(): word for word in words}
+    return [key.lstrip("+~") for key, word in last.items() if word.is_sweep_override()]
 
 
-def points(words: list[str]) -> list[list[str]]:
-    """Every combination of the swept values as the words of a single run."""
-    parsed: list[Override] = OverridesParser.create().parse_overrides(words)
-    (batch,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [list(point) for point in batch]
+def points(words: list[Override]) -> list[list[str]]:
+    """Every combination of the swept values as the words of a single run; of an interval, its ends."""
+    values: dict[str, list[str]] = {}
+    for word in words:
+        key = word.get_key_element()
+        if isinstance(interval := word.value(), IntervalSweep):
+            values[key] = [f"{key}={interval.start}", f"{key}={interval.end}"]
+        elif word.is_sweep_override():
+            values[key] = [f"{key}={value}" for value in word.sweep_string_iterator()]
+        else:
+            values[key] = [str(word.input_line)]
+    return [list(point) for point in itertools.product(*values.values())]
 
 
-def sweep_name(keys: list[str], config: Config) -> str:
-    """A sweep's name: its keys and a short hash of all that is not swept, the same on any day."""
-    tree = identity(config)
+def sweep_name(keys: list[str], configs: list[Config]) -> str:
+    """A sweep's name: its keys and a short hash of what its points have in common, the same on any day."""
+    common = _identity(configs[0])
+    for config in configs[1:]:
+        common = _common(common, _identity(config))
     for key in keys:
-        node: Any = tree
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = node.get(parent, {})
-        if isinstance(node, dict):
-            node.pop(last, None)
-    return f"{'-'.join(_safe(_short(key)) for key in keys)}-{_digest(tree)}"
+        _drop(common, key.split("."))
+    return "-".join([*(_safe(_short(key)) for key in keys), _digest(common)])
 
 
 def job_name(keys: list[str], tree: dict[str, Any], config: Config) -> str:
     """A job's name: its point and a short hash of its typed config, as temperature-2_alpha-0.7_1a2b3c."""
     parts = []
     for key in keys:
-        value: Any = tree
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
+            continue  # without a distillation term the rest of `loss` says nothing
+        value = _find(tree, key.split("."))
         if isinstance(value, dict):  # a group: named by what sets its options apart
             value = next((value[k] for k in ("name", "path", "init") if value.get(k)), key)
-        if isinstance(value, float) and value == int(value):
-            value = int(value)  # 1 and 1.0 are one point
-        parts.append(f"{_short(key)}-{_safe(str(value))}")
+        is_part = key.split(".")[0] in tree  # an experiment is told by the hash
+        parts.append(f"{_short(key)}-{_safe(str(_whole(value)))}" if is_part else _safe(key))
     return "_".join([*parts, _digest(identity(config))])
 
 
 def identity(config: Config) -> dict[str, Any]:
     """The part of a config that decides which student comes out."""
-    tree = {k: v for k, v in asdict(config).items() if k not in NOT_IDENTITY}
-    tree["train"] = {k: v for k, v in tree["train"].items() if k not in NOT_IDENTITY_TRAIN}
+    tree = _identity(config)
     if tree["loss"]["alpha"] == 0:  # whatever the rest of `loss` says
         tree["loss"] = "cross_entropy"
     return tree
 
 
-def resolve_job_name(keys: Any, *, _root_: DictConfig) -> str:
-    """The resolver behind hydra.sweep.subdir. It reads all of the job's config but `hydra`."""
-    from kdx.cli import as_tree, to_config
-
-    tree = {k: v for k, v in as_tree(_root_).items() if k != "hydra"}
-    return job_name(list(keys or []), tree, to_config(tree))
+def _identity(config: Config) -> dict[str, Any]:
+    tree = {k: v for k, v in asdict(config).items() if k not in NOT_IDENTITY}
+    tree["train"] = {k: v for k, v in tree["train"].items() if k not in NOT_IDENTITY_TRAIN}
+    return tree
 
 
-def register_resolver() -> None:
-    OmegaConf.register_new_resolver("kdx_job", resolve_job_name, replace=True)
+def _find(node: Any, parts: list[str]) -> Any:
+    """A value of the tree; an option of an open group stands in its `options`."""
+    for part in parts:
+        if not isinstance(node, dict):
+            return None
+        node = node[part] if part in node else node.get("options", {}).get(part)
+    return node
+
+
+def _drop(node: dict[str, Any], parts: list[str]) -> None:
+    for part in parts[:-1]:
+        node = node.get(part, {})
+    for holder in (node, node.get("options", {})):
+        holder.pop(parts[-1], None)
+
+
+def _common(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What two trees agree on."""
+    both = {k: (v, other[k]) for k, v in one.items() if k in other}
+    nested = {k: _common(v, w) for k, (v, w) in both.items() if isinstance(v, dict) and isinstance(w, dict)}
+    return {k: v for k, (v, w) in both.items() if v == w} | nested
 
 
 def _short(key: str) -> str:
@@ -85,8 +103,18 @@ def _short(key: str) -> str:
 
 
 def _safe(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-.") or "x"
+    """A part of a folder's name: letters, digits, . and -."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text)[:LONGEST_PART].strip("-.") or "x"
 
 
 def _digest(tree: Any) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:6]
+    """Six hex digits, the same for equal trees; 1 and 1.0 are equal."""
+    return hashlib.sha256(json.dumps(_whole(tree), sort_keys=True, default=str).encode()).hexdigest()[:6]
+
+
+def _whole(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _whole(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_whole(value) for value in node]
+    return int(node) if isinstance(node, float) and node.is_integer() else node

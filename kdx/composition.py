@@ -1,0 +1,399 @@
+"""From words to a checked Config: composed by Hydra, with all that is wrong said at once, and no torch."""
+
+import copy
+import dataclasses
+import re
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir, initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import kdx.conf
+from kdx import sweep
+from kdx.check import ALIASES, contradictions, nearest_key, problems
+from kdx.config import Config
+from kdx.errors import ConfigError, did_you_mean, together
+from kdx.hostile import refuse_code, refuse_packages, refuse_untyped
+
+CONF = Path(next(iter(kdx.conf.__path__)))
+OPEN_GROUPS = ("data", "loss", "optim")  # their further keys are options of what they name
+ORIGINS = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")
+LAYERS = ("typed", "experiment/", "recipe/", "")  # what wins comes first
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where YAML is read: kdx's own conf/ and what Hydra's flags of these names say."""
+
+    config_dir: str | None = None
+    config_path: str | None = None
+    config_name: str | None = None
+
+    def roots(self) -> list[Path]:
+        """The folders that hold groups, the user's first. Raises ConfigError."""
+        roots = []
+        for flag, folder in (("--config-dir", self.config_dir), ("--config-path", self.config_path)):
+            if folder and not Path(folder).is_dir():
+                raise ConfigError(flag, f"{folder} is not a folder", "Give the folder that holds teacher/, data/, …")
+            roots += [Path(folder).resolve()] if folder else []
+        return [*roots, CONF]
+
+
+@dataclass
+class Point:
+    """One run as composed: what is wrong with it, or its config; and the words that free max_steps or epochs."""
+
+    faults: list[ConfigError]
+    config: Config | None = None
+    freed: list[str] = field(default_factory=list)
+
+
+def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
+    """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
+    words, source = list(overrides or []), Source(config_dir=config_dir)
+    extra = preflight(words, source)
+    cfg = _compose([*words, *extra], source)
+    tree = as_tree(cfg)
+    tree["run"]["origins"] = origins(words, cfg.hydra.runtime.choices, source.roots())
+    return to_config(tree)
+
+
+def preflight(words: list[str], source: Source, is_multirun: bool = False) -> list[str]:
+    """Check every word and every point of a sweep before anything runs → the words to add to those typed.
+
+    Raises one ConfigError with a line for each thing that is wrong.
+    """
+    composer = Composer(source)
+    typed = composer.parsed(words)
+    hydra_part = composer.hydra_part(typed)
+    mode = hydra_part.mode and hydra_part.mode.name
+    is_sweep = is_multirun or mode == "MULTIRUN"
+    if is_sweep:
+        params = OmegaConf.to_container(hydra_part.sweeper.get("params") or OmegaConf.create({}))
+        typed = composer.parsed([*(f"{key}={value}" for key, value in dict(params).items()), *words])  # type: ignore[arg-type]
+    keys = sweep.swept_keys(typed)
+    if keys and not is_sweep:
+        raise ConfigError(keys[0], "has several values, which is a sweep", "Add -m: python -m kdx -m ...")
+    try:
+        points = [composer.point(composer.parsed(point)) for point in sweep.points(typed)]
+    except HydraException as error:
+        raise ConfigError("command line", _one_line(error), "Quote lists: 'key=[a,b]'") from None
+    faults = [fault for point in points for fault in point.faults]
+    if faults:
+        raise together(faults)
+    freed = list(points[0].freed)
+    if any(point.freed != freed for point in points):
+        raise ConfigError("train.max_steps and train.epochs", "some points of the sweep set one, some both", "Type one")
+    if not is_sweep:
+        return freed
+    named = any(override.key_or_group == "sweep.name" for override in typed)
+    name = [] if named else [f"sweep.name={sweep.sweep_name(keys, [p.config for p in points if p.config])}"]
+    return [*freed, *name, f"sweep.keys=[{','.join(keys)}]"]
+
+
+class Composer:
+    """Composes many points from few compositions: Hydra's is slow, so each set of choices is composed once."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.roots = source.roots()
+        self.groups = _groups(self.roots)
+        self._parser = OverridesParser.create(config_loader=self)  # type: ignore[arg-type]
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def get_group_options(self, group_name: str, *_: Any, **__: Any) -> list[str]:
+        """What Hydra's parser asks for `loss=glob(*)`."""
+        return self.groups.get(group_name, [])
+
+    def parsed(self, words: list[str]) -> list[Override]:
+        """Read words as Hydra does. Raises ConfigError."""
+        found: list[ConfigError] = []
+        overrides: list[Override] = []
+        for word in words:
+            try:
+                overrides += self._parser.parse_overrides([word])
+            except HydraException as error:
+                mend = "Quote what the shell or Hydra would take apart, as in 'data.path=[a.jsonl,b.jsonl]'"
+                what = _one_line(error).removeprefix(f"Error parsing override '{word}' ")
+                found.append(ConfigError(word.split("=", 1)[0] or word, f"cannot be read ({what})", mend))
+        if found:
+            raise together(found)
+        return overrides
+
+    def hydra_part(self, words: list[Override]) -> DictConfig:
+        """Hydra's own part of the config, for the first values of a sweep."""
+        choices, _ = self._choices(words)
+        cfg = copy.deepcopy(self._base(choices))
+        for word in words:
+            if word.key_or_group.startswith("hydra.") and not self._is_choice(word):
+                _apply(word, cfg, [])
+        return cfg.hydra  # type: ignore[no-any-return]
+
+    def point(self, words: list[Override]) -> Point:
+        """Compose and check one run. What is wrong is left out of what is checked next, so that all is said at once."""
+        choices, wrong = self._choices(words)
+        faults = list(wrong.values())
+        try:
+            base = self._base(choices)
+            cfg = copy.deepcopy(base)
+            known = _dotted(OmegaConf.to_container(base))
+            for word in words:
+                doubtful = word.key_or_group.split(".")[0] in wrong and word.key_or_group not in known
+                if not self._is_choice(word) and not doubtful:
+                    faults += _apply(word, cfg, known)
+            refuse_code(OmegaConf.to_container(cfg))
+            typed = [str(word.input_line) for word in words]
+            freed = _free(cfg, origins(typed, base.hydra.runtime.choices, self.roots))
+            tree, unresolved = _resolved(cfg)
+        except ConfigError as error:
+            return Point([*faults, error])
+        faults += unresolved.values()
+        faults += [ConfigError(*p) for p in problems(tree) if p.key not in unresolved]
+        faults += [] if faults else [ConfigError(*problem) for problem in contradictions(tree)]
+        return Point(faults, None if faults else to_config(tree), freed)
+
+    def _is_choice(self, word: Override) -> bool:
+        key = word.key_or_group
+        return key in self.groups or key.startswith("hydra/") or key == "hydra.searchpath"
+
+    def _choices(self, words: list[Override]) -> tuple[list[str], dict[str, ConfigError]]:
+        """The words that choose from groups (of several values the first), and what is wrong with them by group."""
+        kept: list[str] = []
+        wrong: dict[str, ConfigError] = {}
+        for word in filter(self._is_choice, words):
+            key = word.key_or_group
+            if key not in self.groups or word.is_delete() or word.package:
+                kept.append(str(word.input_line))
+                continue
+            values = list(word.sweep_string_iterator()) if word.is_sweep_override() else [word.value()]
+            bad = [v for v in values if v is not None and str(v) not in self.groups[key]]
+            for value in bad:
+                alias = ALIASES.get(f"{key}={value}")
+                mend = f"Did you mean {alias}?" if alias else did_you_mean(str(value), self.groups[key])
+                wrong[key] = ConfigError(f"{key}={value}", f"{key} has no option {value}", mend)
+            if not bad:
+                kept.append(f"{key}={values[0]}" if word.is_sweep_override() else str(word.input_line))
+        return kept, wrong
+
+    def _base(self, choices: list[str]) -> DictConfig:
+        """What the YAML says under these choices, before any value is typed. Raises ConfigError."""
+        key = tuple(choices)
+        if key not in self._composed:
+            cfg = _compose(choices, self.source)
+            refuse_untyped(OmegaConf.to_container(cfg.hydra))
+            self._composed[key] = cfg
+        return self._composed[key]
+
+
+def _compose(words: list[str], source: Source) -> DictConfig:
+    """Compose with Hydra, leaving its global state as it was; its errors become one line. Raises ConfigError."""
+    register_resolver()
+    if source.config_dir:
+        path = str(Path(source.config_dir).resolve()).replace("'", "\\'")
+        words = [*words, f"hydra.searchpath=['file://{path}']"]
+    where = source.config_path and str(Path(source.config_path).resolve())
+    if where:
+        refuse_packages(Path(where) / f"{(source.config_name or 'config').removesuffix('.yaml')}.yaml")
+    hydra_state = GlobalHydra.instance()
+    before = hydra_state.hydra
+    hydra_state.clear()
+    try:
+        module = "kdx.conf"
+        with initialize_config_dir(where, "kdx", "1.3") if where else initialize_config_module(module, "kdx", "1.3"):
+            return hydra_compose(source.config_name or "config", words, return_hydra_config=True)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        files = [Path(mark.name)] if mark and Path(mark.name).is_file() else source.roots()
+        raise _unreadable(files) or ConfigError("YAML", _one_line(error), "Mend the YAML") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        mend = "See the options in conf/ and your own folder; `python -m kdx --info defaults` lists what was chosen"
+        raise ConfigError("config", _one_line(error), mend) from None
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def _unreadable(paths: list[Path]) -> ConfigError | None:
+    """The first YAML file, in these or below them, that does not parse, with its line."""
+    for file in (file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.yaml")))):
+        try:
+            OmegaConf.load(file)
+        except UnicodeDecodeError as error:
+            return ConfigError(str(file), f"is not UTF-8 (byte {error.start})", "Save it as UTF-8")
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            place = f"{file}:{mark.line + 1}" if mark else str(file)
+            return ConfigError(place, f"does not parse: {getattr(error, 'problem', None) or error}", "Mend the YAML")
+    return None
+
+
+def _apply(word: Override, cfg: DictConfig, known: list[str]) -> list[ConfigError]:
+    """Set one typed value as Hydra will → what is wrong with it, if anything."""
+    key = word.key_or_group
+    is_added = word.is_add() or word.is_force_add()
+    if is_added and (key.split(".")[0] not in cfg or "." not in key):
+        return [ConfigError(f"+{key}", "is not a key of kdx", nearest_key(key, known))]
+    try:
+        ConfigLoaderImpl._apply_overrides_to_config([word], cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        if is_added and key in known:
+            return [ConfigError(f"+{key}", "is there already", f"Type it without the +: {key}=...")]
+        if key in known or key.startswith("hydra."):
+            return [ConfigError(key, _one_line(error), "See `python -m kdx --cfg all`")]
+        return [ConfigError(key, "is not a key of kdx", _unknown_mend(key, known))]
+    return []
+
+
+def _unknown_mend(key: str, known: list[str]) -> str:
+    mend = nearest_key(key, known)
+    group = key.split(".")[0]
+    if "Did you mean" not in mend and group in OPEN_GROUPS and "." in key:
+        return f"For an option of what {group}.name names: +{key}=..."
+    return mend
+
+
+def _dotted(tree: Any, prefix: str = "") -> list[str]:
+    """Every key of a tree but Hydra's and those that kdx fills in."""
+    keys = []
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key not in ("hydra", "run.origins", "sweep.keys"):
+            keys += [key, *(_dotted(value, f"{key}.") if isinstance(value, dict) else [])]
+    return keys
+
+
+def _groups(roots: list[Path]) -> dict[str, list[str]]:
+    """The config groups and their options, in kdx's own conf/ and the user's folder."""
+    groups: dict[str, set[str]] = {}
+    for root in roots:
+        for file in root.glob("*/**/*.yaml"):
+            group, *option = file.relative_to(root).with_suffix("").parts
+            groups.setdefault(group, set()).add("/".join(option))
+    return {name: sorted(options) for name, options in groups.items() if name != "hydra"}
+
+
+def _free(cfg: DictConfig, where: dict[str, str]) -> list[str]:
+    """Setting one of max_steps and epochs frees the other, where it comes from a layer below → the word for that."""
+    values = [OmegaConf.select(cfg, key, throw_on_missing=False) for key in ("train.max_steps", "train.epochs")]
+    if None in values:
+        return []
+    rank = {key: next(i for i, layer in enumerate(LAYERS) if layer in where[key]) for key in ORIGINS}
+    steps, epochs = rank["train.max_steps"], rank["train.epochs"]
+    if steps == epochs:
+        return []
+    loser = "epochs" if steps < epochs else "max_steps"
+    cfg.train[loser] = None
+    return [f"train.{loser}=null"]
+
+
+def origins(words: Iterable[str], choices: Any, roots: list[Path]) -> dict[str, str]:
+    """Where the values came from that suit a student or do not (lr, steps, max_length): typed, or which file."""
+    typed = {word.lstrip("+").split("=", 1)[0] for word in words}
+    found = {}
+    for key in ORIGINS:
+        group, name = key.split(".", 1)
+        layers = [(f"{layer}/{choices[layer]}", key) for layer in ("experiment", "recipe") if choices.get(layer)]
+        layers += [(f"{group}/{choices[group]}", name)] if choices.get(group) else []
+        files = [file for option, inside in layers if (file := _setter(option, inside, roots))]
+        found[key] = "typed" if key in typed else _said(files[0] if files else CONF / "config.yaml")
+    return found
+
+
+def _setter(option: str, key: str, roots: list[Path]) -> Path | None:
+    """The file of an option that sets a key: its own, or one of those it builds on."""
+    file = next((path for root in roots if (path := root / f"{option}.yaml").is_file()), None)
+    if file is None:
+        return None
+    tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    node: Any = tree
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    if node is not None:
+        return file
+    bases = [base for base in reversed(tree.get("defaults") or []) if isinstance(base, str) and base != "_self_"]
+    return next((at for base in bases if (at := _setter(f"{option.split('/')[0]}/{base}", key, roots))), None)
+
+
+def _said(file: Path) -> str:
+    """A YAML file as a person would type it."""
+    if file.is_relative_to(CONF):
+        return f"conf/{file.relative_to(CONF)}"
+    return str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)
+
+
+def as_tree(cfg: DictConfig) -> dict[str, Any]:
+    """Plain values of a composed config, resolved; further keys of the open groups moved to their options."""
+    tree, unresolved = _resolved(cfg)
+    if unresolved:
+        raise together(list(unresolved.values()))
+    return tree
+
+
+def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, ConfigError]]:
+    """The same, with every key whose interpolation fails."""
+    unresolved: dict[str, ConfigError] = {}
+
+    def value(node: Any, name: Any, key: str) -> Any:
+        try:
+            return "???" if OmegaConf.is_missing(node, name) else plain(node[name], key)
+        except OmegaConfBaseException as error:
+            variable = re.search(r"Environment variable '(\w+)'", str(error))
+            what = f"environment variable {variable[1]} is not set" if variable else _one_line(error)
+            mend = f"Set it: export {variable[1]}=..." if variable else "Mend the interpolation"
+            unresolved[key] = ConfigError(key, what, mend)
+            return None
+
+    def plain(node: Any, key: str) -> Any:
+        if isinstance(node, DictConfig):
+            return {str(name): value(node, name, f"{key}.{name}") for name in node}
+        if isinstance(node, ListConfig):
+            return [value(node, i, f"{key}[{i}]") for i in range(len(node))]
+        return node
+
+    tree = {str(name): value(cfg, name, str(name)) for name in cfg if name != "hydra"}
+    hints = typing.get_type_hints(Config)
+    for group in OPEN_GROUPS:
+        node = tree.get(group)
+        if isinstance(node, dict):
+            own = {part.name for part in dataclasses.fields(hints[group])} - {"options"}
+            options = {k: v for k, v in node.items() if k not in own}
+            options |= options.pop("options", None) or {}
+            tree[group] = {k: v for k, v in node.items() if k in own} | {"options": options}
+    return tree, unresolved
+
+
+def to_config(tree: dict[str, Any]) -> Config:
+    """Turn a tree of plain values into typed objects; OmegaConf goes no further. Raises ConfigError."""
+    found = [ConfigError(*problem) for problem in problems(tree) or contradictions(tree)]
+    if found:
+        raise together(found)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree))
+    assert isinstance(config, Config)
+    return config
+
+
+def register_resolver() -> None:
+    """Make known to OmegaConf what hydra.sweep.subdir asks: the name of a job."""
+    OmegaConf.register_new_resolver("kdx_job", _job_name, replace=True)
+
+
+def _job_name(keys: Any, *, _root_: DictConfig) -> str:
+    """Reads all of the job's config but `hydra`."""
+    tree = as_tree(_root_)
+    return sweep.job_name(list(keys or []), tree, to_config(tree))
+
+
+def _one_line(error: Exception) -> str:
+    text = re.split(r"\nSee https|\n\s+full_key:|\n\s*Config search path", str(error))[0]
+    return " ".join(text.split()).rstrip(".")[:300]

@@ -1,0 +1,53 @@
+"""What a config may not ask for: code that Hydra would run, and folders outside this one. Trees here are plain."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from kdx.errors import ConfigError
+
+FOLDERS = ("run.dir", "sweep.dir", "sweep.subdir", "output_subdir")
+PLUGIN = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)(\.[a-z_][a-z0-9_]*)+\.[A-Z]\w*(Launcher|Sweeper)")
+SAMPLER = re.compile(r"optuna\.samplers\.[A-Z]\w*Sampler")  # what the Optuna sweeper's own YAML names
+LOG_HANDLERS = ("logging.StreamHandler", "logging.NullHandler")
+
+
+def refuse_code(node: Any, path: str = "") -> None:
+    """Refuse every name of something to run but Hydra's own plug-ins and installed ones. Raises ConfigError.
+
+    Hydra instantiates callbacks, launcher, sweeper and logging before a task function runs, so this comes before it.
+    """
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in pairs:
+        here = f"{path}.{key}".lstrip(".")
+        if key in ("_target_", "()", "class") and value is not None and not _may_run(here, key, str(value)):
+            raise ConfigError(here, f"names code to run ({value})", "kdx runs none that a config names: take it out")
+        refuse_code(value, here)
+
+
+def _may_run(path: str, key: str, value: str) -> bool:
+    """Tell Hydra's plug-ins, and log handlers that write no file, from all else."""
+    if key == "_target_":
+        wanted = SAMPLER if path == "hydra.sweeper.sampler._target_" else PLUGIN
+        return path.startswith("hydra.") and wanted.fullmatch(value) is not None
+    return key == "class" and path.startswith(("hydra.job_logging.", "hydra.hydra_logging.")) and value in LOG_HANDLERS
+
+
+def refuse_untyped(hydra_part: Any) -> None:
+    """Refuse in YAML what only a person may ask for, by typing it. Raises ConfigError."""
+    if hydra_part["job"].get("env_set"):
+        raise ConfigError("hydra.job.env_set", "sets environment variables from a file", "Type it, or take it out")
+    for key in FOLDERS:
+        value = hydra_part
+        for part in key.split("."):
+            value = value.get(part)
+        if Path(str(value)).is_absolute() or ".." in Path(str(value)).parts or str(value).startswith("~"):
+            what = f"leads outside this folder ({value}) and comes from a file"
+            raise ConfigError(f"hydra.{key}", what, f"Type it: hydra.{key}=...")
+
+
+def refuse_packages(file: Path) -> None:
+    """Refuse a config of one's own that searches in Python packages: Hydra would import them. Raises ConfigError."""
+    if file.is_file() and re.search(r"pkg:(?!//kdx\.conf\b)", file.read_text(encoding="utf-8", errors="replace")):
+        what = "names a Python package to search, which would be imported"
+        raise ConfigError(str(file), what, "Only pkg://kdx.conf is searched; give other folders as file://")
