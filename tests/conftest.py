@@ -1,0 +1,73 @@
+"""Fixtures that several test files share."""
+
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub client is imported: no test needs the network
+
+import pytest
+import yaml
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
+
+from kdx.config import DataConfig
+
+CONF = Path(__file__).parents[1] / "conf"
+END_OF_TEXT = "<|endoftext|>"
+SENTENCES = [
+    "What is the capital of France? The capital of France is Paris.",
+    "Hello there, how are you today? I am fine, thank you. And you?",
+    "Name a colour. Blue is a colour, and so are red and green.",
+]
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """Build a small GPT-2-like tokenizer: end of text is bos and eos, there is no pad token.
+
+    Further special tokens and a chat template can be given.
+    """
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(SENTENCES * 4, vocab_size=400, special_tokens=[END_OF_TEXT], show_progress=False)
+    learnt = bpe.to_str()
+
+    def make(template: str | None = None, special: tuple[str, ...] = (), **tokens: str) -> PreTrainedTokenizerFast:
+        tokens = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | tokens
+        made = PreTrainedTokenizerFast(tokenizer_object=type(bpe._tokenizer).from_str(learnt), **tokens)
+        made.add_special_tokens({"additional_special_tokens": list(special)})
+        made.chat_template = template
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> Any:
+    """The tokenizer of the default teacher, read from its GGUF once and then from the cache."""
+    from kdx.causal_lm import load_tokenizer
+    from kdx.cli import compose
+
+    return load_tokenizer(compose([]).teacher, "teacher")
+
+
+def _data_group(name: str) -> dict[str, Any]:
+    node = yaml.safe_load((CONF / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
+    for parent in node.pop("defaults", []):
+        node = node if parent == "_self_" else _data_group(parent) | node
+    return node
+
+
+@pytest.fixture(scope="session")
+def data_config() -> Callable[..., DataConfig]:
+    """Build a DataConfig from a choice in conf/data and changes; nothing is held out unless asked for."""
+
+    def make(choice: str, **changes: Any) -> DataConfig:
+        values = _data_group(choice) | {"validation": None} | changes
+        known = {field.name for field in fields(DataConfig)} - {"options"}
+        options = {name: value for name, value in values.items() if name not in known}
+        return DataConfig(**{name: values[name] for name in known}, options=options)
+
+    return make

@@ -1,0 +1,499 @@
+"""Rows → checked conversations: every fault in one pass, sources, what is held out and what is trained on."""
+
+import hashlib
+import json
+import random
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kdx import data as kdx_data
+from kdx.data import check_source, load_data, register_source
+from kdx.errors import ConfigError, DataError, MachineError
+
+
+@pytest.fixture
+def file_of(tmp_path):
+    """Write rows (or raw text) to a file of this test's folder → its path."""
+
+    def write(rows, name="t.jsonl"):
+        file = tmp_path / name
+        lines = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+        file.write_text(lines, encoding="utf-8")
+        return str(file)
+
+    return write
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Sources registered by a test are forgotten after it."""
+    monkeypatch.setattr(kdx_data, "_SOURCES", dict(kdx_data._SOURCES))
+
+
+def numbered(count, start=0):
+    return [{"id": f"r{i}", "source": f"question {i}", "target": f"answer {i}"} for i in range(start, start + count)]
+
+
+def ids(conversations):
+    return [conversation.id for conversation in conversations]
+
+
+def said(conversation):
+    return [(message["role"], message["content"]) for message in conversation.messages]
+
+
+def faults(config, kind=DataError):
+    with pytest.raises(kind) as caught:
+        load_data(config)
+    assert caught.value.exit_code == 2
+    return str(caught.value).splitlines()
+
+
+GOOD = {"source": "a", "target": "b"}
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("choice", "row", "says"),
+    [
+        ("pairs", {"source": "a"}, ['"target" is missing', "the columns are: source", "data.target_column="]),
+        ("pairs", {"q": "a", "a": "b"}, ['"source" is missing', "the columns are: q, a", "data.source_column="]),
+        ("pairs", {}, ['"source" is missing', "the columns are: none"]),
+        ("pairs", {**GOOD, "target": None}, ['"target" is null, expected text']),
+        ("pairs", {**GOOD, "target": 5}, ['"target" is a number (5), expected text', "Quote it in the file"]),
+        ("pairs", {**GOOD, "target": 1.5}, ['"target" is a number (1.5)']),
+        ("pairs", {**GOOD, "target": True}, ['"target" is true or false (true)']),
+        ("pairs", {**GOOD, "source": ["a"]}, ['"source" is a list, expected text']),
+        ("pairs", {**GOOD, "source": {"a": 1}}, ['"source" is an object, expected text']),
+        ("pairs", {**GOOD, "target": ""}, ['"target" is empty or blank']),
+        ("pairs", {**GOOD, "source": " \n\u2028"}, ['"source" is empty or blank']),
+        ("pairs", {**GOOD, "source": "a\ud83d"}, ["half of a surrogate pair (\\ud83d)", "emoji"]),
+        ("pairs", ["a", "b"], ["is a list, expected an object"]),
+        ("pairs", "oops", ['is text ("oops"), expected an object']),
+        ("pairs", None, ["is null, expected an object"]),
+        ("messages", {"text": "a"}, ['"messages" is missing', "the columns are: text", "data.messages_column="]),
+        ("messages", {"messages": "oops"}, ['"messages" is text ("oops"), expected a list of messages']),
+        ("messages", {"messages": None}, ['"messages" is null, expected a list of messages']),
+        ("messages", {"messages": []}, ['"messages" is an empty list']),
+        ("messages", {"messages": ["hi", *TALK]}, ['messages[0]: needs "role" and "content"', 'text ("hi")']),
+        (
+            "messages",
+            {"messages": [*TALK, {"role": "user"}]},
+            ['messages[2]: needs "role" and "content", it has: role', "data.role_key, data.content_key"],
+        ),
+        (
+            "messages",
+            {"messages": [TALK[0], {"role": "bot", "content": "b"}]},
+            ['messages[1]: the role is text ("bot")', "Roles are system, user, assistant", "data.roles"],
+        ),
+        ("messages", {"messages": [{**TALK[0], "role": 3}, TALK[1]]}, ["messages[0]: the role is a number (3)"]),
+        ("messages", {"messages": [{**TALK[0], "role": []}, TALK[1]]}, ["messages[0]: the role is a list"]),
+        ("messages", {"messages": [TALK[0], {**TALK[1], "content": None}]}, ['messages[1]: "content" is null']),
+        ("messages", {"messages": [TALK[0], {**TALK[1], "content": [1]}]}, ['messages[1]: "content" is a list']),
+        ("messages", {"messages": [TALK[0], {**TALK[1], "content": " "}]}, ['messages[1]: "content" is empty or blank']),
+        ("messages", {"messages": [TALK[0]]}, ["no message is the assistant's"]),
+        ("messages", [TALK], ["is a list, expected an object"]),
+        ("sharegpt", {"messages": TALK}, ['"conversations" is missing', "the columns are: messages"]),
+        ("sharegpt", {"conversations": "oops"}, ['"conversations" is text ("oops"), expected a list']),
+        ("sharegpt", {"conversations": TALK}, ['messages[0]: needs "role" and "content"']),
+        ("sharegpt", {"conversations": [{"from": "human"}]}, ['messages[0]: needs "role" and "content"']),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named_with_line_field_and_mend(file_of, data_config, choice, row, says):
+    good = {"pairs": GOOD, "messages": {"messages": TALK}}.get(choice)
+    good = good or {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    path = file_of([good, row, {**good, "id": "other"}])
+    (line,) = faults(data_config(choice, path=path))
+    assert line.startswith(f"{path}:2: ")
+    assert all(words in line for words in says), line
+    assert load_data(data_config(choice, path=path, on_bad_row="skip")).dropped == {"bad row (data.on_bad_row=skip)": 1}
+
+
+def test_all_faults_come_in_one_pass_the_first_20_shown(file_of, data_config, tmp_path):
+    rows = [GOOD, {"source": "a"}] * 15
+    path = file_of("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n" * 15)
+    lines = faults(data_config("pairs", path=path))
+    assert len(lines) == 21
+    assert [f":{n}: " in line for n, line in zip(range(2, 31, 2), lines, strict=False)] == [True] * 15
+    assert lines[15].startswith(f"{path}:31:2: is not JSON")
+    assert lines[-1] == "data: 30 faults, the first 20 shown. Mend them, or set data.on_bad_row=skip"
+
+    dataset = load_data(data_config("pairs", path=path, on_bad_row="skip"))
+    assert len(dataset.train) == 15
+    assert dataset.dropped == {"bad row (data.on_bad_row=skip)": 30}
+
+    few = faults(data_config("pairs", path=file_of([GOOD, {"source": "a"}, 3])))
+    assert few[-1] == "data: 2 faults. Mend them, or set data.on_bad_row=skip"
+    assert len(few) == 3
+
+
+def test_a_file_that_cannot_be_read_stops_even_when_bad_rows_are_skipped(file_of, data_config, tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"source": "caf\xe9"}\n')
+    file_of([GOOD, {"source": "a"}], "rows.jsonl")
+    (tmp_path / "u.jsonl").write_bytes(b"\xff\xfea")
+    for on_bad_row in ("stop", "skip"):
+        lines = faults(data_config("pairs", path=str(tmp_path), on_bad_row=on_bad_row))
+        assert [Path(line.split(": ")[0]).name for line in lines[:-1]] == ["rows.jsonl:2", "latin.jsonl:1", "u.jsonl:1"]
+        assert lines[-1] == "data: 3 faults. Mend them"
+
+
+def test_when_no_row_is_left_each_rule_has_its_number(file_of, data_config):
+    path = file_of([{"source": "a"}, {"target": "b"}])
+    (line,) = faults(data_config("pairs", path=path, on_bad_row="skip"))
+    assert "no row is left (2 rows: bad row (data.on_bad_row=skip))" in line
+    (line,) = faults(data_config("pairs", path=file_of("source,target\n", "t.csv")))
+    assert "no row is left (the source gave none)" in line
+    (line,) = faults(data_config("chitchat", min_turns=10_000))
+    assert "rows: fewer turns than data.min_turns" in line
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_rows_or_a_fault_of_the_data(tmp_path, data_config, content):
+    for name in ("t.jsonl", "t.json", "t.csv", "t.parquet"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            load_data(data_config("pairs", path=str(tmp_path / name)))
+        assert str(caught.value)
+
+
+def test_pairs_are_one_user_and_one_assistant_turn(file_of, data_config):
+    path = file_of([{"source": "a\u2028b", "target": " caf\u00e9 \n", "id": 7}])
+    (row,) = load_data(data_config("pairs", path=path)).train
+    assert said(row) == [("user", "a\u2028b"), ("assistant", " caf\u00e9 \n")]
+    assert (row.id, row.where) == ("7", f"{path}:1")
+    (row,) = load_data(data_config("pairs", path=path, system="Be brief.")).train
+    assert said(row)[0] == ("system", "Be brief.")
+    assert len(row.messages) == 3
+
+
+def test_pairs_take_their_columns_and_templates_over_all_columns(file_of, data_config):
+    path = file_of([{"q": "2+2", "a": "4", "topic": "sums", "n": 3, "tags": ["x", "y"], "note": None}])
+    config = data_config(
+        "pairs",
+        path=path,
+        source_column="q",
+        target_column="a",
+        template={
+            "user": "[{{ topic }} {{ n }}] {{ source }} {{ q }} {{ tags | join('/') }}{{ note or '' }}\n",
+            "assistant": "{% if n > 2 %}It is {{ target }}.{% endif %}",
+        },
+    )
+    (row,) = load_data(config).train
+    assert said(row) == [("user", "[sums 3] 2+2 2+2 x/y\n"), ("assistant", "It is 4.")]
+
+
+def test_a_template_needs_only_the_columns_it_names(file_of, data_config):
+    path = file_of([{"prompt": "a {{ b }}", "reply": "c", "source": 5}])
+    config = data_config("pairs", path=path, template={"user": "{{ prompt }}", "assistant": "{{ reply }}"})
+    assert said(load_data(config).train[0]) == [("user", "a {{ b }}"), ("assistant", "c")]
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ topic }}", ["data.template.user cannot be filled: 'topic' is undefined", "the columns are: source"]),
+        ("{{ note }}", ["a value in it is null", "{{ name or '' }}"]),
+        ("{{ source.__class__.__mro__ }}", ["data.template.user cannot be filled", "unsafe"]),
+        ("{{ ''.__class__.__base__.__subclasses__() }}", ["cannot be filled", "unsafe"]),
+        ("{{ tags.append('x') }}", ["cannot be filled", "unsafe"]),
+        ("{{ 1 // 0 }}", ["cannot be filled"]),
+        ("{{ source | int + [] }}", ["cannot be filled"]),
+        ("{{ tags['x'].y }}", ["cannot be filled"]),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", ["cannot be filled", "Range too big"]),
+        ("{% if false %}x{% endif %}", ['messages[0]: "content" is empty or blank']),
+    ],
+)
+def test_a_template_that_cannot_be_filled_names_row_and_columns(file_of, data_config, template, says):
+    path = file_of([{**GOOD, "note": None, "tags": []}])
+    config = data_config("pairs", path=path, template={"user": template, "assistant": "{{ target }}"})
+    (line,) = faults(config)
+    assert line.startswith(f"{path}:1: ")
+    assert all(words in line for words in says), line
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ({"user": "{{ source", "assistant": "x"}, "data.template.user: is not Jinja"),
+        ({"user": "{{ source }}", "assistant": None}, "data.template.assistant: is null"),
+        ({"user": 3, "assistant": "x"}, "data.template.user: is a number (3)"),
+        ({"user": "{{ source | nosuch }}", "assistant": "x"}, "data.template.user: is not Jinja"),
+        ({"user": "{{ source }}", "assistant": "x", "asistant": "y"}, "data.template.asistant: is not a key"),
+    ],
+)
+def test_a_template_that_is_none_is_an_error_of_the_config(file_of, data_config, template, says):
+    (line,) = faults(data_config("pairs", path=file_of([GOOD]), template=template), ConfigError)
+    assert says in line
+
+
+def test_messages_by_other_names_and_roles(file_of, data_config):
+    turns = [("sys", "Be kind."), ("me", "hi"), ("bot", "hello"), ("user", "so"), ("assistant", "yes")]
+    path = file_of([{"id": "x", "turns": [{"who": who, "text": text, "role": "z"} for who, text in turns]}])
+    config = data_config(
+        "messages",
+        path=path,
+        messages_column="turns",
+        role_key="who",
+        content_key="text",
+        roles={"sys": "system", "me": "user", "bot": "assistant"},
+    )
+    (row,) = load_data(config).train
+    expected = ["system", "user", "assistant", "user", "assistant"]
+    assert said(row) == [(role, text) for role, (_, text) in zip(expected, turns, strict=True)]
+    assert row.id == "x"
+
+
+def test_sharegpt_is_a_layout_of_its_own(file_of, data_config):
+    turns = [("system", "Be kind."), ("human", "hi"), ("gpt", "hello")]
+    path = file_of([{"conversations": [{"from": who, "value": text} for who, text in turns]}])
+    (row,) = load_data(data_config("sharegpt", path=path)).train
+    assert said(row) == [("system", "Be kind."), ("user", "hi"), ("assistant", "hello")]
+
+
+def test_an_unanswered_turn_is_cut_off_and_its_row_counted_once(file_of, data_config):
+    more = [{"role": "user", "content": "c"}, {"role": "user", "content": "d"}]
+    path = file_of([{"messages": TALK + more}, {"messages": [*TALK, *more, TALK[1], more[0]]}, {"messages": TALK}])
+    dataset = load_data(data_config("messages", path=path))
+    assert [len(row.messages) for row in dataset.train] == [2, 5, 2]
+    assert dataset.changed == {"unanswered last turn cut off": 2}
+
+
+def test_chitchat_has_3240_conversations_that_end_with_the_assistant(data_config):
+    dataset = load_data(data_config("chitchat", validation=128))
+    rows = dataset.train + dataset.validation
+    assert (len(rows), len(dataset.validation)) == (3240, 128)
+    assert {len(row.messages) for row in rows} <= set(range(4, 13))
+    assert all(row.messages[-1]["role"] == "assistant" for row in rows)
+    assert all([m["role"] for m in row.messages] == ["user", "assistant"] * (len(row.messages) // 2) for row in rows)
+    assert all(message["content"].strip() for row in rows for message in row.messages)
+    assert len(set(ids(rows))) == 3240
+    assert dataset.dropped["fewer turns than data.min_turns"] > 3000
+    assert dataset.changed["unanswered last turn cut off"] > 0
+    assert "chitchat_dataset" not in sys.modules  # its files are read, the package is never imported
+
+
+def test_chitchat_that_is_not_there_names_the_command(tmp_path, data_config):
+    (line,) = faults(data_config("chitchat", path=str(tmp_path)))
+    assert line.endswith("Run: pip install --no-deps chitchat-dataset")
+    with pytest.raises(MachineError, match="Run: pip install nosuch"):
+        load_data(data_config("chitchat", path="pkg:nosuch"))
+
+
+def test_ones_own_source_yields_either_shape_and_takes_options(registry, data_config):
+    @register_source
+    def tickets(path, min_turns: int = 2):
+        yield {"messages": TALK * min_turns, "id": path, "where": "ticket 1"}
+        yield {"source": "q", "target": "a"}
+
+    config = data_config("custom", name="tickets", path="t.db")
+    first, second = load_data(config).train
+    assert (first.id, first.where, len(first.messages)) == ("t.db", "ticket 1", 4)
+    assert (said(second), second.where) == ([("user", "q"), ("assistant", "a")], "tickets[1]")
+    more = data_config("custom", name="tickets", path="t.db", min_turns=3)
+    assert len(load_data(more).train[0].messages) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"min_turn": 3}, "data.min_turn: is not an option here. Did you mean min_turns? It takes: path, min_turns"),
+        ({"min_turns": "many"}, "data.min_turns: is 'many' (str), expected a whole number"),
+        ({"min_turns": "???"}, "data.min_turns: is missing"),
+        ({}, "data.min_turns: is missing"),
+    ],
+)
+def test_a_wrong_option_names_the_key_and_the_known_ones(registry, data_config, options, says):
+    @register_source
+    def tickets(path, min_turns: int):
+        raise AssertionError("read before it was checked")
+
+    config = data_config("custom", name="tickets", path="t.db", **options)
+    with pytest.raises(ConfigError) as caught:
+        check_source(config)
+    assert says in str(caught.value)
+    assert faults(config, ConfigError) == str(caught.value).splitlines()
+
+
+def test_an_unknown_source_brings_the_choices(data_config):
+    (line,) = faults(data_config("custom", name="mesages", path="x"), ConfigError)
+    assert "data.name: no source is named 'mesages'. Did you mean messages? Choices: " in line
+    assert "KDX_PLUGINS=module" in line
+
+
+def test_a_source_may_be_registered_again_but_not_under_anothers_name(registry):
+    source = "def tickets(path): yield {}"
+    for module in (types.ModuleType("mine"), types.ModuleType("mine")):
+        exec(source, module.__dict__)
+        register_source(module.tickets)
+    with pytest.raises(ValueError, match="a data source named pairs is registered already"):
+
+        @register_source
+        def pairs(path):
+            yield {}
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ({"text": "a"}, 'tickets[1]: has neither "messages" nor "source" and "target"; it has: text'),
+        ({}, "it has: nothing"),
+        ({"source": "a"}, "it has: source"),
+        (("a", "b"), "tickets[1]: is tuple, expected an object"),
+        ({"source": "a", "target": 5, "where": "ticket 9"}, 'ticket 9: messages[1]: "content" is a number (5)'),
+    ],
+)
+def test_what_ones_own_source_yields_is_checked(registry, data_config, item, says):
+    @register_source
+    def tickets():
+        yield GOOD
+        yield item
+
+    (line,) = faults(data_config("custom", name="tickets", path="x"))
+    assert says in line
+
+
+def by_rank(names, seed):
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_held_out_rows_have_the_smallest_digest_of_seed_and_id(file_of, data_config, seed):
+    rows = numbered(50)
+    order = by_rank([row["id"] for row in rows], seed)
+    for validation, number in ((7, 7), (0.1, 5), (0.001, 1), (49, 49)):
+        dataset = load_data(data_config("pairs", path=file_of(rows), validation=validation, seed=seed))
+        assert ids(dataset.validation) == order[:number]
+        assert ids(dataset.train) == [row["id"] for row in rows if row["id"] not in order[:number]]
+    random.Random(0).shuffle(rows)
+    again = load_data(data_config("pairs", path=file_of(rows), validation=7, seed=seed, take=3, shuffle=False))
+    assert ids(again.validation) == order[:7]
+
+
+def test_rows_without_id_are_held_out_by_their_text(file_of, data_config):
+    rows = [{"source": row["source"], "target": row["target"]} for row in numbered(40)]
+    config = data_config("pairs", path=file_of(rows), validation=9)
+    first = load_data(config)
+    again = load_data(data_config("pairs", path=file_of(rows[::-1]), validation=9))
+    assert ids(first.validation) == ids(again.validation) == by_rank(ids(first.train + first.validation), 0)[:9]
+    assert [said(row) for row in first.validation] == [said(row) for row in again.validation]
+
+
+def test_added_rows_push_out_held_out_rows_only_by_a_smaller_digest(file_of, data_config):
+    before = load_data(data_config("pairs", path=file_of(numbered(60)), validation=12)).validation
+    after = load_data(data_config("pairs", path=file_of(numbered(90)), validation=12)).validation
+    newcomers = {f"r{i}" for i in range(60, 90)}
+    stayed = [name for name in ids(after) if name not in newcomers]
+    assert 0 < len(stayed) < 12
+    assert stayed == ids(before)[: len(stayed)]
+
+
+@pytest.mark.parametrize("shared", ["lang", 0, ""])
+def test_rows_that_share_an_id_are_told_apart_wherever_they_stand(file_of, data_config, shared):
+    rows = [{**row, "id": shared} for row in numbered(30)] + [GOOD, GOOD, GOOD]
+    first = load_data(data_config("pairs", path=file_of(rows), validation=8))
+    again = load_data(data_config("pairs", path=file_of(rows[::-1]), validation=8))
+    everything = load_data(data_config("pairs", path=file_of(rows)))
+    assert len(set(ids(everything.train))) == 33
+    assert ids(first.validation) == ids(again.validation)
+    assert [said(row) for row in first.validation] == [said(row) for row in again.validation]
+    other = load_data(data_config("pairs", path=file_of(rows), validation=8, seed=1))
+    assert ids(other.validation) != ids(first.validation)
+
+
+def test_training_rows_equal_to_a_held_out_row_are_dropped_and_counted(file_of, data_config):
+    rows = numbered(20)
+    copies = [{**row, "id": f"copy of {row['id']}"} for row in rows]
+    dataset = load_data(data_config("pairs", path=file_of(rows + copies), validation=6))
+    held_out = {row.digest for row in dataset.validation}
+    assert not held_out & {row.digest for row in dataset.train}
+    assert dataset.dropped["equal to a held-out row"] == 2 * len(held_out) - 6
+    assert len(dataset.train) == 40 - 2 * len(held_out)
+
+
+def test_a_held_out_file_is_taken_whole_and_equal_rows_leave_training(file_of, data_config):
+    other = file_of([*numbered(3, start=100), numbered(1)[0]], "held.jsonl")
+    dataset = load_data(data_config("pairs", path=file_of(numbered(10)), validation=other))
+    assert ids(dataset.validation) == ["r100", "r101", "r102", "r0"]
+    assert ids(dataset.train) == [f"r{i}" for i in range(1, 10)]
+    assert dataset.dropped == {"equal to a held-out row": 1}
+    same_ids = file_of([{**row, "target": "another answer"} for row in numbered(10)], "other.jsonl")
+    assert len(load_data(data_config("pairs", path=file_of(numbered(10)), validation=same_ids)).train) == 10
+
+
+def test_a_held_out_split_is_read_by_its_name(file_of, data_config, tmp_path, registry):
+    file_of(numbered(10), "train.jsonl")
+    file_of(numbered(4, start=100), "test-00000.jsonl")
+    dataset = load_data(data_config("pairs", path=str(tmp_path), validation="split:test"))
+    assert ids(dataset.validation) == ["r100", "r101", "r102", "r103"]
+    assert ids(dataset.train) == [f"r{i}" for i in range(10)]
+
+    @register_source
+    def tickets(split):
+        yield from numbered(3, start=10 if split == "test" else 0)
+
+    dataset = load_data(data_config("custom", name="tickets", path="x", validation="split:test"))
+    assert (ids(dataset.validation), ids(dataset.train)) == (["r10", "r11", "r12"], ["r0", "r1", "r2"])
+
+
+def test_nothing_is_held_out_when_none_is_asked_for(file_of, data_config):
+    dataset = load_data(data_config("pairs", path=file_of(numbered(5)), validation=None))
+    assert (len(dataset.train), dataset.validation) == (5, [])
+
+
+@pytest.mark.parametrize("validation", [5, 6, 0.95])
+def test_too_many_held_out_rows_leave_nothing_to_train_on(file_of, data_config, validation):
+    (line,) = faults(data_config("pairs", path=file_of(numbered(5)), validation=validation))
+    assert line.startswith(f"data.validation: {validation} held-out rows of 5 leave none to train on")
+
+
+def test_held_out_rows_equal_to_all_others_leave_nothing_to_train_on(file_of, data_config):
+    (line,) = faults(data_config("pairs", path=file_of([GOOD] * 4), validation=1))
+    assert line.startswith("data.validation: ")
+    (line,) = faults(data_config("pairs", path=file_of([GOOD]), validation=file_of("x,y\n", "none.csv")))
+    assert "has no usable row" in line
+
+
+def test_take_counts_training_rows_and_is_nested(file_of, data_config, caplog):
+    path = file_of(numbered(60))
+
+    def train(take, **changes):
+        return load_data(data_config("pairs", path=path, validation=10, take=take, **changes))
+
+    whole, ten, twenty = train(None), train(10), train(20)
+    assert [len(dataset.train) for dataset in (whole, ten, twenty)] == [50, 10, 20]
+    assert ids(ten.validation) == ids(twenty.validation) == ids(whole.validation)
+    assert set(ids(ten.train)) < set(ids(twenty.train)) < set(ids(whole.train))
+    assert ids(twenty.train) == [name for name in ids(whole.train) if name in ids(twenty.train)]
+    assert set(ids(ten.train)) != set(ids(whole.train)[:10])
+    assert ids(train(10, seed=1).train) != ids(ten.train)
+    assert not caplog.records
+    assert len(train(51).train) == 50
+    assert "data.take=51, but there are 50 training rows" in caplog.text
+
+
+def test_the_same_rows_come_from_every_format(data_config, file_of, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = numbered(12)
+    table = pyarrow.Table.from_pylist([{"messages": TALK, "id": "x"}])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "m.parquet")
+    csv = "id,source,target\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+    paths = [
+        file_of(rows),
+        file_of(json.dumps(rows), "t.json"),
+        file_of(csv, "t.csv"),
+        str(tmp_path / "t.parquet"),
+    ]
+    datasets = [load_data(data_config("pairs", path=path, validation=3)) for path in paths]
+    assert all(ids(dataset.validation) == ids(datasets[0].validation) for dataset in datasets)
+    assert all([said(r) for r in d.train] == [said(r) for r in datasets[0].train] for d in datasets)
+    (row,) = load_data(data_config("messages", path=str(tmp_path / "m.parquet"))).train
+    assert said(row) == [("user", "a"), ("assistant", "b")]

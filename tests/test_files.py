@@ -1,0 +1,252 @@
+"""Rows from files, folders, globs, packages and the hub, and what is said of those that cannot be read."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from kdx.errors import DataError, MachineError
+from kdx.files import kind_of, read_rows, resolve_path
+
+ROWS = [{"source": "a", "target": "b"}, {"source": "c\u2028d", "target": "caf\u00e9, \N{GRINNING FACE}\nline two"}]
+
+
+def write(path, rows=ROWS):
+    """Write rows in the format that the name ends in."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    elif path.suffix == ".csv":
+        lines = [",".join(rows[0]), *(",".join(f'"{cell}"' for cell in row.values()) for row in rows)]
+        path.write_text("\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def read(path, split="train"):
+    return list(read_rows(path, None, split))
+
+
+def rows_of(path, split="train"):
+    return [row for _, row in read(path, split)]
+
+
+def error_of(path, split="train"):
+    """The one error of a file, raised or yielded, as text."""
+    try:
+        (error,) = [item for item in read(path, split) if isinstance(item, DataError)]
+    except DataError as raised:
+        error = raised
+    assert error.exit_code == 2
+    return str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("t.jsonl", [":1", ":2"]),
+        ("t.json", ["[0]", "[1]"]),
+        ("t.csv", [":2", ":4"]),
+        ("t.parquet", ["[0]", "[1]"]),
+    ],
+)
+def test_every_format_gives_the_same_rows_and_where_they_stand(tmp_path, name, places):
+    file = write(tmp_path / name)
+    assert read(str(file)) == [(f"{file}{place}", row) for place, row in zip(places, ROWS, strict=True)]
+
+
+def test_csv_cells_may_be_long_and_hold_any_line_separator(tmp_path):
+    rows = [{"source": "x" * 200_000, "target": "a\u2028b\x0bc\x85d"}]
+    (tmp_path / "plain.csv").write_text("source,target\na\u2028b,c\x85d\n", encoding="utf-8")
+    assert rows_of(str(write(tmp_path / "t.csv", rows))) == rows
+    assert rows_of(str(tmp_path / "plain.csv")) == [{"source": "a\u2028b", "target": "c\x85d"}]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_bom_line_endings_and_blank_lines_are_accepted(tmp_path, suffix, bom, ending):
+    lines = {
+        ".jsonl": ["", '{"source": "a", "target": "b"}', "  ", '{"source": "c", "target": "d"}', ""],
+        ".json": ["[", '{"source": "a", "target": "b"},', "", '{"source": "c", "target": "d"}]', ""],
+        ".csv": ["source,target", "a,b", "", "c,d", ""],
+    }[suffix]
+    file = tmp_path / f"t{suffix}"
+    file.write_bytes(bom + ending.join(lines).encode())
+    assert rows_of(str(file)) == [{"source": "a", "target": "b"}, {"source": "c", "target": "d"}]
+
+
+def test_a_folder_a_glob_and_a_list_give_their_files_in_order(tmp_path):
+    for name in ("b.jsonl", "a.csv", "c.parquet"):
+        write(tmp_path / name, [{"source": name, "target": "x"}])
+    (tmp_path / "README.md").write_text("about", encoding="utf-8")
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep" / "d.json", [{"source": "d.json", "target": "x"}])
+
+    def names(path):
+        return [row["source"] for row in rows_of(path)]
+
+    assert names(str(tmp_path)) == ["a.csv", "b.jsonl", "c.parquet"]
+    assert names(str(tmp_path / "[ab].*")) == ["a.csv", "b.jsonl"]
+    assert names(str(tmp_path / "**" / "*.json")) == ["d.json"]
+    assert names([str(tmp_path / "c.parquet"), str(tmp_path / "deep")]) == ["c.parquet", "d.json"]
+
+
+def test_what_exists_on_disk_wins_over_the_hub_and_over_a_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    write(tmp_path / "org" / "name" / "t.jsonl")
+    write(tmp_path / "odd[1].jsonl")
+    assert rows_of("org/name") == ROWS
+    assert rows_of("odd[1].jsonl") == ROWS
+
+
+def test_a_folder_has_the_splits_its_files_are_named_for(tmp_path):
+    for name in ("train.jsonl", "test-00000.jsonl", "test-00001.jsonl", "tests.jsonl"):
+        write(tmp_path / name, [{"source": name, "target": "x"}])
+    assert [row["source"] for row in rows_of(str(tmp_path), "test")] == ["test-00000.jsonl", "test-00001.jsonl"]
+    assert "has no file of the split dev" in error_of(str(tmp_path), "dev")
+    assert "train.jsonl is on disk and has no split dev" in error_of(str(tmp_path / "train.jsonl"), "dev")
+
+
+def test_home_and_packages_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "kdx_test_rows").mkdir()
+    (tmp_path / "kdx_test_rows" / "__init__.py").write_text("raise RuntimeError('imported')", encoding="utf-8")
+    write(tmp_path / "kdx_test_rows" / "t.jsonl")
+    assert rows_of("~/kdx_test_rows/t.jsonl") == ROWS
+    assert rows_of("pkg:kdx_test_rows") == rows_of("pkg:kdx-test-rows/t.jsonl") == ROWS
+
+
+@pytest.mark.parametrize("name", ["no-such-package", "../etc", "os.path", "json/decoder.py"])
+def test_a_package_that_is_not_there_is_an_error_of_the_machine(name):
+    if name.startswith("json"):
+        assert resolve_path(f"pkg:{name}", "data.path").endswith("decoder.py")
+        return
+    with pytest.raises(MachineError, match=r"data\.path: the package .* is not installed\. Run: pip install") as caught:
+        read(f"pkg:{name}")
+    assert caught.value.exit_code == 3
+
+
+GOOD = b'{"source": "a", "target": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("t.jsonl", GOOD + b'{"source": x}\n' + GOOD, ["t.jsonl:2:12: is not JSON", "one JSON object a line"]),
+        ("t.jsonl", GOOD + b'{"source": "a",}\n' + GOOD, ["t.jsonl:2:1", "is not JSON", "Mend the line"]),
+        ("t.jsonl", GOOD + b'{"source": "a", "tar', ["t.jsonl:2:17: is not JSON", "Was the copy cut short?"]),
+        ("t.jsonl", GOOD + b'{"source": "a"', ["t.jsonl:2:15: is not JSON", "Was the copy cut short?"]),
+        ("t.jsonl", GOOD + b'{"source": NaN}', ["t.jsonl:2:", "NaN is not a JSON value"]),
+        ("t.jsonl", GOOD + b'{"target": "a", "target": "b"}', ["t.jsonl:2:", "'target' stands twice"]),
+        ("t.jsonl", b"[" * 200_000, ["t.jsonl:1:", "is not JSON"]),
+        ("t.jsonl", GOOD + b'{"source": "caf\xe9"}\n', ["t.jsonl:2: byte 0xe9", "iconv -f LATIN1 -t UTF-8"]),
+        ("t.jsonl", b"\xef\xbb\xbf" + GOOD + b'"\xe9"', ["t.jsonl:2: byte 0xe9", "iconv"]),
+        ("t.csv", b"source,target\na,caf\xe9\n", ["t.csv:2: byte 0xe9", "iconv"]),
+        ("t.jsonl", GOOD.decode().encode("utf-16"), ["t.jsonl:1: is UTF-16 (first bytes ff fe)", "iconv -f UTF-16"]),
+        ("t.jsonl", GOOD.decode().encode("utf-16-be"), ["t.jsonl:1: is UTF-16", "iconv"]),
+        ("t.json", GOOD.decode().encode("utf-16-le"), ["t.json:1: is UTF-16", "iconv"]),
+        ("t.jsonl", b"", ["t.jsonl: is empty"]),
+        ("t.csv", b"\xef\xbb\xbf\r\n \n", ["t.csv: is empty"]),
+        ("t.json", b'[{"source": "a"},\n {"source": }]', ["t.json:2:13: is not JSON"]),
+        ("t.json", b'[{"source": "a"},', ["t.json:1:", "Was the copy cut short?"]),
+        ("t.json", GOOD * 2, ["t.json:2:1: is not JSON", "name the file .jsonl"]),
+        ("t.json", b'{"data": []}', ["t.json: holds an object, expected a list of rows"]),
+        ("t.csv", b"source,target,source\na,b,c\n", ["t.csv: has the column 'source' more than once"]),
+        ("t.csv", b"source,target\na,b\na,b, and c\n", ["t.csv:3: has more than the 2 columns", "Quote"]),
+        ("t.csv", b'source,target\n"a"b,c\n', ["t.csv:2: is not CSV", "quoting"]),
+        ("t.csv", b'source,target\na,"b\n', ["t.csv:2: is not CSV", "quoting"]),
+        ("t.parquet", b"PAR1 but no more", ["t.parquet: is not a whole parquet file", "cut short"]),
+        ("t.parquet", b"", ["t.parquet: is not a whole parquet file"]),
+        ("t.txt", b"hello", ["t.txt is none of .jsonl, .json, .csv, .parquet"]),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_mend(tmp_path, name, content, says):
+    file = tmp_path / name
+    file.write_bytes(content)
+    error = error_of(str(file))
+    assert len(error.splitlines()) == 1
+    assert all(words in error for words in says), error
+
+
+def test_a_truncated_parquet_file_and_twice_the_same_column(tmp_path):
+    whole = write(tmp_path / "whole.parquet").read_bytes()
+    cut = tmp_path / "cut.parquet"
+    for length in (len(whole) // 2, len(whole) - 1):
+        cut.write_bytes(whole[:length])
+        assert "cut.parquet: is not a whole parquet file" in error_of(str(cut))
+    twice = tmp_path / "twice.parquet"
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["source", "source"]), twice)
+    assert "has the column 'source' more than once" in error_of(str(twice))
+
+
+def test_bad_lines_do_not_hide_the_good_ones(tmp_path):
+    file = tmp_path / "t.jsonl"
+    file.write_bytes(GOOD + b"oops\n" + GOOD + b"{\n")
+    items = read(str(file))
+    assert [isinstance(item, DataError) for item in items] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("data/trian.jsonl", ["data.path: data/trian.jsonl does not exist", "Did you mean data/train.jsonl?"]),
+        ("dta/train.jsonl", ["dta/train.jsonl does not exist", "Did you mean data?"]),
+        ("zzz.jsonl", ["zzz.jsonl does not exist", "has: data/, empty/"]),
+        ("data/*.csv", ["no file matches data/*.csv"]),
+        ("nowhere/*.csv", ["no file matches nowhere/*.csv"]),
+        ("empty", ["the folder empty has no .jsonl, .json, .csv, .parquet file", "empty has: notes.txt"]),
+        ("data/train.jsonl/x.jsonl", ["data/train.jsonl/x.jsonl does not exist"]),
+    ],
+)
+def test_a_path_that_is_not_there_brings_the_nearest(tmp_path, monkeypatch, path, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("x", encoding="utf-8")
+    write(tmp_path / "data" / "train.jsonl")
+    error = error_of(path)
+    assert len(error.splitlines()) == 1
+    assert all(words in error for words in says), error
+
+
+def test_all_files_are_looked_at_before_the_unreadable_ones_are_said(tmp_path):
+    write(tmp_path / "good.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'"caf\xe9"')
+    paths = [str(tmp_path / name) for name in ("missing.jsonl", "latin.jsonl", "good.jsonl")]
+    seen = []
+    with pytest.raises(DataError) as caught:
+        seen.extend(read_rows(paths, None, "train"))
+    assert len(str(caught.value).splitlines()) == 2
+    rows = read_rows(paths, None, "train")
+    assert [next(rows)[1], next(rows)[1]] == ROWS
+
+
+def test_a_hub_name_that_cannot_be_reached_is_one_line():
+    error = error_of("some-org/no-such-data")
+    assert len(error.splitlines()) == 1
+    assert error.startswith("data.path: some-org/no-such-data is nothing on disk, and the hub could not give it")
+    assert "Check the name, data.subset, data.split and the network" in error
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "null"),
+        (True, "true or false (true)"),
+        (5, "a number (5)"),
+        (1.5, "a number (1.5)"),
+        ("oops", 'text ("oops")'),
+        ("x" * 100, "text"),
+        ([1], "a list"),
+        ({}, "an object"),
+        (b"x", "bytes"),
+    ],
+)
+def test_kinds_are_said_as_a_person_would(value, words):
+    assert kind_of(value) == words
