@@ -296,7 +296,7 @@ def _check_folder(folder: Path, group: str) -> None:
     if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
         raise ModelError(key, f"{folder} has no weights", _has(folder))
     for index in folder.glob("*.index.json"):
-        if re.search(r'"[^"]*(\.\./|^/|\\\\)[^"]*\.(safetensors|bin)"', index.read_text(encoding="utf-8")):
+        if re.search(r'"(/|[^"]*(\.\./|\\\\))[^"]*\.(safetensors|bin)"', index.read_text(encoding="utf-8")):
             raise ModelError(key, f"{index} names weights outside its folder", "Do not load this checkpoint")
 
 

@@ -136,10 +136,9 @@ def _excluded_as_tiny(t: Tensor, s: Tensor) -> Tensor:
 
 
 def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """log(weight·eᵃ + (1−weight)·eᵇ), with finite gradients where both are −inf."""
+    """log(weight·eᵃ + (1−weight)·eᵇ) with finite gradients; 0 where both are −inf, which _kl leaves out."""
     both = (a == -math.inf) & (b == -math.inf)
-    mixed = torch.logaddexp(a.masked_fill(both, 0.0) + math.log(weight), b.masked_fill(both, 0.0) + math.log1p(-weight))
-    return mixed.masked_fill(both, -math.inf)
+    return torch.logaddexp(a.masked_fill(both, 0.0) + math.log(weight), b.masked_fill(both, 0.0) + math.log1p(-weight))
 
 
 def _check_share(name: str, value: float, *, ends: bool) -> None:

@@ -129,10 +129,10 @@ class _ChunkedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = head.detached(weight, bias).in_compute_dtype()
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        sum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        grad_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if wants_bias and bias is not None else None
+        grad_weight = torch.zeros(weight.shape, dtype=grad_dtype, device=weight.device) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=grad_dtype) if wants_bias and bias is not None else None
         kd_sum, ce_sum = (torch.zeros((), dtype=_sum_dtype(hidden), device=hidden.device) for _ in range(2))
 
         for start in range(0, len(labels), chunk_size):
@@ -160,7 +160,7 @@ class _ChunkedSum(torch.autograd.Function):
         ctx.mark_non_differentiable(kd_sum, ce_sum)
         ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
         total = objective.alpha * kd_sum + (1 - objective.alpha) * ce_sum
-        return total.to(sum_dtype), kd_sum, ce_sum
+        return total.to(grad_dtype), kd_sum, ce_sum
 
     @staticmethod
     @once_differentiable
@@ -168,7 +168,7 @@ class _ChunkedSum(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
+            None if grad_hidden is None else grad_hidden * grad_total,  # the factor is not rounded to bf16
             None if grad_weight is None else (grad_weight * grad_total).to(weight_dtype),
             None if grad_bias is None else (grad_bias * grad_total).to(bias_dtype),
             *[None] * 6,

@@ -346,9 +346,12 @@ def as_adapter(folder):
     (folder / "config.json").rename(folder / "adapter_config.json")
 
 
-def with_a_foreign_index(folder):
-    index = {"weight_map": {"lm_head.weight": "../elsewhere/model.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+def with_index(name):
+    def write(folder):
+        index = {"weight_map": {"lm_head.weight": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return write
 
 
 def damaged(folder):
@@ -362,7 +365,9 @@ def damaged(folder):
         (as_adapter, "is a LoRA adapter, not a model. Merge it first"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
-        (with_a_foreign_index, "names weights outside its folder"),
+        (with_index("../elsewhere/model.safetensors"), "names weights outside its folder"),
+        (with_index("/elsewhere/model.safetensors"), "names weights outside its folder"),
+        (with_index("C:\\elsewhere\\model.safetensors"), "names weights outside its folder"),
         (damaged, "cannot load the model"),
     ],
 )

@@ -248,6 +248,26 @@ def test_bf16_is_no_further_from_float64_than_plain_bf16(name, chunk_size, alpha
     assert (torch.tensor(ours_off).sum(0) <= torch.tensor(plain_off).sum(0)).all()
 
 
+def test_the_denominator_is_not_rounded_to_bf16():
+    case = Case(dtype=torch.bfloat16)
+    sums = case.value_and_gradients(case.loss(num_tokens=1))
+    means = case.value_and_gradients(case.loss(num_tokens=1021))  # 1/1021 is 0.2 % off in bf16
+    torch.testing.assert_close(means[1], (sums[1].double() / 1021).bfloat16(), rtol=0, atol=0)
+
+
+@each_name
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)])
+def test_teacher_and_student_may_differ_in_dtype(name, dtypes):
+    exact = Case()
+    exact.teacher_hidden = exact.teacher_hidden.bfloat16().double()
+    exact.teacher_head = Head(*(x.bfloat16().double() for x in (exact.teacher_head.weight, exact.teacher_head.bias)))
+    case, other = (exact.to(dtype) for dtype in dtypes)
+    case.teacher_hidden, case.teacher_head = other.teacher_hidden, other.teacher_head
+    got = case.value_and_gradients(case.loss(name=name))
+    assert {x.dtype for x in got} == {dtypes[0]}
+    assert_close(got, exact.value_and_gradients(exact.plain(name)), 0.05 if torch.bfloat16 in dtypes else 2e-4)
+
+
 # ---- masks and the denominator
 
 
