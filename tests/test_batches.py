@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from kdx.batches import (
     Encoder,
@@ -187,6 +188,13 @@ def test_a_token_that_reaches_into_the_turn_counts(make_tokenizer):
     tokenizer = make_tokenizer(PLAIN.replace("Bot:{% endif", "Bot: {% endif"))
     (row,), _ = encode(tokenizer, chat("name it", "The capital", "so", "The colour"))
     assert counted_runs(tokenizer, row) == [" The capital\n", " The colour\n"]
+
+
+def test_an_end_token_that_swallows_the_space_before_it_still_ends_the_turn(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML, ("<|im_start|>",))
+    tokenizer.add_tokens(AddedToken("<|im_end|>", lstrip=True, special=True), special_tokens=True)
+    (row,), _ = encode(tokenizer, chat("a", "Blue. ", "b", "Red.\n"))
+    assert [run.replace(" ", "") for run in counted_runs(tokenizer, row)] == ["Blue.<|im_end|>", "Red.<|im_end|>"]
 
 
 def test_smollm2_counts_every_turn_of_real_conversations(smollm2_tokenizer, data_config):
@@ -419,6 +427,7 @@ def test_rows_of_like_length_stand_together_and_long_ones_do_not_come_first():
     means = [sum(lengths[i] for i in batch) / 8 for batch in batches]
     halves = sum(means[:125]) / 125, sum(means[125:]) / 125
     assert abs(halves[0] - halves[1]) < 10
+    assert means[:16] not in (sorted(means[:16]), sorted(means[:16], reverse=True))
 
 
 def step_batches(rows, **changes):
