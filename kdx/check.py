@@ -20,7 +20,7 @@ ALIASES = {
     "beta": "loss.beta, with loss=jsd",
     "learning_rate": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
-    "adam_epsilon": "optim.eps",
+    "adam_epsilon": "+optim.eps",
     "per_device_train_batch_size": "train.micro_batch_size",
     "train_batch_size": "train.batch_size",
     "per_device_eval_batch_size": "train.micro_batch_size",
@@ -127,7 +127,7 @@ def problems(tree: dict[str, Any], shape: Any = Config, prefix: str = "") -> lis
         kinds = part.metadata.get("kinds")
         words = part.metadata.get("range") or type_words(wanted)
         if kinds:
-            fits = value is None or any(has_type(value, kind) and not isinstance(value, bool) for kind in kinds)
+            fits = any(has_type(value, kind) for kind in kinds)
             wanted_words = words
         else:
             fits, wanted_words = has_type(value, wanted), type_words(wanted)

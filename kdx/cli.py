@@ -39,8 +39,7 @@ _typed: list[str] = []
 
 def main() -> None:
     """Run `python -m kdx …`. Exits with the codes of errors.py."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        os.environ["KDX_DEBUG"] = "1"
+    os.environ.setdefault("KDX_DEBUG", os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and kdx says it in its one line
     sys.exit(guarded(lambda: _main(sys.argv[1:])))
 
@@ -65,7 +64,8 @@ def _main(argv: list[str]) -> int:
     except OSError as error:  # Hydra makes the folders of runs and sweeps; what happens in a job is caught there
         raise MachineError(str(error.filename or "outputs"), f"{error.strerror}", "Choose another folder") from None
     if _failures:
-        print(f"kdx: {len(_failures)} job(s) of the sweep failed:", *_failures, sep="\n  ", file=sys.stderr)
+        failed = dict.fromkeys(_failures)  # equal points share a folder
+        print(f"kdx: {len(failed)} job(s) of the sweep failed:", *failed, sep="\n  ", file=sys.stderr)
         return 5
     return 0
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import re
 import typing
 from collections.abc import Iterable
@@ -20,14 +21,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import kdx.conf
 from kdx import sweep
 from kdx.check import ALIASES, contradictions, nearest_key, problems
 from kdx.config import Config
 from kdx.errors import ConfigError, did_you_mean, together
 from kdx.hostile import refuse_code, refuse_packages, refuse_untyped
 
-CONF = Path(next(iter(kdx.conf.__path__)))
+CONF = Path(importlib.import_module("kdx.conf").__path__[0])
 OPEN_GROUPS = ("data", "loss", "optim")  # their further keys are options of what they name
 ORIGINS = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")
 LAYERS = ("typed", "experiment/", "recipe/", "")  # what wins comes first
@@ -139,7 +139,7 @@ class Composer:
         for word in words:
             if word.key_or_group.startswith("hydra.") and not self._is_choice(word):
                 _apply(word, cfg, [])
-        return cfg.hydra  # type: ignore[no-any-return]
+        return cfg.hydra
 
     def point(self, words: list[Override]) -> Point:
         """Compose and check one run. What is wrong is left out of what is checked next, so that all is said at once."""
@@ -356,7 +356,7 @@ def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, ConfigError]]:
 
     def plain(node: Any, key: str) -> Any:
         if isinstance(node, DictConfig):
-            return {str(name): value(node, name, f"{key}.{name}") for name in node}
+            return {str(name): value(node, name, f"{key}.{name!s}") for name in node}
         if isinstance(node, ListConfig):
             return [value(node, i, f"{key}[{i}]") for i in range(len(node))]
         return node
@@ -390,8 +390,7 @@ def register_resolver() -> None:
 
 def _job_name(keys: Any, *, _root_: DictConfig) -> str:
     """Reads all of the job's config but `hydra`."""
-    tree = as_tree(_root_)
-    return sweep.job_name(list(keys or []), tree, to_config(tree))
+    return sweep.job_name(list(keys or []), to_config(as_tree(_root_)))
 
 
 def _one_line(error: Exception) -> str:

@@ -74,6 +74,7 @@ class StudentConfig(ModelConfig):
     layers: Any = allows(
         int,
         list,
+        None,
         test=lambda v: v > 0 if isinstance(v, int) else bool(v) and all(type(i) is int and i >= 0 for i in v),
         words="a number of layers above 0, or a list of the teacher's layer numbers such as [0,3,29]",
     )
@@ -89,6 +90,7 @@ class DataConfig:
     path: Any = allows(
         str,
         list,
+        None,
         test=lambda v: bool(v) and (isinstance(v, str) or all(isinstance(p, str) and p for p in v)),
         words="a file, glob, folder, hub data set, or a list of them",
     )
@@ -101,7 +103,8 @@ class DataConfig:
         int,
         float,
         str,
-        test=lambda v: v if isinstance(v, str) else v > 0 and (isinstance(v, int) or v < 1),
+        None,
+        test=lambda v: bool(v) if isinstance(v, str) else v > 0 and (isinstance(v, int) or v < 1),
         words="a number of rows, a share below 1, a file, split:NAME, or null",
     )
     """Held-out rows: rows (int), a share (below 1), a file, `split:NAME`, or null for none."""
@@ -157,7 +160,7 @@ class OptimConfig:
     warmup_steps: Any = allows(
         int,
         float,
-        test=lambda v: v is not None and v >= 0 and (isinstance(v, int) or v < 1),
+        test=lambda v: v >= 0 and (isinstance(v, int) or v < 1),
         words="a number of steps, or a share of all steps below 1",
     )
     """Steps of linear warm-up; below 1, a share of all steps."""

@@ -42,13 +42,15 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
     common = _identity(configs[0])
     for config in configs[1:]:
         common = _common(common, _identity(config))
-    for key in keys:
-        _drop(common, key.split("."))
+    for key in keys:  # a swept group's options differ by themselves
+        if "." in key:
+            _drop(common, key.split("."))
     return "-".join([*(_safe(_short(key)) for key in keys), _digest(common)])
 
 
-def job_name(keys: list[str], tree: dict[str, Any], config: Config) -> str:
+def job_name(keys: list[str], config: Config) -> str:
     """A job's name: its point and a short hash of its typed config, as temperature-2_alpha-0.7_1a2b3c."""
+    tree = asdict(config)
     parts = []
     for key in keys:
         if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
@@ -76,7 +78,7 @@ def _identity(config: Config) -> dict[str, Any]:
 
 
 def _find(node: Any, parts: list[str]) -> Any:
-    """A value of the tree; an option of an open group stands in its `options`."""
+    """A value of a config as a tree; an option of an open group stands in its `options`."""
     for part in parts:
         if not isinstance(node, dict):
             return None

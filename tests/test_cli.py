@@ -1,0 +1,433 @@
+"""The command line: what is refused and how, what is added to the words, what a run keeps of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kdx import cli
+from kdx.cli import compose
+from kdx.composition import Composer, Source, preflight
+from kdx.errors import ConfigError, KdxError
+from kdx.redact import redact
+
+HF = ["student=hf", "student.path=x"]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    """Each test in a folder of its own, with an environment that is put back."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HYDRA_FULL_ERROR", "KDX_DEBUG"):
+        monkeypatch.setenv(name, "0")
+    for name in ("KDX_PLUGINS", "KDX_LR", "KDX_SEED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["kdx"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def write(file: str, text: str) -> None:
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text(text, encoding="utf-8")
+
+
+def refused(*words: str, sweep: bool = False, **source: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        preflight(list(words), Source(**source), sweep)
+    return caught.value.lines
+
+
+@pytest.fixture(scope="module")
+def composer() -> Composer:
+    return Composer(Source())
+
+
+def run(capfd, *argv: str) -> tuple[int, str, list[str]]:
+    """The command, in this process → exit code, stdout, lines of stderr."""
+    sys.argv = ["kdx", *argv]
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    out, err = capfd.readouterr()
+    return int(left.value.code or 0), out, err.splitlines()
+
+
+def test_config_errors_and_what_only_shows_come_without_torch(tmp_path):
+    program = """
+import sys
+from kdx.cli import main
+for words in (["bad.key=1"], ["--cfg", "job"], ["--help"], ["--info", "defaults"]):
+    sys.argv = ["kdx", *words]
+    try:
+        main()
+    except SystemExit as end:
+        print(words, end.code, file=sys.stderr)
+print(sorted({"torch", "transformers", "datasets", "accelerate", "wandb"} & sys.modules.keys()), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
+    codes = [line for line in done.stderr.splitlines() if not line.startswith("kdx: error: ")]
+    assert [line.rsplit(" ", 1)[-1] for line in codes] == ["2", "0", "0", "0", "[]"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_real_command_says_it_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "kdx", "loss.temprature=2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    wanted = "kdx: error: loss.temprature: is not a key of kdx. Did you mean loss.temperature?\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", wanted)
+
+
+def test_all_that_is_wrong_is_said_in_one_go():
+    words = ["train.learning_rate=1e-4", "loss=jds", "optim=adamw_bnb_8bit", "loss.alpha=2", "train.batch_size=eight"]
+    assert refused(*words, "tain.seed=1") == [
+        "loss=jds: loss has no option jds. Did you mean jsd? Choices: adaptive_kl, cross_entropy, forward_kl, jsd, "
+        "reverse_kl, skew_forward_kl, skew_reverse_kl, tvd",
+        "optim=adamw_bnb_8bit: optim has no option adamw_bnb_8bit. Did you mean optim=adamw_8bit?",
+        "train.learning_rate: is not a key of kdx. Did you mean optim.lr?",
+        "tain.seed: is not a key of kdx. Did you mean train.seed?",
+        "loss.alpha: is 2. Allowed: between 0 and 1",
+        "train.batch_size: is 'eight' (str), expected a whole number. Allowed: 1 or more",
+    ]
+
+
+def test_other_tools_words_are_known():
+    meant = {
+        "distillation_weight=0.5": "loss.alpha",
+        "loss.distillation_weight=0.5": "loss.alpha",
+        "learning_rate=1e-4": "optim.lr",
+        "train.learning_rate=1e-4": "optim.lr",
+        "per_device_train_batch_size=2": "train.micro_batch_size",
+        "gradient_accumulation_steps=4": "train.batch_size with train.micro_batch_size",
+        "num_train_epochs=1": "train.epochs",
+        "train.bf16=true": "train.precision=bf16",
+        "temperature=2": "loss.temperature",
+        "optimizer.lr=1": "optim.lr",
+    }
+    for line, (word, key) in zip(refused(*meant), meant.items(), strict=True):
+        assert line.startswith(f"{word.split('=')[0]}: is not a key of kdx. Did you mean {key}")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["loss.beta=0.3"], "loss=jsd"),
+        (["data.min_turn=3"], "Did you mean data.min_turns?"),
+        (["optim.epsilon_of_mine=3"], "+optim.epsilon_of_mine=..."),
+        (["+loss.alpha=0.3"], "Type it without the +"),
+        (["+foo=1"], "+foo: is not a key"),
+        (["+train.foo=1"], "train.foo: is not a key"),
+        (["~train.seed"], "train.seed: is not set"),
+        (["train=5"], "train: is 5 (int), but holds keys of its own"),
+        (["teacher=hf"], "Give it: teacher.path=..."),
+        (["optim.lr=${oc.env:KDX_LR}"], "optim.lr: environment variable KDX_LR is not set"),
+        (["hydra.run.dri=x"], "hydra.run.dri"),
+        (["hydra/launcher=nope"], "hydra/launcher/nope"),
+        (["train.max_steps=3", "train.epochs=2"], "are both set"),
+    ],
+)
+def test_one_line_with_the_mend(words, says, composer):
+    (fault,) = composer.point(composer.parsed(words)).faults
+    assert says in str(fault)
+
+
+def test_a_sweep_without_m_and_words_that_cannot_be_read():
+    assert refused("loss.temperature=1,2") == [
+        "loss.temperature: has several values, which is a sweep. Add -m: python -m kdx -m ..."
+    ]
+    unread = refused("data.path=a b=c", "tracking.notes=it's")
+    assert [line.split(" (")[0] for line in unread] == ["data.path: cannot be read", "tracking.notes: cannot be read"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["+optim.eps=1e-6"],
+        ["data=custom", "data.name=tickets", "data.path=t.db", "+data.min_turns=3"],
+        ["loss.name=mine", "+loss.beta=0.3"],
+        ["data.path=[a.jsonl,b.jsonl]", "student.layers=[0,3,29]"],
+        ["tracking.name=3", "teacher.revision=12", "optim.lr=1"],
+        ["tracking={mode: offline}"],
+        ["optim.betas.0=0.8"],
+        ["loss.temperature=1", "loss.temperature=2"],
+    ],
+)
+def test_what_is_right_passes(words, composer):
+    assert composer.point(composer.parsed(words)).faults == []
+
+
+@pytest.mark.parametrize(
+    ("words", "added"),
+    [
+        (["train.max_steps=3"], []),  # the recipe's own key
+        (["train.epochs=2"], ["train.max_steps=null"]),
+        ([*HF, "train.max_steps=3"], ["train.epochs=null"]),
+        ([*HF, "train.epochs=3"], []),
+        (["experiment=demo", "train.epochs=1"], ["train.max_steps=null"]),
+        (["experiment=dialogpt", "++train.max_steps=5"], ["train.epochs=null"]),
+        ([*HF, "train.max_steps=3", "train.epochs=null"], []),
+        ([*HF, "train.max_steps=null"], []),
+    ],
+)
+def test_typing_steps_frees_epochs_and_the_reverse(words, added, composer):
+    assert composer.point(composer.parsed(words)).freed == added
+
+
+def test_a_sweep_over_epochs_frees_steps():
+    added = preflight(["train.epochs=1,2", "sweep.name=x"], Source(), True)
+    assert added == ["train.max_steps=null", "sweep.keys=[train.epochs]"]
+
+
+def test_every_point_of_a_sweep_is_checked():
+    (alpha, choice) = refused("loss=forward_kl,nope", "loss.alpha=0.1,3", sweep=True)
+    assert alpha.startswith("loss.alpha: is 3")
+    assert choice.startswith("loss=nope")
+
+
+def test_ones_own_folder_of_options():
+    write("mine/teacher/mine.yaml", "defaults: [hf, _self_]\npath: /models/big\n")
+    write("mine/student/mine.yaml", "defaults: [hf, _self_]\npath: /models/small\n")
+    write("mine/recipe/mine.yaml", "# @package _global_\noptim: {lr: 3.0e-4}\ntrain: {max_steps: 7}\n")
+    experiment = "# @package _global_\ndefaults:\n  - override /teacher: mine\n  - override /student: mine\n"
+    write("mine/experiment/mine.yaml", experiment + "data: {max_length: 99}\n")
+    config = compose(["experiment=mine"], config_dir="mine")
+    assert (config.teacher.path, config.student.path) == ("/models/big", "/models/small")
+    assert (config.train.max_steps, config.train.epochs) == (7, None)  # the recipe's steps free the default's epochs
+    assert config.run.origins == {
+        "optim.lr": "mine/recipe/mine.yaml",
+        "train.max_steps": "mine/recipe/mine.yaml",
+        "train.epochs": "typed",  # kdx typed it: train.epochs=null
+        "data.max_length": "mine/experiment/mine.yaml",
+    } | {"train.epochs": config.run.origins["train.epochs"]}
+    assert refused("teacher=mine")[0].startswith("teacher=mine: teacher has no option mine")
+    assert refused(config_dir="absent") == [
+        "--config-dir: absent is not a folder. Give the folder that holds teacher/, data/, …"
+    ]
+
+
+def test_where_values_came_from():
+    config = compose(["optim.lr=1e-4", "student=dialogpt_small", "optim=adamw_8bit", "experiment=demo"])
+    assert config.run.origins["optim.lr"] == "typed"
+    assert config.run.origins["train.max_steps"] == "conf/experiment/demo.yaml"
+    assert config.run.origins["data.max_length"] == "conf/data/custom.yaml"  # what chitchat builds on
+    assert compose(HF).run.origins["train.epochs"] == "conf/config.yaml"
+
+
+def test_composing_leaves_hydra_as_it_was():
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_module("kdx.conf", version_base="1.3"):
+        before = GlobalHydra.instance().hydra
+        compose()
+        assert GlobalHydra.instance().hydra is before
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: pairs\n  path: [a\n", "x.yaml:2: does not parse"),
+        ("name: a\nname: b\n", "x.yaml:2: does not parse: found duplicate key name"),
+    ],
+)
+def test_yaml_that_does_not_parse(text, says):
+    write("mine/optim/x.yaml", f"{text}")
+    assert any(says in line for line in refused("optim=x", config_dir="mine"))
+
+
+def test_every_unset_variable_is_named():
+    text = "# @package _global_\noptim: {lr: '${oc.env:KDX_LR}'}\ntrain: {seed: '${oc.env:KDX_SEED}', typo: 1}\n"
+    write("mine/experiment/x.yaml", text)
+    assert refused("experiment=x", config_dir="mine") == [
+        "optim.lr: environment variable KDX_LR is not set. Set it: export KDX_LR=...",
+        "train.seed: environment variable KDX_SEED is not set. Set it: export KDX_SEED=...",
+        "train.typo: is not a key of kdx. Take it out",
+    ]
+
+
+HOSTILE = {
+    "callback": "hydra: {callbacks: {x: {_target_: os.system, command: touch marker}}}",
+    "launcher": "hydra: {launcher: {_target_: os.system}}",
+    "sweeper": "hydra: {sweeper: {_target_: '${oc.env:EVIL,os.system}'}}",
+    "through a plug-in": "hydra: {launcher: {_target_: hydra._internal.core_plugins.bash_completion.os.system}}",
+    "log factory": "hydra: {job_logging: {handlers: {x: {'()': os.system, command: touch marker}}}}",
+    "log class": "hydra: {job_logging: {handlers: {x: {class: os.system}}}}",
+    "log file": "hydra: {hydra_logging: {handlers: {x: {class: logging.FileHandler, filename: marker}}}}",
+    "environment": "hydra: {job: {env_set: {LD_PRELOAD: x.so}}}",
+    "folder": "hydra: {run: {dir: /tmp/outside}}",
+    "parent": "hydra: {sweep: {subdir: ../../outside}}",
+    "target": "loss: {_target_: os.system}",
+    "in a list": "optim: {schedule_options: {a: [{'()': os.system}]}}",
+    "class": "data: {options: {class: os.system}}",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_yaml_is_refused_before_hydra_runs(text, capfd):
+    write("mine/experiment/x.yaml", f"# @package _global_\n{text}\n")
+    code, out, lines = run(capfd, "--config-dir", "mine", "experiment=x", "--help")
+    assert (code, out, len(lines)) == (2, "", 1)
+    assert "names code" in lines[0] or "Type it" in lines[0]
+    assert sorted(p.name for p in Path().iterdir()) == ["mine"]
+
+
+def test_a_config_of_ones_own_searches_in_no_package():
+    write("mine/config.yaml", "defaults: [_self_]\nhydra: {searchpath: ['pkg://evil']}\n")
+    write("evil/__init__.py", "raise SystemExit('imported')")
+    assert "names a Python package" in refused(config_path="mine")[0]
+
+
+def test_what_only_a_person_may_ask_for_is_obeyed_when_typed():
+    assert preflight(["+hydra.job.env_set.A=b", "hydra.run.dir=/tmp/x"], Source()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["check", "loss=jsd"], "check: is not a command of kdx"),
+        (["compare", "outputs"], "compare: is not a command of kdx"),
+        ([""], "'': is not a command of kdx"),
+        (["--foo"], "unrecognized arguments: --foo"),
+        (["-m", "--cfg", "job"], "asks for several things at once"),
+        (["--experimental-rerun", "x"], "reads a pickle"),
+        (["--config-name", "nope"], "Cannot find primary config 'nope'"),
+        (["run.resume=last"], "there is no run under outputs/"),
+        (["run.resume=nope"], "nope is not a run folder"),
+        (["run.like=a", "run.resume=b"], "are both given"),
+        (["-m", "run.resume=a", "train.seed=1,2"], "goes on with one run"),
+    ],
+)
+def test_a_word_or_flag_that_is_none(argv, says, capfd):
+    code, out, lines = run(capfd, *argv)
+    assert (code, out, len(lines)) == (2, "", 1)
+    assert says in lines[0]
+
+
+def test_flags_may_stand_anywhere_and_show_what_would_run(capfd):
+    write("mine/teacher/mine.yaml", "defaults: [hf, _self_]\npath: /models/big\n")
+    code, out, lines = run(capfd, *HF, "--cfg", "job", "train.max_steps=3", "-cd", "mine", "teacher=mine")
+    assert (code, lines) == (0, [])
+    shown = yaml.safe_load(out)
+    assert (shown["train"]["max_steps"], shown["train"]["epochs"]) == (3, None)
+    assert shown["teacher"]["path"] == "/models/big"
+
+
+def test_a_folder_that_cannot_be_made_is_the_machines_error(capfd):
+    Path("file").write_text("")
+    code, _, lines = run(capfd, "hydra.run.dir=file/x")
+    assert (code, len(lines)) == (3, 1)
+    assert lines[0].startswith("kdx: error: file/x: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (ConfigError("a", "b", "c"), 2, "kdx: error: a: b. c"),
+        (PermissionError(13, "Permission denied", "/x"), 3, "kdx: error: /x: Permission denied"),
+        (OSError(28, "No space left on device"), 3, "kdx: error: disk: No space left"),
+        (MemoryError(), 3, "train.micro_batch_size, train.gradient_checkpointing=true"),
+        (RuntimeError("CUDA out of memory. Tried"), 3, "optim=adamw_8bit"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "out of memory"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("oops"), 1, "please report it"),
+        (FileNotFoundError(2, "No such file", "x"), 1, "please report it"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_exit_codes(error, code, says, capfd):
+    def work() -> int:
+        raise error
+
+    assert cli.guarded(work) == code
+    err = capfd.readouterr().err
+    assert says in err
+    assert ("Traceback" in err) == (code == 1)
+
+
+def test_debugging_shows_the_traceback(monkeypatch, capfd):
+    monkeypatch.setenv("KDX_DEBUG", "1")
+    code, _, lines = run(capfd, "bad.key=1")
+    assert code == 2
+    assert lines[0].startswith("Traceback")
+
+
+def recalled(*argv: str) -> list[str]:
+    args = cli._parsed(list(argv))
+    return cli._recalled(list(args.overrides), args)
+
+
+def test_coming_back_takes_the_runs_words_and_lays_what_is_typed_over_them():
+    folder = Path("outputs/2026-01-02/a b")
+    cli.keep_words(folder, ["teacher=mine", "loss.alpha=0.3", "train.epochs=2", "train.max_steps=null", "sweep.name=s"])
+    write(str(folder / "status.json"), "{}")
+    typed = recalled(f"run.resume='{folder}'", "loss.alpha=0.5", "train.max_steps=9")
+    assert typed == ["teacher=mine", "sweep.name=s", "loss.alpha=0.5", "train.max_steps=9", f"hydra.run.dir='{folder}'"]
+    assert recalled("run.resume=last")[-1] == f"hydra.run.dir='{folder}'"
+    like = recalled(f"run.like='{folder}'", "+optim.eps=1e-6")
+    assert like == ["teacher=mine", "loss.alpha=0.3", "train.epochs=2", "train.max_steps=null", "+optim.eps=1e-6"]
+    assert recalled("run.resume=null", "train.seed=1") == ["run.resume=null", "train.seed=1"]
+
+
+def test_coming_back_finds_the_folder_of_options_again(monkeypatch):
+    monkeypatch.setattr(cli, "_typed", ["--config-dir", "/mine", "teacher=mine"])
+    cli.keep_words(Path("outputs/a/b"), ["teacher=mine"])
+    args = cli._parsed(["run.like=outputs/a/b"])
+    cli._recalled(list(args.overrides), args)
+    assert args.config_dir == "/mine"
+
+
+@pytest.mark.parametrize("text", ["- hydra.run.dir=/x\n", "a: 1\n", "- 3\n", "[", "- +hydra.callbacks.x=1\n"])
+def test_words_that_are_not_a_runs_are_not_taken(text):
+    write("r/overrides.yaml", text)
+    with pytest.raises(ConfigError, match="holds words that are not a run's"):
+        recalled("run.like=r")
+
+
+def test_the_record_has_no_secrets_and_is_never_written_over(monkeypatch):
+    token, commit = "hf_" + "a1" * 12, "0123456789" * 4
+    monkeypatch.setenv("MY_API_KEY", "open sesame")
+    words = [
+        f"tracking.notes={token}",
+        f"teacher.revision={commit}",
+        "+data.password=pass",
+        "tracking.name=open sesame",
+    ]
+    cli.keep_words(Path("r"), words)
+    cli.keep_words(Path("r"), ["other=1"])
+    kept = yaml.safe_load(Path("r/overrides.yaml").read_text())
+    hidden = "[redacted]"
+    wanted = [f"tracking.notes={hidden}", words[1], f"+data.password={hidden}", f"tracking.name={hidden}"]
+    assert kept == wanted
+    with pytest.raises(ConfigError, match="kept without its secret"):
+        recalled("run.like=r")
+    assert redact({"revision": commit, "other": commit}) == {"revision": commit, "other": hidden}
+    assert redact(["https://me:pw@host/x", 3, None]) == [f"https://{hidden}@host/x", 3, None]
+
+
+def test_plugins_are_imported_and_their_source_kept(monkeypatch):
+    write("my_kdx_loss.py", "LOADED = True\n")
+    write("my_kdx_pack/__init__.py", "from my_kdx_pack import inner\n")
+    write("my_kdx_pack/inner.py", "X = 1\n")
+    monkeypatch.setenv("KDX_PLUGINS", "my_kdx_loss, my_kdx_pack")
+    cli.load_plugins(Path("r"))
+    assert "my_kdx_loss" in sys.modules
+    kept = {p.relative_to("r/plugins").as_posix() for p in Path("r/plugins").rglob("*.py")}
+    assert kept == {"my_kdx_loss.py", "my_kdx_pack/__init__.py", "my_kdx_pack/inner.py"}
+    for name in ("my_kdx_loss", "my_kdx_pack", "my_kdx_pack.inner"):
+        del sys.modules[name]
+    monkeypatch.setenv("KDX_PLUGINS", "no_such_module")
+    with pytest.raises(KdxError, match="KDX_PLUGINS: cannot import no_such_module"):
+        cli.load_plugins(Path("r"))
+
+
+def test_a_sweep_goes_on_after_a_job_that_fails_and_ends_with_5(capfd, monkeypatch):
+    monkeypatch.setenv("KDX_PLUGINS", "no_such_module")  # fails in the job, before torch is there
+    code, _, lines = run(capfd, "-m", "loss.temperature=1,1.0,2", "+optim.eps=1e-6")
+    assert code == 5
+    assert [line.split(" ")[1] for line in lines[:3]] == ["error:"] * 3
+    assert lines[3] == "kdx: 2 job(s) of the sweep failed:"  # 1 and 1.0 are one
+    (sweep,) = Path("outputs/sweeps").iterdir()
+    jobs = sorted(path for path in sweep.iterdir() if path.is_dir())
+    assert [job.name.split("_")[0] for job in jobs] == ["temperature-1", "temperature-2"]
+    assert "loss.temperature=1" in yaml.safe_load((jobs[0] / "overrides.yaml").read_text())
+    assert (jobs[0] / "command.txt").read_text() == "python -m kdx -m loss.temperature=1,1.0,2 +optim.eps=1e-6\n"

@@ -1,0 +1,101 @@
+"""conf/: every option composes, fits Config and binds to what it names; every key has its comment."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kdx import loss
+from kdx.cli import compose
+from kdx.composition import Composer, Source
+from kdx.data import check_source
+from kdx.optim import optimizer_class
+
+CONF = Path(__file__).parents[1] / "conf"
+FILES = sorted(CONF.rglob("*.yaml"))
+OPTIONS = [file for file in FILES if file.parent != CONF]
+NEEDS = {  # what an option cannot have a value for
+    "teacher/hf": ["teacher.path=x"],
+    "teacher/none": ["student=hf", "student.path=x", "loss=cross_entropy"],
+    "student/hf": ["student.path=x"],
+    "student/random": ["student.path=x"],
+    "data/custom": ["data.name=chitchat", "data.path=x.json", "+data.min_turns=2", "+data.max_turns=4"],
+    "data/pairs": ["data.path=x.jsonl"],
+    "data/messages": ["data.path=x.jsonl"],
+    "data/sharegpt": ["data.path=x.jsonl"],
+}
+
+
+@pytest.fixture(scope="module")
+def composer() -> Composer:
+    return Composer(Source())
+
+
+def option(file: Path) -> str:
+    return file.relative_to(CONF).with_suffix("").as_posix()
+
+
+def test_the_groups_are_those_of_the_readme():
+    options = {option(file) for file in OPTIONS}
+    wanted = "teacher/{smollm2_135m,dialogpt_medium,dialogpt_large,hf,none} student/{cut,dialogpt_small,hf,random} "
+    wanted += "data/{chitchat,pairs,messages,sharegpt,custom} optim/{adamw,adamw_8bit} recipe/{cut} "
+    wanted += "loss/{forward_kl,reverse_kl,jsd,skew_forward_kl,skew_reverse_kl,tvd,adaptive_kl,cross_entropy} "
+    wanted += "experiment/{demo,dialogpt,temperature_alpha}"
+    for group, names in re.findall(r"(\w+)/\{([^}]*)\}", wanted):
+        assert {f"{group}/{name}" for name in names.split(",")} <= options
+
+
+@pytest.mark.parametrize("file", OPTIONS, ids=option)
+def test_every_option_composes_fits_and_binds(file, composer):
+    name = option(file)
+    point = composer.point(composer.parsed([name.replace("/", "="), *NEEDS.get(name, [])]))
+    assert point.faults == []
+    config = point.config
+    if config.loss.name == "cross_entropy":
+        assert config.loss.options == {}
+        assert config.loss.alpha == 0
+    else:
+        loss.check_options(config.loss.name, config.loss.options)
+    assert issubclass(optimizer_class(config.optim), object)
+    check_source(config.data)
+
+
+@pytest.mark.parametrize("file", FILES, ids=option)
+def test_every_file_opens_with_a_comment_and_every_key_has_one(file):
+    text = file.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert lines[0].startswith("# ")
+    if "defaults: [" in text and lines[0] != "# @package _global_":
+        return  # what a key means stands in the file this one builds on; here the first line says what it is for
+    in_hydra = False
+    for line in lines:
+        in_hydra = line.startswith("hydra:") or (in_hydra and not re.match(r"\w", line))
+        is_value = re.match(r" *[\w.]+: *[^ ]", line) and not line.startswith("defaults:")
+        assert in_hydra or not is_value or " # " in line, line
+
+
+@pytest.mark.parametrize("file", sorted((CONF / "experiment").glob("*.yaml")), ids=option)
+def test_every_experiment_opens_with_its_command_and_question(file):
+    package, command, question = file.read_text(encoding="utf-8").splitlines()[:3]
+    assert package == "# @package _global_"
+    assert command == f"# python -m kdx experiment={file.stem}"
+    assert question.startswith("# Question: ")
+    assert "?" in question
+
+
+@pytest.mark.parametrize("file", FILES, ids=option)
+def test_no_yaml_names_code(file):
+    assert "_target_" not in file.read_text(encoding="utf-8")
+    assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)
+
+
+def test_students_start_from_values_that_suit_them():
+    cut = compose()
+    assert (cut.train.max_steps, cut.train.epochs) != (None, None)
+    assert cut.optim.lr > 1e-4
+    assert cut.run.origins["optim.lr"] == "conf/recipe/cut.yaml"
+    pretrained = compose(["teacher=dialogpt_medium", "student=dialogpt_small"])
+    assert pretrained.optim.lr <= 5e-5
+    assert pretrained.train.epochs == 1
+    assert pretrained.data.max_length > cut.data.max_length
