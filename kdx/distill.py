@@ -51,7 +51,6 @@ def distill(config: Config, run_dir: Path) -> Summary:
     Raises KdxError for what a user can mend. A folder whose run is done is left as it is, and its summary returned.
     """
     run_dir = Path(run_dir)
-    check_names(config)
     folder = RunFolder(run_dir)
     done = folder.done(asdict(config))
     if done is not None:
@@ -62,6 +61,7 @@ def distill(config: Config, run_dir: Path) -> Summary:
     is_main = accelerator.is_main_process
     folder.open(asdict(config), is_main)
     with logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main), StopRequest() as stop:
+        check_names(config)
         return _run(config, folder, accelerator, stop)
 
 

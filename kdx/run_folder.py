@@ -59,7 +59,7 @@ class RunFolder:
             raise MachineError(str(self.path), what, "Wait for it, or choose another folder")
         self._refuse_drift(config)
         file = self.path / "config.yaml"
-        if is_main and not file.exists():
+        if is_main and not self._has_begun():
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
@@ -71,7 +71,7 @@ class RunFolder:
     def _refuse_drift(self, config: dict[str, Any]) -> None:
         """Refuse to go on under another config than the run began with, but for what cannot change the student."""
         file = self.path / "config.yaml"
-        if not file.exists():
+        if not file.exists() or not self._has_begun():
             return
         was = yaml.safe_load(file.read_text(encoding="utf-8"))
         drift = [d for d in _differences(was, _plain(config)) if not d[0].startswith(FREE)]
@@ -79,6 +79,10 @@ class RunFolder:
             lines = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, old, new in drift)
             mend = "Use the same values, or another folder (run.like= starts a new run from this one's words)"
             raise ConfigError(str(self.path), f"was started with another config ({lines})", mend)
+
+    def _has_begun(self) -> bool:
+        """Whether the run got as far as its data; one that failed before may be mended in the same folder."""
+        return (self.path / "data.json").exists()
 
     @contextmanager
     def reporting(self, is_main: bool) -> Iterator[None]:

@@ -5,6 +5,7 @@ import logging
 import netrc
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,12 +135,15 @@ class Tracker:
         os.environ["WANDB_SILENT"] = "true"
         try:
             self.wandb = wandb.init(mode=mode, settings=wandb.Settings(**settings), **arguments)
-        except (wandb.errors.Error, OSError) as error:
+        except Exception as error:  # W&B's trouble is not the run's
             log.warning("W&B cannot be reached (%s); this run is kept offline", str(error).splitlines()[0][:120])
-            arguments["resume"] = None
+            for empty in wandb_dir.glob(f"run-*-{run_id}"):  # it would make `wandb sync` of many runs fail
+                shutil.rmtree(empty, ignore_errors=True)
+            arguments |= {"resume": None, "id": secrets.token_hex(4)}  # the first id is still held by the client
+            kept_id.write_text(arguments["id"] + "\n")
             try:
                 self.wandb = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
-            except (wandb.errors.Error, OSError) as again:
+            except Exception as again:
                 log.warning("W&B is off for this run: %s", str(again).splitlines()[0][:120])
                 return
         self.wandb.define_metric("tokens", hidden=True)
