@@ -30,7 +30,7 @@ SHAPE = {
 CONFIGS = {
     "llama, tied": lambda: hf.LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "llama, untied": lambda: hf.LlamaConfig(**SHAPE, tie_word_embeddings=False),
-    "gpt2": lambda: hf.GPT2Config(vocab_size=V, n_embd=d, n_layer=2, n_head=2, n_positions=32),
+    "gpt2": lambda: hf.GPT2Config(vocab_size=V, n_embd=d, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2),
     "gemma2, soft-capped": lambda: hf.Gemma2Config(
         **SHAPE, head_dim=8, final_logit_softcapping=0.5, layer_types=["full_attention"] * 2
     ),
@@ -250,6 +250,17 @@ def test_a_forgotten_soft_cap_is_seen_in_float32():
     model.config.final_logit_softcapping = None
     with pytest.raises(ModelError, match="does more to its logits"):
         check_split(model, "teacher")
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e4])
+def test_the_proof_is_relative_to_the_spread_of_the_logits(size):
+    with torch.no_grad():
+        honest, doubled = (changed(more).float() for more in (lambda z: z, lambda z: 2 * z))
+        for model in (honest, doubled):
+            model.lm_head.weight = torch.nn.Parameter(size * model.lm_head.weight)
+    check_split(honest, "student")  # rounding of large logits is not held against it
+    with pytest.raises(ModelError, match="does more to its logits"):
+        check_split(doubled, "student")  # small logits hide nothing
 
 
 def test_a_model_without_head_is_refused():

@@ -400,7 +400,7 @@ def pairs(draw):
     return student, teacher
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
 @given(pair=pairs(), name=st.sampled_from(NAMES), temperature=st.sampled_from([0.5, 1.0, 4.0]))
 def test_any_logits_give_finite_values_that_are_not_negative(pair, name, temperature):
     student, teacher = pair
