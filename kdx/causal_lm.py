@@ -21,7 +21,7 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 import torch
 import transformers
 from filelock import FileLock
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdx.batches import MicroBatch
@@ -89,7 +89,7 @@ class Head:
         return dataclasses.replace(self, weight=self.weight.to(torch.get_autocast_dtype(device_type)))
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: Any) -> Head:
     """The model's output head with all that its forward does to the logits (Cohere, Granite, Gemma)."""
     layer = model.get_output_embeddings()
     text = model.config.get_text_config()
@@ -97,7 +97,7 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(text, "final_logit_softcapping", None))
 
 
-def counted_hidden(model: nn.Module, batch: MicroBatch) -> Tensor:
+def counted_hidden(model: Any, batch: MicroBatch) -> Tensor:
     """Run the backbone and keep the last hidden states at the positions whose next token counts → [N, d]."""
     output = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)[batch.positions.to(output.last_hidden_state.device)]

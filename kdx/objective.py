@@ -115,7 +115,7 @@ class _ChunkedSum(torch.autograd.Function):
     """Σ total over positions, with gradients formed chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -164,7 +164,7 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (
