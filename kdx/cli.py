@@ -20,8 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx.composition import Source, as_tree, compose, origins, preflight, register_resolver, to_config
+from kdx.composition import as_tree, compose, preflight, register_resolver, to_config
 from kdx.errors import ConfigError, KdxError, MachineError
+from kdx.folders import Source, origins
 from kdx.redact import redact
 
 __all__ = ["compose", "main"]

@@ -2,10 +2,8 @@
 
 import copy
 import dataclasses
-import importlib
 import re
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,49 +23,35 @@ from kdx import sweep
 from kdx.check import ALIASES, contradictions, nearest_key, problems
 from kdx.config import Config
 from kdx.errors import ConfigError, did_you_mean, together
+from kdx.folders import ORIGINS, Source, groups_in, origins
 from kdx.hostile import refuse_code, refuse_packages, refuse_untyped
 
-CONF = Path(importlib.import_module("kdx.conf").__path__[0])
 OPEN_GROUPS = ("data", "loss", "optim")  # their further keys are options of what they name
-ORIGINS = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")
 LAYERS = ("typed", "experiment/", "recipe/", "")  # what wins comes first
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where YAML is read: kdx's own conf/ and what Hydra's flags of these names say."""
-
-    config_dir: str | None = None
-    config_path: str | None = None
-    config_name: str | None = None
-
-    def roots(self) -> list[Path]:
-        """The folders that hold groups, the user's first. Raises ConfigError."""
-        roots = []
-        for flag, folder in (("--config-dir", self.config_dir), ("--config-path", self.config_path)):
-            if folder and not Path(folder).is_dir():
-                raise ConfigError(flag, f"{folder} is not a folder", "Give the folder that holds teacher/, data/, …")
-            roots += [Path(folder).resolve()] if folder else []
-        return [*roots, CONF]
 
 
 @dataclass
 class Point:
-    """One run as composed: what is wrong with it, or its config; and the words that free max_steps or epochs."""
+    """One run as composed: what is wrong with it, its values, and the words that free max_steps or epochs."""
 
     faults: list[ConfigError]
-    config: Config | None = None
+    tree: dict[str, Any] = field(default_factory=dict)
     freed: list[str] = field(default_factory=list)
+
+    def config(self) -> Config:
+        """The typed config of a point without faults."""
+        return to_config(self.tree)
 
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
     """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
-    words, source = list(overrides or []), Source(config_dir=config_dir)
-    extra = preflight(words, source)
-    cfg = _compose([*words, *extra], source)
-    tree = as_tree(cfg)
-    tree["run"]["origins"] = origins(words, cfg.hydra.runtime.choices, source.roots())
-    return to_config(tree)
+    composer = Composer(Source(config_dir=config_dir))
+    words = composer.parsed(list(overrides or []))
+    _refuse_sweep(words)
+    point = composer.point(words)
+    if point.faults:
+        raise together(point.faults)
+    return point.config()
 
 
 def preflight(words: list[str], source: Source, is_multirun: bool = False) -> list[str]:
@@ -78,14 +62,12 @@ def preflight(words: list[str], source: Source, is_multirun: bool = False) -> li
     composer = Composer(source)
     typed = composer.parsed(words)
     hydra_part = composer.hydra_part(typed)
-    mode = hydra_part.mode and hydra_part.mode.name
-    is_sweep = is_multirun or mode == "MULTIRUN"
+    is_sweep = is_multirun or (hydra_part.mode is not None and hydra_part.mode.name == "MULTIRUN")
     if is_sweep:
         params = OmegaConf.to_container(hydra_part.sweeper.get("params") or OmegaConf.create({}))
         typed = composer.parsed([*(f"{key}={value}" for key, value in dict(params).items()), *words])  # type: ignore[arg-type]
-    keys = sweep.swept_keys(typed)
-    if keys and not is_sweep:
-        raise ConfigError(keys[0], "has several values, which is a sweep", "Add -m: python -m kdx -m ...")
+    else:
+        _refuse_sweep(typed)
     try:
         points = [composer.point(composer.parsed(point)) for point in sweep.points(typed)]
     except HydraException as error:
@@ -98,9 +80,15 @@ def preflight(words: list[str], source: Source, is_multirun: bool = False) -> li
         raise ConfigError("train.max_steps and train.epochs", "some points of the sweep set one, some both", "Type one")
     if not is_sweep:
         return freed
+    keys = sweep.swept_keys(typed)
     named = any(override.key_or_group == "sweep.name" for override in typed)
-    name = [] if named else [f"sweep.name={sweep.sweep_name(keys, [p.config for p in points if p.config])}"]
+    name = [] if named else [f"sweep.name={sweep.sweep_name(keys, [point.config() for point in points])}"]
     return [*freed, *name, f"sweep.keys=[{','.join(keys)}]"]
+
+
+def _refuse_sweep(words: list[Override]) -> None:
+    for key in sweep.swept_keys(words):
+        raise ConfigError(key, "has several values, which is a sweep", "Add -m: python -m kdx -m ...")
 
 
 class Composer:
@@ -109,7 +97,7 @@ class Composer:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.roots = source.roots()
-        self.groups = _groups(self.roots)
+        self.groups = groups_in(self.roots)
         self._parser = OverridesParser.create(config_loader=self)  # type: ignore[arg-type]
         self._composed: dict[tuple[str, ...], DictConfig] = {}
 
@@ -155,14 +143,17 @@ class Composer:
                     faults += _apply(word, cfg, known)
             refuse_code(OmegaConf.to_container(cfg))
             typed = [str(word.input_line) for word in words]
-            freed = _free(cfg, origins(typed, base.hydra.runtime.choices, self.roots))
+            where = origins(typed, base.hydra.runtime.choices, self.roots)
+            freed = _free(cfg, where)
             tree, unresolved = _resolved(cfg)
         except ConfigError as error:
             return Point([*faults, error])
         faults += unresolved.values()
         faults += [ConfigError(*p) for p in problems(tree) if p.key not in unresolved]
         faults += [] if faults else [ConfigError(*problem) for problem in contradictions(tree)]
-        return Point(faults, None if faults else to_config(tree), freed)
+        if not faults:
+            tree["run"]["origins"] = where
+        return Point(faults, tree, freed)
 
     def _is_choice(self, word: Override) -> bool:
         key = word.key_or_group
@@ -251,16 +242,11 @@ def _apply(word: Override, cfg: DictConfig, known: list[str]) -> list[ConfigErro
             return [ConfigError(f"+{key}", "is there already", f"Type it without the +: {key}=...")]
         if key in known or key.startswith("hydra."):
             return [ConfigError(key, _one_line(error), "See `python -m kdx --cfg all`")]
-        return [ConfigError(key, "is not a key of kdx", _unknown_mend(key, known))]
+        mend, group = nearest_key(key, known), key.split(".")[0]
+        if "Did you mean" not in mend and group in OPEN_GROUPS and "." in key:
+            mend = f"For an option of what {group}.name names: +{key}=..."
+        return [ConfigError(key, "is not a key of kdx", mend)]
     return []
-
-
-def _unknown_mend(key: str, known: list[str]) -> str:
-    mend = nearest_key(key, known)
-    group = key.split(".")[0]
-    if "Did you mean" not in mend and group in OPEN_GROUPS and "." in key:
-        return f"For an option of what {group}.name names: +{key}=..."
-    return mend
 
 
 def _dotted(tree: Any, prefix: str = "") -> list[str]:
@@ -271,16 +257,6 @@ def _dotted(tree: Any, prefix: str = "") -> list[str]:
         if key not in ("hydra", "run.origins", "sweep.keys"):
             keys += [key, *(_dotted(value, f"{key}.") if isinstance(value, dict) else [])]
     return keys
-
-
-def _groups(roots: list[Path]) -> dict[str, list[str]]:
-    """The config groups and their options, in kdx's own conf/ and the user's folder."""
-    groups: dict[str, set[str]] = {}
-    for root in roots:
-        for file in root.glob("*/**/*.yaml"):
-            group, *option = file.relative_to(root).with_suffix("").parts
-            groups.setdefault(group, set()).add("/".join(option))
-    return {name: sorted(options) for name, options in groups.items() if name != "hydra"}
 
 
 def _free(cfg: DictConfig, where: dict[str, str]) -> list[str]:
@@ -295,41 +271,6 @@ def _free(cfg: DictConfig, where: dict[str, str]) -> list[str]:
     loser = "epochs" if steps < epochs else "max_steps"
     cfg.train[loser] = None
     return [f"train.{loser}=null"]
-
-
-def origins(words: Iterable[str], choices: Any, roots: list[Path]) -> dict[str, str]:
-    """Where the values came from that suit a student or do not (lr, steps, max_length): typed, or which file."""
-    typed = {word.lstrip("+").split("=", 1)[0] for word in words}
-    found = {}
-    for key in ORIGINS:
-        group, name = key.split(".", 1)
-        layers = [(f"{layer}/{choices[layer]}", key) for layer in ("experiment", "recipe") if choices.get(layer)]
-        layers += [(f"{group}/{choices[group]}", name)] if choices.get(group) else []
-        files = [file for option, inside in layers if (file := _setter(option, inside, roots))]
-        found[key] = "typed" if key in typed else _said(files[0] if files else CONF / "config.yaml")
-    return found
-
-
-def _setter(option: str, key: str, roots: list[Path]) -> Path | None:
-    """The file of an option that sets a key: its own, or one of those it builds on."""
-    file = next((path for root in roots if (path := root / f"{option}.yaml").is_file()), None)
-    if file is None:
-        return None
-    tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    node: Any = tree
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    if node is not None:
-        return file
-    bases = [base for base in reversed(tree.get("defaults") or []) if isinstance(base, str) and base != "_self_"]
-    return next((at for base in bases if (at := _setter(f"{option.split('/')[0]}/{base}", key, roots))), None)
-
-
-def _said(file: Path) -> str:
-    """A YAML file as a person would type it."""
-    if file.is_relative_to(CONF):
-        return f"conf/{file.relative_to(CONF)}"
-    return str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)
 
 
 def as_tree(cfg: DictConfig) -> dict[str, Any]:

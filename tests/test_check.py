@@ -8,7 +8,8 @@ import pytest
 
 from kdx.check import ALIASES, binding_problems, contradictions, has_type, nearest_key, problems, type_words
 from kdx.cli import compose
-from kdx.composition import Composer, Source, as_tree
+from kdx.composition import Composer, as_tree
+from kdx.folders import Source
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +152,8 @@ def test_all_problems_are_found_at_once(tree):
         ({"loss.name": "cross_entropy"}, "loss.alpha"),
         ({"train.epochs": 1}, "train.max_steps and train.epochs"),
         ({"train.max_steps": None}, "train.max_steps and train.epochs"),
-        ({"train.micro_batch_size": 3}, "train.batch_size"),
-        ({"optim.warmup_steps": 105}, "optim.warmup_steps"),
+        ({"train.batch_size": 8, "train.micro_batch_size": 3}, "train.batch_size"),
+        ({"train.max_steps": 9, "optim.warmup_steps": 10}, "optim.warmup_steps"),
         ({"train.keep": "best"}, "train.keep=best"),
         ({"train.early_stopping.patience": 2}, "train.early_stopping.patience"),
     ],

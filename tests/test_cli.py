@@ -9,8 +9,9 @@ import yaml
 
 from kdx import cli
 from kdx.cli import compose
-from kdx.composition import Composer, Source, preflight
+from kdx.composition import Composer, preflight
 from kdx.errors import ConfigError, KdxError
+from kdx.folders import Source
 from kdx.redact import redact
 
 HF = ["student=hf", "student.path=x"]
@@ -196,9 +197,9 @@ def test_ones_own_folder_of_options():
     assert config.run.origins == {
         "optim.lr": "mine/recipe/mine.yaml",
         "train.max_steps": "mine/recipe/mine.yaml",
-        "train.epochs": "typed",  # kdx typed it: train.epochs=null
+        "train.epochs": "conf/config.yaml",
         "data.max_length": "mine/experiment/mine.yaml",
-    } | {"train.epochs": config.run.origins["train.epochs"]}
+    }
     assert refused("teacher=mine")[0].startswith("teacher=mine: teacher has no option mine")
     assert refused(config_dir="absent") == [
         "--config-dir: absent is not a folder. Give the folder that holds teacher/, data/, …"
@@ -211,6 +212,16 @@ def test_where_values_came_from():
     assert config.run.origins["train.max_steps"] == "conf/experiment/demo.yaml"
     assert config.run.origins["data.max_length"] == "conf/data/custom.yaml"  # what chitchat builds on
     assert compose(HF).run.origins["train.epochs"] == "conf/config.yaml"
+
+
+def test_composing_in_python_refuses_what_the_command_line_does():
+    with pytest.raises(ConfigError, match="Add -m"):
+        compose(["loss.alpha=0.1,0.2"])
+    with pytest.raises(ConfigError) as caught:
+        compose(["loss.alpha=2", "bad.key=1"])
+    assert len(caught.value.lines) == 2
+    with pytest.raises(ConfigError, match="Set loss=cross_entropy"):
+        compose([*HF, "teacher=none"])
 
 
 def test_composing_leaves_hydra_as_it_was():

@@ -8,8 +8,9 @@ import yaml
 
 from kdx import loss
 from kdx.cli import compose
-from kdx.composition import Composer, Source
+from kdx.composition import Composer
 from kdx.data import check_source
+from kdx.folders import Source
 from kdx.optim import optimizer_class
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -51,7 +52,7 @@ def test_every_option_composes_fits_and_binds(file, composer):
     name = option(file)
     point = composer.point(composer.parsed([name.replace("/", "="), *NEEDS.get(name, [])]))
     assert point.faults == []
-    config = point.config
+    config = point.config()
     if config.loss.name == "cross_entropy":
         assert config.loss.options == {}
         assert config.loss.alpha == 0

@@ -8,8 +8,9 @@ from hydra.core.override_parser.types import Override
 
 from kdx import sweep
 from kdx.cli import compose
-from kdx.composition import Composer, Point, Source, preflight
+from kdx.composition import Composer, Point, preflight
 from kdx.config import SAFE_NAME, Config
+from kdx.folders import Source
 
 PARSER = OverridesParser.create()
 
@@ -25,8 +26,8 @@ def parsed(*words: str) -> list[Override]:
 
 def config(composer: Composer, *words: str) -> Config:
     point: Point = composer.point(composer.parsed(list(words)))
-    assert point.config is not None, point.faults
-    return point.config
+    assert point.faults == []
+    return point.config()
 
 
 def name(composer: Composer, keys: list[str], *words: str) -> str:
