@@ -20,13 +20,30 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from kdx import __version__
 from kdx.composition import as_tree, compose, preflight, register_resolver, to_config
 from kdx.errors import ConfigError, KdxError, MachineError
-from kdx.folders import Source, origins
+from kdx.folders import Source, groups_in, origins
 from kdx.redact import redact
 
 __all__ = ["compose", "main"]
 
+HELP = """kdx distils a large causal language model into a small one.
+
+python -m kdx                                    the default run: SmolLM2-135M to 10 of its layers
+python -m kdx teacher=NAME student=NAME          choose from the groups below
+python -m kdx -m loss.temperature=1,2,4          a sweep: commas make a run each
+python -m kdx --cfg job                          show the composed configuration and train nothing
+python -m kdx run.resume=FOLDER                  go on with a run; run.like=FOLDER starts one from its words
+
+== Groups (group=option) ==
+{groups}
+
+== Keys (key=value) ==
+conf/ has a comment on every key; `--cfg job` prints them with this run's values.
+
+Flags of Hydra: --hydra-help. Exit codes: 0 ok, 1 a bug, 2 config or data, 3 machine, 4 diverged,
+5 jobs of a sweep failed, 130 or 143 stopped by a signal (the run can go on)."""
 MEMORY = (
     "In this order: lower train.micro_batch_size, train.gradient_checkpointing=true, train.precision=bf16, "
     "optim=adamw_8bit, teacher.quantization=8bit"
@@ -48,6 +65,9 @@ def main() -> None:
 def _main(argv: list[str]) -> int:
     _typed[:] = argv
     _failures.clear()
+    if argv == ["--version"]:
+        print(f"kdx {__version__}")
+        return 0
     args = _parsed(argv)
     words = list(args.overrides)
     if words and "=" not in words[0] and words[0][:1] not in ("+", "~") and not args.shell_completion:
@@ -58,6 +78,11 @@ def _main(argv: list[str]) -> int:
     only_shows = args.help or args.hydra_help or args.info or args.cfg
     if not args.shell_completion and (words or source != Source() or not only_shows):
         words += [word for word in preflight(words, source, args.multirun) if word not in words]
+    if args.help:
+        print(
+            HELP.format(groups="\n".join(f"{k}: {', '.join(v)}" for k, v in sorted(groups_in(source.roots()).items())))
+        )
+        return 0
     sys.argv = [sys.argv[0], *_flags(args), *words]
     register_resolver()
     try:

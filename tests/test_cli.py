@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdx import cli
+from kdx import __version__, cli
 from kdx.cli import compose
 from kdx.composition import Composer, preflight
 from kdx.errors import ConfigError, KdxError
@@ -321,6 +321,14 @@ def test_flags_may_stand_anywhere_and_show_what_would_run(capfd):
     shown = yaml.safe_load(out)
     assert (shown["train"]["max_steps"], shown["train"]["epochs"]) == (3, None)
     assert shown["teacher"]["path"] == "/models/big"
+
+
+def test_help_lists_the_groups_and_ones_own_options(capfd):
+    write("mine/teacher/mine.yaml", "defaults: [hf, _self_]\npath: /models/big\n")
+    code, out, lines = run(capfd, "--help", "-cd", "mine")
+    assert (code, lines) == (0, [])
+    assert "teacher: dialogpt_large, dialogpt_medium, hf, mine, none, smollm2_135m" in out
+    assert run(capfd, "--version")[:2] == (0, f"kdx {__version__}\n")
 
 
 def test_a_folder_that_cannot_be_made_is_the_machines_error(capfd):
