@@ -79,9 +79,8 @@ def _main(argv: list[str]) -> int:
     if not args.shell_completion and (words or source != Source() or not only_shows):
         words += [word for word in preflight(words, source, args.multirun) if word not in words]
     if args.help:
-        print(
-            HELP.format(groups="\n".join(f"{k}: {', '.join(v)}" for k, v in sorted(groups_in(source.roots()).items())))
-        )
+        groups = sorted(groups_in(source.roots()).items())
+        print(HELP.format(groups="\n".join(f"{group}: {', '.join(options)}" for group, options in groups)))
         return 0
     sys.argv = [sys.argv[0], *_flags(args), *words]
     register_resolver()
@@ -223,7 +222,8 @@ def _recalled(words: list[str], args: argparse.Namespace) -> list[str]:
     if secret:
         raise ConfigError(secret.split("=", 1)[0], "was kept without its secret", "Type it again beside run.resume")
     here = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    return [*kept, *typed] + ([f"hydra.run.dir='{here}'"] if key == "run.resume" else [])
+    in_place = [f"hydra.run.dir='{here}'", "hydra.mode=RUN"]  # one run, though its experiment may be a sweep
+    return [*kept, *typed, *(in_place if key == "run.resume" else [])]
 
 
 def _words_of(folder: Path, asked: str) -> list[str]:

@@ -26,6 +26,7 @@ def clean(monkeypatch, tmp_path):
     for name in ("KDX_PLUGINS", "KDX_LR", "KDX_SEED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["kdx"])
+    monkeypatch.setattr(cli, "_typed", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
@@ -379,12 +380,18 @@ def test_coming_back_takes_the_runs_words_and_lays_what_is_typed_over_them():
     folder = Path("outputs/2026-01-02/a b")
     cli.keep_words(folder, ["teacher=mine", "loss.alpha=0.3", "train.epochs=2", "train.max_steps=null", "sweep.name=s"])
     write(str(folder / "status.json"), "{}")
+    in_place = [f"hydra.run.dir='{folder}'", "hydra.mode=RUN"]
     typed = recalled(f"run.resume='{folder}'", "loss.alpha=0.5", "train.max_steps=9")
-    assert typed == ["teacher=mine", "sweep.name=s", "loss.alpha=0.5", "train.max_steps=9", f"hydra.run.dir='{folder}'"]
-    assert recalled("run.resume=last")[-1] == f"hydra.run.dir='{folder}'"
+    assert typed == ["teacher=mine", "sweep.name=s", "loss.alpha=0.5", "train.max_steps=9", *in_place]
+    assert recalled("run.resume=last")[-2:] == in_place
     like = recalled(f"run.like='{folder}'", "+optim.eps=1e-6")
     assert like == ["teacher=mine", "loss.alpha=0.3", "train.epochs=2", "train.max_steps=null", "+optim.eps=1e-6"]
     assert recalled("run.resume=null", "train.seed=1") == ["run.resume=null", "train.seed=1"]
+
+
+def test_coming_back_to_a_job_of_a_sweep_is_one_run():
+    words = ["experiment=temperature_alpha", "loss.temperature=2", "loss.alpha=0.3", "sweep.name=s"]
+    assert preflight([*words, "hydra.mode=RUN"], Source()) == []
 
 
 def test_coming_back_finds_the_folder_of_options_again(monkeypatch):
