@@ -21,6 +21,7 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 import torch
 import transformers
 from filelock import FileLock
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -95,6 +96,14 @@ def head_of(model: Any) -> Head:
     text = model.config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
     return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(text, "final_logit_softcapping", None))
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers renamed it within version 5
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def counted_hidden(model: Any, batch: MicroBatch) -> Tensor:
@@ -184,6 +193,8 @@ def load_causal_lm(
             output_loading_info=True,
             **extra,
         )
+    if _is_pickled(path, config.revision):
+        log.info("%s has its weights as pytorch_model.bin alone: read with torch.load(weights_only=True)", path)
     missing, wrong = sorted(report["missing_keys"]), sorted(str(m) for m in report.get("mismatched_keys", ()))
     if missing or wrong:
         what = f"lacks {len(missing) or len(wrong)} tensors, the first {(missing or wrong)[0]}"
@@ -263,6 +274,17 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
             "KDX_CACHE", f"cannot write {kept}: {error}", "Set KDX_CACHE to a folder with room"
         ) from None
     return kept
+
+
+def _is_pickled(path: str, revision: str | None) -> bool:
+    """Whether a model's weights exist, here or in the hub's cache, as a pickle and not as safetensors."""
+
+    def has(name: str) -> bool:
+        if Path(path).is_dir():
+            return (Path(path) / name).is_file()
+        return isinstance(try_to_load_from_cache(path, name, revision=revision), str)
+
+    return has("pytorch_model.bin") and not (has("model.safetensors") or has("model.safetensors.index.json"))
 
 
 def _quantization(kind: str, dtype: torch.dtype, group: str) -> Any:

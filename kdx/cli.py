@@ -165,9 +165,20 @@ def _say(error: KdxError) -> int:
 
 
 def _bug() -> int:
+    """Print a traceback, and whose it is: kdx's, or that of the user's own loss or source."""
     traceback.print_exc()
-    print("kdx: this is a bug in kdx; please report it with the lines above", file=sys.stderr, flush=True)
+    *_, last = traceback.extract_tb(sys.exc_info()[2])
+    own = [getattr(sys.modules.get(name), "__file__", None) for name in _plugins()]
+    is_users = last.filename in own
+    whose = f"raised in {last.filename}:{last.lineno}, your own code" if is_users else "this is a bug in kdx"
+    mend = "mend it there" if is_users else "please report it with the lines above"
+    print(f"kdx: {whose}; {mend}", file=sys.stderr, flush=True)
     return 1
+
+
+def _plugins() -> list[str]:
+    """The modules that KDX_PLUGINS names."""
+    return [name.strip() for name in os.environ.get("KDX_PLUGINS", "").split(",") if name.strip()]
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
@@ -277,7 +288,7 @@ def keep_words(run_dir: Path, words: list[str]) -> None:
 
 def load_plugins(run_dir: Path) -> None:
     """Import the user's losses and sources (KDX_PLUGINS, entry points kdx.plugins), and keep their source in the run."""
-    names = [name.strip() for name in os.environ.get("KDX_PLUGINS", "").split(",") if name.strip()]
+    names = _plugins()
     if names and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     found: list[tuple[str, Callable[[], object]]] = [(n, lambda n=n: importlib.import_module(n)) for n in names]  # type: ignore[misc]

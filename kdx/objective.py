@@ -37,9 +37,10 @@ class Objective:
             return "loss = CE(student, labels)"
         options = "".join(f", {key}={value}" for key, value in self.options.items())
         at = f"{self.name}(teacher, student{options}; τ={self.temperature:g})"
-        square = f"{self.temperature**2:g}·" if self.scale_by_temperature else ""
+        factors = [self.alpha, self.temperature**2 if self.scale_by_temperature else 1.0]
+        kd = "".join(f"{factor:g}·" for factor in factors if factor != 1) + at
         ce = f" + {1 - self.alpha:g}·CE(student, labels)" if self.alpha < 1 else ""
-        return f"loss = {self.alpha:g}·{square}{at}{ce}"
+        return f"loss = {kd}{ce}"
 
 
 def distillation_loss(

@@ -11,9 +11,10 @@ from accelerate.state import AcceleratorState
 
 from kdx import causal_lm, loss
 from kdx.batches import Encoder, Row, StepBatches, pad_id_of, prepare_tokenizer
-from kdx.config import Config
+from kdx.check import binding_problems
+from kdx.config import Config, LossConfig
 from kdx.data import Dataset, check_source, load_data
-from kdx.errors import ConfigError, DataError, MachineError, ModelError
+from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, together
 from kdx.objective import Objective, StudentObjective
 from kdx.optim import optimizer_class
 from kdx.student import answer_greedily, load_student
@@ -62,16 +63,37 @@ class Prepared:
 
 def check_names(config: Config) -> None:
     """Check the names and options that only registries know, before any data or model is read. Raises ConfigError."""
-    if config.loss.name != "cross_entropy":
+    found: list[KdxError] = []
+    for check in (
+        lambda: _check_loss(config.loss),
+        lambda: optimizer_class(config.optim),
+        lambda: check_source(config.data),
+    ):
         try:
-            loss.check_options(config.loss.name, config.loss.options)
+            check()
+        except ConfigError as error:
+            found.append(error)
+    if found:
+        raise together(found)
+
+
+def _check_loss(config: LossConfig) -> None:
+    """Refuse a divergence or options that the registry does not know. Raises ConfigError."""
+    own = "One's own: KDX_PLUGINS=module, with the function under @register"
+    if config.name == "cross_entropy":
+        problems = binding_problems(lambda: None, config.options, "loss.", skip=0)
+    elif config.name not in loss.names():
+        mend = did_you_mean(config.name, [*loss.names(), "cross_entropy"])
+        raise ConfigError("loss.name", f"no divergence is named {config.name!r}", f"{mend}. {own}")
+    else:
+        problems = binding_problems(loss.get(config.name), config.options, "loss.", skip=2)
+    if problems:
+        raise together([ConfigError(*problem) for problem in problems])
+    if config.name != "cross_entropy":
+        try:
+            loss.check_options(config.name, config.options)  # ranges
         except ValueError as error:
-            raise ConfigError("loss", str(error), "See conf/loss/; one's own: KDX_PLUGINS=module") from None
-    elif config.loss.options:
-        known = "alpha, temperature, scale_by_temperature"
-        raise ConfigError(f"loss.{next(iter(config.loss.options))}", "is not an option here", f"It takes: {known}")
-    optimizer_class(config.optim)
-    check_source(config.data)
+            raise ConfigError("loss", str(error), f"See conf/loss/{config.name}.yaml, or the function itself") from None
 
 
 def build_accelerator(config: Config) -> Accelerator:

@@ -68,7 +68,9 @@ def logging_to(file: Path, is_main: bool) -> Iterator[None]:
 @contextmanager
 def working(what: str, total: int, is_main: bool = True) -> Iterator[Any]:
     """Show progress of something long → a function to call after each part."""
-    if not (is_main and CONSOLE.is_terminal and total > 1):
+    if not (is_main and CONSOLE.is_terminal):
+        if is_main and total > 1:
+            log.info("%s: %d batches", what, total)
         yield lambda: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -9,11 +9,14 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub client is imported: no test needs the network
 
 import pytest
+import torch
 import yaml
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from kdx.config import DataConfig
+
+torch.set_num_threads(1)  # the models are small: threads would mostly wait for one another
 
 CONF = Path(__file__).parents[1] / "conf"
 END_OF_TEXT = "<|endoftext|>"

@@ -34,7 +34,14 @@ def write_dialogpt(folder: Path, layers: int, width: int, *, pickled: bool, seed
     size = write_tokenizer(folder)
     torch.manual_seed(seed)
     shape = GPT2Config(
-        vocab_size=size, n_layer=layers, n_embd=width, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0, **config
+        vocab_size=size,
+        n_layer=layers,
+        n_embd=width,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=0,
+        eos_token_id=0,
+        **config,
     )
     model = GPT2LMHeadModel(shape).half()
     model.save_pretrained(folder)
@@ -68,7 +75,9 @@ def put_on_hub(cache: Path, name: str, folder: Path) -> None:
 
 def write_pairs(file: Path, num_rows: int = 40) -> Path:
     """Instruction pairs, all different."""
-    rows = [{"source": f"What is {i} and {i + 1}?", "target": f"It is {2 * i + 1}, I am sure."} for i in range(num_rows)]
+    rows = [
+        {"source": f"What is {i} and {i + 1}?", "target": f"It is {2 * i + 1}, I am sure."} for i in range(num_rows)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 

