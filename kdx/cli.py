@@ -1,12 +1,14 @@
 """The command line: from the words typed to runs, their records and exit codes. Torch is imported when a run starts."""
 
 import argparse
+import atexit
 import errno
 import importlib
 import os
 import shlex
 import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -82,6 +84,8 @@ def _main(argv: list[str]) -> int:
         groups = sorted(groups_in(source.roots()).items())
         print(HELP.format(groups="\n".join(f"{group}: {', '.join(options)}" for group, options in groups)))
         return 0
+    if os.environ.get("RANK", "0") != "0" and not only_shows:
+        words.append(f"hydra.run.dir={_scratch()}")  # rank 0's folder is the run's; distill tells the others
     sys.argv = [sys.argv[0], *_flags(args), *words]
     register_resolver()
     try:
@@ -113,8 +117,10 @@ def run_job(cfg: DictConfig) -> float:
         tree = as_tree(cfg)
         tree["run"]["origins"] = origins(words, hydra_config.runtime.choices, [*paths, *Source().roots()])
         config = to_config(tree)
-        keep_words(run_dir, words)
-        load_plugins(run_dir)
+        is_main = os.environ.get("RANK", "0") == "0"
+        if is_main:
+            keep_words(run_dir, words)
+        load_plugins(run_dir if is_main else None)
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; read when they are imported
         from kdx.distill import distill
@@ -286,7 +292,14 @@ def keep_words(run_dir: Path, words: list[str]) -> None:
         raise MachineError(str(run_dir), f"cannot write there: {error.strerror}", "Choose another folder") from None
 
 
-def load_plugins(run_dir: Path) -> None:
+def _scratch() -> str:
+    """A folder for what Hydra makes on ranks that have no run folder of their own; removed at the end."""
+    folder = tempfile.mkdtemp(prefix="kdx-rank-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def load_plugins(run_dir: Path | None) -> None:
     """Import the user's losses and sources (KDX_PLUGINS, entry points kdx.plugins), and keep their source in the run."""
     names = _plugins()
     if names and os.getcwd() not in sys.path:
@@ -301,7 +314,8 @@ def load_plugins(run_dir: Path) -> None:
         except Exception as error:
             what = f"cannot import {name}: {type(error).__name__}: {error}"
             raise ConfigError("KDX_PLUGINS", what, "Give module names, with their folder on PYTHONPATH") from error
-        _keep_source(name, run_dir / "plugins")
+        if run_dir is not None:
+            _keep_source(name, run_dir / "plugins")
 
 
 def _keep_source(name: str, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from kdx import checkpoint, report
 from kdx.batches import fingerprint
@@ -50,14 +51,16 @@ def distill(config: Config, run_dir: Path) -> Summary:
 
     Raises KdxError for what a user can mend. A folder whose run is done is left as it is, and its summary returned.
     """
-    run_dir = Path(run_dir)
+    quiet_libraries()
+    accelerator = build_accelerator(config)
+    (told,) = broadcast_object_list([str(run_dir)])  # every process works in rank 0's folder
+    run_dir = Path(told)
     folder = RunFolder(run_dir)
     done = folder.done(asdict(config))
     if done is not None:
-        CONSOLE.print(f"{run_dir} is done already; nothing is run", markup=False)
+        if accelerator.is_main_process:
+            CONSOLE.print(f"{run_dir} is done already; nothing is run", markup=False)
         return Summary(**done)
-    quiet_libraries()
-    accelerator = build_accelerator(config)
     is_main = accelerator.is_main_process
     folder.open(asdict(config), is_main)
     with logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main), StopRequest() as stop:
@@ -73,7 +76,9 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     schedule = build_schedule(config.optim, optimizer, run.max_steps)
     torch.manual_seed(config.train.seed + accelerator.process_index)  # dropout; fresh weights are drawn by now
     prints = {"fingerprint": fingerprint(run.rows), "validation_fingerprint": fingerprint(run.held_out_rows)}
-    state = folder.resume(run.student, optimizer, schedule, prints) or State()
+    state = folder.resume(run.student, optimizer, schedule, prints, is_main) or State()
+    before = folder.kept("untouched.json")
+    accelerator.wait_for_everyone()  # all have looked before rank 0 writes
     folder.max_steps = run.max_steps
 
     tracker = Tracker(folder.path, config.tracking, is_main=is_main, max_steps=run.max_steps, first_step=state.step)
@@ -84,7 +89,10 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         for line in [*report.header(run), f"  writes to       {folder.path}", f"  {tracker.wandb_line}"]:
             log.info(line)
         measure = Measurer(run, HeldOut.build(run.held_out_rows, run.batches, accelerator.device, run.num_ids))
-        before = folder.once("untouched.json", lambda: measure.before_training(run), is_main)
+        if before is None:
+            before = measure.before_training(run)
+            if is_main:
+                folder.keep("untouched.json", before)
         warn_about(run, before)
         if run.teacher is not None and config.loss.alpha == 0:
             run.teacher.free()

@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,11 @@ class RunFolder:
         if is_main and status.get("state") == "running" and owner.get("pid") != os.getpid() and _alive(owner):
             what = f"in use by pid {owner['pid']} on host {owner['host']} since {status['updated']}"
             raise MachineError(str(self.path), what, "Wait for it, or choose another folder")
+        if not is_main:  # rank 0 decides, and ends all if it refuses
+            return
         self._refuse_drift(config)
         file = self.path / "config.yaml"
-        if is_main and not self._has_begun():
+        if not self._has_begun():
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
@@ -118,37 +120,37 @@ class RunFolder:
         }
         write_beside(self.path / "status.json", json.dumps(status, indent=2) + "\n")
 
-    def resume(self, model: Any, optimizer: Any, schedule: Any, prints: dict[str, str]) -> State | None:
+    def resume(self, model: Any, optimizer: Any, schedule: Any, prints: dict[str, str], is_main: bool) -> State | None:
         """Go on from the newest whole checkpoint, if there is one; name each that is damaged."""
         newest, skipped = checkpoint.newest(self.path)
         for fault in skipped:
             log.warning("skipped a damaged checkpoint, %s", fault)
-        kept = self.path / "data.json"
         if newest is None:
-            write_beside(kept, json.dumps(prints) + "\n")
+            if is_main:
+                self.keep("data.json", prints)
             return None
-        was = json.loads(kept.read_text(encoding="utf-8"))
+        was = self.kept("data.json")
         if was != prints:
             what = f"the data changed since the run began (fingerprints {was} and {prints})"
             raise ConfigError(str(self.path), what, "Use the same data, or another folder")
         state = State(**checkpoint.load(newest, model, optimizer, schedule))
         best = newest / "best.safetensors"
-        if best.is_file():
+        if best.is_file() and is_main:
             write_beside(checkpoint.folder_of(self.path) / "best.safetensors", best.read_bytes())
         state.stopped_by = "max_steps"
         log.info("going on from %s", newest)
         return state
 
-    def once(self, name: str, make: Callable[[], dict[str, Any]], is_main: bool) -> dict[str, Any]:
-        """What `make` gives, kept in the folder: a run that goes on reads it instead of making it again."""
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """What an earlier start of this run kept under a name, so that it need not be made again."""
         file = self.path / name
-        if file.is_file():
-            kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return kept
-        made = make()
-        if is_main:
-            write_beside(file, json.dumps(made, indent=2) + "\n")
-        return made
+        if not file.is_file():
+            return None
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return kept
+
+    def keep(self, name: str, value: dict[str, Any]) -> None:
+        write_beside(self.path / name, json.dumps(value, indent=2) + "\n")
 
     def write_results(self, summary: dict[str, Any], rows: list[dict[str, Any]], samples: Any, page: str) -> None:
         """Write what a done run leaves, the summary last."""

@@ -48,7 +48,7 @@ class _ConsoleHandler(logging.Handler):
 @contextmanager
 def logging_to(file: Path, is_main: bool) -> Iterator[None]:
     """Log kdx's lines to the console and, with times, to a file; the main process alone does."""
-    handlers: list[logging.Handler] = []
+    handlers: list[logging.Handler] = [logging.NullHandler()]  # a process without any would print warnings by itself
     if is_main:
         to_file = logging.FileHandler(file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

