@@ -326,4 +326,5 @@ def _keep_source(name: str, folder: Path) -> None:
     for source in Path(file).parent.rglob("*.py") if is_package else [Path(file)]:
         kept = folder / (Path(name) / source.relative_to(Path(file).parent) if is_package else source.name)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, kept)
+        if not kept.exists():  # what made the student stays, whatever the file says now
+            shutil.copyfile(source, kept)

@@ -16,6 +16,7 @@ from kdx import checkpoint, report
 from kdx.batches import fingerprint
 from kdx.causal_lm import DTYPES
 from kdx.config import Config
+from kdx.errors import DivergedError
 from kdx.evaluate import MEASURES, HeldOut, Measures, answer, mass_past, peak_memory
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, check_names, prepare
@@ -77,7 +78,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     torch.manual_seed(config.train.seed + accelerator.process_index)  # dropout; fresh weights are drawn by now
     prints = {"fingerprint": fingerprint(run.rows), "validation_fingerprint": fingerprint(run.held_out_rows)}
     state = folder.resume(run.student, optimizer, schedule, prints, is_main) or State()
-    before = folder.kept("untouched.json")
+    before = folder.kept("untouched.json", prints)
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
     folder.max_steps = run.max_steps
 
@@ -92,12 +93,18 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         if before is None:
             before = measure.before_training(run)
             if is_main:
-                folder.keep("untouched.json", before)
+                folder.keep("untouched.json", before | prints)
         warn_about(run, before)
         if run.teacher is not None and config.loss.alpha == 0:
+            measure.ask()  # a run that goes on has not asked yet
             run.teacher.free()
 
-        with tracker.training(), stop.deferred():
+        def stop_asked() -> bool:
+            folder.at(state.step, is_main)
+            return stop.agreed(accelerator)
+
+        stop.is_deferred = True  # from here on a signal loses nothing: the step is finished, or the run
+        with tracker.training():
             state = train(
                 config.train,
                 accelerator=accelerator,
@@ -110,7 +117,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
                 state=state,
                 tracker=tracker,
                 measure=lambda: measure(accelerator.autocast())[0].means(),
-                stop_asked=lambda: stop.agreed(accelerator),
+                stop_asked=stop_asked,
                 run_dir=folder.path,
             )
         if state.stopped_by == "signal":
@@ -146,10 +153,12 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         )
         if is_main:
             summary = leave(run, folder, summary, final, samples)
-            tracker.samples(samples)
-            tracker.summary(asdict(summary), alpha=config.loss.alpha, temperature=config.loss.temperature)
+            folder.write_status("done", "", is_main)
+            stop.is_deferred = False
             if not config.train.keep_checkpoints:
                 checkpoint.remove(folder.path)
+            tracker.samples(samples)
+            tracker.summary(asdict(summary), alpha=config.loss.alpha, temperature=config.loss.temperature)
             CONSOLE.print(report.closing_table(asdict(summary)))
             for line in report.next_commands(folder.path, run.max_steps > 0):
                 log.info(line)
@@ -167,11 +176,7 @@ class Measurer:
         self.run, self.held_out = run, held_out
         self.prompts: list[dict[str, Any]] = []
         if run.config.tracking.samples:
-            for conversation in (run.data.validation or run.data.train)[:NUM_SAMPLES]:
-                messages = conversation.messages
-                first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-                if first > 0:
-                    self.prompts.append({"messages": messages[:first], "reference": messages[first]["content"]})
+            self.prompts = sample_prompts(run)
 
     def __call__(self, precision: AbstractContextManager[Any]) -> tuple[Measures, Measures]:
         """Measure the student in a precision → its measures, and the teacher's from the same pass."""
@@ -212,6 +217,22 @@ class Measurer:
         }
 
 
+def sample_prompts(run: Prepared) -> list[dict[str, Any]]:
+    """The first conversations up to the assistant's first turn that leave room for an answer, and what was said there."""
+    prompts: list[dict[str, Any]] = []
+    for conversation in run.data.validation or run.data.train:
+        messages = conversation.messages
+        first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        if not any(m["role"] == "user" for m in messages[:first]):
+            continue
+        tokens = run.tokenizer.apply_chat_template(messages[:first], add_generation_prompt=True, return_dict=False)
+        if len(tokens) + MAX_NEW_TOKENS <= run.encoder.max_length:
+            prompts.append({"messages": messages[:first], "reference": messages[first]["content"]})
+        if len(prompts) == NUM_SAMPLES:
+            break
+    return prompts
+
+
 def size(model: Any) -> dict[str, int | None]:
     """Parameters, and the bytes that the weights take as they are in memory."""
     if model is None:
@@ -247,6 +268,9 @@ def choose_weights(
     if run.max_steps == state.step:  # the last step's measure is still to be taken
         keep_best(run.config.train, state, measure(), run.accelerator, run.objective, best_file)
     run.accelerator.wait_for_everyone()
+    if state.best_step == 0:
+        mend = "Lower optim.lr, or set train.keep=last"
+        raise DivergedError(f"step {state.step}", "no held-out measure was finite, so there is no best step", mend)
     if state.best_step != state.step:
         checkpoint.load_weights(best_file, run.student)
     return state.best_step

@@ -126,6 +126,8 @@ def score(
 
 def mass_past(num_ids: int, head: Head, hidden: list[Tensor]) -> float:
     """The teacher's mean probability of the head rows past the tokenizer's real ids, on the first batch."""
+    if not hidden:  # a process without held-out rows
+        return 0.0
     probabilities = loss.log_probabilities(head.logits(hidden[0][:CHUNK])).exp()
     return probabilities[:, num_ids:].sum(-1).mean().item() if len(probabilities) else 0.0
 

@@ -101,8 +101,8 @@ def build_accelerator(config: Config) -> Accelerator:
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     precision = config.train.precision
     if precision == "auto":
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if precision not in ("bf16", "fp16"):
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "")  # accelerate's config; "no" is fp32
+        if precision not in ("bf16", "fp16", "no"):
             device = torch.device("cpu") if cpu else Accelerator().device
             precision = "bf16" if causal_lm.device_dtype(device)[0] == torch.bfloat16 else "fp32"
     if precision == "fp16" and cpu:
@@ -162,7 +162,7 @@ def prepare(config: Config, accelerator: Accelerator) -> Prepared:
     max_steps = train.max_steps
     if max_steps is None:
         assert train.epochs is not None
-        max_steps = math.ceil(train.epochs * batches.steps_per_epoch)
+        max_steps = math.ceil(train.epochs * batches.steps_per_epoch - 1e-9)  # 0.07 · 100 is 7 steps
     objective = Objective(
         name=config.loss.name,
         alpha=config.loss.alpha,

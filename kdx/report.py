@@ -85,10 +85,18 @@ def next_commands(run_dir: Path, has_student: bool) -> list[str]:
     return ["next:", *(f"  {command}" for command in commands)]
 
 
+def _git_commit() -> str | None:
+    """The commit of the working folder; None where there is no repository or no git."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
+
+
 def environment(run: Prepared, folder: Path) -> dict[str, Any]:
     """Versions, device, precision and commit: what a colleague needs to repeat the run."""
     told = folder / "command.txt"
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "kdx": __version__,
         "python": platform.python_version(),
@@ -101,7 +109,7 @@ def environment(run: Prepared, folder: Path) -> dict[str, Any]:
         "processes": run.accelerator.num_processes,
         "precision": run.precision(),
         "teacher_precision": run.teacher.precision if run.teacher else None,
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": _git_commit(),
         "command": told.read_text(encoding="utf-8").strip() if told.is_file() else None,
     }
 
@@ -199,6 +207,8 @@ def public_name(model: dict[str, Any]) -> str:
 
 
 def _data_name(data: dict[str, Any]) -> str:
+    if not data["path"]:
+        return str(data["name"])
     path = data["path"] if isinstance(data["path"], str) else data["path"][0]
     if path.startswith("pkg:"):
         return path.removeprefix("pkg:").split("/")[0].replace("_", "-")

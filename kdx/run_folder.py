@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -33,6 +34,7 @@ class RunFolder:
         self.path = path
         self.step = 0
         self.max_steps: int | None = None
+        self.written = -math.inf
 
     def done(self, config: dict[str, Any]) -> dict[str, Any] | None:
         """The summary of a run that is done with this config, else None. Raises ConfigError if it was another."""
@@ -86,34 +88,40 @@ class RunFolder:
         """Whether the run got as far as its data; one that failed before may be mended in the same folder."""
         return (self.path / "data.json").exists()
 
+    def at(self, step: int, is_main: bool) -> None:
+        """Note where the run stands, on disk every few seconds."""
+        self.step = step
+        if time.monotonic() - self.written > 5:
+            self.write_status("running", "", is_main)
+
     @contextmanager
     def reporting(self, is_main: bool) -> Iterator[None]:
         """Keep status.json true, whatever happens inside."""
-        self._write_status("running", "", is_main)
+        self.write_status("running", "", is_main)
         try:
             yield
         except DivergedError as error:
-            self._write_status("diverged", str(error), is_main)
+            self.write_status("diverged", str(error), is_main)
             raise
         except KdxError as error:
-            self._write_status("failed", str(error).splitlines()[0], is_main)
+            self.write_status("failed", str(error).splitlines()[0], is_main)
             raise
         except (SystemExit, KeyboardInterrupt) as error:
-            self._write_status("interrupted", f"{type(error).__name__} {error}", is_main)
+            self.write_status("interrupted", f"{type(error).__name__} {error}", is_main)
             raise
         except BaseException as error:
-            self._write_status("failed", f"{type(error).__name__}: {error}".splitlines()[0], is_main)
+            self.write_status("failed", f"{type(error).__name__}: {error}".splitlines()[0], is_main)
             raise
-        self._write_status("done", "", is_main)
+        self.write_status("done", "", is_main)
 
-    def _write_status(self, state: str, reason: str, is_main: bool) -> None:
+    def write_status(self, state: str, reason: str, is_main: bool) -> None:
         if not is_main:
             return
-        lines = (self.path / "metrics.jsonl").read_text().splitlines() if (self.path / "metrics.jsonl").exists() else []
+        self.written = time.monotonic()
         status = {
             "state": state,
             "reason": reason,
-            "step": json.loads(lines[-1])["step"] if lines else 0,
+            "step": self.step,
             "max_steps": self.max_steps,
             "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "owner": {"pid": os.getpid(), "host": platform.node(), "boot_id": _boot_id()},
@@ -138,16 +146,17 @@ class RunFolder:
         if best.is_file() and is_main:
             write_beside(checkpoint.folder_of(self.path) / "best.safetensors", best.read_bytes())
         state.stopped_by = "max_steps"
+        self.step = state.step
         log.info("going on from %s", newest)
         return state
 
-    def kept(self, name: str) -> dict[str, Any] | None:
-        """What an earlier start of this run kept under a name, so that it need not be made again."""
+    def kept(self, name: str, of: dict[str, str] | None = None) -> dict[str, Any] | None:
+        """What an earlier start of this run kept under a name, unless it was kept of other data."""
         file = self.path / name
         if not file.is_file():
             return None
         kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return kept
+        return kept if of is None or of.items() <= kept.items() else None
 
     def keep(self, name: str, value: dict[str, Any]) -> None:
         write_beside(self.path / name, json.dumps(value, indent=2) + "\n")
@@ -246,15 +255,7 @@ class StopRequest:
         self.signal = number
         if again or not self.is_deferred:
             raise SystemExit(self.exit_code)
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        self.is_deferred = True
-        try:
-            yield
-        finally:
-            self.is_deferred = False
+        print("\nstopping at the next safe point; once more to stop at once", file=sys.stderr, flush=True)
 
     def agreed(self, accelerator: Any) -> bool:
         """Whether any process was asked to stop: all must stop at the same step."""

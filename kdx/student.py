@@ -27,7 +27,7 @@ def load_student(
         return load_causal_lm(config, "student", dtype=dtype, attn_implementation=attn_implementation)
     if config.init == "cut":
         whole = load_causal_lm(teacher, "teacher", dtype=dtype, attn_implementation=attn_implementation)
-        return cut(whole, config.layers)
+        return cut(whole, config.layers, teacher.trust_remote_code)
     shape = load_config(config, "student")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
@@ -44,7 +44,7 @@ def evenly_spread(num_layers: int, num_kept: int) -> list[int]:
     return [round(i * (num_layers - 1) / (num_kept - 1)) for i in range(num_kept)]
 
 
-def cut(model: PreTrainedModel, layers: int | list[int]) -> PreTrainedModel:
+def cut(model: PreTrainedModel, layers: int | list[int], trust_remote_code: bool = False) -> PreTrainedModel:
     """Make an ordinary smaller model from some layers of a model, with its embeddings, norms and head.
 
     layers: how many (evenly spread), or which. Raises ConfigError if the model has no such layers.
@@ -71,7 +71,10 @@ def cut(model: PreTrainedModel, layers: int | list[int]) -> PreTrainedModel:
             setattr(text, name, [getattr(text, name)[i] for i in kept])
     text.num_hidden_layers = len(kept)
     smaller = AutoModelForCausalLM.from_config(
-        config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        config,
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+        trust_remote_code=trust_remote_code,
     )
     place = {old: new for new, old in enumerate(kept)}
     pattern = re.compile(rf"^{re.escape(stacks[0])}\.(\d+)\.")

@@ -89,6 +89,7 @@ class Tracker:
         self.config, self.is_main, self.max_steps, self.first_step = config, is_main, max_steps, first_step
         self.wandb: Any = None
         self.wandb_line = "W&B: disabled"
+        self.told_trouble = False
         self.progress: Progress | None = None
         if is_main:
             self._cut_back(first_step)
@@ -97,7 +98,9 @@ class Tracker:
         """Keep the lines up to the checkpoint's step, so that a resumed run has each step once."""
         if self.file.exists():
             lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            kept = [
+                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
+            ]  # a kill may tear the last line
             self.file.write_text("".join(kept) if step else "", encoding="utf-8")
 
     def start_wandb(self, run_dir: Path, wandb_dir: Path, name: str, group: str | None, tree: dict[str, Any]) -> None:
@@ -138,7 +141,7 @@ class Tracker:
         try:
             self.wandb = wandb.init(mode=mode, settings=wandb.Settings(**settings), **arguments)
         except Exception as error:  # W&B's trouble is not the run's
-            log.warning("W&B cannot be reached (%s); this run is kept offline", str(error).splitlines()[0][:120])
+            log.warning("W&B cannot be reached (%s); this run is kept offline", _short(error))
             for empty in wandb_dir.glob(f"run-*-{run_id}"):  # it would make `wandb sync` of many runs fail
                 shutil.rmtree(empty, ignore_errors=True)
             arguments |= {"resume": None, "id": secrets.token_hex(4)}  # the first id is still held by the client
@@ -146,7 +149,7 @@ class Tracker:
             try:
                 self.wandb = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
             except Exception as again:
-                log.warning("W&B is off for this run: %s", str(again).splitlines()[0][:120])
+                log.warning("W&B is off for this run: %s", _short(again))
                 return
         self.wandb.define_metric("tokens", hidden=True)
         self.wandb.define_metric("*", step_metric="tokens")
@@ -232,7 +235,13 @@ class Tracker:
             self._trouble(error)
 
     def _trouble(self, error: Exception) -> None:
-        log.warning("W&B: %s; metrics.jsonl has everything, %s", str(error).splitlines()[:1], self.wandb_line)
+        if not self.told_trouble:
+            log.warning("W&B: %s; metrics.jsonl has everything, %s", _short(error), self.wandb_line)
+        self.told_trouble = True
+
+
+def _short(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
 
 
 def wandb_mode(asked: str) -> Any:

@@ -36,6 +36,7 @@ class State:
     stopped_by: str = "max_steps"
     seconds: float = 0.0  # spent in steps; evaluation and saving not counted
     step_seconds: list[float] = field(default_factory=list)
+    window: list[dict[str, float]] = field(default_factory=list)  # steps since the last log line
 
     def add(self, batch: StepBatch, seconds: float) -> None:
         """Count one step that is done."""
@@ -75,7 +76,6 @@ def train(
     best_file = checkpoint.folder_of(run_dir) / "best.safetensors"
     alpha = objective.objective.alpha
     objective.train()
-    window: list[dict[str, float]] = []
 
     for batch in batches.steps(state.step, max_steps):
         # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
@@ -91,16 +91,18 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         state.add(batch, seconds)
-        window.append({"kd": kd, "ce": ce, "counted": batch.num_tokens, "tokens": batch.num_input_tokens, "s": seconds})
+        state.window.append(
+            {"kd": kd, "ce": ce, "counted": batch.num_tokens, "tokens": batch.num_input_tokens, "s": seconds}
+        )
         tracker.advance(state.step, alpha * kd + (1 - alpha) * ce, batch.num_input_tokens / seconds)
 
         # Log once in a while: means over the steps since the last line, weighted by their counted tokens.
         if state.step % config.log_every == 0 or state.step == max_steps:
-            tracker.log(state, _means(window, alpha) | {
+            tracker.log(state, _means(state.window, alpha) | {
                 "train/lr": lr, "train/grad_norm": grad_norm, "train/epoch": batch.epoch,
                 "memory/peak_bytes": peak_memory(accelerator.device),
             })  # fmt: skip
-            window.clear()
+            state.window.clear()
 
         # Evaluate once in a while, remember the best, stop when it no longer gets better.
         if config.eval_every and state.step % config.eval_every == 0 and state.step < max_steps:
@@ -113,7 +115,7 @@ def train(
 
         # Save once in a while, and when asked to stop; stop at a whole step.
         stopping = state.stopped_by != "max_steps"
-        interrupted = stop_asked()
+        interrupted = stop_asked() and not stopping
         if interrupted:
             state.stopped_by = "signal"
         due = config.save_every and state.step % config.save_every == 0 and state.step < max_steps and not stopping

@@ -458,3 +458,59 @@ class TestChoices:
             config = config_of(place, *words, "train.max_steps=0") if i < 4 else config_of(place, *words)
             prints.add(distill(config, tmp_path / str(i)).data["validation_fingerprint"])
         assert len(prints) == 1
+
+
+class TestFoundInReview:
+    """Faults that a reading of the code found; each was so before it was mended."""
+
+    def test_alpha_zero_goes_on_after_a_stop(self, place: Path, tmp_path: Path) -> None:
+        config = config_of(place, "loss=cross_entropy", "train.save_every=2", "train.keep_checkpoints=true")
+        first = distill(config, tmp_path / "run")
+        (tmp_path / "run" / "status.json").unlink()
+        assert distill(config, tmp_path / "run").student == first.student
+
+    def test_prompts_that_leave_no_room_are_passed_over(self, place: Path, tmp_path: Path) -> None:
+        """The models read 128 tokens: a prompt of 120 has no room for an answer."""
+        long = {"source": "hello " * 120, "target": "Blue is a colour."}
+        rows = [long | {"source": long["source"] + str(i)} for i in range(20)]
+        file = tmp_path / "long.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows) + (place / "pairs.jsonl").read_text())
+        distill(config_of(place, f"data.path={file}", "train.max_steps=1", "data.validation=30"), tmp_path / "run")
+        samples = json.loads((tmp_path / "run" / "samples.json").read_text())
+        assert len(samples) == 3
+        assert all(len(sample["prompt"][0]["content"]) < 120 for sample in samples)
+
+    def test_measures_of_other_data_are_not_kept(self, place: Path, tmp_path: Path) -> None:
+        file = write_pairs(tmp_path / "data.jsonl", 20)
+        config = config_of(place, f"data.path={file}", "train.max_steps=1")
+        distill(config, tmp_path / "run")
+        (tmp_path / "run" / "status.json").unlink()
+        file.write_text(file.read_text().replace("I am sure", "I am quite sure of it"))
+        again = distill(config, tmp_path / "run")
+        assert again.teacher == distill(config, tmp_path / "new").teacher
+
+    def test_a_torn_last_line_does_not_lock_the_folder(self, place: Path, tmp_path: Path) -> None:
+        config = config_of(place, "train.max_steps=2", "train.save_every=1", "train.keep_checkpoints=true")
+        distill(config, tmp_path / "run")
+        (tmp_path / "run" / "status.json").unlink()
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "tok')
+        distill(config, tmp_path / "run")
+        steps = [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
+        assert steps == [1, 2]
+
+    def test_no_git_loses_nothing(self, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        summary = distill(config_of(place, "train.max_steps=1"), tmp_path / "run")
+        assert summary.environment["git_commit"] is None
+        assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+
+    def test_a_log_line_spans_a_stop(self, place: Path, tmp_path: Path) -> None:
+        """A line every 4 steps, a stop at step 3: the line of step 4 is over all four."""
+        config = config_of(place, "train.log_every=4", "train.save_every=3", "train.keep_checkpoints=true")
+        distill(config, tmp_path / "run")
+        straight = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
+        (tmp_path / "run" / "status.json").unlink()
+        distill(config, tmp_path / "run")
+        again = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
+        assert [line["train/loss"] for line in straight] == [line["train/loss"] for line in again]
