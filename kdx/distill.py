@@ -210,7 +210,7 @@ class Measurer:
         untouched, teacher = self(run.accelerator.autocast())
         teacher_model = run.teacher.model if run.teacher else None
         return {
-            "untouched": untouched.means() | size(run.student),
+            "untouched": untouched.means() | size(run.student, run.config.student.save_dtype),
             "teacher": teacher.means() | size(teacher_model),
             "teacher_samples": self.answers(teacher_model),
             "untouched_samples": self.answers(run.student),
@@ -233,11 +233,12 @@ def sample_prompts(run: Prepared) -> list[dict[str, Any]]:
     return prompts
 
 
-def size(model: Any) -> dict[str, int | None]:
-    """Parameters, and the bytes that the weights take as they are in memory."""
+def size(model: Any, save_dtype: str | None = None) -> dict[str, int | None]:
+    """Parameters, and the bytes of the weights: as they are in memory, or as they would be saved."""
     if model is None:
         return {"num_parameters": None, "num_bytes": None}
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    saved = DTYPES[save_dtype].itemsize if save_dtype else None
+    num_bytes = sum(p.numel() * (saved or p.element_size()) for p in model.parameters())
     return {"num_parameters": model.num_parameters(), "num_bytes": num_bytes}
 
 

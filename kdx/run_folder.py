@@ -56,9 +56,10 @@ class RunFolder:
         """Make the folder and write its config, or refuse: in use by another process, or another config's."""
         status = self.status()
         owner = status.get("owner", {})
-        if is_main and status.get("state") == "running" and owner.get("pid") != os.getpid() and _alive(owner):
+        if is_main and status.get("state") == "running" and owner.get("pid") != os.getpid() and _alive(owner, status):
             what = f"in use by pid {owner['pid']} on host {owner['host']} since {status['updated']}"
-            raise MachineError(str(self.path), what, "Wait for it, or choose another folder")
+            mend = "Wait for it, choose another folder, or, if that process is gone, remove status.json there"
+            raise MachineError(str(self.path), what, mend)
         if not is_main:  # rank 0 decides, and ends all if it refuses
             return
         self._refuse_drift(config)
@@ -211,10 +212,11 @@ def _boot_id() -> str:
     return file.read_text().strip() if file.is_file() else ""
 
 
-def _alive(owner: dict[str, Any]) -> bool:
-    """Whether the process that owns a folder still runs; on another host there is no telling, so yes."""
+def _alive(owner: dict[str, Any], status: dict[str, Any]) -> bool:
+    """Whether the process that owns a folder still runs; on another host: whether it wrote within the last hour."""
     if owner.get("host") != platform.node():
-        return True
+        written = time.mktime(time.strptime(str(status.get("updated", ""))[:19], "%Y-%m-%dT%H:%M:%S"))
+        return time.time() - written < 3600
     if owner.get("boot_id") != _boot_id():
         return False
     try:
