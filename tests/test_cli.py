@@ -266,7 +266,7 @@ HOSTILE = {
     "log class": "hydra: {job_logging: {handlers: {x: {class: os.system}}}}",
     "log file": "hydra: {hydra_logging: {handlers: {x: {class: logging.FileHandler, filename: marker}}}}",
     "environment": "hydra: {job: {env_set: {LD_PRELOAD: x.so}}}",
-    "folder": "hydra: {run: {dir: /tmp/outside}}",
+    "folder": "hydra: {run: {dir: /elsewhere/outside}}",
     "parent": "hydra: {sweep: {subdir: ../../outside}}",
     "target": "loss: {_target_: os.system}",
     "in a list": "optim: {schedule_options: {a: [{'()': os.system}]}}",
@@ -290,7 +290,7 @@ def test_a_config_of_ones_own_searches_in_no_package():
 
 
 def test_what_only_a_person_may_ask_for_is_obeyed_when_typed():
-    assert preflight(["+hydra.job.env_set.A=b", "hydra.run.dir=/tmp/x"], Source()) == []
+    assert preflight(["+hydra.job.env_set.A=b", "hydra.run.dir=/elsewhere/x"], Source()) == []
 
 
 @pytest.mark.parametrize(
