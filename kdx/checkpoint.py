@@ -1,6 +1,5 @@
 """Stop and resume: model, optimizer, schedule, random numbers and the place in the data, written beside and renamed."""
 
-import hashlib
 import json
 import os
 import random
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kdx.causal_lm import digest_of
 from kdx.errors import MachineError
 
 MANIFEST = "MANIFEST.json"  # size and sha256 of every other file, written last: with it a checkpoint is whole
@@ -54,7 +54,7 @@ def save(
         torch.save({"schedule": schedule.state_dict(), "random": _plain(random_state)}, beside / "random.pt")
         (beside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         files = sorted(p for p in beside.iterdir() if p.is_file())
-        manifest = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        manifest = {p.name: {"size": p.stat().st_size, "sha256": digest_of(p)} for p in files}
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for file in [*files, beside / MANIFEST, beside]:
             _fsync(file)
@@ -97,7 +97,7 @@ def verify(folder: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != wanted["size"]:
                 return f"{name} has {file.stat().st_size} bytes, not {wanted['size']}"
-            if _sha256(file) != wanted["sha256"]:
+            if digest_of(file) != wanted["sha256"]:
                 return f"{name} is damaged (its sha256 differs)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
@@ -166,11 +166,6 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
         "numpy": [name, keys.tolist(), *rest],
         "python": [state["python"][0], list(state["python"][1]), state["python"][2]],
     }
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

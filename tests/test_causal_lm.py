@@ -45,15 +45,6 @@ CONFIGS = {
 each_model = pytest.mark.parametrize("kind", CONFIGS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(kind, dtype=torch.float64, spread=4.0):
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation="eager").to(dtype).eval()

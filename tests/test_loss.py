@@ -55,15 +55,6 @@ def gradient(value, x):
     return torch.autograd.grad(value.sum(), x)[0]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def registry(monkeypatch):
     """A copy of the registry, so that a test's own losses are gone after it."""

@@ -40,15 +40,6 @@ IGNORED = -100
 each_name = pytest.mark.parametrize("name", sorted(plain.DEFINITIONS))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Case:
     """Hidden states and heads of a random student and teacher; the student's are leaves."""
 
