@@ -55,15 +55,22 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, d] → [n, V], float32 or float64."""
+        return self.finish(self.product(hidden))
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """h·Wᵀ [n, V] in the weight's dtype: the matrix product, which wants many rows at once."""
         device = self.weight.device
         with torch.autocast(device.type, enabled=False):
-            z = hidden.to(device=device, dtype=self.weight.dtype) @ self.weight.T
-            z = z if z.dtype == torch.float64 else z.float()
-            if self.bias is not None:
-                z = z + self.bias
-            if self.scale != 1:
-                z = z * self.scale
-            return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+            return hidden.to(device=device, dtype=self.weight.dtype) @ self.weight.T
+
+    def finish(self, product: Tensor) -> Tensor:
+        """Logits in float32 or float64 from h·Wᵀ: row by row, so any few rows at a time."""
+        z = product if product.dtype == torch.float64 else product.float()
+        if self.bias is not None:
+            z = z + self.bias.to(z.device)
+        if self.scale != 1:
+            z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def through(self, logits: Tensor, grad: Tensor) -> Tensor:
         """Carry a gradient [n, V] with respect to `logits` back to the product h·Wᵀ + b, in place."""
@@ -233,12 +240,6 @@ def common_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBas
             f"{first}: {ours.get(first)!r} and {theirs.get(first)!r}"
         )
         raise ModelError("tokenizer", what, "Choose a teacher and a student with the same tokenizer")
-
-
-def digest_of(path: str | Path) -> str:
-    """A sha256 of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:

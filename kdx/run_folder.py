@@ -17,6 +17,7 @@ import yaml
 
 from kdx import checkpoint
 from kdx.config import Config
+from kdx.durable import write_beside
 from kdx.errors import ConfigError, DivergedError, KdxError, MachineError
 from kdx.redact import redact
 from kdx.train import State
@@ -185,14 +186,6 @@ class RunFolder:
             return self.path.parent / "wandb"
         outputs = next((p for p in self.path.parents if p.name == "outputs"), self.path.parent)
         return outputs / "wandb"
-
-
-def write_beside(file: Path, text: str | bytes) -> None:
-    """Write a whole file or none: beside, then renamed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.tmp")
-    beside.write_bytes(text.encode() if isinstance(text, str) else text)
-    os.replace(beside, file)
 
 
 def _plain(config: dict[str, Any]) -> Any:
