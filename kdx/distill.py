@@ -1,5 +1,6 @@
 """One run, from config to saved student: the architecture as code."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -15,13 +16,15 @@ from accelerate.utils import broadcast_object_list
 from kdx import checkpoint, report
 from kdx.batches import fingerprint
 from kdx.causal_lm import DTYPES
+from kdx.certificate import certify, words
 from kdx.config import Config
 from kdx.errors import DivergedError
-from kdx.evaluate import MEASURES, HeldOut, Measures, answer, mass_past, peak_memory
+from kdx.evaluate import MEASURES, HeldOut, Measures, answer, mass_past, peak_memory, rendered
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, check_names, prepare
 from kdx.run_folder import RunFolder, StopRequest
 from kdx.student import save_student
+from kdx.teacher import Teacher
 from kdx.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries, working
 from kdx.train import State, keep_best, train
 
@@ -72,12 +75,15 @@ def distill(config: Config, run_dir: Path) -> Summary:
 def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: StopRequest) -> Summary:
     began = time.time()
     is_main = accelerator.is_main_process
-    run = prepare(config, accelerator)
+    run = prepare(config, accelerator, owner=hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()[:8])
     optimizer = build_optimizer(config.optim, run.student)
     schedule = build_schedule(config.optim, optimizer, run.max_steps)
     torch.manual_seed(config.train.seed + accelerator.process_index)  # dropout; fresh weights are drawn by now
     prints = {"fingerprint": fingerprint(run.rows), "validation_fingerprint": fingerprint(run.held_out_rows)}
     state = folder.resume(run.student, optimizer, schedule, prints, is_main) or State()
+    store = run.teacher.store if run.teacher else None
+    if store:
+        store.rows.go_back(state.store)
     before = folder.kept("untouched.json", prints)
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
     folder.max_steps = run.max_steps
@@ -147,6 +153,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
                 "seconds_per_step": state.seconds_per_step,
                 "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
                 "peak_memory_bytes": peak_memory(accelerator.device),
+                "store": asdict(store.counts) | {"bad": store.rows.num_bad} if store else None,
             },
             data=run.counts() | prints,
             environment=report.environment(run, folder.path),
@@ -160,12 +167,16 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             tracker.samples(samples)
             tracker.summary(asdict(summary), alpha=config.loss.alpha, temperature=config.loss.temperature)
             CONSOLE.print(report.closing_table(asdict(summary)))
+            if store:
+                log.info(report.store_line(store))
             for line in report.next_commands(folder.path, run.max_steps > 0):
                 log.info(line)
         accelerator.wait_for_everyone()
         exit_code = 0
         return summary
     finally:
+        if store:
+            store.close()
         tracker.finish(exit_code)
 
 
@@ -195,6 +206,10 @@ class Measurer:
         is_main = self.run.accelerator.is_main_process
         with working("the teacher reads the held-out rows", len(self.held_out.batches), is_main) as advance:
             self.held_out.ask(teacher, advance)
+        if teacher.store and teacher.store.certificate() is None:
+            certificate = certify(teacher, self.run.held_out_rows, self.run.batches.pad_id)
+            if certificate:
+                log.info(words(certificate))
         if teacher.head.num_ids > self.run.num_ids:
             mass = mass_past(self.run.num_ids, teacher.head, self.held_out.teacher_hidden)
             rows = teacher.head.num_ids - self.run.num_ids
@@ -205,14 +220,29 @@ class Measurer:
             return [None] * len(self.prompts)
         return [answer(model, self.run.tokenizer, p["messages"], MAX_NEW_TOKENS) for p in self.prompts]
 
+    def teacher_answers(self) -> list[str | None]:
+        """The teacher's answers, from its store where they are there."""
+        teacher = self.run.teacher
+        if teacher is None:
+            return [None] * len(self.prompts)
+        answers: list[str | None] = []
+        for prompt in self.prompts:
+            key = f"{MAX_NEW_TOKENS} tokens: {rendered(self.run.tokenizer, prompt['messages'])}"
+            told = teacher.store.answer(key) if teacher.store else None
+            if told is None:
+                told = answer(teacher.model, self.run.tokenizer, prompt["messages"], MAX_NEW_TOKENS)
+                if teacher.store:
+                    teacher.store.keep_answer(key, told)
+            answers.append(told)
+        return answers
+
     def before_training(self, run: Prepared) -> dict[str, Any]:
         """What teacher and untouched student measure and answer."""
         untouched, teacher = self(run.accelerator.autocast())
-        teacher_model = run.teacher.model if run.teacher else None
         return {
             "untouched": untouched.means() | size(run.student, run.config.student.save_dtype),
-            "teacher": teacher.means() | size(teacher_model),
-            "teacher_samples": self.answers(teacher_model),
+            "teacher": teacher.means() | size_of_teacher(run.teacher),
+            "teacher_samples": self.teacher_answers(),
             "untouched_samples": self.answers(run.student),
         }
 
@@ -233,10 +263,16 @@ def sample_prompts(run: Prepared) -> list[dict[str, Any]]:
     return prompts
 
 
+def size_of_teacher(teacher: Teacher | None) -> dict[str, int | None]:
+    """The same of a teacher whose body may not be loaded."""
+    return {
+        "num_parameters": teacher.num_parameters if teacher else None,
+        "num_bytes": teacher.num_bytes if teacher else None,
+    }
+
+
 def size(model: Any, save_dtype: str | None = None) -> dict[str, int | None]:
     """Parameters, and the bytes of the weights: as they are in memory, or as they would be saved."""
-    if model is None:
-        return {"num_parameters": None, "num_bytes": None}
     saved = DTYPES[save_dtype].itemsize if save_dtype else None
     num_bytes = sum(p.numel() * (saved or p.element_size()) for p in model.parameters())
     return {"num_parameters": model.num_parameters(), "num_bytes": num_bytes}

@@ -65,3 +65,11 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_to_umask(*files: Path) -> None:
+    """Give files the mode that any new file gets: safetensors makes its own private, whatever the umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in files:
+        file.chmod(0o666 & ~umask)

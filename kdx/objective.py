@@ -21,7 +21,6 @@ from kdx import loss
 from kdx.batches import IGNORED, MicroBatch
 from kdx.causal_lm import Head, counted_hidden, head_of
 
-
 CACHE_BYTES = 2**20  # of one float32 tensor of a block
 
 
@@ -149,7 +148,7 @@ class _ChunkedSum(torch.autograd.Function):
             for block in chunks_of(product.shape[0], block_size(product)):
                 logits = head.finish(product[block])
                 teacher_logits = None
-                if teacher_product is not None:
+                if teacher_head is not None and teacher_product is not None:
                     teacher_logits = teacher_head.finish(teacher_product[block])
                 kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[rows][block], objective)
                 kd_sum += kd

@@ -25,7 +25,15 @@ from kdx.train import State
 log = logging.getLogger(__name__)
 
 # What may differ when a run goes on: nothing here can change the student.
-FREE = ("run.", "sweep.", "tracking.", "train.log_every", "train.save_every", "train.keep_checkpoints")
+FREE = (
+    "run.",
+    "sweep.",
+    "tracking.",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "teacher.store",
+)  # and what begins so
 
 
 class RunFolder:

@@ -123,7 +123,9 @@ class Segments:
         row = row.detach().cpu().contiguous()
         data = row.view(torch.uint8).numpy().tobytes()
         shape = (row.shape[0], row.shape[1])
-        fields = FIELDS.pack(MAGIC, key, *shape, DTYPES.index(row.dtype), checksum := _checksum(key, shape, row.dtype, data))
+        fields = FIELDS.pack(
+            MAGIC, key, *shape, DTYPES.index(row.dtype), checksum := _checksum(key, shape, row.dtype, data)
+        )
         if self._writing is None:
             self._writing = self._create()
         offset = os.lseek(self._writing, 0, os.SEEK_END)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdx.causal_lm import Head
-from kdx.durable import digest_of, temporary, write_beside
+from kdx.durable import digest_of, open_to_umask, temporary, write_beside
 from kdx.segments import HEADER_SIZE, Segments
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,10 @@ class Kept:
 class TeacherStore:
     """One teacher's folder in the store."""
 
-    def __init__(self, root: Path, identity: Identity, owner: str = "run", limit_bytes: int | None = None) -> None:
-        self.root, self.identity, self.limit_bytes = root, identity, limit_bytes
+    def __init__(
+        self, root: Path, identity: Identity, *, name: str, owner: str = "run", limit_bytes: float | None = None
+    ) -> None:
+        self.root, self.identity, self.name, self.limit_bytes = root, identity, name, limit_bytes
         self.folder = root / identity.key
         self.rows = Segments(self.folder / "rows", owner)
         self.counts = Counts()
@@ -101,6 +103,11 @@ class TeacherStore:
         self.counts.bytes_read += sum(row.nbytes for row in kept)
         self.counts.seconds_saved += sum(len(row) for row in kept) * (self.seconds_per_position or 0.0)
         return kept
+
+    def peek(self, digests: Sequence[str]) -> list[Tensor] | None:
+        """Read rows without counting them."""
+        found = [self.rows.read(_key(digest)) for digest in digests]
+        return None if any(row is None for row in found) else found  # type: ignore[return-value]
 
     def write(self, digests: Sequence[str], rows: Sequence[Tensor], seconds: float) -> None:
         """Keep what the teacher computed; a full disk ends the writing with one warning, and nothing else."""
@@ -149,7 +156,7 @@ class TeacherStore:
         except (OSError, SafetensorError, KeyError):
             return None
 
-    def keep(self, kept: Kept, name: str) -> None:
+    def keep(self, kept: Kept) -> None:
         """Keep the head and sizes of the teacher."""
         head, file = kept.head, self.folder / "head.safetensors"
         tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
@@ -158,9 +165,10 @@ class TeacherStore:
             beside = temporary(file)
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside)
             digest = digest_of(beside)
+            open_to_umask(beside)
             os.replace(beside, file)
             self._tell(
-                name=name, **asdict(self.identity), head_sha256=digest, scale=head.scale, softcap=head.softcap,
+                name=self.name, **asdict(self.identity), head_sha256=digest, scale=head.scale, softcap=head.softcap,
                 num_parameters=kept.num_parameters, num_bytes=kept.num_bytes,
             )  # fmt: skip
         except (OSError, SafetensorError) as error:
