@@ -58,7 +58,9 @@ class MicroBatch:
         return torch.bincount(self.row_of, minlength=len(self.row_ids)).tolist()
 
     def to(self, device: torch.device) -> "MicroBatch":
-        tensors: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        tensors: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
         return replace(self, **tensors)
 
 

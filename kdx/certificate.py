@@ -47,7 +47,7 @@ def certify(teacher: Teacher, rows: Sequence[Row], pad_id: int) -> dict[str, Any
     return certificate
 
 
-def words(certificate: dict[str, Any]) -> str:
+def words_of(certificate: dict[str, Any]) -> str:
     """The certificate in one line."""
 
     def all_of(part: str) -> str:

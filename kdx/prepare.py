@@ -124,10 +124,10 @@ def build_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def prepare(config: Config, accelerator: Accelerator, owner: str = "run") -> Prepared:
+def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_fill: bool = False) -> Prepared:
     """Read data and models as the run will. Raises KdxError; all faults in the data come before any weights are read.
 
-    owner: who writes to the teacher's store, as a name for files.
+    owner: who writes to the teacher's store, as a name for files. is_fill: the teacher will be asked for every row.
     """
     device, train = accelerator.device, config.train
 
@@ -158,7 +158,9 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run") -> Pre
 
     teacher, store, store_words = None, None, "off (no teacher)"
     if config.teacher.path is not None:
-        asked = [*(batches.rows_seen(max_steps) if config.loss.alpha > 0 else []), *held_out_rows]
+        asked = list(held_out_rows)
+        if is_fill or config.loss.alpha > 0:
+            asked += rows if is_fill else batches.rows_seen(max_steps)
         is_repeated = bool(config.sweep.keys) or max_steps * train.batch_size > len(rows)
         identity = Identity(
             causal_lm.weights_digest(config.teacher, "teacher"),

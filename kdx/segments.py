@@ -235,8 +235,8 @@ class Survey(NamedTuple):
     num_stray_bytes: int  # of no whole row: damaged headers, rows cut short
 
 
-def survey(folder: Path) -> Survey:
-    """Read and verify every row."""
+def survey(folder: Path, *, is_verify: bool = True) -> Survey:
+    """Count the rows, and read and verify every one of them if asked to."""
     rows = total = bad = inside = 0
     for file in sorted(folder.glob("*.rows")):
         with file.open("rb") as opened:
@@ -244,6 +244,8 @@ def survey(folder: Path) -> Survey:
             total += size
             for key, place in rows_of(opened.fileno(), file.name, 0, size):
                 rows, inside = rows + 1, inside + place.end - place.offset
+                if not is_verify:
+                    continue
                 data = os.pread(opened.fileno(), place.num_bytes, place.offset + HEADER_SIZE)
                 bad += _checksum(key, place.shape, place.dtype, data) != place.checksum
     return Survey(rows, total, bad, total - inside)
