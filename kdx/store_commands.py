@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.table import Table
 
@@ -75,7 +75,12 @@ def _fill(config: Config) -> None:
 
 def tend(words: list[str]) -> int:
     """Run `kdx store stat | verify | prune` → the exit code. Raises ConfigError or MachineError."""
-    parser = argparse.ArgumentParser(prog="kdx store", exit_on_error=False)
+    parser = argparse.ArgumentParser(prog="kdx store")
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError("kdx store", message, "As in: kdx store stat teacher.store_dir=FOLDER")
+
+    parser.error = refuse  # type: ignore[method-assign]
     parser.add_argument("what", choices=("stat", "verify", "prune"))
     parser.add_argument("place", nargs="?", default="", metavar="teacher.store_dir=FOLDER")
     parser.add_argument("--unused-days", type=float, help="prune: remove teachers that no run asked for so long")
