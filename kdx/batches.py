@@ -9,6 +9,7 @@ import math
 import random
 from array import array
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -214,6 +215,15 @@ class StepBatches:
                 part = mine[i : i + self.micro_batch_size]
                 real, padded = real + sum(part), padded + len(part) * part[0]
         return 1 - real / padded if padded else 0.0
+
+
+def ahead(batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
+    """Prepare the next batch in a thread while the loop is busy with the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 def dummy(pad_id: int) -> Row:

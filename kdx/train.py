@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from kdx import checkpoint
-from kdx.batches import StepBatch, StepBatches
+from kdx.batches import StepBatch, StepBatches, ahead
 from kdx.config import TrainConfig
 from kdx.errors import DivergedError
 from kdx.evaluate import MEASURES, peak_memory
@@ -79,7 +79,7 @@ def train(
     alpha = objective.objective.alpha
     objective.train()
 
-    for batch in batches.steps(state.step, max_steps):
+    for batch in ahead(batches.steps(state.step, max_steps)):
         # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
         started = time.perf_counter()
         sums = forward_backward(accelerator, module, batch, teacher if alpha > 0 else None)

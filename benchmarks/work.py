@@ -1,0 +1,120 @@
+"""The work that contestants share: models on disk, rows tokenised by kdx, and where results go."""
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+from kdx.batches import Row
+from kdx.causal_lm import device_dtype
+from kdx.cli import compose
+from kdx.prepare import build_accelerator, prepare
+from kdx.store_commands import fill
+from kdx.tracking import quiet_libraries
+
+PAIRS = ("smollm2", "dialogpt")
+BATCH_SIZE = 8
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Work:
+    """What one contestant is given: the words of a kdx run, and the same as a file for the others."""
+
+    words: list[str]
+    file: Path
+    environment: dict[str, str]
+    steps: int
+    tokens_per_step: float
+
+
+def prepare_work(pair: str, folder: Path, *, steps: int) -> Work:
+    """Write models and rows of a pair, and fill the teacher's store."""
+    quiet_libraries()
+    os.environ["KDX_STORE"] = str(folder / "store")
+    words = ["data.validation=8", f"data.take={steps * BATCH_SIZE}", "data.max_length=192", "tracking.mode=disabled"]
+    words += [
+        "tracking.samples=false",
+        f"train.batch_size={BATCH_SIZE}",
+        "train.log_every=1",
+        f"train.max_steps={steps}",
+    ]
+    words += ["optim.lr=1e-4", "train.seed=0"]
+    if pair == "dialogpt":
+        write_gpt2(folder / "teacher", layers=24, width=1024)
+        write_gpt2(folder / "student", layers=12, width=768)
+        words += ["teacher=hf", f"teacher.path={folder}/teacher", "student=hf", f"student.path={folder}/student"]
+    fill([compose(words)])
+    config = compose(words)
+    run = prepare(config, build_accelerator(config))
+    if pair == "smollm2":  # the others read model folders: the cut student as it is kept, the teacher dequantised
+        run.student.save_pretrained(folder / "student")
+        run.tokenizer.save_pretrained(folder / "student")
+        assert run.teacher is not None
+        run.teacher.model.save_pretrained(folder / "teacher")
+    work = {
+        "student": str(folder / "student"),
+        "teacher": str(folder / "teacher"),
+        "tokenizer": str(folder / "student"),
+        "rows": [labelled(row) for row in run.rows],
+        "batch_size": BATCH_SIZE,
+        "steps": steps,
+        "bf16": device_dtype(run.accelerator.device)[0] == torch.bfloat16,
+    }
+    (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
+    tokens = sum(len(row.tokens) for row in run.rows) / len(run.rows) * BATCH_SIZE
+    environment = {"KDX_STORE": os.environ["KDX_STORE"], "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    return Work(words, folder / "work.json", environment, steps, tokens)
+
+
+def labelled(row: Row) -> tuple[list[int], list[int]]:
+    return row.tokens, [token if counts else -100 for token, counts in zip(row.tokens, row.counted, strict=True)]
+
+
+def write_gpt2(folder: Path, *, layers: int, width: int) -> None:
+    """A GPT-2 of this shape with fresh weights, and a tokenizer of 50,257 ids: $GPT2_TOKENIZER, or one learnt here."""
+    torch.manual_seed(layers)
+    shape = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, n_positions=1024, vocab_size=50257)
+    GPT2LMHeadModel(shape).save_pretrained(folder)
+    given = os.environ.get("GPT2_TOKENIZER")
+    if given:
+        GPT2Tokenizer(vocab=f"{given}/vocab.json", merges=f"{given}/merges.txt").save_pretrained(folder)
+        return
+    texts = [" ".join(m["content"] for m in c.messages) for c in _chats()]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=50257, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.save_model(str(folder))
+    tokenizer = GPT2Tokenizer(vocab=f"{folder}/vocab.json", merges=f"{folder}/merges.txt")
+    tokenizer.add_tokens([f"<|unused{i}|>" for i in range(50257 - len(tokenizer))])
+    tokenizer.save_pretrained(folder)
+
+
+def _chats() -> list[Any]:
+    from kdx.data import load_data
+
+    return load_data(compose([]).data).train
+
+
+def write_results(name: str, results: dict[str, Any]) -> None:
+    """Write results with the machine they are from."""
+    RESULTS.mkdir(exist_ok=True)
+    machine = {
+        "processor": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "precision": device_dtype(torch.device("cpu"))[1], "system": platform.system(),
+    }  # fmt: skip
+    text = json.dumps({"machine": machine, "results": results}, indent=2)
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
