@@ -15,15 +15,18 @@ from typing import Any, NoReturn
 
 import numpy as np
 import yaml
+from rich.console import Console
 
 from kdx import ranking
 from kdx.errors import ConfigError, MachineError, together
 from kdx.ranking import COSTS, MEASURES, RANKED_BY, Comparison, Ranking, Rows, Run
 from kdx.redact import redact
-from kdx.tracking import printable
+from kdx.tables import as_csv, as_json, as_markdown, terminal_tables
+from kdx.tracking import CONSOLE, printable
 
 MARKS = ("status.json", "summary.json", "metrics.jsonl")  # a folder with one of these is a run's
 FREE = ("run.", "sweep.", "tracking.", "train.log_every", "train.save_every", "train.keep_checkpoints")
+WIDEST = 240  # letters of a line of the terminal's table
 MOST_COLUMNS = 5  # keys that stand in the table; all that differ stand in a table of their own
 GREEK = {"loss.temperature": "τ", "loss.alpha": "α"}
 FILES = ("compare.csv", "compare.json", "compare.md", "compare.html")
@@ -32,18 +35,19 @@ EXAMPLE = "As in: kdx compare outputs/sweeps/NAME"
 
 def main(words: list[str]) -> int:
     """Do `kdx compare PATH… [--out DIR]` → the exit code."""
-    from kdx.tables import terminal_tables  # rich is for the terminal alone
-    from kdx.tracking import CONSOLE
-
     parser = argparse.ArgumentParser("kdx compare", description="Compare runs, sweeps and globs of them.")
-    parser.error = _refuse  # type: ignore[method-assign, assignment]
+    parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("paths", nargs="*", metavar="PATH", help="a run folder, a sweep's folder, or a glob")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go; else into the one sweep's folder")
     args = parser.parse_intermixed_args(words)
     paths = [Path(word) for word in args.paths]
     comparison = compare(paths, args.out or default_out(paths))
+    wide = Console(width=max(CONSOLE.width, WIDEST))  # whole figures, though a narrow terminal wraps the lines
     for part in terminal_tables(comparison):
-        CONSOLE.print(part)
+        if isinstance(part, str):
+            CONSOLE.print(part, markup=False)
+        else:
+            wide.print(part)
     for name in FILES:
         CONSOLE.print(f"  {comparison.out / name}", markup=False)
     return 0
@@ -68,7 +72,6 @@ def compare(paths: list[Path], out: Path) -> Comparison:
     folders, notes = find(paths)
     comparison = compared(_named(folders), notes, out)
     from kdx.page import page  # matplotlib takes a while to import
-    from kdx.tables import as_csv, as_json, as_markdown
 
     texts = (as_csv(comparison), as_json(comparison), as_markdown(comparison), page(comparison))
     for name, text in zip(FILES, texts, strict=True):
@@ -287,12 +290,13 @@ def compared(found: dict[str, Path], notes: list[str], out: Path) -> Comparison:
     """Read the named run folders and rank those that may be ranked, in as many tables as it takes."""
     runs = [read_run(name, folder) for name, folder in found.items()]
     keys = ranking.differing(runs, FREE)
-    columns = short_names([key for key in keys if key != ranking.SEED_KEY][:MOST_COLUMNS])
+    ranked = [run for run in runs if not run.reason]
+    apart = set(ranking.differing(ranked, FREE)) | {key for key in keys if key in ranking.swept(runs)}
+    columns = short_names([key for key in keys if key in apart and key != ranking.SEED_KEY][:MOST_COLUMNS])
     groups: dict[tuple[Any, ...], list[Run]] = {}
-    for run in runs:
-        if not run.reason:
-            groups.setdefault(run.comparable_with, []).append(run)
-            notes += [f"{run.name}: {fault}" for fault in run.faults]
+    for run in ranked:
+        groups.setdefault(run.comparable_with, []).append(run)
+        notes += [f"{run.name}: {fault}" for fault in run.faults]
     rankings = [ranking.make_ranking(group, keys, columns) for group in groups.values()]
     not_ranked = [run for run in runs if run.reason]
     return Comparison(rankings, not_ranked, runs, keys, columns, _why_apart(rankings), notes, out)
@@ -311,21 +315,20 @@ def _why_apart(rankings: Sequence[Ranking]) -> list[str]:
     """Why there are several tables: which runs differ in what."""
     if len(rankings) < 2:
         return []
-    lines = [
-        f"Measures are comparable only on the same held-out rows beside the same teacher: there are {len(rankings)} tables."
-    ]
+    number = len(rankings)
+    lines = [f"Measures compare only on the same held-out rows beside the same teacher, so there are {number} tables."]
     parts = (
         ("held-out rows", [r.fingerprint for r in rankings]),
-        ("teacher", [r.digest or r.teacher for r in rankings]),
-        ("precision of the teacher", [r.precision for r in rankings]),
+        ("teachers", [r.digest or r.teacher for r in rankings]),
+        ("precisions of the teacher", [r.precision for r in rankings]),
     )
     for what, values in parts:
         if len(set(values)) > 1:
             told = []
-            for number, (value, table) in enumerate(zip(values, rankings, strict=True), 1):
+            for i, (value, table) in enumerate(zip(values, rankings, strict=True), 1):
                 names = [run.name for point in table.points for run in point.runs]
-                told.append(f"table {number} {value or 'not recorded'} ({ranking.listed(names, 3)})")
-            lines.append(f"The {what} differ: {', '.join(told)}.")
+                told.append(f"table {i} {(value or 'not recorded')[:40]} ({ranking.listed(names, 3)})")
+            lines.append(f"Different {what}: {', '.join(told)}.")
     return lines
 
 
@@ -338,4 +341,6 @@ def _write(file: Path, text: str) -> None:
         os.replace(beside, file)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise MachineError(str(file), f"cannot be written: {error.strerror}", "Choose another folder with --out") from None
+        raise MachineError(
+            str(file), f"cannot be written: {error.strerror}", "Choose another folder with --out"
+        ) from None

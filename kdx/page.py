@@ -4,6 +4,7 @@ All text but the pictures is escaped by Jinja, and matplotlib escapes the text o
 """
 
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Sequence
@@ -17,18 +18,20 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
 
 from kdx import tables
-from kdx.ranking import MEASURES, RANKED_BY, Comparison, Point, Ranking, said, shown
+from kdx.ranking import BASELINE_LABEL, MEASURES, RANKED_BY, Comparison, Point, Ranking, said, shown
 
 # Okabe and Ito's colours, which colour-blind people tell apart; shapes tell the same once more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SHAPES = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"))
 BASELINE, OTHER = "#000000", "#b4b9c0"
 HIGHER_IS_BETTER = ("agreement", "accuracy")
-LONGEST_LABEL = 16  # letters beside a curve or point; longer ones are numbers of the table
+LONGEST_LABEL = 18  # letters beside a curve or point; longer ones are numbers of the table
 MOST_HEAT_MAPS = 4  # settings of all but τ and α that get heat maps of their own
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
     "text.parse_math": False,  # a $ in a name is a $
     "font.family": "sans-serif",
@@ -63,9 +66,13 @@ def page(comparison: Comparison) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     sections = [_section(comparison, ranking, i) for i, ranking in enumerate(comparison.rankings, 1)]
-    number = {run.name: s["prefix"] + str(s["looks"][id(p)].number) for s in sections for p in s["points"] for run in p.runs}
+    number = {
+        run.name: s["prefix"] + str(s["looks"][id(p)].number) for s in sections for p in s["points"] for run in p.runs
+    }
     template = environment.get_template("compare.html.j2")
-    return template.render(c=comparison, sections=sections, number=number, t=tables, ranked_by=RANKED_BY, zip=zip, id=id)
+    return template.render(
+        c=comparison, sections=sections, number=number, t=tables, ranked_by=RANKED_BY, zip=zip, id=id
+    )
 
 
 def _section(comparison: Comparison, ranking: Ranking, table: int) -> dict[str, Any]:
@@ -110,54 +117,49 @@ def looks_of(ranking: Ranking) -> dict[int, Look]:
     return looks
 
 
-def _beside(look: Look, ranking: Ranking, looks: dict[int, Look]) -> str:
-    """The text beside a curve or point: its label if all are short, else its number in the table."""
-    named = [other for other in looks.values() if other.is_named]
-    baselines = [p for p in ranking.points if p.is_baseline]
-    if len(baselines) == 1 and looks[id(baselines[0])] is look:
-        return "baseline"
-    if any(len(other.label) > LONGEST_LABEL for other in named if "baseline" not in other.label):
-        return f"#{look.number}"
-    return look.label
+def _beside(look: Look, looks: dict[int, Look]) -> str:
+    """The text beside a curve or point: its label if those of all are short, else its number in the table."""
+    label = look.label.replace(BASELINE_LABEL, "baseline")
+    named = [other.label.replace(BASELINE_LABEL, "baseline") for other in looks.values() if other.is_named]
+    return label if max(map(len, named)) <= LONGEST_LABEL else f"#{look.number}"
 
 
 def curves_picture(ranking: Ranking, looks: dict[int, Look], measure: str) -> Markup | None:
     """A held-out measure over tokens, one line a run; None where it was only taken at the end."""
     key = f"eval/{measure}"
-    figure, axes = _figure()
-    ends = []
-    grey_first = sorted(ranking.points, key=lambda p: (looks[id(p)].is_named, -looks[id(p)].number))
-    for point in grey_first:
-        look = looks[id(point)]
+    curves: list[tuple[list[tuple[float, float]], Look]] = []
+    for point in ranking.points:
         for run in point.runs:
-            told = [(line["tokens"], line[key]) for line in run.curve if key in line and "tokens" in line]
-            if len(told) < 2:
-                continue
-            tokens, values = zip(*told, strict=True)
-            axes.plot(
-                tokens, values, color=look.colour, linewidth=1.4 if look.is_named else 0.7,
-                linestyle="--" if look.colour == BASELINE else "-", marker=look.marker if look.is_named else "",
-                markevery=[-1],
-            )  # fmt: skip
-            if look.is_named and run is point.runs[0]:
-                ends.append((tokens[-1], values[-1], look))
-    if not axes.lines:
+            told = [(float(line["tokens"]), float(line[key])) for line in run.curve if key in line and "tokens" in line]
+            if len(told) > 1:
+                curves.append((told, looks[id(point)]))
+    if not curves:
         return None
-    lows = [min(line.get_ydata()) for line in axes.lines]
-    highs = [max(line.get_ydata()) for line in axes.lines]
-    if min(lows) > 0 and max(highs) > 4 * min(lows):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: _thousands(value)))
+    figure, axes = _figure()
+    for told, look in sorted(curves, key=lambda curve: curve[1].is_named):  # grey ones below
+        axes.plot(
+            [tokens for tokens, _ in told], [value for _, value in told], color=look.colour, markevery=[-1],
+            linewidth=1.4 if look.is_named else 0.7, linestyle="--" if look.colour == BASELINE else "-",
+            marker=look.marker if look.is_named else "",
+        )  # fmt: skip
+    furthest = max(told[-1][0] for told, _ in curves)
+    late = [value for told, _ in curves for tokens, value in told if tokens >= furthest / 3]
+    low, high = min(late), max(late)
+    is_cut = low < high < max(value for told, _ in curves for _, value in told)
+    if is_cut:  # the steep start would flatten what tells the runs apart
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.02 * (high - low))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _thousands(value)))
     axes.set_xlabel("tokens")
-    axes.set_title(f"held-out {tables.HEADINGS[measure]}", loc="left", fontsize=9)
-    _label_ends(axes, ends, [_beside(look, ranking, looks) for _, _, look in ends])
+    cut = " (the start is above)" if is_cut else ""
+    axes.set_title(f"held-out {tables.HEADINGS[measure]} over training{cut}", loc="left", fontsize=9)
+    ends = {look.number: (*told[-1], look) for told, look in reversed(curves) if look.is_named}  # of seeds, the first
+    _label_ends(axes, list(ends.values()), [_beside(look, looks) for _, _, look in ends.values()])
     return _svg(figure, f"Held-out {tables.HEADINGS[measure]} over tokens, one line for each run")
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, Look]], texts: Sequence[str]) -> None:
     """Write each label right of its curve's end, no two on top of one another."""
+    axes.figure.canvas.draw()  # the limits are known from here on
     gap = 0.062  # of the height of the axes: one line of text
     to_axes = axes.transData + axes.transAxes.inverted()
     order = sorted(range(len(ends)), key=lambda i: ends[i][1])
@@ -192,44 +194,43 @@ def _thousands(value: float) -> str:
 
 def front_picture(ranking: Ranking, looks: dict[int, Look]) -> Markup | None:
     """CE against KL with the Pareto front; None where there are fewer than two students to draw."""
-    drawn = [p for p in ranking.points if p.measures["kl"] is not None]
+    drawn = [(*both, looks[id(point)]) for point in ranking.points if (both := point.kl_and_ce)]
     if len(drawn) < 2:
         return None
     figure, axes = _figure()
-    front = sorted((p.measures["kl"], p.measures["ce"]) for p in ranking.front)
-    if len(front) > 1:
-        kl, ce = zip(*front, strict=True)
-        axes.step(kl, ce, where="post", color="#888888", linewidth=1, linestyle="-", zorder=1)
-    where = []
-    for point in reversed(drawn):
-        look = looks[id(point)]
-        size = 36 if look.is_named else 14
-        x, y = point.measures["kl"], point.measures["ce"]
-        axes.scatter([x], [y], s=size, color=look.colour, marker=look.marker, zorder=3 if look.is_named else 2, linewidths=0)
-        where.append((x, y, look))
-    axes.margins(0.12)
+    front = sorted(both for point in ranking.front if (both := point.kl_and_ce))
+    axes.step([kl for kl, _ in front], [ce for _, ce in front], where="post", color="#888888", linewidth=1, zorder=1)
+    for kl, ce, look in reversed(drawn):
+        size, height = (36, 3) if look.is_named else (14, 2)
+        axes.scatter([kl], [ce], s=size, color=look.colour, marker=look.marker, zorder=height, linewidths=0)
+    axes.margins(0.15)
     axes.set_xlabel("KL to the teacher (lower is nearer to it)")
     axes.set_title("CE of the labels against KL; line: Pareto front", loc="left", fontsize=9)
-    _label_points(axes, where, [_beside(look, ranking, looks) for _, _, look in where])
+    _label_points(axes, drawn, [_beside(look, looks) for _, _, look in drawn], front)
     return _svg(figure, f"CE against KL. On the Pareto front: {'; '.join(ranking.front_labels)}")
 
 
-def _label_points(axes: Axes, points: Sequence[tuple[float, float, Look]], texts: Sequence[str]) -> None:
-    """Label the named points, each where it covers the fewest points and labels."""
+def _label_points(
+    axes: Axes, points: Sequence[tuple[float, float, Look]], texts: Sequence[str], front: Sequence[tuple[float, float]]
+) -> None:
+    """Label the named points, each where it covers the least of points, labels and the front."""
     axes.figure.canvas.draw()
     spots = [tuple(axes.transData.transform((x, y))) for x, y, _ in points]
     taken: list[tuple[float, float, float, float]] = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots]
+    corners = [tuple(axes.transData.transform(corner)) for corner in front]
+    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+        taken += [(x0, y0, x1, y0), (x1, y1, x1, y0)]
     frame = axes.get_window_extent()
     for (x, y), (_, _, look), text in zip(spots, points, texts, strict=True):
         if not look.is_named:
             continue
-        width, height = 4.6 * len(text), 8.0
+        width, height = 5.2 * len(text), 8.0
         best = None
         for dx, dy in ((6, 0), (-6 - width, 0), (-width / 2, 9), (-width / 2, -9), (5, 8), (5, -8), (-5 - width, 8),
                        (-5 - width, -8), (6, 17), (6, -17), (-6 - width, 17), (-6 - width, -17)):  # fmt: skip
             box = (x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2)
             covers = sum(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
-            outside = box[0] < frame.x0 or box[2] > frame.x1 + 20 or box[1] < frame.y0 or box[3] > frame.y1
+            outside = box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1
             if best is None or covers + 3 * outside < best[0]:
                 best = (covers + 3 * outside, dx, dy, box)
         assert best is not None
@@ -238,14 +239,14 @@ def _label_points(axes: Axes, points: Sequence[tuple[float, float, Look]], texts
         axes.annotate(text, xy=tuple(at), xytext=best[1:3], textcoords="offset points", color=_ink(look), va="center")
 
 
-def heat_maps(ranking: Ranking, names: dict[str, str]) -> list[tuple[str, list[Markup]]]:
+def heat_maps(ranking: Ranking, names: dict[str, str]) -> list[tuple[str, int, list[Markup]]]:
     """For each setting of all but τ and α under which both were varied: a heat map for each measure."""
     axes = ("loss.temperature", "loss.alpha")
     groups: dict[str, list[Point]] = {}
     for point in ranking.points:
         if not point.is_baseline and all(type(point.runs[0].config.get(axis)) in (int, float) for axis in axes):
-            rest = [(key, said(value)) for key, value in point.values.items() if key not in axes]
-            groups.setdefault(said(rest), []).append(point)
+            setting = {key: value for key, value in point.values.items() if key not in axes}
+            groups.setdefault(said(setting), []).append(point)
     found = []
     for points in groups.values():
         grid = {tuple(float(p.runs[0].config[axis]) for axis in axes): p for p in points}
@@ -255,7 +256,7 @@ def heat_maps(ranking: Ranking, names: dict[str, str]) -> list[tuple[str, list[M
         rest = {key: value for key, value in points[0].values.items() if key not in axes}
         words = ", ".join(f"{names.get(key, key)} {shown(value)}" for key, value in rest.items())
         pictures = [_heat_map(grid, temperatures, alphas, measure, words) for measure in MEASURES]
-        found.append((words, [picture for picture in pictures if picture]))
+        found.append((words, len(alphas), [picture for picture in pictures if picture]))
     return found[:MOST_HEAT_MAPS]
 
 
@@ -265,7 +266,7 @@ def _heat_map(
     values = {at: value for at, point in grid.items() if (value := point.measures[measure]) is not None}
     if not values:
         return None
-    figure, axes = _figure(width=0.62 * max(len(alphas), 4) + 0.7, height=0.36 * max(len(temperatures), 3) + 0.75)
+    figure, axes = _figure(width=0.56 * max(len(alphas), 5) + 0.6, height=0.36 * max(len(temperatures), 3) + 0.75)
     axes.grid(visible=False)
     low, high = min(values.values()), max(values.values())
     is_higher = measure in HIGHER_IS_BETTER
@@ -276,7 +277,7 @@ def _heat_map(
         share = (value - low) / (high - low) if high > low else 0.5
         colour = colours(0.12 + 0.88 * share)
         border = {"edgecolor": "#D55E00", "linewidth": 2, "zorder": 3} if value == best else {"edgecolor": "white"}
-        axes.add_patch(matplotlib.patches.Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, **border))
+        axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, **border))
         light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 0.5
         text = tables.number(measure, value)
         axes.text(x, y, text, ha="center", va="center", color="black" if light else "white", zorder=4, fontsize=7.5)
@@ -310,9 +311,11 @@ def _svg(figure: Figure, label: str) -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r"<g id=\"[^\"]*\">", "<g>", text)  # ids must be single in a page; text has no bare <
     text = re.sub(r"<style type=\"text/css\">.*?</style>", "", text, count=1)  # it would rule the whole page
-    box = re.search(r"viewBox=\"[^\"]*\"", text)
+    box = re.search(r"viewBox=\"([^\"]*)\"", text)
     assert box is not None
-    start = f'<svg class="picture" {box[0]} role="img" aria-label="{escape(label)}">'
+    width = float(box[1].split()[2])
+    size = f"min-width:{0.95 * width:.0f}px;max-width:{1.4 * width:.0f}px"  # letters of one size in all pictures
+    start = f'<svg class="picture" style="{size}" {box[0]} role="img" aria-label="{escape(label)}">'
     text = start + text[text.index(">") + 1 :]
     return Markup(text)
 

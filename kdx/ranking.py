@@ -18,6 +18,7 @@ COSTS = ("tokens_per_second", "seconds")
 NUM_RESAMPLES = 4000
 SEED = 0  # the same runs give the same intervals
 SEED_KEY = "train.seed"
+BASELINE_LABEL = "baseline (alpha = 0)"
 Interval = tuple[float, float]
 
 
@@ -90,6 +91,11 @@ class Point:
     @property
     def is_baseline(self) -> bool:
         return self.runs[0].is_baseline
+
+    @property
+    def kl_and_ce(self) -> tuple[float, float] | None:
+        kl, ce = self.measures["kl"], self.measures["ce"]
+        return None if kl is None or ce is None else (kl, ce)
 
     def is_best(self, measure: str) -> bool:
         """Whether it is the best, or not distinguishable from it."""
@@ -214,14 +220,15 @@ def differing(runs: Sequence[Run], free: tuple[str, ...]) -> list[str]:
     for key in keys:
         if not key.startswith(free):
             values[key] = {said(run.config.get(key)) for run in with_config if not idle(run, key)}
-    swept = [key for run in with_config for key in _list(run.config.get("sweep.keys"))]
-    first = dict.fromkeys([*(key for key in swept if key in values), *(k for k in values if k.startswith("loss."))])
+    first = dict.fromkeys([*(k for k in swept(runs) if k in values), *(k for k in values if k.startswith("loss."))])
     order = [*first, *(key for key in values if key not in first)]
     return [key for key in order if len(values[key]) > 1]
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def swept(runs: Sequence[Run]) -> list[str]:
+    """The keys that a sweep of these runs varied."""
+    lists = [run.config.get("sweep.keys") for run in runs]
+    return list(dict.fromkeys(str(key) for keys in lists if isinstance(keys, list) for key in keys))
 
 
 def idle(run: Run, key: str) -> bool:
@@ -238,7 +245,7 @@ def make_points(runs: Sequence[Run], keys: Sequence[str], names: dict[str, str])
     for group in groups.values():
         first = group[0]
         values = {k: first.config[k] for k in keys if k in first.config and k != SEED_KEY and not idle(first, k)}
-        told = ["baseline (alpha = 0)"] if first.is_baseline else []
+        told = [BASELINE_LABEL] if first.is_baseline else []
         said_by_name = [k for k in values if k in names and not (first.is_baseline and k == "loss.alpha")]
         told += [f"{names[k]} {shown(values[k])}" for k in said_by_name]
         per_run = {name: [run.summary["student"].get(name) for run in group] for name in MEASURES}
@@ -272,8 +279,8 @@ def make_ranking(runs: Sequence[Run], keys: Sequence[str], names: dict[str, str]
     for run in runs:
         told = [f"{names.get(key, key)} {shown(run.config[key])}" for key in own if key in run.config]
         by_student.setdefault(tuple(told), []).append(run)
-    for told, group in by_student.items():
-        references.append((", ".join(["untouched student", *told]), _measures(group, "untouched")))
+    for setting, group in by_student.items():
+        references.append((", ".join(["untouched student", *setting]), _measures(group, "untouched")))
     return Ranking(
         fingerprint=_text(data.get("validation_fingerprint")),
         teacher=name if not name.startswith(("/", ".", "~")) else name.rstrip("/").rsplit("/", 1)[-1],
@@ -306,7 +313,13 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def shown(value: Any) -> str:
     """A config's value as people write it, long ones cut."""
-    text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value, default=str)
+    text = (
+        f"{value:g}"
+        if isinstance(value, float)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value, default=str)
+    )
     return text if len(text) <= 28 else f"…{text[-27:]}"
 
 
@@ -319,8 +332,8 @@ def rank(points: list[Point], keys: Sequence[str]) -> None:
             point.rank[measure] = 1 + sum(other < value for other, _ in having)
         if having:
             _intervals(measure, [point for _, point in having], keys)
-    both = [(kl, ce, p) for p in points if (kl := p.measures["kl"]) is not None and (ce := p.measures["ce"]) is not None]
-    for (_, _, point), is_on in zip(both, pareto([(kl, ce) for kl, ce, _ in both]), strict=True):
+    both = [(pair, point) for point in points if (pair := point.kl_and_ce)]
+    for (_, point), is_on in zip(both, pareto([pair for pair, _ in both]), strict=True):
         point.on_front = is_on
 
 

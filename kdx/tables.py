@@ -10,7 +10,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kdx.ranking import COSTS, MEASURES, NUM_RESAMPLES, RANKED_BY, Comparison, Point, Ranking, Run, idle, shown
+from kdx.ranking import (
+    BASELINE_LABEL, COSTS, MEASURES, NUM_RESAMPLES, RANKED_BY, SEED_KEY, Comparison, Interval, Point, Ranking, Run,
+    idle, shown,
+)  # fmt: skip
+
 
 HEADINGS = {
     "kl": "KL", "reverse_kl": "reverse KL", "agreement": "agreement", "ce": "CE", "perplexity": "perplexity",
@@ -39,7 +43,7 @@ def spread(point: Point, name: str) -> str:
     return "" if name not in point.spread else "–".join(number(name, value) for value in point.spread[name])
 
 
-def difference(found: tuple[float, float] | None) -> str:
+def difference(found: Interval | None) -> str:
     """An interval of a difference, signed."""
     return "" if found is None else f"{found[0]:+.4f} to {found[1]:+.4f}"
 
@@ -50,7 +54,7 @@ def config_value(run: Run, key: str) -> str:
 
 
 def kind(point: Point) -> str:
-    return "baseline (alpha = 0)" if point.is_baseline else "student"
+    return BASELINE_LABEL if point.is_baseline else "student"
 
 
 def title(ranking: Ranking) -> str:
@@ -67,7 +71,14 @@ def header(comparison: Comparison, ranking: Ranking) -> list[str]:
     """The headings of a table for people."""
     seeds = ["runs"] if has_seeds(ranking) else []
     ranks = [f"by {HEADINGS[m]}" for m in RANKED_BY]
-    return ["", *comparison.columns.values(), *seeds, *ranks, "front", *(HEADINGS[name] for name in (*MEASURES, *COSTS))]
+    return [
+        "",
+        *comparison.columns.values(),
+        *seeds,
+        *ranks,
+        "front",
+        *(HEADINGS[name] for name in (*MEASURES, *COSTS)),
+    ]
 
 
 def lines(comparison: Comparison, ranking: Ranking) -> list[list[str]]:
@@ -115,26 +126,36 @@ def as_csv(comparison: Comparison) -> str:
     names += ["state", "reason"]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writerow({name: _cell(name) for name in names})
+    for row in ({name: name for name in names}, *_csv_rows(comparison)):
+        writer.writerow({name: _cell(value) for name, value in row.items()})
+    return text.getvalue()
+
+
+def _csv_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
     for table, ranking in enumerate(comparison.rankings, 1):
         for p in ranking.points:
-            row = {"table": table, "kind": "baseline" if p.is_baseline else "student", "label": p.label, "state": "done"}
+            row: dict[str, Any] = {"table": table, "kind": "baseline" if p.is_baseline else "student", "label": p.label}
             row |= {"runs": " ".join(run.name for run in p.runs), "num_runs": len(p.runs), "pareto_front": p.on_front}
-            row |= p.measures | {key: value for key, value in p.values.items() if key in names}
+            row |= {"state": "done", **p.measures, **p.values}
+            if SEED_KEY in comparison.differing:
+                row[SEED_KEY] = " ".join(shown(run.config.get(SEED_KEY)) for run in p.runs)
             for m in RANKED_BY:
                 row |= {f"rank_{m}": p.rank.get(m), f"best_{m}": p.is_best(m)}
-                row |= dict(zip((f"{m}_min", f"{m}_max"), p.spread.get(m, ()), strict=False))
-                for of, found in (("best", p.to_best.get(m)), ("baseline", p.to_baseline.get(m))):
-                    row |= dict(zip((f"{m}_minus_{of}_low", f"{m}_minus_{of}_high"), found or (), strict=False))
-            writer.writerow({name: _cell(value) for name, value in row.items()})
+                row |= _ends(m, ("min", "max"), p.spread.get(m))
+                row |= _ends(f"{m}_minus_best", ("low", "high"), p.to_best.get(m))
+                row |= _ends(f"{m}_minus_baseline", ("low", "high"), p.to_baseline.get(m))
+            yield row
         for label, measured in ranking.references:
             who = "teacher" if label == "teacher" else "untouched"
-            writer.writerow({name: _cell(v) for name, v in {"table": table, "kind": who, "label": label, **measured}.items()})
+            yield {"table": table, "kind": who, "label": label, **measured}
     for run in comparison.not_ranked:
         values = {key: run.config[key] for key in comparison.differing if key in run.config and not idle(run, key)}
         row = {"kind": "not ranked", "label": run.name, "runs": run.name, "num_runs": 1, **values}
-        writer.writerow({name: _cell(v) for name, v in (row | {"state": run.state, "reason": run.reason}).items()})
-    return text.getvalue()
+        yield row | {"state": run.state, "reason": run.reason}
+
+
+def _ends(name: str, ends: tuple[str, str], found: Interval | None) -> dict[str, float]:
+    return {} if found is None else {f"{name}_{end}": value for end, value in zip(ends, found, strict=True)}
 
 
 def _cell(value: Any) -> Any:
@@ -215,7 +236,9 @@ def as_markdown(comparison: Comparison) -> str:
 
 def _grid(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells if i == 1 else map(_escaped, cells)) + " |" for i, cells in enumerate(lines))
+    return "\n".join(
+        "| " + " | ".join(cells if i == 1 else map(_escaped, cells)) + " |" for i, cells in enumerate(lines)
+    )
 
 
 def _escaped(text: str) -> str:

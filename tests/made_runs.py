@@ -97,7 +97,9 @@ def write_run(
         fall = 1 + 1.6 * math.exp(-4 * share) - 1.6 * math.exp(-4)
         for name in ("ce", "kl"):
             points[-1][f"eval/{name}"] = None if student[name] is None else student[name] * fall
-    write_lines(folder / "metrics.jsonl", [{"step": 1, "tokens": 700, "counted_tokens": 300, "train/loss": 9.0}, *points])
+    write_lines(
+        folder / "metrics.jsonl", [{"step": 1, "tokens": 700, "counted_tokens": 300, "train/loss": 9.0}, *points]
+    )
     answers = {"teacher": "I'm doing well, thanks for asking!", "untouched": "the the the of of", "student": say}
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
     reference = "Fine, and yourself?"
