@@ -4,6 +4,7 @@ No torch: it reads JSON and YAML, and runs after every job of a sweep.
 """
 
 import argparse
+import contextlib
 import glob
 import json
 import math
@@ -25,7 +26,6 @@ from kdx.tables import as_csv, as_json, as_markdown, terminal_tables
 from kdx.tracking import CONSOLE, printable
 
 MARKS = ("status.json", "summary.json", "metrics.jsonl")  # a folder with one of these is a run's
-FREE = ("run.", "sweep.", "tracking.", "train.log_every", "train.save_every", "train.keep_checkpoints")
 WIDEST = 240  # letters of a line of the terminal's table
 MOST_COLUMNS = 5  # keys that stand in the table; all that differ stand in a table of their own
 GREEK = {"loss.temperature": "τ", "loss.alpha": "α"}
@@ -130,11 +130,10 @@ def _missing(path: Path) -> ConfigError:
     return ConfigError(str(path), "does not exist", mend)
 
 
-def _named(folders: Sequence[Path]) -> dict[str, Path]:
-    """A short name for each: its path below the folder that all share."""
-    parents = [str(folder.resolve().parent) for folder in folders]
-    shared = os.path.commonpath(parents)
-    return {printable(str(folder.resolve().relative_to(shared))): folder for folder in folders}
+def _named(folders: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Each with a short name: its path below the folder that all share."""
+    shared = os.path.commonpath([str(folder.resolve().parent) for folder in folders])
+    return [(printable(str(folder.resolve().relative_to(shared))), folder) for folder in folders]
 
 
 # Reading
@@ -286,12 +285,12 @@ def _samples(file: Path) -> tuple[dict[str, Any], ...]:
 # Ranking
 
 
-def compared(found: dict[str, Path], notes: list[str], out: Path) -> Comparison:
+def compared(found: Sequence[tuple[str, Path]], notes: list[str], out: Path) -> Comparison:
     """Read the named run folders and rank those that may be ranked, in as many tables as it takes."""
-    runs = [read_run(name, folder) for name, folder in found.items()]
-    keys = ranking.differing(runs, FREE)
+    runs = [read_run(name, folder) for name, folder in found]
+    keys = ranking.differing(runs)
     ranked = [run for run in runs if not run.reason]
-    apart = set(ranking.differing(ranked, FREE)) | {key for key in keys if key in ranking.swept(runs)}
+    apart = set(ranking.differing(ranked)) | {key for key in keys if key in ranking.swept(runs)}
     columns = short_names([key for key in keys if key in apart and key != ranking.SEED_KEY][:MOST_COLUMNS])
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in ranked:
@@ -340,7 +339,8 @@ def _write(file: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8", newline="")
         os.replace(beside, file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise MachineError(
             str(file), f"cannot be written: {error.strerror}", "Choose another folder with --out"
         ) from None

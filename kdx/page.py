@@ -79,7 +79,7 @@ def _section(comparison: Comparison, ranking: Ranking, table: int) -> dict[str, 
     """What the template needs of one ranking."""
     looks = looks_of(ranking)
     prefix = f"{table}." if len(comparison.rankings) > 1 else ""
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": f"kdx{table}"}), warnings.catch_warnings():
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": str(table)}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that matplotlib's font lacks is drawn by the reader's browser
         curves = [curves_picture(ranking, looks, measure) for measure in RANKED_BY]
         return {
@@ -306,10 +306,12 @@ def _figure(width: float = 4.0, height: float = 3.0) -> tuple[Figure, Axes]:
 def _svg(figure: Figure, label: str) -> Markup:
     """A figure as an element of the page, with a name for those who cannot see it."""
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    salt = f"{matplotlib.rcParams['svg.hashsalt']} {label}"
+    with matplotlib.rc_context({"svg.hashsalt": salt}):  # ids that are the same on any day, and single in a page
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<g id=\"[^\"]*\">", "<g>", text)  # ids must be single in a page; text has no bare <
+    text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)  # names of groups are not; text has no bare <
     text = re.sub(r"<style type=\"text/css\">.*?</style>", "", text, count=1)  # it would rule the whole page
     box = re.search(r"viewBox=\"([^\"]*)\"", text)
     assert box is not None

@@ -16,9 +16,12 @@ RANKED_BY = ("kl", "ce")  # both are better when lower
 MEASURES = ("kl", "reverse_kl", "agreement", "ce", "perplexity", "accuracy")
 COSTS = ("tokens_per_second", "seconds")
 NUM_RESAMPLES = 4000
+BLOCK = 2**22  # drawn rows held in memory at once
 SEED = 0  # the same runs give the same intervals
 SEED_KEY = "train.seed"
 BASELINE_LABEL = "baseline (alpha = 0)"
+# What may differ between runs without changing the student, as in run_folder.py.
+FREE = ("run.", "sweep.", "tracking.", "train.log_every", "train.save_every", "train.keep_checkpoints")
 Interval = tuple[float, float]
 
 
@@ -67,7 +70,7 @@ class Run:
     @property
     def point(self) -> str:
         """What makes a student but for the seed: runs with the same point are averaged."""
-        config = {key: said(value) for key, value in self.config.items() if key != SEED_KEY}
+        config = {key: said(value) for key, value in self.config.items() if not key.startswith((*FREE, SEED_KEY))}
         if self.is_baseline:
             config = {key: value for key, value in config.items() if not key.startswith("loss.")}
         rows = self.summary.get("data", {}).get("fingerprint")
@@ -187,7 +190,7 @@ def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMP
     generator = np.random.default_rng(seed)
     num_rows = len(counted)
     both = np.column_stack([sums, counted]).astype(float)
-    block = max(1, 2**22 // num_rows)  # draws held in memory at once
+    block = max(1, BLOCK // num_rows)
     parts = []
     for start in range(0, num, block):
         drawn = generator.integers(num_rows, size=(min(block, num - start), num_rows))
@@ -201,7 +204,7 @@ def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMP
 def interval(differences: np.ndarray) -> Interval:
     """The middle 95 % of resampled differences."""
     low, high = np.percentile(differences, (2.5, 97.5))
-    return float(low), float(high)
+    return round(float(low), 10), round(float(high), 10)  # further digits vary with the number of threads
 
 
 def pareto(pairs: Sequence[tuple[float, float]]) -> list[bool]:
@@ -209,8 +212,8 @@ def pareto(pairs: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(x <= a and y <= b and (x, y) != (a, b) for x, y in pairs) for a, b in pairs]
 
 
-def differing(runs: Sequence[Run], free: tuple[str, ...]) -> list[str]:
-    """The keys of the configs that differ, those of a sweep first; keys with a prefix in `free` change no student.
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The keys of the configs that differ and can change the student, those of a sweep first.
 
     Without a distillation term the rest of `loss` says nothing.
     """
@@ -218,7 +221,7 @@ def differing(runs: Sequence[Run], free: tuple[str, ...]) -> list[str]:
     with_config = [run for run in runs if run.config]
     keys = dict.fromkeys(key for run in with_config for key in run.config)
     for key in keys:
-        if not key.startswith(free):
+        if not key.startswith(FREE):
             values[key] = {said(run.config.get(key)) for run in with_config if not idle(run, key)}
     first = dict.fromkeys([*(k for k in swept(runs) if k in values), *(k for k in values if k.startswith("loss."))])
     order = [*first, *(key for key in values if key not in first)]

