@@ -66,9 +66,7 @@ def page(comparison: Comparison) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     sections = [_section(comparison, ranking, i) for i, ranking in enumerate(comparison.rankings, 1)]
-    number = {
-        run.name: s["prefix"] + str(s["looks"][id(p)].number) for s in sections for p in s["points"] for run in p.runs
-    }
+    number = {run.name: f"{s['prefix']}{p.number}" for s in sections for p in s["points"] for run in p.runs}
     template = environment.get_template("compare.html.j2")
     return template.render(
         c=comparison, sections=sections, number=number, t=tables, ranked_by=RANKED_BY, zip=zip, id=id
@@ -106,13 +104,13 @@ def looks_of(ranking: Ranking) -> dict[int, Look]:
     chosen = [id(point) for point in unique[: len(COLOURS)]]
     baselines = [id(point) for point in points if point.is_baseline][:1]
     looks = {}
-    for number, point in enumerate(points, 1):
-        look = Look(number, point.label)
+    for point in points:
+        look = Look(point.number, point.label)
         if id(point) in chosen:
             i = chosen.index(id(point))
-            look = Look(number, point.label, COLOURS[i], *SHAPES[i], is_named=True)
+            look = Look(point.number, point.label, COLOURS[i], *SHAPES[i], is_named=True)
         elif id(point) in baselines:
-            look = Look(number, point.label, BASELINE, "X", "✖", is_named=True)
+            look = Look(point.number, point.label, BASELINE, "X", "✖", is_named=True)
         looks[id(point)] = look
     return looks
 
@@ -177,7 +175,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, Look]], texts: Se
             annotation_clip=False, arrowprops={"arrowstyle": "-", "color": look.colour, "linewidth": 0.5, "shrinkB": 3},
         )  # fmt: skip
     longest = max(map(len, texts), default=0)
-    axes.figure.subplots_adjust(right=0.97 - 0.0155 * longest)
+    axes.figure.subplots_adjust(right=0.94 - 0.0165 * longest)
 
 
 def _ink(look: Look) -> str:
@@ -203,7 +201,8 @@ def front_picture(ranking: Ranking, looks: dict[int, Look]) -> Markup | None:
     for kl, ce, look in reversed(drawn):
         size, height = (36, 3) if look.is_named else (14, 2)
         axes.scatter([kl], [ce], s=size, color=look.colour, marker=look.marker, zorder=height, linewidths=0)
-    axes.margins(0.15)
+    axes.margins(x=0.1, y=0.15)
+    axes.set_xlim(right=axes.get_xlim()[1] + 0.25 * (axes.get_xlim()[1] - axes.get_xlim()[0]))  # room for labels
     axes.set_xlabel("KL to the teacher (lower is nearer to it)")
     axes.set_title("CE of the labels against KL; line: Pareto front", loc="left", fontsize=9)
     _label_points(axes, drawn, [_beside(look, looks) for _, _, look in drawn], front)
@@ -224,7 +223,7 @@ def _label_points(
     for (x, y), (_, _, look), text in zip(spots, points, texts, strict=True):
         if not look.is_named:
             continue
-        width, height = 5.2 * len(text), 8.0
+        width, height = 5.5 * len(text), 8.0
         best = None
         for dx, dy in ((6, 0), (-6 - width, 0), (-width / 2, 9), (-width / 2, -9), (5, 8), (5, -8), (-5 - width, 8),
                        (-5 - width, -8), (6, 17), (6, -17), (-6 - width, 17), (-6 - width, -17)):  # fmt: skip

@@ -16,6 +16,7 @@ RANKED_BY = ("kl", "ce")  # both are better when lower
 MEASURES = ("kl", "reverse_kl", "agreement", "ce", "perplexity", "accuracy")
 COSTS = ("tokens_per_second", "seconds")
 NUM_RESAMPLES = 4000
+LONGEST_TAG = 32
 BLOCK = 2**22  # drawn rows held in memory at once
 SEED = 0  # the same runs give the same intervals
 SEED_KEY = "train.seed"
@@ -90,6 +91,12 @@ class Point:
     to_best: dict[str, Interval | None] = field(default_factory=dict)
     to_baseline: dict[str, Interval | None] = field(default_factory=dict)
     on_front: bool = False
+    number: int = 0  # its line of the table
+
+    @property
+    def tag(self) -> str:
+        """What it is called in a list: its label, or of a long one the line of the table."""
+        return self.label if len(self.label) <= LONGEST_TAG else f"#{self.number}"
 
     @property
     def is_baseline(self) -> bool:
@@ -137,7 +144,7 @@ class Ranking:
             return ["One student: there is nothing to compare it with."]
         lines = []
         for measure, order in orders.items():
-            close = [p.label for p in order[1:] if p.is_best(measure)]
+            close = [p.tag for p in order[1:] if p.is_best(measure)]
             beside = f"; not distinguishable from it: {listed(close)}" if close else ""
             lines.append(f"Best by {measure.upper()}: {order[0].label}{beside}.")
         if len({order[0].label for order in orders.values()}) > 1:
@@ -146,7 +153,9 @@ class Ranking:
                 "CE, how well it tells the held-out text, a smaller alpha. Choose by what the student is for."
             )
         if "kl" in orders:
-            lines.append(f"Pareto front (no other student is better in both KL and CE): {listed(self.front_labels)}.")
+            lines.append(
+                f"Pareto front (no other student is better in both KL and CE): {listed([p.tag for p in self.front])}."
+            )
         return lines
 
     @property
@@ -168,7 +177,7 @@ class Comparison:
     out: Path
 
 
-def listed(names: Sequence[str], most: int = 6) -> str:
+def listed(names: Sequence[str], most: int = 10) -> str:
     """Names in a sentence; of many, the first few and how many more there are."""
     shown = "; ".join(names[:most])
     return f"{shown}; and {len(names) - most} more" if len(names) > most else shown
@@ -273,6 +282,8 @@ def make_ranking(runs: Sequence[Run], keys: Sequence[str], names: dict[str, str]
     points = make_points(runs, keys, names)
     rank(points, keys)
     points.sort(key=lambda p: (p.rank.get("kl", len(points)), p.rank["ce"], p.label))
+    for number, point in enumerate(points, 1):
+        point.number = number
     first = runs[0]
     config, data, teacher = first.config, first.summary["data"], first.summary["teacher"]
     name = str(config.get("teacher.base_model") or config.get("teacher.path") or "none")

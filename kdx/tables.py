@@ -110,7 +110,16 @@ def lines(comparison: Comparison, ranking: Ranking) -> list[list[str]]:
             number(name, p.measures[name]) + (f" ({spread(p, name)})" if name in RANKED_BY and name in p.spread else "")
             for name in (*MEASURES, *COSTS)
         ]
-        found.append([kind(p) if comparison.columns else p.label, *point, *seeds, *ranks, "●" * p.on_front, *measures])
+        found.append(
+            [
+                f"{p.number} {kind(p) if comparison.columns else p.label}",
+                *point,
+                *seeds,
+                *ranks,
+                "●" * p.on_front,
+                *measures,
+            ]
+        )
     blank = [""] * (len(comparison.columns) + seeded + len(RANKED_BY) + 1)
     for label, measured in ranking.references:
         found.append([label, *blank, *(number(name, measured.get(name)) for name in (*MEASURES, *COSTS))])
@@ -204,6 +213,7 @@ def as_json(comparison: Comparison) -> str:
 def _ranking_tree(ranking: Ranking) -> dict[str, Any]:
     points = [
         {
+            "number": p.number,
             "label": p.label,
             "baseline": p.is_baseline,
             "runs": [run.name for run in p.runs],
@@ -240,7 +250,10 @@ def as_markdown(comparison: Comparison) -> str:
         parts += [_escaped(line) for line in ranking.verdict]
         ends = [f"{HEADINGS[m]} − {of}" for m in RANKED_BY for of in ("best", "baseline")]
         rows = [
-            [p.label, *(text for m in RANKED_BY for text in (to_best(p, m), difference(p.to_baseline.get(m))))]
+            [
+                f"{p.number} {p.label}",
+                *(text for m in RANKED_BY for text in (to_best(p, m), difference(p.to_baseline.get(m)))),
+            ]
             for p in ranking.points
         ]
         parts += [_grid(["95 % intervals", *ends], rows), _escaped(CAVEAT)]

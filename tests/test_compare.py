@@ -202,6 +202,13 @@ class TestRanking:
         assert (first["num_runs"], first["train.seed"]) == ("3", "0 1 2")
         assert (float(first["kl_min"]), float(first["kl_max"])) == table.points[0].spread["kl"]
 
+    def test_the_interval_of_an_average_is_of_all_its_seeds(self, tmp_path):
+        for lr, levels in ((1e-3, (0.5, 0.9)), (2e-3, (0.71, 0.71))):
+            for seed, kl in enumerate(levels):
+                write_run(tmp_path / f"{lr}-{seed}", optim__lr=lr, train__seed=seed, means={"kl": kl})
+        low, high = only(compare([tmp_path], tmp_path)).points[1].to_best["kl"]
+        assert -0.02 < low < 0.01 < high < 0.04
+
     def test_other_training_rows_are_another_student(self, tmp_path):
         write_run(tmp_path / "a")
         write_run(tmp_path / "b", train__seed=1)
@@ -476,8 +483,8 @@ class TestFiles:
 
     def test_markdown(self, six):
         text = (six[1] / "compare.md").read_text()
-        assert "| student | 2 | 0.7 | 1 \\* | 5 | ● | 0.6363 | 0.6999 | 0.6127 | 3.3510 | 28.532 | 0.3524 |" in text
-        assert "| baseline (alpha = 0) | — | 0 | 7 | 3 \\* |" in text
+        assert "| 1 student | 2 | 0.7 | 1 \\* | 5 | ● | 0.6363 | 0.6999 | 0.6127 | 3.3510 | 28.532 | 0.3524 |" in text
+        assert "| 7 baseline (alpha = 0) | — | 0 | 7 | 3 \\* |" in text
         assert "not over training seeds, and not corrected for picking the best of n." in text
 
     def test_the_terminal(self, six, capsys):
@@ -485,7 +492,7 @@ class TestFiles:
         assert main([str(folder)]) == 0
         told = capsys.readouterr().out
         line = next(line for line in told.splitlines() if "0.6363" in line)
-        assert line.split() == ["student", "2", "0.7", "1", "*", "5", "●", *line.split()[-8:]]
+        assert line.split() == ["1", "student", "2", "0.7", "1", "*", "5", "●", *line.split()[-8:]]
         assert re.search(r"baseline \(alpha = 0\) +— +0 ", told)
         for sentence in only(comparison).verdict:
             assert sentence in told
