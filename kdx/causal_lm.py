@@ -3,13 +3,16 @@
 N positions, V rows of the head, d width of the model.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import re
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from kdx.batches import MicroBatch
 from kdx.config import ModelConfig
+from kdx.durable import digest_of, write_beside
 from kdx.errors import MachineError, ModelError
 from kdx.files import resolve_path
 
@@ -55,15 +59,22 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, d] → [n, V], float32 or float64."""
+        return self.finish(self.product(hidden))
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """h·Wᵀ [n, V] in the weight's dtype: the matrix product, which wants many rows at once."""
         device = self.weight.device
         with torch.autocast(device.type, enabled=False):
-            z = hidden.to(device=device, dtype=self.weight.dtype) @ self.weight.T
-            z = z if z.dtype == torch.float64 else z.float()
-            if self.bias is not None:
-                z = z + self.bias
-            if self.scale != 1:
-                z = z * self.scale
-            return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+            return hidden.to(device=device, dtype=self.weight.dtype) @ self.weight.T
+
+    def finish(self, product: Tensor) -> Tensor:
+        """Logits in float32 or float64 from h·Wᵀ: row by row, so any few rows at a time."""
+        z = product if product.dtype == torch.float64 else product.float()
+        if self.bias is not None:
+            z = z + self.bias.to(z.device)
+        if self.scale != 1:
+            z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def through(self, logits: Tensor, grad: Tensor) -> Tensor:
         """Carry a gradient [n, V] with respect to `logits` back to the product h·Wᵀ + b, in place."""
@@ -235,10 +246,42 @@ def common_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBas
         raise ModelError("tokenizer", what, "Choose a teacher and a student with the same tokenizer")
 
 
-def digest_of(path: str | Path) -> str:
-    """A sha256 of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def weights_digest(config: ModelConfig, group: str) -> str:
+    """What decides a model's weights: a digest of its files, or on the hub its repository and commit.
+
+    Files are hashed once as they are now: by name, size, times and place on disk. Raises ModelError.
+    """
+    path = resolve_path(config.path or "", f"{group}.path")
+    if config.gguf_file:
+        path = str(_dequantised(Path(path), config.gguf_file, group))
+    digest = hashlib.sha256()
+    folder = Path(path)
+    if folder.is_dir():
+        patterns = ("config.json", *WEIGHT_FILES, *(["*.py"] if config.trust_remote_code else []))
+        for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+            digest.update(f"{file.name}:{_known_digest(file)};".encode())
+    else:
+        commit = getattr(load_config(config, group), "_commit_hash", None)
+        digest.update(f"{path}@{commit or uuid.uuid4()}".encode())  # without a commit nothing tells versions apart
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of the id → token map."""
+    return hashlib.sha256(json.dumps(sorted((i, t) for t, i in tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def _known_digest(file: Path) -> str:
+    """A file's digest, taken again when anything about the file changed: ctime changes even if mtime is put back."""
+    stat = file.stat()
+    about = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}:{stat.st_dev}"
+    kept = cache_dir() / "digests" / hashlib.sha256(about.encode()).hexdigest()[:32]
+    if kept.is_file() and len(known := kept.read_text(encoding="ascii")) == 64:
+        return known
+    digest = digest_of(file)
+    with contextlib.suppress(OSError):  # it is only a shortcut
+        write_beside(kept, digest)
+    return digest
 
 
 def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:

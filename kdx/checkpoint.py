@@ -13,10 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kdx.causal_lm import digest_of
+from kdx.durable import fsync, seal, temporary, verify
 from kdx.errors import MachineError
 
-MANIFEST = "MANIFEST.json"  # size and sha256 of every other file, written last: with it a checkpoint is whole
 KEPT = 2
 
 
@@ -53,14 +52,10 @@ def save(
         }
         torch.save({"schedule": schedule.state_dict(), "random": _plain(random_state)}, beside / "random.pt")
         (beside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-        files = sorted(p for p in beside.iterdir() if p.is_file())
-        manifest = {p.name: {"size": p.stat().st_size, "sha256": digest_of(p)} for p in files}
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        for file in [*files, beside / MANIFEST, beside]:
-            _fsync(file)
+        seal(beside)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(beside, final)
-        _fsync(final.parent)
+        fsync(final.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
         shutil.rmtree(beside, ignore_errors=True)
         what = f"cannot save a checkpoint: {error} ({shutil.disk_usage(run_dir).free:,} bytes free)"
@@ -87,23 +82,6 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def verify(folder: Path) -> str | None:
-    """Compare a checkpoint with its manifest → what is wrong, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, wanted in manifest.items():
-            file = folder / Path(name).name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != wanted["size"]:
-                return f"{name} has {file.stat().st_size} bytes, not {wanted['size']}"
-            if digest_of(file) != wanted["sha256"]:
-                return f"{name} is damaged (its sha256 differs)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    return None
-
-
 def load(folder: Path, model: nn.Module, optimizer: Any, schedule: Any) -> dict[str, Any]:
     """Load a verified checkpoint into model, optimizer, schedule and the random generators → its state."""
     load_weights(folder / "model.safetensors", model)
@@ -123,7 +101,7 @@ def load(folder: Path, model: nn.Module, optimizer: Any, schedule: Any) -> dict[
 def save_weights(file: Path, model: nn.Module) -> None:
     """Write a model's weights alone, beside and renamed."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".tmp")
+    beside = temporary(file)
     save_file(_untied(model), beside)
     os.replace(beside, file)
 
@@ -166,11 +144,3 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
         "numpy": [name, keys.tolist(), *rest],
         "python": [state["python"][0], list(state["python"][1]), state["python"][2]],
     }
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kdx import __version__
-from kdx.composition import as_tree, compose, preflight, register_resolver, to_config
+from kdx.composition import as_tree, compose, compose_points, preflight, register_resolver, to_config
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.folders import Source, groups_in, origins
 from kdx.redact import redact
@@ -36,6 +36,7 @@ python -m kdx                                    the default run: SmolLM2-135M t
 python -m kdx teacher=NAME student=NAME          choose from the groups below
 python -m kdx -m loss.temperature=1,2,4          a sweep: commas make a run each
 python -m kdx --cfg job                          show the composed configuration and train nothing
+python -m kdx store fill KEY=VALUE ...           ask the teacher once, for all runs; store stat | verify | prune
 python -m kdx run.resume=FOLDER                  go on with a run; run.like=FOLDER starts one from its words
 
 == Groups (group=option) ==
@@ -70,11 +71,12 @@ def _main(argv: list[str]) -> int:
     if argv == ["--version"]:
         print(f"kdx {__version__}")
         return 0
+    if argv and "=" not in argv[0] and argv[0][:1] not in ("+", "~", "-"):
+        return _command(argv[0], argv[1:])
     args = _parsed(argv)
     words = list(args.overrides)
     if words and "=" not in words[0] and words[0][:1] not in ("+", "~") and not args.shell_completion:
-        mend = "A run is python -m kdx KEY=VALUE ...; see python -m kdx --help"
-        raise ConfigError(words[0] or "''", "is not a command of kdx, and not KEY=VALUE either", mend)
+        raise _no_command(words[0])
     words = _recalled(words, args)
     source = Source(args.config_dir, args.config_path, args.config_name)
     only_shows = args.help or args.hydra_help or args.info or args.cfg
@@ -97,6 +99,31 @@ def _main(argv: list[str]) -> int:
         print(f"kdx: {len(failed)} job(s) of the sweep failed:", *failed, sep="\n  ", file=sys.stderr)
         return 5
     return 0
+
+
+def _command(name: str, words: list[str]) -> int:
+    """Run `kdx NAME …` → its exit code. Raises KdxError."""
+    if name == "store":
+        if words[:1] == ["fill"]:
+            args = _parsed(words[1:])
+            source = Source(args.config_dir, args.config_path, args.config_name)
+            configs = compose_points(list(args.overrides), source)
+            load_plugins(None)
+            from kdx.store_commands import fill
+
+            fill(configs)
+            return 0
+        if words[:1] in (["stat"], ["verify"], ["prune"]):
+            from kdx.store_commands import tend
+
+            return tend(words)
+        raise ConfigError("kdx store", "does one of: fill, stat, verify, prune", "As in: kdx store stat")
+    raise _no_command(name)
+
+
+def _no_command(word: str) -> ConfigError:
+    mend = "A run is python -m kdx KEY=VALUE ...; see python -m kdx --help"
+    return ConfigError(word or "''", "is not a command of kdx, and not KEY=VALUE either", mend)
 
 
 def run_job(cfg: DictConfig) -> float:

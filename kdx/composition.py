@@ -45,13 +45,19 @@ class Point:
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
     """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
-    composer = Composer(Source(config_dir=config_dir))
-    words = composer.parsed(list(overrides or []))
-    _refuse_sweep(words)
-    point = composer.point(words)
-    if point.faults:
-        raise together(point.faults)
-    return point.config()
+    source = Source(config_dir=config_dir)
+    _refuse_sweep(Composer(source).parsed(list(overrides or [])))
+    return compose_points(list(overrides or []), source)[0]
+
+
+def compose_points(words: list[str], source: Source) -> list[Config]:
+    """Compose every point of a sweep, or the one run that the words describe. Raises ConfigError."""
+    composer = Composer(source)
+    points = [composer.point(composer.parsed(point)) for point in sweep.points(composer.parsed(words))]
+    faults = [fault for point in points for fault in point.faults]
+    if faults:
+        raise together(faults)
+    return [point.config() for point in points]
 
 
 def preflight(words: list[str], source: Source, is_multirun: bool = False) -> list[str]:

@@ -65,6 +65,16 @@ class TeacherConfig(ModelConfig):
     """bitsandbytes quantisation of the frozen weights."""
     device_map: str | None = one_of("auto")
     """auto spreads the teacher over all devices (accelerate)."""
+    micro_batch_size: Any = allows(
+        int, str, test=lambda v: v == "auto" if isinstance(v, str) else v >= 1, words="auto or a number of rows"
+    )
+    """Rows at once in the teacher's pass, which needs less memory than training; auto is the student's."""
+    store: str = one_of("auto", "on", "off")
+    """Keep its hidden states on disk for every run that can use them; auto: if rows are seen more than once."""
+    store_dir: str
+    """Where; runs and sweeps that share a folder share what the teacher said."""
+    store_limit_gb: float | None = above(0)
+    """Most the store may grow to, in 10⁹ bytes; null is what the disk holds, less a tenth."""
 
 
 @dataclass(kw_only=True)

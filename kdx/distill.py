@@ -1,9 +1,10 @@
 """One run, from config to saved student: the architecture as code."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,15 @@ from kdx.batches import fingerprint
 from kdx.causal_lm import DTYPES
 from kdx.config import Config
 from kdx.errors import DivergedError
-from kdx.evaluate import MEASURES, HeldOut, Measures, answer, mass_past, peak_memory
+from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
+from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, check_names, prepare
 from kdx.run_folder import RunFolder, StopRequest
 from kdx.student import save_student
-from kdx.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries, working
+from kdx.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
 from kdx.train import State, keep_best, train
 
-NUM_SAMPLES = 3
 FEW_TOKENS = 2000  # below so many counted held-out tokens, measures wander more than most choices move them
 
 
@@ -72,12 +73,15 @@ def distill(config: Config, run_dir: Path) -> Summary:
 def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: StopRequest) -> Summary:
     began = time.time()
     is_main = accelerator.is_main_process
-    run = prepare(config, accelerator)
+    run = prepare(config, accelerator, owner=hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()[:8])
     optimizer = build_optimizer(config.optim, run.student)
     schedule = build_schedule(config.optim, optimizer, run.max_steps)
     torch.manual_seed(config.train.seed + accelerator.process_index)  # dropout; fresh weights are drawn by now
     prints = {"fingerprint": fingerprint(run.rows), "validation_fingerprint": fingerprint(run.held_out_rows)}
     state = folder.resume(run.student, optimizer, schedule, prints, is_main) or State()
+    store = run.teacher.store if run.teacher else None
+    if store:
+        store.rows.go_back(state.store)
     before = folder.kept("untouched.json", prints)
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
     folder.max_steps = run.max_steps
@@ -147,6 +151,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
                 "seconds_per_step": state.seconds_per_step,
                 "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
                 "peak_memory_bytes": peak_memory(accelerator.device),
+                "store": asdict(store.counts) | {"bad": store.rows.num_bad} if store else None,
             },
             data=run.counts() | prints,
             environment=report.environment(run, folder.path),
@@ -160,86 +165,17 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             tracker.samples(samples)
             tracker.summary(asdict(summary), alpha=config.loss.alpha, temperature=config.loss.temperature)
             CONSOLE.print(report.closing_table(asdict(summary)))
+            if store:
+                log.info(report.store_line(store))
             for line in report.next_commands(folder.path, run.max_steps > 0):
                 log.info(line)
         accelerator.wait_for_everyone()
         exit_code = 0
         return summary
     finally:
+        if store:
+            store.close()
         tracker.finish(exit_code)
-
-
-class Measurer:
-    """Takes the held-out measures and sample answers of the run's student as it is at the time."""
-
-    def __init__(self, run: Prepared, held_out: HeldOut) -> None:
-        self.run, self.held_out = run, held_out
-        self.prompts: list[dict[str, Any]] = []
-        if run.config.tracking.samples:
-            self.prompts = sample_prompts(run)
-
-    def __call__(self, precision: AbstractContextManager[Any]) -> tuple[Measures, Measures]:
-        """Measure the student in a precision → its measures, and the teacher's from the same pass."""
-        if not self.run.held_out_rows:
-            return Measures([]), Measures([])
-        self.ask()
-        is_main = self.run.accelerator.is_main_process
-        with working("measuring the student", len(self.held_out.batches), is_main) as advance:
-            return self.held_out.measure(self.run.student, precision, advance)
-
-    def ask(self) -> None:
-        """Let the teacher read the held-out rows, once."""
-        teacher = self.run.teacher
-        if teacher is None or self.held_out.teacher_head is not None or not self.run.held_out_rows:
-            return
-        is_main = self.run.accelerator.is_main_process
-        with working("the teacher reads the held-out rows", len(self.held_out.batches), is_main) as advance:
-            self.held_out.ask(teacher, advance)
-        if teacher.head.num_ids > self.run.num_ids:
-            mass = mass_past(self.run.num_ids, teacher.head, self.held_out.teacher_hidden)
-            rows = teacher.head.num_ids - self.run.num_ids
-            log.info("the last %d rows of the teacher's head are padding and cut: %.2g of its mass", rows, mass)
-
-    def answers(self, model: Any) -> list[str | None]:
-        if model is None:
-            return [None] * len(self.prompts)
-        return [answer(model, self.run.tokenizer, p["messages"], MAX_NEW_TOKENS) for p in self.prompts]
-
-    def before_training(self, run: Prepared) -> dict[str, Any]:
-        """What teacher and untouched student measure and answer."""
-        untouched, teacher = self(run.accelerator.autocast())
-        teacher_model = run.teacher.model if run.teacher else None
-        return {
-            "untouched": untouched.means() | size(run.student, run.config.student.save_dtype),
-            "teacher": teacher.means() | size(teacher_model),
-            "teacher_samples": self.answers(teacher_model),
-            "untouched_samples": self.answers(run.student),
-        }
-
-
-def sample_prompts(run: Prepared) -> list[dict[str, Any]]:
-    """The first conversations up to the assistant's first turn that leave room for an answer, and what was said there."""
-    prompts: list[dict[str, Any]] = []
-    for conversation in run.data.validation or run.data.train:
-        messages = conversation.messages
-        first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        if not any(m["role"] == "user" for m in messages[:first]):
-            continue
-        tokens = run.tokenizer.apply_chat_template(messages[:first], add_generation_prompt=True, return_dict=False)
-        if len(tokens) + MAX_NEW_TOKENS <= run.encoder.max_length:
-            prompts.append({"messages": messages[:first], "reference": messages[first]["content"]})
-        if len(prompts) == NUM_SAMPLES:
-            break
-    return prompts
-
-
-def size(model: Any, save_dtype: str | None = None) -> dict[str, int | None]:
-    """Parameters, and the bytes of the weights: as they are in memory, or as they would be saved."""
-    if model is None:
-        return {"num_parameters": None, "num_bytes": None}
-    saved = DTYPES[save_dtype].itemsize if save_dtype else None
-    num_bytes = sum(p.numel() * (saved or p.element_size()) for p in model.parameters())
-    return {"num_parameters": model.num_parameters(), "num_bytes": num_bytes}
 
 
 def warn_about(run: Prepared, before: dict[str, Any]) -> None:

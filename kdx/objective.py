@@ -9,6 +9,7 @@ not grow with positions × vocabulary.
 N counted positions, n positions of a chunk, V vocabulary, d / D width of student / teacher.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.autograd.function import once_differentiable
 from kdx import loss
 from kdx.batches import IGNORED, MicroBatch
 from kdx.causal_lm import Head, counted_hidden, head_of
+
+CACHE_BYTES = 2**20  # of one float32 tensor of a block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,31 +135,36 @@ class _ChunkedSum(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=grad_dtype, device=weight.device) if wants_weight else None
+        grad_weight = None
         grad_bias = torch.zeros_like(bias, dtype=grad_dtype) if wants_bias and bias is not None else None
         kd_sum, ce_sum = (torch.zeros((), dtype=_sum_dtype(hidden), device=hidden.device) for _ in range(2))
 
-        for start in range(0, len(labels), chunk_size):
-            rows = slice(start, start + chunk_size)
-            logits = head.logits(hidden[rows])
-            teacher_logits = None
+        for rows in chunks_of(len(labels), chunk_size):
+            product = head.product(hidden[rows])
+            teacher_product = None
             if objective.alpha > 0 and teacher_head is not None and teacher_hidden is not None:
-                teacher_logits = teacher_head.logits(teacher_hidden[rows]).to(logits.device)
-            kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[rows], objective)
-            kd_sum += kd
-            ce_sum += ce
-            grad = head.through(logits, grad)  # in place where it can be: the chunk's largest tensor
-            narrow = grad.to(head.weight.dtype)
+                teacher_product = teacher_head.product(teacher_hidden[rows]).to(product.device)
+            # The softmaxes pass over [n, V] many times: a few rows at once, so that they stay in the processor's cache.
+            for block in chunks_of(product.shape[0], block_size(product)):
+                logits = head.finish(product[block])
+                teacher_logits = None
+                if teacher_head is not None and teacher_product is not None:
+                    teacher_logits = teacher_head.finish(teacher_product[block])
+                kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[rows][block], objective)
+                kd_sum += kd
+                ce_sum += ce
+                grad = head.through(logits, grad)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                product[block] = grad  # what was the product is the gradient by it from here on
             if grad_hidden is not None:
-                grad_hidden[rows] = (narrow @ head.weight).to(hidden.dtype)
-            if grad_weight is not None:
-                if narrow.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(narrow.T, hidden[rows].to(narrow.dtype))
-                else:
-                    grad_weight += narrow.T @ hidden[rows].to(narrow.dtype)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
+                grad_hidden[rows] = (product @ head.weight).to(hidden.dtype)
+            if wants_weight:
+                by_weight = product.T @ hidden[rows].to(product.dtype)
+                grad_weight = by_weight.to(grad_dtype) if grad_weight is None else grad_weight.add_(by_weight)
 
+        if wants_weight and grad_weight is None:  # no position counts
+            grad_weight = torch.zeros(weight.shape, dtype=grad_dtype, device=weight.device)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(kd_sum, ce_sum)
         ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
@@ -174,6 +182,20 @@ class _ChunkedSum(torch.autograd.Function):
             None if grad_bias is None else (grad_bias * grad_total).to(bias_dtype),
             *[None] * 6,
         )
+
+
+def chunks_of(num_rows: int, size: int) -> Iterator[slice]:
+    """Cut rows into as few parts of at most `size` as can be, all of nearly one length."""
+    num_chunks = -(-num_rows // size)
+    for i in range(num_chunks):
+        yield slice(i * num_rows // num_chunks, (i + 1) * num_rows // num_chunks)
+
+
+def block_size(product: Tensor) -> int:
+    """Rows whose softmaxes are taken at once: on a CPU as many as its cache holds, elsewhere all of a chunk."""
+    if product.device.type != "cpu":
+        return max(1, product.shape[0])
+    return max(1, CACHE_BYTES // (4 * product.shape[1]))
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -210,7 +232,7 @@ def _loss_and_gradient(
 class StudentObjective(nn.Module):
     """The student and its loss as one module: what accelerate wraps, so that DDP's and FSDP's hooks fire."""
 
-    def __init__(self, model: nn.Module, num_ids: int, objective: Objective, chunk_size: int = 256) -> None:
+    def __init__(self, model: nn.Module, num_ids: int, objective: Objective, chunk_size: int = 512) -> None:
         super().__init__()
         self.model = model
         self.num_ids = num_ids

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,15 +11,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from kdx import causal_lm, loss
-from kdx.batches import Encoder, Row, StepBatches, pad_id_of, prepare_tokenizer
+from kdx.batches import Row, StepBatches, pad_id_of
 from kdx.check import binding_problems
-from kdx.config import Config, LossConfig
+from kdx.config import Config, LossConfig, TeacherConfig
 from kdx.data import Dataset, check_source, load_data
+from kdx.encoder import Encoder, prepare_tokenizer
 from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, together
 from kdx.objective import Objective, StudentObjective
 from kdx.optim import optimizer_class
+from kdx.store import Identity, TeacherStore, bytes_of, room
 from kdx.student import answer_greedily, load_student
-from kdx.teacher import Teacher, load_teacher
+from kdx.teacher import Teacher, load_teacher, precision_of
 from kdx.tracking import log
 
 MAX_NEW_TOKENS = 48  # of a sample answer, and by default of the student's answers
@@ -42,6 +45,7 @@ class Prepared:
     objective: StudentObjective
     batches: StepBatches
     max_steps: int
+    store_words: str
 
     def counts(self) -> dict[str, Any]:
         """Rows, counted tokens, and how many rows fell to which rule."""
@@ -120,8 +124,11 @@ def build_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def prepare(config: Config, accelerator: Accelerator) -> Prepared:
-    """Read data and models as the run will. Raises KdxError; all faults in the data come before any weights are read."""
+def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_fill: bool = False) -> Prepared:
+    """Read data and models as the run will. Raises KdxError; all faults in the data come before any weights are read.
+
+    owner: who writes to the teacher's store, as a name for files. is_fill: the teacher will be asked for every row.
+    """
     device, train = accelerator.device, config.train
 
     tokenizer, max_length = load_tokenizers(config)
@@ -133,21 +140,6 @@ def prepare(config: Config, accelerator: Accelerator) -> Prepared:
         if given and not left:
             rules = "; ".join(f"{number} {rule}" for rule, number in encoder.dropped.items())
             raise DataError("data", f"no {what} row is left ({rules})", "Raise data.max_length, or give other data")
-
-    teacher = load_teacher(config.teacher, device, max_length) if config.teacher.path is not None else None
-    student = load_student(
-        config.student,
-        config.teacher,
-        dtype=torch.float64 if train.precision == "fp64" else torch.float32,
-        attn_implementation=causal_lm.attention_for(config.student, device, max_length),
-        seed=train.seed,
-    ).to(device)
-    answer_greedily(student, MAX_NEW_TOKENS)
-    num_ids = count_ids(tokenizer, student, teacher)
-    if train.gradient_checkpointing:
-        causal_lm.checkpoint_activations(student)
-    if train.compile:
-        student.base_model.compile()
 
     batches = StepBatches(
         rows,
@@ -163,6 +155,38 @@ def prepare(config: Config, accelerator: Accelerator) -> Prepared:
     if max_steps is None:
         assert train.epochs is not None
         max_steps = math.ceil(train.epochs * batches.steps_per_epoch - 1e-9)  # 0.07 · 100 is 7 steps
+
+    teacher, store, store_words = None, None, "off (no teacher)"
+    if config.teacher.path is not None:
+        asked = list(held_out_rows)
+        if is_fill or config.loss.alpha > 0:
+            asked += rows if is_fill else batches.rows_seen(max_steps)
+        is_repeated = bool(config.sweep.keys) or max_steps * train.batch_size > len(rows)
+        identity = Identity(
+            causal_lm.weights_digest(config.teacher, "teacher"),
+            causal_lm.tokenizer_digest(tokenizer),
+            precision_of(config.teacher, device)[0],
+            config.teacher.quantization,
+        )
+        store, store_words = open_store(config.teacher, identity, asked, is_repeated, owner)
+        teacher = load_teacher(config.teacher, device, max_length, identity, store)
+        if store and store.missing([row.digest for row in asked]):
+            teacher.load()  # what is wrong with the model comes now, not in mid-run
+    student = load_student(
+        config.student,
+        config.teacher,
+        dtype=torch.float64 if train.precision == "fp64" else torch.float32,
+        attn_implementation=causal_lm.attention_for(config.student, device, max_length),
+        seed=train.seed,
+        kept=store.student_folder(config.student.layers) if store else None,
+    ).to(device)
+    answer_greedily(student, MAX_NEW_TOKENS)
+    num_ids = count_ids(tokenizer, student, teacher)
+    if train.gradient_checkpointing:
+        causal_lm.checkpoint_activations(student)
+    if train.compile:
+        student.base_model.compile()
+
     objective = Objective(
         name=config.loss.name,
         alpha=config.loss.alpha,
@@ -185,7 +209,45 @@ def prepare(config: Config, accelerator: Accelerator) -> Prepared:
         objective=StudentObjective(student, num_ids, objective),
         batches=batches,
         max_steps=max_steps,
+        store_words=store_words,
     )
+
+
+def open_store(
+    teacher: TeacherConfig, identity: Identity, asked: list[Row], is_repeated: bool, owner: str
+) -> tuple[TeacherStore | None, str]:
+    """Open the teacher's store for the rows it will be asked for → the store or None, and why or where in words.
+
+    Raises MachineError if it must be on and its disk has no room.
+    """
+    if teacher.store == "off" or (teacher.store == "auto" and not is_repeated):
+        return None, "off" if teacher.store == "off" else "off (every row is seen once; teacher.store=on keeps them)"
+    root = Path(teacher.store_dir).expanduser().resolve()
+    limit = teacher.store_limit_gb and teacher.store_limit_gb * 1e9
+    name = teacher.base_model or teacher.path or ""
+    store = TeacherStore(root, identity, name=name, owner=owner, limit_bytes=limit)
+    missing = set(store.missing([row.digest for row in asked]))
+    counted = {row.digest: row.num_counted for row in asked}
+    width = causal_lm.load_config(teacher, "teacher").get_text_config().hidden_size
+    grows = bytes_of(sum(counted[d] for d in missing), len(missing), width, causal_lm.DTYPES[identity.dtype].itemsize)
+    may_take, free = room(root)
+    words = f"{len(counted) - len(missing):,} of {len(counted):,} rows are in {store.folder}"
+    words += f", {in_bytes(grows)} to come ({in_bytes(free)} free)" if missing else ""
+    if grows > may_take:
+        what = f"needs {grows:,} bytes in {root}, where {free:,} are free, a tenth of the disk to be left"
+        if teacher.store == "on":
+            raise MachineError("teacher.store", what, "Make room, set teacher.store_dir=..., or teacher.store=off")
+        return None, f"off (it {what})"
+    return store, words
+
+
+def in_bytes(number: float) -> str:
+    """A number of bytes as people say it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
 
 
 def load_tokenizers(config: Config) -> tuple[Any, int]:

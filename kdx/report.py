@@ -14,7 +14,8 @@ from rich.table import Table
 
 from kdx import __version__
 from kdx.causal_lm import device_dtype
-from kdx.prepare import Prepared
+from kdx.prepare import Prepared, in_bytes
+from kdx.store import TeacherStore
 from kdx.tracking import printable
 
 ROWS = (
@@ -50,6 +51,7 @@ def header(run: Prepared) -> list[str]:
         uses = "" if config.loss.alpha > 0 else ", only to measure"
         size = count(run.teacher.num_parameters)
         lines.append(("teacher", f"{public_name(plain['teacher'])}, {size} parameters, {run.teacher.precision}{uses}"))
+        lines.append(("teacher's store", run.store_words))
     lines += [
         ("student", f"{student}, {count(run.student.num_parameters())} parameters"),
         ("device", f"{device}, {run.precision()} ({device_dtype(run.accelerator.device)[1]})"),
@@ -109,6 +111,7 @@ def environment(run: Prepared, folder: Path) -> dict[str, Any]:
         "processes": run.accelerator.num_processes,
         "precision": run.precision(),
         "teacher_precision": run.teacher.precision if run.teacher else None,
+        "teacher_digest": run.teacher.identity.key if run.teacher else None,  # only runs of one teacher can be ranked
         "git_commit": _git_commit(),
         "command": told.read_text(encoding="utf-8").strip() if told.is_file() else None,
     }
@@ -127,6 +130,17 @@ def closing_table(summary: dict[str, Any]) -> Table:
         if any(value is not None for value in values):
             table.add_row(label, *("" if value is None else form.format(value) for value in values))
     return table
+
+
+def store_line(store: TeacherStore) -> str:
+    """What the teacher's store did for the run."""
+    counts, bad = store.counts, store.rows.num_bad
+    others = f" ({counts.from_others:,} kept by other runs)" if counts.from_others else ""
+    damaged = f", {bad:,} found damaged and computed again" if bad else ""
+    return (
+        f"teacher's store: {counts.hits:,} rows read{others}, {counts.computed:,} computed{damaged}; "
+        f"{in_bytes(counts.bytes_written)} written, about {counts.seconds_saved:.0f} s of the teacher's time saved"
+    )
 
 
 def samples_page(samples: list[dict[str, Any]], max_new_tokens: int) -> str:

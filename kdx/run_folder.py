@@ -17,6 +17,7 @@ import yaml
 
 from kdx import checkpoint
 from kdx.config import Config
+from kdx.durable import write_beside
 from kdx.errors import ConfigError, DivergedError, KdxError, MachineError
 from kdx.redact import redact
 from kdx.train import State
@@ -24,7 +25,15 @@ from kdx.train import State
 log = logging.getLogger(__name__)
 
 # What may differ when a run goes on: nothing here can change the student.
-FREE = ("run.", "sweep.", "tracking.", "train.log_every", "train.save_every", "train.keep_checkpoints")
+FREE = (
+    "run.",
+    "sweep.",
+    "tracking.",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "teacher.store",
+)  # and what begins so
 
 
 class RunFolder:
@@ -185,14 +194,6 @@ class RunFolder:
             return self.path.parent / "wandb"
         outputs = next((p for p in self.path.parents if p.name == "outputs"), self.path.parent)
         return outputs / "wandb"
-
-
-def write_beside(file: Path, text: str | bytes) -> None:
-    """Write a whole file or none: beside, then renamed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.tmp")
-    beside.write_bytes(text.encode() if isinstance(text, str) else text)
-    os.replace(beside, file)
 
 
 def _plain(config: dict[str, Any]) -> Any:

@@ -1,17 +1,24 @@
 """Load the student, cut it from the teacher, or make a fresh one; save it as an ordinary model folder."""
 
 import copy
+import logging
 import os
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from kdx.causal_lm import check_split, load_causal_lm, load_config
 from kdx.config import StudentConfig, TeacherConfig
+from kdx.durable import open_to_umask, seal, temporary, verify
 from kdx.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def load_student(
@@ -21,13 +28,23 @@ def load_student(
     dtype: torch.dtype,
     attn_implementation: str | None,
     seed: int,
+    kept: Path | None = None,
 ) -> PreTrainedModel:
-    """Return the student with master weights in `dtype`, whatever the file holds. Raises ConfigError or ModelError."""
+    """Return the student with master weights in `dtype`, whatever the file holds. Raises ConfigError or ModelError.
+
+    kept: where a cut student is kept, so that the teacher is cut once.
+    """
     if config.init == "pretrained":
         return load_causal_lm(config, "student", dtype=dtype, attn_implementation=attn_implementation)
     if config.init == "cut":
+        if kept is not None and verify(kept) is None:
+            there = replace(teacher, path=str(kept), gguf_file=None, revision=None)
+            return load_causal_lm(there, "student", dtype=dtype, attn_implementation=attn_implementation)
         whole = load_causal_lm(teacher, "teacher", dtype=dtype, attn_implementation=attn_implementation)
-        return cut(whole, config.layers, teacher.trust_remote_code)
+        smaller = cut(whole, config.layers, teacher.trust_remote_code)
+        if kept is not None and dtype == torch.float32 and not teacher.trust_remote_code:
+            _keep(smaller, kept)
+        return smaller
     shape = load_config(config, "student")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
@@ -93,16 +110,27 @@ def cut(model: PreTrainedModel, layers: int | list[int], trust_remote_code: bool
     return smaller
 
 
+def _keep(model: PreTrainedModel, folder: Path) -> None:
+    """Keep a cut student as a model folder, whole or not at all; a full disk costs only that."""
+    beside = temporary(folder)
+    try:
+        model.save_pretrained(beside)
+        open_to_umask(*beside.iterdir())
+        seal(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+    except (OSError, SafetensorError) as error:
+        log.warning("the cut student is not kept in the store: %s", error)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write config, weights as they are, tokenizer with chat template and generation config as one model folder."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in folder.iterdir():  # safetensors makes its files private, whatever the umask
-        file.chmod(0o666 & ~umask)
+    open_to_umask(*folder.iterdir())
 
 
 def answer_greedily(model: PreTrainedModel, max_new_tokens: int) -> None:

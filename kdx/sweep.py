@@ -13,7 +13,10 @@ from kdx.config import Config
 
 # What cannot change the student is not part of a job's or a sweep's identity.
 NOT_IDENTITY = ("run", "sweep", "tracking")
-NOT_IDENTITY_TRAIN = ("log_every", "save_every", "keep_checkpoints")
+NOT_IDENTITY_IN = {
+    "train": ("log_every", "save_every", "keep_checkpoints"),
+    "teacher": ("store", "store_dir", "store_limit_gb", "micro_batch_size"),
+}
 LONGEST_PART = 60  # letters of a value in a folder's name; the hash tells long ones apart
 
 
@@ -73,7 +76,8 @@ def identity(config: Config) -> dict[str, Any]:
 
 def _identity(config: Config) -> dict[str, Any]:
     tree = {k: v for k, v in asdict(config).items() if k not in NOT_IDENTITY}
-    tree["train"] = {k: v for k, v in tree["train"].items() if k not in NOT_IDENTITY_TRAIN}
+    for group, keys in NOT_IDENTITY_IN.items():
+        tree[group] = {k: v for k, v in tree[group].items() if k not in keys}
     return tree
 
 

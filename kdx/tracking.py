@@ -46,13 +46,15 @@ class _ConsoleHandler(logging.Handler):
 
 
 @contextmanager
-def logging_to(file: Path, is_main: bool) -> Iterator[None]:
-    """Log kdx's lines to the console and, with times, to a file; the main process alone does."""
+def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
+    """Log kdx's lines to the console and, with times, to a file if there is one; the main process alone does."""
     handlers: list[logging.Handler] = [logging.NullHandler()]  # a process without any would print warnings by itself
     if is_main:
+        handlers = [_ConsoleHandler()]
+    if is_main and file is not None:
         to_file = logging.FileHandler(file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers = [_ConsoleHandler(), to_file]
+        handlers.append(to_file)
     for handler in handlers:
         log.addHandler(handler)
     log.setLevel(logging.INFO)

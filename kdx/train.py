@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class State:
     seconds: float = 0.0  # spent in steps; evaluation and saving not counted
     step_seconds: list[float] = field(default_factory=list)
     window: list[dict[str, float]] = field(default_factory=list)  # steps since the last log line
+    store: dict[str, int] = field(default_factory=dict)  # how far what the run keeps of the teacher reaches
 
     def add(self, batch: StepBatch, seconds: float) -> None:
         """Count one step that is done."""
@@ -120,6 +122,7 @@ def train(
             state.stopped_by = "signal"
         due = config.save_every and state.step % config.save_every == 0 and state.step < max_steps and not stopping
         if (due or interrupted) and accelerator.is_main_process:
+            state.store = teacher.position() if teacher else {}
             best = best_file if config.keep == "best" else None
             checkpoint.save(run_dir, objective.model, optimizer, schedule, asdict(state), best)
         accelerator.wait_for_everyone()
@@ -150,9 +153,9 @@ def keep_best(
 def forward_backward(accelerator: Accelerator, module: Any, batch: StepBatch, teacher: Teacher | None) -> Tensor:
     """Accumulate one step's gradient → the sums [2] of kd and ce over its counted positions, of all processes."""
     sums = []
-    for i, micro_batch in enumerate(batch.micro_batches, 1):
+    answers = teacher.answers(batch.micro_batches) if teacher else repeat(None)
+    for i, (micro_batch, hidden) in enumerate(zip(batch.micro_batches, answers, strict=False), 1):
         micro_batch = micro_batch.to(accelerator.device)
-        hidden = teacher.hidden(micro_batch) if teacher else None
         with nullcontext() if i == len(batch.micro_batches) else accelerator.no_sync(module):
             total, kd, ce = module(micro_batch, hidden, teacher.head if teacher else None)
             # DDP averages gradients over processes: undone here, once.

@@ -27,6 +27,12 @@ SENTENCES = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what teachers say out of the project's own outputs/."""
+    os.environ["KDX_STORE"] = str(tmp_path_factory.mktemp("teacher-store"))
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """Build a small GPT-2-like tokenizer: end of text is bos and eos, there is no pad token.

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from kdx import causal_lm
+from kdx import causal_lm, durable
 from kdx.batches import Row, collate
 from kdx.causal_lm import Head, check_split, common_ids, counted_hidden, head_of
 from kdx.config import ModelConfig
@@ -432,4 +432,4 @@ def test_cache_dir_is_where_the_environment_says(monkeypatch, tmp_path):
 
 def test_digest_of_is_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
-    assert causal_lm.digest_of(tmp_path / "x").startswith("ba7816bf8f01cfea")
+    assert durable.digest_of(tmp_path / "x").startswith("ba7816bf8f01cfea")

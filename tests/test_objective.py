@@ -32,6 +32,7 @@ from kdx import loss
 from kdx.batches import MicroBatch, Row, StepBatches, collate
 from kdx.causal_lm import Head
 from kdx.objective import Objective, StudentObjective, distillation_loss
+from kdx.store import Identity
 from kdx.teacher import Teacher
 from kdx.train import forward_backward
 
@@ -541,7 +542,8 @@ def accelerator():
 
 @pytest.fixture(scope="module")
 def teacher():
-    return Teacher(student_model(seed=1, kind="gpt2"), "fp64")
+    model = student_model(seed=1, kind="gpt2")
+    return Teacher(lambda: model, "fp64", Identity("w", "t", "fp64", "none"))
 
 
 def step_of(rows, micro_batch_size, rank=0, num_processes=1):
@@ -659,7 +661,7 @@ def test_padding_of_a_row_changes_nothing(teacher):
     batch = collate(ROWS[:3], END)
     more = MicroBatch(
         F.pad(batch.input_ids, (0, 3), value=7), F.pad(batch.attention_mask, (0, 3)),
-        batch.positions + 3 * batch.row_of, batch.counted_labels, batch.row_of, batch.row_ids,
+        batch.positions + 3 * batch.row_of, batch.counted_labels, batch.row_of, batch.row_ids, batch.row_digests,
     )  # fmt: skip
     module = StudentObjective(student_model(), NUM_IDS, Objective(temperature=2.0))
     assert_close(

@@ -1,0 +1,75 @@
+"""Files that are whole or not there: written beside and renamed, told by their digests, sealed with a manifest."""
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+
+MANIFEST = "MANIFEST.json"  # size and sha256 of every other file, written last: with it a folder is whole
+
+
+def write_beside(file: Path, text: str | bytes) -> None:
+    """Write a whole file or none. Raises OSError; nothing is left beside it then."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = temporary(file)
+    try:
+        beside.write_bytes(text.encode() if isinstance(text, str) else text)
+        os.replace(beside, file)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def temporary(path: Path) -> Path:
+    """A name beside a path that no other process uses."""
+    return path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def digest_of(path: str | Path) -> str:
+    """A sha256 of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a folder's files, and have the disk keep all of it. Raises OSError."""
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    manifest = {p.name: {"size": p.stat().st_size, "sha256": digest_of(p)} for p in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    for path in [*files, folder / MANIFEST, folder]:
+        fsync(path)
+
+
+def verify(folder: Path) -> str | None:
+    """Compare a sealed folder with its manifest → what is wrong, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, wanted in manifest.items():
+            file = folder / Path(name).name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != wanted["size"]:
+                return f"{name} has {file.stat().st_size} bytes, not {wanted['size']}"
+            if digest_of(file) != wanted["sha256"]:
+                return f"{name} is damaged (its sha256 differs)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def fsync(path: Path) -> None:
+    """Have the disk keep a file, or a folder's list of files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_to_umask(*files: Path) -> None:
+    """Give files the mode that any new file gets: safetensors makes its own private, whatever the umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in files:
+        file.chmod(0o666 & ~umask)

@@ -1,0 +1,220 @@
+"""Conversations → tokens, and which of them the student must learn to say."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from kdx.batches import Row
+from kdx.config import DataConfig
+from kdx.data import Conversation, first_of
+from kdx.errors import DataError
+
+log = logging.getLogger(__name__)
+
+TOKENISED_TOGETHER = 512  # conversations given to the tokenizer at once: its threads share them
+MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template takes it for anything
+Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of what is said, end
+JOINED_BY_END_OF_TEXT = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a chat template writes around contents: literals[0], content of message order[0], literals[1], …
+
+    An assistant turn begins `lead` characters before its content (what follows the generation prompt is the
+    assistant's to say) and ends at most `tail` characters after it.
+    """
+
+    literals: list[str]
+    order: list[int]
+    edges: dict[int, tuple[int, int]]  # message → (lead, tail)
+
+
+@dataclass
+class Encoder:
+    """Turns a conversation into a Row under one tokenizer and chat template."""
+
+    tokenizer: Any
+    max_length: int
+    on_long: str
+    assistant_only: bool
+
+    def __post_init__(self) -> None:
+        # The end of a turn is a special token in most templates; ids, not text, so that content cannot fake one.
+        self.end_ids = set(self.tokenizer.all_special_ids) | {
+            i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self.dropped, self.truncated = Counter[str](), Counter[str]()
+        self._frames: dict[tuple[str, ...], Frame] = {}
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Row]:
+        """Tokenise, and count what was dropped or truncated under which rule. Raises DataError with all faults."""
+        rows, faults = [], []
+        for start in range(0, len(conversations), TOKENISED_TOGETHER):
+            rendered = []
+            for conversation in conversations[start : start + TOKENISED_TOGETHER]:
+                try:
+                    rendered.append((conversation, *self._render(conversation)))
+                except DataError as error:
+                    faults.append(error)
+            if not rendered:
+                continue
+            texts = [text for _, text, _ in rendered]
+            encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            tokenised = zip(rendered, encoding["input_ids"], encoding["offset_mapping"], strict=True)
+            for (conversation, _, spans), tokens, offsets in tokenised:
+                row = Row(conversation.id, tokens, self._count(tokens, offsets, spans))
+                is_long = len(tokens) > self.max_length
+                if is_long and self.on_long == "error":
+                    what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
+                    faults.append(DataError(conversation.where, what, "Raise it, or set data.on_long=truncate"))
+                    continue
+                if is_long and self.on_long == "truncate":
+                    row = Row(row.id, tokens[: self.max_length], row.counted[: self.max_length])
+                    self.truncated["longer than data.max_length"] += 1
+                if is_long and self.on_long == "drop":
+                    self.dropped["longer than data.max_length"] += 1
+                elif row.num_counted == 0:
+                    self.dropped["no counted token left"] += 1
+                else:
+                    rows.append(row)
+        if faults:
+            raise first_of(faults)
+        return rows
+
+    def _render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The text under the chat template, and each assistant turn in it."""
+        text = self._template(conversation, conversation.messages)
+        if not self.assistant_only:
+            return text, [(0, len(text), len(text))]
+        frame = self._frame(conversation)
+        places = _places(text, frame, conversation.messages) or self._rewritten(conversation, text, frame)
+        spans = []
+        for i, (lead, tail) in frame.edges.items():
+            start, end = places[i][0] - lead, places[i][1]
+            spans.append((start, start + len(text[start:end].rstrip()), end + tail))
+        return text, spans
+
+    def _frame(self, conversation: Conversation) -> Frame:
+        """Render marks in place of the contents: they show where each content stands, whatever the contents say."""
+        roles = tuple(message["role"] for message in conversation.messages)
+        if roles in self._frames:
+            return self._frames[roles]
+        marked = [{"role": role, "content": MARK.format(i)} for i, role in enumerate(roles)]
+        text = self._template(conversation, marked)
+        pieces = re.split(MARK.format(r"(\d+)"), text)
+        literals, order = pieces[0::2], [int(number) for number in pieces[1::2]]
+        said = [i for i, role in enumerate(roles) if role == "assistant"]
+        if [i for i in order if i in said] != said:
+            raise _unfit(conversation)
+        edges = {}
+        for i in said:
+            start = text.index(marked[i]["content"])
+            end = start + len(marked[i]["content"])
+            prompt = self._prefix(conversation, marked[:i], add_generation_prompt=True)
+            ignored = prompt == self._prefix(conversation, marked[:i])  # add_generation_prompt: then a header, or space
+            has_prompt = text.startswith(prompt) and not (ignored and text[len(prompt) : start].strip())
+            # The turn ends where the conversation, stopped here, ends or goes on differently; under a template that
+            # writes a last turn in another way, before the next content.
+            stopped = self._prefix(conversation, marked[: i + 1])
+            same = len(commonprefix([text, stopped]))  # noqa: RUF071 (characters, not parts of a path)
+            tail = same - end if same >= end else len(literals[order.index(i) + 1])
+            edges[i] = (start - len(prompt) if has_prompt else 0, tail)
+        self._frames[roles] = Frame(literals, order, edges)
+        return self._frames[roles]
+
+    def _rewritten(self, conversation: Conversation, text: str, frame: Frame) -> dict[int, tuple[int, int]]:
+        """Find each assistant turn under a template that rewrites contents: mark one, and see what stays the same."""
+        messages, places = conversation.messages, {}
+        for i, (lead, _) in frame.edges.items():
+            mark = MARK.format(i)
+            marked = [m if j != i else {"role": m["role"], "content": mark} for j, m in enumerate(messages)]
+            before, _, after = self._template(conversation, marked).partition(mark)
+            start, end = len(before), len(text) - len(after)
+            if not (text.startswith(before[: start - lead]) and text.endswith(after) and start - lead <= end):
+                raise _unfit(conversation)
+            places[i] = (start, end)
+        return places
+
+    def _template(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except (TemplateError, TypeError, ValueError) as error:
+            what = f"the chat template refuses the conversation: {error}"
+            raise DataError(conversation.where, what, "Mend the row, or give a data.chat_template") from None
+
+    def _prefix(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
+        """The first messages of a conversation alone; some templates refuse such a part."""
+        try:
+            return self._template(conversation, messages, **options) if messages else ""
+        except DataError:
+            return ""
+
+    def _count(self, tokens: list[int], offsets: list[tuple[int, int]], spans: list[Span]) -> list[bool]:
+        """Mark each assistant turn's tokens up to and with the special token that ends it.
+
+        A turn that no special token ends is counted whole: its last characters are what ends it. A token that reaches
+        into the turn holds its first letters, and counts.
+        """
+        counted = [False] * len(tokens)
+        at = 0
+        for start, content_end, end in spans:
+            while at < len(tokens) and offsets[at][0] < start and offsets[at][1] <= start:
+                at += 1
+            first = at
+            while at < len(tokens) and offsets[at][0] < end:
+                at += 1
+                if self.assistant_only and offsets[at - 1][0] >= content_end and tokens[at - 1] in self.end_ids:
+                    break
+            counted[first:at] = [True] * (at - first)
+        return counted
+
+
+def _unfit(conversation: Conversation) -> DataError:
+    what = "the chat template leaves out, repeats or rewrites what the assistant says"
+    return DataError(conversation.where, what, "Set data.assistant_only=false, or give a data.chat_template")
+
+
+def _places(text: str, frame: Frame, messages: list[dict[str, str]]) -> dict[int, tuple[int, int]]:
+    """Where each content stands, if the template wrote all of them as they are or stripped; else nothing."""
+    places, at = {}, len(frame.literals[0])
+    for i, literal in zip(frame.order, frame.literals[1:], strict=True):
+        for content in (messages[i]["content"], messages[i]["content"].strip()):
+            if text.startswith(content + literal, at):
+                break
+        else:
+            return {}
+        places[i] = (at, at + len(content))
+        at += len(content) + len(literal)
+    return places if text.startswith(frame.literals[0]) and at == len(text) else {}
+
+
+def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
+    """Give the tokenizer the chat template of the run, so that it is saved with the student; say where it is from."""
+    if config.chat_template:
+        path = Path(config.chat_template).expanduser()
+        is_file = "{" not in config.chat_template
+        if is_file and not path.is_file():
+            what = f"{path} is not a file" if path.exists() else f"{path} does not exist"
+            raise DataError("data.chat_template", what, "Give a file, or Jinja text with {{ }}")
+        tokenizer.chat_template = path.read_text(encoding="utf-8") if is_file else config.chat_template
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            raise DataError("data.chat_template", f"line {error.lineno} is not Jinja: {error}", "Mend it") from None
+        except (TemplateError, TypeError, ValueError):
+            pass  # it is Jinja, made for other conversations than this one
+        return "data.chat_template"
+    if tokenizer.chat_template:
+        return "the tokenizer's own"
+    if tokenizer.eos_token is None:
+        raise DataError("data.chat_template", "the tokenizer has neither template nor end-of-text token", "Give one")
+    tokenizer.chat_template = JOINED_BY_END_OF_TEXT
+    return "turns joined by the end-of-text token"

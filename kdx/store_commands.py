@@ -1,0 +1,155 @@
+"""What `kdx store …` does: fill the teacher's store ahead of the runs, show it, verify it, tidy it."""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.table import Table
+
+from kdx.batches import by_length, collate
+from kdx.certificate import certify, words_of
+from kdx.config import Config
+from kdx.durable import digest_of, verify
+from kdx.errors import ConfigError, MachineError
+from kdx.evaluate import HeldOut
+from kdx.measuring import Measurer
+from kdx.prepare import build_accelerator, check_names, in_bytes, prepare
+from kdx.report import store_line
+from kdx.segments import compact, survey
+from kdx.store import size_of
+from kdx.tracking import CONSOLE, log, logging_to, quiet_libraries, working
+
+FILL_ROWS = 8  # at least so many rows at once: the teacher's pass needs less memory than training
+
+
+def fill(configs: Sequence[Config]) -> None:
+    """Ask each teacher of these runs for every row of their data, and for its answers to the sample prompts."""
+    quiet_libraries()
+    with logging_to(None, is_main=os.environ.get("RANK", "0") == "0"):
+        done: list[tuple[Any, Any]] = []
+        for config in configs:
+            if (config.teacher, config.data) in done:
+                continue
+            done.append((config.teacher, config.data))
+            if config.teacher.path is None:
+                raise ConfigError("teacher", "is none, so there is nothing to keep", "Choose a teacher")
+            check_names(config)
+            _fill(replace(config, teacher=replace(config.teacher, store="on")))
+
+
+def _fill(config: Config) -> None:
+    accelerator = build_accelerator(config)
+    run = prepare(config, accelerator, owner=f"fill{os.getpid()}", is_fill=True)
+    assert run.teacher is not None and run.teacher.store is not None
+    store, is_main = run.teacher.store, accelerator.is_main_process
+    log.info("the teacher's store: %s", run.store_words)
+    rows = {row.digest: row for row in [*run.held_out_rows, *run.rows]}
+    wanted = store.missing(list(rows))
+    missing = [rows[digest] for digest in wanted]
+    size = max(FILL_ROWS, run.batches.micro_batch_size, run.teacher.rows_at_once or 0)
+    groups = by_length(missing, size)[accelerator.process_index :: accelerator.num_processes]
+    try:
+        with working("the teacher reads", len(groups), is_main) as advance:
+            for group in groups:
+                run.teacher.hidden(collate([missing[i] for i in group], run.batches.pad_id))
+                advance()
+        if is_main:
+            held_out = HeldOut.build(run.held_out_rows, run.batches, accelerator.device, run.num_ids)
+            Measurer(run, held_out).teacher_answers()
+            certificate = certify(run.teacher, run.held_out_rows or run.rows, run.batches.pad_id)
+            if certificate:
+                log.info(words_of(certificate))
+            log.info(store_line(store))
+    finally:
+        store.close()
+    accelerator.wait_for_everyone()
+    if store.is_full:
+        raise MachineError(str(store.folder), "took not all rows", "Make room, or raise teacher.store_limit_gb")
+
+
+def tend(words: list[str]) -> int:
+    """Run `kdx store stat | verify | prune` → the exit code. Raises ConfigError or MachineError."""
+    parser = argparse.ArgumentParser(prog="kdx store")
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError("kdx store", message, "As in: kdx store stat teacher.store_dir=FOLDER")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.add_argument("what", choices=("stat", "verify", "prune"))
+    parser.add_argument("place", nargs="?", default="", metavar="teacher.store_dir=FOLDER")
+    parser.add_argument("--unused-days", type=float, help="prune: remove teachers that no run asked for so long")
+    args = parser.parse_args(words)
+    place = args.place.removeprefix("teacher.store_dir=") or os.environ.get("KDX_STORE") or "outputs/teacher-store"
+    root = Path(place).expanduser().resolve()
+    if not root.is_dir():
+        raise ConfigError("teacher.store_dir", f"{root} does not exist", "Name the store's folder, or set KDX_STORE")
+    teachers = sorted(file.parent for file in root.glob("*/teacher.json"))
+    if args.what == "prune":
+        return _prune(root, teachers, args.unused_days)
+    return _show(root, teachers, is_verify=args.what == "verify")
+
+
+def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> int:
+    table = Table(title=str(root), title_justify="left")
+    for column in ("teacher", "dtype", "rows", "size", "last used", "certificate", *(["damaged"] if is_verify else [])):
+        table.add_column(column, justify="right" if column in ("rows", "size", "damaged") else "left")
+    num_bad = 0
+    for folder in teachers:
+        about = _read(folder / "teacher.json")
+        found = survey(folder / "rows", is_verify=is_verify)
+        bad = found.num_bad + bool(found.num_stray_bytes) + (is_verify and not _is_whole(folder, about))
+        num_bad += bad if is_verify else 0
+        certificate = _read(folder / "certificate.json").get("stored_to_live")
+        exact = f"KL ≤ {max(certificate.values()):.2g}" if certificate else ""
+        quantised = about.get("quantization", "none")
+        dtype = about.get("dtype", "") + ("" if quantised == "none" else f", {quantised}")
+        cells = [f"{about.get('name', '?')}\n{folder.name}", dtype, f"{found.num_rows:,}", in_bytes(size_of(folder))]
+        cells += [str(about.get("used", ""))[:10], exact, *([f"{bad:,}"] if is_verify else [])]
+        table.add_row(*cells)
+    for folder in sorted((root / "students").glob("[!.]*")):
+        fault = verify(folder) if is_verify else None
+        num_bad += fault is not None
+        table.add_row(f"student {folder.name}", "", "", in_bytes(size_of(folder)), "", "", fault or "")
+    CONSOLE.print(table)
+    if num_bad:
+        mend = "Run: kdx store prune; what is damaged is then computed again when it is asked for"
+        raise MachineError(str(root), f"{num_bad} damaged", mend)
+    return 0
+
+
+def _is_whole(folder: Path, about: dict[str, Any]) -> bool:
+    head = folder / "head.safetensors"
+    return head.is_file() and digest_of(head) == about.get("head_sha256")
+
+
+def _prune(root: Path, teachers: list[Path], unused_days: float | None) -> int:
+    freed = 0
+    for folder in teachers:
+        about = _read(folder / "teacher.json")
+        age = (time.time() - (folder / "teacher.json").stat().st_mtime) / 86400
+        if unused_days is not None and age > unused_days:
+            freed += size_of(folder)
+            shutil.rmtree(folder)
+            CONSOLE.print(f"removed {about.get('name', folder.name)}, unused for {age:.0f} days", markup=False)
+        else:
+            freed += compact(folder / "rows")
+    for folder in sorted((root / "students").glob("*")):
+        if verify(folder) is not None:
+            freed += size_of(folder)
+            shutil.rmtree(folder)
+    CONSOLE.print(f"{in_bytes(freed)} freed in {root}", markup=False)
+    return 0
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return value
+    except (OSError, ValueError):
+        return {}
