@@ -4,7 +4,6 @@ No torch: it reads JSON and YAML, and runs after every job of a sweep.
 """
 
 import argparse
-import contextlib
 import glob
 import json
 import math
@@ -19,6 +18,7 @@ import yaml
 from rich.console import Console
 
 from kdx import ranking
+from kdx.durable import write_beside
 from kdx.errors import ConfigError, MachineError, together
 from kdx.ranking import COSTS, MEASURES, RANKED_BY, Comparison, Ranking, Rows, Run
 from kdx.redact import redact
@@ -333,14 +333,9 @@ def _why_apart(rankings: Sequence[Ranking]) -> list[str]:
 
 def _write(file: Path, text: str) -> None:
     """Write a whole file or none, though other jobs of the sweep may write it at the same time."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8", newline="")
-        os.replace(beside, file)
+        write_beside(file, text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         raise MachineError(
             str(file), f"cannot be written: {error.strerror}", "Choose another folder with --out"
         ) from None

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from made_runs import NUM_ROWS, write_lines, write_run, write_sweep
 
-from kdx import ranking, run_folder
+from kdx import ranking, run_folder, sweep
 from kdx.compare import FILES, compare, default_out, main, short_names
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.page import looks_of
@@ -647,8 +647,11 @@ def test_short_names():
     assert list(names.values()) == ["τ", "α", "loss", "lr", "data.seed", "train.seed"]
 
 
-def test_what_changes_no_student_is_that_of_a_run_that_goes_on():
-    assert ranking.FREE == run_folder.FREE
+def test_what_changes_no_student_is_that_of_runs_and_sweeps():
+    assert set(run_folder.FREE) <= set(ranking.FREE)
+    of_sweeps = [f"{name}." for name in sweep.NOT_IDENTITY]
+    of_sweeps += [f"{group}.{key}" for group, keys in sweep.NOT_IDENTITY_IN.items() for key in keys]
+    assert [key for key in of_sweeps if not key.startswith(ranking.FREE)] == []
 
 
 def test_torch_and_hydra_are_not_imported():
