@@ -69,8 +69,7 @@ def compare(paths: list[Path], out: Path) -> Comparison:
 
     Raises KdxError where there is nothing to compare; a damaged run is listed.
     """
-    folders, notes = find(paths)
-    comparison = compared(_named(folders), notes, out)
+    comparison = compared(*find(paths), out)
     from kdx.page import page  # matplotlib takes a while to import
 
     texts = (as_csv(comparison), as_json(comparison), as_markdown(comparison), page(comparison))
@@ -82,8 +81,11 @@ def compare(paths: list[Path], out: Path) -> Comparison:
 # Finding
 
 
-def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """The run folders in these folders and globs, each once and sorted, and what was passed over. Raises ConfigError."""
+def find(paths: Sequence[Path]) -> tuple[list[tuple[str, Path]], list[str]]:
+    """The run folders in these folders and globs, each once and with a name → and what was passed over.
+
+    Raises ConfigError. A name is the path below the folder that all share.
+    """
     if not paths:
         raise ConfigError("kdx compare", "names no runs", EXAMPLE)
     found: dict[Path, Path] = {}
@@ -100,7 +102,8 @@ def find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         raise together(missing)
     if not found:
         raise ConfigError(" ".join(map(str, paths)), "no run in it (a run has a status.json)", EXAMPLE)
-    return [found[key] for key in sorted(found)], notes
+    shared = os.path.commonpath([folder.parent for folder in found])
+    return [(printable(str(folder.relative_to(shared))), found[folder]) for folder in sorted(found)], notes
 
 
 def _is_run(folder: Path) -> bool:
@@ -128,12 +131,6 @@ def _missing(path: Path) -> ConfigError:
     near = get_close_matches(path.name, names, n=1, cutoff=0.5)
     mend = f"Did you mean {parent / near[0]}?" if near else f"{parent} has: {', '.join(names[:12]) or 'no folder'}"
     return ConfigError(str(path), "does not exist", mend)
-
-
-def _named(folders: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Each with a short name: its path below the folder that all share."""
-    shared = os.path.commonpath([str(folder.resolve().parent) for folder in folders])
-    return [(printable(str(folder.resolve().relative_to(shared))), folder) for folder in folders]
 
 
 # Reading
@@ -222,8 +219,8 @@ def _config(file: Path) -> dict[str, Any]:
             if isinstance(value, dict):
                 walk(value, prefix if key == "options" else f"{prefix}{key}.")
             else:
-                finite = not isinstance(value, float) or math.isfinite(value)
-                flat[f"{prefix}{key}"] = redact(value if finite else str(value), key)
+                plain = json.loads(json.dumps(value, default=str), parse_constant=str)  # a date or NaN becomes text
+                flat[f"{prefix}{key}"] = redact(plain, key)
 
     walk(_as_object(yaml.load(file.read_text(encoding="utf-8"), _NoAliases)), "")
     return flat
@@ -254,6 +251,8 @@ def _rows(file: Path, summary: dict[str, Any]) -> Rows:
     if not all(type(value) in (int, float) for value in values.flat):
         raise ValueError("a sum is not a number")
     counted, *columns = values.astype(float).T
+    if not (counted > 0).all():
+        raise ValueError("a row without counted tokens")
     sums = dict(zip(taken, columns, strict=True))
     for name in RANKED_BY:
         mean, told = (sums[name].sum() / counted.sum() if name in sums else None), summary["student"].get(name)

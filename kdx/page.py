@@ -201,8 +201,8 @@ def front_picture(ranking: Ranking, looks: dict[int, Look]) -> Markup | None:
     for kl, ce, look in reversed(drawn):
         size, height = (36, 3) if look.is_named else (14, 2)
         axes.scatter([kl], [ce], s=size, color=look.colour, marker=look.marker, zorder=height, linewidths=0)
-    axes.margins(x=0.1, y=0.15)
-    axes.set_xlim(right=axes.get_xlim()[1] + 0.25 * (axes.get_xlim()[1] - axes.get_xlim()[0]))  # room for labels
+    axes.margins(x=0.22, y=0.15)
+    axes.set_xlim(right=axes.get_xlim()[1] + 0.1 * (axes.get_xlim()[1] - axes.get_xlim()[0]))  # room for labels
     axes.set_xlabel("KL to the teacher (lower is nearer to it)")
     axes.set_title("CE of the labels against KL; line: Pareto front", loc="left", fontsize=9)
     _label_points(axes, drawn, [_beside(look, looks) for _, _, look in drawn], front)
@@ -230,8 +230,8 @@ def _label_points(
             box = (x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2)
             covers = sum(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
             outside = box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1
-            if best is None or covers + 3 * outside < best[0]:
-                best = (covers + 3 * outside, dx, dy, box)
+            if best is None or covers + 5 * outside < best[0]:
+                best = (covers + 5 * outside, dx, dy, box)
         assert best is not None
         taken.append(best[3])
         at = axes.transData.inverted().transform((x, y))

@@ -73,8 +73,9 @@ class Run:
 
     @property
     def point(self) -> str:
-        """What makes a student but for the seed: runs with the same point are averaged."""
+        """What makes a student, but for the seed: runs with the same point are averaged."""
         config = {key: said(value) for key, value in self.config.items() if not key.startswith((*FREE, SEED_KEY))}
+        config = {key: value for key, value in config.items() if value != "null"}  # as if it were not there
         if self.is_baseline:
             config = {key: value for key, value in config.items() if not key.startswith("loss.")}
         rows = self.summary.get("data", {}).get("fingerprint")
@@ -190,7 +191,7 @@ def said(value: Any) -> str:
     """A value of a config as a key to compare by; 1 and 1.0 are one value."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return json.dumps(value, sort_keys=True, default=str)
+    return json.dumps(value, sort_keys=True)
 
 
 def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMPLES, seed: int = SEED) -> np.ndarray:
@@ -235,8 +236,8 @@ def differing(runs: Sequence[Run]) -> list[str]:
     for key in keys:
         if not key.startswith(FREE):
             values[key] = {said(run.config.get(key)) for run in with_config if not idle(run, key)}
-    first = dict.fromkeys([*(k for k in swept(runs) if k in values), *(k for k in values if k.startswith("loss."))])
-    order = [*first, *(key for key in values if key not in first)]
+    first = [*swept(runs), "loss.temperature", "loss.alpha", *(key for key in values if key.startswith("loss."))]
+    order = dict.fromkeys([*(key for key in first if key in values), *values])
     return [key for key in order if len(values[key]) > 1]
 
 
@@ -330,21 +331,16 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def shown(value: Any) -> str:
     """A config's value as people write it, long ones cut."""
-    text = (
-        f"{value:g}"
-        if isinstance(value, float)
-        else value
-        if isinstance(value, str)
-        else json.dumps(value, default=str)
-    )
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 28 else f"…{text[-27:]}"
 
 
 def rank(points: list[Point], keys: Sequence[str]) -> None:
     """Fill in ranks, intervals and the front."""
     for measure in RANKED_BY:
-        values = {point.label: point.measures[measure] for point in points}
-        having = [(value, point) for point in points if (value := values[point.label]) is not None]
+        having = [(value, point) for point in points if (value := point.measures[measure]) is not None]
         for value, point in having:
             point.rank[measure] = 1 + sum(other < value for other, _ in having)
         if having:

@@ -19,7 +19,7 @@ import yaml
 from made_runs import NUM_ROWS, write_lines, write_run, write_sweep
 
 from kdx import ranking, run_folder, sweep
-from kdx.compare import FILES, compare, default_out, main, short_names
+from kdx.compare import FILES, compare, compared, default_out, find, main, short_names
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.page import looks_of
 from kdx.ranking import Comparison, Ranking
@@ -35,6 +35,11 @@ def six(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
 def only(comparison: Comparison) -> Ranking:
     (found,) = comparison.rankings
     return found
+
+
+def ranked(*paths: Path) -> Comparison:
+    """A comparison that writes no files."""
+    return compared(*find(paths), Path("nowhere"))
 
 
 def point(table: Ranking, label: str) -> ranking.Point:
@@ -91,7 +96,7 @@ class TestIntervals:
     def test_equal_students_are_not_distinguishable_and_differ_by_nothing(self, tmp_path):
         for name in ("one", "two"):
             write_run(tmp_path / name, optim__lr={"one": 1e-3, "two": 2e-3}[name], noise=0)
-        table = only(compare([tmp_path], tmp_path))
+        table = only(ranked(tmp_path))
         for measure in ("kl", "ce"):
             assert [p.rank[measure] for p in table.points] == [1, 1]
             assert sorted(p.to_best.get(measure) or (0, 0) for p in table.points) == [(0, 0), (0, 0)]
@@ -100,7 +105,7 @@ class TestIntervals:
     def test_what_is_clearly_worse_is_not_marked_and_what_is_close_is(self, tmp_path):
         for lr, kl in ((1e-3, 0.700), (2e-3, 0.701), (4e-3, 0.800)):
             write_run(tmp_path / f"lr-{lr}", optim__lr=lr, means={"kl": kl})
-        table = only(compare([tmp_path], tmp_path))
+        table = only(ranked(tmp_path))
         assert [p.is_best("kl") for p in table.by("kl")] == [True, True, False]
         low, high = table.by("kl")[2].to_best["kl"]
         assert 0 < low < 0.1 < high < 0.15
@@ -120,7 +125,7 @@ class TestIntervals:
             write_run(tmp_path / f"base-{lr}", loss__alpha=0.0, optim__lr=lr, means={"kl": kl}, noise=0)
             write_run(tmp_path / f"run-{lr}", loss__alpha=0.5, optim__lr=lr, means={"kl": 0.7}, noise=0)
         write_run(tmp_path / "alone", loss__alpha=0.5, optim__lr=4e-3)
-        table = only(compare([tmp_path], tmp_path))
+        table = only(ranked(tmp_path))
         for lr, difference in ((0.001, -0.2), (0.002, -0.1)):
             assert np.mean(point(table, f"α 0.5, lr {lr}").to_baseline["kl"]) == pytest.approx(difference, abs=0.02)
         assert point(table, "α 0.5, lr 0.004").to_baseline["kl"] is None
@@ -162,7 +167,7 @@ class TestRanking:
     def test_one_best_is_said_to_be_one(self, tmp_path):
         write_run(tmp_path / "a", optim__lr=1e-3, means={"kl": 0.5, "ce": 3.0})
         write_run(tmp_path / "b", optim__lr=2e-3, means={"kl": 0.6, "ce": 3.1})
-        verdict = " ".join(only(compare([tmp_path], tmp_path)).verdict)
+        verdict = " ".join(only(ranked(tmp_path)).verdict)
         assert "No single best" not in verdict
         assert "Best by KL: lr 0.001." in verdict
         assert "Best by CE: lr 0.001" in verdict
@@ -206,27 +211,45 @@ class TestRanking:
         for lr, levels in ((1e-3, (0.5, 0.9)), (2e-3, (0.71, 0.71))):
             for seed, kl in enumerate(levels):
                 write_run(tmp_path / f"{lr}-{seed}", optim__lr=lr, train__seed=seed, means={"kl": kl})
-        low, high = only(compare([tmp_path], tmp_path)).points[1].to_best["kl"]
+        low, high = only(ranked(tmp_path)).points[1].to_best["kl"]
         assert -0.02 < low < 0.01 < high < 0.04
 
     def test_other_training_rows_are_another_student(self, tmp_path):
         write_run(tmp_path / "a")
         write_run(tmp_path / "b", train__seed=1)
         edit(tmp_path / "b" / "summary.json", lambda s: s["data"].update(fingerprint="other"))
-        assert [len(p.runs) for p in only(compare([tmp_path], tmp_path)).points] == [1, 1]
+        assert [len(p.runs) for p in only(ranked(tmp_path)).points] == [1, 1]
 
     def test_a_baseline_is_one_whatever_the_rest_of_its_loss_says(self, tmp_path):
         write_run(tmp_path / "a", loss__alpha=0.0, loss__temperature=4.0)
         write_run(tmp_path / "b", loss__alpha=0.0, loss__name="jsd", train__seed=1)
         write_run(tmp_path / "c", loss__alpha=0.5)
-        comparison = compare([tmp_path], tmp_path)
+        comparison = ranked(tmp_path)
         assert {p.label: len(p.runs) for p in only(comparison).points} == {"α 0.5": 1, "baseline (alpha = 0)": 2}
         assert set(comparison.differing) == {"loss.alpha", "train.seed"}
 
     def test_one_and_one_point_nought_are_one_value(self, tmp_path):
         write_run(tmp_path / "a", loss__temperature=1)
         write_run(tmp_path / "b", loss__temperature=1.0, train__seed=1)
-        assert [len(p.runs) for p in only(compare([tmp_path], tmp_path)).points] == [2]
+        assert [len(p.runs) for p in only(ranked(tmp_path)).points] == [2]
+
+    def test_a_key_that_older_runs_lack_is_null(self, tmp_path):
+        for seed in (0, 1):
+            write_run(tmp_path / str(seed), train__seed=seed)
+        edit(tmp_path / "1" / "config.yaml", lambda c: c["teacher"].update(new=None))
+        comparison = ranked(tmp_path)
+        assert [len(p.runs) for p in only(comparison).points] == [2]
+        assert comparison.differing == ["train.seed"]
+
+    def test_config_values_of_all_kinds(self, tmp_path):
+        for i, value in enumerate(([0, 3], None, True, math.nan, [math.inf], "x" * 60, {"a": 1.5})):
+            write_run(tmp_path / str(i), student__layers=value)
+        comparison = ranked(tmp_path)
+        told = {p.label for p in only(comparison).points}
+        assert told == {
+            "layers [0, 3]", "layers null", "layers true", "layers NaN", 'layers ["Infinity"]', f"layers …{'x' * 27}",
+            "a 1.5",
+        }  # fmt: skip
 
     def test_without_a_teacher_ce_ranks_alone(self, tmp_path):
         nothing = dict.fromkeys(("kl", "reverse_kl", "agreement"))
@@ -262,7 +285,7 @@ class TestTablesApart:
     def test_teachers_without_a_digest_are_known_by_their_config(self, tmp_path):
         for name, path in (("a", "one"), ("b", "one"), ("c", "two")):
             write_run(tmp_path / name, digest=None, teacher__path=path, optim__lr={"a": 1e-3}.get(name, 2e-3))
-        assert [len(table.points) for table in compare([tmp_path], tmp_path).rankings] == [2, 1]
+        assert [len(table.points) for table in ranked(tmp_path).rankings] == [2, 1]
 
     def test_one_table_needs_no_reason(self, six):
         assert six[0].why_apart == []
@@ -283,7 +306,7 @@ class TestNeverRanked:
 
     def test_without_a_reason_it_is_said_how_far_it_is(self, tmp_path):
         write_run(tmp_path / "run", state="running")
-        (run,) = compare([tmp_path], tmp_path).not_ranked
+        (run,) = ranked(tmp_path).not_ranked
         assert run.reason == "step 57 of 208, written 2026-11-24T02:45:09+0000"
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -300,7 +323,7 @@ class TestNeverRanked:
     def test_nothing_held_out(self, tmp_path):
         write_run(tmp_path / "run")
         edit(tmp_path / "run" / "summary.json", lambda s: s["student"].update(ce=None, kl=None))
-        assert [run.reason for run in compare([tmp_path], tmp_path).not_ranked] == ["nothing was held out"]
+        assert [run.reason for run in ranked(tmp_path).not_ranked] == ["nothing was held out"]
 
     @pytest.mark.parametrize(
         ("file", "text", "why"),
@@ -326,7 +349,7 @@ class TestNeverRanked:
         (tmp_path / "bad" / file).unlink()
         if text is not None:
             (tmp_path / "bad" / file).write_bytes(text.encode("latin-1"))
-        comparison = compare([tmp_path], tmp_path)
+        comparison = ranked(tmp_path)
         (run,) = comparison.not_ranked
         assert run.name == "bad"
         assert run.reason.startswith(why)
@@ -340,6 +363,7 @@ class TestNeverRanked:
             (lambda rows: [rows[0] | {"kl": "x"}, *rows[1:]], "a sum is not a number"),
             (lambda rows: [rows[0] | {"kl": None}, *rows[1:]], "its kl is not that of summary.json"),
             (lambda rows: [], "no rows"),
+            (lambda rows: [row | {"counted": 0} for row in rows], "a row without counted tokens"),
         ],
     )
     def test_rows_that_do_not_add_up_give_no_intervals(self, tmp_path, change, why):
@@ -586,13 +610,13 @@ class TestFinding:
             [folder.parent, folder / "compare.csv"],
             sorted(folder.iterdir()),
         ):
-            assert len(compare(paths, tmp_path).runs) == 7, paths
-        assert [run.name for run in compare([one], tmp_path).runs] == [one.name]
+            assert len(ranked(*paths).runs) == 7, paths
+        assert [run.name for run in ranked(one).runs] == [one.name]
 
     def test_names_are_short_and_tell_runs_apart(self, six, tmp_path):
         write_run(tmp_path / "2026-11-24" / "02-45-09-123456", loss__alpha=0.4)
         write_run(tmp_path / "2026-11-25" / "02-45-09-123456", loss__alpha=0.5)
-        names = {run.name for run in compare([tmp_path], tmp_path).runs}
+        names = {run.name for run in ranked(tmp_path).runs}
         assert names == {"2026-11-24/02-45-09-123456", "2026-11-25/02-45-09-123456"}
 
     def test_where_the_files_go(self, six, tmp_path):
@@ -629,12 +653,12 @@ class TestFinding:
 
     def test_all_missing_paths_are_named_at_once(self, tmp_path):
         with pytest.raises(KdxError) as error:
-            compare([tmp_path / "a", tmp_path / "b"], tmp_path)
+            ranked(tmp_path / "a", tmp_path / "b")
         assert len(error.value.lines) == 2
 
     def test_a_folder_without_runs_beside_others_is_said(self, six, tmp_path):
         (tmp_path / "empty").mkdir()
-        assert compare([six[1], tmp_path / "empty"], tmp_path).notes == [f"no run in {tmp_path / 'empty'}"]
+        assert ranked(six[1], tmp_path / "empty").notes == [f"no run in {tmp_path / 'empty'}"]
 
     def test_a_place_that_cannot_be_written(self, six, tmp_path):
         (tmp_path / "file").write_text("")
