@@ -46,6 +46,10 @@ def test_torch_stays_out_of_the_door():
         "config",
         "errors",
         "redact",
+        "compare",
+        "ranking",
+        "tables",
+        "page",
     ):
         assert not top(name) & {"torch", "transformers", "accelerate", "datasets", "wandb"}, name
 

