@@ -37,6 +37,7 @@ python -m kdx teacher=NAME student=NAME          choose from the groups below
 python -m kdx -m loss.temperature=1,2,4          a sweep: commas make a run each
 python -m kdx --cfg job                          show the composed configuration and train nothing
 python -m kdx store fill KEY=VALUE ...           ask the teacher once, for all runs; store stat | verify | prune
+python -m kdx compare PATH ...                   rank runs and sweeps: a table and a page
 python -m kdx run.resume=FOLDER                  go on with a run; run.like=FOLDER starts one from its words
 
 == Groups (group=option) ==
@@ -103,6 +104,10 @@ def _main(argv: list[str]) -> int:
 
 def _command(name: str, words: list[str]) -> int:
     """Run `kdx NAME …` → its exit code. Raises KdxError."""
+    if name == "compare":
+        from kdx.compare import main as compare
+
+        return compare(words)
     if name == "store":
         if words[:1] == ["fill"]:
             args = _parsed(words[1:])

@@ -65,8 +65,8 @@ class Run:
     @property
     def comparable_with(self) -> tuple[Any, ...]:
         """What must be equal for two runs' measures to be comparable: the held-out rows and the teacher."""
-        teacher = self.summary["teacher"]
-        digest, precision = teacher.get("digest"), teacher.get("precision")
+        environment = self.summary["environment"]
+        digest, precision = environment.get("teacher_digest"), environment.get("teacher_precision")
         # A run that did not write its teacher's digest is known by what its config names.
         named = () if digest else tuple(said(self.config.get(f"teacher.{key}")) for key in ("path", "gguf_file"))
         return said(self.summary["data"].get("validation_fingerprint")), said(digest), said(precision), *named
@@ -289,7 +289,7 @@ def make_ranking(runs: Sequence[Run], keys: Sequence[str], names: dict[str, str]
     for number, point in enumerate(points, 1):
         point.number = number
     first = runs[0]
-    config, data, teacher = first.config, first.summary["data"], first.summary["teacher"]
+    config, data, environment = first.config, first.summary["data"], first.summary["environment"]
     name = str(config.get("teacher.base_model") or config.get("teacher.path") or "none")
     references = [("teacher", _measures(runs, "teacher"))]
     by_student: dict[tuple[str, ...], list[Run]] = {}
@@ -302,8 +302,8 @@ def make_ranking(runs: Sequence[Run], keys: Sequence[str], names: dict[str, str]
     return Ranking(
         fingerprint=_text(data.get("validation_fingerprint")),
         teacher=name if not name.startswith(("/", ".", "~")) else name.rstrip("/").rsplit("/", 1)[-1],
-        digest=_text(teacher.get("digest")),
-        precision=_text(teacher.get("precision")),
+        digest=_text(environment.get("teacher_digest")),
+        precision=_text(environment.get("teacher_precision")),
         num_rows=_count(data.get("num_validation_rows")),
         num_counted=_count(data.get("counted_validation_tokens")),
         points=points,

@@ -110,8 +110,9 @@ def environment(run: Prepared, folder: Path) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "processes": run.accelerator.num_processes,
         "precision": run.precision(),
-        "teacher_precision": run.teacher.precision if run.teacher else None,
-        "teacher_digest": run.teacher.identity.key if run.teacher else None,  # only runs of one teacher can be ranked
+        # Only runs of one teacher in one precision can be ranked together.
+        "teacher_precision": run.teacher.identity.precision if run.teacher else None,
+        "teacher_digest": run.teacher.identity.model if run.teacher else None,
         "git_commit": _git_commit(),
         "command": told.read_text(encoding="utf-8").strip() if told.is_file() else None,
     }

@@ -44,7 +44,16 @@ class Identity:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return _sha256(json.dumps(asdict(self), sort_keys=True))[:16]
+
+    @property
+    def model(self) -> str:
+        """The teacher itself, whatever it computes in."""
+        return _sha256(self.weights + self.tokenizer)[:16]
+
+    @property
+    def precision(self) -> str:
+        return self.dtype if self.quantization == "none" else f"{self.quantization}, {self.dtype}"
 
 
 @dataclass

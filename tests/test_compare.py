@@ -404,7 +404,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         edit(run / "config.yaml", lambda c, i=i: c["optim"]["options"].update({f"x{HOSTILE}": f"=cmd|{i}"}))
         edit(run / "samples.json", lambda s: s[0]["prompt"][0].update(role=HOSTILE, content=HOSTILE))
         edit(run / "summary.json", lambda s: s["data"].update(validation_fingerprint=HOSTILE))
-    edit(run / "summary.json", lambda s: s["teacher"].update(digest=HOSTILE, precision=HOSTILE))
+    edit(run / "summary.json", lambda s: s["environment"].update(teacher_digest=HOSTILE, teacher_precision=HOSTILE))
     write_run(place / "failed", state="failed", reason=HOSTILE)
     compare([place], place)
     return {name: (place / name).read_text(encoding="utf-8") for name in FILES}
