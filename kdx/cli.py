@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kdx import __version__
-from kdx.composition import as_tree, compose, compose_points, preflight, register_resolver, to_config
+from kdx.composition import Plan, as_tree, compose, compose_points, preflight, register_resolver, to_config
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.folders import Source, groups_in, origins
 from kdx.redact import redact
@@ -81,25 +81,51 @@ def _main(argv: list[str]) -> int:
     words = _recalled(words, args)
     source = Source(args.config_dir, args.config_path, args.config_name)
     only_shows = args.help or args.hydra_help or args.info or args.cfg
+    plan = Plan([])
     if not args.shell_completion and (words or source != Source() or not only_shows):
-        words += [word for word in preflight(words, source, args.multirun) if word not in words]
+        plan = preflight(words, source, args.multirun)
+        words += [word for word in plan.added if word not in words]
     if args.help:
         groups = sorted(groups_in(source.roots()).items())
         print(HELP.format(groups="\n".join(f"{group}: {', '.join(options)}" for group, options in groups)))
         return 0
     if os.environ.get("RANK", "0") != "0" and not only_shows:
         words.append(f"hydra.run.dir={_scratch()}")  # rank 0's folder is the run's; distill tells the others
-    sys.argv = [sys.argv[0], *_flags(args), *words]
     register_resolver()
-    try:
-        hydra.main(config_path="pkg://kdx.conf", config_name="config", version_base="1.3")(run_job)()
-    except OSError as error:  # Hydra makes the folders of runs and sweeps; what happens in a job is caught there
-        raise MachineError(str(error.filename or "outputs"), f"{error.strerror}", "Choose another folder") from None
+    is_main = os.environ.get("RANK", "0") == "0" and not only_shows
+    if plan.baseline and not only_shows:
+        if is_main:
+            baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
+            print(f"kdx: {plan.num_points} points + {baselines}; sweep.baseline=false leaves it out", flush=True)
+        _hydra([*_flags(args), *plan.baseline])
+    _hydra([*_flags(args), *words])
+    if is_main and plan.sweep_dir and plan.sweep_dir.is_dir():
+        _compare(plan.sweep_dir, is_told=True)
     if _failures:
         failed = dict.fromkeys(_failures)  # equal points share a folder
         print(f"kdx: {len(failed)} job(s) of the sweep failed:", *failed, sep="\n  ", file=sys.stderr)
         return 5
     return 0
+
+
+def _hydra(words: list[str]) -> None:
+    """Have Hydra run one job, or all of a sweep."""
+    sys.argv = [sys.argv[0], *words]
+    try:
+        hydra.main(config_path="pkg://kdx.conf", config_name="config", version_base="1.3")(run_job)()
+    except OSError as error:  # Hydra makes the folders of runs and sweeps; what happens in a job is caught there
+        raise MachineError(str(error.filename or "outputs"), f"{error.strerror}", "Choose another folder") from None
+
+
+def _compare(sweep_dir: Path, *, is_told: bool) -> None:
+    """Write the comparison of a sweep as far as it has come; what goes wrong there is not the sweep's."""
+    from kdx.compare import compare
+    from kdx.compare import main as tell
+
+    try:
+        _ = tell([str(sweep_dir)]) if is_told else compare([sweep_dir], sweep_dir)
+    except Exception as error:
+        print(f"kdx: no comparison of {sweep_dir} yet: {' '.join(str(error).split())[:200]}", file=sys.stderr)
 
 
 def _command(name: str, words: list[str]) -> int:
@@ -167,6 +193,8 @@ def run_job(cfg: DictConfig) -> float:
         sys.exit(code)
     if code:
         _failures.append(f"{run_dir} (exit code {code})")
+    if is_sweep and os.environ.get("RANK", "0") == "0":
+        _compare(run_dir.parent, is_told=False)
     return measure
 
 

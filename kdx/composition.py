@@ -53,15 +53,22 @@ def compose(overrides: list[str] | None = None, config_dir: str | None = None) -
 def compose_points(words: list[str], source: Source) -> list[Config]:
     """Compose every point of a sweep, or the one run that the words describe. Raises ConfigError."""
     composer = Composer(source)
-    points = [composer.point(composer.parsed(point)) for point in sweep.points(composer.parsed(words))]
-    faults = [fault for point in points for fault in point.faults]
-    if faults:
-        raise together(faults)
-    return [point.config() for point in points]
+    return [point.config() for point in _checked(composer, composer.parsed(words))]
 
 
-def preflight(words: list[str], source: Source, is_multirun: bool = False) -> list[str]:
-    """Check every word and every point of a sweep before anything runs → the words to add to those typed.
+@dataclass
+class Plan:
+    """What a command line amounts to: the words to add to those typed, and for a sweep what is run."""
+
+    added: list[str]
+    num_points: int = 1
+    baseline: list[str] = field(default_factory=list)  # all words of the baseline's own sweep; none if there is none
+    num_baselines: int = 0
+    sweep_dir: Path | None = None
+
+
+def preflight(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
+    """Check every word and every point of a sweep before anything runs → what is to be run.
 
     Raises one ConfigError with a line for each thing that is wrong.
     """
@@ -69,27 +76,44 @@ def preflight(words: list[str], source: Source, is_multirun: bool = False) -> li
     typed = composer.parsed(words)
     hydra_part = composer.hydra_part(typed)
     is_sweep = is_multirun or (hydra_part.mode is not None and hydra_part.mode.name == "MULTIRUN")
+    params: dict[Any, Any] = {}
     if is_sweep:
-        params = OmegaConf.to_container(hydra_part.sweeper.get("params") or OmegaConf.create({}))
-        typed = composer.parsed([*(f"{key}={value}" for key, value in dict(params).items()), *words])  # type: ignore[arg-type]
+        params = dict(OmegaConf.to_container(hydra_part.sweeper.get("params") or OmegaConf.create({})))  # type: ignore[arg-type]
+        typed = composer.parsed([*(f"{key}={value}" for key, value in params.items()), *words])
     else:
         _refuse_sweep(typed)
+    points = _checked(composer, typed)
+    freed = list(points[0].freed)
+    if any(point.freed != freed for point in points):
+        raise ConfigError("train.max_steps and train.epochs", "some points of the sweep set one, some both", "Type one")
+    if not is_sweep:
+        return Plan(freed)
+    keys, configs = sweep.swept_keys(typed), [point.config() for point in points]
+    named = any(override.key_or_group == "sweep.name" for override in typed)
+    name = [] if named else [f"sweep.name={sweep.sweep_name(keys, configs)}"]
+    added = [*freed, *name, f"sweep.keys=[{','.join(keys)}]"]
+    sweep_dir = composer.hydra_part([*typed, *composer.parsed(name)]).sweep.dir
+    plan = Plan(added, len(points), sweep_dir=Path(str(sweep_dir)))
+    own = str(hydra_part.sweeper.get("_target_", "")).endswith(".BasicSweeper")
+    if own and all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha > 0 for c in configs):
+        baseline = sweep.baseline_words(typed)
+        without = [point.config() for point in _checked(composer, composer.parsed(baseline))]
+        plan.num_baselines = sweep.missing_baselines(configs, without)
+        if plan.num_baselines:
+            plan.baseline = [*baseline, *(["hydra.sweeper.params=null"] if params else []), *added]
+    return plan
+
+
+def _checked(composer: "Composer", words: list[Override]) -> list[Point]:
+    """Compose every point of a sweep, or the one run that the words describe. Raises ConfigError with all faults."""
     try:
-        points = [composer.point(composer.parsed(point)) for point in sweep.points(typed)]
+        points = [composer.point(composer.parsed(point)) for point in sweep.points(words)]
     except HydraException as error:
         raise ConfigError("command line", _one_line(error), "Quote lists: 'key=[a,b]'") from None
     faults = [fault for point in points for fault in point.faults]
     if faults:
         raise together(faults)
-    freed = list(points[0].freed)
-    if any(point.freed != freed for point in points):
-        raise ConfigError("train.max_steps and train.epochs", "some points of the sweep set one, some both", "Type one")
-    if not is_sweep:
-        return freed
-    keys = sweep.swept_keys(typed)
-    named = any(override.key_or_group == "sweep.name" for override in typed)
-    name = [] if named else [f"sweep.name={sweep.sweep_name(keys, [point.config() for point in points])}"]
-    return [*freed, *name, f"sweep.keys=[{','.join(keys)}]"]
+    return points
 
 
 def _refuse_sweep(words: list[Override]) -> None:
@@ -127,11 +151,11 @@ class Composer:
         return overrides
 
     def hydra_part(self, words: list[Override]) -> DictConfig:
-        """Hydra's own part of the config, for the first values of a sweep."""
+        """Hydra's own part of the config, and what it reads of `sweep`, for the first values of a sweep."""
         choices, _ = self._choices(words)
         cfg = copy.deepcopy(self._base(choices))
         for word in words:
-            if word.key_or_group.startswith("hydra.") and not self._is_choice(word):
+            if word.key_or_group.startswith(("hydra.", "sweep.")) and not self._is_choice(word):
                 _apply(word, cfg, [])
         return cfg.hydra
 

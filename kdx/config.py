@@ -253,6 +253,8 @@ class RunConfig:
 class SweepConfig:
     name: str | None = matching(SAFE_NAME, "letters, digits and . _ -, beginning with a letter or digit")
     """Name of the sweep; null is made of the swept keys and a short hash of the rest."""
+    baseline: bool
+    """Run alpha = 0 too, once for each setting of what is swept besides the loss."""
     keys: list[str]
     """The swept keys; filled in by kdx."""
 

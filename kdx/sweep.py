@@ -54,7 +54,7 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
 def job_name(keys: list[str], config: Config) -> str:
     """A job's name: its point and a short hash of its typed config, as temperature-2_alpha-0.7_1a2b3c."""
     tree = asdict(config)
-    parts = []
+    parts = ["baseline"] if config.loss.alpha == 0 and "loss.alpha" not in keys else []
     for key in keys:
         if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
             continue  # without a distillation term the rest of `loss` says nothing
@@ -64,6 +64,16 @@ def job_name(keys: list[str], config: Config) -> str:
         is_part = key.split(".")[0] in tree  # an experiment is told by the hash
         parts.append(f"{_short(key)}-{_safe(str(_whole(value)))}" if is_part else _safe(key))
     return "_".join([*parts, _digest(identity(config))])
+
+
+def baseline_words(words: list[Override]) -> list[str]:
+    """The same sweep without a teacher: what is typed of the loss gives way to alpha = 0."""
+    return [*(str(w.input_line) for w in words if w.key_or_group.split(".")[0] != "loss"), "loss.alpha=0"]
+
+
+def missing_baselines(points: list[Config], baselines: list[Config]) -> int:
+    """How many distinct baselines are not among the points themselves."""
+    return len({_digest(identity(config)) for config in baselines} - {_digest(identity(c)) for c in points})
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def test_typing_steps_frees_epochs_and_the_reverse(words, added, composer):
 
 
 def test_a_sweep_over_epochs_frees_steps():
-    added = preflight(["train.epochs=1,2", "sweep.name=x"], Source(), True)
+    added = preflight(["train.epochs=1,2", "sweep.name=x"], Source(), True).added
     assert added == ["train.max_steps=null", "sweep.keys=[train.epochs]"]
 
 
@@ -290,7 +290,7 @@ def test_a_config_of_ones_own_searches_in_no_package():
 
 
 def test_what_only_a_person_may_ask_for_is_obeyed_when_typed():
-    assert preflight(["+hydra.job.env_set.A=b", "hydra.run.dir=/elsewhere/x"], Source()) == []
+    assert preflight(["+hydra.job.env_set.A=b", "hydra.run.dir=/elsewhere/x"], Source()).added == []
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_coming_back_takes_the_runs_words_and_lays_what_is_typed_over_them():
 
 def test_coming_back_to_a_job_of_a_sweep_is_one_run():
     words = ["experiment=temperature_alpha", "loss.temperature=2", "loss.alpha=0.3", "sweep.name=s"]
-    assert preflight([*words, "hydra.mode=RUN"], Source()) == []
+    assert preflight([*words, "hydra.mode=RUN"], Source()).added == []
 
 
 def test_coming_back_finds_the_folder_of_options_again(monkeypatch):

@@ -138,10 +138,10 @@ def test_names_are_the_same_on_any_day(composer):
 
 
 def test_a_sweep_as_a_file_is_the_sweep_as_typed():
-    typed = preflight(["loss.temperature=1,2,4", "loss.alpha=0.3,0.7"], Source(), True)
-    assert preflight(["experiment=temperature_alpha"], Source()) == typed
+    typed = preflight(["loss.temperature=1,2,4", "loss.alpha=0.3,0.7"], Source(), True).added
+    assert preflight(["experiment=temperature_alpha"], Source()).added == typed
     assert typed[-1] == "sweep.keys=[loss.temperature,loss.alpha]"
-    fewer = preflight(["experiment=temperature_alpha", "loss.temperature=3"], Source())
+    fewer = preflight(["experiment=temperature_alpha", "loss.temperature=3"], Source()).added
     assert fewer[-1] == "sweep.keys=[loss.alpha]"
 
 
