@@ -1,0 +1,295 @@
+"""W&B's real client in real kdx processes: online against a stand-in for the server, offline, and in trouble."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from standins import write_dialogpt, write_pairs
+from wandb.sdk.launch.sweeps import utils as agent
+from wandb_server import KEY, Server, StoredRun
+
+from kdx.cli import compose
+from kdx.folders import CONF
+from kdx.optim import optimizer_class
+
+SECRET = "hf_abcdefgh12345678"
+NOBODY = "http://127.0.0.1:9"  # the discard port
+PLUGIN = '''
+import os, signal, urllib.request
+from kdx.loss import forward_kl, register
+
+calls = 0
+
+def at(call, do):
+    global calls
+    calls += 1
+    if calls == call:
+        do()
+
+@register
+def stops(student, teacher):
+    at(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    return forward_kl(student, teacher)
+
+@register
+def loses_the_server(student, teacher):
+    at(6, lambda: urllib.request.urlopen(os.environ["WANDB_BASE_URL"] + "/vanish", b"", timeout=60))
+    return forward_kl(student, teacher)
+
+@register
+def fussy(student, teacher, most: float = 9.0):
+    """Forward KL that breaks for some points of a sweep."""
+    if len(student) > 2 and most < 1:
+        raise RuntimeError("most is too small")
+    return forward_kl(student, teacher)
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to type commands in: models, data, plug-ins, and a git repository with a change in it."""
+    folder = tmp_path_factory.mktemp("wandb")
+    write_dialogpt(folder / "medium", 4, 32, pickled=False)
+    write_dialogpt(folder / "small", 2, 16, pickled=False, seed=1)
+    write_pairs(folder / "pairs.jsonl")
+    (folder / "plugin.py").write_text(PLUGIN)
+    git = ["git", "-c", "user.name=me", "-c", "user.email=me@example.com"]
+    for words in (["init", "-q"], ["add", "plugin.py"], ["commit", "-qm", "begun"]):
+        subprocess.run([*git, *words], cwd=folder, check=True)
+    (folder / "plugin.py").write_text(PLUGIN + "# changed since\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+def run(place: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python module with nothing of W&B's from outside."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HF_", "KDX_"))}
+    clean |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NETRC": "none", "KDX_PLUGINS": "plugin"}
+    clean |= {f"WANDB_{name}_DIR": str(place / "home") for name in ("CONFIG", "CACHE", "DATA")}
+    clean |= {"WANDB_ERROR_REPORTING": "false"}
+    command = (sys.executable, "-m", *command)
+    return subprocess.run(
+        command, cwd=place, env=clean | environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def kdx(place: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run kdx on the small models; words come after those of every test."""
+    base = ["teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=pairs", "optim.lr=1e-2"]
+    base += ["data.path=pairs.jsonl", "data.validation=8", "train.max_steps=8", "train.batch_size=4"]
+    base += ["train.log_every=1"]
+    resumes = any(word.startswith("run.resume=") for word in words)
+    return run(place, "kdx", *([] if resumes else base), *words, **environment)
+
+
+def sync(place: Path, server: Server, told: str) -> None:
+    """Do as kdx said: the last `wandb sync FOLDER` among its lines."""
+    _, said = told.rsplit("wandb sync ", 1)
+    done = run(place, "wandb", "sync", *shlex.split(said.splitlines()[0]), **server.environment)
+    assert done.returncode == 0, done.stderr
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def stored(server: Server, run_dir: Path) -> StoredRun:
+    return server.runs[(run_dir / "wandb_id.txt").read_text().strip()]
+
+
+def steps(stored_run: StoredRun) -> list[int]:
+    return [row["_step"] for row in stored_run.history if "train/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def online(place: Path, server: Server) -> StoredRun:
+    """A plain run online, with secrets among its words, as the server has it."""
+    words = ["loss.temperature=3", "hydra.run.dir=outputs/online", f"tracking.notes={SECRET}"]
+    words += ["tracking.tags=[one,open sesame]"]
+    told = kdx(place, *words, WANDB_TAGS="two", MY_TOKEN="open sesame", **server.environment)
+    assert told.returncode == 0, told.stderr
+    kept = stored(server, place / "outputs" / "online")
+    assert f"W&B: {server.url}/team/kdx/runs/{kept.id}" in told.stdout
+    return kept
+
+
+def test_a_run_online(place: Path, online: StoredRun) -> None:
+    """All of a run arrives: what it is called and belongs to, config, curves over tokens, final figures, samples."""
+    kept, run_dir = online, place / "outputs" / "online"
+    assert kept.exit_codes == [0]
+    assert kept.about["displayName"].startswith("teacher=hf ")
+    assert "loss.temperature=3" in kept.about["displayName"]
+    assert kept.about["jobType"] == "student"
+    assert not kept.about.get("groupName")
+    assert set(kept.about["tags"]) == {"one", "two", "[redacted]"}
+    assert kept.about["notes"] == "[redacted]"
+
+    assert kept.config["loss"]["temperature"] == 3
+    assert kept.config["student"]["path"] == "small"
+    told_metrics = kept.config["_wandb"]["m"]
+    names = [metric.get("1") for metric in told_metrics]
+    (every,) = (metric for metric in told_metrics if metric.get("2") == "*")
+    assert names[every["5"] - 1] == "tokens"  # an index from 1
+
+    logged = lines(run_dir / "metrics.jsonl")
+    assert steps(kept) == [line["step"] for line in logged if "train/loss" in line] == list(range(1, 9))
+    for key in ("tokens", "train/loss", "train/kd", "train/ce", "eval/kl"):
+        assert [row[key] for row in kept.history if key in row and "train/loss" in row] == [
+            line[key] for line in logged if key in line and "train/loss" in line
+        ]
+    assert all("tokens" in row for row in kept.history)
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for name, part in (("eval", "student"), ("untouched", "untouched"), ("teacher", "teacher")):
+        for measure in ("ce", "kl", "reverse_kl", "agreement", "accuracy", "perplexity", "num_parameters"):
+            assert kept.summary.get(f"{name}/{measure}") == summary[part][measure]
+    assert kept.summary["run/tokens"] == summary["run"]["tokens"]
+    assert (kept.summary["alpha"], kept.summary["temperature"]) == (0.7, 3)
+
+    (table,) = (json.loads(file) for name, file in kept.files.items() if name.startswith("media/table/samples"))
+    assert table["columns"] == ["prompt", "reference", "teacher", "untouched", "student"]
+    samples = json.loads((run_dir / "samples.json").read_text())
+    assert [row[-1] for row in table["data"]] == [sample["student"] for sample in samples]
+
+
+def test_neither_secrets_nor_code_leave_the_machine(server: Server, online: StoredRun) -> None:
+    """Whatever was sent, in any request: a typed token, one of the environment, W&B's own key, uncommitted lines."""
+    assert b"loss.temperature=3" in online.files["wandb-metadata.json"]  # the command is kept, but not …
+    everything = b"".join(server.received)
+    for secret in (SECRET, "open sesame", KEY, "changed since"):
+        assert secret.encode() not in everything
+    assert not [name for name in online.files if "diff" in name or "code" in name]
+
+
+def test_a_sweep_online(place: Path, server: Server) -> None:
+    """One group of students and the baseline; the job that fails is marked failed, and none bleeds into the next."""
+    words = ["-m", "loss.alpha=0,0.7", "+loss.most=0,2", "loss.name=fussy", "sweep.name=group", "train.max_steps=2"]
+    told = kdx(place, *words, **server.environment)
+    assert told.returncode == 5, told.stderr
+    arrived = {
+        kept.about["displayName"]: kept for kept in server.runs.values() if kept.about.get("groupName") == "group"
+    }
+    assert {name.rsplit("_", 1)[0]: (kept.about["jobType"], kept.exit_codes) for name, kept in arrived.items()} == {
+        "alpha-0": ("baseline", [0]),
+        "alpha-0.7_most-0": ("student", [1]),
+        "alpha-0.7_most-2": ("student", [0]),
+    }
+    failed = next(kept for name, kept in arrived.items() if "most-0" in name)
+    assert failed.summary["alpha"] == 0.7
+    assert "eval/kl" not in failed.summary
+    assert all((place / "outputs/sweeps/group" / name / "status.json").is_file() for name in arrived)
+
+
+def test_a_stopped_run_goes_on_in_its_wandb_run(place: Path, server: Server) -> None:
+    words = ["loss.name=stops", "hydra.run.dir=outputs/stopped"]
+    told = kdx(place, *words, **server.environment)
+    assert told.returncode == 143, told.stderr
+    kept = stored(server, place / "outputs" / "stopped")
+    assert kept.exit_codes == [143]
+    before = steps(kept)
+    assert 0 < len(before) < 8
+    known = set(server.runs)
+    resume = next(word for word in told.stdout.split() if word.startswith("run.resume="))
+    went_on = kdx(place, resume, **server.environment)
+    assert went_on.returncode == 0, went_on.stderr
+    assert set(server.runs) == known
+    assert kept.exit_codes == [143, 0]
+    assert steps(kept) == list(range(1, 9))
+    tokens = {line["step"]: line["tokens"] for line in lines(place / "outputs" / "stopped" / "metrics.jsonl")}
+    assert [row["tokens"] for row in kept.history if "train/loss" in row] == list(tokens.values())
+
+
+@pytest.fixture(scope="module")
+def without(place: Path) -> dict[str, torch.Tensor]:
+    """The student of the same run without W&B."""
+    told = kdx(place, "tracking.mode=disabled", "hydra.run.dir=outputs/without")
+    assert told.returncode == 0, told.stderr
+    return load_file(place / "outputs/without/student/model.safetensors")
+
+
+def test_a_server_that_vanishes_costs_nothing_but_the_wait(place: Path, without: dict[str, torch.Tensor]) -> None:
+    """The server falls silent in mid-run: the same student, an end in time, and a line that uploads the rest."""
+    with Server() as server:
+        patience = {"WANDB_FINISH_TIMEOUT": "3", "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
+        told = kdx(place, "loss.name=loses_the_server", "hydra.run.dir=outputs/lost", **server.environment, **patience)
+        waited = time.time() - (place / "outputs/lost/summary.json").stat().st_mtime
+        assert told.returncode == 0, told.stderr
+        assert "Traceback" not in told.stderr
+        assert 3 <= waited < 3 + 10
+        assert told.stdout.count("W&B: Timed out") == 1
+        student = load_file(place / "outputs/lost/student/model.safetensors")
+        assert all(torch.equal(student[name], weight) for name, weight in without.items())
+        assert json.loads((place / "outputs/lost/status.json").read_text())["state"] == "done"
+        kept = stored(server, place / "outputs/lost")
+        assert kept.exit_codes == []
+        assert len(steps(kept)) < 8
+        server.answering.set()
+        sync(place, server, told.stdout)
+        assert steps(kept) == list(range(1, 9))
+        assert kept.exit_codes[-1] == 0
+
+
+def test_a_server_that_is_absent_at_start(place: Path, server: Server, without: dict[str, torch.Tensor]) -> None:
+    """One line, and the run is kept offline; stopped and gone on with, both parts become one run when uploaded."""
+    absent = {"WANDB_BASE_URL": NOBODY, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "2"}
+    told = kdx(place, "loss.name=stops", "hydra.run.dir=outputs/absent", **absent)
+    assert told.returncode == 143, told.stderr
+    assert "Traceback" not in told.stderr
+    assert told.stdout.count("W&B cannot be reached") == 1
+    run_dir = place / "outputs" / "absent"
+    went_on = kdx(place, f"run.resume={run_dir}", WANDB_MODE="offline")
+    assert went_on.returncode == 0, went_on.stderr
+    student = load_file(run_dir / "student" / "model.safetensors")
+    assert all(torch.equal(student[name], weight) for name, weight in without.items())
+    run_id = (run_dir / "wandb_id.txt").read_text().strip()
+    assert len(list(place.glob(f"outputs/wandb/offline-run-*-{run_id}"))) == 2
+    assert not list(place.glob(f"outputs/wandb/run-*-{run_id}"))
+    done = run(place, "wandb", "sync", *map(str, place.glob("outputs/wandb/offline-run-*")), **server.environment)
+    assert done.returncode == 0, done.stderr
+    assert steps(server.runs[run_id]) == list(range(1, 9))
+
+
+def test_an_offline_sweep_is_uploaded_by_one_command(place: Path, server: Server) -> None:
+    told = kdx(place, "-m", "loss.temperature=1,2", "sweep.name=offline", "train.max_steps=2", WANDB_MODE="offline")
+    assert told.returncode == 0, told.stderr
+    done = run(place, "wandb", "sync", "outputs/sweeps/offline/wandb", **server.environment)
+    assert done.returncode == 0, done.stderr
+    arrived = [kept for kept in server.runs.values() if kept.about.get("groupName") == "offline"]
+    assert sorted(kept.summary["temperature"] for kept in arrived) == [1, 2]
+    for kept in arrived:
+        assert kept.exit_codes == [0]
+        assert kept.about["jobType"] == "student"
+        summary = place / "outputs/sweeps/offline" / kept.about["displayName"] / "summary.json"
+        assert kept.summary["eval/kl"] == json.loads(summary.read_text())["student"]["kl"]
+
+
+def test_the_sweep_for_wandb_agents_drives_the_same_command_line() -> None:
+    """W&B's own code makes the agent's command of the YAML; its words compose."""
+    config = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text(encoding="utf-8"))
+    assert config["metric"]["name"] == "eval/kl"
+    values = {
+        key: {"value": node["values"][-1] if "values" in node else node["max"]}
+        for key, node in config["parameters"].items()
+    }
+    made = agent.create_sweep_command_args({"args": values})
+    command = agent.create_sweep_command(config["command"])
+    words = [word for part in command for word in made.get(part.strip("${}"), [part])]
+    assert words[:4] == ["${env}", "python", "-m", "kdx"]
+    composed = compose(words[4:])
+    assert composed.loss.temperature == values["loss.temperature"]["value"]
+    assert composed.loss.alpha == values["loss.alpha"]["value"]
+    assert issubclass(optimizer_class(composed.optim), object)
