@@ -8,6 +8,7 @@ import secrets
 import shlex
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from kdx.redact import redact
 
 log = logging.getLogger("kdx")
 CONSOLE = Console(soft_wrap=True, highlight=False)
+PATIENCE = 5  # seconds for the table of samples to be taken by W&B
 SETTINGS = {  # of the W&B client; a variable such as WANDB_FINISH_TIMEOUT wins over its line here
     "save_code": False,  # neither code nor diffs
     "console": "off",
@@ -132,7 +134,8 @@ class Tracker:
         self.wandb_line = f"W&B: offline; to upload: {self.sync}" if run.offline else f"W&B: {run.url}"
         self._tell(lambda run: run.define_metric("tokens", hidden=True))
         self._tell(lambda run: run.define_metric("*", step_metric="tokens"))
-        self._tell(lambda run: run.summary.update(alpha=config.loss.alpha, temperature=config.loss.temperature))
+        columns = {"alpha": config.loss.alpha, "temperature": config.loss.temperature}
+        self._tell(lambda run: run.summary.update(columns))
 
     def _open(self, mode: str, run_dir: Path, wandb_dir: Path, name: str, config: Config) -> Any:
         import wandb
@@ -224,8 +227,10 @@ class Tracker:
 
             run.log({"samples": wandb.Table(columns=columns, data=data)})
 
-        if samples:
-            self._tell(told)
+        if samples and self.wandb is not None:  # the client asks the server first, and a lost one keeps it waiting
+            thread = threading.Thread(target=self._tell, args=(told,), daemon=True)
+            thread.start()
+            thread.join(PATIENCE)
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Set plain final scalars: what dashboards compare and a W&B sweep optimises."""
