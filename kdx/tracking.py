@@ -130,14 +130,15 @@ class Tracker:
         except Exception as error:  # W&B's trouble is not the run's
             log.warning("W&B is off for this run: %s", _short(error))
             return
-        self.sync = shlex.join(["wandb", "sync", str(Path(run.dir).parent)])
+        which = [] if run.offline else ["--include-online"]  # without it `wandb sync` passes over such a run
+        self.sync = shlex.join(["wandb", "sync", *which, str(Path(run.dir).parent)])
         self.wandb_line = f"W&B: offline; to upload: {self.sync}" if run.offline else f"W&B: {run.url}"
         self._tell(lambda run: run.define_metric("tokens", hidden=True))
         self._tell(lambda run: run.define_metric("*", step_metric="tokens"))
         columns = {"alpha": config.loss.alpha, "temperature": config.loss.temperature}
         self._tell(lambda run: run.summary.update(columns))
 
-    def _open(self, mode: str, run_dir: Path, wandb_dir: Path, name: str, config: Config) -> Any:
+    def _open(self, mode: Any, run_dir: Path, wandb_dir: Path, name: str, config: Config) -> Any:
         import wandb
 
         wandb_dir.mkdir(parents=True, exist_ok=True)
@@ -155,16 +156,14 @@ class Tracker:
                 "config": asdict(config),
             }
         )
-        told |= {
-            "dir": str(wandb_dir.parent),
-            "id": kept.read_text().strip() if kept.is_file() else secrets.token_hex(4),
-        }
+        told["dir"] = str(wandb_dir.parent)
+        told["id"] = kept.read_text().strip() if kept.is_file() else secrets.token_hex(4)
         chosen = {key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in environment}
+        told["settings"] = wandb.Settings(**chosen)
         environment["WANDB_SILENT"] = "true"
         with _redacted_argv():
             try:
-                resume = "allow" if mode == "online" else None
-                run = wandb.init(mode=mode, resume=resume, settings=wandb.Settings(**chosen), **told)
+                run = wandb.init(mode=mode, resume="allow" if mode == "online" else None, **told)
             except Exception as error:
                 if mode == "offline":
                     raise
@@ -173,7 +172,7 @@ class Tracker:
                     wandb.teardown()  # else the client holds the id
                 for empty in wandb_dir.glob(f"run-*-{told['id']}"):  # it would make `wandb sync` of many runs fail
                     shutil.rmtree(empty, ignore_errors=True)
-                run = wandb.init(mode="offline", settings=wandb.Settings(**chosen), **told)
+                run = wandb.init(mode="offline", **told)
         kept.write_text(run.id + "\n")  # an agent of a W&B sweep chooses the id itself
         return run
 

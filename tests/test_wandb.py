@@ -93,7 +93,7 @@ def kdx(place: Path, *words: str, **environment: str) -> subprocess.CompletedPro
 
 
 def sync(place: Path, server: Server, told: str) -> None:
-    """Do as kdx said: the last `wandb sync FOLDER` among its lines."""
+    """Do as kdx said: the last `wandb sync …` among its lines."""
     _, said = told.rsplit("wandb sync ", 1)
     done = run(place, "wandb", "sync", *shlex.split(said.splitlines()[0]), **server.environment)
     assert done.returncode == 0, done.stderr
