@@ -165,7 +165,7 @@ class Tracker:
             try:
                 run = wandb.init(mode=mode, resume="allow" if mode == "online" else None, **told)
             except Exception as error:
-                if mode == "offline":
+                if mode == "offline" or isinstance(error, ValueError):  # such as a tag that is too long
                     raise
                 log.warning("W&B cannot be reached (%s); this run is kept offline", _short(error))
                 with suppress(SystemExit):  # how it ends when its service failed; a signal is kept for the loop
@@ -270,7 +270,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _short(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:120]
+    return " ".join((str(error) or type(error).__name__).split())[:160]
 
 
 def wandb_mode(asked: str) -> Any:

@@ -20,6 +20,7 @@ from wandb_server import KEY, Server, StoredRun
 from kdx.cli import compose
 from kdx.folders import CONF
 from kdx.optim import optimizer_class
+from kdx.run_folder import RunFolder
 
 SECRET = "hf_abcdefgh12345678"
 NOBODY = "http://127.0.0.1:9"  # the discard port
@@ -197,8 +198,10 @@ def test_a_stopped_run_goes_on_in_its_wandb_run(place: Path, server: Server) -> 
     first = len(steps(kept))
     assert 0 < first < 7
     resume = next(word for word in told.stdout.split() if word.startswith("run.resume="))
+    asked = server.asked.count("RunResumeStatus")
     online = kdx(place, resume, EVENT="stop", **server.environment)
     assert online.returncode == 143, online.stderr
+    assert server.asked.count("RunResumeStatus") == asked + 1
     assert kept.exit_codes == [143, 143]
     assert steps(kept) == list(range(1, 2 * first + 1))
     offline = kdx(place, resume, WANDB_MODE="offline")
@@ -239,6 +242,14 @@ def test_a_server_that_vanishes_costs_nothing_but_the_wait(place: Path, without:
         sync(place, server, told.stdout)
         assert steps(kept) == list(range(1, 9))
         assert kept.exit_codes[-1] == 0
+
+
+def test_a_signal_while_wandb_closes_leaves_a_done_run_done(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(SystemExit), folder.reporting(is_main=True):
+        folder.write_status("done", "", is_main=True)
+        raise SystemExit(143)
+    assert folder.status()["state"] == "done"
 
 
 def test_a_sweep_without_a_server_is_uploaded_by_one_command(place: Path, server: Server) -> None:
