@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folder / "pairs.jsonl")
     (folder / "plugin.py").write_text(PLUGIN)
     git = ["git", "-c", "user.name=me", "-c", "user.email=me@example.com"]
-    for words in (["init", "-q"], ["add", "plugin.py"], ["commit", "-qm", "begun"]):
+    for words in (["init", "-q"], ["add", "plugin.py"], ["commit", "-qm", "begun"]) if shutil.which("git") else ():
         subprocess.run([*git, *words], cwd=folder, check=True)
     (folder / "plugin.py").write_text(PLUGIN + "# changed since\n")
     return folder
