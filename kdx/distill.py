@@ -90,7 +90,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     exit_code = 1
     try:
         name = folder.name(config)
-        tracker.start_wandb(folder.path, folder.wandb_dir(config), name, config.sweep.name, asdict(config))
+        tracker.start_wandb(folder.path, folder.wandb_dir(config), name, config)
         for line in [*report.header(run), f"  writes to       {folder.path}", f"  {tracker.wandb_line}"]:
             log.info(line)
         measure = Measurer(run, HeldOut.build(run.held_out_rows, run.batches, accelerator.device, run.num_ids))
@@ -163,7 +163,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             if not config.train.keep_checkpoints:
                 checkpoint.remove(folder.path)
             tracker.samples(samples)
-            tracker.summary(asdict(summary), alpha=config.loss.alpha, temperature=config.loss.temperature)
+            tracker.summary(asdict(summary))
             CONSOLE.print(report.closing_table(asdict(summary)))
             if store:
                 log.info(report.store_line(store))

@@ -117,7 +117,8 @@ class RunFolder:
             self.write_status("failed", str(error).splitlines()[0], is_main)
             raise
         except (SystemExit, KeyboardInterrupt) as error:
-            self.write_status("interrupted", f"{type(error).__name__} {error}", is_main)
+            if self.status().get("state") != "done":  # stopped while W&B closed: the student is saved
+                self.write_status("interrupted", f"{type(error).__name__} {error}", is_main)
             raise
         except BaseException as error:
             self.write_status("failed", f"{type(error).__name__}: {error}".splitlines()[0], is_main)

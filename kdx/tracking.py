@@ -5,10 +5,13 @@ import logging
 import netrc
 import os
 import secrets
+import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
@@ -16,11 +19,23 @@ from urllib.parse import urlparse
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kdx.config import TrackingConfig
+from kdx.config import Config, TrackingConfig
 from kdx.redact import redact
 
 log = logging.getLogger("kdx")
 CONSOLE = Console(soft_wrap=True, highlight=False)
+PATIENCE = 5  # seconds for the table of samples to be taken by W&B
+SETTINGS = {  # of the W&B client; a variable such as WANDB_FINISH_TIMEOUT wins over its line here
+    "save_code": False,  # neither code nor diffs
+    "console": "off",
+    "quiet": True,
+    "silent": True,
+    "init_timeout": 30,
+    "finish_timeout": 60,  # without it a run would wait for a lost server for ever
+    "finish_timeout_raises": True,
+    "x_transaction_log_flush_interval": 1,  # a killed run keeps its rows
+    "program": "kdx",
+}
 
 
 class Progressed(Protocol):
@@ -90,7 +105,7 @@ class Tracker:
         self.file = run_dir / "metrics.jsonl"
         self.config, self.is_main, self.max_steps, self.first_step = config, is_main, max_steps, first_step
         self.wandb: Any = None
-        self.wandb_line = "W&B: disabled"
+        self.wandb_line, self.sync = "W&B: disabled", ""
         self.told_trouble = False
         self.progress: Progress | None = None
         if is_main:
@@ -105,60 +120,61 @@ class Tracker:
             ]  # a kill may tear the last line
             self.file.write_text("".join(kept) if step else "", encoding="utf-8")
 
-    def start_wandb(self, run_dir: Path, wandb_dir: Path, name: str, group: str | None, tree: dict[str, Any]) -> None:
-        """Open the W&B run; one that cannot be reached goes on offline."""
+    def start_wandb(self, run_dir: Path, wandb_dir: Path, name: str, config: Config) -> None:
+        """Open the W&B run, under its old id if the run goes on; where the server cannot be reached, offline."""
         mode = wandb_mode(self.config.mode)
         if not self.is_main or mode == "disabled":
             return
+        try:
+            self.wandb = run = self._open(mode, run_dir, wandb_dir, name, config)
+        except Exception as error:  # W&B's trouble is not the run's
+            log.warning("W&B is off for this run: %s", _short(error))
+            return
+        which = [] if run.offline else ["--include-online"]  # without it `wandb sync` passes over such a run
+        self.sync = shlex.join(["wandb", "sync", *which, str(Path(run.dir).parent)])
+        self.wandb_line = f"W&B: offline; to upload: {self.sync}" if run.offline else f"W&B: {run.url}"
+        self._tell(lambda run: run.define_metric("tokens", hidden=True))
+        self._tell(lambda run: run.define_metric("*", step_metric="tokens"))
+        columns = {"alpha": config.loss.alpha, "temperature": config.loss.temperature}
+        self._tell(lambda run: run.summary.update(columns))
+
+    def _open(self, mode: Any, run_dir: Path, wandb_dir: Path, name: str, config: Config) -> Any:
         import wandb
 
         wandb_dir.mkdir(parents=True, exist_ok=True)
-        kept_id = run_dir / "wandb_id.txt"  # a resumed run goes on under its id
-        run_id = kept_id.read_text().strip() if kept_id.is_file() else secrets.token_hex(4)
-        kept_id.write_text(run_id + "\n")
+        kept = run_dir / "wandb_id.txt"
         environment = os.environ
-        arguments: dict[str, Any] = {
-            "project": self.config.project or environment.get("WANDB_PROJECT") or "kdx",
-            "entity": self.config.entity or environment.get("WANDB_ENTITY"),
-            "name": self.config.name or environment.get("WANDB_NAME") or name,
-            "group": group or environment.get("WANDB_RUN_GROUP"),
-            "notes": self.config.notes or environment.get("WANDB_NOTES"),
-            "tags": [*self.config.tags, *filter(None, environment.get("WANDB_TAGS", "").split(","))] or None,
-            "dir": str(wandb_dir.parent),
-            "id": run_id,
-            "resume": "allow" if mode == "online" else None,
-            "config": redact(tree),
-        }
-        settings = {
-            "save_code": False,
-            "console": "off",
-            "quiet": True,
-            "silent": True,
-            "init_timeout": 30,
-            "finish_timeout": 60,
-            "x_transaction_log_flush_interval": 1,  # a killed run keeps its rows
-            "program": "kdx",
-        }
-        os.environ["WANDB_SILENT"] = "true"
-        try:
-            self.wandb = wandb.init(mode=mode, settings=wandb.Settings(**settings), **arguments)
-        except Exception as error:  # W&B's trouble is not the run's
-            log.warning("W&B cannot be reached (%s); this run is kept offline", _short(error))
-            for empty in wandb_dir.glob(f"run-*-{run_id}"):  # it would make `wandb sync` of many runs fail
-                shutil.rmtree(empty, ignore_errors=True)
-            arguments |= {"resume": None, "id": secrets.token_hex(4)}  # the first id is still held by the client
-            kept_id.write_text(arguments["id"] + "\n")
+        told = redact(
+            {
+                "project": self.config.project or environment.get("WANDB_PROJECT") or "kdx",
+                "entity": self.config.entity or environment.get("WANDB_ENTITY"),
+                "name": self.config.name or environment.get("WANDB_NAME") or name,
+                "group": config.sweep.name or environment.get("WANDB_RUN_GROUP"),
+                "job_type": "baseline" if config.loss.alpha == 0 else "student",
+                "notes": self.config.notes or environment.get("WANDB_NOTES"),
+                "tags": [*self.config.tags, *filter(None, environment.get("WANDB_TAGS", "").split(","))] or None,
+                "config": asdict(config),
+            }
+        )
+        told["dir"] = str(wandb_dir.parent)
+        told["id"] = kept.read_text().strip() if kept.is_file() else secrets.token_hex(4)
+        chosen = {key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in environment}
+        told["settings"] = wandb.Settings(**chosen)
+        environment["WANDB_SILENT"] = "true"
+        with _redacted_argv():
             try:
-                self.wandb = wandb.init(mode="offline", settings=wandb.Settings(**settings), **arguments)
-            except Exception as again:
-                log.warning("W&B is off for this run: %s", _short(again))
-                return
-        self.wandb.define_metric("tokens", hidden=True)
-        self.wandb.define_metric("*", step_metric="tokens")
-        if self.wandb.offline:
-            self.wandb_line = f"W&B: offline; to upload: wandb sync {Path(self.wandb.dir).parent}"
-        else:
-            self.wandb_line = f"W&B: {self.wandb.url}"
+                run = wandb.init(mode=mode, resume="allow" if mode == "online" else None, **told)
+            except Exception as error:
+                if mode == "offline" or isinstance(error, ValueError):  # such as a tag that is too long
+                    raise
+                log.warning("W&B cannot be reached (%s); this run is kept offline", _short(error))
+                with suppress(SystemExit):  # how it ends when its service failed; a signal is kept for the loop
+                    wandb.teardown()  # else the client holds the id
+                for empty in wandb_dir.glob(f"run-*-{told['id']}"):  # it would make `wandb sync` of many runs fail
+                    shutil.rmtree(empty, ignore_errors=True)
+                run = wandb.init(mode="offline", **told)
+        kept.write_text(run.id + "\n")  # an agent of a W&B sweep chooses the id itself
+        return run
 
     def log(self, state: Progressed, metrics: dict[str, Any]) -> None:
         """Write one line of metrics, and show it."""
@@ -167,7 +183,8 @@ class Tracker:
         line = {"step": state.step, "tokens": state.tokens, "counted_tokens": state.counted_tokens, **metrics}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self._wandb("log", {k: v for k, v in line.items() if v is not None and k != "step"}, step=state.step)
+        told = {k: v for k, v in line.items() if v is not None and k != "step"}
+        self._tell(lambda run: run.log(told, step=state.step))
         if "eval/ce" in metrics:
             shown = {k.removeprefix("eval/"): f"{v:.4f}" for k, v in metrics.items() if v is not None}
             log.info("step %d held-out: %s", state.step, ", ".join(f"{k} {v}" for k, v in shown.items()))
@@ -201,49 +218,59 @@ class Tracker:
 
     def samples(self, samples: list[dict[str, Any]]) -> None:
         """Log the sample answers as a W&B table."""
-        if self.wandb is None or not samples:
-            return
-        import wandb
-
         columns = ["prompt", "reference", "teacher", "untouched", "student"]
         data = [[s["prompt"][-1]["content"], *(s[c] or "" for c in columns[1:])] for s in samples]
-        self._wandb("log", {"samples": wandb.Table(columns=columns, data=data)})
 
-    def summary(self, summary: dict[str, Any], **columns: float) -> None:
+        def told(run: Any) -> None:
+            import wandb
+
+            run.log({"samples": wandb.Table(columns=columns, data=data)})
+
+        if samples and self.wandb is not None:  # the client asks the server first, and a lost one keeps it waiting
+            thread = threading.Thread(target=self._tell, args=(told,), daemon=True)
+            thread.start()
+            thread.join(PATIENCE)
+
+    def summary(self, summary: dict[str, Any]) -> None:
         """Set plain final scalars: what dashboards compare and a W&B sweep optimises."""
-        if self.wandb is None:
-            return
         parts = (("eval", "student"), ("untouched", "untouched"), ("teacher", "teacher"), ("run", "run"))
-        scalars: dict[str, Any] = dict(columns)
-        for prefix, part in parts:
-            scalars |= {f"{prefix}/{k}": v for k, v in summary[part].items() if isinstance(v, int | float)}
-        try:
-            self.wandb.summary.update(scalars)
-        except Exception as error:  # W&B's trouble is not the run's
-            self._trouble(error)
+        scalars = {f"{name}/{k}": v for name, part in parts for k, v in summary[part].items() if _is_number(v)}
+        self._tell(lambda run: run.summary.update(scalars))
 
     def finish(self, exit_code: int) -> None:
         """Close the W&B run, as failed unless exit_code is 0."""
-        if self.wandb is not None:
-            self._wandb("finish", exit_code=exit_code)
-            self.wandb = None
+        self._tell(lambda run: run.finish(exit_code=exit_code))
+        self.wandb = None
 
-    def _wandb(self, method: str, *args: Any, **kwargs: Any) -> None:
+    def _tell(self, what: Callable[[Any], object]) -> None:
+        """Do something with the W&B run, if there is one; its trouble is not the run's, and is said once."""
         if self.wandb is None:
             return
         try:
-            getattr(self.wandb, method)(*args, **kwargs)
-        except Exception as error:  # W&B's trouble is not the run's
-            self._trouble(error)
+            what(self.wandb)
+        except Exception as error:
+            if not self.told_trouble:
+                log.warning("W&B: %s; metrics.jsonl has everything; to upload the rest: %s", _short(error), self.sync)
+            self.told_trouble = True
 
-    def _trouble(self, error: Exception) -> None:
-        if not self.told_trouble:
-            log.warning("W&B: %s; metrics.jsonl has everything, %s", _short(error), self.wandb_line)
-        self.told_trouble = True
+
+@contextmanager
+def _redacted_argv() -> Iterator[None]:
+    """Hide secrets in sys.argv, which W&B keeps as it finds it when a run opens."""
+    typed = sys.argv
+    sys.argv = redact(typed)
+    try:
+        yield
+    finally:
+        sys.argv = typed
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _short(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:120]
+    return " ".join((str(error) or type(error).__name__).split())[:160]
 
 
 def wandb_mode(asked: str) -> Any:
@@ -259,7 +286,7 @@ def wandb_mode(asked: str) -> Any:
         return "online"
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return "online" if netrc.netrc().authenticators(host) else "offline"
+        return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) else "offline"
     except (OSError, netrc.NetrcParseError):
         return "offline"
 

@@ -1,0 +1,296 @@
+"""W&B's real client in real kdx processes: online against a stand-in for the server, offline, and in trouble."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from standins import write_dialogpt, write_pairs
+from wandb.sdk.launch.sweeps import utils as agent
+from wandb_server import KEY, Server, StoredRun
+
+from kdx.cli import compose
+from kdx.folders import CONF
+from kdx.optim import optimizer_class
+from kdx.run_folder import RunFolder
+
+SECRET = "hf_abcdefgh12345678"
+NOBODY = "http://127.0.0.1:9"  # the discard port
+PLUGIN = '''
+import os, signal, urllib.request
+from kdx.loss import forward_kl, register
+
+calls = 0
+
+@register
+def eventful(student, teacher):
+    """Forward KL; at the sixth call of a process happens what the environment says."""
+    global calls
+    calls += 1
+    if calls == 6 and os.environ["EVENT"] == "stop":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif calls == 6 and os.environ["EVENT"] == "vanish":
+        urllib.request.urlopen(os.environ["WANDB_BASE_URL"] + "/vanish", b"", timeout=60).read()
+    return forward_kl(student, teacher)
+
+@register
+def fussy(student, teacher, most: float = 9.0):
+    """Forward KL that breaks for some points of a sweep."""
+    if len(student) > 2 and most < 1:
+        raise RuntimeError("most is too small")
+    return forward_kl(student, teacher)
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to type commands in: models, data, plug-ins, and a git repository with a change in it."""
+    folder = tmp_path_factory.mktemp("wandb")
+    write_dialogpt(folder / "medium", 4, 32, pickled=False)
+    write_dialogpt(folder / "small", 2, 16, pickled=False, seed=1)
+    write_pairs(folder / "pairs.jsonl")
+    (folder / "plugin.py").write_text(PLUGIN)
+    git = ["git", "-c", "user.name=me", "-c", "user.email=me@example.com"]
+    for words in (["init", "-q"], ["add", "plugin.py"], ["commit", "-qm", "begun"]) if shutil.which("git") else ():
+        subprocess.run([*git, *words], cwd=folder, check=True)
+    (folder / "plugin.py").write_text(PLUGIN + "# changed since\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+def run(place: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python module with nothing of W&B's from outside."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HF_", "KDX_"))}
+    clean |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NETRC": "none", "KDX_PLUGINS": "plugin", "EVENT": "none"}
+    clean |= {f"WANDB_{name}_DIR": str(place / "home") for name in ("CONFIG", "CACHE", "DATA")}
+    clean |= {"WANDB_ERROR_REPORTING": "false"}
+    command = (sys.executable, "-m", *command)
+    return subprocess.run(
+        command, cwd=place, env=clean | environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def kdx(place: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run kdx on the small models; words come before those of every test, and win over them."""
+    base = ["teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=pairs", "optim.lr=1e-2"]
+    base += ["data.path=pairs.jsonl", "data.validation=8", "train.max_steps=8", "train.batch_size=4"]
+    base += ["train.log_every=1"]
+    typed = {word.split("=")[0] for word in words}
+    base = [] if "run.resume" in typed else [word for word in base if word.split("=")[0] not in typed]
+    return run(place, "kdx", *words, *base, **environment)
+
+
+def sync(place: Path, server: Server, told: str) -> None:
+    """Do as kdx said: the last `wandb sync …` among its lines."""
+    _, said = told.rsplit("wandb sync ", 1)
+    done = run(place, "wandb", "sync", *shlex.split(said.splitlines()[0]), **server.environment)
+    assert done.returncode == 0, done.stderr
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def stored(server: Server, run_dir: Path) -> StoredRun:
+    return server.runs[(run_dir / "wandb_id.txt").read_text().strip()]
+
+
+def steps(stored_run: StoredRun) -> list[int]:
+    return [row["_step"] for row in stored_run.history if "train/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def online(place: Path, server: Server) -> StoredRun:
+    """A plain run online, with secrets among its words, as the server has it."""
+    words = ["loss.temperature=3", "hydra.run.dir=outputs/online", f"tracking.notes={SECRET}"]
+    words += ["tracking.tags=[one,open sesame]"]
+    told = kdx(place, *words, WANDB_TAGS="two", MY_TOKEN="open sesame", **server.environment)
+    assert told.returncode == 0, told.stderr
+    kept = stored(server, place / "outputs" / "online")
+    assert f"W&B: {server.url}/team/kdx/runs/{kept.id}" in told.stdout
+    return kept
+
+
+def test_a_run_online(place: Path, online: StoredRun) -> None:
+    """All of a run arrives: what it is called and belongs to, config, curves over tokens, final figures, samples."""
+    kept, run_dir = online, place / "outputs" / "online"
+    assert kept.exit_codes == [0]
+    assert kept.about["displayName"].startswith("loss.temperature=3 teacher=hf ")
+    assert kept.about["jobType"] == "student"
+    assert not kept.about.get("groupName")
+    assert set(kept.about["tags"]) == {"one", "two", "[redacted]"}
+    assert kept.about["notes"] == "[redacted]"
+
+    assert kept.config["loss"]["temperature"] == 3
+    assert kept.config["student"]["path"] == "small"
+    told_metrics = kept.config["_wandb"]["m"]
+    names = [metric.get("1") for metric in told_metrics]
+    (every,) = (metric for metric in told_metrics if metric.get("2") == "*")
+    assert names[every["5"] - 1] == "tokens"  # an index from 1
+
+    logged: dict[int, dict] = {}
+    for line in lines(run_dir / "metrics.jsonl"):
+        logged.setdefault(line["step"], {}).update(line)
+    assert steps(kept) == list(logged) == list(range(1, 9))
+    for row in kept.history:
+        assert logged[row["_step"]].items() <= (row | {"step": row["_step"]}).items()
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for name, part in (("eval", "student"), ("untouched", "untouched"), ("teacher", "teacher")):
+        for measure in ("ce", "kl", "reverse_kl", "agreement", "accuracy", "perplexity", "num_parameters"):
+            assert kept.summary.get(f"{name}/{measure}") == summary[part][measure]
+    assert kept.summary["run/tokens"] == summary["run"]["tokens"]
+    assert (kept.summary["alpha"], kept.summary["temperature"]) == (0.7, 3)
+
+    (table,) = (json.loads(file) for name, file in kept.files.items() if name.startswith("media/table/samples"))
+    assert table["columns"] == ["prompt", "reference", "teacher", "untouched", "student"]
+    samples = json.loads((run_dir / "samples.json").read_text())
+    assert [row[-1] for row in table["data"]] == [sample["student"] for sample in samples]
+
+
+def test_neither_secrets_nor_code_leave_the_machine(server: Server, online: StoredRun) -> None:
+    """Whatever was sent, in any request: a typed token, one of the environment, W&B's own key, uncommitted lines."""
+    assert b"loss.temperature=3" in online.files["wandb-metadata.json"]  # the command is kept, but not …
+    everything = b"".join(server.received)
+    for secret in (SECRET, "open sesame", KEY, "changed since"):
+        assert secret.encode() not in everything
+    assert not [name for name in online.files if "diff" in name or "code" in name]
+
+
+def test_a_sweep_online(place: Path, server: Server) -> None:
+    """One group of students and the baseline; the job that fails is marked failed, and none bleeds into the next."""
+    words = ["-m", "loss.alpha=0,0.7", "+loss.most=0,2", "loss.name=fussy", "sweep.name=group", "train.max_steps=2"]
+    told = kdx(place, *words, **server.environment)
+    assert told.returncode == 5, told.stderr
+    arrived = {
+        kept.about["displayName"]: kept for kept in server.runs.values() if kept.about.get("groupName") == "group"
+    }
+    assert {name.rsplit("_", 1)[0]: (kept.about["jobType"], kept.exit_codes) for name, kept in arrived.items()} == {
+        "alpha-0": ("baseline", [0]),
+        "alpha-0.7_most-0": ("student", [1]),
+        "alpha-0.7_most-2": ("student", [0]),
+    }
+    failed = next(kept for name, kept in arrived.items() if "most-0" in name)
+    assert failed.summary["alpha"] == 0.7
+    assert "eval/kl" not in failed.summary
+    assert all((place / "outputs/sweeps/group" / name / "status.json").is_file() for name in arrived)
+
+
+def test_a_stopped_run_goes_on_in_its_wandb_run(place: Path, server: Server) -> None:
+    """Stopped twice and gone on with, once online and once offline: still one run, each step once."""
+    words = ["loss.name=eventful", "train.max_steps=14", "hydra.run.dir=outputs/stopped"]
+    told = kdx(place, *words, EVENT="stop", **server.environment)
+    assert told.returncode == 143, told.stderr
+    kept, known = stored(server, place / "outputs" / "stopped"), set(server.runs)
+    first = len(steps(kept))
+    assert 0 < first < 7
+    resume = next(word for word in told.stdout.split() if word.startswith("run.resume="))
+    asked = server.asked.count("RunResumeStatus")
+    online = kdx(place, resume, EVENT="stop", **server.environment)
+    assert online.returncode == 143, online.stderr
+    assert server.asked.count("RunResumeStatus") == asked + 1
+    assert kept.exit_codes == [143, 143]
+    assert steps(kept) == list(range(1, 2 * first + 1))
+    offline = kdx(place, resume, WANDB_MODE="offline")
+    assert offline.returncode == 0, offline.stderr
+    sync(place, server, offline.stdout)
+    assert set(server.runs) == known
+    assert kept.exit_codes == [143, 143, 0]
+    assert steps(kept) == list(range(1, 15))
+    logged = {line["step"]: line["tokens"] for line in lines(place / "outputs" / "stopped" / "metrics.jsonl")}
+    assert {row["_step"]: row["tokens"] for row in kept.history} == logged
+
+
+@pytest.fixture(scope="module")
+def without(place: Path) -> dict[str, torch.Tensor]:
+    """The student of the same run without W&B."""
+    told = kdx(place, "loss.name=eventful", "tracking.mode=disabled", "hydra.run.dir=outputs/without")
+    assert told.returncode == 0, told.stderr
+    return load_file(place / "outputs/without/student/model.safetensors")
+
+
+def test_a_server_that_vanishes_costs_nothing_but_the_wait(place: Path, without: dict[str, torch.Tensor]) -> None:
+    """The server falls silent in mid-run: the same student, an end in time, and a line that uploads the rest."""
+    with Server() as server:
+        environment = server.environment | {"EVENT": "vanish", "WANDB_FINISH_TIMEOUT": "1"}
+        told = kdx(place, "loss.name=eventful", "hydra.run.dir=outputs/lost", **environment)
+        waited = time.time() - (place / "outputs/lost/summary.json").stat().st_mtime
+        assert told.returncode == 0, told.stderr
+        assert told.stderr == ""
+        assert waited < 1 + 10
+        assert told.stdout.count("warning: W&B") == 1
+        student = load_file(place / "outputs/lost/student/model.safetensors")
+        assert all(torch.equal(student[name], weight) for name, weight in without.items())
+        assert json.loads((place / "outputs/lost/status.json").read_text())["state"] == "done"
+        kept = stored(server, place / "outputs/lost")
+        assert not server.answering.is_set()
+        assert kept.exit_codes == []
+        server.answering.set()
+        sync(place, server, told.stdout)
+        assert steps(kept) == list(range(1, 9))
+        assert kept.exit_codes[-1] == 0
+
+
+def test_a_signal_while_wandb_closes_leaves_a_done_run_done(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def closes() -> None:
+        with folder.reporting(is_main=True):
+            folder.write_status("done", "", is_main=True)
+            raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        closes()
+    assert folder.status()["state"] == "done"
+
+
+def test_a_sweep_without_a_server_is_uploaded_by_one_command(place: Path, server: Server) -> None:
+    """Each job says in one line that it is kept offline; later all of them arrive, in their group."""
+    absent = {"WANDB_BASE_URL": NOBODY, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "1"}
+    told = kdx(place, "-m", "loss.temperature=1,2", "sweep.name=absent", "train.max_steps=2", **absent)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("W&B cannot be reached") == 2
+    assert told.stderr == ""
+    sweep = place / "outputs/sweeps/absent"
+    done = run(place, "wandb", "sync", str(sweep / "wandb"), **server.environment)
+    assert done.returncode == 0, done.stderr
+    arrived = [kept for kept in server.runs.values() if kept.about.get("groupName") == "absent"]
+    assert {kept.id for kept in arrived} == {file.read_text().strip() for file in sweep.glob("*/wandb_id.txt")}
+    assert sorted(kept.summary["temperature"] for kept in arrived) == [1, 2]
+    for kept in arrived:
+        assert kept.exit_codes == [0]
+        assert kept.about["jobType"] == "student"
+        summary = json.loads((sweep / kept.about["displayName"] / "summary.json").read_text())
+        assert kept.summary["eval/kl"] == summary["student"]["kl"]
+
+
+def test_the_sweep_for_wandb_agents_drives_the_same_command_line() -> None:
+    """W&B's own code makes the agent's command of the YAML; its words compose."""
+    config = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text(encoding="utf-8"))
+    assert config["metric"]["name"] == "eval/kl"
+    values = {
+        key: {"value": node["values"][-1] if "values" in node else node["max"]}
+        for key, node in config["parameters"].items()
+    }
+    made = agent.create_sweep_command_args({"args": values})
+    command = agent.create_sweep_command(config["command"])
+    words = [word for part in command for word in made.get(part.strip("${}"), [part])]
+    assert words[:4] == ["${env}", "python", "-m", "kdx"]
+    composed = compose(words[4:])
+    assert composed.loss.temperature == values["loss.temperature"]["value"]
+    assert composed.loss.alpha == values["loss.alpha"]["value"]
+    assert issubclass(optimizer_class(composed.optim), object)
