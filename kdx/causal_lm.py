@@ -261,8 +261,10 @@ def weights_digest(config: ModelConfig, group: str) -> str:
         for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
             digest.update(f"{file.name}:{_known_digest(file)};".encode())
     else:
-        commit = getattr(load_config(config, group), "_commit_hash", None)
-        digest.update(f"{path}@{commit or uuid.uuid4()}".encode())  # without a commit nothing tells versions apart
+        load_config(config, group)  # asks the hub what the revision is now, and keeps the answer in its cache
+        kept = try_to_load_from_cache(path, "config.json", revision=config.revision)
+        commit = Path(kept).parent.name if isinstance(kept, str) else uuid.uuid4()  # else nothing tells versions apart
+        digest.update(f"{path}@{commit}".encode())
     return digest.hexdigest()
 
 

@@ -297,7 +297,7 @@ def test_what_only_a_person_may_ask_for_is_obeyed_when_typed():
     ("argv", "says"),
     [
         (["check", "loss=jsd"], "check: is not a command of kdx"),
-        (["compare", "outputs"], "compare: is not a command of kdx"),
+        (["improve", "outputs"], "improve: is not a command of kdx"),
         ([""], "'': is not a command of kdx"),
         (["--foo"], "unrecognized arguments: --foo"),
         (["-m", "--cfg", "job"], "asks for several things at once"),

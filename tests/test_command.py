@@ -100,15 +100,19 @@ def test_the_documented_sweep_finishes_and_repeats_nothing(place: Path) -> None:
     sweep = ("-m", "loss.temperature=1,2,4", "loss.alpha=0.3,0.7")
     told = kdx(place, *sweep, *base)
     assert told.returncode == 0, told.stderr
+    assert "6 points + 1 baseline (alpha=0); sweep.baseline=false leaves it out" in told.stdout
     folder = place / "outputs" / "sweeps" / "six"
     done = states(folder)
-    assert len(done) == 6
+    assert len(done) == 7
     assert set(done.values()) == {"done"}
-    assert all(name.startswith("temperature-") and "_alpha-0." in name for name in done)
+    assert sum(name.startswith("temperature-") and "_alpha-0." in name for name in done) == 6
+    assert sum(name.startswith("alpha-0_") for name in done) == 1
+    (table,) = json.loads((folder / "compare.json").read_text())["tables"]  # one teacher: one ranking
+    assert len(table["students"]) == 7
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.glob("*/**/*") if p.is_file()}
     again = kdx(place, *sweep, *base)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("is done already") == 6
+    assert again.stdout.count("is done already") == 7
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.glob("*/**/*") if p.is_file()}
 
 
@@ -116,7 +120,7 @@ def test_a_failing_job_does_not_stop_the_rest(place: Path) -> None:
     """With one's own loss and source; the same command again starts only what failed."""
     words = ["-m", "teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=custom"]
     words += ["data.name=tickets", "data.path=t.db", "+data.min_turns=3", "loss.name=fussy", "+loss.most=0,2,3"]
-    words += ["train.max_steps=2", "sweep.name=own", "tracking.mode=disabled"]
+    words += ["train.max_steps=2", "sweep.name=own", "tracking.mode=disabled", "sweep.baseline=false"]
     told = kdx(place, *words, KDX_PLUGINS="my_plugin")
     assert told.returncode == 5, told.stderr
     done = states(place / "outputs" / "sweeps" / "own")
