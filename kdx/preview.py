@@ -1,0 +1,156 @@
+"""What `kdx check …` does: read config, data and models as the run would, say what would be trained, and train nothing."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from kdx import report
+from kdx.batches import MicroBatch, Row, collate
+from kdx.causal_lm import DTYPES
+from kdx.config import Config
+from kdx.optim import build_optimizer, build_schedule
+from kdx.prepare import Prepared, build_accelerator, check_names, in_bytes, prepare
+from kdx.tracking import CONSOLE, log, logging_to, printable, quiet_libraries
+
+LONGEST_SHOWN = 1200  # letters of the row that is shown
+CHECKPOINTS = 3  # on disk at once while the third is written
+
+
+def check(config: Config) -> None:
+    """Say what a run of this config would be. Raises KdxError for all that the run would refuse."""
+    quiet_libraries()
+    accelerator = build_accelerator(config)
+    with logging_to(None, accelerator.is_main_process):
+        check_names(config)
+        run = prepare(config, accelerator, owner="check")
+        build_schedule(config.optim, build_optimizer(config.optim, run.student), run.max_steps)
+        if not accelerator.is_main_process:
+            return
+        for line in report.header(run):
+            log.info(line)
+        rows = [run.rows[i] for i in next(run.batches.plan(0, 1))[1]] if run.max_steps else run.rows[:1]
+        log.info("a row as the model sees it, what counts in the loss between ⟦ and ⟧:")
+        CONSOLE.print(printable(marked(run.tokenizer, rows[0]))[:LONGEST_SHOWN], markup=False, style="dim")
+        cost = measure(run)
+        CONSOLE.print(memory_table(run, cost))
+        for line in disk_lines(run):
+            log.info(line)
+        log.info(time_line(run, cost))
+
+
+def marked(tokenizer: Any, row: Row) -> str:
+    """A row's text with the tokens that count between ⟦ and ⟧."""
+    parts: list[str] = []
+    start = 0
+    for i in range(1, len(row.tokens) + 1):
+        if i == len(row.tokens) or row.counted[i] != row.counted[start]:
+            text = tokenizer.decode(row.tokens[start:i])
+            parts.append(f"⟦{text}⟧" if row.counted[start] else text)
+            start = i
+    return "".join(parts)
+
+
+@dataclass
+class Cost:
+    """What a micro-batch costs, measured on one row."""
+
+    activation_bytes: float  # kept for the backward pass, per token
+    seconds: float  # of student and teacher, forward and backward, per token
+
+
+def measure(run: Prepared) -> Cost:
+    """Run student and teacher forward and backward on the longest row, without a step of the optimizer."""
+    row = max(run.rows, key=lambda r: len(r.tokens))
+    batch = collate([row], run.batches.pad_id).to(run.accelerator.device)
+    own = {p.untyped_storage().data_ptr() for p in run.student.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    run.objective.train()
+    _pass(run, batch)  # once to warm up
+    began = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _pass(run, batch)
+    seconds = time.perf_counter() - began
+    run.student.zero_grad(set_to_none=True)
+    return Cost(sum(kept.values()) / len(row.tokens), seconds / len(row.tokens))
+
+
+def _pass(run: Prepared, batch: MicroBatch) -> None:
+    teacher = run.teacher if run.config.loss.alpha > 0 else None
+    hidden = teacher.hidden(batch) if teacher else None
+    with run.accelerator.autocast():
+        total, _, _ = run.objective(batch, hidden, teacher.head if teacher else None)
+    total.backward()
+
+
+def memory_table(run: Prepared, cost: Cost) -> Table:
+    """What is in memory at the peak of a step, and what each saving would take from it."""
+    config, num = run.config, run.student.num_parameters()
+    longest = sorted((len(row.tokens) for row in run.rows), reverse=True)[: run.batches.micro_batch_size]
+    activations = cost.activation_bytes * longest[0] * len(longest)
+    is_8bit = config.optim.name.endswith("8bit")
+    states = num * (2 if is_8bit else 8)
+    weight = run.student.dtype.itemsize
+    teacher = head = 0
+    if run.teacher is not None and config.loss.alpha > 0:
+        head = run.teacher.head.weight.nbytes
+        teacher = run.teacher.num_bytes if run.teacher.is_loaded else head
+    chunk = 2 * run.objective.chunk_size * run.num_ids * (2 if run.accelerator.mixed_precision == "bf16" else 4)
+    table = Table(title="memory of a step, in the order of what to save first", title_justify="left")
+    for column in ("", "bytes", "saving", "saves"):
+        table.add_column(column, justify="right" if column in ("bytes", "saves") else "left")
+    layers = run.student.config.get_text_config().num_hidden_layers
+    width = run.student.config.get_text_config().hidden_size
+    checkpointed = longest[0] * len(longest) * layers * width * 4
+    kept = config.train.gradient_checkpointing
+    rows: list[tuple[str, float, str, float]] = [
+        ("activations", activations, "train.micro_batch_size=1", activations * (1 - 1 / len(longest))),
+        ("", 0, "train.gradient_checkpointing=true", 0 if kept else max(0.0, activations - checkpointed)),
+        ("", 0, "train.precision=bf16", activations / 3 if run.accelerator.mixed_precision == "no" else 0),
+        ("student and gradients", 2 * weight * num, "", 0),
+        ("optimizer", states, "optim=adamw_8bit", 0 if is_8bit else 6 * num),
+        ("teacher", teacher, "teacher.quantization=8bit", teacher / 2 if config.teacher.quantization == "none" else 0),
+        ("", 0, "teacher.store=on, once filled", teacher - head),
+        ("logits of a chunk, twice", chunk, "", 0),
+    ]  # fmt: skip
+    for what, size, saving, saves in rows:
+        if size or saves:
+            table.add_row(
+                what, in_bytes(size) if size else "", saving if saves else "", in_bytes(saves) if saves else ""
+            )
+    table.add_row("together", in_bytes(activations + 2 * weight * num + states + teacher + chunk))
+    return table
+
+
+def disk_lines(run: Prepared) -> list[str]:
+    """What the run writes, and what is free."""
+    num = run.student.num_parameters()
+    here = next(p for p in [Path("outputs").resolve(), *Path("outputs").resolve().parents] if p.exists())
+    free = in_bytes(shutil.disk_usage(here).free)
+    student = num * DTYPES[run.config.student.save_dtype].itemsize
+    lines = [f"  disk            the student {in_bytes(student)}; {free} free"]
+    if run.config.train.save_every:
+        one = num * (4 + (2 if run.config.optim.name.endswith("8bit") else 8))
+        lines.append(
+            f"                  checkpoints {in_bytes(CHECKPOINTS * one)} while the run goes on, {in_bytes(one)} each"
+        )
+    return lines
+
+
+def time_line(run: Prepared, cost: Cost) -> str:
+    """How long the steps would take, by the one row that was measured."""
+    tokens = sum(len(run.rows[i].tokens) for _, batch in run.batches.plan(0, run.max_steps) for i in batch)
+    seconds = cost.seconds * tokens / run.accelerator.num_processes
+    what = f"{tokens:,} tokens in {run.max_steps} steps"
+    return f"  time            about {max(1, round(seconds / 60))} min for {what}, by one row measured; measures not counted"
