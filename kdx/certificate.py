@@ -22,7 +22,7 @@ def certify(teacher: Teacher, rows: Sequence[Row], pad_id: int) -> dict[str, Any
     """Return the store's certificate, measured now if there is none; None if it cannot be measured.
 
     Over a sample of rows, at each temperature: the largest mean KL a token of a row between what is kept and a live
-    pass, and between live passes over the same rows one by one, in pairs and all at once.
+    pass, and between two live passes, over the same rows one by one and all at once.
     """
     if teacher.store is None or (known := teacher.store.certificate()):
         return known if teacher.store else None
@@ -31,17 +31,12 @@ def certify(teacher: Teacher, rows: Sequence[Row], pad_id: int) -> dict[str, Any
     stored = teacher.store.peek([row.digest for row in sample])
     if not sample or stored is None or not teacher.is_loaded:
         return None
-    alone, pairs, together = (_live(teacher, sample, size, pad_id) for size in (1, 2, len(sample)))
+    alone, together = (_live(teacher, sample, size, pad_id) for size in (1, len(sample)))
     certificate = {
         "rows": len(sample),
         "positions": sum(row.num_counted for row in sample),
         "stored_to_live": {f"{t:g}": _furthest(teacher.head, stored, alone, t) for t in TEMPERATURES},
-        "live_to_live": {
-            f"{t:g}": max(
-                _furthest(teacher.head, *two, t) for two in ((alone, pairs), (alone, together), (pairs, together))
-            )
-            for t in TEMPERATURES
-        },
+        "live_to_live": {f"{t:g}": _furthest(teacher.head, together, alone, t) for t in TEMPERATURES},
     }
     teacher.store.certify(certificate)
     return certificate
@@ -72,6 +67,6 @@ def _furthest(head: Head, ones: Sequence[Tensor], others: Sequence[Tensor], temp
     """The largest mean KL a token of a row."""
     furthest = 0.0
     for one, other in zip(ones, others, strict=True):
-        p, q = (loss.log_probabilities(head.logits(hidden).double(), temperature) for hidden in (one, other))
+        p, q = (loss.log_probabilities(head.logits(hidden), temperature) for hidden in (one, other))
         furthest = max(furthest, loss.forward_kl(q, p).mean().item())
     return furthest

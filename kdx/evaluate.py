@@ -18,10 +18,11 @@ from torch import Tensor
 from kdx import loss
 from kdx.batches import MicroBatch, Row, StepBatches, by_length, collate
 from kdx.causal_lm import Head, counted_hidden, head_of
+from kdx.objective import block_size, chunks_of
 from kdx.teacher import Teacher
 
 MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
-CHUNK = 256  # positions whose logits exist at once
+CHUNK = 512  # positions whose logits exist at once
 MIN_ROWS = 8  # measuring needs less memory than training
 
 
@@ -106,21 +107,24 @@ def score(
     """Measure N positions, a chunk at a time → each measure [N] of the student, and ce and accuracy of the teacher."""
     parts: list[dict[str, Tensor]] = []
     teacher_parts: list[dict[str, Tensor]] = []
-    for start in range(0, len(labels), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        label = labels[chunk]
-        s = loss.log_probabilities(head.logits(hidden[chunk]))
-        choice = s.argmax(-1)
-        part = {"ce": -s.gather(-1, label.unsqueeze(-1)).squeeze(-1), "accuracy": (choice == label).float()}
+    for chunk in chunks_of(len(labels), CHUNK):
+        product = head.product(hidden[chunk])
+        teacher_product = None
         if teacher_hidden is not None and teacher_head is not None:
-            t = loss.log_probabilities(teacher_head.logits(teacher_hidden[chunk]).to(s.device))
-            teacher_choice = t.argmax(-1)
-            part["kl"] = loss.forward_kl(s, t)
-            part["reverse_kl"] = loss.reverse_kl(s, t)
-            part["agreement"] = (choice == teacher_choice).float()
-            ce = -t.gather(-1, label.unsqueeze(-1)).squeeze(-1)
-            teacher_parts.append({"ce": ce, "accuracy": (teacher_choice == label).float()})
-        parts.append(part)
+            teacher_product = teacher_head.product(teacher_hidden[chunk]).to(product.device)
+        for block in chunks_of(len(product), block_size(product)):
+            label = labels[chunk][block].unsqueeze(-1)
+            s = loss.log_probabilities(head.finish(product[block]))
+            choice = s.argmax(-1, keepdim=True)
+            part = {"ce": -s.gather(-1, label), "accuracy": (choice == label).float()}
+            if teacher_head is not None and teacher_product is not None:
+                t = loss.log_probabilities(teacher_head.finish(teacher_product[block]))
+                teacher_choice = t.argmax(-1, keepdim=True)
+                part["kl"] = loss.forward_kl(s, t)
+                part["reverse_kl"] = loss.reverse_kl(s, t)
+                part["agreement"] = (choice == teacher_choice).float()
+                teacher_parts.append({"ce": -t.gather(-1, label), "accuracy": (teacher_choice == label).float()})
+            parts.append(part)
     return _joined(parts), _joined(teacher_parts)
 
 
@@ -133,7 +137,7 @@ def mass_past(num_ids: int, head: Head, hidden: list[Tensor]) -> float:
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    return {name: torch.cat([part[name].flatten() for part in parts]) for name in parts[0]} if parts else {}
 
 
 def _by_row(values: dict[str, Tensor], batch: MicroBatch) -> list[dict[str, Any]]:

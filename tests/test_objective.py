@@ -28,10 +28,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kdx import loss
-from kdx.batches import MicroBatch, Row, StepBatches, collate
+from kdx import loss, objective
+from kdx.batches import MicroBatch, Row, StepBatches, collate, merged
 from kdx.causal_lm import Head
-from kdx.objective import Objective, StudentObjective, distillation_loss
+from kdx.objective import Objective, StudentObjective, chunks_of, distillation_loss
 from kdx.store import Identity
 from kdx.teacher import Teacher
 from kdx.train import forward_backward
@@ -736,3 +736,47 @@ def test_any_case_is_finite_and_the_same_in_any_chunk(
     for a, b in zip(parts, whole, strict=True):
         size = b.double().abs().max().item() if b.numel() else 0.0
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * (1 + size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("num_rows", [0, 1, 6, 7, 23])
+def test_chunks_are_all_rows_in_order_and_of_nearly_one_length(num_rows, size):
+    lengths = [len(range(num_rows)[chunk]) for chunk in chunks_of(num_rows, size)]
+    assert [i for chunk in chunks_of(num_rows, size) for i in range(num_rows)[chunk]] == list(range(num_rows))
+    assert all(0 < length <= size for length in lengths)
+    assert not lengths or max(lengths) - min(lengths) <= 1
+    assert len(lengths) == -(-num_rows // size)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_how_many_rows_a_block_has_changes_nothing(monkeypatch, softcap):
+    """Softmaxes are taken a block of rows at a time, so that they stay in the cache; in place of the product."""
+    told = []
+    for cache_bytes in (1, 4 * 11 * 3, 2**20):
+        monkeypatch.setattr(objective, "CACHE_BYTES", cache_bytes)
+        torch.manual_seed(0)
+        hidden = torch.randn(13, 5, dtype=torch.float64, requires_grad=True)
+        weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((11, 5), (11,)))
+        teacher = Head(torch.randn(11, 4, dtype=torch.float64))
+        labels = torch.randint(0, 11, (13,))
+        total = distillation_loss(
+            hidden, Head(weight, bias, softcap=softcap), torch.randn(13, 4, dtype=torch.float64), teacher, labels,
+            alpha=0.4, temperature=2.0, chunk_size=6,
+        )  # fmt: skip
+        told.append((total, *torch.autograd.grad(total, (hidden, weight, bias))))
+    for other in told[1:]:
+        for one, two in zip(told[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+
+
+def test_merged_micro_batches_are_one_batch_of_all_rows(teacher):
+    parts = [collate(ROWS[:2], END), collate(ROWS[2:3], END), collate(ROWS[3:], END)]
+    together = merged(parts)
+    whole = collate(ROWS, END)
+    assert together.row_ids == whole.row_ids and together.row_digests == whole.row_digests
+    assert together.num_counted == [n for part in parts for n in part.num_counted] == whole.num_counted
+    assert torch.equal(together.counted_labels, whole.counted_labels)
+    assert torch.equal(together.positions, whole.positions)
+    torch.testing.assert_close(teacher.hidden(together), teacher.hidden(whole), rtol=0, atol=0)
+    one_by_one = torch.cat([teacher.hidden(part) for part in parts])
+    torch.testing.assert_close(teacher.hidden(together), one_by_one, rtol=1e-9, atol=1e-12)
