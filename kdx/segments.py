@@ -305,7 +305,8 @@ def compact(folder: Path) -> int:
                         after += target.append(key, row)
                         kept.add(key)
             target.sync()
-            fsync(folder)
+            if kept:
+                fsync(folder)
         except OSError:
             (folder / target._own).unlink(missing_ok=True)
             raise

@@ -132,6 +132,8 @@ class TeacherStore:
             self._size += written
 
     def _stop(self, why: str) -> None:
+        if self.is_full:
+            return
         self.is_full = True
         log.warning("the teacher's store takes no more rows (%s); the run goes on with the live teacher", why)
 

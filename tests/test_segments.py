@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import environment, forked, wait
 from torch import Tensor
 
 from kdx import segments
@@ -119,28 +119,6 @@ def run(program: str, *words: object) -> str:
     return told.stdout.strip()
 
 
-def environment() -> dict[str, str]:
-    """That of a process that imports the kdx which is tested, and has one thread."""
-    return os.environ | {"PYTHONPATH": str(Path(segments.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-
-
-def forked(work: Callable[[], None]) -> int:
-    """Do something in a process of its own, without the second that importing torch takes → its pid."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
-
-
-def wait(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 class TestManyProcesses:
     NUM = 40
 
@@ -153,7 +131,7 @@ class TestManyProcesses:
                 for which in (number * 1000 + i, i):
                     rows.append(key(which), row(which, n=50))
                 rows.refresh()
-                seen = [k for k in rows._places]
+                seen = list(rows._places)
                 assert all(same(rows.read(k), row(int.from_bytes(k, "big"), n=50)) for k in seen[-20:])
             assert rows.num_bad == 0
             rows.close()
@@ -419,21 +397,6 @@ except OSError as error:
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MB, or a plain folder where mounting is not allowed."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        is_mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        is_mounted = False
-    yield folder
-    if is_mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 class TestCompact:
     def test_whole_rows_stay_damage_and_duplicates_go(self, tmp_path: Path, opened: Open) -> None:
         written(tmp_path, [1, 2, 3], "a")
@@ -563,4 +526,3 @@ def test_files_get_the_mode_of_any_new_file(tmp_path: Path) -> None:
     finally:
         os.umask(umask)
     assert file.stat().st_mode & 0o777 == 0o640
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
