@@ -89,6 +89,13 @@ class Head:
         bias = self.bias if self.bias is None else self.bias[:num_ids]
         return dataclasses.replace(self, weight=self.weight[:num_ids], bias=bias)
 
+    def to(self, device: torch.device | None) -> "Head":
+        """The head on a device; None leaves it where it is."""
+        if device is None:
+            return self
+        bias = self.bias if self.bias is None else self.bias.to(device)
+        return dataclasses.replace(self, weight=self.weight.to(device), bias=bias)
+
     def detached(self, weight: Tensor, bias: Tensor | None) -> "Head":
         """The same head on these tensors, without gradient."""
         return dataclasses.replace(self, weight=weight.detach(), bias=None if bias is None else bias.detach())
@@ -293,8 +300,7 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
         raise ModelError(f"{group}.gguf_file", f"{source} does not exist", _has(folder))
     if importlib.util.find_spec("gguf") is None:
         raise MachineError(f"{group}.gguf_file", "the package gguf is not installed", "Run: pip install gguf")
-    stat = source.stat()  # content is hashed once per file as it is now: by name, size and time
-    stamp = hashlib.sha256(f"{source.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    stamp = _known_digest(source)[:16]
     kept = cache_dir() / "gguf" / stamp
     if (kept / "config.json").is_file():
         return kept

@@ -78,11 +78,12 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     schedule = build_schedule(config.optim, optimizer, run.max_steps)
     torch.manual_seed(config.train.seed + accelerator.process_index)  # dropout; fresh weights are drawn by now
     prints = {"fingerprint": fingerprint(run.rows), "validation_fingerprint": fingerprint(run.held_out_rows)}
-    state = folder.resume(run.student, optimizer, schedule, prints, is_main) or State()
+    resumed = folder.resume(run.student, optimizer, schedule, prints, is_main)
+    state = resumed or State()
     store = run.teacher.store if run.teacher else None
     if store:
         store.rows.go_back(state.store)
-    before = folder.kept("untouched.json", prints)
+    before = folder.kept("untouched.json", prints) if resumed else None
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
     folder.max_steps = run.max_steps
 

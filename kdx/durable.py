@@ -5,6 +5,7 @@ import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "MANIFEST.json"  # size and sha256 of every other file, written last: with it a folder is whole
 
@@ -19,6 +20,15 @@ def write_beside(file: Path, text: str | bytes) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none or it is damaged."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def temporary(path: Path) -> Path:

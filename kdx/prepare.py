@@ -228,17 +228,27 @@ def open_store(
     store = TeacherStore(root, identity, name=name, owner=owner, limit_bytes=limit)
     missing = set(store.missing([row.digest for row in asked]))
     counted = {row.digest: row.num_counted for row in asked}
-    width = causal_lm.load_config(teacher, "teacher").get_text_config().hidden_size
-    grows = bytes_of(sum(counted[d] for d in missing), len(missing), width, causal_lm.DTYPES[identity.dtype].itemsize)
+    shape, itemsize = (
+        causal_lm.load_config(teacher, "teacher").get_text_config(),
+        causal_lm.DTYPES[identity.dtype].itemsize,
+    )
+    grows = bytes_of(sum(counted[d] for d in missing), len(missing), shape.hidden_size, itemsize)
+    if not store.has_head():
+        grows += shape.vocab_size * shape.hidden_size * itemsize
     may_take, free = room(root)
     words = f"{len(counted) - len(missing):,} of {len(counted):,} rows are in {store.folder}"
-    words += f", {in_bytes(grows)} to come ({in_bytes(free)} free)" if missing else ""
+    words += f", {in_bytes(grows)} to come ({in_bytes(free)} free)" if grows else ""
+    fault = ""
     if grows > may_take:
-        what = f"needs {grows:,} bytes in {root}, where {free:,} are free, a tenth of the disk to be left"
-        if teacher.store == "on":
-            raise MachineError("teacher.store", what, "Make room, set teacher.store_dir=..., or teacher.store=off")
-        return None, f"off (it {what})"
-    return store, words
+        fault = f"needs {grows:,} bytes in {root}, where {free:,} are free, a tenth of the disk to be left"
+    elif grows:
+        try:
+            store.check_writable()
+        except OSError as error:
+            fault = f"cannot be written in {root}: {error.strerror}"
+    if fault and teacher.store == "on":
+        raise MachineError("teacher.store", fault, "Make room, set teacher.store_dir=..., or teacher.store=off")
+    return (None, f"off (it {fault})") if fault else (store, words)
 
 
 def in_bytes(number: float) -> str:

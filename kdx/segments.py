@@ -15,11 +15,14 @@ import struct
 import uuid
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kdx.durable import fsync, temporary
 
 MAGIC = b"kdx-row1"
 KEY_SIZE = 16
@@ -28,6 +31,8 @@ HEADER_SIZE = FIELDS.size + 4  # and the crc32 of those fields
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SYNC_BYTES = 64 * 2**20  # written between two fsyncs: what a power cut may cost
 SEARCHED = 1 << 20  # bytes read at once where a damaged header hides where the next row begins
+MOST_OPEN = 64  # segments held open for reading: a store may have more than a process may have descriptors
+NO_LIMIT = 2**63
 
 
 class Place(NamedTuple):
@@ -58,7 +63,7 @@ class Segments:
         self._spare: dict[bytes, list[Place]] = {}  # further copies, should the first be damaged
         self._scanned: dict[str, int] = {}
         self._files: dict[str, int] = {}  # open descriptors
-        self._limits: dict[str, int] | None = None
+        self._limits: dict[str, int] = {}  # of the owner's earlier segments: what lies beyond is forgotten
         self._own = f"{owner}-{uuid.uuid4().hex[:12]}.rows"
         self._writing: int | None = None
         self._unsynced = 0
@@ -72,13 +77,18 @@ class Segments:
 
     def refresh(self) -> None:
         """Take note of what others have written since the last look."""
-        for file in sorted(self.folder.glob("*.rows")):
-            try:
-                size = min(file.stat().st_size, self._limit(file.name))
-                if size > self._scanned.get(file.name, 0):
-                    self._scan(file.name, size)
-            except OSError:  # removed meanwhile
-                continue
+        for name, size in self._sizes("*.rows").items():
+            size = min(size, self._limits.get(name, NO_LIMIT))
+            if size > self._scanned.get(name, 0):
+                with suppress(OSError):  # removed meanwhile
+                    self._scan(name, size)
+
+    def _sizes(self, pattern: str) -> dict[str, int]:
+        sizes = {}
+        for file in sorted(self.folder.glob(pattern)):
+            with suppress(FileNotFoundError):  # removed meanwhile
+                sizes[file.name] = file.stat().st_size
+        return sizes
 
     def _scan(self, name: str, size: int) -> None:
         for key, place in rows_of(self._open(name), name, self._scanned.get(name, 0), size):
@@ -92,10 +102,13 @@ class Segments:
         """Read a row, or None if it is not here or damaged (counted in num_bad)."""
         place = self._places.get(key)
         while place is not None:
-            row = self._read(key, place)
-            if row is not None:
-                return row
-            self.num_bad += 1
+            try:
+                row = self._read(key, place)
+                if row is not None:
+                    return row
+                self.num_bad += 1
+            except FileNotFoundError:  # the segment was removed, not damaged: `compact` wrote its rows elsewhere
+                pass
             others = self._spare.get(key, [])
             place = others.pop(0) if others else None
             if place is None:
@@ -105,12 +118,17 @@ class Segments:
         return None
 
     def _read(self, key: bytes, place: Place) -> Tensor | None:
+        """Read what lies at a place, or None if it is damaged. Raises FileNotFoundError."""
         try:
             data = bytearray(os.pread(self._open(place.segment), place.num_bytes, place.offset + HEADER_SIZE))
+        except FileNotFoundError:
+            raise
         except OSError:
             return None
         if len(data) != place.num_bytes or _checksum(key, place.shape, place.dtype, data) != place.checksum:
             return None
+        if not data:  # which frombuffer refuses
+            return torch.empty(place.shape, dtype=place.dtype)
         return torch.frombuffer(data, dtype=place.dtype).view(place.shape)
 
     def is_own(self, key: bytes) -> bool:
@@ -143,9 +161,17 @@ class Segments:
         return HEADER_SIZE + len(data)
 
     def _create(self) -> int:
+        """Make the own segment, locked for as long as it is written: `compact` leaves such a one alone."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.folder / self._own, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for life: `compact` leaves such a segment alone
+        beside = temporary(self.folder / self._own).with_suffix("")  # no one sees it before it is locked
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os.rename(beside, self.folder / self._own)
+        except OSError:
+            os.close(descriptor)
+            beside.unlink(missing_ok=True)
+            raise
         return descriptor
 
     def sync(self) -> None:
@@ -156,26 +182,25 @@ class Segments:
 
     def position(self) -> dict[str, int]:
         """How far the owner's segments reach, those of its other processes included: what a checkpoint keeps."""
-        return {f.name: f.stat().st_size for f in sorted(self.folder.glob(f"{self.owner}-*.rows"))}
+        sizes = self._sizes(f"{self.owner}-*.rows")
+        return {name: min(size, self._limits.get(name, NO_LIMIT)) for name, size in sizes.items()}
 
     def go_back(self, position: dict[str, int]) -> None:
         """Forget what the owner wrote after a checkpoint.
 
         A run that goes on computes those rows again, as it did the first time: the same batches, the same bits.
         """
-        self._limits = position
+        earlier = [name for name in self._sizes(f"{self.owner}-*.rows") if name != self._own]
+        self._limits = {name: position.get(name, 0) for name in earlier}
         self._places.clear()
         self._spare.clear()
         self._scanned.clear()
         self.refresh()
 
-    def _limit(self, name: str) -> int:
-        if self._limits is None or name == self._own or not name.startswith(f"{self.owner}-"):
-            return 2**63
-        return self._limits.get(name, 0)
-
     def _open(self, name: str) -> int:
         if name not in self._files:
+            if len(self._files) >= MOST_OPEN:
+                os.close(self._files.pop(next(iter(self._files))))
             self._files[name] = os.open(self.folder / name, os.O_RDONLY)
         return self._files[name]
 
@@ -232,50 +257,72 @@ class Survey(NamedTuple):
     num_rows: int
     num_bytes: int
     num_bad: int  # rows whose numbers are damaged
-    num_stray_bytes: int  # of no whole row: damaged headers, rows cut short
+    num_stray_bytes: int  # of no whole row: damaged headers, rows cut short; not a row that is being written
 
 
 def survey(folder: Path, *, is_verify: bool = True) -> Survey:
     """Count the rows, and read and verify every one of them if asked to."""
-    rows = total = bad = inside = 0
+    rows = total = bad = stray = 0
     for file in sorted(folder.glob("*.rows")):
-        with file.open("rb") as opened:
+        with suppress(FileNotFoundError), file.open("rb") as opened:  # removed meanwhile
             size = os.fstat(opened.fileno()).st_size
+            is_written = not _locked(opened.fileno(), fcntl.LOCK_SH)
             total += size
+            stray += size
+            end = 0
             for key, place in rows_of(opened.fileno(), file.name, 0, size):
-                rows, inside = rows + 1, inside + place.end - place.offset
-                if not is_verify:
-                    continue
-                data = os.pread(opened.fileno(), place.num_bytes, place.offset + HEADER_SIZE)
-                bad += _checksum(key, place.shape, place.dtype, data) != place.checksum
-    return Survey(rows, total, bad, total - inside)
+                rows, end = rows + 1, place.end
+                stray -= place.end - place.offset
+                if is_verify:
+                    data = os.pread(opened.fileno(), place.num_bytes, place.offset + HEADER_SIZE)
+                    bad += _checksum(key, place.shape, place.dtype, data) != place.checksum
+            stray -= size - end if is_written else 0
+    return Survey(rows, total, bad, stray)
 
 
 def compact(folder: Path) -> int:
-    """Write the whole rows of all segments that no process is writing into one, and remove those → bytes freed."""
+    """Write the whole rows of all segments that no process is writing into one, and remove those → bytes freed.
+
+    Raises OSError (a full disk), and leaves everything as it was.
+    """
     free: list[tuple[Path, int]] = []
-    for file in sorted(folder.glob("*.rows")):
-        descriptor = os.open(file, os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free.append((file, descriptor))
-        except BlockingIOError:
-            os.close(descriptor)
+    target = Segments(folder, "compact")
     try:
-        before = sum(file.stat().st_size for file, _ in free)
-        target = Segments(folder, "compact")
-        kept: set[bytes] = set()
+        for file in sorted(folder.glob("*.rows")):
+            with suppress(FileNotFoundError):  # another process compacts as well
+                descriptor = os.open(file, os.O_RDWR)
+                if _locked(descriptor, fcntl.LOCK_EX) and os.fstat(descriptor).st_nlink:
+                    free.append((file, descriptor))
+                else:
+                    os.close(descriptor)
+        before = sum(os.fstat(descriptor).st_size for _, descriptor in free)
         after = 0
-        for file, descriptor in free:
-            for key, place in rows_of(descriptor, file.name, 0, os.fstat(descriptor).st_size):
-                row = target._read(key, place)
-                if key not in kept and row is not None:
-                    after += target.append(key, row)
-                    kept.add(key)
-        target.close()
+        kept: set[bytes] = set()
+        try:
+            for file, descriptor in free:
+                for key, place in rows_of(descriptor, file.name, 0, os.fstat(descriptor).st_size):
+                    if key not in kept and (row := target._read(key, place)) is not None:
+                        after += target.append(key, row)
+                        kept.add(key)
+            target.sync()
+            if kept:
+                fsync(folder)
+        except OSError:
+            (folder / target._own).unlink(missing_ok=True)
+            raise
         for file, _ in free:
-            file.unlink()
+            file.unlink(missing_ok=True)
         return before - after
     finally:
+        target.close()
         for _, descriptor in free:
             os.close(descriptor)
+
+
+def _locked(descriptor: int, how: int) -> bool:
+    """Lock a segment until it is closed, if no process is writing it."""
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

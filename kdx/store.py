@@ -1,6 +1,7 @@
 """What is kept of teachers, so that each is asked once: a folder for each, named by what decides its answers.
 
     KEY/teacher.json · head.safetensors     all that is needed of the teacher when every row is here
+    KEY/use.json                            when it was last asked, and how fast it is
     KEY/rows/                               its last hidden states at the counted positions of each row (segments.py)
     KEY/answers/ · certificate.json         its answers to prompts; how exact the rows are
     students/DIGEST-LAYERS/                 students cut from a teacher, as model folders
@@ -16,16 +17,17 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdx.causal_lm import Head
-from kdx.durable import digest_of, open_to_umask, temporary, write_beside
+from kdx.durable import digest_of, open_to_umask, read_json, temporary, write_beside
 from kdx.segments import HEADER_SIZE, Segments
 
 log = logging.getLogger(__name__)
@@ -88,7 +90,7 @@ class TeacherStore:
         self.rows = Segments(self.folder / "rows", owner)
         self.counts = Counts()
         self.is_full = False
-        self.seconds_per_position: float | None = self._about().get("seconds_per_position")
+        self.seconds_per_position: float | None = read_json(self.folder / "use.json").get("seconds_per_position")
         self._size = size_of(root)
 
     # The rows
@@ -127,7 +129,7 @@ class TeacherStore:
         for digest, row in zip(digests, rows, strict=True):
             if self.is_full or _key(digest) in self.rows:
                 continue
-            if self.limit_bytes is not None and self._size + row.nbytes > self.limit_bytes:
+            if self.limit_bytes is not None and self._size + row.nbytes + HEADER_SIZE > self.limit_bytes:
                 self._stop(f"teacher.store_limit_gb={self.limit_bytes / 1e9:g} is reached")
                 continue
             try:
@@ -139,6 +141,8 @@ class TeacherStore:
             self._size += written
 
     def _stop(self, why: str) -> None:
+        if self.is_full:
+            return
         self.is_full = True
         log.warning("the teacher's store takes no more rows (%s); the run goes on with the live teacher", why)
 
@@ -146,42 +150,65 @@ class TeacherStore:
         """Have the disk keep what was written."""
         try:
             self.rows.close()
-            if self.counts.bytes_written:
-                self._tell(seconds_per_position=self.seconds_per_position)
         except OSError as error:
             log.warning("the teacher's store could not be closed: %s", error.strerror)
+        if self.counts.hits or self.counts.computed:
+            with suppress(OSError):  # a store that is only read
+                about = {
+                    "used": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                    "seconds_per_position": self.seconds_per_position,
+                }
+                write_beside(self.folder / "use.json", json.dumps(about))
+
+    def check_writable(self) -> None:
+        """Raise OSError if nothing can be written here."""
+        probe = self.folder / "rows" / ".tmp-probe"
+        write_beside(probe, "")
+        probe.unlink(missing_ok=True)
 
     # What else is kept
 
+    def has_head(self) -> bool:
+        """Whether the head of the teacher is here and whole."""
+        try:
+            return head_is_whole(self.folder)
+        except OSError:
+            return False
+
     def kept(self) -> Kept | None:
         """The head and sizes of the teacher, if they are here and whole."""
-        about, file = self._about(), self.folder / "head.safetensors"
+        file = self.folder / "head.safetensors"
         try:
-            if digest_of(file) != about["head_sha256"]:
+            if not head_is_whole(self.folder):
                 return None
             tensors = load_file(file)
+            with safe_open(file, "pt") as opened:
+                about = json.loads(opened.metadata()["about"])
             head = Head(tensors["weight"], tensors.get("bias"), about["scale"], about["softcap"])
             return Kept(head, about["num_parameters"], about["num_bytes"])
-        except (OSError, SafetensorError, KeyError):
+        except (OSError, SafetensorError, KeyError):  # replaced or removed meanwhile
             return None
 
     def keep(self, kept: Kept) -> None:
         """Keep the head and sizes of the teacher."""
         head, file = kept.head, self.folder / "head.safetensors"
         tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+        sizes = {"num_parameters": kept.num_parameters, "num_bytes": kept.num_bytes}
+        about = {"scale": head.scale, "softcap": head.softcap} | sizes  # in the same file, under the same digest
+        beside = temporary(file)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            beside = temporary(file)
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside)
+            tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+            save_file(tensors, beside, {"about": json.dumps(about)})
             digest = digest_of(beside)
             open_to_umask(beside)
             os.replace(beside, file)
-            self._tell(
-                name=self.name, **asdict(self.identity), head_sha256=digest, scale=head.scale, softcap=head.softcap,
-                num_parameters=kept.num_parameters, num_bytes=kept.num_bytes,
-            )  # fmt: skip
         except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                beside.unlink()
             self._stop(str(error))
+            return
+        self._write(self.folder / "teacher.json", {"name": self.name, **asdict(self.identity), "head_sha256": digest})
 
     def answer(self, prompt: str) -> str | None:
         """The teacher's answer to a prompt, if it is here."""
@@ -199,11 +226,7 @@ class TeacherStore:
 
     def certificate(self) -> dict[str, Any] | None:
         """How far the rows are from the live teacher, if that was measured."""
-        try:
-            certificate: dict[str, Any] = json.loads((self.folder / "certificate.json").read_text(encoding="utf-8"))
-            return certificate
-        except (OSError, ValueError):
-            return None
+        return read_json(self.folder / "certificate.json") or None
 
     def certify(self, certificate: dict[str, Any]) -> None:
         self._write(self.folder / "certificate.json", certificate)
@@ -212,16 +235,6 @@ class TeacherStore:
         """Where a student cut from this teacher is kept."""
         which = str(layers) if isinstance(layers, int) else _sha256(json.dumps(layers))[:8]
         return self.root / "students" / f"{self.identity.weights[:16]}-{which}"
-
-    def _about(self) -> dict[str, Any]:
-        try:
-            about: dict[str, Any] = json.loads((self.folder / "teacher.json").read_text(encoding="utf-8"))
-            return about
-        except (OSError, ValueError):
-            return {}
-
-    def _tell(self, **more: Any) -> None:
-        self._write(self.folder / "teacher.json", self._about() | more | {"used": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
     def _write(self, file: Path, value: Any) -> None:
         try:
@@ -243,8 +256,19 @@ def room(root: Path) -> tuple[int, int]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of all files in a folder, which others may be writing and removing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
+
+
+def head_is_whole(folder: Path) -> bool:
+    """Whether a teacher's folder has its head, and it is what was written."""
+    file = folder / "head.safetensors"
+    return file.is_file() and digest_of(file) == read_json(folder / "teacher.json").get("head_sha256")
 
 
 def _key(digest: str) -> bytes:

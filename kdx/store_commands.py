@@ -1,30 +1,31 @@
 """What `kdx store …` does: fill the teacher's store ahead of the runs, show it, verify it, tidy it."""
 
 import argparse
-import json
 import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rich.table import Table
 
 from kdx.batches import by_length, collate
 from kdx.certificate import certify, words_of
-from kdx.config import Config
-from kdx.durable import digest_of, verify
+from kdx.config import Config, DataConfig, StudentConfig, TeacherConfig
+from kdx.durable import read_json, verify
 from kdx.errors import ConfigError, MachineError
 from kdx.evaluate import HeldOut
 from kdx.measuring import Measurer
 from kdx.prepare import build_accelerator, check_names, in_bytes, prepare
 from kdx.report import store_line
 from kdx.segments import compact, survey
-from kdx.store import size_of
+from kdx.store import head_is_whole, size_of
 from kdx.tracking import CONSOLE, log, logging_to, quiet_libraries, working
 
+LEFT_BEHIND = 3600  # seconds after which a file half written is no one's
 FILL_ROWS = 8  # at least so many rows at once: the teacher's pass needs less memory than training
 
 
@@ -32,11 +33,12 @@ def fill(configs: Sequence[Config]) -> None:
     """Ask each teacher of these runs for every row of their data, and for its answers to the sample prompts."""
     quiet_libraries()
     with logging_to(None, is_main=os.environ.get("RANK", "0") == "0"):
-        done: list[tuple[Any, Any]] = []
+        done: list[tuple[TeacherConfig, DataConfig, StudentConfig]] = []
         for config in configs:
-            if (config.teacher, config.data) in done:
+            asks = (config.teacher, config.data, config.student)  # the student decides too how long rows may be
+            if asks in done:
                 continue
-            done.append((config.teacher, config.data))
+            done.append(asks)
             if config.teacher.path is None:
                 raise ConfigError("teacher", "is none, so there is nothing to keep", "Choose a teacher")
             check_names(config)
@@ -89,7 +91,7 @@ def tend(words: list[str]) -> int:
     root = Path(place).expanduser().resolve()
     if not root.is_dir():
         raise ConfigError("teacher.store_dir", f"{root} does not exist", "Name the store's folder, or set KDX_STORE")
-    teachers = sorted(file.parent for file in root.glob("*/teacher.json"))
+    teachers = sorted(folder for folder in root.glob("[0-9a-f]" * 16) if folder.is_dir())
     if args.what == "prune":
         return _prune(root, teachers, args.unused_days)
     return _show(root, teachers, is_verify=args.what == "verify")
@@ -101,16 +103,16 @@ def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> int:
         table.add_column(column, justify="right" if column in ("rows", "size", "damaged") else "left")
     num_bad = 0
     for folder in teachers:
-        about = _read(folder / "teacher.json")
+        about = read_json(folder / "teacher.json")
         found = survey(folder / "rows", is_verify=is_verify)
-        bad = found.num_bad + bool(found.num_stray_bytes) + (is_verify and not _is_whole(folder, about))
+        bad = found.num_bad + bool(found.num_stray_bytes) + (is_verify and _has_damaged_head(folder))
         num_bad += bad if is_verify else 0
-        certificate = _read(folder / "certificate.json").get("stored_to_live")
+        certificate = read_json(folder / "certificate.json").get("stored_to_live")
         exact = f"KL ≤ {max(certificate.values()):.2g}" if certificate else ""
         quantised = about.get("quantization", "none")
         dtype = about.get("dtype", "") + ("" if quantised == "none" else f", {quantised}")
         cells = [f"{about.get('name', '?')}\n{folder.name}", dtype, f"{found.num_rows:,}", in_bytes(size_of(folder))]
-        cells += [str(about.get("used", ""))[:10], exact, *([f"{bad:,}"] if is_verify else [])]
+        cells += [str(read_json(folder / "use.json").get("used", ""))[:10], exact, *([f"{bad:,}"] if is_verify else [])]
         table.add_row(*cells)
     for folder in sorted((root / "students").glob("[!.]*")):
         fault = verify(folder) if is_verify else None
@@ -123,33 +125,40 @@ def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> int:
     return 0
 
 
-def _is_whole(folder: Path, about: dict[str, Any]) -> bool:
-    head = folder / "head.safetensors"
-    return head.is_file() and digest_of(head) == about.get("head_sha256")
+def _has_damaged_head(folder: Path) -> bool:
+    return (folder / "teacher.json").exists() and not head_is_whole(folder)
 
 
 def _prune(root: Path, teachers: list[Path], unused_days: float | None) -> int:
     freed = 0
     for folder in teachers:
-        about = _read(folder / "teacher.json")
-        age = (time.time() - (folder / "teacher.json").stat().st_mtime) / 86400
+        used = folder / "use.json"
+        age = (time.time() - (used if used.exists() else folder).stat().st_mtime) / 86400
         if unused_days is not None and age > unused_days:
-            freed += size_of(folder)
-            shutil.rmtree(folder)
-            CONSOLE.print(f"removed {about.get('name', folder.name)}, unused for {age:.0f} days", markup=False)
-        else:
-            freed += compact(folder / "rows")
-    for folder in sorted((root / "students").glob("*")):
+            name = read_json(folder / "teacher.json").get("name", folder.name)
+            freed += _remove(folder)
+            CONSOLE.print(f"removed {name}, unused for {age:.0f} days", markup=False)
+            continue
+        freed += compact(folder / "rows")
+        if _has_damaged_head(folder):
+            freed += _remove(folder / "head.safetensors") + _remove(folder / "teacher.json")
+    for folder in sorted((root / "students").glob("[!.]*")):
         if verify(folder) is not None:
-            freed += size_of(folder)
-            shutil.rmtree(folder)
+            freed += _remove(folder)
+    for left in list(root.rglob(".tmp-*")):
+        with suppress(FileNotFoundError):  # whoever was writing it is done
+            if time.time() - left.stat().st_mtime > LEFT_BEHIND:
+                freed += _remove(left)
     CONSOLE.print(f"{in_bytes(freed)} freed in {root}", markup=False)
     return 0
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return value
-    except (OSError, ValueError):
-        return {}
+def _remove(path: Path) -> int:
+    """Remove a file or folder → its bytes."""
+    if path.is_dir():
+        freed = size_of(path)
+        shutil.rmtree(path, ignore_errors=True)
+        return freed
+    freed = path.stat().st_size if path.exists() else 0
+    path.unlink(missing_ok=True)
+    return freed

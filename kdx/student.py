@@ -37,12 +37,14 @@ def load_student(
     if config.init == "pretrained":
         return load_causal_lm(config, "student", dtype=dtype, attn_implementation=attn_implementation)
     if config.init == "cut":
+        if dtype != torch.float32:
+            kept = None  # it is kept in fp32
         if kept is not None and verify(kept) is None:
             there = replace(teacher, path=str(kept), gguf_file=None, revision=None)
             return load_causal_lm(there, "student", dtype=dtype, attn_implementation=attn_implementation)
         whole = load_causal_lm(teacher, "teacher", dtype=dtype, attn_implementation=attn_implementation)
         smaller = cut(whole, config.layers, teacher.trust_remote_code)
-        if kept is not None and dtype == torch.float32 and not teacher.trust_remote_code:
+        if kept is not None and not teacher.trust_remote_code:
             _keep(smaller, kept)
         return smaller
     shape = load_config(config, "student")
@@ -117,10 +119,13 @@ def _keep(model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(beside)
         open_to_umask(*beside.iterdir())
         seal(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
+        if verify(folder) is not None:  # another run may have been as quick, and reads its own already
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(beside, folder)
     except (OSError, SafetensorError) as error:
-        log.warning("the cut student is not kept in the store: %s", error)
+        if verify(folder) is not None:
+            log.warning("the cut student is not kept in the store: %s", error)
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 

@@ -22,7 +22,8 @@ from kdx.store import Identity, Kept, TeacherStore
 class Teacher:
     """A frozen model. Its hidden states give exact logits at any temperature, with its head alone in memory.
 
-    load: loads the whole model. precision: in words. rows_at_once: of its pass, by default the student's.
+    load: loads the whole model. precision: in words. device: where its head works if it comes from the store.
+    rows_at_once: of its pass, by default the student's.
     """
 
     def __init__(
@@ -32,17 +33,20 @@ class Teacher:
         identity: Identity,
         *,
         store: TeacherStore | None = None,
+        device: torch.device | None = None,
         rows_at_once: int | None = None,
     ) -> None:
         self.precision, self.identity, self.store, self.rows_at_once = precision, identity, store, rows_at_once
         self._load = load
         self._model: Any = None
         kept = store.kept() if store else None
-        if kept is None:
+        if kept is not None:
+            self.head: Head = kept.head.to(device)
+        else:
             kept = _kept(self.model)
+            self.head = kept.head
             if store:
                 store.keep(kept)
-        self.head: Head = kept.head
         self.num_parameters, self.num_bytes = kept.num_parameters, kept.num_bytes
 
     @property
@@ -76,6 +80,12 @@ class Teacher:
         per_row = hidden.cpu().split(batch.num_counted)
         self.store.write(batch.row_digests, per_row, time.perf_counter() - began)
         return hidden
+
+    def settled(self, batch: MicroBatch) -> Tensor:
+        """The same as `hidden` says now and after any stop: what is kept of rows, where it is, and not what was live."""
+        hidden = self.hidden(batch)
+        kept = self.store.peek(batch.row_digests) if self.store else None
+        return hidden if kept is None else torch.cat(kept)
 
     @torch.no_grad()
     def live(self, batch: MicroBatch) -> Tensor:
@@ -139,4 +149,4 @@ def load_teacher(
         return model if config.device_map or quantised else model.to(device)
 
     rows_at_once = None if config.micro_batch_size == "auto" else int(config.micro_batch_size)
-    return Teacher(load, words, identity, store=store, rows_at_once=rows_at_once)
+    return Teacher(load, words, identity, store=store, device=device, rows_at_once=rows_at_once)

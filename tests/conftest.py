@@ -1,7 +1,8 @@
 """Fixtures that several test files share."""
 
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,18 @@ def data_config() -> Callable[..., DataConfig]:
         return DataConfig(**{name: values[name] for name in known}, options=options)
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB, or a plain folder where mounting is not allowed."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        is_mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        is_mounted = False
+    yield folder
+    if is_mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
