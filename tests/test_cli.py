@@ -26,7 +26,6 @@ def clean(monkeypatch, tmp_path):
     for name in ("KDX_PLUGINS", "KDX_LR", "KDX_SEED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["kdx"])
-    monkeypatch.setattr(cli, "_typed", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
@@ -378,7 +377,9 @@ def recalled(*argv: str) -> list[str]:
 
 def test_coming_back_takes_the_runs_words_and_lays_what_is_typed_over_them():
     folder = Path("outputs/2026-01-02/a b")
-    cli.keep_words(folder, ["teacher=mine", "loss.alpha=0.3", "train.epochs=2", "train.max_steps=null", "sweep.name=s"])
+    cli.keep_words(
+        folder, ["teacher=mine", "loss.alpha=0.3", "train.epochs=2", "train.max_steps=null", "sweep.name=s"], []
+    )
     write(str(folder / "status.json"), "{}")
     in_place = [f"hydra.run.dir='{folder}'", "hydra.mode=RUN"]
     typed = recalled(f"run.resume='{folder}'", "loss.alpha=0.5", "train.max_steps=9")
@@ -394,9 +395,8 @@ def test_coming_back_to_a_job_of_a_sweep_is_one_run():
     assert preflight([*words, "hydra.mode=RUN"], Source()).added == []
 
 
-def test_coming_back_finds_the_folder_of_options_again(monkeypatch):
-    monkeypatch.setattr(cli, "_typed", ["--config-dir", "/mine", "teacher=mine"])
-    cli.keep_words(Path("outputs/a/b"), ["teacher=mine"])
+def test_coming_back_finds_the_folder_of_options_again():
+    cli.keep_words(Path("outputs/a/b"), ["teacher=mine"], ["--config-dir", "/mine", "teacher=mine"])
     args = cli._parsed(["run.like=outputs/a/b"])
     cli._recalled(list(args.overrides), args)
     assert args.config_dir == "/mine"
@@ -418,8 +418,8 @@ def test_the_record_has_no_secrets_and_is_never_written_over(monkeypatch):
         "+data.password=pass",
         "tracking.name=open sesame",
     ]
-    cli.keep_words(Path("r"), words)
-    cli.keep_words(Path("r"), ["other=1"])
+    cli.keep_words(Path("r"), words, words)
+    cli.keep_words(Path("r"), ["other=1"], ["other=1"])
     kept = yaml.safe_load(Path("r/overrides.yaml").read_text())
     hidden = "[redacted]"
     wanted = [f"tracking.notes={hidden}", words[1], f"+data.password={hidden}", f"tracking.name={hidden}"]
