@@ -20,10 +20,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx import __version__, plugins, sweep
+from kdx import __version__, jobs, plugins
 from kdx.composition import Plan, as_tree, compose, compose_points, preflight, to_config
 from kdx.config import Config
-from kdx.devices import num_at_once, one_device, share_cores
+from kdx.devices import one_device
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.folders import Source, groups_in, origins
 from kdx.redact import redact
@@ -95,39 +95,10 @@ def _main(argv: list[str]) -> int:
     if only_shows or not plan.sweep_dir:
         _hydra([*_flags(args), *words], argv)
         return 0
-    return _sweep(plan, [[*_flags(args), *part] for part in (plan.baseline, words) if part], argv)
-
-
-def _sweep(plan: Plan, parts: list[list[str]], typed: list[str]) -> int:
-    """Run the baselines and the points of a sweep → the exit code."""
-    assert plan.sweep_dir
-    share_cores(num_at_once(plan.launcher, max(plan.num_points, plan.num_baselines)))
-    before = sweep.states(plan.sweep_dir, plan.jobs) if plan.jobs else {}
-    again = {folder.name for folder, status in before.items() if status["state"] in ("failed", "diverged")}
-    is_basic = str(plan.launcher["_target_"]).endswith(".BasicLauncher")  # others start all, or many, at once
-    passes = [again, set(plan.jobs) - again] if again and is_basic else [set()]
-    trouble = None
-    try:
-        for passed_over in passes:  # what has never been tried comes before what failed
-            for words in parts:
-                _hydra(words, typed, passed_over)
-    except (KdxError, HydraException, OmegaConfBaseException):
-        raise
-    except Exception as error:  # no job raises: a process of the launcher died, or it could start none
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
-        mend = "Jobs that it started may still be running; the same command goes on with what is left"
-        trouble = MachineError("hydra/launcher", what, mend)
-    if os.environ.get("RANK", "0") == "0":
-        left = {f: s for f, s in sweep.states(plan.sweep_dir, plan.jobs).items() if s["state"] != "done"}
-        if plan.sweep_dir.is_dir():
-            _compare(plan.sweep_dir, is_told=True)
-        if left:
-            told = [": ".join(filter(None, (str(f), s["state"], s.get("reason")))) for f, s in left.items()]
-            print(f"kdx: {len(left)} job(s) of the sweep failed:", *told, sep="\n  ", file=sys.stderr)
-        if trouble:
-            raise trouble
-        return 5 if left else 0
-    return 0
+    parts = [[*_flags(args), *part] for part in (plan.baseline, words) if part]
+    return jobs.run(
+        plan, parts, lambda part, passed_over: _hydra(part, argv, passed_over), lambda at: _compare(at, is_told=True)
+    )
 
 
 def _hydra(words: list[str], typed: list[str], passed_over: Collection[str] = ()) -> None:
@@ -204,7 +175,7 @@ def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()
     """
     hydra_config = HydraConfig.get()
     is_sweep = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
-    is_parallel = is_sweep and not str(hydra_config.launcher.get("_target_")).endswith(".BasicLauncher")
+    is_parallel = is_sweep and jobs.is_parallel(hydra_config.launcher)
     run_dir = Path(hydra_config.runtime.output_dir)
     if run_dir.name in passed_over:
         return float("inf")
@@ -222,7 +193,12 @@ def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()
         is_main = os.environ.get("RANK", "0") == "0"
         if is_main:
             keep_words(run_dir, words, typed)
-        plugins.load(run_dir if is_main else None)
+        try:
+            plugins.load(run_dir if is_main else None)
+        except ConfigError as error:
+            if is_main:
+                jobs.note_failure(run_dir, str(error))
+            raise
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; read when they are imported
         if is_sweep:

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
@@ -65,19 +64,6 @@ def job_name(keys: list[str], config: Config) -> str:
         is_part = key.split(".")[0] in tree  # an experiment is told by the hash
         parts.append(f"{_short(key)}-{_safe(str(_whole(value)))}" if is_part else _safe(key))
     return "_".join([*parts, _digest(identity(config))])
-
-
-def states(sweep_dir: Path, names: list[str]) -> dict[Path, dict[str, Any]]:
-    """What the jobs of a sweep say of themselves, whatever process they ran in; without names, all that are there."""
-    folders = [sweep_dir / name for name in names] or sorted(file.parent for file in sweep_dir.rglob("status.json"))
-    return {folder: _status(folder / "status.json") for folder in folders}
-
-
-def _status(file: Path) -> dict[str, Any]:
-    try:
-        return {"state": "unknown"} | json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return {"state": "not begun"}
 
 
 def baseline_words(words: list[Override]) -> list[str]:

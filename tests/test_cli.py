@@ -295,7 +295,7 @@ def test_what_only_a_person_may_ask_for_is_obeyed_when_typed():
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["check", "loss=jsd"], "check: is not a command of kdx"),
+        (["cheque", "loss=jsd"], "cheque: is not a command of kdx"),
         (["improve", "outputs"], "improve: is not a command of kdx"),
         ([""], "'': is not a command of kdx"),
         (["--foo"], "unrecognized arguments: --foo"),
@@ -448,7 +448,7 @@ def test_plugins_are_imported_and_their_source_kept(monkeypatch):
 
 def test_a_sweep_goes_on_after_a_job_that_fails_and_ends_with_5(capfd, monkeypatch):
     monkeypatch.setenv("KDX_PLUGINS", "no_such_module")  # fails in the job, before torch is there
-    code, _, lines = run(capfd, "-m", "loss.temperature=1,1.0,2", "+optim.eps=1e-6")
+    code, _, lines = run(capfd, "-m", "loss.temperature=1,1.0,2", "+optim.eps=1e-6", "sweep.baseline=false")
     assert code == 5
     assert [line.split(" ")[1] for line in lines[:3]] == ["error:"] * 3
     assert lines[3] == "kdx: 2 job(s) of the sweep failed:"  # 1 and 1.0 are one
@@ -456,4 +456,6 @@ def test_a_sweep_goes_on_after_a_job_that_fails_and_ends_with_5(capfd, monkeypat
     jobs = sorted(path for path in sweep.iterdir() if path.is_dir())
     assert [job.name.split("_")[0] for job in jobs] == ["temperature-1", "temperature-2"]
     assert "loss.temperature=1" in yaml.safe_load((jobs[0] / "overrides.yaml").read_text())
-    assert (jobs[0] / "command.txt").read_text() == "python -m kdx -m loss.temperature=1,1.0,2 +optim.eps=1e-6\n"
+    assert (
+        jobs[0] / "command.txt"
+    ).read_text() == "python -m kdx -m loss.temperature=1,1.0,2 +optim.eps=1e-6 sweep.baseline=false\n"
