@@ -246,6 +246,11 @@ def _compose(words: list[str], source: Source) -> DictConfig:
         files = [Path(mark.name)] if mark and Path(mark.name).is_file() else source.roots()
         raise _unreadable(files) or ConfigError("YAML", _one_line(error), "Mend the YAML") from None
     except (HydraException, OmegaConfBaseException) as error:
+        package = re.search(r"'hydra/launcher/(joblib|submitit)\w*'", str(error))
+        if package:
+            what = f"needs the package hydra-{package[1]}-launcher, which is not installed"
+            mend = f"pip install hydra-{package[1]}-launcher"
+            raise ConfigError("hydra/launcher", what, mend) from None
         mend = "See the options in conf/ and your own folder; `python -m kdx --info defaults` lists what was chosen"
         raise ConfigError("config", _one_line(error), mend) from None
     finally:
