@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 LOCKS = Path(tempfile.gettempdir()) / "kdx-devices"  # one file a GPU, for all kdx jobs of this machine
 PATIENCE = 2.0  # seconds between two looks for a free GPU
+_home: list[FileLock] = []  # held for the life of this process: that its next jobs will want this GPU
 
 
 @contextmanager
@@ -66,19 +67,30 @@ def _lock(name: str) -> FileLock:
 
 def _free(names: list[str]) -> tuple[str, FileLock]:
     """The first GPU that nobody holds, and its lock, acquired; says so if it must wait."""
-    locks = {name: _lock(name) for name in names}
     is_told = False
     while True:
-        for name, lock in locks.items():
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            return name, lock
+        for name in names:  # rather one that no process will come back to
+            home, lock = _lock(f"{name}-home"), _lock(name)
+            if (_home or _taken(home)) and _taken(lock):
+                _home[:] = _home or [home]
+                return name, lock
+            home.release()
+        for name in names:
+            lock = _lock(name)
+            if _taken(lock):
+                return name, lock
         if not is_told:
             print(f"kdx: other jobs hold GPU {', '.join(names)}; waiting for one", flush=True)
         is_told = True
         time.sleep(PATIENCE)
+
+
+def _taken(lock: FileLock) -> bool:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
 
 
 def num_at_once(launcher: dict[str, Any], num_points: int) -> int:
