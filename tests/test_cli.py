@@ -26,7 +26,6 @@ def clean(monkeypatch, tmp_path):
     for name in ("KDX_PLUGINS", "KDX_LR", "KDX_SEED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["kdx"])
-    monkeypatch.setattr(cli, "_typed", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
@@ -267,6 +266,9 @@ HOSTILE = {
     "log file": "hydra: {hydra_logging: {handlers: {x: {class: logging.FileHandler, filename: marker}}}}",
     "environment": "hydra: {job: {env_set: {LD_PRELOAD: x.so}}}",
     "folder": "hydra: {run: {dir: /elsewhere/outside}}",
+    "shell": "defaults: [{override /hydra/launcher: slurm}]\nhydra: {launcher: {setup: [touch marker]}}",
+    "two lines": 'defaults: [{override /hydra/launcher: slurm}]\nhydra: {launcher: {comment: "a\\ntouch marker"}}',
+    "launcher's folder": "defaults: [{override /hydra/launcher: slurm}]\nhydra: {launcher: {submitit_folder: ../x}}",
     "parent": "hydra: {sweep: {subdir: ../../outside}}",
     "target": "loss: {_target_: os.system}",
     "in a list": "optim: {schedule_options: {a: [{'()': os.system}]}}",
@@ -296,7 +298,7 @@ def test_what_only_a_person_may_ask_for_is_obeyed_when_typed():
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["check", "loss=jsd"], "check: is not a command of kdx"),
+        (["cheque", "loss=jsd"], "cheque: is not a command of kdx"),
         (["improve", "outputs"], "improve: is not a command of kdx"),
         ([""], "'': is not a command of kdx"),
         (["--foo"], "unrecognized arguments: --foo"),
@@ -378,7 +380,9 @@ def recalled(*argv: str) -> list[str]:
 
 def test_coming_back_takes_the_runs_words_and_lays_what_is_typed_over_them():
     folder = Path("outputs/2026-01-02/a b")
-    cli.keep_words(folder, ["teacher=mine", "loss.alpha=0.3", "train.epochs=2", "train.max_steps=null", "sweep.name=s"])
+    cli.keep_words(
+        folder, ["teacher=mine", "loss.alpha=0.3", "train.epochs=2", "train.max_steps=null", "sweep.name=s"], []
+    )
     write(str(folder / "status.json"), "{}")
     in_place = [f"hydra.run.dir='{folder}'", "hydra.mode=RUN"]
     typed = recalled(f"run.resume='{folder}'", "loss.alpha=0.5", "train.max_steps=9")
@@ -394,9 +398,8 @@ def test_coming_back_to_a_job_of_a_sweep_is_one_run():
     assert preflight([*words, "hydra.mode=RUN"], Source()).added == []
 
 
-def test_coming_back_finds_the_folder_of_options_again(monkeypatch):
-    monkeypatch.setattr(cli, "_typed", ["--config-dir", "/mine", "teacher=mine"])
-    cli.keep_words(Path("outputs/a/b"), ["teacher=mine"])
+def test_coming_back_finds_the_folder_of_options_again():
+    cli.keep_words(Path("outputs/a/b"), ["teacher=mine"], ["--config-dir", "/mine", "teacher=mine"])
     args = cli._parsed(["run.like=outputs/a/b"])
     cli._recalled(list(args.overrides), args)
     assert args.config_dir == "/mine"
@@ -418,8 +421,8 @@ def test_the_record_has_no_secrets_and_is_never_written_over(monkeypatch):
         "+data.password=pass",
         "tracking.name=open sesame",
     ]
-    cli.keep_words(Path("r"), words)
-    cli.keep_words(Path("r"), ["other=1"])
+    cli.keep_words(Path("r"), words, words)
+    cli.keep_words(Path("r"), ["other=1"], ["other=1"])
     kept = yaml.safe_load(Path("r/overrides.yaml").read_text())
     hidden = "[redacted]"
     wanted = [f"tracking.notes={hidden}", words[1], f"+data.password={hidden}", f"tracking.name={hidden}"]
@@ -448,7 +451,7 @@ def test_plugins_are_imported_and_their_source_kept(monkeypatch):
 
 def test_a_sweep_goes_on_after_a_job_that_fails_and_ends_with_5(capfd, monkeypatch):
     monkeypatch.setenv("KDX_PLUGINS", "no_such_module")  # fails in the job, before torch is there
-    code, _, lines = run(capfd, "-m", "loss.temperature=1,1.0,2", "+optim.eps=1e-6")
+    code, _, lines = run(capfd, "-m", "loss.temperature=1,1.0,2", "+optim.eps=1e-6", "sweep.baseline=false")
     assert code == 5
     assert [line.split(" ")[1] for line in lines[:3]] == ["error:"] * 3
     assert lines[3] == "kdx: 2 job(s) of the sweep failed:"  # 1 and 1.0 are one
@@ -456,4 +459,6 @@ def test_a_sweep_goes_on_after_a_job_that_fails_and_ends_with_5(capfd, monkeypat
     jobs = sorted(path for path in sweep.iterdir() if path.is_dir())
     assert [job.name.split("_")[0] for job in jobs] == ["temperature-1", "temperature-2"]
     assert "loss.temperature=1" in yaml.safe_load((jobs[0] / "overrides.yaml").read_text())
-    assert (jobs[0] / "command.txt").read_text() == "python -m kdx -m loss.temperature=1,1.0,2 +optim.eps=1e-6\n"
+    assert (
+        jobs[0] / "command.txt"
+    ).read_text() == "python -m kdx -m loss.temperature=1,1.0,2 +optim.eps=1e-6 sweep.baseline=false\n"

@@ -50,7 +50,7 @@ def test_the_groups_are_those_of_the_readme():
 @pytest.mark.parametrize("file", OPTIONS, ids=option)
 def test_every_option_composes_fits_and_binds(file, composer):
     name = option(file)
-    point = composer.point(composer.parsed([name.replace("/", "="), *NEEDS.get(name, [])]))
+    point = composer.point(composer.parsed(["=".join(name.rsplit("/", 1)), *NEEDS.get(name, [])]))
     assert point.faults == []
     config = point.config()
     if config.loss.name == "cross_entropy":

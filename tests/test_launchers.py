@@ -1,0 +1,145 @@
+"""A sweep under joblib and submitit, in real processes: what the basic launcher promises holds there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from standins import write_dialogpt, write_pairs
+
+from kdx.devices import num_cores
+
+PLUGIN = '''
+import json, os, signal
+from pathlib import Path
+import torch
+from kdx.loss import forward_kl, register
+
+calls = 0
+
+@register
+def own(student, teacher, most: float = 9.0):
+    """Forward KL that breaks for one point of a sweep, and is preempted once at another."""
+    global calls
+    calls += 1
+    if calls == 1:
+        with open("seen.jsonl", "a") as file:
+            told = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": torch.get_num_threads(), "pid": os.getpid()}
+            file.write(json.dumps(told) + chr(10))
+    if most == 0:
+        raise RuntimeError("most is too small")
+    if most == 2 and calls == 6 and "SUBMITIT_FOLDER" in os.environ and not Path("preempted").exists():
+        Path("preempted").touch()
+        os.kill(os.getpid(), signal.SIGTERM)  # as Slurm does, and submitit passes over
+        os.kill(os.getpid(), signal.SIGUSR2)
+    return forward_kl(student, teacher)
+'''
+WORDS = ["-m", "teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=pairs"]
+WORDS += ["data.path=pairs.jsonl", "loss.name=own", "+loss.most=0,2", "train.max_steps=5", "train.log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launchers")
+    write_dialogpt(folder / "medium", 4, 32, pickled=False)
+    write_dialogpt(folder / "small", 2, 16, pickled=False, seed=1)
+    write_pairs(folder / "pairs.jsonl")
+    (folder / "my_plugin.py").write_text(PLUGIN)
+    return folder
+
+
+def kdx(place: Path, *words: str, program: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m kdx` with the sweep's words and these."""
+    left_out = ("WANDB_", "HF_", "KDX_", "OMP_", "MKL_", "CUDA_", "SLURM_")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
+    clean |= {"HF_HUB_OFFLINE": "1", "NETRC": "none", "KDX_PLUGINS": "my_plugin"}
+    command = [sys.executable, *(["-c", program] if program else ["-m", "kdx"]), *WORDS, *words]
+    return subprocess.run(command, cwd=place, env=clean | environment, capture_output=True, text=True, check=False)
+
+
+def states(sweep: Path) -> dict[str, str]:
+    return {f.parent.name: json.loads(f.read_text())["state"] for f in sorted(sweep.glob("*/status.json"))}
+
+
+def seen(place: Path) -> list[dict]:
+    """What each job noted of its process."""
+    file = place / "seen.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.unlink()
+    return lines
+
+
+def check_outcome(told: subprocess.CompletedProcess[str], sweep: Path) -> None:
+    """One job failed and is told of, the baseline and the other are done and compared."""
+    assert told.returncode == 5, told.stderr
+    assert "2 points + 1 baseline (alpha=0)" in told.stdout
+    jobs = states(sweep)
+    (failed,) = (name for name, state in jobs.items() if state == "failed")
+    assert sorted(name.split("_")[0] for name in jobs) == ["baseline", "most-0", "most-2"]
+    assert sorted(jobs.values()) == ["done", "done", "failed"]
+    assert failed.startswith("most-0_")
+    last = told.stderr.splitlines()[-2:]
+    assert last[0] == "kdx: 1 job(s) of the sweep failed:"
+    assert last[1].endswith(f"{failed}: failed: RuntimeError: most is too small")
+    (table,) = json.loads((sweep / "compare.json").read_text())["tables"]
+    assert len(table["students"]) == 2
+    for job in jobs:
+        assert (sweep / job / "command.txt").read_text().startswith("python -m kdx -m teacher=hf teacher.path=medium ")
+        assert (sweep / job / "plugins" / "my_plugin.py").read_text() == PLUGIN
+
+
+def test_joblib(place: Path) -> None:
+    """Each job has a GPU of its own and a share of the cores; the same command again runs what failed, and only that."""
+    words = ("hydra/launcher=parallel", "sweep.name=joblib", "tracking.mode=disabled")
+    sweep = place / "outputs" / "sweeps" / "joblib"
+    check_outcome(kdx(place, *words, CUDA_VISIBLE_DEVICES="3,5"), sweep)
+    jobs = seen(place)
+    assert {job["threads"] for job in jobs} == {max(1, num_cores() // 2)}
+    assert {job["gpu"] for job in jobs} <= {"3", "5"}
+    assert len({job["gpu"] for job in jobs}) == len({job["pid"] for job in jobs})  # a process keeps its own
+    done = [name for name, state in states(sweep).items() if state == "done"]
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for n in done for p in (sweep / n).rglob("*") if p.is_file()}
+    again = kdx(place, *words)
+    assert again.returncode == 5, again.stderr
+    assert again.stdout.count("is done already") == 2
+    assert len(seen(place)) == 1
+    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in before}
+
+
+def test_submitit_with_a_job_that_is_preempted(place: Path) -> None:
+    """It saves, is started again by submitit, and goes on in its folder under its W&B id, as if it had not been."""
+    words = ("hydra/launcher=submitit_local", "sweep.name=submitit", "tracking.mode=offline")
+    sweep = place / "outputs" / "sweeps" / "submitit"
+    check_outcome(kdx(place, *words, OMP_NUM_THREADS="1"), sweep)
+    assert (place / "preempted").exists()
+    (job,) = sweep.glob("most-2_*")
+    log = (job / "kdx.log").read_text()
+    assert "stopped after step" in log
+    assert "going on from" in log
+    steps = [
+        json.loads(line)["step"] for line in (job / "metrics.jsonl").read_text().splitlines() if "train/loss" in line
+    ]
+    assert steps == [1, 2, 3, 4, 5]
+    kept = (job / "wandb_id.txt").read_text().strip()
+    assert len(list((sweep / "wandb").glob(f"offline-run-*-{kept}"))) == 2
+    joblib = next((place / "outputs" / "sweeps" / "joblib").glob("most-2_*"))
+    assert job.name == joblib.name
+
+
+def test_without_the_plug_in_the_command_that_installs_it_is_told(place: Path) -> None:
+    program = "import hydra_plugins; hydra_plugins.__path__ = []\nfrom kdx.cli import main; main()"
+    for launcher, package in (("parallel", "joblib"), ("slurm", "submitit"), ("submitit_local", "submitit")):
+        told = kdx(place, f"hydra/launcher={launcher}", program=program)
+        assert told.returncode == 2
+        what = f"needs the package hydra-{package}-launcher, which is not installed"
+        mend = f"pip install hydra-{package}-launcher"
+        assert told.stderr == f"kdx: error: hydra/launcher: {what}. {mend}\n"
+
+
+def test_a_launcher_that_can_start_nothing_is_the_machines_fault(place: Path) -> None:
+    told = kdx(place, "hydra/launcher=slurm", "sweep.name=nowhere", PATH="")
+    assert told.returncode == 3
+    assert "Could not detect" in told.stderr.splitlines()[-1]
+    assert states(place / "outputs" / "sweeps" / "nowhere") == {}
