@@ -438,6 +438,7 @@ class TestCompact:
         back, answer = os.pipe()
 
         def work() -> None:
+            os.close(answer)  # so that this process ends with the other
             rows = Segments(tmp_path, "live")
             rows.append(key(1), row(1))
             assert rows._writing is not None
