@@ -343,18 +343,6 @@ def straight(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestExactResume:
-    @pytest.mark.parametrize("kills", [[2], [5], [8], [13], [5, 4, 5, 8], [8, 7]])
-    def test_killed_and_gone_on(self, place: Path, straight: Path, tmp_path: Path, kills: list[int]) -> None:
-        """Killed before the first checkpoint, after it while the store fills, after an epoch, and again and again."""
-        config = config_of_doubles(place, tmp_path / "store")
-        for step in kills:
-            assert wait(forked(lambda step=step: killed_at(step, config, tmp_path / "run"))) == -signal.SIGKILL  # type: ignore[misc]
-        summary = distill(config, tmp_path / "run")
-        assert are_equal(straight, tmp_path / "run")
-        assert lines(straight) == lines(tmp_path / "run")
-        assert [line["step"] for line in lines(tmp_path / "run") if "train/loss" in line] == list(range(1, 15))
-        assert did(summary)["bad"] == 0
-
     def test_a_store_that_others_had_filled_by_half(self, place: Path, straight: Path, tmp_path: Path) -> None:
         other = f"data.path={place / 'pairs.jsonl'}"
         for name in ("one", "two"):

@@ -261,7 +261,9 @@ def test_a_signal_while_wandb_closes_leaves_a_done_run_done(tmp_path: Path) -> N
 def test_a_sweep_without_a_server_is_uploaded_by_one_command(place: Path, server: Server) -> None:
     """Each job says in one line that it is kept offline; later all of them arrive, in their group."""
     absent = {"WANDB_BASE_URL": NOBODY, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "1"}
-    told = kdx(place, "-m", "loss.temperature=1,2", "sweep.name=absent", "train.max_steps=2", **absent)
+    told = kdx(
+        place, "-m", "loss.temperature=1,2", "sweep.name=absent", "sweep.baseline=false", "train.max_steps=2", **absent
+    )
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("W&B cannot be reached") == 2
     assert told.stderr == ""
