@@ -342,21 +342,6 @@ def straight(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-class TestExactResume:
-    def test_a_store_that_others_had_filled_by_half(self, place: Path, straight: Path, tmp_path: Path) -> None:
-        other = f"data.path={place / 'pairs.jsonl'}"
-        for name in ("one", "two"):
-            words = ("train.micro_batch_size=2", "train.max_steps=2", "data.seed=3")
-            distill(config_of(place, tmp_path / name / "store", *words, other), tmp_path / name / "filler")
-        one, two = (config_of_doubles(place, tmp_path / name / "store") for name in ("one", "two"))
-        summary = distill(one, tmp_path / "one" / "run")
-        assert did(summary)["from_others"] > 0 and did(summary)["computed"] > 0
-        assert wait(forked(lambda: killed_at(8, two, tmp_path / "two" / "run"))) == -signal.SIGKILL
-        distill(two, tmp_path / "two" / "run")
-        assert are_equal(tmp_path / "one" / "run", tmp_path / "two" / "run")
-        assert lines(tmp_path / "one" / "run") == lines(tmp_path / "two" / "run")
-
-
 def killed_at(step: int, config: Config, run_dir: Path) -> None:
     """A run that is killed once the gradient of a step is there."""
     from kdx import train
