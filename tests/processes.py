@@ -1,11 +1,17 @@
 """Processes of their own, to be killed or to share files."""
 
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import kdx
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["kdx.distill"])  # imported once, in a process that no thread has run in
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -16,7 +22,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def forked(work: Callable[[], object]) -> int:
-    """Do something in a process of its own, without the seconds that importing torch takes → its pid."""
+    """Do something small in a process of its own → its pid. Torch's threads do not survive a fork: load no model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking beside threads
         pid = os.fork()
@@ -33,3 +39,21 @@ def forked(work: Callable[[], object]) -> int:
 def wait(pid: int) -> int:
     """The exit code of a process, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def started(work: Callable[..., None], *words: Any) -> BaseProcess:
+    """Start a function of a module in a process of its own that has imported kdx and done nothing else yet."""
+    process = SERVER.Process(target=work, args=words)
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess, seconds: int = 60) -> int | None:
+    """The exit code of what was started, or None if it does not end: it is killed then."""
+    for _ in range(10 * seconds):  # looks, not the clock: the whole machine may be paused
+        process.join(0.1)
+        if process.exitcode is not None:
+            return process.exitcode
+    process.kill()
+    process.join()
+    return None

@@ -9,20 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import environment, forked, wait
-from safetensors.torch import load_file
+from processes import ended, environment, started
+from safetensors.torch import load_file, save_file
 from standins import write_dialogpt, write_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kdx.batches import collate
+from kdx.batches import MicroBatch, Row, collate
 from kdx.cli import compose
 from kdx.config import Config
 from kdx.distill import Summary, distill
@@ -342,6 +342,33 @@ def straight(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+class TestExactResume:
+    @pytest.mark.parametrize("kills", [[2], [5], [8], [13], [5, 4, 5, 8], [8, 7]])
+    def test_killed_and_gone_on(self, place: Path, straight: Path, tmp_path: Path, kills: list[int]) -> None:
+        """Killed before the first checkpoint, after it while the store fills, after an epoch, and again and again."""
+        config = config_of_doubles(place, tmp_path / "store")
+        for step in kills:
+            assert ended(started(killed_at, step, config, tmp_path / "run")) == -signal.SIGKILL
+        summary = distill(config, tmp_path / "run")
+        assert are_equal(straight, tmp_path / "run")
+        assert lines(straight) == lines(tmp_path / "run")
+        assert [line["step"] for line in lines(tmp_path / "run") if "train/loss" in line] == list(range(1, 15))
+        assert did(summary)["bad"] == 0
+
+    def test_a_store_that_others_had_filled_by_half(self, place: Path, straight: Path, tmp_path: Path) -> None:
+        other = f"data.path={place / 'pairs.jsonl'}"
+        for name in ("one", "two"):
+            words = ("train.micro_batch_size=2", "train.max_steps=2", "data.seed=3")
+            distill(config_of(place, tmp_path / name / "store", *words, other), tmp_path / name / "filler")
+        one, two = (config_of_doubles(place, tmp_path / name / "store") for name in ("one", "two"))
+        summary = distill(one, tmp_path / "one" / "run")
+        assert did(summary)["from_others"] > 0 and did(summary)["computed"] > 0
+        assert ended(started(killed_at, 8, two, tmp_path / "two" / "run")) == -signal.SIGKILL
+        distill(two, tmp_path / "two" / "run")
+        assert are_equal(tmp_path / "one" / "run", tmp_path / "two" / "run")
+        assert lines(tmp_path / "one" / "run") == lines(tmp_path / "two" / "run")
+
+
 def killed_at(step: int, config: Config, run_dir: Path) -> None:
     """A run that is killed once the gradient of a step is there."""
     from kdx import train
@@ -354,6 +381,7 @@ def killed_at(step: int, config: Config, run_dir: Path) -> None:
         real(accelerator, batch, at, *numbers)
 
     train.check_finite = check
+    torch.set_num_threads(1)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
@@ -468,49 +496,28 @@ class TestCommands:
 class TestFaults:
     def test_four_share_a_store_and_one_is_killed(self, place: Path, tmp_path: Path) -> None:
         """Each asks for the same batches in an order of its own, and compares what it is told with the live teacher."""
-        model = AutoModelForCausalLM.from_pretrained(place / "teacher", dtype=torch.bfloat16).eval()
-        generator = random.Random(0)
-        batches = []
-        for b in range(60):
-            texts = [[generator.randrange(3, 250) for _ in range(generator.randrange(5, 40))] for _ in range(4)]
-            batches.append(collate([make_row(f"{b}-{i}", tokens) for i, tokens in enumerate(texts)], 0))
-        who = Identity("weights", "tokenizer", "bf16", "none")
-        live = Teacher(lambda: model, "bf16", who)
+        live, batches = Teacher(partial(load, place), "bf16", WHO), batches_to_share()
         reference = [live.live(batch) for batch in batches]
+        save_file({str(i): hidden for i, hidden in enumerate(reference)}, tmp_path / "reference.safetensors")
         per_row = {
             digest: part
             for batch, hidden in zip(batches, reference, strict=True)
             for digest, part in zip(batch.row_digests, hidden.split(batch.num_counted), strict=True)
         }
-
-        def work(root: Path, number: int) -> None:
-            store = TeacherStore(root, who, name="teacher", owner=f"run{number}")
-            teacher = Teacher(lambda: model, "bf16", who, store=store)
-            assert torch.equal(teacher.head.weight, live.head.weight)
-            order = list(range(len(batches)))
-            random.Random(number).shuffle(order)
-            for i in order * 2:
-                if not torch.equal(teacher.hidden(batches[i]), reference[i]):
-                    os._exit(77)
-            store.keep_answer("prompt", "answer")
-            store.close()
-
         wrong = stuck = killed = checked = 0
         for round_ in range(ROUNDS):
             chance = random.Random(round_)
             root = tmp_path / str(round_)
             for shift in (0, 4):  # the second four find what the first four left
-                pids = [forked(lambda n=n, root=root: work(root, n)) for n in range(shift, shift + 4)]  # type: ignore[misc]
-                time.sleep(chance.random() * 0.25)
-                victim = chance.choice(pids)
-                with suppress(ProcessLookupError):
-                    os.kill(victim, signal.SIGKILL)
-                codes = [wait_at_most(pid, 60) for pid in pids]
+                processes = [started(share, place, root, number) for number in range(shift, shift + 4)]
+                time.sleep(chance.uniform(0.2, 1.5))
+                chance.choice(processes).kill()
+                codes = [ended(process) for process in processes]
                 stuck += codes.count(None)
                 killed += codes.count(-signal.SIGKILL)
-                wrong += codes.count(77)
-                assert [code for code in codes if code not in (0, 77, None, -signal.SIGKILL)] == []
-            reader = TeacherStore(root, who, name="teacher", owner="reader")
+                wrong += codes.count(WRONG)
+                assert {*codes} <= {0, WRONG, None, -signal.SIGKILL}
+            reader = TeacherStore(root, WHO, name="teacher", owner="reader")
             for digest, part in per_row.items():
                 found = reader.peek([digest])
                 wrong += found is None or not torch.equal(found[0], part)
@@ -522,19 +529,34 @@ class TestFaults:
         assert (wrong, stuck) == (0, 0) and killed > 0
 
 
-def make_row(name: str, tokens: list[int]) -> Any:
-    from kdx.batches import Row
-
-    return Row(name, tokens, [t >= len(tokens) // 3 for t in range(len(tokens))])
+WHO = Identity("weights", "tokenizer", "bf16", "none")
+WRONG = 77  # the exit code of a process that was told something wrong
 
 
-def wait_at_most(pid: int, seconds: float) -> int | None:
-    """The exit code of a process, or None if it has not ended by then (it is killed)."""
-    for _ in range(int(seconds * 100)):  # looks, not the clock: the whole machine may be paused
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    wait(pid)
-    return None
+def load(place: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(place / "teacher", dtype=torch.bfloat16)
+
+
+def batches_to_share() -> list[MicroBatch]:
+    draw = random.Random(0).randrange
+    lengths = [[draw(5, 40) for _ in range(4)] for _ in range(60)]
+    rows = [
+        [Row(str(n), [draw(3, 250) for _ in range(n)], [t >= n // 3 for t in range(n)]) for n in four]
+        for four in lengths
+    ]
+    return [collate(four, 0) for four in rows]
+
+
+def share(place: Path, root: Path, number: int) -> None:
+    """Ask for every batch twice."""
+    torch.set_num_threads(1)
+    batches, reference = batches_to_share(), load_file(root.parent / "reference.safetensors")
+    store = TeacherStore(root, WHO, name="teacher", owner=f"run{number}")
+    teacher = Teacher(partial(load, place), "bf16", WHO, store=store)
+    order = list(range(len(batches)))
+    random.Random(number).shuffle(order)
+    for i in order * 2:
+        if not torch.equal(teacher.hidden(batches[i]), reference[str(i)]):
+            os._exit(WRONG)
+    store.keep_answer("prompt", "answer")
+    store.close()
