@@ -108,8 +108,10 @@ def memory_table(run: Prepared, cost: Cost) -> Table:
         teacher = run.teacher.num_bytes if run.teacher.is_loaded else head
     chunk = 2 * run.objective.chunk_size * run.num_ids * (2 if run.accelerator.mixed_precision == "bf16" else 4)
     table = Table(title="memory of a step, in the order of what to save first", title_justify="left")
-    for column in ("", "bytes", "saving", "saves"):
-        table.add_column(column, justify="right" if column in ("bytes", "saves") else "left")
+    table.add_column("")
+    table.add_column("bytes", justify="right")
+    table.add_column("saving", min_width=len("train.gradient_checkpointing=true"))  # whole, to be typed
+    table.add_column("saves", justify="right")
     layers = run.student.config.get_text_config().num_hidden_layers
     width = run.student.config.get_text_config().hidden_size
     checkpointed = longest[0] * len(longest) * layers * width * 4
@@ -118,11 +120,11 @@ def memory_table(run: Prepared, cost: Cost) -> Table:
         ("activations", activations, "train.micro_batch_size=1", activations * (1 - 1 / len(longest))),
         ("", 0, "train.gradient_checkpointing=true", 0 if kept else max(0.0, activations - checkpointed)),
         ("", 0, "train.precision=bf16", activations / 3 if run.accelerator.mixed_precision == "no" else 0),
-        ("student and gradients", 2 * weight * num, "", 0),
+        ("weights, gradients", 2 * weight * num, "", 0),
         ("optimizer", states, "optim=adamw_8bit", 0 if is_8bit else 6 * num),
         ("teacher", teacher, "teacher.quantization=8bit", teacher / 2 if config.teacher.quantization == "none" else 0),
         ("", 0, "teacher.store=on, once filled", teacher - head),
-        ("logits of a chunk, twice", chunk, "", 0),
+        ("logits of a chunk", chunk, "", 0),
     ]  # fmt: skip
     for what, size, saving, saves in rows:
         if size or saves:

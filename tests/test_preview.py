@@ -34,6 +34,16 @@ def test_it_says_what_would_be_trained_and_trains_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_savings_that_are_taken_are_not_offered(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    offered = ["train.gradient_checkpointing=true", "optim=adamw_8bit", "train.micro_batch_size=1"]
+    check(compose(words))
+    told = capsys.readouterr().out
+    assert all(word in told for word in offered)
+    check(compose([*words, *offered]))
+    told = capsys.readouterr().out
+    assert not any(word in told for word in offered)
+
+
 def test_all_data_faults_are_told(words: list[str], tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": "oops"}\n{"messages": []}\n{"nothing": 1}\n')
