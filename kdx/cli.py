@@ -132,11 +132,10 @@ def _command(name: str, words: list[str]) -> int:
 
         return compare(words)
     if name == "check":
-        configs = _composed(words)
+        config, *_ = _composed(words)  # of a sweep its first point
         from kdx.preview import check
 
-        for config in configs[:1]:
-            check(config)
+        check(config)
         return 0
     if name == "store":
         if words[:1] == ["fill"]:

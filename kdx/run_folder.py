@@ -17,7 +17,7 @@ import yaml
 
 from kdx import checkpoint
 from kdx.config import Config
-from kdx.durable import write_beside
+from kdx.durable import read_json, write_beside
 from kdx.errors import ConfigError, DivergedError, KdxError, MachineError
 from kdx.redact import redact
 from kdx.train import State
@@ -55,11 +55,7 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         """What status.json says; empty if there is none."""
-        try:
-            status: dict[str, Any] = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-            return status
-        except (OSError, ValueError):
-            return {}
+        return read_json(self.path / "status.json")
 
     def open(self, config: dict[str, Any], is_main: bool) -> None:
         """Make the folder and write its config, or refuse: in use by another process, or another config's."""

@@ -91,7 +91,7 @@ class TeacherStore:
         self.counts = Counts()
         self.is_full = False
         self.seconds_per_position: float | None = read_json(self.folder / "use.json").get("seconds_per_position")
-        self._size = size_of(root)
+        self._size = size_of(root) if limit_bytes is not None else 0  # a walk over all files: only for the limit
 
     # The rows
 
