@@ -24,10 +24,11 @@ from kdx.run_folder import RunFolder
 from kdx.teacher import Teacher
 
 torch.set_num_threads(1)
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11's server finds what it preloads there alone
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["runs"])
+SERVER.set_forkserver_preload(["warm"])
 VARYING = ("speed/tokens_per_second", "memory/peak_bytes")
-PATIENCE = 120  # seconds that a small run may take before it counts as stuck
+PATIENCE = 600  # seconds that a small run may take before it counts as stuck
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
 
 
@@ -44,7 +45,7 @@ def words_of(place: Path, *words: str) -> list[str]:
     base = [
         "teacher=hf", f"teacher.path={place / 'teacher'}", "student=hf", f"student.path={place / 'student'}",
         "data=pairs", f"data.path={place / 'pairs.jsonl'}", "data.validation=4", "teacher.store=off",
-        "teacher.precision=fp32", "train.precision=fp32", "train.max_steps=40", "train.batch_size=4",
+        "teacher.precision=fp32", "train.precision=fp32", "train.max_steps=30", "train.batch_size=4",
         "train.micro_batch_size=1", "train.log_every=1", "train.save_every=5", "optim.lr=1e-2",
         "tracking.mode=disabled", "tracking.samples=false",
     ]  # fmt: skip
