@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kdx import __version__, plugins
 from kdx.composition import Plan, as_tree, compose, compose_points, preflight, register_resolver, to_config
 from kdx.config import Config
+from kdx.durable import write_beside
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.folders import Source, groups_in, origins
 from kdx.redact import redact
@@ -355,7 +356,7 @@ def keep_words(run_dir: Path, words: list[str]) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             if not (run_dir / name).exists():
-                (run_dir / name).write_text(text, encoding="utf-8")
+                write_beside(run_dir / name, text)
     except OSError as error:
         raise MachineError(str(run_dir), f"cannot write there: {error.strerror}", "Choose another folder") from None
 
