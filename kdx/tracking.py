@@ -189,7 +189,7 @@ class Tracker:
         if "eval/ce" in metrics:
             shown = {k.removeprefix("eval/"): f"{v:.4f}" for k, v in metrics.items() if v is not None}
             log.info("step %d held-out: %s", state.step, ", ".join(f"{k} {v}" for k, v in shown.items()))
-        elif self.progress is None:
+        elif self.progress is None and metrics["train/loss"] is not None:  # else each step was skipped, and is told
             loss, speed = metrics["train/loss"], metrics["speed/tokens_per_second"]
             left = (self.max_steps - state.step) * state.tokens / max(state.step, 1) / max(speed, 1e-9)
             minutes = f"{int(left) // 60}:{int(left) % 60:02d} left"

@@ -82,9 +82,9 @@ class Run:
             os.kill(self.process.pid, number)
 
 
-def start(config: Config, run_dir: Path, fault: Callable[[], None] | None = None) -> Run:
-    """Start a run, or go on with it; `fault` is planted in the process first."""
-    log = run_dir.with_name(f"{run_dir.name}.log")
+def start(config: Config, run_dir: Path, fault: Callable[[], None] | None = None, log: Path | None = None) -> Run:
+    """Start a run, or go on with it; `fault` is planted in the process first, what it prints goes to `log`."""
+    log = log or run_dir.with_name(f"{run_dir.name}.log")
     process = SERVER.Process(target=_child, args=(config, run_dir, log, fault))
     process.start()
     return Run(process, log)
@@ -123,31 +123,40 @@ def _signal_at(step: int, number: signal.Signals) -> None:
     RunFolder.at = at  # type: ignore[method-assign]
 
 
+def _step_is(step: int) -> Callable[[], bool]:
+    """Tells whether the run is in a step."""
+    known, done = RunFolder.at, 0
+
+    def at(self: RunFolder, now: int, is_main: bool) -> None:
+        nonlocal done
+        done = now
+        known(self, now, is_main)
+
+    RunFolder.at = at  # type: ignore[method-assign]
+    return lambda: done == step - 1
+
+
 def nan_in_loss(step: int) -> None:
-    """The divergence is NaN at a step, in its value (one call a step where micro_batch_size is batch_size)."""
-    calls = 0
+    """The divergence is NaN at a step, in its value."""
+    is_now = _step_is(step)
 
     @loss.register
     def planted(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return loss.forward_kl(student, teacher) * (float("nan") if calls == step else 1.0)
+        return loss.forward_kl(student, teacher) * (float("nan") if is_now() else 1.0)
 
 
 def nan_in_gradient(step: int) -> None:
     """The same, in its gradient alone."""
-    calls = 0
+    is_now = _step_is(step)
 
     @loss.register
     def planted(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
         nought = (0 * student).sum(-1)
-        return loss.forward_kl(student, teacher) + (nought.sqrt() if calls == step else nought)
+        return loss.forward_kl(student, teacher) + (nought.abs().sqrt() if is_now() else nought)
 
 
 def nan_in_teacher(step: int) -> None:
-    """The teacher says NaN at the first position of a step, then and whenever it is asked again."""
+    """The teacher says NaN about the first row of a step, then and whenever it is asked again."""
     known = Teacher.answers
     calls = 0
     broken: list[str] = []
@@ -158,9 +167,9 @@ def nan_in_teacher(step: int) -> None:
         for i, (batch, hidden) in enumerate(zip(micro_batches, known(self, micro_batches), strict=True)):
             if calls == step and i == 0:
                 broken.append(batch.row_ids[0])
-            if broken and batch.row_ids[0] == broken[0]:
+            if broken and broken[0] in batch.row_ids:
                 hidden = hidden.clone()
-                hidden[0] = float("nan")
+                hidden[batch.row_of == batch.row_ids.index(broken[0])] = float("nan")
             yield hidden
 
     Teacher.answers = answers  # type: ignore[method-assign]
