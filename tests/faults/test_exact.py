@@ -1,12 +1,28 @@
 """A run stopped anywhere and gone on with is the straight run, bit for bit; under another config it is refused."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
-from runs import config_of, outcome, signal_at, start, status, steps_of, straight, write_dialogpt, write_pairs
+from runs import (
+    PATIENCE,
+    compose,
+    config_of,
+    outcome,
+    signal_at,
+    start,
+    status,
+    steps_of,
+    straight,
+    words_of,
+    write_dialogpt,
+    write_pairs,
+)
 
 EPOCHS = "train.epochs=2.5"  # of 9 steps: 23
 KINDS = {
@@ -139,3 +155,31 @@ def test_other_library_versions_are_marked(stopped, tmp_path):
     assert "this run is no longer exact: torch" in " ".join(again.text.split())
     (mark,) = json.loads((tmp_path / "run" / "summary.json").read_text())["run"]["other_versions"]
     assert mark.endswith("up to step 5, then 0.0")
+
+
+def on_two_processes(place, run_dir, *more):
+    words = words_of(place, "train.max_steps=6", "train.save_every=4", "train.keep_checkpoints=true")
+    words += [f"hydra.run.dir={run_dir}", *more]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "kdx"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *words], cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+
+
+def test_two_processes_go_on_exactly_and_one_is_refused(place, tmp_path, figure):
+    """Each process has dropout of its own; the checkpoint of step 4 in the folder of a run that never ended."""
+    run_dir = tmp_path / "run"
+    told = on_two_processes(place, run_dir)
+    assert told.returncode == 0, told.stderr
+    expected = outcome(run_dir)
+    for name in ("status.json", "summary.json", "student/model.safetensors"):
+        (run_dir / name).unlink()
+    alone = start(compose(words_of(place, "train.max_steps=6", "train.keep_checkpoints=true")), run_dir)
+    assert alone.code == 2, alone.text
+    assert re.search(r"processes +2 +1", alone.text)
+    again = on_two_processes(place, run_dir)
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stdout
+    assert outcome(run_dir) == expected
+    figure("two processes: resumed and bitwise equal, on one refused")
