@@ -66,7 +66,7 @@ def save(
         what = f"cannot save a checkpoint: {error} ({shutil.disk_usage(run_dir).free:,} bytes free)"
         raise MachineError(str(final), what, "Make room, then run the same command again to go on") from error
     for old in [folder for folder in found(run_dir) if folder.name <= name][KEPT:]:  # newer ones are damaged: no loss
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
     return final
 
 
@@ -122,7 +122,15 @@ def load_weights(file: Path, model: nn.Module) -> None:
 
 def remove(run_dir: Path) -> None:
     """Remove all checkpoints of a run that is done."""
-    shutil.rmtree(folder_of(run_dir), ignore_errors=True)
+    _discard(folder_of(run_dir))
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder so that a kill leaves no half of it under its name."""
+    if folder.is_dir():
+        beside = temporary(folder)
+        os.replace(folder, beside)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _untied(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -39,6 +39,7 @@ class RunFolder:
         """The summary of a run that is done with this config, else None. Raises ConfigError if it was another."""
         if self.status().get("state") != "done" or (self._refuse_drift(config) and checkpoint.found(self.path)):
             return None
+        self._tidy()
         summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         return summary
 
@@ -61,8 +62,7 @@ class RunFolder:
         if not is_main:  # rank 0 decides, and ends all if it refuses
             return
         is_longer = self._refuse_drift(config)
-        for begun in [*self.path.glob(".tmp-*"), *checkpoint.folder_of(self.path).glob(".tmp-*")]:  # by a killed run
-            shutil.rmtree(begun) if begun.is_dir() else begun.unlink(missing_ok=True)
+        self._tidy()
         if not self._has_begun() or is_longer:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -94,6 +94,11 @@ class RunFolder:
         error = ConfigError(str(self.path), f"was begun with another {keys}", mend)
         error.lines += drift.table(found)
         return error
+
+    def _tidy(self) -> None:
+        """Remove what a killed process had begun to write, or to remove."""
+        for begun in [*self.path.glob(".tmp-*"), *checkpoint.folder_of(self.path).glob(".tmp-*")]:
+            shutil.rmtree(begun, ignore_errors=True) if begun.is_dir() else begun.unlink(missing_ok=True)
 
     def _has_begun(self) -> bool:
         """Whether the run got as far as its data; one that failed before may be mended in the same folder."""
