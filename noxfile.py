@@ -1,4 +1,4 @@
-"""How kdx is checked: `nox` runs lint, types, tests and package; `nox -s demo` is the default run, `nox -s benchmark` the measured claims."""
+"""How kdx is checked: `nox` runs lint, types, tests and package; `nox -s faults` the whole fault tests, `nox -s demo` is the default run, `nox -s benchmark` the measured claims."""
 
 import shutil
 from pathlib import Path
@@ -44,6 +44,13 @@ def tests(session: nox.Session) -> None:
     install(session, "tests", extras="[sweep]")
     session.install(*PINNED, "--no-deps", *DEMO)
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Kills, damage, a full disk, numbers that are not finite: with all their counts, some minutes; `tests` has a few of each."""
+    install(session, "tests")
+    session.run("pytest", "tests/faults", "--full", *session.posargs)
 
 
 @nox.session

@@ -29,10 +29,19 @@ def found(run_dir: Path) -> list[Path]:
 
 
 def save(
-    run_dir: Path, model: nn.Module, optimizer: Any, schedule: Any, state: dict[str, Any], best: Path | None = None
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: Any,
+    schedule: Any,
+    state: dict[str, Any],
+    *,
+    random_states: list[dict[str, Any]],
+    scaler: Any = None,
+    best: Path | None = None,
 ) -> Path:
     """Save a checkpoint at an optimizer step → its folder. Older ones but two are removed once it is whole.
 
+    random_states: random_state() of every process, by rank. scaler: fp16's, if there is one.
     Raises MachineError if the disk is full or refuses; earlier checkpoints are then untouched.
     """
     name = f"step-{state['step']:08d}"
@@ -45,12 +54,8 @@ def save(
         torch.save(optimizer.state_dict(), beside / "optimizer.pt")
         if best is not None and best.is_file():
             shutil.copyfile(best, beside / "best.safetensors")
-        random_state = {
-            "python": random.getstate(),
-            "numpy": numpy.random.get_state(legacy=True),
-            "torch": _torch_rng(),
-        }
-        torch.save({"schedule": schedule.state_dict(), "random": _plain(random_state)}, beside / "random.pt")
+        rest = {"schedule": schedule.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+        torch.save(rest | {"random": random_states}, beside / "random.pt")
         (beside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         seal(beside)
         shutil.rmtree(final, ignore_errors=True)
@@ -60,8 +65,8 @@ def save(
         shutil.rmtree(beside, ignore_errors=True)
         what = f"cannot save a checkpoint: {error} ({shutil.disk_usage(run_dir).free:,} bytes free)"
         raise MachineError(str(final), what, "Make room, then run the same command again to go on") from error
-    for old in found(run_dir)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in [folder for folder in found(run_dir) if folder.name <= name][KEPT:]:  # newer ones are damaged: no loss
+        _discard(old)
     return final
 
 
@@ -82,18 +87,17 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def load(folder: Path, model: nn.Module, optimizer: Any, schedule: Any) -> dict[str, Any]:
-    """Load a verified checkpoint into model, optimizer, schedule and the random generators → its state."""
+def load(
+    folder: Path, model: nn.Module, optimizer: Any, schedule: Any, *, rank: int = 0, scaler: Any = None
+) -> dict[str, Any]:
+    """Load a verified checkpoint into model, optimizer, schedule and this process's random generators → its state."""
     load_weights(folder / "model.safetensors", model)
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
     kept = torch.load(folder / "random.pt", weights_only=True)
     schedule.load_state_dict(kept["schedule"])
-    python, generator = kept["random"]["python"], kept["random"]["numpy"]
-    random.setstate((python[0], tuple(python[1]), python[2]))
-    numpy.random.set_state((generator[0], numpy.array(generator[1], dtype=numpy.uint32), *generator[2:]))
-    torch.set_rng_state(kept["random"]["torch"]["cpu"])
-    if torch.cuda.is_available() and kept["random"]["torch"]["cuda"]:
-        torch.cuda.set_rng_state_all(kept["random"]["torch"]["cuda"])
+    if scaler:
+        scaler.load_state_dict(kept["scaler"])
+    _set_random_state(kept["random"][rank])
     state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return state
 
@@ -118,7 +122,15 @@ def load_weights(file: Path, model: nn.Module) -> None:
 
 def remove(run_dir: Path) -> None:
     """Remove all checkpoints of a run that is done."""
-    shutil.rmtree(folder_of(run_dir), ignore_errors=True)
+    _discard(folder_of(run_dir))
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder so that a kill leaves no half of it under its name."""
+    if folder.is_dir():
+        beside = temporary(folder)
+        os.replace(folder, beside)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -132,15 +144,23 @@ def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
     return kept
 
 
-def _torch_rng() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """numpy's arrays as lists, so that the file loads with weights_only=True."""
-    name, keys, *rest = state["numpy"]
-    return state | {
+def random_state() -> dict[str, Any]:
+    """This process's random generators, in plain values, so that they load with weights_only=True."""
+    python: Any = random.getstate()
+    generator: Any = numpy.random.get_state(legacy=True)
+    name, keys, *rest = generator
+    return {
+        "python": [python[0], list(python[1]), python[2]],
         "numpy": [name, keys.tolist(), *rest],
-        "python": [state["python"][0], list(state["python"][1]), state["python"][2]],
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    python, (name, keys, *rest) = state["python"], state["numpy"]
+    random.setstate((python[0], tuple(python[1]), python[2]))
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -24,6 +24,7 @@ from kdx import __version__, jobs, plugins
 from kdx.composition import Plan, as_tree, compose, compose_points, preflight, to_config
 from kdx.config import Config
 from kdx.devices import one_device
+from kdx.durable import write_beside
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.folders import Source, groups_in, origins
 from kdx.redact import redact
@@ -359,7 +360,7 @@ def keep_words(run_dir: Path, words: list[str], typed: list[str]) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             if not (run_dir / name).exists():
-                (run_dir / name).write_text(text, encoding="utf-8")
+                write_beside(run_dir / name, text)
     except OSError as error:
         raise MachineError(str(run_dir), f"cannot write there: {error.strerror}", "Choose another folder") from None
 

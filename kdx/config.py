@@ -130,6 +130,14 @@ class DataConfig:
     """What becomes of a longer row."""
     on_bad_row: str = one_of("stop", "skip")
     """What becomes of a row that is not as the source expects; skipped rows are counted."""
+    max_bad_rows: Any = allows(
+        int,
+        float,
+        None,
+        test=lambda v: v >= 0 and (isinstance(v, int) or v < 1),
+        words="a number of rows, a share below 1, or null",
+    )
+    """Most rows that on_bad_row=skip leaves out: rows (int), a share of all rows (below 1), or null for any number."""
     assistant_only: bool
     """Count only the assistant's tokens and the token that ends its turn in the loss."""
     chat_template: str | None
@@ -217,6 +225,10 @@ class TrainConfig:
     early_stopping: EarlyStoppingConfig
     keep: str = one_of("last", "best")
     """Which weights become the student: the last step's, or the best held-out measure's."""
+    on_nonfinite: str = one_of("stop", "skip")
+    """What becomes of a step whose loss or gradient is not finite: the run stops before it, or leaves it out."""
+    max_nonfinite: int = at_least(1)
+    """Most steps that on_nonfinite=skip leaves out; one more stops the run."""
     seed: int = at_least(0)
     """Order of rows, dropout, fresh weights."""
 

@@ -150,7 +150,7 @@ def _checked(config: DataConfig, dropped: Counter[str], changed: Counter[str]) -
     function = _SOURCES[config.name]
     faults: list[DataError] = []
     rows: list[Conversation] = []
-    unreadable = False
+    unreadable, before = False, sum(dropped.values())
     items = enumerate(function(**_given(config, function), **config.options))
     try:
         for i, item in items:
@@ -168,6 +168,11 @@ def _checked(config: DataConfig, dropped: Counter[str], changed: Counter[str]) -
         faults.append(error)
     if faults and (unreadable or config.on_bad_row == "stop"):
         raise first_of(faults, "Mend them" if unreadable else "Mend them, or set data.on_bad_row=skip")
+    num_rows = len(rows) + len(faults) + sum(dropped.values()) - before
+    most = config.max_bad_rows * num_rows if isinstance(config.max_bad_rows, float) else config.max_bad_rows
+    if faults and most is not None and len(faults) > most:
+        what = f"{len(faults)} of {num_rows} rows are bad, and data.max_bad_rows is {config.max_bad_rows}"
+        raise first_of([DataError("data", what, "Mend them, or raise it"), *faults])
     if faults:
         dropped["bad row (data.on_bad_row=skip)"] += len(faults)
         log.warning("skipped %d bad rows, the first: %s", len(faults), faults[0])
@@ -326,9 +331,7 @@ def _column(row: dict[str, Any], column: str, name: str, where: str) -> str:
 def _rendered(template: Template, values: dict[str, Any], row: dict[str, Any], where: str, key: str) -> str:
     try:
         return template.render(values)
-    except (
-        Exception
-    ) as error:  # a template can divide by nothing, look into nothing, …: all are the template's or row's
+    except Exception as error:  # a template can divide by nothing, look into nothing, …: the template's or row's
         what = f"{key} cannot be filled: {str(error).rstrip('.')}; the columns are: {', '.join(map(str, row))}"
         raise DataError(where, what, "Mend the template or the row") from None
 

@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from kdx import checkpoint, report
+from kdx import checkpoint, plugins, report
 from kdx.batches import fingerprint
-from kdx.causal_lm import DTYPES
+from kdx.causal_lm import DTYPES, tokenizer_digest
 from kdx.config import Config
 from kdx.errors import DivergedError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
@@ -78,12 +78,14 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     schedule = build_schedule(config.optim, optimizer, run.max_steps)
     torch.manual_seed(config.train.seed + accelerator.process_index)  # dropout; fresh weights are drawn by now
     prints = {"fingerprint": fingerprint(run.rows), "validation_fingerprint": fingerprint(run.held_out_rows)}
-    resumed = folder.resume(run.student, optimizer, schedule, prints, is_main)
+    origin = prints | {"tokenizer_digest": tokenizer_digest(run.tokenizer), "processes": accelerator.num_processes}
+    origin |= {"teacher_digest": run.teacher.identity.key if run.teacher else None, "plugins_digest": plugins.digest()}
+    resumed = folder.resume(run.student, optimizer, schedule, origin, accelerator)
     state = resumed or State()
     store = run.teacher.store if run.teacher else None
     if store:
         store.rows.go_back(state.store)
-    before = folder.kept("untouched.json", prints) if resumed else None
+    before = folder.kept("untouched.json", origin) if resumed else None
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
     folder.max_steps = run.max_steps
 
@@ -98,7 +100,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         if before is None:
             before = measure.before_training(run)
             if is_main:
-                folder.keep("untouched.json", before | prints)
+                folder.keep("untouched.json", before | origin)
         warn_about(run, before)
         if run.teacher is not None and config.loss.alpha == 0:
             measure.ask()  # a run that goes on has not asked yet
@@ -134,6 +136,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         run.student.to(DTYPES[config.student.save_dtype])
         final, _ = measure(nullcontext())
         measures = final.means()
+        check_final(state, measures)
         tracker.log(state, {f"eval/{name}": measures[name] for name in MEASURES})
         samples = joined(measure.prompts, before, measure.answers(run.student))
         summary = Summary(
@@ -146,6 +149,8 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
                 "steps": state.step,
                 "kept_step": kept_step,
                 "stopped_by": state.stopped_by,
+                "num_nonfinite": state.num_nonfinite,
+                "other_versions": state.other_versions,
                 "tokens": state.tokens,
                 "counted_tokens": state.counted_tokens,
                 "seconds": time.time() - began,
@@ -212,6 +217,14 @@ def choose_weights(
     if state.best_step != state.step:
         checkpoint.load_weights(best_file, run.student)
     return state.best_step
+
+
+def check_final(state: State, measures: dict[str, float | None]) -> None:
+    """Refuse to call a run done whose measures could rank anywhere. Raises DivergedError."""
+    wrong = [name for name in MEASURES if measures[name] is not None and not math.isfinite(measures[name] or 0.0)]
+    if wrong:
+        what = f"the student's held-out {' and '.join(wrong)} is not finite; no student is saved"
+        raise DivergedError(f"step {state.step}", what, "Lower optim.lr, or set train.keep=best with train.eval_every")
 
 
 def joined(prompts: list[dict[str, Any]], before: dict[str, Any], student: list[str | None]) -> list[dict[str, Any]]:

@@ -54,7 +54,10 @@ def seal(folder: Path) -> None:
 def verify(folder: Path) -> str | None:
     """Compare a sealed folder with its manifest → what is wrong, or None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if not manifest or text != json.dumps(manifest, indent=2):
+            return f"{MANIFEST} is damaged (not as it was written)"
         for name, wanted in manifest.items():
             file = folder / Path(name).name
             if not file.is_file():

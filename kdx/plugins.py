@@ -1,5 +1,6 @@
 """The user's own losses and data sources: modules that KDX_PLUGINS names, and entry points kdx.plugins."""
 
+import hashlib
 import importlib
 import os
 import shutil
@@ -35,13 +36,26 @@ def load(run_dir: Path | None) -> None:
             _keep_source(name, run_dir / "plugins")
 
 
+def digest() -> str | None:
+    """A digest of their source, which a run that goes on must find as it was; None if there are none."""
+    names = [*named(), *(entry.module for entry in entry_points(group="kdx.plugins"))]
+    sources = [source for name in sorted(set(names)) for source in _sources(name)]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16] if sources else None
+
+
+def _sources(name: str) -> list[Path]:
+    """The files of an imported module, or of the whole package."""
+    file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+    if file.suffix != ".py":
+        return []
+    return sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+
+
 def _keep_source(name: str, folder: Path) -> None:
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if not file:
-        return
-    is_package = Path(file).name == "__init__.py"
-    for source in Path(file).parent.rglob("*.py") if is_package else [Path(file)]:
-        kept = folder / (Path(name) / source.relative_to(Path(file).parent) if is_package else source.name)
+    is_package = hasattr(sys.modules.get(name), "__path__")
+    for source in _sources(name):
+        root = Path(str(sys.modules[name].__file__)).parent
+        kept = folder / (Path(name) / source.relative_to(root) if is_package else source.name)
         kept.parent.mkdir(parents=True, exist_ok=True)
         if not kept.exists():  # what made the student stays, whatever the file says now
             shutil.copyfile(source, kept)

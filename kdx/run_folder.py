@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from kdx import checkpoint
+from kdx import checkpoint, drift
 from kdx.config import Config
 from kdx.durable import read_json, write_beside
 from kdx.errors import ConfigError, DivergedError, KdxError, MachineError
@@ -23,17 +24,6 @@ from kdx.redact import redact
 from kdx.train import State
 
 log = logging.getLogger(__name__)
-
-# What may differ when a run goes on: nothing here can change the student.
-FREE = (
-    "run.",
-    "sweep.",
-    "tracking.",
-    "train.log_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "teacher.store",
-)  # and what begins so
 
 
 class RunFolder:
@@ -47,9 +37,9 @@ class RunFolder:
 
     def done(self, config: dict[str, Any]) -> dict[str, Any] | None:
         """The summary of a run that is done with this config, else None. Raises ConfigError if it was another."""
-        if self.status().get("state") != "done":
+        if self.status().get("state") != "done" or (self._refuse_drift(config) and checkpoint.found(self.path)):
             return None
-        self._refuse_drift(config)
+        self._tidy()
         summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         return summary
 
@@ -67,28 +57,44 @@ class RunFolder:
             raise MachineError(str(self.path), what, mend)
         if not is_main:  # rank 0 decides, and ends all if it refuses
             return
-        self._refuse_drift(config)
-        file = self.path / "config.yaml"
-        if not self._has_begun():
+        is_longer = self._refuse_drift(config)
+        self._tidy()
+        if not self._has_begun() or is_longer:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
-                file.write_text(text, encoding="utf-8")
+                write_beside(self.path / "config.yaml", text)
             except OSError as error:
                 what = f"cannot write there: {error.strerror}"
                 raise MachineError(str(self.path), what, "Choose another folder with hydra.run.dir=...") from None
 
-    def _refuse_drift(self, config: dict[str, Any]) -> None:
-        """Refuse to go on under another config than the run began with, but for what cannot change the student."""
+    def _refuse_drift(self, config: dict[str, Any]) -> bool:
+        """Refuse to go on under another config than the run began with, but for what cannot change the student.
+
+        Whether the run is to be longer than it was, which is all that may differ.
+        """
         file = self.path / "config.yaml"
         if not file.exists() or not self._has_begun():
-            return
-        was = yaml.safe_load(file.read_text(encoding="utf-8"))
-        drift = [d for d in _differences(was, _plain(config)) if not d[0].startswith(FREE)]
-        if drift:
-            lines = "; ".join(f"{key}: was {old!r}, now {new!r}" for key, old, new in drift)
-            mend = "Use the same values, or another folder (run.like= starts a new run from this one's words)"
-            raise ConfigError(str(self.path), f"was started with another config ({lines})", mend)
+            return False
+        was, now = yaml.safe_load(file.read_text(encoding="utf-8")), _plain(config)
+        found = drift.drift(was, now)
+        is_longer = drift.only_longer(found, now)
+        is_over = self.status().get("state") == "done" and not checkpoint.found(self.path)
+        if found and (is_over or not is_longer):
+            raise self._drifted(found)
+        return is_longer
+
+    def _drifted(self, found: drift.Drift) -> ConfigError:
+        keys = ", ".join(key for key, _, _ in found)
+        mend = "Use the same, or another folder (run.like= starts a new run from this one's words)"
+        error = ConfigError(str(self.path), f"was begun with another {keys}", mend)
+        error.lines += drift.table(found)
+        return error
+
+    def _tidy(self) -> None:
+        """Remove what a killed process had begun to write, or to remove."""
+        for begun in [*self.path.glob(".tmp-*"), *checkpoint.folder_of(self.path).glob(".tmp-*")]:
+            shutil.rmtree(begun, ignore_errors=True) if begun.is_dir() else begun.unlink(missing_ok=True)
 
     def _has_begun(self) -> bool:
         """Whether the run got as far as its data; one that failed before may be mended in the same folder."""
@@ -135,20 +141,31 @@ class RunFolder:
         }
         write_beside(self.path / "status.json", json.dumps(status, indent=2) + "\n")
 
-    def resume(self, model: Any, optimizer: Any, schedule: Any, prints: dict[str, str], is_main: bool) -> State | None:
-        """Go on from the newest whole checkpoint, if there is one; name each that is damaged."""
+    def resume(
+        self, model: Any, optimizer: Any, schedule: Any, origin: dict[str, Any], accelerator: Any
+    ) -> State | None:
+        """Go on from the newest whole checkpoint, if there is one; name each that is damaged.
+
+        origin: what besides the config decides which student comes out. Raises ConfigError if it is another now.
+        """
+        is_main = accelerator.is_main_process
         newest, skipped = checkpoint.newest(self.path)
         for fault in skipped:
             log.warning("skipped a damaged checkpoint, %s", fault)
         if newest is None:
             if is_main:
-                self.keep("data.json", prints)
+                self.keep("data.json", origin)
             return None
-        was = self.kept("data.json")
-        if was != prints:
-            what = f"the data changed since the run began (fingerprints {was} and {prints})"
-            raise ConfigError(str(self.path), what, "Use the same data, or another folder")
-        state = State(**checkpoint.load(newest, model, optimizer, schedule))
+        found = drift.differences(self.kept("data.json"), origin)
+        if found:
+            raise self._drifted(found)
+        rank, scaler = accelerator.process_index, accelerator.scaler
+        state = State(**checkpoint.load(newest, model, optimizer, schedule, rank=rank, scaler=scaler))
+        others = drift.differences(state.versions, drift.versions())
+        if others:
+            state.other_versions += [f"{name} {was} up to step {state.step}, then {now}" for name, was, now in others]
+            state.versions = drift.versions()
+            log.warning("this run is no longer exact: %s", "; ".join(state.other_versions))
         best = newest / "best.safetensors"
         if best.is_file() and is_main:
             write_beside(checkpoint.folder_of(self.path) / "best.safetensors", best.read_bytes())
@@ -196,13 +213,6 @@ class RunFolder:
 def _plain(config: dict[str, Any]) -> Any:
     """A config as YAML gives it back, without secrets."""
     return json.loads(json.dumps(redact(config)))
-
-
-def _differences(was: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(was, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*was, *now])
-        return [d for k in keys for d in _differences(was.get(k), now.get(k), f"{prefix}.{k}" if prefix else str(k))]
-    return [] if was == now else [(prefix, was, now)]
 
 
 def _boot_id() -> str:

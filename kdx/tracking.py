@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kdx.config import Config, TrackingConfig
+from kdx.durable import write_beside
 from kdx.redact import redact
 
 log = logging.getLogger("kdx")
@@ -118,7 +119,7 @@ class Tracker:
             kept = [
                 line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
             ]  # a kill may tear the last line
-            self.file.write_text("".join(kept) if step else "", encoding="utf-8")
+            write_beside(self.file, "".join(kept) if step else "")
 
     def start_wandb(self, run_dir: Path, wandb_dir: Path, name: str, config: Config) -> None:
         """Open the W&B run, under its old id if the run goes on; where the server cannot be reached, offline."""
@@ -188,7 +189,7 @@ class Tracker:
         if "eval/ce" in metrics:
             shown = {k.removeprefix("eval/"): f"{v:.4f}" for k, v in metrics.items() if v is not None}
             log.info("step %d held-out: %s", state.step, ", ".join(f"{k} {v}" for k, v in shown.items()))
-        elif self.progress is None:
+        elif self.progress is None and metrics["train/loss"] is not None:  # else each step was skipped, and is told
             loss, speed = metrics["train/loss"], metrics["speed/tokens_per_second"]
             left = (self.max_steps - state.step) * state.tokens / max(state.step, 1) / max(speed, 1e-9)
             minutes = f"{int(left) // 60}:{int(left) % 60:02d} left"

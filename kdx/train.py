@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from kdx import checkpoint
+from kdx import checkpoint, drift, nonfinite
 from kdx.batches import StepBatch, StepBatches, ahead
 from kdx.config import TrainConfig
-from kdx.errors import DivergedError
 from kdx.evaluate import MEASURES, peak_memory
 from kdx.objective import StudentObjective
 from kdx.teacher import Teacher
@@ -39,6 +39,9 @@ class State:
     step_seconds: list[float] = field(default_factory=list)
     window: list[dict[str, float]] = field(default_factory=list)  # steps since the last log line
     store: dict[str, int] = field(default_factory=dict)  # how far what the run keeps of the teacher reaches
+    num_nonfinite: int = 0  # steps that were skipped
+    versions: dict[str, str] = field(default_factory=drift.versions)
+    other_versions: list[str] = field(default_factory=list)  # that a part of the run was made with
 
     def add(self, batch: StepBatch, seconds: float) -> None:
         """Count one step that is done."""
@@ -85,23 +88,27 @@ def train(
         sums = forward_backward(accelerator, module, batch, teacher if alpha > 0 else None)
         norm = accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm or math.inf)
         kd, ce, grad_norm = torch.stack([*(sums / max(batch.num_tokens, 1)), norm.to(sums)]).tolist()  # the one read
-        check_finite(accelerator, batch, state.step + 1, kd, ce, grad_norm)
+        is_finite = nonfinite.is_finite(accelerator, kd, ce, grad_norm)
+        if not is_finite:  # before the optimizer writes it into the weights
+            asked = teacher if alpha > 0 else None
+            nonfinite.stop_or_skip(config, state, accelerator, objective, batch, asked, (kd, ce))
         lr = schedule.get_last_lr()[0]
-        optimizer.step()
-        if not accelerator.optimizer_step_was_skipped:
+        if is_finite:
+            optimizer.step()
+        if not (is_finite and accelerator.optimizer_step_was_skipped):
             schedule.step()
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         state.add(batch, seconds)
-        state.window.append(
-            {"kd": kd, "ce": ce, "counted": batch.num_tokens, "tokens": batch.num_input_tokens, "s": seconds}
-        )
+        if is_finite:
+            part = {"kd": kd, "ce": ce, "counted": batch.num_tokens, "tokens": batch.num_input_tokens, "s": seconds}
+            state.window.append(part)
         tracker.advance(state.step, alpha * kd + (1 - alpha) * ce, batch.num_input_tokens / seconds)
 
         # Log once in a while: means over the steps since the last line, weighted by their counted tokens.
         if state.step % config.log_every == 0 or state.step == max_steps:
             tracker.log(state, _means(state.window, alpha) | {
-                "train/lr": lr, "train/grad_norm": grad_norm, "train/epoch": batch.epoch,
+                "train/lr": lr, "train/grad_norm": grad_norm if is_finite else None, "train/epoch": batch.epoch,
                 "memory/peak_bytes": peak_memory(accelerator.device),
             })  # fmt: skip
             state.window.clear()
@@ -121,10 +128,14 @@ def train(
         if interrupted:
             state.stopped_by = "signal"
         due = config.save_every and state.step % config.save_every == 0 and state.step < max_steps and not stopping
-        if (due or interrupted) and accelerator.is_main_process:
+        if due or interrupted:
+            random_states = gather_object([checkpoint.random_state()])
             state.store = teacher.position() if teacher else {}
-            best = best_file if config.keep == "best" else None
-            checkpoint.save(run_dir, objective.model, optimizer, schedule, asdict(state), best)
+            if accelerator.is_main_process:
+                kept = {"best": best_file if config.keep == "best" else None, "scaler": accelerator.scaler}
+                checkpoint.save(
+                    run_dir, objective.model, optimizer, schedule, asdict(state), random_states=random_states, **kept
+                )
         accelerator.wait_for_everyone()
         if stopping or interrupted:
             break
@@ -164,20 +175,9 @@ def forward_backward(accelerator: Accelerator, module: Any, batch: StepBatch, te
     return accelerator.reduce(torch.stack(sums).sum(0), reduction="sum")
 
 
-def check_finite(accelerator: Accelerator, batch: StepBatch, step: int, kd: float, ce: float, grad_norm: float) -> None:
-    """Stop before the optimizer writes what is not finite into the weights. fp16's scaler skips such steps itself."""
-    terms = {"the distillation term": kd, "the cross-entropy": ce}
-    if accelerator.scaler is None:
-        terms["the gradient"] = grad_norm
-    wrong = next((name for name, value in terms.items() if not math.isfinite(value)), None)
-    if wrong is not None:
-        rows = ", ".join(row for micro_batch in batch.micro_batches for row in micro_batch.row_ids)[:200]
-        what = f"{wrong} is not finite; the weights are still those of step {step - 1} (rows: {rows})"
-        mend = "Lower optim.lr, raise optim.warmup_steps, or use train.precision=fp32"
-        raise DivergedError(f"step {step}", what, mend)
-
-
 def _means(window: list[dict[str, float]], alpha: float) -> dict[str, float | None]:
+    if not window:  # every step was skipped
+        return dict.fromkeys(("train/loss", "train/kd", "train/ce", "speed/tokens_per_second"))
     counted = sum(part["counted"] for part in window)
     kd, ce = (sum(part[name] * part["counted"] for part in window) / max(counted, 1) for name in ("kd", "ce"))
     speed = sum(part["tokens"] for part in window) / sum(part["s"] for part in window)

@@ -19,6 +19,7 @@ from kdx.config import DataConfig
 
 torch.set_num_threads(1)  # the models are small: threads would mostly wait for one another
 
+FIGURES: list[str] = []  # what the fault tests counted, told at the end
 CONF = Path(__file__).parents[1] / "conf"
 END_OF_TEXT = "<|endoftext|>"
 SENTENCES = [
@@ -26,6 +27,28 @@ SENTENCES = [
     "Hello there, how are you today? I am fine, thank you. And you?",
     "Name a colour. Blue is a colour, and so are red and green.",
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="fault tests with all their kills: some minutes")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether to count as far as the promises go, or a few times only."""
+    return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def figure() -> Callable[[str], None]:
+    """Tell a fault test's figure at the end of the session."""
+    return FIGURES.append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if FIGURES:
+        terminalreporter.section("figures of the fault tests")
+        terminalreporter.write_line("\n".join(FIGURES))
 
 
 @pytest.fixture(scope="session", autouse=True)

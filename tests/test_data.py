@@ -111,7 +111,9 @@ def test_a_bad_row_is_named_with_line_field_and_mend(file_of, data_config, choic
     (line,) = faults(data_config(choice, path=path))
     assert line.startswith(f"{path}:2: ")
     assert all(words in line for words in says), line
-    assert load_data(data_config(choice, path=path, on_bad_row="skip")).dropped == {"bad row (data.on_bad_row=skip)": 1}
+    assert load_data(data_config(choice, path=path, on_bad_row="skip", max_bad_rows=None)).dropped == {
+        "bad row (data.on_bad_row=skip)": 1
+    }
 
 
 def test_all_faults_come_in_one_pass_the_first_20_shown(file_of, data_config, tmp_path):
@@ -123,7 +125,7 @@ def test_all_faults_come_in_one_pass_the_first_20_shown(file_of, data_config, tm
     assert lines[15].startswith(f"{path}:31:2: is not JSON")
     assert lines[-1] == "data: 30 faults, the first 20 shown. Mend them, or set data.on_bad_row=skip"
 
-    dataset = load_data(data_config("pairs", path=path, on_bad_row="skip"))
+    dataset = load_data(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=None))
     assert len(dataset.train) == 15
     assert dataset.dropped == {"bad row (data.on_bad_row=skip)": 30}
 
@@ -132,19 +134,30 @@ def test_all_faults_come_in_one_pass_the_first_20_shown(file_of, data_config, tm
     assert len(few) == 3
 
 
+@pytest.mark.parametrize(("most", "num_bad"), [(0.1, 3), (2, 3), (0, 1), (0.0, 1)])
+def test_more_bad_rows_than_may_be_skipped_stop_the_run(file_of, data_config, most, num_bad):
+    """Of 20 rows a tenth is 2."""
+    path = file_of([{"source": "a"}] * num_bad + numbered(20 - num_bad))
+    lines = faults(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=most))
+    assert lines[0].startswith(f"data: {num_bad} of 20 rows are bad, and data.max_bad_rows is {most}. Mend them")
+    assert lines[1].startswith(f"{path}:1: ")
+    path = file_of([{"source": "a"}] * (num_bad - 1) + numbered(21 - num_bad))
+    assert len(load_data(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=most)).train) == 21 - num_bad
+
+
 def test_a_file_that_cannot_be_read_stops_even_when_bad_rows_are_skipped(file_of, data_config, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"source": "caf\xe9"}\n')
     file_of([GOOD, {"source": "a"}], "rows.jsonl")
     (tmp_path / "u.jsonl").write_bytes(b"\xff\xfea")
     for on_bad_row in ("stop", "skip"):
-        lines = faults(data_config("pairs", path=str(tmp_path), on_bad_row=on_bad_row))
+        lines = faults(data_config("pairs", path=str(tmp_path), on_bad_row=on_bad_row, max_bad_rows=None))
         assert [Path(line.split(": ")[0]).name for line in lines[:-1]] == ["rows.jsonl:2", "latin.jsonl:1", "u.jsonl:1"]
         assert lines[-1] == "data: 3 faults. Mend them"
 
 
 def test_when_no_row_is_left_each_rule_has_its_number(file_of, data_config):
     path = file_of([{"source": "a"}, {"target": "b"}])
-    (line,) = faults(data_config("pairs", path=path, on_bad_row="skip"))
+    (line,) = faults(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=None))
     assert "no row is left (2 rows: bad row (data.on_bad_row=skip))" in line
     (line,) = faults(data_config("pairs", path=file_of("source,target\n", "t.csv")))
     assert "no row is left (the source gave none)" in line

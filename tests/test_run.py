@@ -265,7 +265,7 @@ class TestStopAndGoOn:
     @pytest.mark.parametrize("word", ["optim.lr=2e-3", "loss.alpha=0.5", "train.seed=3", "data.max_length=50"])
     def test_another_config_is_refused(self, place: Path, tmp_path: Path, word: str) -> None:
         distill(config_of(place, "train.max_steps=1"), tmp_path / "run")
-        with pytest.raises(ConfigError, match=f"{word.split('=')[0]}: was .*, now") as error:
+        with pytest.raises(ConfigError, match=f"begun with another {word.split('=')[0]}") as error:
             distill(config_of(place, "train.max_steps=1", word), tmp_path / "run")
         assert error.value.exit_code == 2
 

@@ -1,0 +1,61 @@
+"""What may differ when a run goes on: nothing that can change the student."""
+
+from importlib.metadata import version
+from typing import Any
+
+# Keys, and what begins so, that cannot change the student.
+FREE = (
+    "run.",
+    "sweep.",
+    "tracking.",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "teacher.store",
+)
+LIBRARIES = ("kdx", "torch", "transformers", "accelerate", "tokenizers", "bitsandbytes")
+
+Drift = list[tuple[str, Any, Any]]  # key, was, now
+
+
+def drift(was: dict[str, Any], now: dict[str, Any]) -> Drift:
+    """The keys of two configs that differ and matter."""
+    return [d for d in differences(was, now) if not d[0].startswith(FREE)]
+
+
+def differences(was: Any, now: Any, prefix: str = "") -> Drift:
+    """Every leaf in which two trees differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*was, *now])
+        return [d for k in keys for d in differences(was.get(k), now.get(k), f"{prefix}.{k}" if prefix else str(k))]
+    return [] if was == now else [(prefix, was, now)]
+
+
+def only_longer(found: Drift, config: dict[str, Any]) -> bool:
+    """Whether a run only has more steps to do, under a rate that does not know how many: the first are the same."""
+    if len(found) != 1 or found[0][0] not in ("train.max_steps", "train.epochs") or None in found[0]:
+        return False
+    _, was, now = found[0]
+    optim = config["optim"]
+    warmup = optim["warmup_steps"]
+    is_constant = optim["schedule"] == "constant" or (
+        optim["schedule"] == "constant_with_warmup" and not 0 < (warmup or 0) < 1
+    )
+    return bool(is_constant and now > was)
+
+
+def table(found: Drift) -> list[str]:
+    """Key, was and now in three columns."""
+    rows = [("key", "was", "now"), *((key, _short(was), _short(now)) for key, was, now in found)]
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return [f"  {key:{widths[0]}}  {was:{widths[1]}}  {now}" for key, was, now in rows]
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:28] + " … " + text[-28:]
+
+
+def versions() -> dict[str, str]:
+    """The libraries whose arithmetic a run repeats exactly, and no other version's."""
+    return {name: version(name) for name in LIBRARIES}

@@ -1,0 +1,115 @@
+"""Damaged checkpoints and a full disk: named, passed over, and nothing lost that was whole."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from functools import partial
+
+import pytest
+from runs import config_of, litter, outcome, start, straight
+
+from kdx import checkpoint
+
+FILES = ("model.safetensors", "optimizer.pt", "random.pt", "best.safetensors", "state.json", "MANIFEST.json")
+DAMAGES = ("flipped", "truncated", "emptied", "deleted", "lengthened")
+
+
+@pytest.fixture(scope="module")
+def interrupted(place, tmp_path_factory):
+    """A run stopped with two checkpoints of every kind of file, its config, and what it must end in."""
+    words = ("train.micro_batch_size=4", "train.max_steps=14", "train.eval_every=2", "train.keep=best")
+    config = config_of(place, *words)
+    folder = tmp_path_factory.mktemp("interrupted")
+    expected, _ = straight(config, folder / "straight")
+    assert start(config, folder / "run", partial(kill_at, 12)).code == -signal.SIGKILL
+    assert [c.name for c in checkpoint.found(folder / "run")] == ["step-00000010", "step-00000005"]
+    assert {f.name for f in checkpoint.found(folder / "run")[0].iterdir()} == set(FILES)
+    return config, folder / "run", expected
+
+
+def kill_at(step):
+    from runs import signal_at
+
+    signal_at(step, signal.SIGKILL)()
+
+
+def damage(file, how, moment):
+    content = bytearray(file.read_bytes())
+    if how == "flipped":
+        content[(len(content) - 1) * moment // 30] ^= 1
+    changed = {"truncated": content[:-1], "emptied": b"", "lengthened": content + b" "}.get(how, content)
+    file.unlink()
+    if how != "deleted":
+        file.write_bytes(changed)
+
+
+def test_any_damage_is_named_and_the_checkpoint_before_is_used(interrupted, tmp_path, full, figure):
+    config, made, expected = interrupted
+    cases = [(name, how) for name in FILES for how in DAMAGES]
+    tried = cases if full else cases[::7]
+    named = silent = equal = 0
+    for i, (name, how) in enumerate(tried):
+        run_dir = tmp_path / f"{name}-{how}"
+        shutil.copytree(made, run_dir)
+        damage(run_dir / "checkpoints" / "step-00000010" / name, how, i)
+        run = start(config, run_dir)
+        assert run.code == 0, run.text
+        told = " ".join((run_dir / "kdx.log").read_text().split())
+        named += "skipped a damaged checkpoint, step-00000010: " + name in told
+        silent += "step-00000005" not in told.rsplit("going on from", 1)[-1]
+        equal += outcome(run_dir) == expected
+    figure(f"damage: {len(tried)} cases: {named} named, {silent} silent loads, {equal} bitwise equal")
+    assert (named, silent, equal) == (len(tried), 0, len(tried))
+
+
+def small_disk(folder, num_bytes):
+    """A file system of so many bytes, or None where none may be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
+    told = subprocess.run(command, capture_output=True, check=False) if shutil.which("mount") else None
+    return folder if told and told.returncode == 0 else None
+
+
+def limit_files(num_bytes):
+    """Where no disk can be mounted: no file of the process may be longer."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def test_a_full_disk(place, tmp_path, figure):
+    config = config_of(place, "train.micro_batch_size=4", "train.max_steps=12")
+    expected, _ = straight(config, tmp_path / "straight")
+    disk = small_disk(tmp_path / "disk", 2**20)
+    run_dir = (disk or tmp_path) / "run"
+    log = tmp_path / "first.log"
+    try:
+        stopped = start(config, run_dir, partial(kill_at, 7), log=log)
+        assert stopped.code == -signal.SIGKILL
+        whole = run_dir / "checkpoints" / "step-00000005"
+        size = sum(f.stat().st_size for f in whole.iterdir())
+        if disk:  # room for half a checkpoint
+            free = shutil.disk_usage(disk).free
+            with (disk / "ballast").open("wb") as ballast:
+                ballast.write(b"x" * (free - size // 2))
+        run = start(config, run_dir, None if disk else partial(limit_files, size // 3), log=log)
+        assert run.code == 3, run.text
+        errors = [line for line in run.text.splitlines() if line.startswith("kdx: error: ")]
+        assert str(run_dir / "checkpoints" / "step-00000010") in errors[-1]
+        assert "bytes free" in errors[-1]
+        assert "Traceback" not in run.text
+        assert checkpoint.verify(whole) is None
+        assert not litter(run_dir)
+        if disk:
+            (disk / "ballast").unlink()
+        again = start(config, run_dir, log=log)
+        assert again.code == 0, again.text
+        assert outcome(run_dir) == expected
+    finally:
+        if disk:
+            subprocess.run(["umount", str(disk)], check=True)
+    figure(
+        f"full disk ({'tmpfs' if disk else os.strerror(errno.EFBIG)}): exit 3, the checkpoint before is whole, equal"
+    )

@@ -1,0 +1,185 @@
+"""A run stopped anywhere and gone on with is the straight run, bit for bit; under another config it is refused."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+from runs import (
+    PATIENCE,
+    compose,
+    config_of,
+    outcome,
+    signal_at,
+    start,
+    status,
+    steps_of,
+    straight,
+    words_of,
+    write_dialogpt,
+    write_pairs,
+)
+
+EPOCHS = "train.epochs=2.5"  # of 9 steps: 23
+KINDS = {
+    "dropout, accumulation 4, 2.5 epochs": (),
+    "8-bit optimizer": ("optim=adamw_8bit",),
+    "bf16 autocast": ("train.precision=bf16",),
+    "keep=best, early stopping": (
+        "train.eval_every=2", "train.keep=best", "train.early_stopping.patience=3", "optim.lr=0.2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_and_gone_on_with(place, tmp_path, full, figure, kind):
+    config = config_of(place, EPOCHS, "train.save_every=100", *KINDS[kind])
+    expected, _ = straight(config, tmp_path / "straight")
+    last = steps_of(tmp_path / "straight")[-1]
+    assert last == 23 or ("best" in kind and last < 23)
+    points = [2, last // 2, last - 1] if full else [last // 2]
+    equal = 0
+    for step in points:
+        run_dir = tmp_path / f"at-{step}"
+        assert start(config, run_dir, signal_at(step)).code == 143
+        assert status(run_dir)["step"] == step
+        again = start(config, run_dir)
+        assert again.code == 0, again.text
+        equal += outcome(run_dir) == expected
+    figure(f"exact resume, {kind}: {equal}/{len(points)} bitwise equal")
+    assert equal == len(points)
+
+
+@pytest.fixture(scope="module")
+def stopped(place, tmp_path_factory):
+    """A run of its own files, stopped at step 5 of 9."""
+    folder = tmp_path_factory.mktemp("drift")
+    shutil.copytree(place, folder / "place")
+    words = ("train.micro_batch_size=2", "train.max_steps=9", "optim.schedule=constant")
+    assert start(config_of(folder / "place", *words), folder / "run", signal_at(5)).code == 143
+    return folder, words
+
+
+def other_data(place):
+    write_pairs(place / "pairs.jsonl", 41)
+
+
+def other_teacher(place):
+    shutil.rmtree(place / "teacher")
+    write_dialogpt(place / "teacher", 2, 16, pickled=False, seed=7)
+
+
+def other_tokenizer(place):
+    """Two ids change places: the rows' tokens change, and so does what the teacher says."""
+    for model in ("teacher", "student"):
+        file = place / model / "vocab.json"
+        vocab = json.loads(file.read_text())
+        a, b = list(vocab)[60:62]
+        vocab[a], vocab[b] = vocab[b], vocab[a]
+        file.write_text(json.dumps(vocab))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (other_data, "fingerprint"),
+        ("optim.lr=2e-2", "optim.lr"),
+        ("train.micro_batch_size=4", "train.micro_batch_size"),
+        (other_teacher, "teacher_digest"),
+        (other_tokenizer, "tokenizer_digest"),
+        ("train.seed=3", "train.seed"),
+        ("loss=reverse_kl", "loss.name"),
+    ],
+    ids=["data", "lr", "accumulation", "teacher", "tokenizer", "seed", "loss"],
+)
+def test_another_run_is_refused(stopped, tmp_path, figure, change, key):
+    folder, words = stopped
+    shutil.copytree(folder / "run", tmp_path / "run")
+    place = folder / "place"
+    if callable(change):
+        kept = shutil.copytree(place, tmp_path / "kept")
+        change(place)  # in place: the config's words stay the same
+        config = config_of(place, *words)
+    else:
+        words = [word for word in words if word.split("=")[0] != change.split("=")[0]]
+        config = config_of(place, *words, change)
+    run = start(config, tmp_path / "run")
+    code = run.code
+    if callable(change):
+        shutil.rmtree(place)
+        shutil.copytree(kept, place)
+    assert code == 2, run.text
+    told = [line.removeprefix("kdx: error: ") for line in run.text.splitlines() if line.startswith("kdx: error: ")]
+    assert f"was begun with another {key}" in told[0] or f", {key}" in told[0]
+    assert re.fullmatch(r"  key +was +now", told[1])
+    assert any(re.match(rf"  {re.escape(key)} +\S+ +\S+", line) for line in told[2:]), told
+    figure(f"another {key}: refused")
+
+
+@pytest.mark.parametrize(("schedule", "code"), [("constant", 0), ("cosine", 2)])
+def test_a_longer_run(place, tmp_path, schedule, code):
+    """Under a constant rate the first steps of a longer run are those of the shorter one."""
+    words = (
+        "train.micro_batch_size=4",
+        f"optim.schedule={schedule}",
+        "train.save_every=2",
+        "train.keep_checkpoints=true",
+    )
+    short, long = (config_of(place, *words, f"train.max_steps={steps}") for steps in (5, 8))
+    straight(short, tmp_path / "run")
+    again = start(long, tmp_path / "run")
+    assert again.code == code, again.text
+    if code == 0:
+        assert outcome(tmp_path / "run") == straight(long, tmp_path / "straight")[0]
+        assert start(short, tmp_path / "run").code == 2  # and not shorter again
+    else:
+        assert "was begun with another train.max_steps" in again.text
+
+
+def other_versions():
+    from kdx import drift
+
+    found = drift.versions() | {"torch": "0.0"}
+    drift.versions = lambda: found
+
+
+def test_other_library_versions_are_marked(stopped, tmp_path):
+    folder, words = stopped
+    shutil.copytree(folder / "run", tmp_path / "run")
+    again = start(config_of(folder / "place", *words), tmp_path / "run", partial(other_versions))
+    assert again.code == 0, again.text
+    assert "this run is no longer exact: torch" in " ".join(again.text.split())
+    (mark,) = json.loads((tmp_path / "run" / "summary.json").read_text())["run"]["other_versions"]
+    assert mark.endswith("up to step 5, then 0.0")
+
+
+def on_two_processes(place, run_dir, *more):
+    words = words_of(place, "train.max_steps=6", "train.save_every=4", "train.keep_checkpoints=true")
+    words += [f"hydra.run.dir={run_dir}", *more]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "kdx"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *words], cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+
+
+def test_two_processes_go_on_exactly_and_one_is_refused(place, tmp_path, figure):
+    """Each process has dropout of its own; the checkpoint of step 4 in the folder of a run that never ended."""
+    run_dir = tmp_path / "run"
+    told = on_two_processes(place, run_dir)
+    assert told.returncode == 0, told.stderr
+    expected = outcome(run_dir)
+    for name in ("status.json", "summary.json", "student/model.safetensors"):
+        (run_dir / name).unlink()
+    alone = start(compose(words_of(place, "train.max_steps=6", "train.keep_checkpoints=true")), run_dir)
+    assert alone.code == 2, alone.text
+    assert re.search(r"processes +2 +1", alone.text)
+    again = on_two_processes(place, run_dir)
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stdout
+    assert outcome(run_dir) == expected
+    figure("two processes: resumed and bitwise equal, on one refused")

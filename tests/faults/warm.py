@@ -1,0 +1,13 @@
+"""Imported once by the process that all runs are forked from: a run of one step, which loads what is loaded late."""
+
+import os
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import runs
+
+with tempfile.TemporaryDirectory() as _folder, open(os.devnull, "w") as _nowhere, redirect_stdout(_nowhere):
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    _place = runs.make_place(Path(_folder))
+    runs.distill(runs.config_of(_place, "train.max_steps=1"), Path(_folder) / "run")
