@@ -34,6 +34,11 @@ class Row:
         """Counted positions; the first token has nothing before it that could predict it."""
         return sum(self.counted[1:])
 
+    def without_tail(self) -> "Row":
+        """The row up to its last counted token: what comes after it changes nothing in a causal model, and costs time."""
+        end = max((i + 1 for i, counts in enumerate(self.counted) if counts), default=1)
+        return Row(self.id, self.tokens[:end], self.counted[:end])
+
     @cached_property
     def digest(self) -> str:
         """What decides a teacher's hidden states of this row: its tokens, and which of them count."""

@@ -84,7 +84,7 @@ class Encoder:
                 elif row.num_counted == 0:
                     self.dropped["no counted token left"] += 1
                 else:
-                    rows.append(row)
+                    rows.append(row.without_tail())
         if faults:
             raise first_of(faults)
         return rows

@@ -112,7 +112,10 @@ def test_only_the_assistants_words_and_the_end_of_its_turn_count(make_tokenizer,
     (row,), _ = encode(tokenizer, chat(*contents))
     assert counted_runs(tokenizer, row) == [around.format(content) for content in contents[1::2]]
     text = tokenizer.apply_chat_template(chat(*contents).messages, tokenize=False)
-    assert row.tokens == tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert row.tokens == tokens[: len(row.tokens)]
+    assert row.counted[-1]  # what follows the last counted token is not read: it changes nothing
+    assert tokenizer.decode(tokens[len(row.tokens) :]).strip() == ""
 
 
 @pytest.mark.parametrize("name", ["chatml", "generation", "llama 2", "gemma", "no end token", "dialogpt"])
