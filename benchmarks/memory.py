@@ -86,13 +86,14 @@ def main() -> None:
         for num_positions in POSITIONS:
             cells = []
             for contestant in ("kdx", "plain torch", "Liger JSD"):
-                peak = None
+                peak, cell = None, "not tried"
                 if contestant != "plain torch" or num_positions * num_ids * 4 * 5 < LARGEST:
                     command = [sys.executable, __file__, "--one", contestant, str(num_positions), str(num_ids)]
                     told = subprocess.run(command, capture_output=True, text=True, check=False)
                     peak = json.loads(told.stdout.splitlines()[-1]) if told.returncode == 0 else None
+                    cell = "failed" if peak is None else f"{peak / 1e6:,.0f}"
                 results.append({"contestant": contestant, "positions": num_positions, "ids": num_ids, "bytes": peak})
-                cells.append("not tried" if peak is None else f"{peak / 1e6:,.0f}")
+                cells.append(cell)
             table.add_row(f"{num_ids:,}", f"{num_positions:,}", *cells)
     Console().print(table)
     write_results("memory", {"peaks": results})
