@@ -204,12 +204,19 @@ def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()
         if is_sweep:
             print(f"\nkdx: job {hydra_config.job.num + 1}: {run_dir}", flush=True)
         with one_device(is_parallel):
+            if is_sweep and jobs.is_stopping(run_dir.parent):
+                raise SystemExit(143)
             from kdx.distill import distill
 
             measure = distill(config, run_dir).measure
         return 0
 
-    code = guarded(job)
+    try:
+        code = guarded(job)
+    except SystemExit:
+        if not (is_sweep and jobs.is_stopping(run_dir.parent)):
+            raise
+        return measure  # joblib would kill the others, which may still be saving
     if code and (not is_sweep or code in SIGNALS or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         sys.exit(code)
     if is_sweep and os.environ.get("RANK", "0") == "0":

@@ -44,7 +44,7 @@ def step(module: nn.Module, batches: list[list[Row]], factor: float) -> None:
     teacher = Head(torch.randn(64, 8, dtype=torch.float64))
     answers = torch.randn(4, 16, 8, dtype=torch.float64)
     for batch in (collate(part, 0) for part in batches):
-        hidden = torch.cat([answers[int(i), : n] for i, n in zip(batch.row_ids, batch.num_counted, strict=True)])
+        hidden = torch.cat([answers[int(i), :n] for i, n in zip(batch.row_ids, batch.num_counted, strict=True)])
         total, _, _ = module(batch, hidden, teacher)
         (total * factor).backward()
     torch.optim.SGD(module.parameters(), lr=RATE).step()
