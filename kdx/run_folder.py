@@ -113,7 +113,7 @@ class RunFolder:
         try:
             yield
         except (SystemExit, KeyboardInterrupt) as error:
-            if self.status().get("state") == "running":  # else the student is saved, or another process failed
+            if self.status().get("state") not in ("done", "failed", "diverged"):  # saved, or another process failed
                 self.write_status("interrupted", f"{type(error).__name__} {error}", is_main)
             raise
         except BaseException as error:
