@@ -41,7 +41,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The test-suite; words after -- go to pytest."""
-    install(session, "tests", extras="[sweep]")
+    install(session, "tests", extras="[sweep,workspace]")
     session.install(*PINNED, "--no-deps", *DEMO)
     session.run("pytest", *session.posargs)
 

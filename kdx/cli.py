@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import errno
 import os
 import shlex
 import shutil
@@ -25,7 +24,7 @@ from kdx.composition import Plan, as_tree, compose, compose_points, preflight, t
 from kdx.config import Config
 from kdx.devices import one_device
 from kdx.durable import write_beside
-from kdx.errors import ConfigError, KdxError, MachineError
+from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, is_out_of_memory
 from kdx.folders import Source, groups_in, origins
 from kdx.redact import redact
 
@@ -54,7 +53,6 @@ MEMORY = (
     "In this order: lower train.micro_batch_size, train.gradient_checkpointing=true, train.precision=bf16, "
     "optim=adamw_8bit, teacher.quantization=8bit"
 )
-MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 SIGNALS = (130, 143)
 PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # typing one replaces the other
 
@@ -63,7 +61,13 @@ def main() -> None:
     """Run `python -m kdx …`. Exits with the codes of errors.py."""
     os.environ.setdefault("KDX_DEBUG", os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and kdx says it in its one line
-    sys.exit(guarded(lambda: _main(sys.argv[1:])))
+    try:
+        code = guarded(lambda: _main(sys.argv[1:]))
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print(f"kdx: exit code {code}, whatever the launcher's own is", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def _main(argv: list[str]) -> int:
@@ -204,12 +208,19 @@ def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()
         if is_sweep:
             print(f"\nkdx: job {hydra_config.job.num + 1}: {run_dir}", flush=True)
         with one_device(is_parallel):
+            if is_sweep and jobs.is_stopping(run_dir.parent):
+                raise SystemExit(143)
             from kdx.distill import distill
 
             measure = distill(config, run_dir).measure
         return 0
 
-    code = guarded(job)
+    try:
+        code = guarded(job)
+    except SystemExit:
+        if not (is_sweep and jobs.is_stopping(run_dir.parent)):
+            raise
+        return measure  # joblib would kill the others, which may still be saving
     if code and (not is_sweep or code in SIGNALS or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         sys.exit(code)
     if is_sweep and os.environ.get("RANK", "0") == "0":
@@ -235,8 +246,7 @@ def guarded(work: Callable[[], int]) -> int:
         place = str(error.filename or "disk")
         return _say(MachineError(place, error.strerror or "cannot be written", "Free room, or choose another folder"))
     except Exception as error:
-        text = str(error).lower()
-        if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        if is_out_of_memory(error):
             return _say(MachineError("memory", "out of memory " + " ".join(str(error).split())[:160], MEMORY))
         return _bug()
 

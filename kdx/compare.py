@@ -34,13 +34,18 @@ EXAMPLE = "As in: kdx compare outputs/sweeps/NAME"
 
 
 def main(words: list[str]) -> int:
-    """Do `kdx compare PATH… [--out DIR]` → the exit code."""
+    """Do `kdx compare PATH… [--out DIR] [--wandb]` → the exit code."""
     parser = argparse.ArgumentParser("kdx compare", description="Compare runs, sweeps and globs of them.")
     parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("paths", nargs="*", metavar="PATH", help="a run folder, a sweep's folder, or a glob")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go; else into the one sweep's folder")
+    parser.add_argument("--wandb", action="store_true", help="also save a dashboard of these runs at W&B")
     args = parser.parse_intermixed_args(words)
     paths = [Path(word) for word in args.paths]
+    if args.wandb:
+        from kdx import workspace
+
+        workspace.check()
     comparison = compare(paths, args.out or default_out(paths))
     wide = Console(width=max(CONSOLE.width, WIDEST))  # whole figures, though a narrow terminal wraps the lines
     for part in terminal_tables(comparison):
@@ -50,11 +55,13 @@ def main(words: list[str]) -> int:
             wide.print(part)
     for name in FILES:
         CONSOLE.print(f"  {comparison.out / name}", markup=False)
+    if args.wandb:
+        CONSOLE.print(f"  {workspace.save(comparison)}", markup=False)
     return 0
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ConfigError("kdx compare", message, "Usage: kdx compare PATH... [--out DIR]")
+    raise ConfigError("kdx compare", message, "Usage: kdx compare PATH... [--out DIR] [--wandb]")
 
 
 def default_out(paths: Sequence[Path]) -> Path:

@@ -4,8 +4,11 @@ Exit codes: 0 ok · 1 a bug in kdx · 2 the user's config or data · 3 the machi
 · 4 diverged · 5 some jobs of a sweep failed · 130/143 a signal, resumable.
 """
 
+import errno
 from collections.abc import Sequence
 from difflib import get_close_matches
+
+MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 class KdxError(Exception):
@@ -61,3 +64,16 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     hint = f"Did you mean {near[0]}? " if near else ""
     return f"{hint}Choices: {', '.join(known)}" if len(known) <= 24 else hint or "See `python -m kdx --cfg job`"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def exit_code(error: BaseException) -> int:
+    """What a process ends with that this error ends."""
+    if isinstance(error, KdxError):
+        return error.exit_code
+    is_machines = (isinstance(error, OSError) and error.errno in MACHINE) or is_out_of_memory(error)
+    return MachineError.exit_code if is_machines else 1

@@ -2,9 +2,13 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from kdx.composition import Plan
 from kdx.devices import num_at_once, share_cores
 from kdx.durable import write_beside
 from kdx.errors import KdxError, MachineError
+
+STOPPING = ".stopping"  # a file in a sweep's folder: jobs that have not begun shall not
 
 
 def run(
@@ -34,9 +40,14 @@ def run(
     is_basic = not is_parallel(plan.launcher)  # others start all, or many, at once
     trouble = None
     try:
-        for passed_over in [again, set(plan.jobs) - again] if again and is_basic else [()]:  # what failed comes last
-            for words in parts:
-                launch(words, passed_over)
+        with _forwarding(plan.sweep_dir, plan.launcher):
+            # What failed comes last.
+            for passed_over in [again, set(plan.jobs) - again] if again and is_basic else [()]:
+                for words in parts:
+                    launch(words, passed_over)
+                    if is_stopping(plan.sweep_dir):
+                        print("kdx: stopped; the same command goes on", file=sys.stderr, flush=True)
+                        return 128 + signal.SIGTERM
     except (KdxError, HydraException, OmegaConfBaseException):
         raise
     except Exception as error:  # no job raises: a process of the launcher died, or it could start none
@@ -61,6 +72,49 @@ def run(
 def is_parallel(launcher: Any) -> bool:
     """Whether the jobs of a Hydra launcher run in processes of their own."""
     return not str(launcher.get("_target_")).endswith(".BasicLauncher")
+
+
+@contextmanager
+def _forwarding(sweep_dir: Path, launcher: Any) -> Iterator[None]:
+    """Under joblib, hand SIGTERM on to the jobs that run, which finish their step and save; twice: stop at once.
+
+    Nobody else would tell them, and joblib kills all its processes when one of them ends of itself.
+    """
+    mark, over, told = sweep_dir / STOPPING, threading.Event(), set()
+    mark.unlink(missing_ok=True)
+    if not str(launcher.get("_target_")).endswith(".JoblibLauncher"):
+        yield
+        return
+
+    def tell() -> None:
+        while not over.wait(0.1):  # again and again: a job may be about to begin
+            own = {process.pid for process in active_children()}
+            for folder, status in states(sweep_dir, []).items():
+                pid = (status.get("owner") or {}).get("pid")
+                if status["state"] == "running" and pid is not None and pid in own and folder not in told:
+                    told.add(folder)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sweep_dir.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        threading.Thread(target=tell, daemon=True).start()
+        print("\nkdx: stopping all jobs at a safe point; once more to stop at once", file=sys.stderr, flush=True)
+
+    found = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        over.set()
+        signal.signal(signal.SIGTERM, found)
+        mark.unlink(missing_ok=True)
+
+
+def is_stopping(sweep_dir: Path) -> bool:
+    """Whether the command that started a sweep's jobs in other processes was told to stop."""
+    return (sweep_dir / STOPPING).exists()
 
 
 def states(sweep_dir: Path, names: list[str]) -> dict[Path, dict[str, Any]]:

@@ -102,6 +102,10 @@ def _check_loss(config: LossConfig) -> None:
 
 def build_accelerator(config: Config) -> Accelerator:
     """Choose device and precision, and refuse what accelerate would quietly do otherwise. Raises MachineError."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1", "yes"):
+            what = "is asked for, and kdx's evaluation and checkpoints need the whole student in every process"
+            raise MachineError(f"ACCELERATE_USE_{name}", what, "Start without it: each process holds the whole student")
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     precision = config.train.precision
     if precision == "auto":
@@ -112,15 +116,23 @@ def build_accelerator(config: Config) -> Accelerator:
     if precision == "fp16" and cpu:
         raise MachineError("train.precision", "fp16 needs a GPU", "Use train.precision=bf16 or fp32")
     AcceleratorState._reset_state(reset_partial_state=False)  # a job before this one may have had another precision
-    accelerator = Accelerator(
-        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
-        cpu=cpu,
-        step_scheduler_with_optimizer=False,
+    processes, mend = (
+        int(os.environ.get("WORLD_SIZE", "1")),
+        "Start them with torchrun, or with accelerate launch on GPUs",
     )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+            cpu=cpu,
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        if processes == 1:
+            raise
+        raise MachineError("WORLD_SIZE", f"is {processes}, and accelerate refuses: {error}", mend) from None
     if processes != accelerator.num_processes:
         what = f"{processes} processes were started, but accelerate sees {accelerator.num_processes}"
-        raise MachineError("WORLD_SIZE", what, "Start them with torchrun, or with accelerate launch on GPUs")
+        raise MachineError("WORLD_SIZE", what, mend)
     return accelerator
 
 

@@ -19,7 +19,7 @@ import yaml
 from kdx import checkpoint, drift
 from kdx.config import Config
 from kdx.durable import read_json, write_beside
-from kdx.errors import ConfigError, DivergedError, KdxError, MachineError
+from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, exit_code
 from kdx.redact import redact
 from kdx.train import State
 
@@ -112,22 +112,33 @@ class RunFolder:
         self.write_status("running", "", is_main)
         try:
             yield
-        except DivergedError as error:
-            self.write_status("diverged", str(error), is_main)
-            raise
-        except KdxError as error:
-            self.write_status("failed", str(error).splitlines()[0], is_main)
-            raise
         except (SystemExit, KeyboardInterrupt) as error:
-            if self.status().get("state") != "done":  # stopped while W&B closed: the student is saved
+            if self.status().get("state") not in ("done", "failed", "diverged"):  # saved, or another process failed
                 self.write_status("interrupted", f"{type(error).__name__} {error}", is_main)
             raise
         except BaseException as error:
-            self.write_status("failed", f"{type(error).__name__}: {error}".splitlines()[0], is_main)
+            if _is_anothers(error):
+                raise self._failed_elsewhere(is_main) from None
+            state = "diverged" if isinstance(error, DivergedError) else "failed"
+            reason = str(error) if isinstance(error, KdxError) else f"{type(error).__name__}: {error}"
+            lines = reason if state == "diverged" else reason.splitlines()[0]
+            # Whichever process fails: the others cannot know why.
+            self.write_status(state, lines, is_main or self.status().get("state") == "running", exit_code(error))
             raise
         self.write_status("done", "", is_main)
 
-    def write_status(self, state: str, reason: str, is_main: bool) -> None:
+    def _failed_elsewhere(self, is_main: bool) -> KdxError:
+        """What to say where another process of the run has ended: its own reason, which it wrote before."""
+        status = self.status()
+        if status.get("state") not in ("failed", "diverged"):
+            self.write_status("failed", "another process of this run was killed", is_main, MachineError.exit_code)
+            status = self.status()
+        what = f"failed: {str(status.get('reason')).rstrip('.')}"
+        error = KdxError("another process of this run", what, "What it printed itself may say more")
+        error.exit_code = int(status.get("exit_code") or MachineError.exit_code)
+        return error
+
+    def write_status(self, state: str, reason: str, is_main: bool, code: int | None = None) -> None:
         if not is_main:
             return
         self.written = time.monotonic()
@@ -139,6 +150,8 @@ class RunFolder:
             "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "owner": {"pid": os.getpid(), "host": platform.node(), "boot_id": _boot_id()},
         }
+        if code is not None:
+            status["exit_code"] = code
         write_beside(self.path / "status.json", json.dumps(status, indent=2) + "\n")
 
     def resume(
@@ -213,6 +226,13 @@ class RunFolder:
 def _plain(config: dict[str, Any]) -> Any:
     """A config as YAML gives it back, without secrets."""
     return json.loads(json.dumps(redact(config)))
+
+
+def _is_anothers(error: BaseException) -> bool:
+    """Whether an error only says that another process of the run is gone."""
+    words = ("gloo", "NCCL", "TCPStore")
+    is_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return is_many and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _boot_id() -> str:

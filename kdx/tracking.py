@@ -25,6 +25,7 @@ from kdx.redact import redact
 
 log = logging.getLogger("kdx")
 CONSOLE = Console(soft_wrap=True, highlight=False)
+HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # under which `wandb login` keeps its key, now and formerly
 PATIENCE = 5  # seconds for the table of samples to be taken by W&B
 SETTINGS = {  # of the W&B client; a variable such as WANDB_FINISH_TIMEOUT wins over its line here
     "save_code": False,  # neither code nor diffs
@@ -281,15 +282,19 @@ def wandb_mode(asked: str) -> Any:
     mode = os.environ.get("WANDB_MODE", "")
     if mode in ("online", "offline", "disabled"):
         return mode
-    if mode == "dryrun":
-        return "offline"
+    return "online" if mode != "dryrun" and has_login() else "offline"
+
+
+def has_login() -> bool:
+    """Whether there is a key for W&B's server, in the environment or where `wandb login` keeps it."""
     if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        return True
+    own = os.environ.get("WANDB_BASE_URL")
     try:
-        return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) else "offline"
+        kept = netrc.netrc(os.environ.get("NETRC"))
+        return any(kept.authenticators(host) for host in ([urlparse(own).netloc] if own else HOSTS))
     except (OSError, netrc.NetrcParseError):
-        return "offline"
+        return False
 
 
 def quiet_libraries() -> None:

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from made_runs import NUM_ROWS, write_lines, write_run, write_sweep
 
-from kdx import ranking, run_folder, sweep
+from kdx import drift, ranking, sweep
 from kdx.compare import FILES, compare, compared, default_out, find, main, short_names
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.page import looks_of
@@ -639,7 +639,7 @@ class TestFinding:
             (["zzz/y"], "zzz: does not exist. . has: empty, runs"),
             (["runs/x*"], "runs/x*: matches nothing. As in: kdx compare outputs/sweeps/NAME"),
             (["empty"], "empty: no run in it (a run has a status.json). As in: kdx compare outputs/sweeps/NAME"),
-            (["--wat"], "kdx compare: unrecognized arguments: --wat. Usage: kdx compare PATH... [--out DIR]"),
+            (["--wat"], "kdx compare: unrecognized arguments: --wat. Usage: kdx compare PATH... [--out DIR] [--wandb]"),
         ],
     )
     def test_what_a_user_did_wrong(self, tmp_path, monkeypatch, words, line):
@@ -672,7 +672,7 @@ def test_short_names():
 
 
 def test_what_changes_no_student_is_that_of_runs_and_sweeps():
-    assert set(run_folder.FREE) <= set(ranking.FREE)
+    assert set(drift.FREE) <= set(ranking.FREE)
     of_sweeps = [f"{name}." for name in sweep.NOT_IDENTITY]
     of_sweeps += [f"{group}.{key}" for group, keys in sweep.NOT_IDENTITY_IN.items() for key in keys]
     assert [key for key in of_sweeps if not key.startswith(ranking.FREE)] == []

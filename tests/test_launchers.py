@@ -4,15 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import environment
 from standins import write_dialogpt, write_pairs
 
 from kdx.devices import num_cores
 
 PLUGIN = '''
-import json, os, signal
+import json, os, signal, time
 from pathlib import Path
 import torch
 from kdx.loss import forward_kl, register
@@ -28,6 +31,10 @@ def own(student, teacher, most: float = 9.0):
         with open("seen.jsonl", "a") as file:
             told = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": torch.get_num_threads(), "pid": os.getpid()}
             file.write(json.dumps(told) + chr(10))
+    if most >= 4 and len(student) > 2 and Path("hold").exists():  # not where it is tried on two rows
+        Path(f"held-{os.getpid()}").touch()
+        while not Path("go").exists():
+            time.sleep(0.01)
     if most == 0:
         raise RuntimeError("most is too small")
     if most == 2 and calls == 6 and "SUBMITIT_FOLDER" in os.environ and not Path("preempted").exists():
@@ -106,6 +113,41 @@ def test_joblib(place: Path) -> None:
     assert again.stdout.count("is done already") == 2
     assert len(seen(place)) == 1
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in before}
+
+
+def test_sigterm_to_a_sweep_under_joblib_loses_nothing(place: Path) -> None:
+    """The jobs that run finish their step and save, the third is not begun; the same command goes on."""
+    words = [*WORDS, "+loss.most=4,5,6", "hydra/launcher=parallel", "sweep.name=stopped", "sweep.baseline=false"]
+    words.remove("+loss.most=0,2")
+    command = [sys.executable, "-m", "kdx", *words, "tracking.mode=disabled"]
+    told = environment(KDX_PLUGINS="my_plugin")
+    (place / "hold").touch()
+    with (place / "said.txt").open("w") as said:
+        process = subprocess.Popen(command, cwd=place, env=told, stdout=said, stderr=said)
+    until(lambda: len(list(place.glob("held-*"))) == 2, process)
+    process.terminate()
+    until(lambda: (place / "said.txt").read_text().count("stopping at the next safe point") == 2, process)
+    (place / "go").touch()
+    assert process.wait(60) == 143, (place / "said.txt").read_text()
+    last = (place / "said.txt").read_text().splitlines()[-1]
+    assert last == "kdx: stopped; the same command goes on"
+    sweep = place / "outputs" / "sweeps" / "stopped"
+    assert sorted(states(sweep).values()) == ["interrupted", "interrupted"]
+    assert [path.name for path in sweep.glob("*/checkpoints/*")] == ["step-00000001"] * 2
+    again = subprocess.run(command, cwd=place, env=told, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert list(states(sweep).values()) == ["done"] * 3
+    assert again.stdout.count("going on from") == 2
+    for file in sweep.glob("*/metrics.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5]
+
+
+def until(is_so: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Look until something is so, as long as the process lives."""
+    while not is_so():
+        assert process.poll() is None
+        time.sleep(0.05)
 
 
 def test_submitit_with_a_job_that_is_preempted(place: Path) -> None:

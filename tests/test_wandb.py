@@ -12,16 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 import yaml
 from safetensors.torch import load_file
 from standins import write_dialogpt, write_pairs
 from wandb.sdk.launch.sweeps import utils as agent
+from wandb.sdk.lib.wbauth import wbnetrc
 from wandb_server import KEY, Server, StoredRun
 
 from kdx.cli import compose
 from kdx.folders import CONF
 from kdx.optim import optimizer_class
 from kdx.run_folder import RunFolder
+from kdx.tracking import has_login, wandb_mode
 
 SECRET = "hf_abcdefgh12345678"
 NOBODY = "http://127.0.0.1:9"  # the discard port
@@ -278,6 +281,87 @@ def test_a_sweep_without_a_server_is_uploaded_by_one_command(place: Path, server
         assert kept.about["jobType"] == "student"
         summary = json.loads((sweep / kept.about["displayName"] / "summary.json").read_text())
         assert kept.summary["eval/kl"] == summary["student"]["kl"]
+
+
+@pytest.fixture(scope="module")
+def swept(place: Path) -> Path:
+    """A sweep of a loss's option, kept offline."""
+    words = ["-m", "loss.name=fussy", "+loss.most=2,3", "loss.alpha=0.3", "sweep.name=swept", "train.max_steps=2"]
+    told = kdx(place, *words, WANDB_MODE="offline")
+    assert told.returncode == 0, told.stderr
+    return place / "outputs/sweeps/swept"
+
+
+def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> None:
+    """Refused while the runs are only here; after the sync that it told, saved by the real library."""
+    command = ("kdx", "compare", "outputs/sweeps/swept", "--wandb")
+    early = run(place, *command, WANDB_MODE="offline", **server.environment)
+    assert early.returncode == 2
+    what, mend = "team/kdx has 0 of these 3 runs", "What is missing is kept offline; to upload it"
+    assert early.stderr == f"kdx: error: --wandb: {what}. {mend}: wandb sync outputs/sweeps/swept/wandb\n"
+    assert not server.views
+    sync(place, server, early.stderr)
+    told = run(place, *command, **server.environment)
+    assert (told.returncode, told.stderr) == (0, "")
+    (view,) = server.views
+    assert told.stdout.splitlines()[-1].strip() == f"{server.url}/team/kdx?nw={view['name'][3:-2]}"
+    assert (view["entityName"], view["projectName"], view["displayName"]) == ("team", "kdx", "kdx: swept")
+
+    section = json.loads(view["spec"])["section"]
+    (shown,) = section["runSets"][0]["filters"]["filters"]
+    ids = {file.read_text().strip() for file in swept.glob("*/wandb_id.txt")}
+    assert (shown["key"], shown["op"], set(shown["value"])) == ({"section": "run", "name": "name"}, "IN", ids)
+    panels = [panel for part in section["panelBankConfig"]["sections"] for panel in part["panels"]]
+    kinds = {kind: [p["config"] for p in panels if p["viewType"] == kind] for kind in (p["viewType"] for p in panels)}
+    assert sorted(kinds) == ["Parallel Coordinates Plot", "Run History Line Plot", "Scatter Plot"]
+    (scatter,), (parallel,) = kinds["Scatter Plot"], kinds["Parallel Coordinates Plot"]
+    assert {scatter["xAxis"], scatter["yAxis"]} == {"summary:eval/kl", "summary:eval/ce"}
+    axes = [column["accessor"] for column in parallel["columns"]]
+    assert axes[:3] == ["summary:temperature", "summary:alpha", "config:loss.value.options.most"]
+    assert {"summary:eval/kl", "summary:eval/ce"} <= set(axes)
+    assert {curve["xAxis"] for curve in kinds["Run History Line Plot"]} == {"tokens"}
+    curves = {name for curve in kinds["Run History Line Plot"] for name in curve["metrics"]}
+    assert {"eval/kl", "eval/ce", "train/loss"} <= curves
+
+    runs = [server.runs[name] for name in ids]  # all that the panels name has been logged
+    assert curves <= {key for kept in runs for row in kept.history for key in row}
+    assert {axis.split(":")[1] for axis in axes if axis.startswith("summary:")} <= runs[0].summary.keys()
+    assert {kept.config["loss"].get("options", {}).get("most") for kept in runs} == {None, 2, 3}
+
+
+def test_a_dashboard_that_cannot_be_saved_says_why_in_one_line(place: Path, swept: Path) -> None:
+    words = ["compare", "outputs/sweeps/swept", "--wandb"]
+    login = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": NOBODY}
+    without = "import sys; sys.modules['wandb_workspaces'] = None\nfrom kdx.cli import main; main()"
+    (place / "without.py").write_text(without)
+    told = run(place, "without", *words, **login)
+    what = "needs the package wandb-workspaces, which is not installed"
+    assert (told.returncode, told.stderr) == (2, f"kdx: error: --wandb: {what}. pip install wandb-workspaces\n")
+    told = run(place, "kdx", *words)
+    what = "saves a dashboard at W&B, and there is no login"
+    assert (told.returncode, told.stderr) == (2, f"kdx: error: --wandb: {what}. Do: wandb login\n")
+    told = run(place, "kdx", *words, **login)
+    assert told.returncode == 3
+    (line,) = told.stderr.splitlines()
+    assert line.startswith("kdx: error: --wandb: Failed to verify credentials with http://127.0.0.1:9")
+
+
+def test_where_wandb_login_keeps_its_key_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B's own code writes the key, of its cloud and of a server with a port."""
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not has_login()
+    wbnetrc.write_netrc_auth(host="http://127.0.0.1:8080", api_key=KEY)
+    assert not has_login()
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:8080")
+    assert has_login()
+    monkeypatch.delenv("WANDB_BASE_URL")
+    wbnetrc.write_netrc_auth(host=wandb.Settings().base_url, api_key=KEY)
+    assert has_login()
+    assert wandb_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    assert wandb_mode("auto") == "offline"
 
 
 def test_the_sweep_for_wandb_agents_drives_the_same_command_line() -> None:

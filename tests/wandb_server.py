@@ -50,6 +50,7 @@ class Server:
 
     def __init__(self) -> None:
         self.runs: dict[str, StoredRun] = {}
+        self.views: list[dict[str, Any]] = []  # saved dashboards
         self.asked: list[str] = []  # names of GraphQL operations, in order
         self.received: list[bytes] = []
         self.answering = threading.Event()
@@ -95,6 +96,28 @@ class Server:
     def _Viewer(self, _: dict[str, Any]) -> dict[str, Any]:
         teams = {"edges": [{"node": {"name": TEAM}}]}
         return {"viewer": {"id": "1", "entity": TEAM, "username": "me", "email": "", "flags": "{}", "teams": teams}}
+
+    def _GetDefaultEntity(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"viewer": {"id": "1", "entity": TEAM}}
+
+    def _Runs(self, told: dict[str, Any]) -> dict[str, Any]:
+        """The runs of a project with the ids of the filter; without any run a project is not there."""
+        known = [run for run in self.runs.values() if run.about.get("project") == told["project"]]
+        if not known or told["entity"] != TEAM:
+            return {"project": None}
+        found = [run.id for run in known if run.id in json.loads(told["filters"])["name"]["$in"]]
+        user = {"name": "me", "username": "me"}
+        node = dict.fromkeys(("displayName", "sweepName", "group", "jobType", "commit", "description", "notes"))
+        node |= {"projectId": "1", "id": "1", "tags": [], "state": "finished", "readOnly": False, "user": user}
+        node |= {"createdAt": "2026-11-24T02:45:09", "heartbeatAt": "2026-11-24T02:45:09", "historyLineCount": 0}
+        edges = [{"node": node | {"name": name}, "cursor": name} for name in found]
+        pages = {"endCursor": None, "hasNextPage": False}
+        runs = {"edges": edges, "pageInfo": pages}
+        return {"project": {"internalId": "1", "runCount": len(found), "readOnly": False, "runs": runs}}
+
+    def _UpsertView2(self, told: dict[str, Any]) -> dict[str, Any]:
+        self.views.append(told)
+        return {"upsertView": {"view": {"id": str(len(self.views)), "name": told["name"]}, "inserted": True}}
 
     def _ServerFeaturesQuery(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}

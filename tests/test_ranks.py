@@ -1,0 +1,105 @@
+"""Several processes of one run: what is refused, and how all end when one fails."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from processes import environment
+from standins import write_dialogpt, write_pairs
+
+from kdx import prepare
+from kdx.cli import compose
+from kdx.errors import MachineError
+
+PLUGIN = '''
+import os, signal
+from pathlib import Path
+from kdx.errors import MachineError
+from kdx.loss import forward_kl, register
+
+calls = 0
+
+@register
+def failing(student, teacher):
+    """Forward KL that fails in one process of the run, at its third call in training."""
+    global calls
+    calls += len(student) > 2
+    if calls == 3 and os.environ.get("RANK") == os.environ["WHO"]:
+        Path("failed").touch()
+        if os.environ["HOW"] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ["HOW"] == "machine":
+            raise MachineError("memory", "is full", "Buy more")
+        raise RuntimeError("out of luck")
+    return forward_kl(student, teacher)
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    write_dialogpt(folder / "medium", 4, 32, pickled=False)
+    write_dialogpt(folder / "small", 2, 16, pickled=False, seed=1)
+    write_pairs(folder / "pairs.jsonl")
+    (folder / "failing.py").write_text(PLUGIN)
+    return folder
+
+
+def kdx(place: Path, *words: str, launcher: tuple[str, ...] = (), **more: str) -> subprocess.CompletedProcess[str]:
+    base = ["teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=pairs"]
+    base += ["data.path=pairs.jsonl", "train.batch_size=4", "train.max_steps=500", "tracking.mode=disabled"]
+    command = [sys.executable, "-m", *launcher, "kdx", *base, *words]
+    told = environment(KDX_PLUGINS="failing", **more)
+    return subprocess.run(command, cwd=place, env=told, capture_output=True, text=True, check=False, timeout=540)
+
+
+@pytest.mark.parametrize(
+    ("who", "how", "code", "reason"),
+    [
+        ("0", "bug", 1, "RuntimeError: out of luck"),
+        ("1", "machine", 3, "memory: is full. Buy more"),
+        ("1", "killed", 3, "another process of this run was killed"),
+    ],
+)
+def test_one_that_fails_ends_all(place: Path, who: str, how: str, code: int, reason: str) -> None:
+    """The launcher ends with 1; status.json and each process's last line have kdx's code, and its reason."""
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+    run_dir = place / f"run-{who}-{how}"
+    (place / "failed").unlink(missing_ok=True)
+    words = ("loss.name=failing", f"hydra.run.dir={run_dir}")
+    told = kdx(place, *words, launcher=launcher, WHO=who, HOW=how)
+    waited = time.time() - (place / "failed").stat().st_mtime
+    assert told.returncode == 1
+    assert waited < 30, "as long as torchrun waits before it kills"
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["reason"], status["exit_code"]) == ("failed", reason, code)
+    own = [line for line in told.stderr.splitlines() if line.startswith("kdx: ")]
+    assert f"kdx: error: another process of this run: failed: {reason}. What it printed itself may say more" in own
+    assert own.count(f"kdx: exit code {code}, whatever the launcher's own is") == (1 if how == "killed" else 2)
+    assert own[-1].startswith("kdx: exit code")
+    assert "this is a bug in kdx" not in told.stderr
+
+
+def test_processes_that_cannot_find_one_another_are_refused(place: Path) -> None:
+    told = kdx(place, WORLD_SIZE="2")
+    assert told.returncode == 3
+    assert told.stderr.startswith("kdx: error: WORLD_SIZE: is 2, and accelerate refuses: ")
+    assert told.stderr.splitlines()[-1] == "kdx: exit code 3, whatever the launcher's own is"
+
+
+def test_more_processes_than_accelerate_sees_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(prepare, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(MachineError, match="2 processes were started, but accelerate sees 1"):
+        prepare.build_accelerator(compose(["train.precision=fp32"]))
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_what_is_asked_of_accelerate_and_not_done_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(MachineError, match=f"ACCELERATE_USE_{name}: is asked for, and kdx's evaluation"):
+        prepare.build_accelerator(compose(["train.precision=fp32"]))
