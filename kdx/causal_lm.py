@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from kdx.batches import MicroBatch
 from kdx.config import ModelConfig
 from kdx.durable import digest_of, write_beside
-from kdx.errors import MachineError, ModelError
+from kdx.errors import MachineError, ModelError, out_of_memory
 from kdx.files import resolve_path
 
 log = logging.getLogger(__name__)
@@ -321,9 +321,8 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
                 tokenizer.save_pretrained(beside)
                 os.replace(beside, kept)
     except OSError as error:
-        raise MachineError(
-            "KDX_CACHE", f"cannot write {kept}: {error}", "Set KDX_CACHE to a folder with room"
-        ) from None
+        mend = "Set KDX_CACHE to a folder with room"
+        raise MachineError("KDX_CACHE", f"cannot write {kept}: {error}", mend) from None
     return kept
 
 
@@ -385,6 +384,8 @@ class _loading:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None or not isinstance(error, Exception) or isinstance(error, ModelError | MachineError):
             return
+        if memory := out_of_memory(error):
+            raise memory from error
         text = re.sub(r"\s+", " ", str(error)).strip()
         if isinstance(error, ImportError):
             raise MachineError(self.key, f"{self.path} needs a package: {text[:200]}", "Install it") from error

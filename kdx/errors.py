@@ -49,6 +49,21 @@ class DivergedError(KdxError):
     exit_code = 4
 
 
+MEMORY = (
+    "In this order: lower train.micro_batch_size, train.gradient_checkpointing=true, train.precision=bf16, "
+    "optim=adamw_8bit, teacher.quantization=8bit, teacher.store=on (once filled, the teacher is not loaded)"
+)
+NO_MEMORY = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory", "alloc_failed")
+
+
+def out_of_memory(error: BaseException) -> MachineError | None:
+    """What to say if an error means that memory ran out, on a device or beside it; else None."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, MemoryError) and not any(words in text.lower() for words in NO_MEMORY):
+        return None
+    return MachineError("memory", f"ran out of memory ({text[:160].rstrip('.') or type(error).__name__})", MEMORY)
+
+
 def together(errors: Sequence[KdxError]) -> KdxError:
     """Join errors of one kind into one that prints a line each, so that all are mended in one go."""
     first = errors[0]

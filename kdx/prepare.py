@@ -133,9 +133,9 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
 
     tokenizer, max_length = load_tokenizers(config)
     template = prepare_tokenizer(tokenizer, config.data)
-    data = load_data(config.data)
     encoder = Encoder(tokenizer, max_length, config.data.on_long, config.data.assistant_only)
-    rows, held_out_rows = encoder.encode(data.train), encoder.encode(data.validation)
+    data = load_data(config.data, also=encoder.faults)
+    rows, held_out_rows = encoder.encode(data.train, data.validation)
     for what, left, given in (("training", rows, data.train), ("held-out", held_out_rows, data.validation)):
         if given and not left:
             rules = "; ".join(f"{number} {rule}" for rule, number in encoder.dropped.items())

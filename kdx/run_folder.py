@@ -19,7 +19,7 @@ import yaml
 from kdx import checkpoint, drift
 from kdx.config import Config
 from kdx.durable import read_json, write_beside
-from kdx.errors import ConfigError, DivergedError, KdxError, MachineError
+from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, out_of_memory
 from kdx.redact import redact
 from kdx.train import State
 
@@ -123,7 +123,8 @@ class RunFolder:
                 self.write_status("interrupted", f"{type(error).__name__} {error}", is_main)
             raise
         except BaseException as error:
-            self.write_status("failed", f"{type(error).__name__}: {error}".splitlines()[0], is_main)
+            reason = out_of_memory(error) or f"{type(error).__name__}: {error}".splitlines()[0]
+            self.write_status("failed", str(reason), is_main)
             raise
         self.write_status("done", "", is_main)
 

@@ -89,7 +89,7 @@ def counted_runs(tokenizer, row):
 
 def encode(tokenizer, *conversations, max_length=1000, on_long="error", assistant_only=True):
     encoder = Encoder(tokenizer, max_length, on_long, assistant_only)
-    return encoder.encode(conversations), encoder
+    return encoder.encode(conversations)[0], encoder
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
