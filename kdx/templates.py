@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, meta
+from jinja2 import StrictUndefined, Template, TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kdx.errors import ConfigError, DataError
@@ -35,9 +35,9 @@ class RowTemplate:
             undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
         )
         try:
-            self.needs = meta.find_undeclared_variables(environment.parse(text))
             self._try_out("compile", lambda: [str(environment.from_string(text))])  # it computes what is constant
             self._template: Template = environment.from_string(text)
+            self.needs = meta.find_undeclared_variables(environment.parse(text))
         except TemplateError as error:
             raise ConfigError(key, f"is not Jinja: {error}", "Mend the template") from None
 
@@ -101,9 +101,16 @@ def _limited(texts: Callable[[], Iterable[str]]) -> int:
         most = int(sizes.read_text(encoding="ascii").split()[0]) * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (the process ends in a moment)
+    nodes.Impossible.__init__ = _note_memory  # type: ignore[assignment, method-assign]
     try:
         return TOO_BIG if any(len(text) > LONGEST for text in texts()) else 0
     except MemoryError:
         return TOO_BIG
     except Exception:
         return 0
+
+
+def _note_memory(*_: Any) -> None:
+    """Jinja passes over what it cannot compute when it compiles; without these limits it would compute it."""
+    if isinstance(sys.exc_info()[1], MemoryError):
+        os._exit(TOO_BIG)
