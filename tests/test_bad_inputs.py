@@ -3,16 +3,20 @@
 Each is typed at the real command, in this process; a few as processes of their own.
 """
 
+import importlib.util
 import json
+import re
 import shutil
+import subprocess
 import sys
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from processes import in_process
+from processes import environment, in_process
 from safetensors.torch import load_file, save_file
 from standins import write_dialogpt, write_pairs
 
@@ -217,7 +221,6 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("data=chitchat", "data.min_turns=10000"): ["data: no row is left (7168 rows: fewer turns than data.min_turns). Loosen the rule, or give other data"],
     ("data.on_long=trunc",): ["data.on_long: is 'trunc'. Did you mean truncate? Allowed: one of truncate, drop, error"],
     ("loss=jds",): ["loss=jds: loss has no option jds. Did you mean jsd? Choices: adaptive_kl, cross_entropy, forward_kl, jsd, reverse_kl, skew_forward_kl, skew_reverse_kl, tvd"],
-    ("loss.temprature=2",): ["loss.temprature: is not a key of kdx. Did you mean loss.temperature?"],
     ("loss.name=forwad_kl",): ["loss.name: no divergence is named 'forwad_kl'. Did you mean forward_kl? Choices: adaptive_kl, *"],
     ("loss=jsd", "+loss.btea=0.3"): ["loss.btea: is not an option here. Did you mean beta? It takes: beta"],
     ("loss=jsd", "loss.beta=7"): ["loss: beta is 7; it must be between 0 and 1. See conf/loss/jsd.yaml, or the function itself"],
@@ -235,8 +238,10 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ],
     ("train.batch_size=eight",): ["train.batch_size: is 'eight' (str), expected a whole number. Allowed: 1 or more"],
     ("data.path=${oc.env:KDX_NOWHERE}",): ["data.path: environment variable KDX_NOWHERE is not set. Set it: export KDX_NOWHERE=..."],
-    ("--config-dir=notes", "optim=x"): ["notes/optim/x.yaml:2: does not parse: *. Mend the YAML"],
+    ("--config-dir=notes", "optim=twice"): ["notes/optim/twice.yaml:2: does not parse: found duplicate key name. Mend the YAML"],
+    ("--config-dir=notes", "optim=open"): ["notes/optim/open.yaml:2: does not parse: *. Mend the YAML"],
     ("data.chat_template=no/such.jinja",): ["data.chat_template: no/such.jinja does not exist. Give a file, or Jinja text with {{ }}"],
+    ("data.chat_template='{% for m in messages %}{{ m.content'",): ["data.chat_template: line 1 is not Jinja: *. Mend it"],
     ("data.chat_template=notes",): ["data.chat_template: notes is not a file. Give a file, or Jinja text with {{ }}"],
     ("train.precision=fp16",): ["3 train.precision: fp16 needs a GPU. Use train.precision=bf16 or fp32"],
 }  # fmt: skip
@@ -259,9 +264,10 @@ def test_words(refused, words, told):
     shutil.copy("t.jsonl", "data/t.jsonl")
     Path("notes").mkdir()
     Path("notes/a.txt").write_text("x")
-    if "optim=x" in words:
+    if "--config-dir=notes" in words:
         Path("notes/optim").mkdir()
-        Path("notes/optim/x.yaml").write_text("name: a\nname: b\n")
+        Path("notes/optim/twice.yaml").write_text("name: a\nname: b\n")
+        Path("notes/optim/open.yaml").write_text("name: pairs\n  path: [a\n")
     code = 3 if told[0].startswith("3 ") else 2
     lines = refused(*words, "data.validation=2", code=code)
     assert len(lines) == len(told), lines
@@ -340,3 +346,65 @@ def test_model_paths(refused, words, told):
     write_pairs(Path("t.jsonl"))
     (line,) = refused(words)
     assert fits(line, told), line
+
+
+# ---- the machine
+Usage = namedtuple("Usage", "total used free")
+MACHINE = {
+    ("train.save_every=1",): r"run: the student and its checkpoints need 183,\d+ bytes, and 10 are free. Make room, or choose another disk with hydra.run.dir=...; train.save_every=0 keeps no checkpoints",
+    ("train.save_every=0",): r"run: the student and its checkpoints need 37,\d+ bytes, and 10 are free. Make room, or choose another disk with hydra.run.dir=...",
+    ("teacher.store=on", "teacher.store_dir=store"): r"teacher.store: needs [\d,]+ bytes in store/?.*, where 10 are free, a tenth of the disk to be left. Make room, set teacher.store_dir=..., or teacher.store=off",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "told"), MACHINE.items(), ids=lambda value: value[0] if len(value) < 3 else "")
+def test_disks_that_are_too_small(refused, monkeypatch, words, told):
+    write_pairs(Path("t.jsonl"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 990, 10))
+    (line,) = refused(*words, "data.validation=2", "hydra.run.dir=run", code=3)
+    assert re.fullmatch(told, line.removeprefix(f"{Path().resolve()}/")), line
+    assert not list(Path("run").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "package", "told"),
+    [
+        (("optim=adamw_8bit",), "bitsandbytes.optim", "optim.name: bitsandbytes is not installed. Run: pip install bitsandbytes"),
+        (("teacher.quantization=8bit",), "bitsandbytes", "teacher.quantization: the package bitsandbytes is not installed. Run: pip install bitsandbytes"),
+        (("teacher.gguf_file=x.gguf", "teacher.path=gguf"), "gguf", "teacher.gguf_file: the package gguf is not installed. Run: pip install gguf"),
+    ],
+)  # fmt: skip
+def test_packages_that_are_not_installed(refused, monkeypatch, words, package, told):
+    write_pairs(Path("t.jsonl"))
+    Path("gguf").mkdir()
+    Path("gguf/x.gguf").write_bytes(b"GGUF")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+    monkeypatch.setitem(sys.modules, package, None)
+    assert refused(*words, "data.validation=2", code=3) == [told]
+
+
+def test_a_file_that_may_not_be_read(refused, monkeypatch):
+    def read_bytes(file: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    Path("t.jsonl").write_bytes(LINE)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert refused(code=3) == ["t.jsonl: cannot be read: Permission denied. Check its permissions"]
+
+
+# ---- processes of their own
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ((), 2, "t.jsonl:2:12: is not JSON (Expecting value). Mend the line: one JSON object a line"),
+        (("teacher.path=nowhere",), 2, "teacher.path: nowhere does not exist. This folder has: student/, t.jsonl, teacher/"),
+        (("data.chat_template='{{ 9 ** (9 ** 9) }}'",), 2, "data.chat_template: it takes more than 2 s for one short row. Give another: data.chat_template=FILE"),
+        (("optim.lr=-1", "loss.alpha=${oc.env:KDX_NOWHERE}"), 2, "loss.alpha: environment variable KDX_NOWHERE is not set. Set it: export KDX_NOWHERE=...\nkdx: error: optim.lr: is -1. Allowed: above 0"),
+    ],
+)  # fmt: skip
+def test_processes(place, words, code, told):
+    Path("t.jsonl").write_bytes(LINE + b'{"source": x}\n' + LINE)
+    command = [sys.executable, "-m", "kdx", *words_of("data.max_length=100", *words)]
+    done = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"kdx: error: {told}\n")

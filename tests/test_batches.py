@@ -314,24 +314,6 @@ def test_the_chat_template_comes_from_the_config_the_tokenizer_or_the_end_of_tex
     prepare_tokenizer(make_tokenizer(), data_config("custom", chat_template=LLAMA2))
 
 
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        ("no/such.jinja", "no/such.jinja does not exist"),
-        ("tests", "tests is not a file"),
-        ("{% for m in messages %}\n{{ m.content }", "line 2 is not Jinja"),
-    ],
-)
-def test_a_chat_template_that_cannot_be_used_is_named(
-    make_tokenizer, data_config, template, says, request, monkeypatch
-):
-    monkeypatch.chdir(request.config.rootpath)
-    with pytest.raises(DataError) as caught:
-        prepare_tokenizer(make_tokenizer(), data_config("custom", chat_template=template))
-    assert str(caught.value).startswith("data.chat_template: ")
-    assert says in str(caught.value)
-
-
 def test_a_tokenizer_without_template_and_end_of_text_is_refused(make_tokenizer, data_config):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None

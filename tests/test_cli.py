@@ -226,18 +226,6 @@ def test_composing_leaves_hydra_as_it_was():
         assert GlobalHydra.instance().hydra is before
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("name: pairs\n  path: [a\n", "x.yaml:2: does not parse"),
-        ("name: a\nname: b\n", "x.yaml:2: does not parse: found duplicate key name"),
-    ],
-)
-def test_yaml_that_does_not_parse(text, says):
-    write("mine/optim/x.yaml", f"{text}")
-    assert any(says in line for line in refused("optim=x", config_dir="mine"))
-
-
 def test_every_unset_variable_is_named():
     text = "# @package _global_\noptim: {lr: '${oc.env:KDX_LR}'}\ntrain: {seed: '${oc.env:KDX_SEED}', typo: 1}\n"
     write("mine/experiment/x.yaml", text)
