@@ -243,9 +243,7 @@ def _conversation(item: Any, where: str, changed: Counter[str]) -> Conversation:
     for i, message in enumerate(messages):
         at = f"{where}: messages[{i}]"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            has = ", ".join(map(str, message)) if isinstance(message, dict) else kind_of(message)
-            what = f'needs "role" and "content", it has: {has}'
-            raise DataError(at, what, "Name them: data.role_key, data.content_key")
+            raise _not_a_message(message, "role", "content", at)
         if message["role"] not in ROLES:
             mend = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
             raise DataError(at, f"the role is {kind_of(message['role'])}", mend)
@@ -347,23 +345,27 @@ def messages(
             yield DataError(where, what, "Name the column: data.messages_column=...")
         else:
             chat = row[messages_column]
-            if isinstance(chat, list):
-                chat = [_renamed(m, role_key, content_key, roles) if isinstance(m, dict) else m for m in chat]
-            yield {"messages": chat, "id": row.get("id"), "where": where, "column": messages_column}
+            try:
+                if isinstance(chat, list):
+                    chat = [
+                        _renamed(m, role_key, content_key, roles, f"{where}: messages[{i}]") for i, m in enumerate(chat)
+                    ]
+                yield {"messages": chat, "id": row.get("id"), "where": where, "column": messages_column}
+            except DataError as error:
+                yield error
 
 
-def _renamed(message: dict[str, Any], role_key: str, content_key: str, roles: dict[str, str]) -> dict[str, Any]:
-    renamed = dict(message)
-    if role_key in message:
-        role = message[role_key]
-        renamed["role"] = roles.get(role, role) if isinstance(role, str) else role
-    elif role_key != "role":
-        renamed.pop("role", None)
-    if content_key in message:
-        renamed["content"] = message[content_key]
-    elif content_key != "content":
-        renamed.pop("content", None)
-    return renamed
+def _renamed(message: Any, role_key: str, content_key: str, roles: dict[str, str], where: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or not {role_key, content_key} <= message.keys():
+        raise _not_a_message(message, role_key, content_key, where)
+    role = message[role_key]
+    return {"role": roles.get(role, role) if isinstance(role, str) else role, "content": message[content_key]}
+
+
+def _not_a_message(message: Any, role_key: str, content_key: str, where: str) -> DataError:
+    has = (", ".join(map(str, message)) or "nothing") if isinstance(message, dict) else kind_of(message)
+    what = f'needs "{role_key}" and "{content_key}", it has: {has}'
+    return DataError(where, what, "Name them: data.role_key, data.content_key")
 
 
 @register_source

@@ -12,6 +12,7 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -73,10 +74,10 @@ def jsonl(*rows: object) -> bytes:
 # ---- files. name: (file, content, the start of the line, what else it says)
 FILES = {
     "broken JSON on line 2": ("t.jsonl", LINE + b'{"source": x}\n' + LINE, "t.jsonl:2:12: is not JSON", "one JSON object a line"),
-    "trailing comma": ("t.jsonl", LINE + b'{"source": "a",}\n' + LINE, "t.jsonl:2:15: is not JSON", "Mend the line"),
+    "trailing comma": ("t.jsonl", LINE + b'{"source": "a",}\n' + LINE, "t.jsonl:2:1", "is not JSON ("),
     "truncated last line, in text": ("t.jsonl", LINE + b'{"source": "a", "tar', "t.jsonl:2:17: is not JSON", "Was the copy cut short?"),
     "truncated last line": ("t.jsonl", LINE + b'{"source": "a"', "t.jsonl:2:15: is not JSON", "Was the copy cut short?"),
-    "truncated list": ("t.json", b'[{"source": "a"},', "t.json:1:18: is not JSON", "Was the copy cut short?"),
+    "truncated list": ("t.json", b'[{"source": "a"},', "t.json:1:", "Was the copy cut short?"),
     "broken list": ("t.json", b'[{"source": "a"},\n {"source": }]', "t.json:2:13: is not JSON", "Mend it"),
     "lines in a .json": ("t.json", LINE * 2, "t.json:2:1: is not JSON", "name the file .jsonl"),
     "an object for a list": ("t.json", b'{"data": []}', "t.json: holds an object, expected a list of rows", "Wrap the rows in [ ]"),
@@ -157,15 +158,17 @@ ROWS = [
     ("messages", [TALK], "is a list, expected an object. Write one JSON object a row"),
     ("sharegpt", {"messages": TALK}, '"conversations" is missing; the columns are: messages. Name the column: data.messages_column=...'),
     ("sharegpt", {"conversations": "oops"}, f'"conversations" is text ("oops"), expected a list of messages. {CHAT}'),
-    ("sharegpt", {"conversations": TALK}, 'messages[0]: needs "role" and "content", it has: nothing. Name them: data.role_key, data.content_key'),
-    ("sharegpt", {"conversations": [{"from": "human"}]}, 'messages[0]: needs "role" and "content", it has: from, role. Name them: data.role_key, data.content_key'),
+    ("sharegpt", {"conversations": TALK}, 'messages[0]: needs "from" and "value", it has: role, content. Name them: data.role_key, data.content_key'),
+    ("sharegpt", {"conversations": [{"from": "human"}]}, 'messages[0]: needs "from" and "value", it has: from. Name them: data.role_key, data.content_key'),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("choice", ["pairs", "messages", "sharegpt"])
 def test_rows(refused, choice, monkeypatch):
     """All rows of a source in one file, so in one pass, and before a model is loaded."""
-    monkeypatch.setattr("kdx.causal_lm.load_causal_lm", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("a model is loaded")
+    )
     bad = [(row, says) for name, row, says in ROWS if name == choice]
     good = {"pairs": GOOD, "messages": {"messages": TALK}}.get(choice)
     good = good or {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
@@ -176,7 +179,7 @@ def test_rows(refused, choice, monkeypatch):
 
 
 def test_parsing_encoding_and_held_out_rows_are_one_pass(refused):
-    template = "{% for m in messages %}{{ raise_exception('no sums') if '+' in m.content else m.content }}{% endfor %}"
+    template = '{% for m in messages %}{{ raise_exception("no sums") if "+" in m.content else m.content }}{% endfor %}'
     long = {"source": "a", "target": "b " * 100}
     Path("t.jsonl").write_bytes(jsonl(GOOD, {"source": "a"}, long, {"source": "2+2", "target": "4"}, *[GOOD] * 20))
     Path("held.jsonl").write_bytes(jsonl(b"{oops\n", long))
@@ -190,8 +193,8 @@ def test_parsing_encoding_and_held_out_rows_are_one_pass(refused):
     assert [line.split(": ")[0] for line in lines] == ["t.jsonl:2", "held.jsonl:1:2", "t.jsonl:4", "t.jsonl:3", "held.jsonl:2", "data"]  # fmt: skip
     assert lines[2] == "t.jsonl:4: the chat template refuses the conversation: no sums. Mend the row, or give a data.chat_template"  # fmt: skip
     assert lines[3].endswith("data.max_length is 20. Raise it, or set data.on_long=truncate")
-    Path("t.jsonl").write_bytes(jsonl(GOOD, long, *[GOOD] * 20))  # without faults in the text, training and held-out
-    Path("held.jsonl").write_bytes(jsonl(GOOD, long))
+    Path("t.jsonl").write_bytes(jsonl(GOOD, long, *[GOOD] * 20))  # without faults in the text
+    Path("held.jsonl").write_bytes(jsonl(*({**row, "source": "c"} for row in (GOOD, long))))
     assert [line.split(": ")[0] for line in refused(*words)] == ["t.jsonl:2", "held.jsonl:2", "data"]
 
 
@@ -208,17 +211,17 @@ def test_the_first_20_of_all_faults_and_how_many(refused):
 PATHS = {
     "data/trian.jsonl": "data.path: data/trian.jsonl does not exist. Did you mean data/t.jsonl?",
     "dta/train.jsonl": "data.path: dta/train.jsonl does not exist. Did you mean data?",
-    "zzz.jsonl": "data.path: zzz.jsonl does not exist. This folder has: data/, notes/, student/, t.jsonl, teacher/",
+    "zzz/t.jsonl": "data.path: zzz/t.jsonl does not exist. This folder has: data/, notes/, outputs/, student/, t.jsonl, teacher/",
     "t.josnl": "data.path: t.josnl is nothing on disk, and the hub could not give it: *. Did you mean t.jsonl? Check the name, data.subset, data.split and the network",
     "data/*.csv": "data.path: no file matches data/*.csv. data has: t.jsonl",
     "notes": "data.path: the folder notes has no .jsonl, .json, .csv, .parquet file. notes has: a.txt",
     "data/t.jsonl/x.jsonl": "data.path: data/t.jsonl/x.jsonl does not exist. Did you mean data/t.jsonl?",
-    "pkg:no-such-package": "3 data.path: the package no-such-package is not installed. Run: pip install no-such-package",
+    "pkg:no-such-package": "3 data.path: the package no-such-package is not installed. Run: pip install no_such_package",
 }  # fmt: skip
 WORDS: dict[tuple[str, ...], list[str]] = {
     ("data.max_length=3",): ["data: no training row is left (40 no counted token left). Raise data.max_length, or give other data"],
     ("data.max_length=5", "data.on_long=drop"): ["data: no training row is left (40 longer than data.max_length). Raise data.max_length, or give other data"],
-    ("data=chitchat", "data.min_turns=10000"): ["data: no row is left (7168 rows: fewer turns than data.min_turns). Loosen the rule, or give other data"],
+    ("data=chitchat", "data.path=pkg:chitchat_dataset", "data.min_turns=10000"): ["data: no row is left (* rows: fewer turns than data.min_turns). Loosen the rule, or give other data"],
     ("data.on_long=trunc",): ["data.on_long: is 'trunc'. Did you mean truncate? Allowed: one of truncate, drop, error"],
     ("loss=jds",): ["loss=jds: loss has no option jds. Did you mean jsd? Choices: adaptive_kl, cross_entropy, forward_kl, jsd, reverse_kl, skew_forward_kl, skew_reverse_kl, tvd"],
     ("loss.name=forwad_kl",): ["loss.name: no divergence is named 'forwad_kl'. Did you mean forward_kl? Choices: adaptive_kl, *"],
@@ -258,7 +261,7 @@ def fits(line: str, pattern: str) -> bool:
     [*WORDS.items(), *((("data.path=" + path,), [told]) for path, told in PATHS.items())],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_words(refused, words, told):
+def test_words(refused, place, words, told):
     write_pairs(Path("t.jsonl"))
     Path("data").mkdir()
     shutil.copy("t.jsonl", "data/t.jsonl")
@@ -266,24 +269,17 @@ def test_words(refused, words, told):
     Path("notes/a.txt").write_text("x")
     if "--config-dir=notes" in words:
         Path("notes/optim").mkdir()
-        Path("notes/optim/twice.yaml").write_text("name: a\nname: b\n")
-        Path("notes/optim/open.yaml").write_text("name: pairs\n  path: [a\n")
+        name = words[-1].removeprefix("optim=")
+        text = {"twice": "name: a\nname: b\n", "open": "name: pairs\n  path: [a\n"}[name]
+        Path(f"notes/optim/{name}.yaml").write_text(text)
     code = 3 if told[0].startswith("3 ") else 2
     lines = refused(*words, "data.validation=2", code=code)
     assert len(lines) == len(told), lines
     for line, wanted in zip(lines, told, strict=True):
-        assert fits(line, wanted.removeprefix("3 ")), line
+        assert fits(line.removeprefix(f"{place}/"), wanted.removeprefix("3 ")), line
 
 
 # ---- models
-def no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
 def no_tensor(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["transformer.ln_f.weight"]
@@ -305,26 +301,19 @@ def other_tokenizer(folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(vocab))
 
 
-def damaged(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"\0" * 64)
-
-
-def outside(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere/model.safetensors"}}')
-
-
-MODELS: dict[Callable[[Path], None], str] = {
-    no_weights: "student.path: bad has no weights. bad has: config.json, generation_config.json, merges.txt, *",
-    no_config: "student.path: bad has no config.json. bad has: generation_config.json, *",
-    no_tensor: "student.path: bad lacks 1 tensors, the first transformer.ln_f.weight. They would be random: use a complete checkpoint",
-    adapter: "student.path: bad is a LoRA adapter, not a model. Merge it first: from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('bad').merge_and_unload().save_pretrained('bad-merged')",
-    other_tokenizer: "tokenizer: teacher and student differ at 2 of * ids, the first is 300: *. Choose a teacher and a student with the same tokenizer",
-    damaged: "student.path: cannot load the model in bad: *bad has: config.json, *",
-    outside: "student.path: bad/model.safetensors.index.json names weights outside its folder. Do not load this checkpoint",
+INDEX = "model.safetensors.index.json"
+MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "student.path: bad has no weights. bad has: config.json, generation_config.json, merges.txt, *"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "student.path: bad has no config.json. bad has: generation_config.json, *"),
+    "no tensor": (no_tensor, "student.path: bad lacks 1 tensors, the first transformer.ln_f.weight. They would be random: use a complete checkpoint"),
+    "adapter": (adapter, "student.path: bad is a LoRA adapter, not a model. Merge it first: from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('bad').merge_and_unload().save_pretrained('bad-merged')"),
+    "other tokenizer": (other_tokenizer, "tokenizer: teacher and student differ at 2 of * ids, the first is 300: *. Choose a teacher and a student with the same tokenizer"),
+    "damaged": (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64), "student.path: cannot load the model in bad: *bad has: config.json, *"),
+    "outside": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "../elsewhere/model.safetensors"}}'), "student.path: bad/model.safetensors.index.json names weights outside its folder. Do not load this checkpoint"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "told"), MODELS.items(), ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(("damage", "told"), MODELS.values(), ids=MODELS)
 def test_models(refused, place, damage, told):
     write_pairs(Path("t.jsonl"))
     shutil.copytree(place / "student", "bad")
@@ -337,7 +326,7 @@ def test_models(refused, place, damage, told):
     ("words", "told"),
     [
         ("teacher.path=teechr", "teacher.path: teechr does not exist. Did you mean teacher?"),
-        ("student.path=./nowhere", "student.path: ./nowhere does not exist. This folder has: student/, *"),
+        ("student.path=./nowhere", "student.path: ./nowhere does not exist. This folder has: outputs/, student/, *"),
         ("teacher.path=some-org/nothing", "teacher.path: some-org/nothing is no folder here, and the hub could not give its *Check the name and the network, log in for gated models (hf auth login), or give a local folder"),
         ("teacher.gguf_file=x.gguf", "teacher.gguf_file: teacher/x.gguf does not exist. teacher has: config.json, *"),
     ],
@@ -351,9 +340,9 @@ def test_model_paths(refused, words, told):
 # ---- the machine
 Usage = namedtuple("Usage", "total used free")
 MACHINE = {
-    ("train.save_every=1",): r"run: the student and its checkpoints need 183,\d+ bytes, and 10 are free. Make room, or choose another disk with hydra.run.dir=...; train.save_every=0 keeps no checkpoints",
-    ("train.save_every=0",): r"run: the student and its checkpoints need 37,\d+ bytes, and 10 are free. Make room, or choose another disk with hydra.run.dir=...",
-    ("teacher.store=on", "teacher.store_dir=store"): r"teacher.store: needs [\d,]+ bytes in store/?.*, where 10 are free, a tenth of the disk to be left. Make room, set teacher.store_dir=..., or teacher.store=off",
+    ("train.save_every=1",): r"run: the student and its checkpoints need [\d,]+ bytes, and 10 are free. Make room, or choose another disk with hydra.run.dir=...; train.save_every=0 keeps no checkpoints",
+    ("train.save_every=0",): r"run: the student and its checkpoints need [\d,]+ bytes, and 10 are free. Make room, or choose another disk with hydra.run.dir=...",
+    ("teacher.store=on", "teacher.store_dir=store"): r"teacher.store: needs [\d,]+ bytes in \S*store\S*, where 10 are free, a tenth of the disk to be left. Make room, set teacher.store_dir=..., or teacher.store=off",
 }  # fmt: skip
 
 
@@ -398,7 +387,7 @@ def test_a_file_that_may_not_be_read(refused, monkeypatch):
     ("words", "code", "told"),
     [
         ((), 2, "t.jsonl:2:12: is not JSON (Expecting value). Mend the line: one JSON object a line"),
-        (("teacher.path=nowhere",), 2, "teacher.path: nowhere does not exist. This folder has: student/, t.jsonl, teacher/"),
+        (("teacher.path=nowhere",), 2, "teacher.path: nowhere does not exist. This folder has: outputs/, student/, t.jsonl, teacher/"),
         (("data.chat_template='{{ 9 ** (9 ** 9) }}'",), 2, "data.chat_template: it takes more than 2 s for one short row. Give another: data.chat_template=FILE"),
         (("optim.lr=-1", "loss.alpha=${oc.env:KDX_NOWHERE}"), 2, "loss.alpha: environment variable KDX_NOWHERE is not set. Set it: export KDX_NOWHERE=...\nkdx: error: optim.lr: is -1. Allowed: above 0"),
     ],
