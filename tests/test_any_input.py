@@ -40,16 +40,17 @@ def test_any_row_is_a_conversation_or_a_fault_with_its_place(tmp_path, data_conf
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
     try:
-        first, second = load_data(data_config(choice, path=str(file))).train
+        _, second = load_data(data_config(choice, path=str(file))).train
     except DataError as error:
         (line,) = error.lines
+        assert line.isprintable()
         where, rest = line.split(": ", 1)
         assert where == f"{file}:2"
         assert rest.count(". ") >= 1  # what, and the mend
         skipped = load_data(data_config(choice, path=str(file), on_bad_row="skip", max_bad_rows=None))
         assert skipped.dropped.total() == len(skipped.train) == 1
         return
-    assert (first.id, second.where) == ("good", f"{file}:2")
+    assert second.where == f"{file}:2"
     assert second.messages[-1]["role"] == "assistant"
     for message in second.messages:
         assert message.keys() == {"role", "content"}
@@ -101,11 +102,12 @@ def test_any_logits_give_what_the_definition_says(pair, name, temperature):
     assert value.shape == student.shape[:1]
     if len(student):
         wanted = plain.divergence(name, student.double(), teacher.double(), temperature)
-        holds = wanted.isfinite()
+        lowest = [loss.log_probabilities(z.double(), temperature) for z in pair]
+        holds = wanted.isfinite() & torch.stack([(x.isneginf() | (x > -690)).all(-1) for x in lowest]).all(0)
         size = (
             torch.where(teacher.isfinite(), teacher, 0).abs().max().double() + student.abs().nan_to_num(posinf=0).max()
         )
-        eps = 1e-12 if student.dtype == torch.float64 else 1e-5
+        eps = 1e-10 if student.dtype == torch.float64 else 1e-5
         off = (value.double() - wanted)[holds].abs()
         assert (off <= eps * (1 + wanted[holds] + temperature * size)).all(), (value, wanted)
 
