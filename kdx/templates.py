@@ -91,15 +91,19 @@ def _limited(texts: Callable[[], Iterable[str]]) -> int:
     """Render under limits, in a process that ends thereafter → its exit code."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))  # ends also what never comes back to Python
+    def limit(kind: int, most: int) -> None:
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_CPU, SECONDS)  # ends also what never comes back to Python
     for number in (signal.SIGXCPU, signal.SIGALRM, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     signal.alarm(600)  # should it wait for a lock that a thread of the parent held
     sizes = Path("/proc/self/statm")
     if sizes.exists():
-        most = int(sizes.read_text(encoding="ascii").split()[0]) * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        now = int(sizes.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        limit(resource.RLIMIT_AS, now + MEMORY)
     sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (the process ends in a moment)
     nodes.Impossible.__init__ = _note_memory  # type: ignore[assignment, method-assign]
     try:

@@ -221,7 +221,7 @@ PATHS = {
 WORDS: dict[tuple[str, ...], list[str]] = {
     ("data.max_length=3",): ["data: no training row is left (40 no counted token left). Raise data.max_length, or give other data"],
     ("data.max_length=5", "data.on_long=drop"): ["data: no training row is left (40 longer than data.max_length). Raise data.max_length, or give other data"],
-    ("data=chitchat", "data.path=pkg:chitchat_dataset", "data.min_turns=10000"): ["data: no row is left (* rows: fewer turns than data.min_turns). Loosen the rule, or give other data"],
+    ("data=chitchat", "data.path=pkg:chitchat_dataset", "data.min_turns=10000"): ["data: no row is left *rows: fewer turns than data.min_turns). Loosen the rule, or give other data"],
     ("data.on_long=trunc",): ["data.on_long: is 'trunc'. Did you mean truncate? Allowed: one of truncate, drop, error"],
     ("loss=jds",): ["loss=jds: loss has no option jds. Did you mean jsd? Choices: adaptive_kl, cross_entropy, forward_kl, jsd, reverse_kl, skew_forward_kl, skew_reverse_kl, tvd"],
     ("loss.name=forwad_kl",): ["loss.name: no divergence is named 'forwad_kl'. Did you mean forward_kl? Choices: adaptive_kl, *"],
