@@ -31,8 +31,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from kdx.batches import MicroBatch
 from kdx.config import ModelConfig
 from kdx.durable import digest_of, write_beside
-from kdx.errors import MachineError, ModelError
-from kdx.files import resolve_path
+from kdx.errors import MachineError, ModelError, out_of_memory
+from kdx.files import nearby, resolve_path
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +167,7 @@ def load_tokenizer(config: ModelConfig, group: str) -> PreTrainedTokenizerBase:
     if config.gguf_file and not config.tokenizer:
         path = str(_dequantised(Path(path), config.gguf_file, group))
     elif not config.tokenizer:
+        _check_folder(Path(path), group, needs_weights=False)
         extra["revision"] = config.revision
     with _loading(path, "tokenizer", f"{group}.tokenizer" if config.tokenizer else f"{group}.path"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code, **extra)
@@ -297,7 +298,7 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
     """Dequantise a GGUF file into a model folder in the cache, once, whoever asks first."""
     source = folder / gguf_file
     if not source.is_file():
-        raise ModelError(f"{group}.gguf_file", f"{source} does not exist", _has(folder))
+        raise ModelError(f"{group}.gguf_file", f"{source} does not exist", nearby(folder))
     if importlib.util.find_spec("gguf") is None:
         raise MachineError(f"{group}.gguf_file", "the package gguf is not installed", "Run: pip install gguf")
     stamp = _known_digest(source)[:16]
@@ -321,9 +322,8 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
                 tokenizer.save_pretrained(beside)
                 os.replace(beside, kept)
     except OSError as error:
-        raise MachineError(
-            "KDX_CACHE", f"cannot write {kept}: {error}", "Set KDX_CACHE to a folder with room"
-        ) from None
+        mend = "Set KDX_CACHE to a folder with room"
+        raise MachineError("KDX_CACHE", f"cannot write {kept}: {error}", mend) from None
     return kept
 
 
@@ -348,26 +348,18 @@ def _quantization(kind: str, dtype: torch.dtype, group: str) -> Any:
     return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def _has(folder: Path) -> str:
-    """What a folder holds, as a mend."""
-    if not folder.is_dir():
-        near = sorted(p.name for p in folder.parent.glob("*") if p.is_dir()) if folder.parent.is_dir() else []
-        return f"{folder.parent} has: {', '.join(near[:8]) or 'no folders'}"
-    return f"{folder} has: {', '.join(sorted(p.name for p in folder.iterdir())[:12]) or 'nothing'}"
-
-
-def _check_folder(folder: Path, group: str) -> None:
+def _check_folder(folder: Path, group: str, needs_weights: bool = True) -> None:
     """Say clearly what is wrong with a local model folder, before transformers guesses."""
     if not folder.is_dir():
         return
     key = f"{group}.path"
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        mend = "Merge it first: model = AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload(); model.save_pretrained(...)"
+        mend = f"Merge it first: from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')"
         raise ModelError(key, f"{folder} is a LoRA adapter, not a model", mend)
     if not (folder / "config.json").is_file():
-        raise ModelError(key, f"{folder} has no config.json", _has(folder))
-    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
-        raise ModelError(key, f"{folder} has no weights", _has(folder))
+        raise ModelError(key, f"{folder} has no config.json", nearby(folder))
+    if needs_weights and not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
+        raise ModelError(key, f"{folder} has no weights", nearby(folder))
     for index in folder.glob("*.index.json"):
         if re.search(r'"(/|[^"]*(\.\./|\\\\))[^"]*\.(safetensors|bin)"', index.read_text(encoding="utf-8")):
             raise ModelError(key, f"{index} names weights outside its folder", "Do not load this checkpoint")
@@ -385,15 +377,17 @@ class _loading:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None or not isinstance(error, Exception) or isinstance(error, ModelError | MachineError):
             return
+        if memory := out_of_memory(error):
+            raise memory from error
         text = re.sub(r"\s+", " ", str(error)).strip()
         if isinstance(error, ImportError):
             raise MachineError(self.key, f"{self.path} needs a package: {text[:200]}", "Install it") from error
         folder = Path(self.path)
         if not folder.exists() and (self.path.count("/") != 1 or self.path.startswith((".", "/", "~"))):
-            raise ModelError(self.key, f"{self.path} does not exist", _has(folder)) from error
+            raise ModelError(self.key, f"{self.path} does not exist", nearby(folder)) from error
         if not folder.exists() and isinstance(error, OSError | ValueError):
             what = f"{self.path} is no folder here, and the hub could not give its {self.what}: {text[:160]}"
             mend = "Check the name and the network, log in for gated models (hf auth login), or give a local folder"
             raise ModelError(self.key, what, mend) from error
         what = f"cannot load the {self.what} in {self.path}: {type(error).__name__}: {text[:240]}"
-        raise ModelError(self.key, what, _has(folder)) from error
+        raise ModelError(self.key, what, nearby(folder)) from error

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kdx.durable import fsync, seal, temporary, verify
-from kdx.errors import MachineError
+from kdx.errors import MachineError, out_of_memory
 
 KEPT = 2
 
@@ -64,7 +64,8 @@ def save(
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
         shutil.rmtree(beside, ignore_errors=True)
         what = f"cannot save a checkpoint: {error} ({shutil.disk_usage(run_dir).free:,} bytes free)"
-        raise MachineError(str(final), what, "Make room, then run the same command again to go on") from error
+        mend = "Make room, then run the same command again to go on"
+        raise out_of_memory(error) or MachineError(str(final), what, mend) from error
     for old in [folder for folder in found(run_dir) if folder.name <= name][KEPT:]:  # newer ones are damaged: no loss
         _discard(old)
     return final

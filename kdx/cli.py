@@ -24,7 +24,7 @@ from kdx.composition import Plan, as_tree, compose, compose_points, preflight, t
 from kdx.config import Config
 from kdx.devices import one_device
 from kdx.durable import write_beside
-from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, is_out_of_memory
+from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, out_of_memory
 from kdx.folders import Source, groups_in, origins
 from kdx.redact import redact
 
@@ -49,10 +49,6 @@ conf/ has a comment on every key; `--cfg job` prints them with this run's values
 
 Flags of Hydra: --hydra-help. Exit codes: 0 ok, 1 a bug, 2 config or data, 3 machine, 4 diverged,
 5 jobs of a sweep failed, 130 or 143 stopped by a signal (the run can go on)."""
-MEMORY = (
-    "In this order: lower train.micro_batch_size, train.gradient_checkpointing=true, train.precision=bf16, "
-    "optim=adamw_8bit, teacher.quantization=8bit"
-)
 SIGNALS = (130, 143)
 PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # typing one replaces the other
 
@@ -242,13 +238,13 @@ def guarded(work: Callable[[], int]) -> int:
         return 130
     except OSError as error:
         if error.errno not in MACHINE:
-            return _bug()
+            memory = out_of_memory(error)
+            return _say(memory) if memory else _bug()
         place = str(error.filename or "disk")
         return _say(MachineError(place, error.strerror or "cannot be written", "Free room, or choose another folder"))
     except Exception as error:
-        if is_out_of_memory(error):
-            return _say(MachineError("memory", "out of memory " + " ".join(str(error).split())[:160], MEMORY))
-        return _bug()
+        memory = out_of_memory(error)
+        return _say(memory) if memory else _bug()
 
 
 def _say(error: KdxError) -> int:

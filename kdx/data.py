@@ -10,13 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from kdx.check import binding_problems
 from kdx.config import DataConfig
 from kdx.errors import ConfigError, DataError, KdxError, did_you_mean, together
 from kdx.files import kind_of, read_rows, resolve_path
+from kdx.templates import RowTemplate
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +53,16 @@ class Dataset:
     changed: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass
+class _Found:
+    """What reading comes upon: faults that stop the run, and how many rows fell to which rule."""
+
+    faults: list[DataError] = field(default_factory=list)
+    is_unreadable: bool = False  # a file among the faults, which data.on_bad_row does not excuse
+    dropped: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+
+
 Source = Callable[..., Iterable[Any]]
 _SOURCES: dict[str, Source] = {}
 
@@ -86,16 +94,26 @@ def check_source(config: DataConfig) -> None:
         raise together([ConfigError(*problem) for problem in found])
 
 
-def load_data(config: DataConfig) -> Dataset:
-    """Read the source, check every row, hold out rows for measuring. Raises DataError with all faults found."""
+def load_data(config: DataConfig, also: Callable[[list[Conversation]], list[DataError]] | None = None) -> Dataset:
+    """Read the source, check every row, hold out rows for measuring. Raises DataError with all faults found.
+
+    also: finds faults in rows that are sound as text; asked only when others are found, so that all are said at once.
+    """
     check_source(config)
-    dropped: Counter[str] = Counter()
-    changed: Counter[str] = Counter()
-    rows = _checked(config, dropped, changed)
+    found = _Found()
+    rows = _checked(config, found)
+    others = _others(config, found)
+    dropped, changed = found.dropped, found.changed
+    if found.faults:
+        is_excusable = config.on_bad_row == "stop" and not found.is_unreadable
+        faults = [*found.faults, *(also([*rows, *(others or [])]) if also else [])]
+        raise first_of(faults, "Mend them, or set data.on_bad_row=skip" if is_excusable else "Mend them")
     if not rows:
         rules = "; ".join(f"{count} rows: {rule}" for rule, count in dropped.items()) or "the source gave none"
         raise DataError("data", f"no row is left ({rules})", "Loosen the rule, or give other data")
-    held_out = _held_out(config, rows, dropped, changed)
+    held_out = _held_out(config, rows) if others is None else others
+    if others == []:
+        raise DataError("data.validation", f"{config.validation} has no usable row", "Give another file or split")
     chosen, same = {id(c) for c in held_out}, {c.digest for c in held_out}
     rest = [c for c in rows if id(c) not in chosen]
     train = [c for c in rest if c.digest not in same]
@@ -117,21 +135,20 @@ def _rank(seed: int, conversation: Conversation) -> str:
     return hashlib.sha256(f"{seed}:{conversation.id}".encode()).hexdigest()
 
 
-def _held_out(
-    config: DataConfig, rows: list[Conversation], dropped: Counter[str], changed: Counter[str]
-) -> list[Conversation]:
+def _others(config: DataConfig, found: _Found) -> list[Conversation] | None:
+    """The rows of a file or split that is held out as a whole, if the config names one."""
+    wanted = config.validation
+    if not isinstance(wanted, str):
+        return None
+    if wanted.startswith("split:"):
+        return _checked(replace(config, split=wanted.removeprefix("split:")), found)
+    return _checked(replace(config, path=wanted), found)
+
+
+def _held_out(config: DataConfig, rows: list[Conversation]) -> list[Conversation]:
     wanted = config.validation
     if wanted is None:
         return []
-    if isinstance(wanted, str):
-        if wanted.startswith("split:"):
-            other = replace(config, split=wanted.removeprefix("split:"))
-        else:
-            other = replace(config, path=wanted)
-        held_out = _checked(other, dropped, changed)
-        if not held_out:
-            raise DataError("data.validation", f"{wanted} has no usable row", "Give another file or split")
-        return held_out
     number = wanted if isinstance(wanted, int) else max(1, round(wanted * len(rows)))
     if number >= len(rows):
         what = f"{wanted} held-out rows of {len(rows)} leave none to train on"
@@ -145,12 +162,13 @@ def _given(config: DataConfig, function: Source) -> dict[str, Any]:
     return {name: value for name, value in common.items() if name in inspect.signature(function).parameters}
 
 
-def _checked(config: DataConfig, dropped: Counter[str], changed: Counter[str]) -> list[Conversation]:
+def _checked(config: DataConfig, found: _Found) -> list[Conversation]:
     """Run the source and check what it yields, all faults in one pass."""
     function = _SOURCES[config.name]
     faults: list[DataError] = []
     rows: list[Conversation] = []
-    unreadable, before = False, sum(dropped.values())
+    dropped, before = found.dropped, found.dropped.total()
+    is_unreadable = False
     items = enumerate(function(**_given(config, function), **config.options))
     try:
         for i, item in items:
@@ -160,20 +178,20 @@ def _checked(config: DataConfig, dropped: Counter[str], changed: Counter[str]) -
                 elif isinstance(item, DataError):
                     faults.append(item)
                 else:
-                    rows.append(_conversation(item, f"{config.name}[{i}]", changed))
+                    rows.append(_conversation(item, f"{config.name}[{i}]", found.changed))
             except DataError as error:
                 faults.append(error)
     except DataError as error:  # not of a row: a file that cannot be read, which on_bad_row does not excuse
-        unreadable = True
+        found.is_unreadable = is_unreadable = True
         faults.append(error)
-    if faults and (unreadable or config.on_bad_row == "stop"):
-        raise first_of(faults, "Mend them" if unreadable else "Mend them, or set data.on_bad_row=skip")
-    num_rows = len(rows) + len(faults) + sum(dropped.values()) - before
+    num_rows = len(rows) + len(faults) + dropped.total() - before
     most = config.max_bad_rows * num_rows if isinstance(config.max_bad_rows, float) else config.max_bad_rows
-    if faults and most is not None and len(faults) > most:
+    if faults and (is_unreadable or config.on_bad_row == "stop"):
+        found.faults += faults
+    elif faults and most is not None and len(faults) > most:
         what = f"{len(faults)} of {num_rows} rows are bad, and data.max_bad_rows is {config.max_bad_rows}"
-        raise first_of([DataError("data", what, "Mend them, or raise it"), *faults])
-    if faults:
+        found.faults += [DataError("data", what, "Mend them, or raise it"), *faults]
+    elif faults:
         dropped["bad row (data.on_bad_row=skip)"] += len(faults)
         log.warning("skipped %d bad rows, the first: %s", len(faults), faults[0])
     return _with_own_ids(rows)
@@ -225,9 +243,7 @@ def _conversation(item: Any, where: str, changed: Counter[str]) -> Conversation:
     for i, message in enumerate(messages):
         at = f"{where}: messages[{i}]"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            has = ", ".join(map(str, message)) if isinstance(message, dict) else kind_of(message)
-            what = f'needs "role" and "content", it has: {has}'
-            raise DataError(at, what, "Name them: data.role_key, data.content_key")
+            raise _not_a_message(message, "role", "content", at)
         if message["role"] not in ROLES:
             mend = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
             raise DataError(at, f"the role is {kind_of(message['role'])}", mend)
@@ -277,7 +293,7 @@ def pairs(
     In the templates `source` and `target` are the two columns, under whatever name; all others go by their own.
     """
     columns = {"source": source_column, "target": target_column}
-    renders = {role: _compile(template.get(role), f"data.template.{role}") for role in ("user", "assistant")}
+    renders = {role: RowTemplate(template.get(role), f"data.template.{role}") for role in ("user", "assistant")}
     for key in template.keys() - renders.keys():
         raise ConfigError(f"data.template.{key}", "is not a key of kdx", "Known: user, assistant")
     for item in _objects(path, subset, split):
@@ -287,32 +303,12 @@ def pairs(
         where, row = item
         try:
             messages = [{"role": "system", "content": system}] if system else []
-            for role, (render, needs) in renders.items():
-                own = {name: _column(row, columns[name], name, where) for name in columns if name in needs}
-                content = _rendered(render, row | own, row, where, f"data.template.{role}")
-                messages.append({"role": role, "content": content})
+            for role, text in renders.items():
+                own = {name: _column(row, columns[name], name, where) for name in columns if name in text.needs}
+                messages.append({"role": role, "content": text.render(row | own, row, where)})
             yield {"messages": messages, "id": row.get("id"), "where": where}
         except DataError as error:
             yield error
-
-
-def _compile(text: str | None, key: str) -> tuple[Template, set[str]]:
-    """Compile a row template in a sandbox; return it and the names it uses. Raises ConfigError."""
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
-    )
-    if not isinstance(text, str) or not text.strip():
-        raise ConfigError(key, f"is {kind_of(text)}", "Write Jinja over the row's columns, as in '{{ source }}'")
-    try:
-        return environment.from_string(text), meta.find_undeclared_variables(environment.parse(text))
-    except TemplateError as error:
-        raise ConfigError(key, f"is not Jinja: {error}", "Mend the template") from None
-
-
-def _not_null(value: Any) -> Any:
-    if value is None:
-        raise ValueError("a value in it is null (allow for it: {{ name or '' }})")
-    return value
 
 
 def _column(row: dict[str, Any], column: str, name: str, where: str) -> str:
@@ -326,14 +322,6 @@ def _column(row: dict[str, Any], column: str, name: str, where: str) -> str:
     if not value.strip():
         raise DataError(where, f'"{column}" is empty or blank', "Give it text, or take the row out")
     return value
-
-
-def _rendered(template: Template, values: dict[str, Any], row: dict[str, Any], where: str, key: str) -> str:
-    try:
-        return template.render(values)
-    except Exception as error:  # a template can divide by nothing, look into nothing, …: the template's or row's
-        what = f"{key} cannot be filled: {str(error).rstrip('.')}; the columns are: {', '.join(map(str, row))}"
-        raise DataError(where, what, "Mend the template or the row") from None
 
 
 @register_source
@@ -357,23 +345,27 @@ def messages(
             yield DataError(where, what, "Name the column: data.messages_column=...")
         else:
             chat = row[messages_column]
-            if isinstance(chat, list):
-                chat = [_renamed(m, role_key, content_key, roles) if isinstance(m, dict) else m for m in chat]
-            yield {"messages": chat, "id": row.get("id"), "where": where, "column": messages_column}
+            try:
+                if isinstance(chat, list):
+                    chat = [
+                        _renamed(m, role_key, content_key, roles, f"{where}: messages[{i}]") for i, m in enumerate(chat)
+                    ]
+                yield {"messages": chat, "id": row.get("id"), "where": where, "column": messages_column}
+            except DataError as error:
+                yield error
 
 
-def _renamed(message: dict[str, Any], role_key: str, content_key: str, roles: dict[str, str]) -> dict[str, Any]:
-    renamed = dict(message)
-    if role_key in message:
-        role = message[role_key]
-        renamed["role"] = roles.get(role, role) if isinstance(role, str) else role
-    elif role_key != "role":
-        renamed.pop("role", None)
-    if content_key in message:
-        renamed["content"] = message[content_key]
-    elif content_key != "content":
-        renamed.pop("content", None)
-    return renamed
+def _renamed(message: Any, role_key: str, content_key: str, roles: dict[str, str], where: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or not {role_key, content_key} <= message.keys():
+        raise _not_a_message(message, role_key, content_key, where)
+    role = message[role_key]
+    return {"role": roles.get(role, role) if isinstance(role, str) else role, "content": message[content_key]}
+
+
+def _not_a_message(message: Any, role_key: str, content_key: str, where: str) -> DataError:
+    has = (", ".join(map(str, message)) or "nothing") if isinstance(message, dict) else kind_of(message)
+    what = f'needs "{role_key}" and "{content_key}", it has: {has}'
+    return DataError(where, what, "Name them: data.role_key, data.content_key")
 
 
 @register_source

@@ -21,7 +21,7 @@ from kdx.errors import DivergedError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
 from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
-from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, check_names, prepare
+from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, check_names, check_room, prepare
 from kdx.run_folder import RunFolder, StopRequest
 from kdx.student import save_student
 from kdx.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
@@ -74,6 +74,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     began = time.time()
     is_main = accelerator.is_main_process
     run = prepare(config, accelerator, owner=hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()[:8])
+    check_room(run, folder.path)
     optimizer = build_optimizer(config.optim, run.student)
     schedule = build_schedule(config.optim, optimizer, run.max_steps)
     torch.manual_seed(config.train.seed + accelerator.process_index)  # dropout; fresh weights are drawn by now

@@ -3,7 +3,8 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
@@ -15,12 +16,19 @@ from kdx.batches import Row
 from kdx.config import DataConfig
 from kdx.data import Conversation, first_of
 from kdx.errors import DataError
+from kdx.templates import fault_of
 
 log = logging.getLogger(__name__)
 
 TOKENISED_TOGETHER = 512  # conversations given to the tokenizer at once: its threads share them
 MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template takes it for anything
 Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of what is said, end
+TALK = [
+    {"role": role, "content": content}
+    for role, content in zip(
+        ("system", *("user", "assistant") * 2), ("Be brief.", "Hello", "Hi!", "So?", "Yes."), strict=True
+    )
+]
 JOINED_BY_END_OF_TEXT = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 
 
@@ -54,9 +62,21 @@ class Encoder:
         self.dropped, self.truncated = Counter[str](), Counter[str]()
         self._frames: dict[tuple[str, ...], Frame] = {}
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Row]:
+    def encode(self, *parts: Sequence[Conversation]) -> list[list[Row]]:
         """Tokenise, and count what was dropped or truncated under which rule. Raises DataError with all faults."""
-        rows, faults = [], []
+        encoded = [self._encoded(conversations) for conversations in parts]
+        faults = [fault for _, found in encoded for fault in found]
+        if faults:
+            raise first_of(faults)
+        return [rows for rows, _ in encoded]
+
+    def faults(self, conversations: Sequence[Conversation]) -> list[DataError]:
+        """What encode would refuse."""
+        return self._encoded(conversations)[1]
+
+    def _encoded(self, conversations: Sequence[Conversation]) -> tuple[list[Row], list[DataError]]:
+        rows: list[Row] = []
+        faults: list[DataError] = []
         for start in range(0, len(conversations), TOKENISED_TOGETHER):
             rendered = []
             for conversation in conversations[start : start + TOKENISED_TOGETHER]:
@@ -85,9 +105,7 @@ class Encoder:
                     self.dropped["no counted token left"] += 1
                 else:
                     rows.append(row.without_tail())
-        if faults:
-            raise first_of(faults)
-        return rows
+        return rows, faults
 
     def _render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text under the chat template, and each assistant turn in it."""
@@ -146,8 +164,8 @@ class Encoder:
     def _template(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except (TemplateError, TypeError, ValueError) as error:
-            what = f"the chat template refuses the conversation: {error}"
+        except Exception as error:  # its own raise_exception, or anything that a template can do wrong
+            what = f"the chat template refuses the conversation: {str(error).rstrip('.') or type(error).__name__}"
             raise DataError(conversation.where, what, "Mend the row, or give a data.chat_template") from None
 
     def _prefix(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
@@ -204,17 +222,36 @@ def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
         if is_file and not path.is_file():
             what = f"{path} is not a file" if path.exists() else f"{path} does not exist"
             raise DataError("data.chat_template", what, "Give a file, or Jinja text with {{ }}")
-        tokenizer.chat_template = path.read_text(encoding="utf-8") if is_file else config.chat_template
         try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+            tokenizer.chat_template = path.read_text(encoding="utf-8") if is_file else config.chat_template
+        except UnicodeDecodeError as error:
+            raise DataError(str(path), f"is not UTF-8 (byte {error.start})", "Save it as UTF-8") from None
+        _try_out(tokenizer, "it")
+        try:
+            tokenizer.apply_chat_template(TALK[1:], tokenize=False)
         except TemplateSyntaxError as error:
             raise DataError("data.chat_template", f"line {error.lineno} is not Jinja: {error}", "Mend it") from None
-        except (TemplateError, TypeError, ValueError):
+        except Exception:
             pass  # it is Jinja, made for other conversations than this one
         return "data.chat_template"
     if tokenizer.chat_template:
+        _try_out(tokenizer, "the tokenizer's own")
         return "the tokenizer's own"
     if tokenizer.eos_token is None:
         raise DataError("data.chat_template", "the tokenizer has neither template nor end-of-text token", "Give one")
     tokenizer.chat_template = JOINED_BY_END_OF_TEXT
     return "turns joined by the end-of-text token"
+
+
+def _try_out(tokenizer: Any, whose: str) -> None:
+    """Refuse a chat template without end in time or size. Raises DataError."""
+
+    def texts() -> Iterator[str]:
+        for messages in (TALK, TALK[1:], TALK[1:3], TALK[1:2]):  # some refuse a system message, or to end so
+            with suppress(TemplateError, TypeError, ValueError):
+                yield tokenizer.apply_chat_template(messages, tokenize=False)
+                yield tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    fault = fault_of(str(tokenizer.chat_template), str(tokenizer.special_tokens_map), texts)
+    if fault:
+        raise DataError("data.chat_template", f"{whose} {fault}", "Give another: data.chat_template=FILE")

@@ -22,10 +22,15 @@ class KdxError(Exception):
     def __init__(self, where: str, what: str, mend: str) -> None:
         assert where and what and mend, "a user's error says where, what and how to mend it"
         super().__init__(where, what, mend)  # all three, so that the error survives pickling between processes
-        self.lines = [f"{where}: {what}. {mend}"]
+        self.lines = [_printable(f"{where}: {what}. {mend}")]
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
+
+
+def _printable(text: str) -> str:
+    """One line without control characters: rows and files are quoted in errors, and may be an attacker's."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(KdxError):
@@ -52,6 +57,21 @@ class DivergedError(KdxError):
     exit_code = 4
 
 
+MEMORY = (
+    "In this order: lower train.micro_batch_size, train.gradient_checkpointing=true, train.precision=bf16, "
+    "optim=adamw_8bit, teacher.quantization=8bit, teacher.store=on (once filled, the teacher is not loaded)"
+)
+NO_MEMORY = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory", "alloc_failed")
+
+
+def out_of_memory(error: BaseException) -> MachineError | None:
+    """What to say if an error means that memory ran out, on a device or beside it; else None."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, MemoryError) and not any(words in text.lower() for words in NO_MEMORY):
+        return None
+    return MachineError("memory", f"ran out of memory ({text[:160].rstrip('.') or type(error).__name__})", MEMORY)
+
+
 def together(errors: Sequence[KdxError]) -> KdxError:
     """Join errors of one kind into one that prints a line each, so that all are mended in one go."""
     first = errors[0]
@@ -66,14 +86,9 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"{hint}Choices: {', '.join(known)}" if len(known) <= 24 else hint or "See `python -m kdx --cfg job`"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-
-
 def exit_code(error: BaseException) -> int:
     """What a process ends with that this error ends."""
     if isinstance(error, KdxError):
         return error.exit_code
-    is_machines = (isinstance(error, OSError) and error.errno in MACHINE) or is_out_of_memory(error)
+    is_machines = (isinstance(error, OSError) and error.errno in MACHINE) or out_of_memory(error)
     return MachineError.exit_code if is_machines else 1

@@ -51,7 +51,7 @@ def read_rows(path: str | list[str], subset: str | None, split: str, key: str = 
                 yield from _read_hub(here, subset, split, key)
                 continue
             else:
-                raise DataError(key, f"{one} does not exist", _neighbours(Path(here)))
+                raise DataError(key, f"{one} does not exist", nearby(Path(here)))
         except DataError as error:
             unreadable.append(error)
             continue
@@ -82,7 +82,7 @@ def _expand(path: str, split: str, key: str) -> list[Path]:
     else:
         files = sorted(p for p in map(Path, glob.glob(path, recursive=True)) if p.is_file())
         if not files:
-            raise DataError(key, f"no file matches {path}", _neighbours(Path(path)))
+            raise DataError(key, f"no file matches {path}", nearby(Path(path)))
     for file in files:
         if file.suffix not in READERS:
             raise DataError(key, f"{file} is none of {', '.join(SUFFIXES)}", "Convert it, or write a data source")
@@ -93,8 +93,10 @@ def _could_be_hub(path: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)) and Path(path).suffix not in SUFFIXES
 
 
-def _neighbours(path: Path) -> str:
-    """What is beside the first part of a path that does not exist, as a mend."""
+def nearby(path: Path) -> str:
+    """What is in a folder, or beside the first part of a path that does not exist, as a mend."""
+    if path.is_dir():
+        return _listing(path)
     while not path.parent.is_dir() and path != path.parent:
         path = path.parent
     near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
@@ -103,7 +105,7 @@ def _neighbours(path: Path) -> str:
 
 def _listing(folder: Path) -> str:
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    return f"{folder} has: {', '.join(names[:12]) or 'nothing'}"
+    return f"{'This folder' if folder == Path() else folder} has: {', '.join(names[:12]) or 'nothing'}"
 
 
 def _text(file: Path) -> str:
@@ -221,7 +223,9 @@ def _read_hub(path: str, subset: str | None, split: str, key: str) -> Iterator[I
     except Exception as error:  # the hub client raises many kinds; each ends up as one line
         text = re.sub(r"\s+", " ", str(error))[:200]
         what = f"{path} is nothing on disk, and the hub could not give it: {text}"
-        raise DataError(key, what, "Check the name, data.subset, data.split and the network") from error
+        near = get_close_matches(path, [str(p) for p in Path().iterdir()], n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise DataError(key, what, f"{hint}Check the name, data.subset, data.split and the network") from error
     for i, row in enumerate(rows):
         yield f"{path}[{i}]", row
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from kdx import causal_lm, loss
+from kdx import causal_lm, checkpoint, loss
 from kdx.batches import Row, StepBatches, pad_id_of
 from kdx.check import binding_problems
 from kdx.config import Config, LossConfig, TeacherConfig
@@ -24,6 +25,7 @@ from kdx.student import answer_greedily, load_student
 from kdx.teacher import Teacher, load_teacher, precision_of
 from kdx.tracking import log
 
+CHECKPOINTS = 3  # on disk at once while the third is written
 MAX_NEW_TOKENS = 48  # of a sample answer, and by default of the student's answers
 
 
@@ -145,9 +147,9 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
 
     tokenizer, max_length = load_tokenizers(config)
     template = prepare_tokenizer(tokenizer, config.data)
-    data = load_data(config.data)
     encoder = Encoder(tokenizer, max_length, config.data.on_long, config.data.assistant_only)
-    rows, held_out_rows = encoder.encode(data.train), encoder.encode(data.validation)
+    data = load_data(config.data, also=encoder.faults)
+    rows, held_out_rows = encoder.encode(data.train, data.validation)
     for what, left, given in (("training", rows, data.train), ("held-out", held_out_rows, data.validation)):
         if given and not left:
             rules = "; ".join(f"{number} {rule}" for rule, number in encoder.dropped.items())
@@ -261,6 +263,25 @@ def open_store(
     if fault and teacher.store == "on":
         raise MachineError("teacher.store", fault, "Make room, set teacher.store_dir=..., or teacher.store=off")
     return (None, f"off (it {fault})") if fault else (store, words)
+
+
+def bytes_on_disk(run: Prepared) -> tuple[int, int]:
+    """What the student takes on disk, and a checkpoint; 0 if the run saves none."""
+    num, name = run.student.num_parameters(), run.config.optim.name.lower()
+    states = (2 if name.endswith("8bit") else 8) if "adam" in name else 0  # others keep less
+    one = num * (run.student.dtype.itemsize + states) if run.config.train.save_every else 0
+    return num * causal_lm.DTYPES[run.config.student.save_dtype].itemsize, one
+
+
+def check_room(run: Prepared, folder: Path) -> None:
+    """Refuse a run whose student and checkpoints do not fit on the disk of its folder. Raises MachineError."""
+    student, one = bytes_on_disk(run)
+    needed = student + max(0, CHECKPOINTS - len(checkpoint.found(folder))) * one
+    free = shutil.disk_usage(folder).free
+    if run.max_steps and needed > free:
+        what = f"the student and its checkpoints need {needed:,} bytes, and {free:,} are free"
+        mend = "Make room, or choose another disk with hydra.run.dir=..."
+        raise MachineError(str(folder), what, f"{mend}; train.save_every=0 keeps no checkpoints" if one else mend)
 
 
 def in_bytes(number: float) -> str:

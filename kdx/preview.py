@@ -11,14 +11,12 @@ from rich.table import Table
 
 from kdx import report
 from kdx.batches import MicroBatch, Row, collate
-from kdx.causal_lm import DTYPES
 from kdx.config import Config
 from kdx.optim import build_optimizer, build_schedule
-from kdx.prepare import Prepared, build_accelerator, check_names, in_bytes, prepare
+from kdx.prepare import CHECKPOINTS, Prepared, build_accelerator, bytes_on_disk, check_names, in_bytes, prepare
 from kdx.tracking import CONSOLE, log, logging_to, printable, quiet_libraries
 
 LONGEST_SHOWN = 1200  # letters of the row that is shown
-CHECKPOINTS = 3  # on disk at once while the third is written
 
 
 def check(config: Config) -> None:
@@ -137,16 +135,13 @@ def memory_table(run: Prepared, cost: Cost) -> Table:
 
 def disk_lines(run: Prepared) -> list[str]:
     """What the run writes, and what is free."""
-    num = run.student.num_parameters()
     here = next(p for p in [Path("outputs").resolve(), *Path("outputs").resolve().parents] if p.exists())
     free = in_bytes(shutil.disk_usage(here).free)
-    student = num * DTYPES[run.config.student.save_dtype].itemsize
+    student, one = bytes_on_disk(run)
     lines = [f"  disk            the student {in_bytes(student)}; {free} free"]
-    if run.config.train.save_every:
-        one = num * (4 + (2 if run.config.optim.name.endswith("8bit") else 8))
-        lines.append(
-            f"                  checkpoints {in_bytes(CHECKPOINTS * one)} while the run goes on, {in_bytes(one)} each"
-        )
+    if one:
+        most = in_bytes(CHECKPOINTS * one)
+        lines.append(f"                  checkpoints {most} while the run goes on, {in_bytes(one)} each")
     return lines
 
 

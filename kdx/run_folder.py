@@ -19,7 +19,7 @@ import yaml
 from kdx import checkpoint, drift
 from kdx.config import Config
 from kdx.durable import read_json, write_beside
-from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, exit_code
+from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, exit_code, out_of_memory
 from kdx.redact import redact
 from kdx.train import State
 
@@ -120,7 +120,8 @@ class RunFolder:
             if _is_anothers(error):
                 raise self._failed_elsewhere(is_main) from None
             state = "diverged" if isinstance(error, DivergedError) else "failed"
-            reason = str(error) if isinstance(error, KdxError) else f"{type(error).__name__}: {error}"
+            said = out_of_memory(error) or error
+            reason = str(said) if isinstance(said, KdxError) else f"{type(said).__name__}: {said}"
             lines = reason if state == "diverged" else reason.splitlines()[0]
             # Whichever process fails: the others cannot know why.
             self.write_status(state, lines, is_main or self.status().get("state") == "running", exit_code(error))

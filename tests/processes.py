@@ -1,17 +1,30 @@
-"""Processes of their own, to be killed or to share files."""
+"""The command in this process, and processes of their own, to be killed or to share files."""
 
 import multiprocessing
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import kdx
+from kdx import cli
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["kdx.distill"])  # imported once, in a process that no thread has run in
+
+
+def in_process(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, list[str]]:
+    """The command, in this process → exit code, stdout, lines of stderr."""
+    sys.argv = ["kdx", *argv]
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    out, err = capfd.readouterr()
+    return int(left.value.code or 0), out, err.splitlines()
 
 
 def environment(**more: str) -> dict[str, str]:

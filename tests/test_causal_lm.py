@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -338,62 +337,11 @@ def test_load_tokenizer_by_model_or_by_name(folder, tmp_path):
     assert len(named) == 6
 
 
-def without_a_tensor(folder):
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def as_adapter(folder):
-    (folder / "config.json").rename(folder / "adapter_config.json")
-
-
-def with_index(name):
-    def write(folder):
-        index = {"weight_map": {"lm_head.weight": name}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-    return write
-
-
-def damaged(folder):
-    (folder / "model.safetensors").write_bytes(b"\0" * 64)
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (without_a_tensor, "lacks 1 tensors, the first model.norm.weight. They would be random"),
-        (as_adapter, "is a LoRA adapter, not a model. Merge it first"),
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
-        (with_index("../elsewhere/model.safetensors"), "names weights outside its folder"),
-        (with_index("/elsewhere/model.safetensors"), "names weights outside its folder"),
-        (with_index("C:\\elsewhere\\model.safetensors"), "names weights outside its folder"),
-        (damaged, "cannot load the model"),
-    ],
-)
-def test_what_cannot_be_loaded_is_said_in_one_line(folder, damage, says):
-    damage(folder)
-    with pytest.raises(ModelError) as error:
+@pytest.mark.parametrize("name", ["/elsewhere/model.safetensors", "C:\\elsewhere\\model.safetensors"])
+def test_weights_outside_of_their_folder(folder, name):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(ModelError, match="names weights outside its folder"):
         load(folder)
-    text = str(error.value)
-    assert says in text
-    assert text.startswith("student.path: ")
-    assert "\n" not in text
-
-
-def test_a_folder_that_does_not_exist_is_named_with_its_neighbours(tmp_path):
-    (tmp_path / "small").mkdir()
-    with pytest.raises(ModelError, match="small") as error:
-        load(tmp_path / "smal")
-    assert "smal" in str(error.value)
-
-
-def test_a_gguf_file_that_does_not_exist(folder):
-    with pytest.raises(ModelError, match=r"gguf_file: .*none\.gguf does not exist") as error:
-        causal_lm.load_config(given(path=str(folder), gguf_file="none.gguf"), "teacher")
-    assert "model.safetensors" in str(error.value)  # what is there instead
 
 
 def test_a_missing_package_is_the_machines_fault():

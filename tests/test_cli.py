@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import in_process as run
 
 from kdx import __version__, cli, plugins
 from kdx.cli import compose
@@ -43,15 +44,6 @@ def refused(*words: str, sweep: bool = False, **source: str) -> list[str]:
 @pytest.fixture(scope="module")
 def composer() -> Composer:
     return Composer(Source())
-
-
-def run(capfd, *argv: str) -> tuple[int, str, list[str]]:
-    """The command, in this process → exit code, stdout, lines of stderr."""
-    sys.argv = ["kdx", *argv]
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    out, err = capfd.readouterr()
-    return int(left.value.code or 0), out, err.splitlines()
 
 
 def test_config_errors_and_what_only_shows_come_without_torch(tmp_path):
@@ -232,18 +224,6 @@ def test_composing_leaves_hydra_as_it_was():
         before = GlobalHydra.instance().hydra
         compose()
         assert GlobalHydra.instance().hydra is before
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("name: pairs\n  path: [a\n", "x.yaml:2: does not parse"),
-        ("name: a\nname: b\n", "x.yaml:2: does not parse: found duplicate key name"),
-    ],
-)
-def test_yaml_that_does_not_parse(text, says):
-    write("mine/optim/x.yaml", f"{text}")
-    assert any(says in line for line in refused("optim=x", config_dir="mine"))
 
 
 def test_every_unset_variable_is_named():

@@ -135,84 +135,11 @@ def test_a_package_that_is_not_there_is_an_error_of_the_machine(name):
 GOOD = b'{"source": "a", "target": "b"}\n'
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("t.jsonl", GOOD + b'{"source": x}\n' + GOOD, ["t.jsonl:2:12: is not JSON", "one JSON object a line"]),
-        ("t.jsonl", GOOD + b'{"source": "a",}\n' + GOOD, ["t.jsonl:2:1", "is not JSON", "Mend the line"]),
-        ("t.jsonl", GOOD + b'{"source": "a", "tar', ["t.jsonl:2:17: is not JSON", "Was the copy cut short?"]),
-        ("t.jsonl", GOOD + b'{"source": "a"', ["t.jsonl:2:15: is not JSON", "Was the copy cut short?"]),
-        ("t.jsonl", GOOD + b'{"source": NaN}', ["t.jsonl:2:", "NaN is not a JSON value"]),
-        ("t.jsonl", GOOD + b'{"target": "a", "target": "b"}', ["t.jsonl:2:", "'target' stands twice"]),
-        ("t.jsonl", b"[" * 200_000, ["t.jsonl:1:", "is not JSON"]),
-        ("t.jsonl", GOOD + b'{"source": "caf\xe9"}\n', ["t.jsonl:2: byte 0xe9", "iconv -f LATIN1 -t UTF-8"]),
-        ("t.jsonl", b"\xef\xbb\xbf" + GOOD + b'"\xe9"', ["t.jsonl:2: byte 0xe9", "iconv"]),
-        ("t.csv", b"source,target\na,caf\xe9\n", ["t.csv:2: byte 0xe9", "iconv"]),
-        ("t.jsonl", GOOD.decode().encode("utf-16"), ["t.jsonl:1: is UTF-16 (first bytes ff fe)", "iconv -f UTF-16"]),
-        ("t.jsonl", GOOD.decode().encode("utf-16-be"), ["t.jsonl:1: is UTF-16", "iconv"]),
-        ("t.json", GOOD.decode().encode("utf-16-le"), ["t.json:1: is UTF-16", "iconv"]),
-        ("t.jsonl", b"", ["t.jsonl: is empty"]),
-        ("t.csv", b"\xef\xbb\xbf\r\n \n", ["t.csv: is empty"]),
-        ("t.json", b'[{"source": "a"},\n {"source": }]', ["t.json:2:13: is not JSON"]),
-        ("t.json", b'[{"source": "a"},', ["t.json:1:", "Was the copy cut short?"]),
-        ("t.json", GOOD * 2, ["t.json:2:1: is not JSON", "name the file .jsonl"]),
-        ("t.json", b'{"data": []}', ["t.json: holds an object, expected a list of rows"]),
-        ("t.csv", b"source,target,source\na,b,c\n", ["t.csv: has the column 'source' more than once"]),
-        ("t.csv", b"source,target\na,b\na,b, and c\n", ["t.csv:3: has more than the 2 columns", "Quote"]),
-        ("t.csv", b'source,target\n"a"b,c\n', ["t.csv:2: is not CSV", "quoting"]),
-        ("t.csv", b'source,target\na,"b\n', ["t.csv:2: is not CSV", "quoting"]),
-        ("t.parquet", b"PAR1 but no more", ["t.parquet: is not a whole parquet file", "cut short"]),
-        ("t.parquet", b"", ["t.parquet: is not a whole parquet file"]),
-        ("t.txt", b"hello", ["t.txt is none of .jsonl, .json, .csv, .parquet"]),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named_with_the_mend(tmp_path, name, content, says):
-    file = tmp_path / name
-    file.write_bytes(content)
-    error = error_of(str(file))
-    assert len(error.splitlines()) == 1
-    assert all(words in error for words in says), error
-
-
-def test_a_truncated_parquet_file_and_twice_the_same_column(tmp_path):
-    whole = write(tmp_path / "whole.parquet").read_bytes()
-    cut = tmp_path / "cut.parquet"
-    for length in (len(whole) // 2, len(whole) - 1):
-        cut.write_bytes(whole[:length])
-        assert "cut.parquet: is not a whole parquet file" in error_of(str(cut))
-    twice = tmp_path / "twice.parquet"
-    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["source", "source"]), twice)
-    assert "has the column 'source' more than once" in error_of(str(twice))
-
-
 def test_bad_lines_do_not_hide_the_good_ones(tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_bytes(GOOD + b"oops\n" + GOOD + b"{\n")
     items = read(str(file))
     assert [isinstance(item, DataError) for item in items] == [False, True, False, True]
-
-
-@pytest.mark.parametrize(
-    ("path", "says"),
-    [
-        ("data/trian.jsonl", ["data.path: data/trian.jsonl does not exist", "Did you mean data/train.jsonl?"]),
-        ("dta/train.jsonl", ["dta/train.jsonl does not exist", "Did you mean data?"]),
-        ("zzz.jsonl", ["zzz.jsonl does not exist", "has: data/, empty/"]),
-        ("data/*.csv", ["no file matches data/*.csv"]),
-        ("nowhere/*.csv", ["no file matches nowhere/*.csv"]),
-        ("empty", ["the folder empty has no .jsonl, .json, .csv, .parquet file", "empty has: notes.txt"]),
-        ("data/train.jsonl/x.jsonl", ["data/train.jsonl/x.jsonl does not exist"]),
-    ],
-)
-def test_a_path_that_is_not_there_brings_the_nearest(tmp_path, monkeypatch, path, says):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "notes.txt").write_text("x", encoding="utf-8")
-    write(tmp_path / "data" / "train.jsonl")
-    error = error_of(path)
-    assert len(error.splitlines()) == 1
-    assert all(words in error for words in says), error
 
 
 def test_all_files_are_looked_at_before_the_unreadable_ones_are_said(tmp_path):
@@ -225,13 +152,6 @@ def test_all_files_are_looked_at_before_the_unreadable_ones_are_said(tmp_path):
     assert len(str(caught.value).splitlines()) == 2
     rows = read_rows(paths, None, "train")
     assert [next(rows)[1], next(rows)[1]] == ROWS
-
-
-def test_a_hub_name_that_cannot_be_reached_is_one_line():
-    error = error_of("some-org/no-such-data")
-    assert len(error.splitlines()) == 1
-    assert error.startswith("data.path: some-org/no-such-data is nothing on disk, and the hub could not give it")
-    assert "Check the name, data.subset, data.split and the network" in error
 
 
 @pytest.mark.parametrize(
