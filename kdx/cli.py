@@ -27,7 +27,7 @@ from kdx.devices import one_device
 from kdx.durable import write_beside
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.folders import Source, groups_in, origins
-from kdx.redact import redact
+from kdx.redact import printable, redact
 
 __all__ = ["compose", "main"]
 
@@ -77,6 +77,9 @@ def _main(argv: list[str]) -> int:
     if words and "=" not in words[0] and words[0][:1] not in ("+", "~") and not args.shell_completion:
         raise _no_command(words[0])
     words = _recalled(words, args)
+    if args.multirun and (secret := next((word for word in words if redact(word) != word), None)):
+        what = "has a secret, which Hydra would keep in a sweep's multirun.yaml"
+        raise ConfigError(secret.split("=", 1)[0], what, "Put it into the environment: KEY='${oc.env:NAME}'")
     source = Source(args.config_dir, args.config_path, args.config_name)
     only_shows = args.help or args.hydra_help or args.info or args.cfg
     plan = Plan([])
@@ -245,7 +248,7 @@ def _say(error: KdxError) -> int:
     if os.environ.get("KDX_DEBUG") == "1":
         traceback.print_exc()
     for line in error.lines:
-        print(f"kdx: error: {line}", file=sys.stderr, flush=True)
+        print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
     return error.exit_code
 
 
@@ -330,6 +333,10 @@ def _words_of(folder: Path, asked: str) -> list[str]:
         isinstance(w, str) and not w.lstrip("+~").startswith("hydra") for w in words
     ):
         raise ConfigError(str(file), "holds words that are not a run's", "Do not use this folder")
+    code = [word for word in words if "trust_remote_code" in word]
+    for word in code:
+        print(f"kdx: {word} is not taken from {folder}: type it again if that code may run", file=sys.stderr)
+    words = [word for word in words if word not in code]
     return words
 
 
@@ -337,7 +344,10 @@ def _take_flags(folder: Path, args: argparse.Namespace) -> None:
     """Read the YAML folders of a recalled run where none is typed now."""
     file = folder / "command.txt"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    was = _parsed(shlex.split(text)[3:])
+    try:
+        was = _parsed(shlex.split(text)[3:])
+    except ValueError as error:
+        raise ConfigError(str(file), f"is not a command ({error})", "Do not use this folder") from None
     for name in ("config_dir", "config_path", "config_name"):
         setattr(args, name, getattr(args, name) or getattr(was, name))
 

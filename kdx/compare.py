@@ -21,9 +21,9 @@ from kdx import ranking
 from kdx.durable import write_beside
 from kdx.errors import ConfigError, MachineError, together
 from kdx.ranking import COSTS, MEASURES, RANKED_BY, Comparison, Ranking, Rows, Run
-from kdx.redact import redact
+from kdx.redact import printable, redact
 from kdx.tables import as_csv, as_json, as_markdown, terminal_tables
-from kdx.tracking import CONSOLE, printable
+from kdx.tracking import CONSOLE
 
 MARKS = ("status.json", "summary.json", "metrics.jsonl")  # a folder with one of these is a run's
 WIDEST = 240  # letters of a line of the terminal's table

@@ -2,14 +2,18 @@
 
 import logging
 import re
+import resource
+import signal
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 
 from kdx.batches import Row
 from kdx.config import DataConfig
@@ -18,6 +22,7 @@ from kdx.errors import DataError
 
 log = logging.getLogger(__name__)
 
+PROBE_SECONDS, PROBE_BYTES, PROBE_LETTERS = 5, 2**30, 10**6  # what a chat template may take for a small row
 TOKENISED_TOGETHER = 512  # conversations given to the tokenizer at once: its threads share them
 MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template takes it for anything
 Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of what is said, end
@@ -146,7 +151,7 @@ class Encoder:
     def _template(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template can divide by nothing, look into nothing, …
             what = f"the chat template refuses the conversation: {error}"
             raise DataError(conversation.where, what, "Mend the row, or give a data.chat_template") from None
 
@@ -198,6 +203,56 @@ def _places(text: str, frame: Frame, messages: list[dict[str, str]]) -> dict[int
 
 def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
     """Give the tokenizer the chat template of the run, so that it is saved with the student; say where it is from."""
+    where = _take_template(tokenizer, config)
+    _probe(tokenizer, where)
+    return where
+
+
+def _probe(tokenizer: Any, where: str) -> None:
+    """Render one small row under a limit of time and size: templates are programs, often of others. Raises DataError."""
+    row = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
+    text, fault = "", ""
+    try:
+        with _bounded():
+            text = tokenizer.apply_chat_template(row, tokenize=False)
+    except TemplateSyntaxError as error:
+        raise DataError("data.chat_template", f"line {error.lineno} is not Jinja: {error}", "Mend it") from None
+    except TimeoutError:
+        fault = f"takes more than {PROBE_SECONDS} s"
+    except MemoryError:
+        fault = f"takes more than {PROBE_BYTES:,} bytes"
+    except Exception:
+        return  # it is Jinja, made for other conversations than this one
+    if fault or len(text) > PROBE_LETTERS:
+        what = f"the chat template ({where}) {fault or f'makes {len(text):,} characters'} for a row of two words"
+        raise DataError("data.chat_template", what, "Give another one: data.chat_template=FILE")
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Raise TimeoutError or MemoryError past the probe's limits; of the main thread, which alone gets signals."""
+    statm = Path("/proc/self/statm")
+    if threading.current_thread() is not threading.main_thread() or not statm.is_file():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(statm.read_text().split()[0]) * resource.getpagesize() + PROBE_BYTES
+    found = signal.signal(signal.SIGALRM, stop)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+        signal.setitimer(signal.ITIMER_REAL, PROBE_SECONDS)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, found)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _take_template(tokenizer: Any, config: DataConfig) -> str:
     if config.chat_template:
         path = Path(config.chat_template).expanduser()
         is_file = "{" not in config.chat_template
@@ -205,12 +260,6 @@ def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
             what = f"{path} is not a file" if path.exists() else f"{path} does not exist"
             raise DataError("data.chat_template", what, "Give a file, or Jinja text with {{ }}")
         tokenizer.chat_template = path.read_text(encoding="utf-8") if is_file else config.chat_template
-        try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
-        except TemplateSyntaxError as error:
-            raise DataError("data.chat_template", f"line {error.lineno} is not Jinja: {error}", "Mend it") from None
-        except (TemplateError, TypeError, ValueError):
-            pass  # it is Jinja, made for other conversations than this one
         return "data.chat_template"
     if tokenizer.chat_template:
         return "the tokenizer's own"

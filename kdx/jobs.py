@@ -15,6 +15,7 @@ from kdx.composition import Plan
 from kdx.devices import num_at_once, share_cores
 from kdx.durable import write_beside
 from kdx.errors import KdxError, MachineError
+from kdx.redact import printable, redact
 
 
 def run(
@@ -51,7 +52,7 @@ def run(
         compare(plan.sweep_dir)
     left = {f: s for f, s in states(plan.sweep_dir, plan.jobs).items() if s["state"] != "done"}
     if left:
-        told = [": ".join(filter(None, (str(f), s["state"], s.get("reason")))) for f, s in left.items()]
+        told = [printable(": ".join(filter(None, (str(f), s["state"], s.get("reason"))))) for f, s in left.items()]
         print(f"kdx: {len(left)} job(s) of the sweep failed:", *told, sep="\n  ", file=sys.stderr)
     if trouble:
         raise trouble
@@ -79,5 +80,10 @@ def _status(folder: Path) -> dict[str, Any]:
 def note_failure(folder: Path, reason: str) -> None:
     """Write down why a job failed that did not get as far as keeping its own status."""
     if _status(folder)["state"] in ("not begun", "failed"):
-        status = {"state": "failed", "reason": reason, "step": 0, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        status = {
+            "state": "failed",
+            "reason": redact(reason),
+            "step": 0,
+            "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
         write_beside(folder / "status.json", json.dumps(status, indent=2) + "\n")

@@ -15,7 +15,8 @@ from kdx.causal_lm import DTYPES
 from kdx.config import Config
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import Prepared, build_accelerator, check_names, in_bytes, prepare
-from kdx.tracking import CONSOLE, log, logging_to, printable, quiet_libraries
+from kdx.redact import printable
+from kdx.tracking import CONSOLE, log, logging_to, quiet_libraries
 
 LONGEST_SHOWN = 1200  # letters of the row that is shown
 CHECKPOINTS = 3  # on disk at once while the third is written

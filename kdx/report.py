@@ -16,7 +16,7 @@ from kdx import __version__
 from kdx.causal_lm import device_dtype
 from kdx.prepare import Prepared, in_bytes
 from kdx.store import TeacherStore
-from kdx.tracking import printable
+from kdx.redact import printable
 
 ROWS = (
     ("KL to the teacher", "kl", "{:.4f}"),

@@ -57,6 +57,7 @@ class RunFolder:
             raise MachineError(str(self.path), what, mend)
         if not is_main:  # rank 0 decides, and ends all if it refuses
             return
+        self._refuse_links()
         is_longer = self._refuse_drift(config)
         self._tidy()
         if not self._has_begun() or is_longer:
@@ -76,13 +77,23 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not file.exists() or not self._has_begun():
             return False
-        was, now = yaml.safe_load(file.read_text(encoding="utf-8")), _plain(config)
+        try:
+            was, now = yaml.safe_load(file.read_text(encoding="utf-8")), _plain(config)
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise ConfigError(str(file), "is not the config of a run", "Do not use this folder") from None
         found = drift.drift(was, now)
         is_longer = drift.only_longer(found, now)
         is_over = self.status().get("state") == "done" and not checkpoint.found(self.path)
         if found and (is_over or not is_longer):
             raise self._drifted(found)
         return is_longer
+
+    def _refuse_links(self) -> None:
+        """Refuse a folder, such as somebody else's, with links through which a run would write elsewhere."""
+        own = self.path.resolve()
+        for path in self.path.rglob("*"):
+            if path.is_symlink() and not path.resolve().is_relative_to(own):
+                raise ConfigError(str(path), f"is a link out of the run's folder, to {path.resolve()}", "Remove it")
 
     def _drifted(self, found: drift.Drift) -> ConfigError:
         keys = ", ".join(key for key, _, _ in found)
@@ -133,7 +144,7 @@ class RunFolder:
         self.written = time.monotonic()
         status = {
             "state": state,
-            "reason": reason,
+            "reason": redact(reason),
             "step": self.step,
             "max_steps": self.max_steps,
             "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -100,6 +101,7 @@ def start_command(words: list[str], folder: Path, log: Path, **environment: str)
 def _command(words: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     os.chdir(folder)
     os.environ.update(environment)
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))  # whatever it is given, the machine is not in danger
     _print_to(log)
     sys.argv = ["kdx", *words]
     main()

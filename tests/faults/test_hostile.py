@@ -51,7 +51,7 @@ def obey(box: Path, *words: str, **environment: str) -> tuple[int, str]:
     before = beside(box)
     log = box / "told.log"
     run = start_command(list(words), box, log, **SECRETS, KDX_STORE=str(box / "store"), **environment)
-    code = run.code
+    code = run.code  # waits
     assert beside(box) == before, "written outside"
     assert not [p for p in box.rglob("*") if p.name.startswith("marker")], "code was run"
     for file in (p for p in box.rglob("*") if p.is_file() and p.name != "trap.yaml"):
@@ -222,7 +222,11 @@ DATA = {
     "huge number": (with_rows('{"source": ' + "9" * 100_000 + ', "target": "a"}\n'), 2, "pairs.jsonl:1"),
     "infinite number": (with_rows('{"source": 1e999, "target": "a"}\n'), 2, "is a number"),
     "huge row": (with_rows(GOOD + json.dumps({"source": "a " * 500_000, "target": "b"}) + "\n"), 0, "next:"),
-    "escapes in rows": (with_rows('{"source": "\\u001b[2J\\u009b2J", "target": {"\\u001b]0;x\\u0007": 1}}\n'), 2, "target"),
+    "escapes in rows": (
+        with_rows('{"source": "\\u001b[2J\\u009b2J", "target": {"\\u001b]0;x\\u0007": 1}}\n'),
+        2,
+        "target",
+    ),
     "escapes in names": (with_rows('{"\\u001b[2J": "\\u001b[2J", "target": "x"}\n'), 2, "the columns are"),
 }
 
