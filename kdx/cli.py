@@ -27,6 +27,7 @@ from kdx.devices import one_device
 from kdx.durable import write_beside
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.folders import Source, groups_in, origins
+from kdx.hostile import refuse_links
 from kdx.redact import printable, redact
 
 __all__ = ["compose", "main"]
@@ -195,6 +196,7 @@ def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()
         config = to_config(tree)
         is_main = os.environ.get("RANK", "0") == "0"
         if is_main:
+            refuse_links(run_dir, run_dir.parent if is_sweep else None)
             keep_words(run_dir, words, typed)
         try:
             plugins.load(run_dir if is_main else None)

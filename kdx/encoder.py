@@ -22,7 +22,7 @@ from kdx.errors import DataError
 
 log = logging.getLogger(__name__)
 
-PROBE_SECONDS, PROBE_BYTES, PROBE_LETTERS = 5, 2**30, 10**6  # what a chat template may take for a small row
+PROBE_SECONDS, PROBE_BYTES, PROBE_LETTERS = 3, 2**30, 10**6  # what a chat template may take for a small row
 TOKENISED_TOGETHER = 512  # conversations given to the tokenizer at once: its threads share them
 MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template takes it for anything
 Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of what is said, end
@@ -218,7 +218,7 @@ def _probe(tokenizer: Any, where: str) -> None:
     except TemplateSyntaxError as error:
         raise DataError("data.chat_template", f"line {error.lineno} is not Jinja: {error}", "Mend it") from None
     except TimeoutError:
-        fault = f"takes more than {PROBE_SECONDS} s"
+        fault = f"takes more than {PROBE_SECONDS} s of computing"
     except MemoryError:
         fault = f"takes more than {PROBE_BYTES:,} bytes"
     except Exception:
@@ -241,14 +241,14 @@ def _bounded() -> Iterator[None]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = int(statm.read_text().split()[0]) * resource.getpagesize() + PROBE_BYTES
-    found = signal.signal(signal.SIGALRM, stop)
+    found = signal.signal(signal.SIGVTALRM, stop)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
-        signal.setitimer(signal.ITIMER_REAL, PROBE_SECONDS)
+        signal.setitimer(signal.ITIMER_VIRTUAL, PROBE_SECONDS)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, found)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, found)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 

@@ -69,6 +69,17 @@ def refuse_models_code(tree: dict[str, Any], typed: list[str]) -> None:
             raise ConfigError(key, "runs a model's own code, and comes from a file", f"Type it: {key}=true")
 
 
+def refuse_links(run_dir: Path, within: Path | None = None) -> None:
+    """Refuse a run's folder with links through which it would write elsewhere. Raises ConfigError.
+
+    within: the sweep's folder, which that of the run must not leave either.
+    """
+    for path in [run_dir, *run_dir.rglob("*")] if within else run_dir.rglob("*"):
+        place = path.resolve()
+        if path.is_symlink() and not place.is_relative_to((within or run_dir).resolve()):
+            raise ConfigError(str(path), f"is a link that leads elsewhere, to {place}", "Remove the link")
+
+
 def refuse_packages(file: Path) -> None:
     """Refuse a config of one's own that searches in Python packages: Hydra would import them. Raises ConfigError."""
     if file.is_file() and re.search(r"pkg:(?!//kdx\.conf\b)", file.read_text(encoding="utf-8", errors="replace")):

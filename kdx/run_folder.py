@@ -20,6 +20,7 @@ from kdx import checkpoint, drift
 from kdx.config import Config
 from kdx.durable import read_json, write_beside
 from kdx.errors import ConfigError, DivergedError, KdxError, MachineError
+from kdx.hostile import refuse_links
 from kdx.redact import redact
 from kdx.train import State
 
@@ -57,7 +58,7 @@ class RunFolder:
             raise MachineError(str(self.path), what, mend)
         if not is_main:  # rank 0 decides, and ends all if it refuses
             return
-        self._refuse_links()
+        refuse_links(self.path)
         is_longer = self._refuse_drift(config)
         self._tidy()
         if not self._has_begun() or is_longer:
@@ -87,13 +88,6 @@ class RunFolder:
         if found and (is_over or not is_longer):
             raise self._drifted(found)
         return is_longer
-
-    def _refuse_links(self) -> None:
-        """Refuse a folder, such as somebody else's, with links through which a run would write elsewhere."""
-        own = self.path.resolve()
-        for path in self.path.rglob("*"):
-            if path.is_symlink() and not path.resolve().is_relative_to(own):
-                raise ConfigError(str(path), f"is a link out of the run's folder, to {path.resolve()}", "Remove it")
 
     def _drifted(self, found: drift.Drift) -> ConfigError:
         keys = ", ".join(key for key, _, _ in found)

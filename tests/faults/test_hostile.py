@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
-from runs import start_command, words_of
+from runs import config_of, make_place, signal_at, start, start_command, words_of
 
-from kdx.durable import seal
+from kdx.durable import MANIFEST, seal
 
 SECRETS = {  # the environment of every command below
     "HF_TOKEN": "hf_" + "aB3dE5" * 6,
@@ -41,9 +40,9 @@ def box(tmp_path, place):
     return tmp_path / "work"
 
 
-def beside(box: Path) -> dict[str, str]:
+def beside(box: Path) -> dict[str, bytes]:
     """All that stands outside of the folder."""
-    return {str(p): p.read_text() if p.is_file() else "" for p in box.parent.rglob("*") if box not in [p, *p.parents]}
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in box.parent.rglob("*") if box not in [p, *p.parents]}
 
 
 def obey(box: Path, *words: str, **environment: str) -> tuple[int, str]:
@@ -136,10 +135,6 @@ def edit(file: Path, **keys: object) -> None:
 
 
 def with_code(box: Path) -> None:
-    shutil.rmtree(box / "teacher", ignore_errors=True)
-    shutil.copytree(box / "student", box / "teacher")
-    shutil.move(box / "teacher", box / "kept")
-    shutil.copytree(box / "kept", box / "teacher")
     coded(box / "coded")
     shutil.rmtree(box / "teacher")
     shutil.move(box / "coded", box / "teacher")
@@ -159,12 +154,12 @@ def with_a_pickle(box: Path) -> None:
 def with_shards(name: str):
     def lay(box: Path) -> None:
         shutil.move(box / "teacher/model.safetensors", box.parent / "outside" / "x.safetensors")
-        write(box / "teacher/model.safetensors.index.json", '{"metadata": {}, "weight_map": {"w": "%s"}}' % name)
+        write(box / "teacher/model.safetensors.index.json", f'{{"metadata": {{}}, "weight_map": {{"w": "{name}"}}}}')
 
     return lay
 
 
-def with_template(text: str, *, of_data: bool = False):
+def with_template(text: str):
     def lay(box: Path) -> None:
         for model in ("teacher", "student"):
             edit(box / model / "tokenizer_config.json", chat_template=text)
@@ -183,6 +178,7 @@ MODELS = {
     "shards above": (with_shards("../../outside/x.safetensors"), "names weights outside its folder"),
     "shards in JSON's letters": (with_shards("\\u002e\\u002e/\\u002e./outside/x.safetensors"), "names weights outside"),
     "shards elsewhere": (with_shards("/outside/x"), "names weights outside its folder"),
+    "shards on a drive": (with_shards("C:\\\\outside.safetensors"), "names weights outside its folder"),
     "chat template": (with_template(ESCAPE), "the chat template"),
     "chat template's call": (with_template(CALL), "the chat template"),
     "endless chat template": (with_template(ENDLESS), "the chat template"),
@@ -210,18 +206,23 @@ def with_rows(text: str):
     return lay
 
 
+def quoted(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
+
+
 def with_words(*words: str):
     return lambda box: list(words)
 
 
 GOOD = "".join(json.dumps({"source": f"What is {i}?", "target": f"It is {i}."}) + "\n" for i in range(20))
 DATA = {
-    "row template": (with_words(f"data.template.user='{ESCAPE}'"), 2, "data.template.user cannot be filled"),
-    "chat template of the run": (with_words(f"data.chat_template='{ESCAPE}'"), 2, "chat template"),
+    "row template": (with_words(f"data.template.user={quoted(ESCAPE)}"), 2, "data.template.user cannot be filled"),
+    "chat template of the run": (with_words(f"data.chat_template={quoted(ESCAPE)}"), 2, "chat template"),
     "deep JSON": (with_rows('{"source": ' + "[" * 200_000 + "\n"), 2, "is not JSON"),
     "huge number": (with_rows('{"source": ' + "9" * 100_000 + ', "target": "a"}\n'), 2, "pairs.jsonl:1"),
     "infinite number": (with_rows('{"source": 1e999, "target": "a"}\n'), 2, "is a number"),
     "huge row": (with_rows(GOOD + json.dumps({"source": "a " * 500_000, "target": "b"}) + "\n"), 0, "next:"),
+    "escapes in good rows": (with_rows(GOOD + GOOD.replace("is", "\\u001b[2J\\u009bis")), 0, "next:"),
     "escapes in rows": (
         with_rows('{"source": "\\u001b[2J\\u009b2J", "target": {"\\u001b]0;x\\u0007": 1}}\n'),
         2,
@@ -238,3 +239,127 @@ def test_data(box, lay, code, says):
     assert found == code, told
     assert says in told
     assert "Traceback" not in told
+
+
+# Run folders, sweeps and stores of somebody's
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A place with a run that was stopped at step 2 of 4, and a store."""
+    folder = make_place(tmp_path_factory.mktemp("made"))
+    words = ["teacher.store=on", f"teacher.store_dir={folder / 'store'}", "train.max_steps=4"]
+    assert start(config_of(folder, *words), folder / "theirs", signal_at(2)).code == 143
+    words = [w.replace(f"{folder}/", "") for w in words_of(folder, *words)]
+    write(folder / "theirs" / "overrides.yaml", json.dumps(words))
+    return folder
+
+
+@pytest.fixture
+def theirs(made, tmp_path):
+    shutil.copytree(made, tmp_path / "work")
+    (tmp_path / "outside" / "folder").mkdir(parents=True)
+    (tmp_path / "outside" / "kept.txt").write_text("kept\n")
+    return tmp_path / "work"
+
+
+def with_pickle_in_checkpoint(name: str):
+    def lay(box: Path) -> None:
+        (checkpoint,) = (box / "theirs/checkpoints").iterdir()
+        (checkpoint / name).write_bytes(pickle.dumps(Runs(box / "marker")))
+        (checkpoint / MANIFEST).unlink()
+        seal(checkpoint)
+
+    return lay
+
+
+def with_text(name: str, text: str):
+    return lambda box: write(box / name, text)
+
+
+def with_link(name: str, to: str):
+    def lay(box: Path) -> None:
+        link = box / name
+        shutil.rmtree(link) if link.is_dir() else link.unlink(missing_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(box.parent / "outside" / to)
+
+    return lay
+
+
+def with_linked_store(box: Path) -> None:
+    (key,) = (box / "store").glob("[0-9a-f]*")
+    shutil.move(key, box.parent / "outside" / "key")
+    with_link(f"store/{key.name}", "key")(box)
+
+
+OBJECT = "!!python/object/apply:os.mkdir [marker]\n"
+RESUME, LIKE = ("run.resume=theirs",), ("run.like=theirs", "teacher.store_dir=store")
+SWEEP = ("-m", "run.like=theirs", "train.seed=1,2", "sweep.name=s", "sweep.baseline=false", "teacher.store_dir=store")
+FOLDERS = {
+    "optimizer": (with_pickle_in_checkpoint("optimizer.pt"), RESUME, 2, "holds more than numbers"),
+    "random numbers": (with_pickle_in_checkpoint("random.pt"), RESUME, 2, "holds more than numbers"),
+    "config": (with_text("theirs/config.yaml", OBJECT), RESUME, 2, "is not the config of a run"),
+    "words": (with_text("theirs/overrides.yaml", OBJECT), LIKE, 2, "holds words that are not a run's"),
+    "Hydra's words": (
+        with_text("theirs/overrides.yaml", "['+hydra.job.env_set.KDX_PLUGINS=evil']"), LIKE, 2, "holds words"),
+    "a model's code": (
+        with_text("theirs/overrides.yaml", "[teacher=hf, teacher.path=coded, teacher.trust_remote_code=true, "
+                  f"teacher.revision={'a' * 40}, student=hf, student.path=student, data=pairs, data.path=pairs.jsonl]"),
+        LIKE, 2, "is not taken from theirs"),
+    "command": (with_text("theirs/command.txt", "python -m kdx --config-dir evil experiment=trap"), LIKE, 2, "names code"),
+    "command's flags": (with_text("theirs/command.txt", "python -m kdx '"), LIKE, 2, "is not a command"),
+    "status": (with_text("theirs/status.json", '{"state": "done", "owner": []}'), RESUME, 2, "theirs"),
+    "data": (with_text("theirs/data.json", "[1"), RESUME, 2, "theirs"),
+    "linked log": (with_link("theirs/kdx.log", "kept.txt"), RESUME, 2, "is a link that leads elsewhere"),
+    "linked figures": (with_link("theirs/metrics.jsonl", "kept.txt"), RESUME, 2, "is a link that leads elsewhere"),
+    "linked plug-ins": (with_link("theirs/plugins", "folder"), RESUME, 2, "is a link that leads elsewhere"),
+    "linked checkpoints": (with_link("theirs/checkpoints", "folder"), RESUME, 2, "is a link that leads elsewhere"),
+    "linked job": (lambda box: None, SWEEP, 5, "is a link that leads elsewhere"),
+    "linked teacher": (with_linked_store, LIKE, 2, "is a link out of it"),
+    "sweep's name": (lambda box: None, (*SWEEP, "sweep.name=../x"), 2, "sweep.name"),
+    "sweep's name elsewhere": (lambda box: None, (*SWEEP, "sweep.name=/tmp/x"), 2, "sweep.name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lay", "words", "code", "says"), FOLDERS.values(), ids=FOLDERS)
+def test_folders(theirs, lay, words, code, says):
+    write(theirs / "evil.py", "import os\nos.mkdir('marker')\n")
+    write(theirs / "evil/experiment/trap.yaml", f"# @package _global_\n{YAML['callback']}\n")
+    coded(theirs / "coded")
+    if words is SWEEP:
+        assert obey(theirs, *words)[0] == 0
+        for job in (theirs / "outputs/sweeps/s").glob("seed-*"):
+            with_link(str(job.relative_to(theirs)), "folder")(theirs)
+    lay(theirs)
+    found, told = obey(theirs, *words)
+    assert found == code, told
+    assert says in told
+    assert "Traceback" not in told
+
+
+# Secrets
+
+
+URL = f"https://me:{TYPED[0]}@127.0.0.1:9/x.jsonl"
+KEPT = {
+    "typed": ((f"tracking.notes=see {TYPED[1]}", f"tracking.tags=[{TYPED[2]}]", f"tracking.name='{SECRETS['DB_PASSWORD']}'"), 0),
+    "of the environment": (("tracking.notes=${oc.env:HF_TOKEN}", "tracking.name=${oc.env:AWS_SECRET_ACCESS_KEY}"), 0),
+    "in an address": ((f"data.path={URL}", f"teacher.path=https://127.0.0.1:9/{TYPED[1]}"), 2),
+    "in a sweep": (("-m", "train.seed=1,2", f"tracking.notes={TYPED[1]}"), 2),
+    "of a sweep's environment": (("-m", "train.seed=1", "sweep.name=s", "tracking.notes=${oc.env:HF_TOKEN}"), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "code"), KEPT.values(), ids=KEPT)
+def test_secrets(box, words, code):
+    more = ["tracking.mode=offline", "train.max_steps=1", *(word for word in words if word != "-m")]
+    found, told = obey(box, *(["-m"] if "-m" in words else []), *words_of(Path(), *more))
+    assert found == code, told
+    assert "Traceback" not in told
+
+
+def test_the_figure(figure):
+    """All of the above hold: each looked for marker files, for anything written outside, and for secrets on disk."""
+    number = 1 + sum(map(len, (YAML, MODELS, DATA, FOLDERS, KEPT)))
+    figure(f"hostile inputs: {number} tried: 0 marker files, 0 written outside, 0 secrets on disk")
