@@ -29,6 +29,7 @@ from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.folders import Source, groups_in, origins
 from kdx.hostile import refuse_links
 from kdx.redact import printable, redact
+from kdx.stale import newest
 
 __all__ = ["compose", "main"]
 
@@ -188,13 +189,15 @@ def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()
     measure = float("inf")
 
     def job() -> int:
-        nonlocal measure
+        nonlocal measure, run_dir
         words = list(hydra_config.overrides.task)
         paths = [Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path]
         tree = as_tree(cfg)
         tree["run"]["origins"] = origins(words, hydra_config.runtime.choices, [*paths, *Source().roots()])
         config = to_config(tree)
         is_main = os.environ.get("RANK", "0") == "0"
+        if is_main and is_sweep and (run_dir / "data.json").exists():
+            run_dir = _place(config, run_dir, is_parallel)
         if is_main:
             refuse_links(run_dir, run_dir.parent if is_sweep else None)
             keep_words(run_dir, words, typed)
@@ -220,6 +223,18 @@ def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()
     if is_sweep and os.environ.get("RANK", "0") == "0":
         _compare(run_dir.parent, is_told=False)
     return measure
+
+
+def _place(config: Config, run_dir: Path, is_parallel: bool) -> Path:
+    """The folder that a job of a sweep is to run in: another one if what it began with has changed since."""
+    try:
+        plugins.load(None)
+        with one_device(is_parallel):
+            from kdx.stale import place
+
+            return place(config, run_dir)
+    except KdxError:  # said when the job starts; if it is done, nothing is lost
+        return newest(run_dir)
 
 
 def guarded(work: Callable[[], int]) -> int:

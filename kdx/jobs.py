@@ -16,6 +16,7 @@ from kdx.devices import num_at_once, share_cores
 from kdx.durable import write_beside
 from kdx.errors import KdxError, MachineError
 from kdx.redact import printable, redact
+from kdx.stale import newest
 
 
 def run(
@@ -52,7 +53,9 @@ def run(
         compare(plan.sweep_dir)
     left = {f: s for f, s in states(plan.sweep_dir, plan.jobs).items() if s["state"] != "done"}
     if left:
-        told = [printable(": ".join(filter(None, (str(f), s["state"], s.get("reason"))))) for f, s in left.items()]
+        told = [
+            printable(": ".join(filter(None, (str(newest(f)), s["state"], s.get("reason"))))) for f, s in left.items()
+        ]
         print(f"kdx: {len(left)} job(s) of the sweep failed:", *told, sep="\n  ", file=sys.stderr)
     if trouble:
         raise trouble
@@ -67,7 +70,7 @@ def is_parallel(launcher: Any) -> bool:
 def states(sweep_dir: Path, names: list[str]) -> dict[Path, dict[str, Any]]:
     """What the jobs of a sweep say of themselves; without names, all that are there."""
     folders = [sweep_dir / name for name in names] or sorted(file.parent for file in sweep_dir.rglob("status.json"))
-    return {folder: _status(folder) for folder in folders}
+    return {folder: _status(newest(folder)) for folder in folders}
 
 
 def _status(folder: Path) -> dict[str, Any]:
