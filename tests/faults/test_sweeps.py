@@ -35,7 +35,7 @@ def sweep(folder: Path, *words: str):
     base = ["-m", "sweep.name=s", "train.micro_batch_size=4", *words]
     return start_command(
         [*base[:1], *words_of(Path(), *base[1:])],
-        folder, folder / "told.log", KDX_PLUGINS="fussy_loss", KDX_STORE=str(folder / "store"), PYTHONPATH=str(folder),
+        folder, folder / "told.log", KDX_PLUGINS="fussy_loss", KDX_STORE=str(folder / "store"),
     )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_what_changed_since_makes_a_done_job_stale(own, figure):
         assert again.code == 0, again.text
         assert again.text.count(" is stale (") == 2
         assert key in again.text
-        new = {job for job in jobs(own)} - kept.keys()
+        new = set(jobs(own)) - kept.keys()
         assert [job.name.rsplit("-", 1)[1] for job in sorted(new)] == [str(number)] * 2
         assert {job: whole(job) for job in kept} == kept
         kept |= {job: whole(job) for job in new}
