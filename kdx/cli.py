@@ -79,15 +79,15 @@ def _main(argv: list[str]) -> int:
     if words and "=" not in words[0] and words[0][:1] not in ("+", "~") and not args.shell_completion:
         raise _no_command(words[0])
     words = _recalled(words, args)
-    if args.multirun and (secret := next((word for word in words if redact(word) != word), None)):
-        what = "has a secret, which Hydra would keep in a sweep's multirun.yaml"
-        raise ConfigError(secret.split("=", 1)[0], what, "Put it into the environment: KEY='${oc.env:NAME}'")
     source = Source(args.config_dir, args.config_path, args.config_name)
     only_shows = args.help or args.hydra_help or args.info or args.cfg
     plan = Plan([])
     if not args.shell_completion and (words or source != Source() or not only_shows):
         plan = preflight(words, source, args.multirun)
         words += [word for word in plan.added if word not in words]
+    if plan.sweep_dir and (secret := next((word for word in words if redact(word) != word), None)):
+        what = "has a secret, which Hydra would keep in a sweep's multirun.yaml"
+        raise ConfigError(secret.split("=", 1)[0], what, "Put it into the environment: KEY='${oc.env:NAME}'")
     if args.help:
         groups = sorted(groups_in(source.roots()).items())
         print(HELP.format(groups="\n".join(f"{group}: {', '.join(options)}" for group, options in groups)))

@@ -64,7 +64,8 @@ def refuse_models_code(tree: dict[str, Any], typed: list[str]) -> None:
     """Refuse to run a model's own code unless that was typed: in a file it would be the file's wish. Raises ConfigError."""
     for group in ("teacher", "student"):
         key = f"{group}.trust_remote_code"
-        is_asked = isinstance(tree[group], dict) and tree[group].get("trust_remote_code") not in (False, None)
+        model = tree.get(group)
+        is_asked = isinstance(model, dict) and model.get("trust_remote_code") not in (False, None)
         if is_asked and not any(word.lstrip("+").startswith(f"{key}=") for word in typed):
             raise ConfigError(key, "runs a model's own code, and comes from a file", f"Type it: {key}=true")
 

@@ -38,10 +38,14 @@ class RunFolder:
 
     def done(self, config: dict[str, Any]) -> dict[str, Any] | None:
         """The summary of a run that is done with this config, else None. Raises ConfigError if it was another."""
+        refuse_links(self.path)
         if self.status().get("state") != "done" or (self._refuse_drift(config) and checkpoint.found(self.path)):
             return None
         self._tidy()
-        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        summary = read_json(self.path / "summary.json")
+        if not summary:
+            what = "says that it is done, and its summary.json is missing or damaged"
+            raise ConfigError(str(self.path), what, "Start anew in another folder")
         return summary
 
     def status(self) -> dict[str, Any]:
@@ -51,14 +55,13 @@ class RunFolder:
     def open(self, config: dict[str, Any], is_main: bool) -> None:
         """Make the folder and write its config, or refuse: in use by another process, or another config's."""
         status = self.status()
-        owner = status.get("owner", {})
+        owner = status["owner"] if isinstance(status.get("owner"), dict) else {}
         if is_main and status.get("state") == "running" and owner.get("pid") != os.getpid() and _alive(owner, status):
-            what = f"in use by pid {owner['pid']} on host {owner['host']} since {status['updated']}"
+            what = f"in use by pid {owner.get('pid')} on host {owner.get('host')} since {status.get('updated')}"
             mend = "Wait for it, choose another folder, or, if that process is gone, remove status.json there"
             raise MachineError(str(self.path), what, mend)
         if not is_main:  # rank 0 decides, and ends all if it refuses
             return
-        refuse_links(self.path)
         is_longer = self._refuse_drift(config)
         self._tidy()
         if not self._has_begun() or is_longer:
@@ -184,7 +187,7 @@ class RunFolder:
         file = self.path / name
         if not file.is_file():
             return None
-        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        kept = read_json(file)
         return kept if of is None or of.items() <= kept.items() else None
 
     def keep(self, name: str, value: dict[str, Any]) -> None:
@@ -228,13 +231,16 @@ def _boot_id() -> str:
 def _alive(owner: dict[str, Any], status: dict[str, Any]) -> bool:
     """Whether the process that owns a folder still runs; on another host: whether it wrote within the last hour."""
     if owner.get("host") != platform.node():
-        written = time.mktime(time.strptime(str(status.get("updated", ""))[:19], "%Y-%m-%dT%H:%M:%S"))
+        try:
+            written = time.mktime(time.strptime(str(status.get("updated", ""))[:19], "%Y-%m-%dT%H:%M:%S"))
+        except ValueError:
+            return False
         return time.time() - written < 3600
     if owner.get("boot_id") != _boot_id():
         return False
     try:
         os.kill(int(owner["pid"]), 0)
-    except (ProcessLookupError, ValueError, KeyError):
+    except (ProcessLookupError, ValueError, KeyError, TypeError, OverflowError):
         return False
     except PermissionError:
         pass

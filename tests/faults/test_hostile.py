@@ -250,8 +250,9 @@ def made(tmp_path_factory):
     folder = make_place(tmp_path_factory.mktemp("made"))
     words = ["teacher.store=on", f"teacher.store_dir={folder / 'store'}", "train.max_steps=4"]
     assert start(config_of(folder, *words), folder / "theirs", signal_at(2)).code == 143
-    words = [w.replace(f"{folder}/", "") for w in words_of(folder, *words)]
-    write(folder / "theirs" / "overrides.yaml", json.dumps(words))
+    write(folder / "theirs/overrides.yaml", json.dumps(words_of(folder, *words)))
+    for file in (folder / "theirs/overrides.yaml", folder / "theirs/config.yaml"):  # as typed in that folder
+        write(file, file.read_text().replace(f"{folder}/", ""))
     return folder
 
 
@@ -275,6 +276,11 @@ def with_pickle_in_checkpoint(name: str):
 
 def with_text(name: str, text: str):
     return lambda box: write(box / name, text)
+
+
+def with_command(box: Path) -> None:
+    write(box / "theirs/command.txt", "python -m kdx --config-dir evil experiment=trap")
+    write(box / "theirs/overrides.yaml", "[experiment=trap]")
 
 
 def with_link(name: str, to: str):
@@ -307,7 +313,7 @@ FOLDERS = {
         with_text("theirs/overrides.yaml", "[teacher=hf, teacher.path=coded, teacher.trust_remote_code=true, "
                   f"teacher.revision={'a' * 40}, student=hf, student.path=student, data=pairs, data.path=pairs.jsonl]"),
         LIKE, 2, "is not taken from theirs"),
-    "command": (with_text("theirs/command.txt", "python -m kdx --config-dir evil experiment=trap"), LIKE, 2, "names code"),
+    "command": (with_command, LIKE, 2, "names code"),
     "command's flags": (with_text("theirs/command.txt", "python -m kdx '"), LIKE, 2, "is not a command"),
     "status": (with_text("theirs/status.json", '{"state": "done", "owner": []}'), RESUME, 2, "theirs"),
     "data": (with_text("theirs/data.json", "[1"), RESUME, 2, "theirs"),
