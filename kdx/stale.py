@@ -17,7 +17,8 @@ _known: dict[str, dict[str, Any]] = {}  # what configs of this process name: the
 
 
 def newest(folder: Path) -> Path:
-    """The last folder of a job: its own, or the one that took its place."""
+    """The last folder of a job, by any of them: its own, or the one that took its place."""
+    folder = folder.with_name(re.sub(r"(?<=[0-9a-f]{6})-\d+$", "", folder.name))
     later = [f for f in folder.parent.glob(f"{folder.name}-*") if re.fullmatch(r"-\d+", f.name[len(folder.name) :])]
     return max(later, key=lambda f: int(f.name.rsplit("-", 1)[1]), default=folder)
 
@@ -39,9 +40,11 @@ def place(config: Config, folder: Path) -> Path:
 def _now(config: Config) -> dict[str, Any]:
     """What a run would keep in data.json, as far as it decides which student comes out."""
     from kdx.prepare import build_accelerator, identity_of, origin, read_text
+    from kdx.tracking import logging_to
 
     key = json.dumps([asdict(part) for part in (config.teacher, config.student, config.data)], default=str)
     if key not in _known:
-        text, device = read_text(config), build_accelerator(config).device
+        with logging_to(None, is_main=False):  # what there is to say is said when the job starts
+            text, device = read_text(config), build_accelerator(config).device
         _known[key] = origin(text, identity_of(config.teacher, text.tokenizer, device))
     return _known[key]
