@@ -22,7 +22,7 @@ from kdx.errors import DataError
 
 log = logging.getLogger(__name__)
 
-PROBE_SECONDS, PROBE_BYTES, PROBE_LETTERS = 3, 2**30, 10**6  # what a chat template may take for a small row
+PROBE_SECONDS, PROBE_BYTES, PROBE_LETTERS = 2, 2**30, 10**6  # what a chat template may take for a small row
 TOKENISED_TOGETHER = 512  # conversations given to the tokenizer at once: its threads share them
 MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template takes it for anything
 Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of what is said, end

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from made_runs import NUM_ROWS, write_lines, write_run, write_sweep
 
-from kdx import ranking, run_folder, sweep
+from kdx import ranking, sweep
 from kdx.compare import FILES, compare, compared, default_out, find, main, short_names
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.page import looks_of
@@ -672,7 +672,7 @@ def test_short_names():
 
 
 def test_what_changes_no_student_is_that_of_runs_and_sweeps():
-    assert set(run_folder.FREE) <= set(ranking.FREE)
+    assert set(drift.FREE) <= set(ranking.FREE)
     of_sweeps = [f"{name}." for name in sweep.NOT_IDENTITY]
     of_sweeps += [f"{group}.{key}" for group, keys in sweep.NOT_IDENTITY_IN.items() for key in keys]
     assert [key for key in of_sweeps if not key.startswith(ranking.FREE)] == []
