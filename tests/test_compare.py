@@ -18,7 +18,7 @@ import pytest
 import yaml
 from made_runs import NUM_ROWS, write_lines, write_run, write_sweep
 
-from kdx import ranking, sweep
+from kdx import drift, ranking, sweep
 from kdx.compare import FILES, compare, compared, default_out, find, main, short_names
 from kdx.errors import ConfigError, KdxError, MachineError
 from kdx.page import looks_of
