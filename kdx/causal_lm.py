@@ -29,8 +29,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdx.batches import MicroBatch
-from kdx.config import ModelConfig
-from kdx.durable import digest_of, write_beside
+from kdx.config import SAFE_NAME, ModelConfig
+from kdx.durable import digest_of, read_json, write_beside
 from kdx.errors import MachineError, ModelError, out_of_memory
 from kdx.files import nearby, resolve_path
 
@@ -361,7 +361,8 @@ def _check_folder(folder: Path, group: str, needs_weights: bool = True) -> None:
     if needs_weights and not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
         raise ModelError(key, f"{folder} has no weights", nearby(folder))
     for index in folder.glob("*.index.json"):
-        if re.search(r'"(/|[^"]*(\.\./|\\\\))[^"]*\.(safetensors|bin)"', index.read_text(encoding="utf-8")):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(SAFE_NAME.fullmatch(str(name)) for name in shards.values()):
             raise ModelError(key, f"{index} names weights outside its folder", "Do not load this checkpoint")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kdx.durable import fsync, seal, temporary, verify
-from kdx.errors import MachineError, out_of_memory
+from kdx.errors import ConfigError, MachineError, out_of_memory
 
 KEPT = 2
 
@@ -93,14 +93,25 @@ def load(
 ) -> dict[str, Any]:
     """Load a verified checkpoint into model, optimizer, schedule and this process's random generators → its state."""
     load_weights(folder / "model.safetensors", model)
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
-    kept = torch.load(folder / "random.pt", weights_only=True)
+    optimizer.load_state_dict(_load_plain(folder / "optimizer.pt"))
+    kept = _load_plain(folder / "random.pt")
     schedule.load_state_dict(kept["schedule"])
     if scaler:
         scaler.load_state_dict(kept["scaler"])
     _set_random_state(kept["random"][rank])
     state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return state
+
+
+def _load_plain(file: Path) -> Any:
+    """Read what torch.save wrote, if it is numbers and nothing that would be run. Raises ConfigError."""
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:  # the manifest verified it: it is not damaged, somebody made it so
+        if isinstance(error, OSError | MemoryError):
+            raise
+        what = f"holds more than numbers: {' '.join(str(error).split())[:160]}"
+        raise ConfigError(str(file), what, "Do not use this folder") from None
 
 
 def save_weights(file: Path, model: nn.Module) -> None:

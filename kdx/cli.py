@@ -26,7 +26,9 @@ from kdx.devices import one_device
 from kdx.durable import write_beside
 from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, out_of_memory
 from kdx.folders import Source, groups_in, origins
-from kdx.redact import redact
+from kdx.hostile import refuse_links
+from kdx.redact import printable, redact
+from kdx.stale import place
 
 __all__ = ["compose", "main"]
 
@@ -83,6 +85,9 @@ def _main(argv: list[str]) -> int:
     if not args.shell_completion and (words or source != Source() or not only_shows):
         plan = preflight(words, source, args.multirun)
         words += [word for word in plan.added if word not in words]
+    if plan.sweep_dir and (secret := next((word for word in words if redact(word) != word), None)):
+        what = "has a secret, which Hydra would keep in a sweep's multirun.yaml"
+        raise ConfigError(secret.split("=", 1)[0], what, "Put it into the environment: KEY='${oc.env:NAME}'")
     if args.help:
         groups = sorted(groups_in(source.roots()).items())
         print(HELP.format(groups="\n".join(f"{group}: {', '.join(options)}" for group, options in groups)))
@@ -184,14 +189,17 @@ def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()
     measure = float("inf")
 
     def job() -> int:
-        nonlocal measure
+        nonlocal measure, run_dir
         words = list(hydra_config.overrides.task)
         paths = [Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path]
         tree = as_tree(cfg)
         tree["run"]["origins"] = origins(words, hydra_config.runtime.choices, [*paths, *Source().roots()])
         config = to_config(tree)
         is_main = os.environ.get("RANK", "0") == "0"
+        if is_main and is_sweep and (run_dir / "data.json").exists():
+            run_dir = place(config, run_dir, is_parallel)
         if is_main:
+            refuse_links(run_dir, run_dir.parent if is_sweep else None)
             keep_words(run_dir, words, typed)
         try:
             plugins.load(run_dir if is_main else None)
@@ -251,7 +259,7 @@ def _say(error: KdxError) -> int:
     if os.environ.get("KDX_DEBUG") == "1":
         traceback.print_exc()
     for line in error.lines:
-        print(f"kdx: error: {line}", file=sys.stderr, flush=True)
+        print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
     return error.exit_code
 
 
@@ -336,6 +344,10 @@ def _words_of(folder: Path, asked: str) -> list[str]:
         isinstance(w, str) and not w.lstrip("+~").startswith("hydra") for w in words
     ):
         raise ConfigError(str(file), "holds words that are not a run's", "Do not use this folder")
+    code = [word for word in words if "trust_remote_code" in word]
+    for word in code:
+        print(f"kdx: {word} is not taken from {folder}: type it again if that code may run", file=sys.stderr)
+    words = [word for word in words if word not in code]
     return words
 
 
@@ -343,7 +355,10 @@ def _take_flags(folder: Path, args: argparse.Namespace) -> None:
     """Read the YAML folders of a recalled run where none is typed now."""
     file = folder / "command.txt"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    was = _parsed(shlex.split(text)[3:])
+    try:
+        was = _parsed(shlex.split(text)[3:])
+    except ValueError as error:
+        raise ConfigError(str(file), f"is not a command ({error})", "Do not use this folder") from None
     for name in ("config_dir", "config_path", "config_name"):
         setattr(args, name, getattr(args, name) or getattr(was, name))
 

@@ -21,9 +21,10 @@ from kdx import ranking
 from kdx.durable import write_beside
 from kdx.errors import ConfigError, MachineError, together
 from kdx.ranking import COSTS, MEASURES, RANKED_BY, Comparison, Ranking, Rows, Run
-from kdx.redact import redact
+from kdx.redact import printable, redact
+from kdx.stale import newest
 from kdx.tables import as_csv, as_json, as_markdown, terminal_tables
-from kdx.tracking import CONSOLE, printable
+from kdx.tracking import CONSOLE
 
 MARKS = ("status.json", "summary.json", "metrics.jsonl")  # a folder with one of these is a run's
 WIDEST = 240  # letters of a line of the terminal's table
@@ -109,6 +110,10 @@ def find(paths: Sequence[Path]) -> tuple[list[tuple[str, Path]], list[str]]:
         raise together(missing)
     if not found:
         raise ConfigError(" ".join(map(str, paths)), "no run in it (a run has a status.json)", EXAMPLE)
+    for folder in [*found]:
+        if newest(folder) in found and newest(folder) != folder:
+            notes.append(f"{folder.name} is stale: {newest(folder).name} took its place")
+            del found[folder]
     shared = os.path.commonpath([folder.parent for folder in found])
     return [(printable(str(folder.relative_to(shared))), found[folder]) for folder in sorted(found)], notes
 

@@ -24,7 +24,7 @@ from kdx.check import ALIASES, contradictions, nearest_key, problems
 from kdx.config import Config
 from kdx.errors import ConfigError, did_you_mean, together
 from kdx.folders import ORIGINS, Source, groups_in, origins
-from kdx.hostile import refuse_code, refuse_packages, refuse_untyped
+from kdx.hostile import refuse_code, refuse_models_code, refuse_packages, refuse_swept, refuse_untyped
 
 OPEN_GROUPS = ("data", "loss", "optim")  # their further keys are options of what they name
 LAYERS = ("typed", "experiment/", "recipe/", "")  # what wins comes first
@@ -81,6 +81,7 @@ def preflight(words: list[str], source: Source, is_multirun: bool = False) -> Pl
     params: dict[Any, Any] = {}
     if is_sweep:
         params = dict(OmegaConf.to_container(hydra_part.sweeper.get("params") or OmegaConf.create({})))  # type: ignore[arg-type]
+        refuse_swept(params)
         typed = composer.parsed([*(f"{key}={value}" for key, value in params.items()), *words])
     else:
         _refuse_sweep(typed)
@@ -184,6 +185,7 @@ class Composer:
             where = origins(typed, base.hydra.runtime.choices, self.roots)
             freed = _free(cfg, where)
             tree, unresolved = _resolved(cfg)
+            refuse_models_code(tree, typed)
         except ConfigError as error:
             return Point([*faults, error])
         faults += unresolved.values()

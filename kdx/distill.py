@@ -13,9 +13,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from kdx import checkpoint, plugins, report
-from kdx.batches import fingerprint
-from kdx.causal_lm import DTYPES, tokenizer_digest
+from kdx import checkpoint, report
+from kdx.causal_lm import DTYPES
 from kdx.config import Config
 from kdx.errors import DivergedError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
@@ -78,9 +77,8 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     optimizer = build_optimizer(config.optim, run.student)
     schedule = build_schedule(config.optim, optimizer, run.max_steps)
     torch.manual_seed(config.train.seed + accelerator.process_index)  # dropout; fresh weights are drawn by now
-    prints = {"fingerprint": fingerprint(run.rows), "validation_fingerprint": fingerprint(run.held_out_rows)}
-    origin = prints | {"tokenizer_digest": tokenizer_digest(run.tokenizer), "processes": accelerator.num_processes}
-    origin |= {"teacher_digest": run.teacher.identity.key if run.teacher else None, "plugins_digest": plugins.digest()}
+    origin = run.origin | {"processes": accelerator.num_processes}
+    prints = {name: origin[name] for name in ("fingerprint", "validation_fingerprint")}
     resumed = folder.resume(run.student, optimizer, schedule, origin, accelerator)
     state = resumed or State()
     store = run.teacher.store if run.teacher else None

@@ -235,7 +235,7 @@ def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
             pass  # it is Jinja, made for other conversations than this one
         return "data.chat_template"
     if tokenizer.chat_template:
-        _try_out(tokenizer, "the tokenizer's own")
+        _try_out(tokenizer, "the chat template that the tokenizer brings")
         return "the tokenizer's own"
     if tokenizer.eos_token is None:
         raise DataError("data.chat_template", "the tokenizer has neither template nor end-of-text token", "Give one")

@@ -1,6 +1,7 @@
 """What a config may not ask for: code that Hydra would run, and folders outside this one. Trees here are plain."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,35 @@ def refuse_untyped(hydra_part: Any) -> None:
         if Path(str(value)).is_absolute() or ".." in Path(str(value)).parts or str(value).startswith("~"):
             what = f"leads outside this folder ({value}) and comes from a file"
             raise ConfigError(f"hydra.{key}", what, f"Type it: hydra.{key}=...")
+
+
+def refuse_swept(keys: Iterable[Any]) -> None:
+    """Refuse in a file's `hydra.sweeper.params` what only a person may type: they count as words. Raises ConfigError."""
+    for key in keys:
+        if str(key).lstrip("+~").startswith("hydra") or "trust_remote_code" in str(key):
+            what = f"sets {key}, and comes from a file"
+            raise ConfigError("hydra.sweeper.params", what, "Type it, or take it out")
+
+
+def refuse_models_code(tree: dict[str, Any], typed: list[str]) -> None:
+    """Refuse to run a model's own code unless that was typed: in a file it would be the file's wish. Raises ConfigError."""
+    for group in ("teacher", "student"):
+        key = f"{group}.trust_remote_code"
+        model = tree.get(group)
+        is_asked = isinstance(model, dict) and model.get("trust_remote_code") not in (False, None)
+        if is_asked and not any(word.lstrip("+").startswith(f"{key}=") for word in typed):
+            raise ConfigError(key, "runs a model's own code, and comes from a file", f"Type it: {key}=true")
+
+
+def refuse_links(run_dir: Path, within: Path | None = None) -> None:
+    """Refuse a run's folder with links through which it would write elsewhere. Raises ConfigError.
+
+    within: the sweep's folder, which that of the run must not leave either.
+    """
+    for path in [run_dir, *run_dir.rglob("*")] if within else run_dir.rglob("*"):
+        place = path.resolve()
+        if path.is_symlink() and not place.is_relative_to((within or run_dir).resolve()):
+            raise ConfigError(str(path), f"is a link that leads elsewhere, to {place}", "Remove the link")
 
 
 def refuse_packages(file: Path) -> None:

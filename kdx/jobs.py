@@ -19,6 +19,8 @@ from kdx.composition import Plan
 from kdx.devices import num_at_once, share_cores
 from kdx.durable import write_beside
 from kdx.errors import KdxError, MachineError
+from kdx.redact import printable, redact
+from kdx.stale import newest
 
 STOPPING = ".stopping"  # a file in a sweep's folder: jobs that have not begun shall not
 
@@ -62,7 +64,9 @@ def run(
         compare(plan.sweep_dir)
     left = {f: s for f, s in states(plan.sweep_dir, plan.jobs).items() if s["state"] != "done"}
     if left:
-        told = [": ".join(filter(None, (str(f), s["state"], s.get("reason")))) for f, s in left.items()]
+        told = [
+            printable(": ".join(filter(None, (str(newest(f)), s["state"], s.get("reason"))))) for f, s in left.items()
+        ]
         print(f"kdx: {len(left)} job(s) of the sweep failed:", *told, sep="\n  ", file=sys.stderr)
     if trouble:
         raise trouble
@@ -120,7 +124,7 @@ def is_stopping(sweep_dir: Path) -> bool:
 def states(sweep_dir: Path, names: list[str]) -> dict[Path, dict[str, Any]]:
     """What the jobs of a sweep say of themselves; without names, all that are there."""
     folders = [sweep_dir / name for name in names] or sorted(file.parent for file in sweep_dir.rglob("status.json"))
-    return {folder: _status(folder) for folder in folders}
+    return {folder: _status(newest(folder)) for folder in folders}
 
 
 def _status(folder: Path) -> dict[str, Any]:
@@ -133,5 +137,10 @@ def _status(folder: Path) -> dict[str, Any]:
 def note_failure(folder: Path, reason: str) -> None:
     """Write down why a job failed that did not get as far as keeping its own status."""
     if _status(folder)["state"] in ("not begun", "failed"):
-        status = {"state": "failed", "reason": reason, "step": 0, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        status = {
+            "state": "failed",
+            "reason": redact(reason),
+            "step": 0,
+            "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
         write_beside(folder / "status.json", json.dumps(status, indent=2) + "\n")

@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from kdx import causal_lm, checkpoint, loss
-from kdx.batches import Row, StepBatches, pad_id_of
+from kdx import causal_lm, checkpoint, loss, plugins
+from kdx.batches import Row, StepBatches, fingerprint, pad_id_of
 from kdx.check import binding_problems
 from kdx.config import Config, LossConfig, TeacherConfig
 from kdx.data import Dataset, check_source, load_data
@@ -48,6 +48,7 @@ class Prepared:
     batches: StepBatches
     max_steps: int
     store_words: str
+    origin: dict[str, Any]
 
     def counts(self) -> dict[str, Any]:
         """Rows, counted tokens, and how many rows fell to which rule."""
@@ -138,13 +139,21 @@ def build_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_fill: bool = False) -> Prepared:
-    """Read data and models as the run will. Raises KdxError; all faults in the data come before any weights are read.
+@dataclass(frozen=True)
+class Text:
+    """The rows of a run, and what made them."""
 
-    owner: who writes to the teacher's store, as a name for files. is_fill: the teacher will be asked for every row.
-    """
-    device, train = accelerator.device, config.train
+    tokenizer: Any
+    max_length: int
+    template: str
+    data: Dataset
+    encoder: Encoder
+    rows: list[Row]
+    held_out_rows: list[Row]
 
+
+def read_text(config: Config) -> Text:
+    """Read and encode the data. Raises KdxError."""
     tokenizer, max_length = load_tokenizers(config)
     template = prepare_tokenizer(tokenizer, config.data)
     encoder = Encoder(tokenizer, max_length, config.data.on_long, config.data.assistant_only)
@@ -154,7 +163,40 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         if given and not left:
             rules = "; ".join(f"{number} {rule}" for rule, number in encoder.dropped.items())
             raise DataError("data", f"no {what} row is left ({rules})", "Raise data.max_length, or give other data")
+    return Text(tokenizer, max_length, template, data, encoder, rows, held_out_rows)
 
+
+def origin(text: Text, identity: Identity | None) -> dict[str, Any]:
+    """What besides the config decides which student comes out."""
+    return {
+        "fingerprint": fingerprint(text.rows),
+        "validation_fingerprint": fingerprint(text.held_out_rows),
+        "tokenizer_digest": causal_lm.tokenizer_digest(text.tokenizer),
+        "teacher_digest": identity.key if identity else None,
+        "plugins_digest": plugins.digest(),
+    }
+
+
+def identity_of(teacher: TeacherConfig, tokenizer: Any, device: torch.device) -> Identity | None:
+    """What decides the teacher's answers, if there is one. Raises ModelError."""
+    if teacher.path is None:
+        return None
+    return Identity(
+        causal_lm.weights_digest(teacher, "teacher"),
+        causal_lm.tokenizer_digest(tokenizer),
+        precision_of(teacher, device)[0],
+        teacher.quantization,
+    )
+
+
+def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_fill: bool = False) -> Prepared:
+    """Read data and models as the run will. Raises KdxError; all faults in the data come before any weights are read.
+
+    owner: who writes to the teacher's store, as a name for files. is_fill: the teacher will be asked for every row.
+    """
+    device, train = accelerator.device, config.train
+    text = read_text(config)
+    tokenizer, rows, held_out_rows = text.tokenizer, text.rows, text.held_out_rows
     batches = StepBatches(
         rows,
         batch_size=train.batch_size,
@@ -171,26 +213,21 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         max_steps = math.ceil(train.epochs * batches.steps_per_epoch - 1e-9)  # 0.07 · 100 is 7 steps
 
     teacher, store, store_words = None, None, "off (no teacher)"
-    if config.teacher.path is not None:
+    identity = identity_of(config.teacher, tokenizer, device)
+    if identity is not None:
         asked = list(held_out_rows)
         if is_fill or config.loss.alpha > 0:
             asked += rows if is_fill else batches.rows_seen(max_steps)
         is_repeated = bool(config.sweep.keys) or max_steps * train.batch_size > len(rows)
-        identity = Identity(
-            causal_lm.weights_digest(config.teacher, "teacher"),
-            causal_lm.tokenizer_digest(tokenizer),
-            precision_of(config.teacher, device)[0],
-            config.teacher.quantization,
-        )
         store, store_words = open_store(config.teacher, identity, asked, is_repeated, owner)
-        teacher = load_teacher(config.teacher, device, max_length, identity, store)
+        teacher = load_teacher(config.teacher, device, text.max_length, identity, store)
         if store and store.missing([row.digest for row in asked]):
             teacher.load()  # what is wrong with the model comes now, not in mid-run
     student = load_student(
         config.student,
         config.teacher,
         dtype=torch.float64 if train.precision == "fp64" else torch.float32,
-        attn_implementation=causal_lm.attention_for(config.student, device, max_length),
+        attn_implementation=causal_lm.attention_for(config.student, device, text.max_length),
         seed=train.seed,
         kept=store.student_folder(config.student.layers) if store else None,
     ).to(device)
@@ -212,9 +249,9 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         config=config,
         accelerator=accelerator,
         tokenizer=tokenizer,
-        template=template,
-        data=data,
-        encoder=encoder,
+        template=text.template,
+        data=text.data,
+        encoder=text.encoder,
         rows=rows,
         held_out_rows=held_out_rows,
         teacher=teacher,
@@ -224,6 +261,7 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         batches=batches,
         max_steps=max_steps,
         store_words=store_words,
+        origin=origin(text, identity),
     )
 
 

@@ -1,4 +1,4 @@
-"""Secrets out of all that is written down: logs, the record of a run, W&B."""
+"""Secrets, and what a terminal would obey, out of all that is written down: logs, the record of a run, W&B."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from typing import Any
 SECRET = re.compile(
     r"(?i)(hf_[A-Za-z0-9]{8,}|(?<!revision=)\b[a-f0-9]{40}\b|sk-[\w-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@))"
 )
-SECRET_KEY = re.compile(r"(?i)(api_?key|token|secret|password|passwd|credential)$")
+SECRET_KEY = re.compile(r"(?i)(api_?key|access_?key|token|secret|password|passwd|credential)$")
 WORD = re.compile(r"[+~]*[\w./-]+=")  # the key of a word as typed
 HIDDEN = "[redacted]"
 
@@ -38,3 +38,8 @@ def redact(value: Any, key: str = "") -> Any:
 def _held_secrets() -> list[str]:
     """The values of environment variables that are named like secrets."""
     return [held for name, held in os.environ.items() if SECRET_KEY.search(name) and len(held) >= 8]
+
+
+def printable(text: str) -> str:
+    """Strip control characters: sample text is somebody's text, and terminals obey escapes."""
+    return "".join(c for c in text if c in "\n\t" or c.isprintable())

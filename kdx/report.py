@@ -15,8 +15,8 @@ from rich.table import Table
 from kdx import __version__
 from kdx.causal_lm import device_dtype
 from kdx.prepare import Prepared, in_bytes
+from kdx.redact import printable
 from kdx.store import TeacherStore
-from kdx.tracking import printable
 
 ROWS = (
     ("KL to the teacher", "kl", "{:.4f}"),

@@ -20,6 +20,7 @@ from kdx import checkpoint, drift
 from kdx.config import Config
 from kdx.durable import read_json, write_beside
 from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, exit_code, out_of_memory
+from kdx.hostile import refuse_links
 from kdx.redact import redact
 from kdx.train import State
 
@@ -37,10 +38,14 @@ class RunFolder:
 
     def done(self, config: dict[str, Any]) -> dict[str, Any] | None:
         """The summary of a run that is done with this config, else None. Raises ConfigError if it was another."""
+        refuse_links(self.path)
         if self.status().get("state") != "done" or (self._refuse_drift(config) and checkpoint.found(self.path)):
             return None
         self._tidy()
-        summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        summary = read_json(self.path / "summary.json")
+        if not summary:
+            what = "says that it is done, and its summary.json is missing or damaged"
+            raise ConfigError(str(self.path), what, "Start anew in another folder")
         return summary
 
     def status(self) -> dict[str, Any]:
@@ -50,9 +55,9 @@ class RunFolder:
     def open(self, config: dict[str, Any], is_main: bool) -> None:
         """Make the folder and write its config, or refuse: in use by another process, or another config's."""
         status = self.status()
-        owner = status.get("owner", {})
+        owner = status["owner"] if isinstance(status.get("owner"), dict) else {}
         if is_main and status.get("state") == "running" and owner.get("pid") != os.getpid() and _alive(owner, status):
-            what = f"in use by pid {owner['pid']} on host {owner['host']} since {status['updated']}"
+            what = f"in use by pid {owner.get('pid')} on host {owner.get('host')} since {status.get('updated')}"
             mend = "Wait for it, choose another folder, or, if that process is gone, remove status.json there"
             raise MachineError(str(self.path), what, mend)
         if not is_main:  # rank 0 decides, and ends all if it refuses
@@ -76,7 +81,10 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not file.exists() or not self._has_begun():
             return False
-        was, now = yaml.safe_load(file.read_text(encoding="utf-8")), _plain(config)
+        try:
+            was, now = yaml.safe_load(file.read_text(encoding="utf-8")), _plain(config)
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise ConfigError(str(file), "is not the config of a run", "Do not use this folder") from None
         found = drift.drift(was, now)
         is_longer = drift.only_longer(found, now)
         is_over = self.status().get("state") == "done" and not checkpoint.found(self.path)
@@ -145,7 +153,7 @@ class RunFolder:
         self.written = time.monotonic()
         status = {
             "state": state,
-            "reason": reason,
+            "reason": redact(reason),
             "step": self.step,
             "max_steps": self.max_steps,
             "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -193,7 +201,7 @@ class RunFolder:
         file = self.path / name
         if not file.is_file():
             return None
-        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        kept = read_json(file)
         return kept if of is None or of.items() <= kept.items() else None
 
     def keep(self, name: str, value: dict[str, Any]) -> None:
@@ -244,13 +252,16 @@ def _boot_id() -> str:
 def _alive(owner: dict[str, Any], status: dict[str, Any]) -> bool:
     """Whether the process that owns a folder still runs; on another host: whether it wrote within the last hour."""
     if owner.get("host") != platform.node():
-        written = time.mktime(time.strptime(str(status.get("updated", ""))[:19], "%Y-%m-%dT%H:%M:%S"))
+        try:
+            written = time.mktime(time.strptime(str(status.get("updated", ""))[:19], "%Y-%m-%dT%H:%M:%S"))
+        except ValueError:
+            return False
         return time.time() - written < 3600
     if owner.get("boot_id") != _boot_id():
         return False
     try:
         os.kill(int(owner["pid"]), 0)
-    except (ProcessLookupError, ValueError, KeyError):
+    except (ProcessLookupError, ValueError, KeyError, TypeError, OverflowError):
         return False
     except PermissionError:
         pass

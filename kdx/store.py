@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kdx.causal_lm import Head
 from kdx.durable import digest_of, open_to_umask, read_json, temporary, write_beside
+from kdx.errors import ConfigError
 from kdx.segments import HEADER_SIZE, Segments
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,10 @@ class TeacherStore:
     ) -> None:
         self.root, self.identity, self.name, self.limit_bytes = root, identity, name, limit_bytes
         self.folder = root / identity.key
+        for part in (self.folder, self.folder / "rows", self.folder / "answers", root / "students"):
+            if not part.resolve().is_relative_to(root.resolve()):
+                what = f"{part} is a link out of it, to {part.resolve()}"
+                raise ConfigError("teacher.store_dir", what, "Remove the link, or choose another folder")
         self.rows = Segments(self.folder / "rows", owner)
         self.counts = Counts()
         self.is_full = False

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kdx.config import Config, TrackingConfig
 from kdx.durable import write_beside
-from kdx.redact import redact
+from kdx.redact import printable, redact
 
 log = logging.getLogger("kdx")
 CONSOLE = Console(soft_wrap=True, highlight=False)
@@ -48,11 +48,6 @@ class Progressed(Protocol):
     counted_tokens: int
 
 
-def printable(text: str) -> str:
-    """Strip control characters: sample text is somebody's text, and terminals obey escapes."""
-    return "".join(c for c in text if c in "\n\t" or c.isprintable())
-
-
 class _ConsoleHandler(logging.Handler):
     """Log lines through the one console, above the progress bar."""
 
@@ -60,6 +55,12 @@ class _ConsoleHandler(logging.Handler):
         style = "yellow" if record.levelno >= logging.WARNING else None
         text = record.getMessage()
         CONSOLE.print(f"warning: {text}" if record.levelno >= logging.WARNING else text, style=style, markup=False)
+
+
+def _clean(record: logging.LogRecord) -> bool:
+    """Without secrets, and without what a terminal would obey: lines quote paths and rows."""
+    record.msg, record.args = printable(redact(record.getMessage())), ()
+    return True
 
 
 @contextmanager
@@ -73,6 +74,7 @@ def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(to_file)
     for handler in handlers:
+        handler.addFilter(_clean)
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -236,41 +236,6 @@ def test_every_unset_variable_is_named():
     ]
 
 
-HOSTILE = {
-    "callback": "hydra: {callbacks: {x: {_target_: os.system, command: touch marker}}}",
-    "launcher": "hydra: {launcher: {_target_: os.system}}",
-    "sweeper": "hydra: {sweeper: {_target_: '${oc.env:EVIL,os.system}'}}",
-    "through a plug-in": "hydra: {launcher: {_target_: hydra._internal.core_plugins.bash_completion.os.system}}",
-    "log factory": "hydra: {job_logging: {handlers: {x: {'()': os.system, command: touch marker}}}}",
-    "log class": "hydra: {job_logging: {handlers: {x: {class: os.system}}}}",
-    "log file": "hydra: {hydra_logging: {handlers: {x: {class: logging.FileHandler, filename: marker}}}}",
-    "environment": "hydra: {job: {env_set: {LD_PRELOAD: x.so}}}",
-    "folder": "hydra: {run: {dir: /elsewhere/outside}}",
-    "shell": "defaults: [{override /hydra/launcher: slurm}]\nhydra: {launcher: {setup: [touch marker]}}",
-    "two lines": 'defaults: [{override /hydra/launcher: slurm}]\nhydra: {launcher: {comment: "a\\ntouch marker"}}',
-    "launcher's folder": "defaults: [{override /hydra/launcher: slurm}]\nhydra: {launcher: {submitit_folder: ../x}}",
-    "parent": "hydra: {sweep: {subdir: ../../outside}}",
-    "target": "loss: {_target_: os.system}",
-    "in a list": "optim: {schedule_options: {a: [{'()': os.system}]}}",
-    "class": "data: {options: {class: os.system}}",
-}
-
-
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_yaml_is_refused_before_hydra_runs(text, capfd):
-    write("mine/experiment/x.yaml", f"# @package _global_\n{text}\n")
-    code, out, lines = run(capfd, "--config-dir", "mine", "experiment=x", "--help")
-    assert (code, out, len(lines)) == (2, "", 1)
-    assert "names code" in lines[0] or "Type it" in lines[0]
-    assert sorted(p.name for p in Path().iterdir()) == ["mine"]
-
-
-def test_a_config_of_ones_own_searches_in_no_package():
-    write("mine/config.yaml", "defaults: [_self_]\nhydra: {searchpath: ['pkg://evil']}\n")
-    write("evil/__init__.py", "raise SystemExit('imported')")
-    assert "names a Python package" in refused(config_path="mine")[0]
-
-
 def test_what_only_a_person_may_ask_for_is_obeyed_when_typed():
     assert preflight(["+hydra.job.env_set.A=b", "hydra.run.dir=/elsewhere/x"], Source()).added == []
 

@@ -1,8 +1,7 @@
-"""Whole runs with the teacher's store, its commands, and many processes that share one."""
+"""Whole runs with the teacher's store, and its commands."""
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -10,30 +9,24 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from processes import ended, environment, started
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from standins import write_dialogpt, write_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from kdx.batches import MicroBatch, Row, collate
 from kdx.cli import compose
 from kdx.config import Config
 from kdx.distill import Summary, distill
 from kdx.errors import MachineError
 from kdx.prepare import in_bytes
 from kdx.segments import survey
-from kdx.store import Identity, TeacherStore
-from kdx.teacher import Teacher
 
 NUM_TRAINED, NUM_HELD_OUT = 32, 8
-ROUNDS = int(os.environ.get("KDX_FAULT_ROUNDS", "3"))  # of the fault test at the end
 VARYING = ("speed/tokens_per_second", "memory/peak_bytes")
 
 
@@ -491,72 +484,3 @@ class TestCommands:
             self.tend("verify", str(store))
         assert self.tend("prune", str(store)) == 0
         assert not old.exists() and not cut.exists() and new.exists()
-
-
-class TestFaults:
-    def test_four_share_a_store_and_one_is_killed(self, place: Path, tmp_path: Path) -> None:
-        """Each asks for the same batches in an order of its own, and compares what it is told with the live teacher."""
-        live, batches = Teacher(partial(load, place), "bf16", WHO), batches_to_share()
-        reference = [live.live(batch) for batch in batches]
-        save_file({str(i): hidden for i, hidden in enumerate(reference)}, tmp_path / "reference.safetensors")
-        per_row = {
-            digest: part
-            for batch, hidden in zip(batches, reference, strict=True)
-            for digest, part in zip(batch.row_digests, hidden.split(batch.num_counted), strict=True)
-        }
-        wrong = stuck = killed = checked = 0
-        for round_ in range(ROUNDS):
-            chance = random.Random(round_)
-            root = tmp_path / str(round_)
-            for shift in (0, 4):  # the second four find what the first four left
-                processes = [started(share, place, root, number) for number in range(shift, shift + 4)]
-                time.sleep(chance.uniform(0.2, 1.5))
-                chance.choice(processes).kill()
-                codes = [ended(process) for process in processes]
-                stuck += codes.count(None)
-                killed += codes.count(-signal.SIGKILL)
-                wrong += codes.count(WRONG)
-                assert {*codes} <= {0, WRONG, None, -signal.SIGKILL}
-            reader = TeacherStore(root, WHO, name="teacher", owner="reader")
-            for digest, part in per_row.items():
-                found = reader.peek([digest])
-                wrong += found is None or not torch.equal(found[0], part)
-                checked += 1
-            assert reader.rows.num_bad == 0 and survey(reader.folder / "rows").num_bad == 0
-            assert reader.kept() is not None and reader.answer("prompt") == "answer"
-            reader.close()
-        print(f"{ROUNDS} rounds of 8 processes, {killed} killed: {wrong} wrong of {checked} rows, {stuck} stuck")
-        assert (wrong, stuck) == (0, 0) and killed > 0
-
-
-WHO = Identity("weights", "tokenizer", "bf16", "none")
-WRONG = 77  # the exit code of a process that was told something wrong
-
-
-def load(place: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(place / "teacher", dtype=torch.bfloat16)
-
-
-def batches_to_share() -> list[MicroBatch]:
-    draw = random.Random(0).randrange
-    lengths = [[draw(5, 40) for _ in range(4)] for _ in range(60)]
-    rows = [
-        [Row(str(n), [draw(3, 250) for _ in range(n)], [t >= n // 3 for t in range(n)]) for n in four]
-        for four in lengths
-    ]
-    return [collate(four, 0) for four in rows]
-
-
-def share(place: Path, root: Path, number: int) -> None:
-    """Ask for every batch twice."""
-    torch.set_num_threads(1)
-    batches, reference = batches_to_share(), load_file(root.parent / "reference.safetensors")
-    store = TeacherStore(root, WHO, name="teacher", owner=f"run{number}")
-    teacher = Teacher(partial(load, place), "bf16", WHO, store=store)
-    order = list(range(len(batches)))
-    random.Random(number).shuffle(order)
-    for i in order * 2:
-        if not torch.equal(teacher.hidden(batches[i]), reference[str(i)]):
-            os._exit(WRONG)
-    store.keep_answer("prompt", "answer")
-    store.close()

@@ -48,7 +48,7 @@ def test_row_templates(peak, text, says):
 def test_chat_templates(peak, make_tokenizer, data_config, text, says):
     for whose, tokenizer, config in (
         ("it", make_tokenizer(), data_config("custom", chat_template=text)),
-        ("the tokenizer's own", make_tokenizer(text), data_config("custom")),
+        ("the chat template that the tokenizer brings", make_tokenizer(text), data_config("custom")),
     )[: 1 if says == LONG else 2]:  # the same way for both
         with pytest.raises(DataError) as caught:
             prepare_tokenizer(tokenizer, config)

@@ -248,6 +248,19 @@ def test_a_server_that_vanishes_costs_nothing_but_the_wait(place: Path, without:
         assert kept.exit_codes[-1] == 0
 
 
+def test_a_server_that_is_absent_costs_nothing_but_the_wait(place: Path, without: dict[str, torch.Tensor]) -> None:
+    absent = {"WANDB_BASE_URL": NOBODY, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "1", "WANDB_FINISH_TIMEOUT": "1"}
+    told = kdx(place, "loss.name=eventful", "hydra.run.dir=outputs/absent", **absent)
+    waited = time.time() - (place / "outputs/absent/summary.json").stat().st_mtime
+    assert told.returncode == 0, told.stderr
+    assert told.stderr == ""
+    assert waited < 1 + 10
+    assert told.stdout.count("W&B cannot be reached") == 1
+    assert "wandb sync " in told.stdout
+    student = load_file(place / "outputs/absent/student/model.safetensors")
+    assert all(torch.equal(student[name], weight) for name, weight in without.items())
+
+
 def test_a_signal_while_wandb_closes_leaves_a_done_run_done(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 from standins import write_dialogpt, write_pairs
 
 from kdx import checkpoint, loss
-from kdx.cli import compose, guarded
+from kdx.cli import compose, guarded, main
 from kdx.config import Config
 from kdx.distill import distill
 from kdx.run_folder import RunFolder
@@ -90,10 +91,30 @@ def start(config: Config, run_dir: Path, fault: Callable[[], None] | None = None
     return Run(process, log)
 
 
-def _child(config: Config, run_dir: Path, log: Path, fault: Callable[[], None] | None) -> None:
+def start_command(words: list[str], folder: Path, log: Path, **environment: str) -> Run:
+    """Start `python -m kdx` with words in a folder; what it prints goes to `log`."""
+    process = SERVER.Process(target=_command, args=(words, folder, log, environment))
+    process.start()
+    return Run(process, log)
+
+
+def _command(words: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))  # whatever it is given, the machine is not in danger
+    _print_to(log)
+    sys.argv = ["kdx", *words]
+    main()
+
+
+def _print_to(log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+
+
+def _child(config: Config, run_dir: Path, log: Path, fault: Callable[[], None] | None) -> None:
+    _print_to(log)
     if fault:
         fault()
 

@@ -1,0 +1,63 @@
+"""A job of a sweep whose data, teacher, tokenizer or plug-ins have changed since: it runs again, in a folder beside.
+
+The folder that is stale stays as it is; NAME-2, NAME-3, … follow it, and the last one is the job's.
+"""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kdx import plugins
+from kdx.config import Config
+from kdx.devices import one_device
+from kdx.drift import differences
+from kdx.durable import read_json
+from kdx.errors import KdxError
+
+_known: dict[str, dict[str, Any]] = {}  # what configs of this process name: the jobs of a sweep share most of it
+
+
+def newest(folder: Path) -> Path:
+    """The last folder of a job, by any of them: its own, or the one that took its place."""
+    folder = folder.with_name(re.sub(r"(?<=[0-9a-f]{6})-\d+$", "", folder.name))
+    later = [f for f in folder.parent.glob(f"{folder.name}-*") if re.fullmatch(r"-\d+", f.name[len(folder.name) :])]
+    return max(later, key=lambda f: int(f.name.rsplit("-", 1)[1]), default=folder)
+
+
+def place(config: Config, folder: Path, is_parallel: bool) -> Path:
+    """Where a job goes on or starts: its newest folder, or a new one if that is stale.
+
+    What cannot be read now is said when the job starts; if it is done, nothing is lost.
+    """
+    there = newest(folder)
+    was = read_json(there / "data.json")
+    if not was:
+        return there
+    try:
+        plugins.load(None)
+        with one_device(is_parallel):
+            now = _now(config)
+    except KdxError:
+        return there
+    changed = [key for key, _, _ in differences({k: was.get(k) for k in now}, now)]
+    if not changed:
+        return there
+    number = 1 if there == folder else int(there.name.rsplit("-", 1)[1])
+    new = folder.with_name(f"{folder.name}-{number + 1}")
+    print(f"kdx: {there} is stale ({', '.join(changed)} changed since it ran): {new.name} takes its place", flush=True)
+    return new
+
+
+def _now(config: Config) -> dict[str, Any]:
+    """What a run would keep in data.json, as far as it decides which student comes out."""
+    from kdx.prepare import build_accelerator, identity_of, origin, read_text
+    from kdx.tracking import logging_to
+
+    key = json.dumps([asdict(part) for part in (config.teacher, config.student, config.data)], default=str)
+    if key not in _known:
+        with logging_to(None, is_main=False):  # what there is to say is said when the job starts
+            text, device = read_text(config), build_accelerator(config).device
+        _known[key] = origin(text, identity_of(config.teacher, text.tokenizer, device))
+    return _known[key]

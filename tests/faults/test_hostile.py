@@ -1,0 +1,371 @@
+"""What others wrote, given to the real command: it runs nothing, writes nothing elsewhere, and keeps no secret."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import config_of, make_place, signal_at, start, start_command, words_of
+
+from kdx.durable import MANIFEST, seal
+
+SECRETS = {  # the environment of every command below
+    "HF_TOKEN": "hf_" + "aB3dE5" * 6,
+    "WANDB_API_KEY": "0f1e2d3c4b" * 4,
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/bPxRfi",
+    "DB_PASSWORD": "open sesame",
+}
+TYPED = ("pa55word", "hf_" + "Zy9xW8" * 6, "sk-" + "qwerty" * 5)  # and what some of them type
+SLURM = "defaults: [{override /hydra/launcher: slurm}]\n"
+
+
+class Runs:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture
+def box(tmp_path, place):
+    """A folder to type commands in, with copies of the models, beside one that nothing may change."""
+    shutil.copytree(place, tmp_path / "work")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "kept.txt").write_text("kept\n")
+    return tmp_path / "work"
+
+
+def beside(box: Path) -> dict[str, bytes]:
+    """All that stands outside of the folder."""
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in box.parent.rglob("*") if box not in [p, *p.parents]}
+
+
+def obey(box: Path, *words: str, **environment: str) -> tuple[int, str]:
+    """Run the command, and see that it did no harm → its exit code and what it printed."""
+    before = beside(box)
+    log = box / "told.log"
+    run = start_command(list(words), box, log, **SECRETS, KDX_STORE=str(box / "store"), **environment)
+    code = run.code  # waits
+    assert beside(box) == before, "written outside"
+    assert not [p for p in box.rglob("*") if p.name.startswith("marker")], "code was run"
+    for file in (p for p in box.rglob("*") if p.is_file() and p.name != "trap.yaml"):
+        text = file.read_bytes()
+        for secret in (*SECRETS.values(), *TYPED):
+            assert secret.encode() not in text, f"{file.relative_to(box)} has a secret"
+    assert "\x1b" not in run.text, "the terminal was told to obey"
+    return code, run.text
+
+
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+# YAML of somebody's, under --config-dir
+
+YAML = {
+    "callback": "hydra: {callbacks: {x: {_target_: os.mkdir, path: marker}}}",
+    "launcher": "hydra: {launcher: {_target_: os.mkdir, path: marker}}",
+    "sweeper": "hydra: {sweeper: {_target_: '${oc.env:EVIL,os.mkdir}', path: marker}}",
+    "through a plug-in": "hydra: {launcher: {_target_: hydra._internal.core_plugins.bash_completion.os.mkdir}}",
+    "log factory": "hydra: {job_logging: {handlers: {x: {'()': os.mkdir, path: marker}}}}",
+    "log class": "hydra: {job_logging: {handlers: {x: {class: os.mkdir, path: marker}}}}",
+    "log file": "hydra: {hydra_logging: {handlers: {x: {class: logging.FileHandler, filename: marker}}}}",
+    "environment": "hydra: {job: {env_set: {KDX_PLUGINS: evil}}}",
+    "swept environment": "hydra: {mode: MULTIRUN, sweeper: {params: {+hydra.job.env_set.KDX_PLUGINS: evil}}}",
+    "swept folder": "hydra: {mode: MULTIRUN, sweeper: {params: {hydra.sweep.subdir: ../../../../outside/x}}}",
+    "folder": "hydra: {run: {dir: ../outside/x}}",
+    "shell": SLURM + "hydra: {launcher: {setup: [touch marker]}}",
+    "two lines": SLURM + 'hydra: {launcher: {comment: "a\\ntouch marker"}}',
+    "launcher's folder": SLURM + "hydra: {launcher: {submitit_folder: ../outside/x}}",
+    "parent": "hydra: {sweep: {subdir: ../../../outside}}",
+    "sweep's name": "hydra: {mode: MULTIRUN, sweeper: {params: {train.seed: '1,2'}}}\nsweep: {name: ../../../outside/x}",
+    "target": "loss: {_target_: os.mkdir}",
+    "target in a list": "optim: {schedule_options: {a: [{'()': os.mkdir}]}}",
+    "class": "data: {options: {class: os.mkdir}}",
+    "plug-ins": "plugins: [evil]",
+    "code of a model": "teacher: {path: coded, trust_remote_code: true, revision: " + "a" * 40 + "}",
+    "swept code of a model": "hydra: {mode: MULTIRUN, sweeper: {params: {teacher.trust_remote_code: 'true'}}}\n"
+    "teacher: {path: coded, revision: " + "a" * 40 + "}",
+    "Python object": "loss: !!python/object/apply:os.mkdir [marker]",
+    "package": "hydra: {searchpath: ['pkg://evil']}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", YAML.values(), ids=YAML)
+def test_yaml(box, place, text):
+    write(box / "evil.py", "import os\nos.mkdir('marker')\n")
+    coded(box / "coded")
+    write(box / "mine/experiment/trap.yaml", f"# @package _global_\n{text}\n")
+    words = [w for w in words_of(Path(), "train.max_steps=1") if "teacher.path" not in w or "coded" not in text]
+    code, told = obey(box, "--config-dir", "mine", "experiment=trap", *words)
+    assert (code, len(told.splitlines())) == (2, 1), told
+
+
+def test_a_config_of_ones_own_searches_in_no_package(box):
+    write(box / "mine/config.yaml", "defaults: [_self_]\nhydra: {searchpath: ['pkg://evil']}\n")
+    write(box / "evil/__init__.py", "import os\nos.mkdir('marker')\n")
+    code, told = obey(box, "--config-path", "mine")
+    assert code == 2
+    assert "names a Python package" in told
+
+
+# Folders of somebody's: models
+
+
+def coded(folder: Path) -> None:
+    """A model and tokenizer that bring code."""
+    shutil.copytree(folder.parent / "teacher", folder)
+    source = "import os\nos.mkdir('marker')\n"
+    for name in ("evil_model.py", "evil_tokens.py"):
+        (folder / name).write_text(source)
+    edit(folder / "config.json", model_type="evil", auto_map={
+        "AutoConfig": "evil_model.EvilConfig", "AutoModelForCausalLM": "evil_model.EvilModel"})  # fmt: skip
+    edit(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map={
+        "AutoTokenizer": [None, "evil_tokens.EvilTokenizer"]})  # fmt: skip
+
+
+def edit(file: Path, **keys: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def with_code(box: Path) -> None:
+    coded(box / "coded")
+    shutil.rmtree(box / "teacher")
+    shutil.move(box / "coded", box / "teacher")
+
+
+def with_tokenizers_code(box: Path) -> None:
+    plain = (box / "teacher" / "config.json").read_text()
+    with_code(box)
+    (box / "teacher" / "config.json").write_text(plain)
+
+
+def with_a_pickle(box: Path) -> None:
+    (box / "teacher/model.safetensors").unlink()
+    (box / "teacher/pytorch_model.bin").write_bytes(pickle.dumps({"w": Runs(box / "marker")}))
+
+
+def with_shards(name: str):
+    def lay(box: Path) -> None:
+        shutil.move(box / "teacher/model.safetensors", box.parent / "outside" / "x.safetensors")
+        write(box / "teacher/model.safetensors.index.json", f'{{"metadata": {{}}, "weight_map": {{"w": "{name}"}}}}')
+
+    return lay
+
+
+def with_template(text: str):
+    def lay(box: Path) -> None:
+        for model in ("teacher", "student"):
+            edit(box / model / "tokenizer_config.json", chat_template=text)
+
+    return lay
+
+
+ESCAPE = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+CALL = "{% for x in ().__class__.__base__.__subclasses__() %}{{ x.__init__.__globals__ }}{% endfor %}"
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}"
+HUGE = "{{ 'x' * 9999999999 }}"
+MODELS = {
+    "code of a model": (with_code, "teacher.path"),
+    "code of a tokenizer": (with_tokenizers_code, "teacher.path"),
+    "pickled weights": (with_a_pickle, "teacher.path"),
+    "shards above": (with_shards("../../outside/x.safetensors"), "names weights outside its folder"),
+    "shards in JSON's letters": (with_shards("\\u002e\\u002e/\\u002e./outside/x.safetensors"), "names weights outside"),
+    "shards elsewhere": (with_shards("/outside/x"), "names weights outside its folder"),
+    "shards on a drive": (with_shards("C:\\\\outside.safetensors"), "names weights outside its folder"),
+    "chat template": (with_template(ESCAPE), "the chat template"),
+    "chat template's call": (with_template(CALL), "the chat template"),
+    "endless chat template": (with_template(ENDLESS), "the chat template"),
+    "huge chat template": (with_template(HUGE), "the chat template"),
+}
+
+
+@pytest.mark.parametrize(("lay", "says"), MODELS.values(), ids=MODELS)
+def test_models(box, lay, says):
+    lay(box)
+    code, told = obey(box, *words_of(Path(), "train.max_steps=1"))
+    assert code == 2, told
+    assert says in told
+    assert "Traceback" not in told
+
+
+# Data of somebody's
+
+
+def with_rows(text: str):
+    def lay(box: Path) -> list[str]:
+        write(box / "pairs.jsonl", text)
+        return []
+
+    return lay
+
+
+def quoted(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def with_words(*words: str):
+    return lambda box: list(words)
+
+
+GOOD = "".join(json.dumps({"source": f"What is {i}?", "target": f"It is {i}."}) + "\n" for i in range(20))
+DATA = {
+    "row template": (with_words(f"data.template.user={quoted(ESCAPE)}"), 2, "data.template.user cannot be filled"),
+    "chat template of the run": (with_words(f"data.chat_template={quoted(ESCAPE)}"), 2, "chat template"),
+    "deep JSON": (with_rows('{"source": ' + "[" * 200_000 + "\n"), 2, "is not JSON"),
+    "huge number": (with_rows('{"source": ' + "9" * 100_000 + ', "target": "a"}\n'), 2, "pairs.jsonl:1"),
+    "infinite number": (with_rows('{"source": 1e999, "target": "a"}\n'), 2, "is a number"),
+    "huge row": (with_rows(GOOD + json.dumps({"source": "a " * 50_000, "target": "b"}) + "\n"), 0, "next:"),
+    "escapes in good rows": (with_rows(GOOD + GOOD.replace("is", "\\u001b[2J\\u009bis")), 0, "next:"),
+    "escapes in rows": (
+        with_rows('{"source": "\\u001b[2J\\u009b2J", "target": {"\\u001b]0;x\\u0007": 1}}\n'),
+        2,
+        "target",
+    ),
+    "escapes in names": (with_rows('{"\\u001b[2J": "\\u001b[2J", "target": "x"}\n'), 2, "the columns are"),
+}
+
+
+@pytest.mark.parametrize(("lay", "code", "says"), DATA.values(), ids=DATA)
+def test_data(box, lay, code, says):
+    more = lay(box)
+    found, told = obey(box, *words_of(Path(), "train.max_steps=1", "tracking.samples=true", *more))
+    assert found == code, told
+    assert says in told
+    assert "Traceback" not in told
+
+
+# Run folders, sweeps and stores of somebody's
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A place with a run that was stopped at step 2 of 4, and a store."""
+    folder = make_place(tmp_path_factory.mktemp("made"))
+    words = ["teacher.store=on", f"teacher.store_dir={folder / 'store'}", "train.max_steps=4"]
+    assert start(config_of(folder, *words), folder / "theirs", signal_at(2)).code == 143
+    write(folder / "theirs/overrides.yaml", json.dumps(words_of(folder, *words)))
+    for file in (folder / "theirs/overrides.yaml", folder / "theirs/config.yaml"):  # as typed in that folder
+        write(file, file.read_text().replace(f"{folder}/", ""))
+    return folder
+
+
+@pytest.fixture
+def theirs(made, tmp_path):
+    shutil.copytree(made, tmp_path / "work")
+    (tmp_path / "outside" / "folder").mkdir(parents=True)
+    (tmp_path / "outside" / "kept.txt").write_text("kept\n")
+    return tmp_path / "work"
+
+
+def with_pickle_in_checkpoint(name: str):
+    def lay(box: Path) -> None:
+        (checkpoint,) = (box / "theirs/checkpoints").iterdir()
+        (checkpoint / name).write_bytes(pickle.dumps(Runs(box / "marker")))
+        (checkpoint / MANIFEST).unlink()
+        seal(checkpoint)
+
+    return lay
+
+
+def with_text(name: str, text: str):
+    return lambda box: write(box / name, text)
+
+
+def with_command(box: Path) -> None:
+    write(box / "theirs/command.txt", "python -m kdx --config-dir evil experiment=trap")
+    write(box / "theirs/overrides.yaml", "[experiment=trap]")
+
+
+def with_link(name: str, to: str):
+    def lay(box: Path) -> None:
+        link = box / name
+        shutil.rmtree(link) if link.is_dir() else link.unlink(missing_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(box.parent / "outside" / to)
+
+    return lay
+
+
+def with_linked_store(box: Path) -> None:
+    (key,) = (box / "store").glob("[0-9a-f]*")
+    shutil.move(key, box.parent / "outside" / "key")
+    with_link(f"store/{key.name}", "key")(box)
+
+
+OBJECT = "!!python/object/apply:os.mkdir [marker]\n"
+RESUME, LIKE = ("run.resume=theirs",), ("run.like=theirs", "teacher.store_dir=store")
+SWEEP = ("-m", "run.like=theirs", "train.seed=1,2", "sweep.name=s", "sweep.baseline=false", "teacher.store_dir=store")
+FOLDERS = {
+    "optimizer": (with_pickle_in_checkpoint("optimizer.pt"), RESUME, 2, "holds more than numbers"),
+    "random numbers": (with_pickle_in_checkpoint("random.pt"), RESUME, 2, "holds more than numbers"),
+    "config": (with_text("theirs/config.yaml", OBJECT), RESUME, 2, "is not the config of a run"),
+    "words": (with_text("theirs/overrides.yaml", OBJECT), LIKE, 2, "holds words that are not a run's"),
+    "Hydra's words": (
+        with_text("theirs/overrides.yaml", "['+hydra.job.env_set.KDX_PLUGINS=evil']"), LIKE, 2, "holds words"),
+    "a model's code": (
+        with_text("theirs/overrides.yaml", "[teacher=hf, teacher.path=coded, teacher.trust_remote_code=true, "
+                  f"teacher.revision={'a' * 40}, student=hf, student.path=student, data=pairs, data.path=pairs.jsonl]"),
+        LIKE, 2, "is not taken from theirs"),
+    "command": (with_command, LIKE, 2, "names code"),
+    "command's flags": (with_text("theirs/command.txt", "python -m kdx '"), LIKE, 2, "is not a command"),
+    "status": (with_text("theirs/status.json", '{"state": "done", "owner": []}'), RESUME, 2, "theirs"),
+    "data": (with_text("theirs/data.json", "[1"), RESUME, 2, "theirs"),
+    "linked log": (with_link("theirs/kdx.log", "kept.txt"), RESUME, 2, "is a link that leads elsewhere"),
+    "linked figures": (with_link("theirs/metrics.jsonl", "kept.txt"), RESUME, 2, "is a link that leads elsewhere"),
+    "linked plug-ins": (with_link("theirs/plugins", "folder"), RESUME, 2, "is a link that leads elsewhere"),
+    "linked checkpoints": (with_link("theirs/checkpoints", "folder"), RESUME, 2, "is a link that leads elsewhere"),
+    "linked job": (lambda box: None, SWEEP, 5, "is a link that leads elsewhere"),
+    "linked teacher": (with_linked_store, LIKE, 2, "is a link out of it"),
+    "sweep's name": (lambda box: None, (*SWEEP, "sweep.name=../x"), 2, "sweep.name"),
+    "sweep's name elsewhere": (lambda box: None, (*SWEEP, "sweep.name=/tmp/x"), 2, "sweep.name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lay", "words", "code", "says"), FOLDERS.values(), ids=FOLDERS)
+def test_folders(theirs, lay, words, code, says):
+    write(theirs / "evil.py", "import os\nos.mkdir('marker')\n")
+    write(theirs / "evil/experiment/trap.yaml", f"# @package _global_\n{YAML['callback']}\n")
+    coded(theirs / "coded")
+    if words is SWEEP:
+        assert obey(theirs, *words)[0] == 0
+        for job in (theirs / "outputs/sweeps/s").glob("seed-*"):
+            with_link(str(job.relative_to(theirs)), "folder")(theirs)
+    lay(theirs)
+    found, told = obey(theirs, *words)
+    assert found == code, told
+    assert says in told
+    assert "Traceback" not in told
+
+
+# Secrets
+
+
+URL = f"https://me:{TYPED[0]}@127.0.0.1:9/x.jsonl"
+KEPT = {
+    "typed": ((f"tracking.notes=see {TYPED[1]}", f"tracking.tags=[{TYPED[2]}]", f"tracking.name='{SECRETS['DB_PASSWORD']}'"), 0),
+    "of the environment": (("tracking.notes=${oc.env:HF_TOKEN}", "tracking.name=${oc.env:AWS_SECRET_ACCESS_KEY}"), 0),
+    "in an address": ((f"data.path={URL}", f"teacher.path=https://127.0.0.1:9/{TYPED[1]}"), 2),
+    "in a sweep": (("-m", "train.seed=1,2", f"tracking.notes={TYPED[1]}"), 2),
+    "of a sweep's environment": (("-m", "train.seed=1", "sweep.name=s", "sweep.baseline=false", "tracking.notes=${oc.env:HF_TOKEN}"), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "code"), KEPT.values(), ids=KEPT)
+def test_secrets(box, words, code):
+    more = ["tracking.mode=offline", "train.max_steps=1", *(word for word in words if word != "-m")]
+    found, told = obey(box, *(["-m"] if "-m" in words else []), *words_of(Path(), *more))
+    assert found == code, told
+    assert "Traceback" not in told
+
+
+def test_the_figure(figure):
+    """All of the above hold: each looked for marker files, for anything written outside, and for secrets on disk."""
+    number = 1 + sum(map(len, (YAML, MODELS, DATA, FOLDERS, KEPT)))
+    figure(f"hostile inputs: {number} tried: 0 marker files, 0 written outside, 0 secrets on disk")

@@ -1,0 +1,185 @@
+"""Sweeps that are killed: every job is done once, what is done stays as it is, and what has changed since runs again."""
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from runs import PATIENCE, litter, outcome, start_command, status, words_of, write_dialogpt, write_pairs
+
+PLUGIN = '''
+from kdx.loss import forward_kl, register
+
+@register
+def fussy(student, teacher, most: float = 9.0):
+    """Forward KL that breaks for some points."""
+    if len(student) > 2 and most < 1:
+        raise RuntimeError("most is too small")
+    return forward_kl(student, teacher)
+'''
+
+
+@pytest.fixture
+def own(place: Path, tmp_path: Path) -> Path:
+    """A folder to type commands in, with models and data of its own."""
+    shutil.copytree(place, tmp_path / "own")
+    (tmp_path / "own" / "fussy_loss.py").write_text(PLUGIN)
+    return tmp_path / "own"
+
+
+def sweep(folder: Path, *words: str):
+    """The same command every time: its run in a process."""
+    base = ["-m", "sweep.name=s", "train.micro_batch_size=4", *words]
+    return start_command(
+        [*base[:1], *words_of(Path(), *base[1:])],
+        folder, folder / "told.log", KDX_PLUGINS="fussy_loss", KDX_STORE=str(folder / "store"),
+    )  # fmt: skip
+
+
+def jobs(folder: Path) -> list[Path]:
+    return sorted(file.parent for file in folder.glob("outputs/sweeps/s/*/status.json"))
+
+
+def whole(folder: Path) -> dict[str, tuple[str, int]]:
+    """Every file of a folder: what it holds, and when it was written."""
+    return {
+        str(file): (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
+        for file in folder.rglob("*")
+        if file.is_file() and ".tmp-" not in str(file)  # what a kill left of a removal is removed
+    }
+
+
+def test_a_sweep_that_is_killed_again_and_again(own, tmp_path, full, figure):
+    words = (
+        "loss.temperature=1,2,4" if full else "loss.temperature=1",
+        "sweep.baseline=true",
+        "train.max_steps=15",
+        "train.save_every=3",
+    )
+    shutil.copytree(own, tmp_path / "straight")
+    straight = sweep(tmp_path / "straight", *words)
+    assert straight.code == 0, straight.text
+    expected = {job.name: outcome(job) for job in jobs(tmp_path / "straight")}
+    number = len(expected)
+    assert number == (4 if full else 2)
+    wanted, kills, touched, resumed, due, equal, sweeps = 20 if full else 3, 0, 0, 0, 0, 0, 0
+    moments = random.Random(0)
+    while kills < wanted:
+        sweeps += 1
+        shutil.rmtree(own / "outputs", ignore_errors=True)
+        while True:
+            done = [job for job in jobs(own) if status(job)["state"] == "done"]
+            known = {job: whole(job) for job in done}
+            begun = {j: times_resumed(j) for j in jobs(own) if j not in done and any(j.glob("checkpoints/step-*"))}
+            run = sweep(own, *words)
+            wait_for_more(own, run, moments.randrange(1, 20))
+            run.process.join(moments.uniform(0, 0.5))
+            run.kill(signal.SIGKILL)
+            code = run.code
+            touched += sum(whole(job) != known[job] for job in done)
+            due += len(begun)
+            resumed += sum(times_resumed(job) == before + 1 for job, before in begun.items())
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, run.text
+            kills += 1
+        assert {job.name for job in jobs(own)} == expected.keys()
+        equal += sum(outcome(job) == expected[job.name] and not litter(job) for job in jobs(own))
+    figure(
+        f"sweeps of {number} jobs: {kills} kills in {sweeps} sweeps: {touched} done folders touched, {resumed}/{due} gone on "
+        f"with from a checkpoint, {equal}/{number * sweeps} jobs done once and bitwise equal"
+    )
+    assert (touched, resumed, equal) == (0, due, number * sweeps)
+    assert due > 0
+
+
+def times_resumed(job: Path) -> int:
+    return (job / "kdx.log").read_text().count("going on from")
+
+
+def wait_for_more(folder: Path, run, steps: int) -> None:
+    """Wait until a sweep has done some steps more, or has ended."""
+    begun = num_steps(folder)
+    for _ in range(PATIENCE * 100):
+        run.process.join(0.01)
+        if run.process.exitcode is not None or num_steps(folder) >= begun + steps:
+            return
+
+
+def num_steps(folder: Path) -> int:
+    return sum(file.read_bytes().count(b"train/loss") for file in folder.glob("outputs/sweeps/s/*/metrics.jsonl"))
+
+
+def test_what_was_never_tried_comes_before_what_failed(own, full, figure):
+    """Of six points (three in short) the first fails and the third is killed: then that one and those after it come first."""
+    values = "0,2,3,4,5,6" if full else "0,2,3"
+    number = len(values.split(","))
+    words = ("loss.name=fussy", f"+loss.most={values}", "sweep.baseline=false", "train.max_steps=2")
+    first = sweep(own, *words)
+    for _ in range(PATIENCE * 100):
+        first.process.join(0.01)
+        if sum(status(job)["state"] == "done" for job in jobs(own)) >= 1 or first.process.exitcode is not None:
+            break
+    first.kill(signal.SIGKILL)
+    assert first.code == -signal.SIGKILL
+    done = [job.name for job in jobs(own) if status(job)["state"] == "done"]
+    again = sweep(own, *words)
+    assert again.code == 5, again.text
+    order = [line.rsplit("/", 1)[-1] for line in again.text.splitlines() if line.startswith("kdx: job ")]
+    assert order[-1].startswith("most-0_")
+    assert len(order) == number
+    states = [status(job)["state"] for job in jobs(own)]
+    assert sorted(states) == ["done"] * (number - 1) + ["failed"]
+    (failed,) = (job for job in jobs(own) if status(job)["state"] == "failed")
+    assert "most is too small" in status(failed)["reason"]
+    assert "most is too small" in (own / "outputs/sweeps/s/compare.md").read_text()
+    last = sweep(own, *words)
+    assert last.code == 5
+    assert last.text.count("is done already") == number - 1
+    figure(
+        f"a sweep with a job that raises, killed with {len(done)} done: the rest first, {number - 1} done, exit 5; again: 1 starts"
+    )
+
+
+def other_plugin(folder: Path) -> None:
+    (folder / "fussy_loss.py").write_text(PLUGIN + "# mended\n")
+
+
+def other_data(folder: Path) -> None:
+    write_pairs(folder / "pairs.jsonl", 41)
+
+
+def other_teacher(folder: Path) -> None:
+    shutil.rmtree(folder / "teacher")
+    write_dialogpt(folder / "teacher", 2, 16, pickled=False, seed=7)
+
+
+def test_what_changed_since_makes_a_done_job_stale(own, full, figure):
+    words = ("loss.temperature=1,2", "sweep.baseline=false", "train.max_steps=2")
+    assert sweep(own, *words).code == 0
+    kept = {job: whole(job) for job in jobs(own)}
+    changes = ((other_plugin, "plugins_digest"), (other_data, "fingerprint"), (other_teacher, "teacher_digest"))
+    changes = changes if full else changes[:1]
+    for number, (change, key) in enumerate(changes, 2):
+        change(own)
+        again = sweep(own, *words)
+        assert again.code == 0, again.text
+        assert again.text.count(" is stale (") == 2
+        assert key in again.text
+        new = set(jobs(own)) - kept.keys()
+        assert [job.name.rsplit("-", 1)[1] for job in sorted(new)] == [str(number)] * 2
+        assert {job: whole(job) for job in kept} == kept
+        kept |= {job: whole(job) for job in new}
+    once_more = sweep(own, *words)
+    assert once_more.code == 0
+    assert once_more.text.count("is done already") == 2, once_more.text
+    assert {job: whole(job) for job in jobs(own)} == kept
+    (table,) = json.loads((own / "outputs/sweeps/s/compare.json").read_text())["tables"]
+    assert len(table["students"]) == 2
+    assert "is stale" in (own / "outputs/sweeps/s/compare.md").read_text()
+    figure(
+        f"stale: {', '.join(key for _, key in changes)} changed in place: all listed and run in new folders, the old ones untouched"
+    )
