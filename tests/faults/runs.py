@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -140,6 +141,18 @@ def _signal_at(step: int, number: signal.Signals) -> None:
         known(self, now, is_main)
         if now == step:
             os.kill(os.getpid(), number)
+
+    RunFolder.at = at  # type: ignore[method-assign]
+
+
+def fill_disk_at(step: int, disk: Path, room: int) -> None:
+    """Others leave only so many bytes of a disk when a step is done."""
+    known = RunFolder.at
+
+    def at(self: RunFolder, now: int, is_main: bool) -> None:
+        known(self, now, is_main)
+        if now == step:
+            (disk / "ballast").write_bytes(b"x" * (shutil.disk_usage(disk).free - room))
 
     RunFolder.at = at  # type: ignore[method-assign]
 

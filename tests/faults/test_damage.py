@@ -9,7 +9,7 @@ import subprocess
 from functools import partial
 
 import pytest
-from runs import config_of, litter, outcome, start, straight
+from runs import config_of, fill_disk_at, litter, outcome, start, straight
 
 from kdx import checkpoint
 
@@ -90,11 +90,9 @@ def test_a_full_disk(place, tmp_path, figure):
         assert stopped.code == -signal.SIGKILL
         whole = run_dir / "checkpoints" / "step-00000005"
         size = sum(f.stat().st_size for f in whole.iterdir())
-        if disk:  # room for half a checkpoint
-            free = shutil.disk_usage(disk).free
-            with (disk / "ballast").open("wb") as ballast:
-                ballast.write(b"x" * (free - size // 2))
-        run = start(config, run_dir, None if disk else partial(limit_files, size // 3), log=log)
+        # Room for half a checkpoint is left, when the run has seen that there is enough.
+        fault = partial(fill_disk_at, 7, disk, size // 2) if disk else partial(limit_files, size // 3)
+        run = start(config, run_dir, fault, log=log)
         assert run.code == 3, run.text
         errors = [line for line in run.text.splitlines() if line.startswith("kdx: error: ")]
         assert str(run_dir / "checkpoints" / "step-00000010") in errors[-1]
