@@ -63,6 +63,7 @@ def distill(config: Config, run_dir: Path) -> Summary:
             CONSOLE.print(f"{run_dir} is done already; nothing is run", markup=False)
         return Summary(**done)
     is_main = accelerator.is_main_process
+    accelerator.wait_for_everyone()  # all have looked before rank 0 writes
     folder.open(asdict(config), is_main)
     with StopRequest() as stop, logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main):
         check_names(config)

@@ -12,6 +12,7 @@ FREE = (
     "train.save_every",
     "train.keep_checkpoints",
     "teacher.store",
+    "teacher.micro_batch_size",
 )
 LIBRARIES = ("kdx", "torch", "transformers", "accelerate", "tokenizers", "bitsandbytes")
 
@@ -20,7 +21,16 @@ Drift = list[tuple[str, Any, Any]]  # key, was, now
 
 def drift(was: dict[str, Any], now: dict[str, Any]) -> Drift:
     """The keys of two configs that differ and matter."""
-    return [d for d in differences(was, now) if not d[0].startswith(FREE)]
+    has_teacher = any(tree.get("loss", {}).get("alpha") != 0 for tree in (was, now))
+    free = FREE if has_teacher else (*FREE, "loss.")
+    return [d for d in differences(was, now) if not d[0].startswith(free) and not _is_more_lenient(*d)]
+
+
+def _is_more_lenient(key: str, was: Any, now: Any) -> bool:
+    """Whether a run that stopped at a number that is not finite may pass over it now: all before is the same."""
+    return (key, was, now) == ("train.on_nonfinite", "stop", "skip") or (
+        key == "train.max_nonfinite" and None not in (was, now) and now > was
+    )
 
 
 def differences(was: Any, now: Any, prefix: str = "") -> Drift:

@@ -93,10 +93,10 @@ def _forwarding(sweep_dir: Path, launcher: Any) -> Iterator[None]:
     def tell() -> None:
         while not over.wait(0.1):  # again and again: a job may be about to begin
             own = {process.pid for process in active_children()}
-            for folder, status in states(sweep_dir, []).items():
+            for status in states(sweep_dir, []).values():
                 pid = (status.get("owner") or {}).get("pid")
-                if status["state"] == "running" and pid is not None and pid in own and folder not in told:
-                    told.add(folder)
+                if status["state"] == "running" and pid is not None and pid in own and pid not in told:
+                    told.add(pid)
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGTERM)
 

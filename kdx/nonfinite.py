@@ -48,6 +48,8 @@ def stop_or_skip(
     what = f"{wrong} is not finite; the weights are still those of step {state.step} (rows: {', '.join(rows)[:200]})"
     if config.on_nonfinite == "skip" and state.num_nonfinite < config.max_nonfinite:
         state.num_nonfinite += 1
+        if accelerator.scaler is not None:  # fp16's: it has unscaled the gradients, and waits for the step
+            accelerator.scaler.update()
         log.warning("step %d is skipped: %s", state.step + 1, what)
         return
     if config.on_nonfinite == "skip":

@@ -1,9 +1,10 @@
 """All that a run is made of, built from its config before anything is trained: text first, then models, then steps."""
 
+import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,22 @@ class Text:
     held_out_rows: list[Row]
 
 
+_shared: dict[str, Text] = {}  # of the sweep that this process does, the last one read
+
+
 def read_text(config: Config) -> Text:
-    """Read and encode the data. Raises KdxError."""
+    """Read and encode the data; the jobs of a sweep that name the same data and models do it once. Raises KdxError."""
+    if not config.sweep.keys:
+        return _read_text(config)
+    key = json.dumps([asdict(part) for part in (config.teacher, config.student, config.data)], default=str)
+    if key not in _shared:
+        text = _read_text(config)
+        _shared.clear()
+        _shared[key] = text
+    return _shared[key]
+
+
+def _read_text(config: Config) -> Text:
     tokenizer, max_length = load_tokenizers(config)
     template = prepare_tokenizer(tokenizer, config.data)
     encoder = Encoder(tokenizer, max_length, config.data.on_long, config.data.assistant_only)
@@ -314,7 +329,8 @@ def bytes_on_disk(run: Prepared) -> tuple[int, int]:
 def check_room(run: Prepared, folder: Path) -> None:
     """Refuse a run whose student and checkpoints do not fit on the disk of its folder. Raises MachineError."""
     student, one = bytes_on_disk(run)
-    needed = student + max(0, CHECKPOINTS - len(checkpoint.found(folder))) * one
+    due = min(CHECKPOINTS, (run.max_steps - 1) // max(1, run.config.train.save_every) + 1)  # 1: what a signal saves
+    needed = student + max(0, due - len(checkpoint.found(folder))) * one
     free = shutil.disk_usage(folder).free
     if run.max_steps and needed > free:
         what = f"the student and its checkpoints need {needed:,} bytes, and {free:,} are free"

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from kdx.drift import FREE
+
 RANKED_BY = ("kl", "ce")  # both are better when lower
 MEASURES = ("kl", "reverse_kl", "agreement", "ce", "perplexity", "accuracy")
 COSTS = ("tokens_per_second", "seconds")
@@ -21,11 +23,6 @@ BLOCK = 2**22  # drawn rows held in memory at once
 SEED = 0  # the same runs give the same intervals
 SEED_KEY = "train.seed"
 BASELINE_LABEL = "baseline (alpha = 0)"
-# What may differ between runs without changing the student: keys that begin so. run_folder.py has those of one run.
-FREE = (
-    "run.", "sweep.", "tracking.", "train.log_every", "train.save_every", "train.keep_checkpoints", "teacher.store",
-    "teacher.micro_batch_size",
-)  # fmt: skip
 Interval = tuple[float, float]
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 # Tokens by their look; a revision is a commit, 40 hex digits that are no secret.
 SECRET = re.compile(
-    r"(?i)(hf_[A-Za-z0-9]{8,}|(?<!revision=)\b[a-f0-9]{40}\b|sk-[\w-]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@))"
+    r"(?i)(\bhf_[A-Za-z0-9]{16,}|(?<!revision=)(?<!snapshots/)\b[a-f0-9]{40}\b|(?<![\w-])sk-[\w-]{16,}"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@))"
 )
 SECRET_KEY = re.compile(r"(?i)(api_?key|access_?key|token|secret|password|passwd|credential)$")
 WORD = re.compile(r"[+~]*[\w./-]+=")  # the key of a word as typed
@@ -32,7 +33,8 @@ def redact(value: Any, key: str = "") -> Any:
         return HIDDEN
     for held in _held_secrets():
         value = value.replace(held, HIDDEN)
-    return value if key == "revision" else SECRET.sub(HIDDEN, value)
+    names_a_commit = (typed[0].rstrip("=") if typed else key).endswith("revision")
+    return value if names_a_commit else SECRET.sub(HIDDEN, value)
 
 
 def _held_secrets() -> list[str]:

@@ -106,7 +106,7 @@ class RunFolder:
 
     def _has_begun(self) -> bool:
         """Whether the run got as far as its data; one that failed before may be mended in the same folder."""
-        return (self.path / "data.json").exists()
+        return (self.path / "data.json").exists() or bool(checkpoint.found(self.path))
 
     def at(self, step: int, is_main: bool) -> None:
         """Note where the run stands, on disk every few seconds."""
@@ -126,7 +126,7 @@ class RunFolder:
             raise
         except BaseException as error:
             if _is_anothers(error):
-                raise self._failed_elsewhere(is_main) from None
+                raise self._failed_elsewhere() from None
             state = "diverged" if isinstance(error, DivergedError) else "failed"
             said = out_of_memory(error) or error
             reason = str(said) if isinstance(said, KdxError) else f"{type(said).__name__}: {said}"
@@ -136,11 +136,11 @@ class RunFolder:
             raise
         self.write_status("done", "", is_main)
 
-    def _failed_elsewhere(self, is_main: bool) -> KdxError:
+    def _failed_elsewhere(self) -> KdxError:
         """What to say where another process of the run has ended: its own reason, which it wrote before."""
         status = self.status()
         if status.get("state") not in ("failed", "diverged"):
-            self.write_status("failed", "another process of this run was killed", is_main, MachineError.exit_code)
+            self.write_status("failed", "another process of this run was killed", True, MachineError.exit_code)
             status = self.status()
         what = f"failed: {str(status.get('reason')).rstrip('.')}"
         error = KdxError("another process of this run", what, "What it printed itself may say more")
@@ -178,7 +178,11 @@ class RunFolder:
             if is_main:
                 self.keep("data.json", origin)
             return None
-        found = drift.differences(self.kept("data.json"), origin)
+        was = self.kept("data.json")
+        if not was:
+            what = "has checkpoints, and its data.json is missing or damaged: which data they are of is not known"
+            raise MachineError(str(self.path), what, "Start anew in another folder")
+        found = drift.differences(was, origin)
         if found:
             raise self._drifted(found)
         rank, scaler = accelerator.process_index, accelerator.scaler

@@ -21,7 +21,10 @@ _known: dict[str, dict[str, Any]] = {}  # what configs of this process name: the
 
 def newest(folder: Path) -> Path:
     """The last folder of a job, by any of them: its own, or the one that took its place."""
-    folder = folder.with_name(re.sub(r"(?<=[0-9a-f]{6})-\d+$", "", folder.name))
+    name = re.fullmatch(r"((?:.*_)?[0-9a-f]{6})(-\d+)?", folder.name)
+    if not name:  # not the folder of a sweep's job: somebody's own name
+        return folder
+    folder = folder.with_name(name[1])
     later = [f for f in folder.parent.glob(f"{folder.name}-*") if re.fullmatch(r"-\d+", f.name[len(folder.name) :])]
     return max(later, key=lambda f: int(f.name.rsplit("-", 1)[1]), default=folder)
 

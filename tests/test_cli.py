@@ -375,6 +375,13 @@ def test_the_record_has_no_secrets_and_is_never_written_over(monkeypatch):
     with pytest.raises(ConfigError, match="kept without its secret"):
         recalled("run.like=r")
     assert redact({"revision": commit, "other": commit}) == {"revision": commit, "other": hidden}
+    plain = [
+        f"teacher.revision='{commit}','{commit}'",
+        f"snapshots/{commit}/x",
+        "hf_datasets/t",
+        "task-instructions-filtered",
+    ]
+    assert redact(plain) == plain
     assert redact(["https://me:pw@host/x", 3, None]) == [f"https://{hidden}@host/x", 3, None]
 
 

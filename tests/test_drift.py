@@ -1,0 +1,48 @@
+"""What may differ when a run goes on, and which folder of a sweep's job is its last."""
+
+import pytest
+
+from kdx.drift import drift
+from kdx.stale import newest
+
+
+def config(**keys):
+    tree = {"loss": {"alpha": 0.7, "temperature": 2.0}, "teacher": {"micro_batch_size": None}}
+    tree["train"] = {"max_steps": 9, "on_nonfinite": "stop", "max_nonfinite": 10, "log_every": 10}
+    for key, value in keys.items():
+        group, name = key.split("__")
+        tree[group][name] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "found"),
+    [
+        ({}, {"train__log_every": 1, "teacher__micro_batch_size": 4}, []),
+        ({}, {"loss__temperature": 1.0}, ["loss.temperature"]),
+        ({"loss__alpha": 0}, {"loss__alpha": 0, "loss__temperature": 1.0}, []),  # without a teacher it is not used
+        ({"loss__alpha": 0}, {"loss__temperature": 1.0}, ["loss.alpha", "loss.temperature"]),
+        ({}, {"train__on_nonfinite": "skip", "train__max_nonfinite": 20}, []),
+        ({"train__on_nonfinite": "skip"}, {"train__max_nonfinite": 5}, ["train.on_nonfinite", "train.max_nonfinite"]),
+    ],
+)
+def test_what_matters(was, now, found):
+    assert [key for key, _, _ in drift(config(**was), config(**now))] == found
+
+
+def test_only_the_folders_of_a_sweeps_jobs_take_each_others_place(tmp_path):
+    for name in (
+        "lr",
+        "lr-2",
+        "20261124-1",
+        "20261124-2",
+        "alpha-0.3_1a2b3c",
+        "alpha-0.3_1a2b3c-2",
+        "1a2b3c",
+        "1a2b3c-2",
+    ):
+        (tmp_path / name).mkdir()
+    for name in ("lr", "20261124-1"):
+        assert newest(tmp_path / name).name == name
+    for name in ("alpha-0.3_1a2b3c", "1a2b3c"):
+        assert newest(tmp_path / name).name == newest(tmp_path / f"{name}-2").name == f"{name}-2"
