@@ -67,8 +67,9 @@ def test_a_sweep_that_is_killed_again_and_again(own, tmp_path, full, figure):
     assert number == (4 if full else 2)
     wanted, kills, touched, resumed, due, equal, sweeps = 20 if full else 3, 0, 0, 0, 0, 0, 0
     moments = random.Random(0)
-    while kills < wanted:
+    while kills < wanted or not due:  # where the machine is slow, kills may come before any checkpoint
         sweeps += 1
+        assert sweeps < 10
         shutil.rmtree(own / "outputs", ignore_errors=True)
         while True:
             done = [job for job in jobs(own) if status(job)["state"] == "done"]
@@ -93,7 +94,6 @@ def test_a_sweep_that_is_killed_again_and_again(own, tmp_path, full, figure):
         f"with from a checkpoint, {equal}/{number * sweeps} jobs done once and bitwise equal"
     )
     assert (touched, resumed, equal) == (0, due, number * sweeps)
-    assert due > 0
 
 
 def times_resumed(job: Path) -> int:
