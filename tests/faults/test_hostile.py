@@ -316,7 +316,7 @@ FOLDERS = {
     "command": (with_command, LIKE, 2, "names code"),
     "command's flags": (with_text("theirs/command.txt", "python -m kdx '"), LIKE, 2, "is not a command"),
     "status": (with_text("theirs/status.json", '{"state": "done", "owner": []}'), RESUME, 2, "theirs"),
-    "data": (with_text("theirs/data.json", "[1"), RESUME, 2, "theirs"),
+    "data": (with_text("theirs/data.json", "[1"), RESUME, 3, "theirs"),
     "linked log": (with_link("theirs/kdx.log", "kept.txt"), RESUME, 2, "is a link that leads elsewhere"),
     "linked figures": (with_link("theirs/metrics.jsonl", "kept.txt"), RESUME, 2, "is a link that leads elsewhere"),
     "linked plug-ins": (with_link("theirs/plugins", "folder"), RESUME, 2, "is a link that leads elsewhere"),
