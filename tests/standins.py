@@ -16,6 +16,17 @@ TEXT = [
     "Name a colour. Blue is a colour, and so are red and green.",
 ]
 
+FUSSY = '''
+from kdx.loss import forward_kl, register
+
+@register
+def fussy(student, teacher, most: float = 9.0):
+    """Forward KL that breaks for some points of a sweep."""
+    if len(student) > 2 and most < 1:
+        raise RuntimeError("most is too small")
+    return forward_kl(student, teacher)
+'''  # a plug-in's text
+
 
 def write_tokenizer(folder: Path) -> int:
     """Train a byte-level BPE and write vocab.json, merges.txt and the template, without tokenizer.json → its size."""
@@ -90,3 +101,10 @@ def write_chats(file: Path, num_rows: int = 40) -> Path:
             turns += [("user", "I am fine."), ("assistant", f"Blue is a colour {i}.")]
             stream.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
     return file
+
+
+def write_place(folder: Path, *, pickled: bool = False) -> None:
+    """What a command needs: a teacher `medium`, a student `small` of the same kind, and `pairs.jsonl`."""
+    write_dialogpt(folder / "medium", 4, 32, pickled=pickled)
+    write_dialogpt(folder / "small", 2, 16, pickled=False, seed=1)
+    write_pairs(folder / "pairs.jsonl")

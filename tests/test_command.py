@@ -7,24 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from standins import put_on_hub, write_chats, write_dialogpt, write_llama, write_pairs
+from standins import FUSSY, put_on_hub, write_chats, write_dialogpt, write_llama, write_pairs
 
-PLUGIN = '''
+PLUGIN = (
+    FUSSY
+    + """
 from kdx.data import register_source
-from kdx.loss import forward_kl, register
-
-@register
-def fussy(student, teacher, most: float = 9.0):
-    """Forward KL that breaks for some points of a sweep."""
-    if len(student) > 2 and most < 1:
-        raise RuntimeError("most is too small")
-    return forward_kl(student, teacher)
 
 @register_source
 def tickets(path, min_turns=2):
     for i in range(30):
         yield {"source": f"What is ticket {i}?", "target": f"It is ticket {i} of {path}, of {min_turns} turns."}
-'''
+"""
+)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import environment
-from standins import write_dialogpt, write_pairs
+from standins import write_place
 
 from kdx.devices import num_cores
 
@@ -50,9 +50,7 @@ WORDS += ["data.path=pairs.jsonl", "loss.name=own", "+loss.most=0,2", "train.max
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launchers")
-    write_dialogpt(folder / "medium", 4, 32, pickled=False)
-    write_dialogpt(folder / "small", 2, 16, pickled=False, seed=1)
-    write_pairs(folder / "pairs.jsonl")
+    write_place(folder)
     (folder / "my_plugin.py").write_text(PLUGIN)
     return folder
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from processes import environment
-from standins import write_dialogpt, write_pairs
+from standins import write_place
 
 from kdx import prepare
 from kdx.cli import compose
@@ -42,9 +42,7 @@ def failing(student, teacher):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    write_dialogpt(folder / "medium", 4, 32, pickled=False)
-    write_dialogpt(folder / "small", 2, 16, pickled=False, seed=1)
-    write_pairs(folder / "pairs.jsonl")
+    write_place(folder)
     (folder / "failing.py").write_text(PLUGIN)
     return folder
 

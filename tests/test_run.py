@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from standins import write_chats, write_dialogpt, write_llama, write_pairs
+from standins import write_chats, write_dialogpt, write_llama, write_pairs, write_place
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdx import checkpoint, loss
@@ -25,10 +25,8 @@ from kdx.errors import ConfigError, DivergedError, MachineError
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher, a student and data, all small."""
     folder = tmp_path_factory.mktemp("place")
-    write_dialogpt(folder / "medium", 4, 32, pickled=True)
-    write_dialogpt(folder / "small", 2, 16, pickled=False, seed=1)
+    write_place(folder, pickled=True)
     write_llama(folder / "llama")
-    write_pairs(folder / "pairs.jsonl")
     write_chats(folder / "chats.jsonl")
     return folder
 

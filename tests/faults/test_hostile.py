@@ -324,7 +324,7 @@ FOLDERS = {
     "linked job": (lambda box: None, SWEEP, 5, "is a link that leads elsewhere"),
     "linked teacher": (with_linked_store, LIKE, 2, "is a link out of it"),
     "sweep's name": (lambda box: None, (*SWEEP, "sweep.name=../x"), 2, "sweep.name"),
-    "sweep's name elsewhere": (lambda box: None, (*SWEEP, "sweep.name=/tmp/x"), 2, "sweep.name"),
+    "sweep's name elsewhere": (lambda box: None, (*SWEEP, "sweep.name=/elsewhere/x"), 2, "sweep.name"),
 }  # fmt: skip
 
 

@@ -9,24 +9,14 @@ from pathlib import Path
 
 import pytest
 from runs import PATIENCE, litter, outcome, start_command, status, words_of, write_dialogpt, write_pairs
-
-PLUGIN = '''
-from kdx.loss import forward_kl, register
-
-@register
-def fussy(student, teacher, most: float = 9.0):
-    """Forward KL that breaks for some points."""
-    if len(student) > 2 and most < 1:
-        raise RuntimeError("most is too small")
-    return forward_kl(student, teacher)
-'''
+from standins import FUSSY
 
 
 @pytest.fixture
 def own(place: Path, tmp_path: Path) -> Path:
     """A folder to type commands in, with models and data of its own."""
     shutil.copytree(place, tmp_path / "own")
-    (tmp_path / "own" / "fussy_loss.py").write_text(PLUGIN)
+    (tmp_path / "own" / "fussy_loss.py").write_text(FUSSY)
     return tmp_path / "own"
 
 
@@ -145,7 +135,7 @@ def test_what_was_never_tried_comes_before_what_failed(own, full, figure):
 
 
 def other_plugin(folder: Path) -> None:
-    (folder / "fussy_loss.py").write_text(PLUGIN + "# mended\n")
+    (folder / "fussy_loss.py").write_text(FUSSY + "# mended\n")
 
 
 def other_data(folder: Path) -> None:
