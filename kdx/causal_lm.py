@@ -100,12 +100,18 @@ class Head:
         """The same head on these tensors, without gradient."""
         return dataclasses.replace(self, weight=weight.detach(), bias=None if bias is None else bias.detach())
 
-    def in_compute_dtype(self) -> "Head":
-        """The head with its weight in autocast's dtype where autocast is on, converted once for many chunks."""
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What its product should run in: autocast's dtype where autocast is on, but float64 stays."""
         device_type = self.weight.device.type
         if self.weight.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
-            return self
-        return dataclasses.replace(self, weight=self.weight.to(torch.get_autocast_dtype(device_type)))
+            return self.weight.dtype
+        return torch.get_autocast_dtype(device_type)
+
+    def in_compute_dtype(self) -> "Head":
+        """The head with its weight in that dtype, converted once for many chunks."""
+        dtype = self.compute_dtype
+        return self if dtype == self.weight.dtype else dataclasses.replace(self, weight=self.weight.to(dtype))
 
 
 def head_of(model: Any) -> Head:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kdx import loss
 from kdx.batches import MicroBatch, Row, StepBatches, by_length, collate
 from kdx.causal_lm import Head, counted_hidden, head_of
-from kdx.objective import block_size, chunks_of
+from kdx.objective import blocks_of, chunks_of
 from kdx.teacher import Teacher
 
 MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
@@ -112,7 +112,7 @@ def score(
         teacher_product = None
         if teacher_hidden is not None and teacher_head is not None:
             teacher_product = teacher_head.product(teacher_hidden[chunk]).to(product.device)
-        for block in chunks_of(len(product), block_size(product)):
+        for block in blocks_of(product):
             label = labels[chunk][block].unsqueeze(-1)
             s = loss.log_probabilities(head.finish(product[block]))
             choice = s.argmax(-1, keepdim=True)

@@ -127,18 +127,30 @@ def value_and_gradient(name: str, s: Tensor, t: Tensor, options: dict[str, Any])
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p ‖ q) of log-probabilities, where 0·(−inf − x) is 0."""
-    return (p.exp() * (p - q).masked_fill(p == -math.inf, 0.0)).sum(-1)
+    return (p.exp() * _zero_where_excluded(p, p - q)).sum(-1)
+
+
+def _may_exclude(p: Tensor) -> bool:
+    """Whether a log-probability may be −inf. On a CPU a look is one pass and masks are five; a GPU would be waited for."""
+    return p.device.type != "cpu" or p.numel() == 0 or bool(p.detach().amin() == -math.inf)
+
+
+def _zero_where_excluded(p: Tensor, x: Tensor) -> Tensor:
+    """x, but 0 where p, log-probabilities, are −inf: the factor e^p is 0 there, and x may be infinite."""
+    return x.masked_fill(p == -math.inf, 0.0) if _may_exclude(p) else x
 
 
 def _excluded_as_tiny(t: Tensor, s: Tensor) -> Tensor:
     """The teacher's log-probabilities for a divergence that divides by them: see LOG_TINY."""
-    return t.masked_fill((t == -math.inf) & (s != -math.inf), LOG_TINY)
+    return t.masked_fill((t == -math.inf) & (s != -math.inf), LOG_TINY) if _may_exclude(t) else t
 
 
 def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """log(weight·eᵃ + (1−weight)·eᵇ) with finite gradients; 0 where both are −inf, which _kl leaves out."""
-    both = (a == -math.inf) & (b == -math.inf)
-    return torch.logaddexp(a.masked_fill(both, 0.0) + math.log(weight), b.masked_fill(both, 0.0) + math.log1p(-weight))
+    if _may_exclude(a):
+        both = (a == -math.inf) & (b == -math.inf)
+        a, b = a.masked_fill(both, 0.0), b.masked_fill(both, 0.0)
+    return torch.logaddexp(a + math.log(weight), b + math.log1p(-weight))
 
 
 def _check_share(name: str, value: float, *, ends: bool) -> None:
@@ -156,7 +168,7 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
 @closed_form(forward_kl)
 def _forward_kl(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     p = t.exp()
-    value = (p * (t - s).masked_fill_(t == -math.inf, 0.0)).sum(-1)
+    value = (p * _zero_where_excluded(t, t - s)).sum(-1)
     return value, s.exp().sub_(p)
 
 
@@ -168,7 +180,7 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 @closed_form(reverse_kl)
 def _reverse_kl(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    ratio = (s - _excluded_as_tiny(t, s)).masked_fill_(s == -math.inf, 0.0)
+    ratio = _zero_where_excluded(s, s - _excluded_as_tiny(t, s))
     p = s.exp()
     value = (p * ratio).sum(-1)
     return value, ratio.sub_(value.unsqueeze(-1)).mul_(p)

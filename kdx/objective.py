@@ -21,7 +21,8 @@ from kdx import loss
 from kdx.batches import IGNORED, MicroBatch
 from kdx.causal_lm import Head, counted_hidden, head_of
 
-CACHE_BYTES = 2**20  # of one float32 tensor of a block
+CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: the more rows, the fewer passes over the gradient of the head
+CACHE_BYTES = 2**19  # of one float32 tensor of a block, for each thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +78,18 @@ def distillation_loss(
     counted = (labels != IGNORED).nonzero().squeeze(-1)
     if num_tokens is None:
         num_tokens = len(counted)
-    if teacher_hidden is not None:
-        teacher_hidden = teacher_hidden[counted.to(teacher_hidden.device)]
+    if len(counted) < len(labels):
+        student_hidden, labels = student_hidden[counted], labels[counted]
+        if teacher_hidden is not None:
+            teacher_hidden = teacher_hidden[counted.to(teacher_hidden.device)]
     objective = Objective(
         name=name, alpha=alpha, temperature=temperature, scale_by_temperature=scale_by_temperature, options=options
     )
+    factor = 1 / max(num_tokens, 1)
     total, _, _ = summed_loss(
-        student_hidden[counted], student_head, teacher_hidden, teacher_head, labels[counted], objective, chunk_size
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, objective, chunk_size, factor
     )
-    return total / max(num_tokens, 1)
+    return total
 
 
 def summed_loss(
@@ -96,11 +100,14 @@ def summed_loss(
     labels: Tensor,
     objective: Objective,
     chunk_size: int = 256,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum the loss over positions that all count → total, and without gradient its terms kd (τ² included) and ce."""
+    """Sum the loss over positions that all count → factor · total, and without gradient its terms kd (with τ²) and ce."""
     if teacher_head is not None:  # one tokenizer, heads padded differently: the ids they share
         num_ids = min(student_head.num_ids, teacher_head.num_ids)
         student_head, teacher_head = student_head.cut(num_ids), teacher_head.cut(num_ids)
+    # In float16 a gradient times 1/num_tokens would underflow: the scaler's own factor has to come first.
+    outside, inside = (factor, 1.0) if student_hidden.dtype == torch.float16 else (1.0, factor)
     total, kd, ce = _ChunkedSum.apply(
         student_hidden,
         student_head.weight,
@@ -111,12 +118,13 @@ def summed_loss(
         labels,
         objective,
         chunk_size,
+        inside,
     )
-    return total, kd, ce
+    return total * outside, kd, ce
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Σ total over positions, with gradients formed chunk by chunk in the forward pass."""
+    """factor · Σ total over positions, with gradients formed chunk by chunk in the forward pass."""
 
     @staticmethod
     def forward(
@@ -130,6 +138,7 @@ class _ChunkedSum(torch.autograd.Function):
         labels: Tensor,
         objective: Objective,
         chunk_size: int,
+        factor: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = head.detached(weight, bias).in_compute_dtype()
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -145,7 +154,7 @@ class _ChunkedSum(torch.autograd.Function):
             if objective.alpha > 0 and teacher_head is not None and teacher_hidden is not None:
                 teacher_product = teacher_head.product(teacher_hidden[rows]).to(product.device)
             # The softmaxes pass over [n, V] many times: a few rows at once, so that they stay in the processor's cache.
-            for block in chunks_of(product.shape[0], block_size(product)):
+            for block in blocks_of(product):
                 logits = head.finish(product[block])
                 teacher_logits = None
                 if teacher_head is not None and teacher_product is not None:
@@ -158,30 +167,42 @@ class _ChunkedSum(torch.autograd.Function):
                     grad_bias += grad.sum(0)
                 product[block] = grad  # what was the product is the gradient by it from here on
             if grad_hidden is not None:
-                grad_hidden[rows] = (product @ head.weight).to(hidden.dtype)
+                grad_hidden[rows] = (product @ head.weight).to(hidden.dtype).mul_(factor)
             if wants_weight:
-                by_weight = product.T @ hidden[rows].to(product.dtype)
-                grad_weight = by_weight.to(grad_dtype) if grad_weight is None else grad_weight.add_(by_weight)
+                inputs = hidden[rows].to(product.dtype)
+                if grad_weight is None:
+                    grad_weight = (product.T @ inputs).to(grad_dtype)
+                elif product.dtype == grad_dtype:
+                    grad_weight.addmm_(product.T, inputs)  # not one more matrix of the head's size
+                else:
+                    grad_weight += product.T @ inputs
 
         if wants_weight and grad_weight is None:  # no position counts
             grad_weight = torch.zeros(weight.shape, dtype=grad_dtype, device=weight.device)
+        for of_head in (grad_weight, grad_bias):
+            if of_head is not None:
+                of_head.mul_(factor)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(kd_sum, ce_sum)
         ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
-        total = objective.alpha * kd_sum + (1 - objective.alpha) * ce_sum
+        total = factor * (objective.alpha * kd_sum + (1 - objective.alpha) * ce_sum)
         return total.to(grad_dtype), kd_sum, ce_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:
+        def scaled(grad: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+            if grad is None:
+                return None
+            grad = grad if is_one else grad * grad_total  # the factor is not rounded to bf16
+            return grad if dtype is None else grad.to(dtype)
+
+        # As a rule the factor is 1, and a gradient of the head is as large as the head: no copy of it. To look is free
+        # on a CPU; a GPU would be waited for.
+        is_one = grad_total.device.type == "cpu" and grad_total.item() == 1
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            None if grad_hidden is None else grad_hidden * grad_total,  # the factor is not rounded to bf16
-            None if grad_weight is None else (grad_weight * grad_total).to(weight_dtype),
-            None if grad_bias is None else (grad_bias * grad_total).to(bias_dtype),
-            *[None] * 6,
-        )
+        return scaled(grad_hidden), scaled(grad_weight, weight_dtype), scaled(grad_bias, bias_dtype), *[None] * 7
 
 
 def chunks_of(num_rows: int, size: int) -> Iterator[slice]:
@@ -191,11 +212,13 @@ def chunks_of(num_rows: int, size: int) -> Iterator[slice]:
         yield slice(i * num_rows // num_chunks, (i + 1) * num_rows // num_chunks)
 
 
-def block_size(product: Tensor) -> int:
-    """Rows whose softmaxes are taken at once: on a CPU as many as its cache holds, elsewhere all of a chunk."""
-    if product.device.type != "cpu":
-        return max(1, product.shape[0])
-    return max(1, CACHE_BYTES // (4 * product.shape[1]))
+def blocks_of(product: Tensor) -> Iterator[slice]:
+    """Cut the rows of a chunk [n, V]: on a CPU into what the caches hold, as many for each thread, elsewhere not."""
+    num_rows, size = product.shape[0], max(1, product.shape[0])
+    if product.device.type == "cpu":
+        size = max(1, CACHE_BYTES // (4 * product.shape[1])) * torch.get_num_threads()
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -232,7 +255,7 @@ def _loss_and_gradient(
 class StudentObjective(nn.Module):
     """The student and its loss as one module: what accelerate wraps, so that DDP's and FSDP's hooks fire."""
 
-    def __init__(self, model: nn.Module, num_ids: int, objective: Objective, chunk_size: int = 512) -> None:
+    def __init__(self, model: nn.Module, num_ids: int, objective: Objective, chunk_size: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.num_ids = num_ids
@@ -240,11 +263,11 @@ class StudentObjective(nn.Module):
         self.chunk_size = chunk_size
 
     def forward(
-        self, batch: MicroBatch, teacher_hidden: Tensor | None, teacher_head: Head | None
+        self, batch: MicroBatch, teacher_hidden: Tensor | None, teacher_head: Head | None, factor: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum the loss over the batch's counted positions → total, kd, ce; the caller divides."""
+        """Sum the loss over the batch's counted positions → factor · total, and kd and ce without the factor."""
         hidden = counted_hidden(self.model, batch)
         head = head_of(self.model).cut(self.num_ids)
-        return summed_loss(
-            hidden, head, teacher_hidden, teacher_head, batch.counted_labels, self.objective, self.chunk_size
-        )
+        labels = batch.counted_labels
+        chunk_size = self.chunk_size or max(1, CHUNK_BYTES // (head.compute_dtype.itemsize * head.num_ids))
+        return summed_loss(hidden, head, teacher_hidden, teacher_head, labels, self.objective, chunk_size, factor)

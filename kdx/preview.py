@@ -12,6 +12,7 @@ from rich.table import Table
 from kdx import report
 from kdx.batches import MicroBatch, Row, collate
 from kdx.config import Config
+from kdx.objective import CHUNK_BYTES
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import CHECKPOINTS, Prepared, build_accelerator, bytes_on_disk, check_names, in_bytes, prepare
 from kdx.redact import printable
@@ -105,7 +106,8 @@ def memory_table(run: Prepared, cost: Cost) -> Table:
     if run.teacher is not None and config.loss.alpha > 0:
         head = run.teacher.head.weight.nbytes
         teacher = run.teacher.num_bytes if run.teacher.is_loaded else head
-    chunk = 2 * run.objective.chunk_size * run.num_ids * (2 if run.accelerator.mixed_precision == "bf16" else 4)
+    logits = longest[0] * len(longest) * run.num_ids * (2 if run.accelerator.mixed_precision == "bf16" else 4)
+    chunk = 2 * min(CHUNK_BYTES, logits)  # the student's and the teacher's
     table = Table(title="memory of a step, in the order of what to save first", title_justify="left")
     table.add_column("")
     table.add_column("bytes", justify="right")

@@ -164,13 +164,14 @@ def keep_best(
 def forward_backward(accelerator: Accelerator, module: Any, batch: StepBatch, teacher: Teacher | None) -> Tensor:
     """Accumulate one step's gradient → the sums [2] of kd and ce over its counted positions, of all processes."""
     sums = []
+    # DDP averages gradients over processes: undone here, once.
+    factor = accelerator.num_processes / max(batch.num_tokens, 1)
     answers = teacher.answers(batch.micro_batches) if teacher else repeat(None)
     for i, (micro_batch, hidden) in enumerate(zip(batch.micro_batches, answers, strict=False), 1):
         micro_batch = micro_batch.to(accelerator.device)
         with nullcontext() if i == len(batch.micro_batches) else accelerator.no_sync(module):
-            total, kd, ce = module(micro_batch, hidden, teacher.head if teacher else None)
-            # DDP averages gradients over processes: undone here, once.
-            accelerator.backward(total * (accelerator.num_processes / max(batch.num_tokens, 1)))
+            total, kd, ce = module(micro_batch, hidden, teacher.head if teacher else None, factor)
+            accelerator.backward(total)
         sums.append(torch.stack([kd, ce]))
     return accelerator.reduce(torch.stack(sums).sum(0), reduction="sum")
 
