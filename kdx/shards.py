@@ -24,7 +24,9 @@ from kdx.objective import StudentObjective
 
 ASKED = "ACCELERATE_USE_FSDP"
 YES = ("true", "1", "yes")
-BY_ELEMENT = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")  # of torch: they need no whole weight
+OPTIMIZERS = tuple(
+    f"torch.{name}" for name in ("Adam", "AdamW", "Adamax", "RAdam", "RMSprop")
+)  # they need no weight whole
 WRAP = "Use fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and name no layers"
 
 
@@ -38,37 +40,36 @@ def plugin(config: Config) -> FullyShardedDataParallelPlugin | None:
     if not is_asked():
         return None
     os.environ[ASKED] = "true"  # the only word that accelerate reads
-    wrong: list[tuple[str, str, str]] = []
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        wrong.append(("FSDP_VERSION", f"is {version}, and kdx is written for 2", "Set fsdp_version: 2 in its config"))
-        raise together([MachineError(*words) for words in wrong])
+        raise MachineError("FSDP_VERSION", f"is {version}, and kdx is written for 2", "Set fsdp_version: 2")
     # The arithmetic of any run: autocast over fp32 weights, sums of gradients in fp32. And every process loads the
     # models itself, since accelerate would leave all but the first without weights, the teacher's too.
-    made = FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False)
-    library, _, name = config.optim.name.partition(".")
-    if made.activation_checkpointing:
-        what = "draws dropout anew in the backward pass"
-        wrong.append(("FSDP_ACTIVATION_CHECKPOINTING", what, "Use train.gradient_checkpointing=true"))
-    if isinstance(made.cpu_offload, CPUOffloadPolicy):
-        wrong.append(("FSDP_OFFLOAD_PARAMS", "moves weights to where kdx does not look for them", "Start without it"))
-    if made.ignored_modules:
-        wrong.append(("FSDP_IGNORED_MODULES", "would be trained by each process on its own", "Start without it"))
-    if config.train.compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        wrong.append(("train.compile", "does not go with FSDP", "Set train.compile=false, and no dynamo backend"))
-    if config.train.precision == "fp16" or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
-        wrong.append(("train.precision", "fp16 does not go with FSDP", "Use train.precision=bf16 or fp32"))
-    if library != "torch" or name not in BY_ELEMENT:
-        what = f"{config.optim.name} is not known to go with weights in shards"
-        wrong.append(("optim.name", what, f"With FSDP: torch.{', torch.'.join(BY_ELEMENT)}"))
-    if wrong:
-        raise together([MachineError(*words) for words in wrong])
+    made = FullyShardedDataParallelPlugin(
+        mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False
+    )
+    optim, precision, environment = config.optim.name, config.train.precision, os.environ
+    if precision == "auto":
+        precision = environment.get("ACCELERATE_MIXED_PRECISION", "")
+    is_compiled = config.train.compile or environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+    refused = [
+        (made.activation_checkpointing, "FSDP_ACTIVATION_CHECKPOINTING", "draws dropout anew in the backward pass",
+         "Use train.gradient_checkpointing=true"),
+        (isinstance(made.cpu_offload, CPUOffloadPolicy), "FSDP_OFFLOAD_PARAMS", "is not tried", "Start without it"),
+        (made.ignored_modules, "FSDP_IGNORED_MODULES", "would differ from process to process", "Start without it"),
+        (is_compiled, "train.compile", "does not go with FSDP", "Set it to false, and use no dynamo backend"),
+        (precision == "fp16", "train.precision", "fp16 does not go with FSDP", "Use train.precision=bf16 or fp32"),
+        (optim not in OPTIMIZERS, "optim.name", f"{optim} is not known to go with FSDP",
+         f"Choices: {', '.join(OPTIMIZERS)}"),
+    ]  # fmt: skip
+    if wrong := [MachineError(*words) for is_so, *words in refused if is_so]:
+        raise together(wrong)
     return made
 
 
 def prepare(accelerator: Accelerator, objective: StudentObjective, optimizer: Any) -> tuple[Any, Any, Any]:
     """Have accelerate prepare what is trained → the module to call, the optimizer, and the student as a whole model.
 
-    Raises MachineError if shards were asked for and are not there, or are not where they can be used.
+    Raises MachineError if shards are asked for and not made, or made where they cannot be used.
     """
     student = objective.model
     if not is_asked():
@@ -81,7 +82,7 @@ def prepare(accelerator: Accelerator, objective: StudentObjective, optimizer: An
         with accelerator.autocast(AutocastKwargs(cache_enabled=False)):  # a cache would keep every weight whole
             return forward(*given)
 
-    objective.forward = under_autocast  # type: ignore[method-assign]  # which accelerate does, but not with FSDP
+    objective.forward = under_autocast  # type: ignore[method-assign, assignment]  # as accelerate does but with FSDP
     try:
         module, optimizer = accelerator.prepare(objective, optimizer)
     except (KeyError, ValueError) as error:  # layers that the model does not have, or a tied head in two places
@@ -95,8 +96,9 @@ def check(objective: StudentObjective) -> None:
     """Refuse a student that is not all in shards, or whose head is not gathered when the loss is taken."""
     if not all(isinstance(weight, DTensor) for weight in objective.parameters()):
         raise MachineError(ASKED, "is asked for, and weights are not in shards", "Start without it")
-    head = objective.model.get_output_embeddings()
-    if any(isinstance(part, FSDPModule) and head in part.modules() for part in objective.model.modules()):
+    model: Any = objective.model
+    head = model.get_output_embeddings()
+    if any(head in part.modules() for part in model.modules() if issubclass(type(part), FSDPModule)):
         what = "cannot be done with this student: its head would be in shards of its own, and kdx reads it from outside"
         raise MachineError(ASKED, what, WRAP)
 

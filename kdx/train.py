@@ -88,7 +88,9 @@ def train(
         started = time.perf_counter()
         sums = forward_backward(accelerator, module, batch, teacher if alpha > 0 else None)
         norm = accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm or math.inf)
-        kd, ce, grad_norm = torch.stack([*(sums / max(batch.num_tokens, 1)), shards.plain(norm).to(sums)]).tolist()  # the one read
+        kd, ce, grad_norm = torch.stack(
+            [*(sums / max(batch.num_tokens, 1)), shards.plain(norm).to(sums)]
+        ).tolist()  # the one read
         is_finite = nonfinite.is_finite(accelerator, kd, ce, grad_norm)
         if not is_finite:  # before the optimizer writes it into the weights
             asked = teacher if alpha > 0 else None
