@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kdx import shards
 from kdx.durable import fsync, seal, temporary, verify
 from kdx.errors import ConfigError, MachineError, out_of_memory
 
@@ -31,7 +32,7 @@ def found(run_dir: Path) -> list[Path]:
 def save(
     run_dir: Path,
     model: nn.Module,
-    optimizer: Any,
+    optimizer_state: dict[str, Any],
     schedule: Any,
     state: dict[str, Any],
     *,
@@ -51,7 +52,7 @@ def save(
     try:
         beside.mkdir(parents=True)
         save_file(_untied(model), beside / "model.safetensors")
-        torch.save(optimizer.state_dict(), beside / "optimizer.pt")
+        torch.save(optimizer_state, beside / "optimizer.pt")
         if best is not None and best.is_file():
             shutil.copyfile(best, beside / "best.safetensors")
         rest = {"schedule": schedule.state_dict(), "scaler": scaler.state_dict() if scaler else None}
@@ -93,7 +94,7 @@ def load(
 ) -> dict[str, Any]:
     """Load a verified checkpoint into model, optimizer, schedule and this process's random generators → its state."""
     load_weights(folder / "model.safetensors", model)
-    optimizer.load_state_dict(_load_plain(folder / "optimizer.pt"))
+    optimizer.load_state_dict(shards.as_held(optimizer, _load_plain(folder / "optimizer.pt")))
     kept = _load_plain(folder / "random.pt")
     schedule.load_state_dict(kept["schedule"])
     if scaler:

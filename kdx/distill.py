@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from kdx import checkpoint, report
+from kdx import checkpoint, report, shards
 from kdx.causal_lm import DTYPES
 from kdx.config import Config
 from kdx.errors import DivergedError
@@ -77,10 +77,15 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     check_room(run, folder.path)
     optimizer = build_optimizer(config.optim, run.student)
     schedule = build_schedule(config.optim, optimizer, run.max_steps)
+    module, optimizer, run.student = shards.prepare(accelerator, run.objective, optimizer)
     torch.manual_seed(config.train.seed + accelerator.process_index)  # dropout; fresh weights are drawn by now
-    origin = run.origin | {"processes": accelerator.num_processes}
+    origin = (
+        run.origin | {"processes": accelerator.num_processes} | ({"shards": "FSDP"} if accelerator.is_fsdp2 else {})
+    )
     prints = {name: origin[name] for name in ("fingerprint", "validation_fingerprint")}
     resumed = folder.resume(run.student, optimizer, schedule, origin, accelerator)
+    if resumed:
+        shards.spread(run.student, run.objective)
     state = resumed or State()
     store = run.teacher.store if run.teacher else None
     if store:
@@ -98,7 +103,8 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             log.info(line)
         measure = Measurer(run, HeldOut.build(run.held_out_rows, run.batches, accelerator.device, run.num_ids))
         if before is None:
-            before = measure.before_training(run)
+            with shards.whole(run.objective, run.student):
+                before = measure.before_training(run)
             if is_main:
                 folder.keep("untouched.json", before | origin)
         warn_about(run, before)
@@ -116,7 +122,9 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
                 config.train,
                 accelerator=accelerator,
                 objective=run.objective,
+                module=module,
                 optimizer=optimizer,
+                student=run.student,
                 schedule=schedule,
                 batches=run.batches,
                 teacher=run.teacher,
@@ -131,6 +139,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             exit_code = stop.exit_code
             raise stop.interrupted(folder.path, state.step)
 
+        shards.gather(run.objective, run.student)
         kept_step = choose_weights(run, state, folder, lambda: measure(accelerator.autocast())[0].means())
         # Measured as it is saved: without autocast, in the dtype on disk, so that anyone can measure the same.
         run.student.to(DTYPES[config.student.save_dtype])
@@ -209,7 +218,7 @@ def choose_weights(
         return state.step
     best_file = checkpoint.folder_of(folder.path) / "best.safetensors"
     if run.max_steps == state.step:  # the last step's measure is still to be taken
-        keep_best(run.config.train, state, measure(), run.accelerator, run.objective, best_file)
+        keep_best(run.config.train, state, measure(), run.accelerator, run.student, best_file)
     run.accelerator.wait_for_everyone()
     if state.best_step == 0:
         mend = "Lower optim.lr, or set train.keep=last"

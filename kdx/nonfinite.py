@@ -38,13 +38,14 @@ def stop_or_skip(
     config: TrainConfig,
     state: Counted,
     accelerator: Accelerator,
+    student: Any,
     objective: StudentObjective,
     batch: StepBatch,
     teacher: Teacher | None,
     terms: tuple[float, float],
 ) -> None:
     """Say what of a step is not finite, and count it. Raises DivergedError unless such steps are skipped."""
-    wrong, rows = _blamed(accelerator, objective, batch, teacher, terms)
+    wrong, rows = _blamed(accelerator, student, objective, batch, teacher, terms)
     what = f"{wrong} is not finite; the weights are still those of step {state.step} (rows: {', '.join(rows)[:200]})"
     if config.on_nonfinite == "skip" and state.num_nonfinite < config.max_nonfinite:
         state.num_nonfinite += 1
@@ -59,24 +60,29 @@ def stop_or_skip(
 
 @torch.no_grad()
 def _blamed(
-    accelerator: Accelerator, objective: StudentObjective, batch: StepBatch, teacher: Teacher | None, terms: tuple
+    accelerator: Accelerator,
+    student: Any,
+    objective: StudentObjective,
+    batch: StepBatch,
+    teacher: Teacher | None,
+    terms: tuple,
 ) -> tuple[str, list[str]]:
     """Compute the step again, row by row → the first term that is not finite, and its rows, of all processes.
 
     Where no row repeats the fault (a gradient's, or one that dropout made), all rows of the step are named.
     """
     found: dict[str, list[str]] = {TEACHER: [], KD: [], CE: []}
-    head = head_of(objective.model).cut(objective.num_ids)
+    head = head_of(student).cut(objective.num_ids)
     answers = teacher.answers(batch.micro_batches) if teacher else repeat(None)
     for micro_batch, hidden in zip(batch.micro_batches, answers, strict=False):
         micro_batch = micro_batch.to(accelerator.device)
-        student = counted_hidden(objective.model, micro_batch)
+        ours = counted_hidden(student, micro_batch)
         for i, row in enumerate(micro_batch.row_ids):
             mine = micro_batch.row_of == i
             theirs = hidden[mine.to(hidden.device)] if hidden is not None else None
             their_head = teacher.head if teacher else None
             _, kd, ce = summed_loss(
-                student[mine], head, theirs, their_head, micro_batch.counted_labels[mine], objective.objective
+                ours[mine], head, theirs, their_head, micro_batch.counted_labels[mine], objective.objective
             )
             if theirs is not None and their_head is not None and not _says_something(their_head.logits(theirs)):
                 found[TEACHER].append(row)

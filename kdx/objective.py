@@ -261,6 +261,7 @@ class StudentObjective(nn.Module):
         self.num_ids = num_ids
         self.objective = objective
         self.chunk_size = chunk_size
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # by which accelerate makes shards
 
     def forward(
         self, batch: MicroBatch, teacher_hidden: Tensor | None, teacher_head: Head | None, factor: float = 1.0

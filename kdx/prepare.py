@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from kdx import causal_lm, checkpoint, loss, plugins
+from kdx import causal_lm, checkpoint, loss, plugins, shards
 from kdx.batches import Row, StepBatches, fingerprint, pad_id_of
 from kdx.check import binding_problems
 from kdx.config import Config, LossConfig, TeacherConfig
@@ -106,10 +106,11 @@ def _check_loss(config: LossConfig) -> None:
 
 def build_accelerator(config: Config) -> Accelerator:
     """Choose device and precision, and refuse what accelerate would quietly do otherwise. Raises MachineError."""
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1", "yes"):
-            what = "is asked for, and kdx's evaluation and checkpoints need the whole student in every process"
-            raise MachineError(f"ACCELERATE_USE_{name}", what, "Start without it: each process holds the whole student")
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in shards.YES:
+            what = "is asked for, and kdx is not written for it"
+            raise MachineError(f"ACCELERATE_USE_{name}", what, "Start without it, or with ACCELERATE_USE_FSDP")
+    fsdp = shards.plugin(config)
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     precision = config.train.precision
     if precision == "auto":
@@ -119,7 +120,8 @@ def build_accelerator(config: Config) -> Accelerator:
             precision = "bf16" if causal_lm.device_dtype(device)[0] == torch.bfloat16 else "fp32"
     if precision == "fp16" and cpu:
         raise MachineError("train.precision", "fp16 needs a GPU", "Use train.precision=bf16 or fp32")
-    AcceleratorState._reset_state(reset_partial_state=False)  # a job before this one may have had another precision
+    # A job before this one may have had another precision; FSDP is noted in what is else left alone.
+    AcceleratorState._reset_state(reset_partial_state=fsdp is not None)
     processes, mend = (
         int(os.environ.get("WORLD_SIZE", "1")),
         "Start them with torchrun, or with accelerate launch on GPUs",
@@ -128,6 +130,7 @@ def build_accelerator(config: Config) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision=precision if precision in ("bf16", "fp16") else "no",
             cpu=cpu,
+            fsdp_plugin=fsdp,
             step_scheduler_with_optimizer=False,
         )
     except ValueError as error:
@@ -137,6 +140,9 @@ def build_accelerator(config: Config) -> Accelerator:
     if processes != accelerator.num_processes:
         what = f"{processes} processes were started, but accelerate sees {accelerator.num_processes}"
         raise MachineError("WORLD_SIZE", what, mend)
+    if fsdp and not accelerator.is_fsdp2:
+        what = f"is asked for, and accelerate does not do it on {processes} × {accelerator.device.type}"
+        raise MachineError(shards.ASKED, what, "Start without it, or on several GPUs")
     return accelerator
 
 

@@ -40,6 +40,7 @@ def header(run: Prepared) -> list[str]:
     counts, batches = run.counts(), run.batches
     processes = run.accelerator.num_processes
     device = f"{run.accelerator.device}, {processes} process{'es' if processes > 1 else ''}"
+    device += ", the student in shards (FSDP)" if run.accelerator.is_fsdp2 else ""
     num_micro = batches.batch_size // (batches.micro_batch_size * processes)
     micro = f", {num_micro} micro-batches of {batches.micro_batch_size}" if num_micro > 1 else ""
     epochs = run.max_steps / batches.steps_per_epoch

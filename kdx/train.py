@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kdx import checkpoint, drift, nonfinite
+from kdx import checkpoint, drift, nonfinite, shards
 from kdx.batches import StepBatch, StepBatches, ahead
 from kdx.config import TrainConfig
 from kdx.evaluate import MEASURES, peak_memory
@@ -61,7 +61,9 @@ def train(
     *,
     accelerator: Accelerator,
     objective: StudentObjective,
+    module: Any,
     optimizer: Any,
+    student: Any,
     schedule: Any,
     batches: StepBatches,
     teacher: Teacher | None,
@@ -74,10 +76,9 @@ def train(
 ) -> State:
     """Train to max_steps, or until stopped early or asked to stop. Weights end up in `objective.model`.
 
-    measure: takes the held-out measures of the student as it is. Raises DivergedError before a step that would
+    module, optimizer, student: of shards.prepare. measure: takes the held-out measures of the student as it is. Raises DivergedError before a step that would
     write a loss or gradient that is not finite into the weights.
     """
-    module, optimizer = accelerator.prepare(objective, optimizer)
     best_file = checkpoint.folder_of(run_dir) / "best.safetensors"
     alpha = objective.objective.alpha
     objective.train()
@@ -87,11 +88,14 @@ def train(
         started = time.perf_counter()
         sums = forward_backward(accelerator, module, batch, teacher if alpha > 0 else None)
         norm = accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm or math.inf)
-        kd, ce, grad_norm = torch.stack([*(sums / max(batch.num_tokens, 1)), norm.to(sums)]).tolist()  # the one read
+        kd, ce, grad_norm = torch.stack(
+            [*(sums / max(batch.num_tokens, 1)), shards.plain(norm).to(sums)]
+        ).tolist()  # the one read
         is_finite = nonfinite.is_finite(accelerator, kd, ce, grad_norm)
         if not is_finite:  # before the optimizer writes it into the weights
             asked = teacher if alpha > 0 else None
-            nonfinite.stop_or_skip(config, state, accelerator, objective, batch, asked, (kd, ce))
+            with shards.whole(objective, student):
+                nonfinite.stop_or_skip(config, state, accelerator, student, objective, batch, asked, (kd, ce))
         lr = schedule.get_last_lr()[0]
         if is_finite:
             optimizer.step()
@@ -115,9 +119,10 @@ def train(
 
         # Evaluate once in a while, remember the best, stop when it no longer gets better.
         if config.eval_every and state.step % config.eval_every == 0 and state.step < max_steps:
-            measures = measure()
+            with shards.whole(objective, student):
+                measures = measure()
+                keep_best(config, state, measures, accelerator, student, best_file)
             tracker.log(state, {f"eval/{name}": measures[name] for name in MEASURES})
-            keep_best(config, state, measures, accelerator, objective, best_file)
             patience = config.early_stopping.patience
             if patience is not None and state.num_worse >= patience:
                 state.stopped_by = "early_stopping"
@@ -131,11 +136,13 @@ def train(
         if due or interrupted:
             random_states = gather_object([checkpoint.random_state()])
             state.store = teacher.position() if teacher else {}
-            if accelerator.is_main_process:
-                kept = {"best": best_file if config.keep == "best" else None, "scaler": accelerator.scaler}
-                checkpoint.save(
-                    run_dir, objective.model, optimizer, schedule, asdict(state), random_states=random_states, **kept
-                )
+            moments = shards.state_of(optimizer, accelerator.is_main_process)
+            with shards.whole(objective, student):
+                if accelerator.is_main_process:
+                    kept = {"best": best_file if config.keep == "best" else None, "scaler": accelerator.scaler}
+                    checkpoint.save(
+                        run_dir, student, moments, schedule, asdict(state), random_states=random_states, **kept
+                    )
         accelerator.wait_for_everyone()
         if stopping or interrupted:
             break
@@ -148,7 +155,7 @@ def keep_best(
     state: State,
     measures: dict[str, float | None],
     accelerator: Accelerator,
-    objective: StudentObjective,
+    student: Any,
     best_file: Path,
 ) -> None:
     """Note whether the held-out measure improved, and keep the weights if they may become the student."""
@@ -156,7 +163,7 @@ def keep_best(
     if value is not None and value < state.best - config.early_stopping.min_delta:
         state.best, state.best_step, state.num_worse = value, state.step, 0
         if config.keep == "best" and accelerator.is_main_process:
-            checkpoint.save_weights(best_file, objective.model)
+            checkpoint.save_weights(best_file, student)
     else:
         state.num_worse += 1
 
@@ -164,12 +171,14 @@ def keep_best(
 def forward_backward(accelerator: Accelerator, module: Any, batch: StepBatch, teacher: Teacher | None) -> Tensor:
     """Accumulate one step's gradient → the sums [2] of kd and ce over its counted positions, of all processes."""
     sums = []
-    # DDP averages gradients over processes: undone here, once.
+    # DDP and FSDP average gradients over processes: undone here, once.
     factor = accelerator.num_processes / max(batch.num_tokens, 1)
     answers = teacher.answers(batch.micro_batches) if teacher else repeat(None)
     for i, (micro_batch, hidden) in enumerate(zip(batch.micro_batches, answers, strict=False), 1):
         micro_batch = micro_batch.to(accelerator.device)
-        with nullcontext() if i == len(batch.micro_batches) else accelerator.no_sync(module):
+        # FSDP sums up in shards every time: it would keep whole gradients else, and memory is what it is for.
+        is_synced = i == len(batch.micro_batches) or accelerator.is_fsdp2
+        with nullcontext() if is_synced else accelerator.no_sync(module):
             total, kd, ce = module(micro_batch, hidden, teacher.head if teacher else None, factor)
             accelerator.backward(total)
         sums.append(torch.stack([kd, ce]))

@@ -96,8 +96,8 @@ def test_more_processes_than_accelerate_sees_are_refused(monkeypatch: pytest.Mon
         prepare.build_accelerator(compose(["train.precision=fp32"]))
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
 def test_what_is_asked_of_accelerate_and_not_done_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(MachineError, match=f"ACCELERATE_USE_{name}: is asked for, and kdx's evaluation"):
+    with pytest.raises(MachineError, match=f"ACCELERATE_USE_{name}: is asked for, and kdx is not written for it"):
         prepare.build_accelerator(compose(["train.precision=fp32"]))
