@@ -129,7 +129,7 @@ class DataConfig:
     on_long: str = one_of("truncate", "drop", "error")
     """What becomes of a longer row."""
     on_bad_row: str = one_of("stop", "skip")
-    """What becomes of a row that is not as the source expects; skipped rows are counted."""
+    """What becomes of a row that is not as the source or the chat template expects; skipped rows are counted."""
     max_bad_rows: Any = allows(
         int,
         float,

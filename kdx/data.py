@@ -12,14 +12,13 @@ from typing import Any
 
 from kdx.check import binding_problems
 from kdx.config import DataConfig
-from kdx.errors import ConfigError, DataError, KdxError, did_you_mean, together
+from kdx.errors import SKIP, ConfigError, DataError, did_you_mean, first_of, together
 from kdx.files import kind_of, read_rows, resolve_path
 from kdx.templates import RowTemplate
 
 log = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant")
-SHOWN = 20  # faults that are printed; the rest are counted
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,14 @@ class Dataset:
     changed: Counter[str] = field(default_factory=Counter)
 
 
+Refused = Callable[[list[Conversation]], list[DataError | None]]
+
+
 @dataclass
 class _Found:
     """What reading comes upon: faults that stop the run, and how many rows fell to which rule."""
 
+    refused: Refused | None  # says which rows are bad beyond their text, where bad ones are skipped
     faults: list[DataError] = field(default_factory=list)
     is_unreadable: bool = False  # a file among the faults, which data.on_bad_row does not excuse
     dropped: Counter[str] = field(default_factory=Counter)
@@ -94,20 +97,25 @@ def check_source(config: DataConfig) -> None:
         raise together([ConfigError(*problem) for problem in found])
 
 
-def load_data(config: DataConfig, also: Callable[[list[Conversation]], list[DataError]] | None = None) -> Dataset:
+def load_data(
+    config: DataConfig,
+    also: Callable[[list[Conversation]], list[DataError]] | None = None,
+    refused: Refused | None = None,
+) -> Dataset:
     """Read the source, check every row, hold out rows for measuring. Raises DataError with all faults found.
 
     also: finds faults in rows that are sound as text; asked only when others are found, so that all are said at once.
+    refused: why the chat template refuses a row, or None; asked only where bad rows are skipped, for all of them.
     """
     check_source(config)
-    found = _Found()
+    found = _Found(refused if config.on_bad_row == "skip" else None)
     rows = _checked(config, found)
     others = _others(config, found)
     dropped, changed = found.dropped, found.changed
     if found.faults:
         is_excusable = config.on_bad_row == "stop" and not found.is_unreadable
         faults = [*found.faults, *(also([*rows, *(others or [])]) if also else [])]
-        raise first_of(faults, "Mend them, or set data.on_bad_row=skip" if is_excusable else "Mend them")
+        raise first_of(faults, SKIP if is_excusable else "Mend them")
     if not rows:
         rules = "; ".join(f"{count} rows: {rule}" for rule, count in dropped.items()) or "the source gave none"
         raise DataError("data", f"no row is left ({rules})", "Loosen the rule, or give other data")
@@ -185,6 +193,10 @@ def _checked(config: DataConfig, found: _Found) -> list[Conversation]:
         found.is_unreadable = is_unreadable = True
         faults.append(error)
     num_rows = len(rows) + len(faults) + dropped.total() - before
+    if found.refused:
+        told = found.refused(rows)
+        faults += [fault for fault in told if fault]
+        rows = [row for row, fault in zip(rows, told, strict=True) if fault is None]
     most = config.max_bad_rows * num_rows if isinstance(config.max_bad_rows, float) else config.max_bad_rows
     if faults and (is_unreadable or config.on_bad_row == "stop"):
         found.faults += faults
@@ -195,16 +207,6 @@ def _checked(config: DataConfig, found: _Found) -> list[Conversation]:
         dropped["bad row (data.on_bad_row=skip)"] += len(faults)
         log.warning("skipped %d bad rows, the first: %s", len(faults), faults[0])
     return _with_own_ids(rows)
-
-
-def first_of(faults: list[DataError], mend: str = "Mend them") -> KdxError:
-    """The first faults as one error, a line each, and how many there are."""
-    total = sum(len(fault.lines) for fault in faults)
-    error = together(faults)
-    if total > 1:
-        more = f", the first {SHOWN} shown" if total > SHOWN else ""
-        error.lines[SHOWN:] = [f"data: {total} faults{more}. {mend}"]
-    return error
 
 
 def _with_own_ids(rows: list[Conversation]) -> list[Conversation]:

@@ -14,8 +14,8 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from kdx.batches import Row
 from kdx.config import DataConfig
-from kdx.data import Conversation, first_of
-from kdx.errors import DataError
+from kdx.data import Conversation
+from kdx.errors import SKIP, DataError, first_of
 from kdx.templates import fault_of
 
 log = logging.getLogger(__name__)
@@ -65,25 +65,40 @@ class Encoder:
     def encode(self, *parts: Sequence[Conversation]) -> list[list[Row]]:
         """Tokenise, and count what was dropped or truncated under which rule. Raises DataError with all faults."""
         encoded = [self._encoded(conversations) for conversations in parts]
-        faults = [fault for _, found in encoded for fault in found]
+        refused = [fault for _, found, _ in encoded for fault in found]
+        faults = refused + [fault for _, _, found in encoded for fault in found]
         if faults:
-            raise first_of(faults)
-        return [rows for rows, _ in encoded]
+            raise first_of(faults, SKIP if refused else "Mend them")
+        return [rows for rows, _, _ in encoded]
 
     def faults(self, conversations: Sequence[Conversation]) -> list[DataError]:
         """What encode would refuse."""
-        return self._encoded(conversations)[1]
+        _, refused, long = self._encoded(conversations)
+        return [*refused, *long]
 
-    def _encoded(self, conversations: Sequence[Conversation]) -> tuple[list[Row], list[DataError]]:
+    def refused(self, conversations: Sequence[Conversation]) -> list[DataError | None]:
+        """Why the chat template refuses each conversation, or None."""
+        return [told if isinstance(told, DataError) else None for told in map(self._told, conversations)]
+
+    def _told(self, conversation: Conversation) -> tuple[str, list[Span]] | DataError:
+        try:
+            return self._render(conversation)
+        except DataError as error:
+            return error
+
+    def _encoded(self, conversations: Sequence[Conversation]) -> tuple[list[Row], list[DataError], list[DataError]]:
+        """The rows, what the chat template refuses, and what is too long where that is an error."""
         rows: list[Row] = []
-        faults: list[DataError] = []
+        refused: list[DataError] = []
+        long: list[DataError] = []
         for start in range(0, len(conversations), TOKENISED_TOGETHER):
             rendered = []
             for conversation in conversations[start : start + TOKENISED_TOGETHER]:
-                try:
-                    rendered.append((conversation, *self._render(conversation)))
-                except DataError as error:
-                    faults.append(error)
+                told = self._told(conversation)
+                if isinstance(told, DataError):
+                    refused.append(told)
+                else:
+                    rendered.append((conversation, *told))
             if not rendered:
                 continue
             texts = [text for _, text, _ in rendered]
@@ -94,7 +109,7 @@ class Encoder:
                 is_long = len(tokens) > self.max_length
                 if is_long and self.on_long == "error":
                     what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
-                    faults.append(DataError(conversation.where, what, "Raise it, or set data.on_long=truncate"))
+                    long.append(DataError(conversation.where, what, "Raise it, or set data.on_long=truncate"))
                     continue
                 if is_long and self.on_long == "truncate":
                     row = Row(row.id, tokens[: self.max_length], row.counted[: self.max_length])
@@ -105,7 +120,7 @@ class Encoder:
                     self.dropped["no counted token left"] += 1
                 else:
                     rows.append(row.without_tail())
-        return rows, faults
+        return rows, refused, long
 
     def _render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text under the chat template, and each assistant turn in it."""

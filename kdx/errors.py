@@ -63,6 +63,9 @@ MEMORY = (
 )
 NO_MEMORY = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory", "alloc_failed")
 
+SHOWN = 20  # faults in rows that are printed; the rest are counted
+SKIP = "Mend them, or set data.on_bad_row=skip"
+
 
 def out_of_memory(error: BaseException) -> MachineError | None:
     """What to say if an error means that memory ran out, on a device or beside it; else None."""
@@ -77,6 +80,16 @@ def together(errors: Sequence[KdxError]) -> KdxError:
     first = errors[0]
     first.lines = list(dict.fromkeys(line for error in errors for line in error.lines))
     return first
+
+
+def first_of(faults: Sequence[DataError], mend: str) -> KdxError:
+    """The first faults as one error, a line each, and how many there are."""
+    total = sum(len(fault.lines) for fault in faults)
+    error = together(faults)
+    if total > 1:
+        more = f", the first {SHOWN} shown" if total > SHOWN else ""
+        error.lines[SHOWN:] = [f"data: {total} faults{more}. {mend}"]
+    return error
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -178,7 +178,7 @@ def _read_text(config: Config) -> Text:
     tokenizer, max_length = load_tokenizers(config)
     template = prepare_tokenizer(tokenizer, config.data)
     encoder = Encoder(tokenizer, max_length, config.data.on_long, config.data.assistant_only)
-    data = load_data(config.data, also=encoder.faults)
+    data = load_data(config.data, also=encoder.faults, refused=encoder.refused)
     rows, held_out_rows = encoder.encode(data.train, data.validation)
     for what, left, given in (("training", rows, data.train), ("held-out", held_out_rows, data.validation)):
         if given and not left:

@@ -198,6 +198,76 @@ def test_parsing_encoding_and_held_out_rows_are_one_pass(refused):
     assert [line.split(": ")[0] for line in refused(*words)] == ["t.jsonl:2", "held.jsonl:2", "data"]
 
 
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
+)
+REFUSED = "the chat template refuses the conversation: roles must alternate. Mend the row, or give a data.chat_template"
+
+
+@pytest.fixture
+def alternating(place: Path) -> list[str]:
+    """The words of a run whose chat template refuses rows 4, 8 and 12 of 20, where row 2 is bad as text."""
+    Path("alternating.jinja").write_text(ALTERNATING)
+    twice = [
+        {"messages": [TALK[0], TALK[0], TALK[1]]},
+        {"messages": [TALK[1], TALK[1]]},
+        {"messages": TALK * 2 + [TALK[1]]},
+    ]
+    rows: list[object] = [{"messages": [{**TALK[0], "content": f"a{i}"}, TALK[1]]} for i in range(20)]
+    rows[1], rows[3::4] = {"messages": "oops"}, [*twice, *rows[15::4]]
+    Path("t.jsonl").write_bytes(jsonl(*rows))
+    return ["data=messages", "data.chat_template=alternating.jinja", "data.validation=2"]
+
+
+def test_rows_that_the_chat_template_refuses_are_skipped_and_counted(alternating, capfd):
+    words = [*alternating, "data.on_bad_row=skip", "data.max_bad_rows=0.2", "hydra.run.dir=run"]
+    code, _, lines = in_process(capfd, *words_of(*words, "data.max_length=100"))
+    assert code == 0, lines
+    told = json.loads(Path("run/summary.json").read_text())["data"]
+    assert told["num_dropped"] == {"bad row (data.on_bad_row=skip)": 4}
+    assert (told["num_rows"], told["num_validation_rows"]) == (14, 2)
+    assert "skipped 4 bad rows, the first: t.jsonl:2: " in " ".join(Path("run/kdx.log").read_text().split())
+
+
+def test_where_only_the_template_refuses_rows_the_log_names_the_first(alternating, capfd):
+    lines = Path("t.jsonl").read_bytes().splitlines(keepends=True)
+    Path("t.jsonl").write_bytes(b"".join(lines[2:]))
+    words = [*alternating, "data.on_bad_row=skip", "data.max_bad_rows=3", "hydra.run.dir=run"]
+    assert in_process(capfd, *words_of(*words, "data.max_length=100"))[0] == 0
+    assert f"skipped 3 bad rows, the first: t.jsonl:2: {REFUSED}" in " ".join(Path("run/kdx.log").read_text().split())
+
+
+def test_rows_that_the_chat_template_refuses_count_towards_the_most_that_are_skipped(refused, alternating):
+    first, *lines, total = refused(*alternating, "data.on_bad_row=skip", "data.max_bad_rows=3")
+    assert first == "data: 4 of 20 rows are bad, and data.max_bad_rows is 3. Mend them, or raise it"
+    assert lines[0].startswith("t.jsonl:2: ")
+    assert lines[1:] == [f"t.jsonl:{n}: {REFUSED}" for n in (4, 8, 12)]
+    assert total == "data: 5 faults. Mend them"
+
+
+def test_without_skip_all_rows_that_the_chat_template_refuses_are_said(refused, alternating):
+    first, *lines, total = refused(*alternating)
+    assert first.startswith("t.jsonl:2: ")
+    assert lines == [f"t.jsonl:{n}: {REFUSED}" for n in (4, 8, 12)]
+    assert total == "data: 4 faults. Mend them, or set data.on_bad_row=skip"
+    lines = Path("t.jsonl").read_bytes().splitlines(keepends=True)
+    Path("t.jsonl").write_bytes(b"".join(lines[2:]))  # now the template is the only one to refuse
+    *lines, total = refused(*alternating)
+    assert {*lines} == {f"t.jsonl:{n}: {REFUSED}" for n in (2, 6, 10)}
+    assert total == "data: 3 faults. Mend them, or set data.on_bad_row=skip"
+
+
+def test_rows_of_a_held_out_file_that_the_chat_template_refuses_are_skipped_too(alternating, capfd):
+    words = [*alternating[:-1], "data.validation=held.jsonl", "data.on_bad_row=skip", "data.max_bad_rows=4"]
+    good = [{"messages": [{**TALK[0], "content": f"b{i}"}, TALK[1]]} for i in range(3)]
+    Path("held.jsonl").write_bytes(jsonl(*good, {"messages": [*TALK, TALK[1]]}))
+    assert in_process(capfd, *words_of(*words, "data.max_length=100", "hydra.run.dir=run"))[0] == 0
+    told = json.loads(Path("run/summary.json").read_text())["data"]
+    assert told["num_dropped"] == {"bad row (data.on_bad_row=skip)": 5}
+    assert (told["num_rows"], told["num_validation_rows"]) == (16, 3)
+
+
 def test_the_first_20_of_all_faults_and_how_many(refused):
     Path("t.jsonl").write_bytes(jsonl(*[{"source": "a"}] * 15, *[b"{\n"] * 15))
     lines = refused()
