@@ -79,9 +79,8 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     schedule = build_schedule(config.optim, optimizer, run.max_steps)
     module, optimizer, run.student = shards.prepare(accelerator, run.objective, optimizer)
     torch.manual_seed(config.train.seed + accelerator.process_index)  # dropout; fresh weights are drawn by now
-    origin = (
-        run.origin | {"processes": accelerator.num_processes} | ({"shards": "FSDP"} if accelerator.is_fsdp2 else {})
-    )
+    origin = run.origin | {"processes": accelerator.num_processes}
+    origin |= {"shards": "FSDP"} if accelerator.is_fsdp2 else {}
     prints = {name: origin[name] for name in ("fingerprint", "validation_fingerprint")}
     resumed = folder.resume(run.student, optimizer, schedule, origin, accelerator)
     if resumed:

@@ -76,8 +76,8 @@ def train(
 ) -> State:
     """Train to max_steps, or until stopped early or asked to stop. Weights end up in `objective.model`.
 
-    module, optimizer, student: of shards.prepare. measure: takes the held-out measures of the student as it is. Raises DivergedError before a step that would
-    write a loss or gradient that is not finite into the weights.
+    module, optimizer, student: of shards.prepare. measure: takes the held-out measures of the student as it is.
+    Raises DivergedError before a step that would write a loss or gradient that is not finite into the weights.
     """
     best_file = checkpoint.folder_of(run_dir) / "best.safetensors"
     alpha = objective.objective.alpha
@@ -87,10 +87,8 @@ def train(
         # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
         started = time.perf_counter()
         sums = forward_backward(accelerator, module, batch, teacher if alpha > 0 else None)
-        norm = accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm or math.inf)
-        kd, ce, grad_norm = torch.stack(
-            [*(sums / max(batch.num_tokens, 1)), shards.plain(norm).to(sums)]
-        ).tolist()  # the one read
+        norm = shards.plain(accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm or math.inf))
+        kd, ce, grad_norm = torch.stack([*(sums / max(batch.num_tokens, 1)), norm.to(sums)]).tolist()  # the one read
         is_finite = nonfinite.is_finite(accelerator, kd, ce, grad_norm)
         if not is_finite:  # before the optimizer writes it into the weights
             asked = teacher if alpha > 0 else None
