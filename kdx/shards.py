@@ -61,7 +61,7 @@ def plugin(config: Config) -> FullyShardedDataParallelPlugin | None:
         (optim not in OPTIMIZERS, "optim.name", f"{optim} is not known to go with FSDP",
          f"Choices: {', '.join(OPTIMIZERS)}"),
     ]  # fmt: skip
-    if wrong := [MachineError(*words) for is_so, *words in refused if is_so]:
+    if wrong := [MachineError(where, what, mend) for is_so, where, what, mend in refused if is_so]:
         raise together(wrong)
     return made
 
