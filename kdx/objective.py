@@ -184,25 +184,20 @@ class _ChunkedSum(torch.autograd.Function):
                 of_head.mul_(factor)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(kd_sum, ce_sum)
-        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         total = factor * (objective.alpha * kd_sum + (1 - objective.alpha) * ce_sum)
         return total.to(grad_dtype), kd_sum, ce_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:
-        def scaled(grad: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-            if grad is None:
-                return None
-            grad = grad if is_one else grad * grad_total  # the factor is not rounded to bf16
-            return grad if dtype is None else grad.to(dtype)
-
+        grads = ctx.saved_tensors
         # As a rule the factor is 1, and a gradient of the head is as large as the head: no copy of it. To look is free
         # on a CPU; a GPU would be waited for.
-        is_one = grad_total.device.type == "cpu" and grad_total.item() == 1
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        return scaled(grad_hidden), scaled(grad_weight, weight_dtype), scaled(grad_bias, bias_dtype), *[None] * 7
+        if grad_total.device.type != "cpu" or grad_total.item() != 1:
+            grads = [None if grad is None else grad * grad_total for grad in grads]  # it is not rounded to bf16
+        by_inputs = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        return *by_inputs, *[None] * 7
 
 
 def chunks_of(num_rows: int, size: int) -> Iterator[slice]:

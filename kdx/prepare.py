@@ -107,7 +107,7 @@ def _check_loss(config: LossConfig) -> None:
 def build_accelerator(config: Config) -> Accelerator:
     """Choose device and precision, and refuse what accelerate would quietly do otherwise. Raises MachineError."""
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in shards.YES:
+        if shards.is_asked(f"ACCELERATE_USE_{name}"):
             what = "is asked for, and kdx is not written for it"
             raise MachineError(f"ACCELERATE_USE_{name}", what, "Start without it, or with ACCELERATE_USE_FSDP")
     fsdp = shards.plugin(config)

@@ -23,16 +23,13 @@ from kdx.errors import MachineError, together
 from kdx.objective import StudentObjective
 
 ASKED = "ACCELERATE_USE_FSDP"
-YES = ("true", "1", "yes")
-OPTIMIZERS = tuple(
-    f"torch.{name}" for name in ("Adam", "AdamW", "Adamax", "RAdam", "RMSprop")
-)  # they need no weight whole
+OPTIMIZERS = ("torch.Adam", "torch.AdamW", "torch.Adamax", "torch.RAdam", "torch.RMSprop")  # they need no weight whole
 WRAP = "Use fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and name no layers"
 
 
-def is_asked() -> bool:
-    """Whether the environment that accelerate made, or the user, asks for FSDP."""
-    return os.environ.get(ASKED, "false").lower() in YES
+def is_asked(variable: str = ASKED) -> bool:
+    """Whether the environment that accelerate made, or the user, asks for FSDP, or for what another variable names."""
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
 
 def plugin(config: Config) -> FullyShardedDataParallelPlugin | None:
