@@ -67,7 +67,8 @@ def test_a_sweep_that_is_killed_again_and_again(own, tmp_path, full, figure):
             begun = {j: times_resumed(j) for j in jobs(own) if j not in done and any(j.glob("checkpoints/step-*"))}
             run = sweep(own, *words)
             wait_for_more(own, run, moments.randrange(1, 20))
-            run.process.join(moments.uniform(0, 0.5))
+            # A fast machine is past the job in half a second: every other kill comes while steps are done.
+            run.process.join(moments.uniform(0, 0.5) * moments.randrange(2))
             run.kill(signal.SIGKILL)
             code = run.code
             touched += sum(whole(job) != known[job] for job in done)
