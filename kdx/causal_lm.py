@@ -3,7 +3,6 @@
 N positions, V rows of the head, d width of the model.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -25,12 +24,13 @@ import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from kdx.batches import MicroBatch
 from kdx.config import SAFE_NAME, ModelConfig
-from kdx.durable import digest_of, read_json, write_beside
+from kdx.durable import cache_dir, known_digest, read_json
 from kdx.errors import MachineError, ModelError, out_of_memory
 from kdx.files import nearby, resolve_path
 
@@ -136,11 +136,6 @@ def counted_hidden(model: Any, batch: MicroBatch) -> Tensor:
     return output.last_hidden_state.flatten(0, 1)[batch.positions.to(output.last_hidden_state.device)]
 
 
-def cache_dir() -> Path:
-    """Where kdx keeps what it can make again: $KDX_CACHE, by default ~/.cache/kdx."""
-    return Path(os.environ.get("KDX_CACHE") or "~/.cache/kdx").expanduser()
-
-
 def device_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """The fastest safe dtype of a device, and why: bf16 where its processor has the instructions, else fp32."""
     if device.type == "cuda":
@@ -224,8 +219,17 @@ def load_causal_lm(
     if missing or wrong:
         what = f"lacks {len(missing) or len(wrong)} tensors, the first {(missing or wrong)[0]}"
         raise ModelError(f"{group}.path", f"{path} {what}", "They would be random: use a complete checkpoint")
+    fuse_activations(model)
     check_split(model, group)
     return model.eval()
+
+
+def fuse_activations(model: PreTrainedModel) -> None:
+    """Take GPT-2's GELU in one kernel, not in the eight steps of transformers: most of them keep a tensor for backward."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation | FastGELUActivation):  # one formula, written in two ways
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def check_split(model: PreTrainedModel, group: str) -> None:
@@ -273,7 +277,7 @@ def weights_digest(config: ModelConfig, group: str) -> str:
     if folder.is_dir():
         patterns = ("config.json", *WEIGHT_FILES, *(["*.py"] if config.trust_remote_code else []))
         for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
-            digest.update(f"{file.name}:{_known_digest(file)};".encode())
+            digest.update(f"{file.name}:{known_digest(file)};".encode())
     else:
         load_config(config, group)  # asks the hub what the revision is now, and keeps the answer in its cache
         kept = try_to_load_from_cache(path, "config.json", revision=config.revision)
@@ -287,19 +291,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(sorted((i, t) for t, i in tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def _known_digest(file: Path) -> str:
-    """A file's digest, taken again when anything about the file changed: ctime changes even if mtime is put back."""
-    stat = file.stat()
-    about = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}:{stat.st_dev}"
-    kept = cache_dir() / "digests" / hashlib.sha256(about.encode()).hexdigest()[:32]
-    if kept.is_file() and len(known := kept.read_text(encoding="ascii")) == 64:
-        return known
-    digest = digest_of(file)
-    with contextlib.suppress(OSError):  # it is only a shortcut
-        write_beside(kept, digest)
-    return digest
-
-
 def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
     """Dequantise a GGUF file into a model folder in the cache, once, whoever asks first."""
     source = folder / gguf_file
@@ -307,7 +298,7 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
         raise ModelError(f"{group}.gguf_file", f"{source} does not exist", nearby(folder))
     if importlib.util.find_spec("gguf") is None:
         raise MachineError(f"{group}.gguf_file", "the package gguf is not installed", "Run: pip install gguf")
-    stamp = _known_digest(source)[:16]
+    stamp = known_digest(source)[:16]
     kept = cache_dir() / "gguf" / stamp
     if (kept / "config.json").is_file():
         return kept

@@ -1,5 +1,6 @@
 """Files that are whole or not there: written beside and renamed, told by their digests, sealed with a manifest."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,6 +41,24 @@ def digest_of(path: str | Path) -> str:
     """A sha256 of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_dir() -> Path:
+    """Where kdx keeps what it can make again: $KDX_CACHE, by default ~/.cache/kdx."""
+    return Path(os.environ.get("KDX_CACHE") or "~/.cache/kdx").expanduser()
+
+
+def known_digest(file: Path) -> str:
+    """A file's digest, taken again when anything about the file changed: ctime changes even if mtime is put back."""
+    stat = file.stat()
+    about = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}:{stat.st_dev}"
+    kept = cache_dir() / "digests" / hashlib.sha256(about.encode()).hexdigest()[:32]
+    if kept.is_file() and len(known := kept.read_text(encoding="ascii")) == 64:
+        return known
+    digest = digest_of(file)
+    with contextlib.suppress(OSError):  # it is only a shortcut
+        write_beside(kept, digest)
+    return digest
 
 
 def seal(folder: Path) -> None:

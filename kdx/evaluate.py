@@ -18,11 +18,11 @@ from torch import Tensor
 from kdx import loss
 from kdx.batches import MicroBatch, Row, StepBatches, by_length, collate
 from kdx.causal_lm import Head, counted_hidden, head_of
-from kdx.objective import blocks_of, chunks_of
+from kdx.objective import blocks_of, chunk_size_of, chunks_of
 from kdx.teacher import Teacher
 
 MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
-CHUNK = 512  # positions whose logits exist at once
+SAMPLE = 128  # positions at which it is looked for what the teacher says past the ids
 MIN_ROWS = 8  # measuring needs less memory than training
 
 
@@ -107,7 +107,7 @@ def score(
     """Measure N positions, a chunk at a time → each measure [N] of the student, and ce and accuracy of the teacher."""
     parts: list[dict[str, Tensor]] = []
     teacher_parts: list[dict[str, Tensor]] = []
-    for chunk in chunks_of(len(labels), CHUNK):
+    for chunk in chunks_of(len(labels), chunk_size_of(head)):
         product = head.product(hidden[chunk])
         teacher_product = None
         if teacher_hidden is not None and teacher_head is not None:
@@ -132,7 +132,7 @@ def mass_past(num_ids: int, head: Head, hidden: list[Tensor]) -> float:
     """The teacher's mean probability of the head rows past the tokenizer's real ids, on the first batch."""
     if not hidden:  # a process without held-out rows
         return 0.0
-    probabilities = loss.log_probabilities(head.logits(hidden[0][:CHUNK])).exp()
+    probabilities = loss.log_probabilities(head.logits(hidden[0][:SAMPLE])).exp()
     return probabilities[:, num_ids:].sum(-1).mean().item() if len(probabilities) else 0.0
 
 

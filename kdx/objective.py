@@ -22,7 +22,9 @@ from kdx.batches import IGNORED, MicroBatch
 from kdx.causal_lm import Head, counted_hidden, head_of
 
 CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: the more rows, the fewer passes over the gradient of the head
-CACHE_BYTES = 2**19  # of one float32 tensor of a block, for each thread
+CACHE_BYTES = 2**19  # of one float32 tensor of a block on a CPU, for each thread
+HEAD_ROWS = 2**14  # of the head's gradient at once: summed in float32 without a second matrix of the head's size
+BLOCK_BYTES = 2**26  # of one elsewhere: large enough to fill a GPU, small beside the chunk's several such tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ class _ChunkedSum(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = None
+        grad_weight = torch.zeros_like(weight, dtype=grad_dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad_dtype) if wants_bias and bias is not None else None
         kd_sum, ce_sum = (torch.zeros((), dtype=_sum_dtype(hidden), device=hidden.device) for _ in range(2))
 
@@ -166,19 +168,17 @@ class _ChunkedSum(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
                 product[block] = grad  # what was the product is the gradient by it from here on
+            del teacher_product  # the peak of a step is about here: activations wait, gradients come
             if grad_hidden is not None:
                 grad_hidden[rows] = (product @ head.weight).to(hidden.dtype).mul_(factor)
-            if wants_weight:
+            if grad_weight is not None:
                 inputs = hidden[rows].to(product.dtype)
-                if grad_weight is None:
-                    grad_weight = (product.T @ inputs).to(grad_dtype)
-                elif product.dtype == grad_dtype:
-                    grad_weight.addmm_(product.T, inputs)  # not one more matrix of the head's size
-                else:
-                    grad_weight += product.T @ inputs
+                for ids in chunks_of(head.num_ids, HEAD_ROWS):
+                    if product.dtype == grad_dtype:
+                        grad_weight[ids].addmm_(product[:, ids].T, inputs)
+                    else:
+                        grad_weight[ids].add_(product[:, ids].T @ inputs)
 
-        if wants_weight and grad_weight is None:  # no position counts
-            grad_weight = torch.zeros(weight.shape, dtype=grad_dtype, device=weight.device)
         for of_head in (grad_weight, grad_bias):
             if of_head is not None:
                 of_head.mul_(factor)
@@ -200,6 +200,11 @@ class _ChunkedSum(torch.autograd.Function):
         return *by_inputs, *[None] * 7
 
 
+def chunk_size_of(head: Head) -> int:
+    """How many positions a chunk has, by what their logits weigh."""
+    return max(1, CHUNK_BYTES // (head.compute_dtype.itemsize * head.num_ids))
+
+
 def chunks_of(num_rows: int, size: int) -> Iterator[slice]:
     """Cut rows into as few parts of at most `size` as can be, all of nearly one length."""
     num_chunks = -(-num_rows // size)
@@ -208,10 +213,13 @@ def chunks_of(num_rows: int, size: int) -> Iterator[slice]:
 
 
 def blocks_of(product: Tensor) -> Iterator[slice]:
-    """Cut the rows of a chunk [n, V]: on a CPU into what the caches hold, as many for each thread, elsewhere not."""
-    num_rows, size = product.shape[0], max(1, product.shape[0])
+    """Cut the rows of a chunk [n, V], of which the softmaxes need several float32 copies: on a CPU into what its
+    caches hold, as many for each thread, elsewhere into what is small beside the chunk."""
+    num_rows, row_bytes = product.shape[0], 4 * product.shape[1]
     if product.device.type == "cpu":
-        size = max(1, CACHE_BYTES // (4 * product.shape[1])) * torch.get_num_threads()
+        size = max(1, CACHE_BYTES // row_bytes) * torch.get_num_threads()
+    else:
+        size = max(1, BLOCK_BYTES // row_bytes)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
@@ -265,5 +273,5 @@ class StudentObjective(nn.Module):
         hidden = counted_hidden(self.model, batch)
         head = head_of(self.model).cut(self.num_ids)
         labels = batch.counted_labels
-        chunk_size = self.chunk_size or max(1, CHUNK_BYTES // (head.compute_dtype.itemsize * head.num_ids))
+        chunk_size = self.chunk_size or chunk_size_of(head)
         return summed_loss(hidden, head, teacher_hidden, teacher_head, labels, self.objective, chunk_size, factor)

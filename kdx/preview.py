@@ -12,12 +12,13 @@ from rich.table import Table
 from kdx import report
 from kdx.batches import MicroBatch, Row, collate
 from kdx.config import Config
-from kdx.objective import CHUNK_BYTES
+from kdx.objective import BLOCK_BYTES, CHUNK_BYTES
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import CHECKPOINTS, Prepared, build_accelerator, bytes_on_disk, check_names, in_bytes, prepare
 from kdx.redact import printable
 from kdx.tracking import CONSOLE, log, logging_to, quiet_libraries
 
+SOFTMAXES = 6  # float32 tensors of a block at once: both logits, log-probabilities, gradients
 LONGEST_SHOWN = 1200  # letters of the row that is shown
 
 
@@ -108,6 +109,8 @@ def memory_table(run: Prepared, cost: Cost) -> Table:
         teacher = run.teacher.num_bytes if run.teacher.is_loaded else head
     logits = longest[0] * len(longest) * run.num_ids * (2 if run.accelerator.mixed_precision == "bf16" else 4)
     chunk = 2 * min(CHUNK_BYTES, logits)  # the student's and the teacher's
+    if run.accelerator.device.type != "cpu":  # there a block is small
+        chunk += SOFTMAXES * min(BLOCK_BYTES, logits)
     table = Table(title="memory of a step, in the order of what to save first", title_justify="left")
     table.add_column("")
     table.add_column("bytes", justify="right")

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from kdx.causal_lm import check_split, load_causal_lm, load_config
+from kdx.causal_lm import check_split, fuse_activations, load_causal_lm, load_config
 from kdx.config import StudentConfig, TeacherConfig
 from kdx.durable import open_to_umask, seal, temporary, verify
 from kdx.errors import ConfigError
@@ -52,6 +52,7 @@ def load_student(
     model = AutoModelForCausalLM.from_config(
         shape, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=config.trust_remote_code
     ).eval()
+    fuse_activations(model)
     check_split(model, "student")
     return model
 
@@ -108,6 +109,7 @@ def cut(model: PreTrainedModel, layers: int | list[int], trust_remote_code: bool
     smaller.tie_weights()
     smaller.generation_config = copy.deepcopy(model.generation_config)
     smaller.eval()
+    fuse_activations(smaller)
     check_split(smaller, "student")
     return smaller
 

@@ -373,9 +373,9 @@ def test_cpu_choices():
 
 def test_cache_dir_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("KDX_CACHE", str(tmp_path / "mine"))
-    assert causal_lm.cache_dir() == tmp_path / "mine"
+    assert durable.cache_dir() == tmp_path / "mine"
     monkeypatch.delenv("KDX_CACHE")
-    assert causal_lm.cache_dir().parts[-2:] == (".cache", "kdx")
+    assert durable.cache_dir().parts[-2:] == (".cache", "kdx")
 
 
 def test_digest_of_is_sha256(tmp_path):

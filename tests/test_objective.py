@@ -31,7 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kdx import loss, objective
 from kdx.batches import MicroBatch, Row, StepBatches, collate, merged
 from kdx.causal_lm import Head
-from kdx.objective import Objective, StudentObjective, chunks_of, distillation_loss
+from kdx.objective import BLOCK_BYTES, Objective, StudentObjective, blocks_of, chunks_of, distillation_loss
 from kdx.store import Identity
 from kdx.teacher import Teacher
 from kdx.train import forward_backward
@@ -753,6 +753,13 @@ def test_chunks_are_all_rows_in_order_and_of_nearly_one_length(num_rows, size):
     assert all(0 < length <= size for length in lengths)
     assert not lengths or max(lengths) - min(lengths) <= 1
     assert len(lengths) == -(-num_rows // size)
+
+
+@pytest.mark.parametrize("vocabulary", [100, 50_257, 10**8])
+def test_a_block_elsewhere_than_on_a_cpu_is_small_beside_the_chunk(vocabulary):
+    lengths = [block.stop - block.start for block in blocks_of(torch.empty(1500, vocabulary, device="meta"))]
+    assert sum(lengths) == 1500
+    assert max(lengths) == max(1, min(1500, BLOCK_BYTES // (4 * vocabulary)))
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
