@@ -27,7 +27,7 @@ from kdx.teacher import Teacher, load_teacher, precision_of
 from kdx.tracking import log
 
 CHECKPOINTS = 3  # on disk at once while the third is written
-MAX_NEW_TOKENS = 48  # of a sample answer, and by default of the student's answers
+NUM_SAMPLES, MAX_NEW_TOKENS = 3, 48  # of sample answers; the student's answers too are so long by default
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Prepared:
     encoder: Encoder
     rows: list[Row]
     held_out_rows: list[Row]
+    prompts: list[dict[str, Any]]
     teacher: Teacher | None
     student: Any
     num_ids: int
@@ -157,6 +158,7 @@ class Text:
     encoder: Encoder
     rows: list[Row]
     held_out_rows: list[Row]
+    prompts: list[dict[str, Any]]  # of the sample answers
 
 
 _shared: dict[str, Text] = {}  # of the sweep that this process does, the last one read
@@ -184,7 +186,8 @@ def _read_text(config: Config) -> Text:
         if given and not left:
             rules = "; ".join(f"{number} {rule}" for rule, number in encoder.dropped.items())
             raise DataError("data", f"no {what} row is left ({rules})", "Raise data.max_length, or give other data")
-    return Text(tokenizer, max_length, template, data, encoder, rows, held_out_rows)
+    prompts = encoder.prompts(data.validation or data.train, NUM_SAMPLES, MAX_NEW_TOKENS)
+    return Text(tokenizer, max_length, template, data, encoder, rows, held_out_rows, prompts)
 
 
 def origin(text: Text, identity: Identity | None) -> dict[str, Any]:
@@ -275,6 +278,7 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         encoder=text.encoder,
         rows=rows,
         held_out_rows=held_out_rows,
+        prompts=text.prompts,
         teacher=teacher,
         student=student,
         num_ids=num_ids,
