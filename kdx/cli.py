@@ -163,7 +163,7 @@ def _composed(words: list[str]) -> list[Config]:
     args = _parsed(words)
     source = Source(args.config_dir, args.config_path, args.config_name)
     configs = compose_points(list(args.overrides), source)
-    plugins.load(None)
+    plugins.load()
     return configs
 
 
@@ -202,7 +202,7 @@ def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()
             refuse_links(run_dir, run_dir.parent if is_sweep else None)
             keep_words(run_dir, words, typed)
         try:
-            plugins.load(run_dir if is_main else None)
+            plugins.load()
         except ConfigError as error:
             if is_main:
                 jobs.note_failure(run_dir, str(error))

@@ -168,12 +168,17 @@ def read_text(config: Config) -> Text:
     """Read and encode the data; the jobs of a sweep that name the same data and models do it once. Raises KdxError."""
     if not config.sweep.keys:
         return _read_text(config)
-    key = json.dumps([asdict(part) for part in (config.teacher, config.student, config.data)], default=str)
+    key = what_is_read(config)
     if key not in _shared:
         text = _read_text(config)
         _shared.clear()
         _shared[key] = text
     return _shared[key]
+
+
+def what_is_read(config: Config) -> str:
+    """What the text of a run, and its teacher, depend on: equal for the jobs of a sweep that can share them."""
+    return json.dumps([asdict(part) for part in (config.teacher, config.student, config.data)], default=str)
 
 
 def _read_text(config: Config) -> Text:

@@ -390,7 +390,8 @@ def test_plugins_are_imported_and_their_source_kept(monkeypatch):
     write("my_kdx_pack/__init__.py", "from my_kdx_pack import inner\n")
     write("my_kdx_pack/inner.py", "X = 1\n")
     monkeypatch.setenv("KDX_PLUGINS", "my_kdx_loss, my_kdx_pack")
-    plugins.load(Path("r"))
+    plugins.load()
+    plugins.keep(Path("r"))
     assert "my_kdx_loss" in sys.modules
     kept = {p.relative_to("r/plugins").as_posix() for p in Path("r/plugins").rglob("*.py")}
     assert kept == {"my_kdx_loss.py", "my_kdx_pack/__init__.py", "my_kdx_pack/inner.py"}
@@ -398,7 +399,7 @@ def test_plugins_are_imported_and_their_source_kept(monkeypatch):
         del sys.modules[name]
     monkeypatch.setenv("KDX_PLUGINS", "no_such_module")
     with pytest.raises(KdxError, match="KDX_PLUGINS: cannot import no_such_module"):
-        plugins.load(Path("r"))
+        plugins.load()
 
 
 def test_a_sweep_goes_on_after_a_job_that_fails_and_ends_with_5(capfd, monkeypatch):
