@@ -92,6 +92,7 @@ YAML = {
     "code of a model": "teacher: {path: coded, trust_remote_code: true, revision: " + "a" * 40 + "}",
     "swept code of a model": "hydra: {mode: MULTIRUN, sweeper: {params: {teacher.trust_remote_code: 'true'}}}\n"
     "teacher: {path: coded, revision: " + "a" * 40 + "}",
+    "secret in a sweep": "hydra: {mode: MULTIRUN, sweeper: {params: {train.seed: '1,2'}}}\ntracking: {notes: " + TYPED[1] + "}",
     "Python object": "loss: !!python/object/apply:os.mkdir [marker]",
     "package": "hydra: {searchpath: ['pkg://evil']}",
 }  # fmt: skip
