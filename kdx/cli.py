@@ -24,10 +24,10 @@ from kdx.composition import Plan, as_tree, compose, compose_points, preflight, t
 from kdx.config import Config
 from kdx.devices import one_device
 from kdx.durable import write_beside
-from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, out_of_memory
+from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, out_of_memory, printable
 from kdx.folders import Source, groups_in, origins
 from kdx.hostile import refuse_links
-from kdx.redact import printable, redact, secrets_in
+from kdx.redact import redact, secrets_in
 from kdx.stale import place
 
 __all__ = ["compose", "main"]

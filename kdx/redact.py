@@ -1,4 +1,4 @@
-"""Secrets, and what a terminal would obey, out of all that is written down: logs, the record of a run, W&B."""
+"""Secrets out of all that is written down: logs, the record of a run, W&B."""
 
 import os
 import re
@@ -57,8 +57,3 @@ def secrets_in(tree: Any, key: str = "", *, is_resolved: bool = False) -> Iterat
 def _held_secrets() -> list[str]:
     """The values of environment variables that are named like secrets."""
     return [held for name, held in os.environ.items() if SECRET_KEY.search(name) and len(held) >= 8]
-
-
-def printable(text: str) -> str:
-    """Strip control characters: sample text is somebody's text, and terminals obey escapes."""
-    return "".join(c for c in text if c in "\n\t" or c.isprintable())

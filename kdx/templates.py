@@ -212,7 +212,7 @@ def _apart(function: Callable[[Any], Any], items: list[Any]) -> Iterator[tuple[A
                         raise Unbounded(_fault(ended), item)
                     function(item)  # raises here what it raised there
                 told, fault = json.loads(line)
-                yield item, DataError(*fault) if fault else told
+                yield item, DataError(fault[0], fault[1], fault[2]) if fault else told
     finally:
         if ended is None:
             os.kill(pid, signal.SIGKILL)
