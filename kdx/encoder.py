@@ -61,6 +61,7 @@ class Encoder:
         }
         self.dropped, self.truncated = Counter[str](), Counter[str]()
         self._frames: dict[tuple[str, ...], Frame] = {}
+        self._kept: dict[int, tuple[list[dict[str, str]], Any]] = {}  # messages, by their id, and what became of them
         self._is_plain = is_plain(self.tokenizer.chat_template)
 
     def encode(self, *parts: Sequence[Conversation]) -> list[list[Row]]:
@@ -78,8 +79,10 @@ class Encoder:
         return [*refused, *long]
 
     def refused(self, conversations: Sequence[Conversation]) -> list[DataError | None]:
-        """Why the chat template refuses each conversation, or None."""
-        return [told if isinstance(told, DataError) else None for _, told in self._each(self._render, conversations)]
+        """Why the chat template refuses each conversation, or None; encode renders none of them again."""
+        told = list(self._each(self._render, conversations))
+        self._kept |= {id(conversation.messages): (conversation.messages, text) for conversation, text in told}
+        return [text if isinstance(text, DataError) else None for _, text in told]
 
     def prompts(self, conversations: Sequence[Conversation], number: int, room: int) -> list[dict[str, Any]]:
         """The first conversations up to the assistant's first turn that leave room for an answer, and what was said."""
@@ -117,7 +120,7 @@ class Encoder:
         rows: list[Row] = []
         refused: list[DataError] = []
         long: list[DataError] = []
-        for rendered in _together(self._each(self._render, conversations), refused):
+        for rendered in _together(self._rendered(conversations), refused):
             texts = [text for _, text, _ in rendered]
             encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             tokenised = zip(rendered, encoding["input_ids"], encoding["offset_mapping"], strict=True)
@@ -138,6 +141,12 @@ class Encoder:
                 else:
                     rows.append(row.without_tail())
         return rows, refused, long
+
+    def _rendered(self, conversations: Sequence[Conversation]) -> Iterator[tuple[Conversation, Any]]:
+        """Each conversation and its rendering, or why the template refuses it."""
+        if all(id(conversation.messages) in self._kept for conversation in conversations):
+            return ((c, self._kept.pop(id(c.messages))[1]) for c in conversations)
+        return self._each(self._render, conversations)
 
     def _render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text under the chat template, and each assistant turn in it."""

@@ -31,18 +31,25 @@ NUM_SAMPLES, MAX_NEW_TOKENS = 3, 48  # of sample answers; the student's answers 
 
 
 @dataclass
-class Prepared:
-    """A run that is ready to start."""
+class Text:
+    """The rows of a run, and what made them."""
 
-    config: Config
-    accelerator: Accelerator
     tokenizer: Any
+    max_length: int
     template: str
     data: Dataset
     encoder: Encoder
     rows: list[Row]
     held_out_rows: list[Row]
-    prompts: list[dict[str, Any]]
+    prompts: list[dict[str, Any]]  # of the sample answers
+
+
+@dataclass
+class Prepared(Text):
+    """A run that is ready to start."""
+
+    config: Config
+    accelerator: Accelerator
     teacher: Teacher | None
     student: Any
     num_ids: int
@@ -145,20 +152,6 @@ def build_accelerator(config: Config) -> Accelerator:
         what = f"is asked for, and accelerate does not do it on {processes} × {accelerator.device.type}"
         raise MachineError(shards.ASKED, what, "Start without it, or on several GPUs")
     return accelerator
-
-
-@dataclass(frozen=True)
-class Text:
-    """The rows of a run, and what made them."""
-
-    tokenizer: Any
-    max_length: int
-    template: str
-    data: Dataset
-    encoder: Encoder
-    rows: list[Row]
-    held_out_rows: list[Row]
-    prompts: list[dict[str, Any]]  # of the sample answers
 
 
 _shared: dict[str, Text] = {}  # of the sweep that this process does, the last one read
@@ -275,15 +268,9 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         options=config.loss.options,
     )
     return Prepared(
+        **vars(text),
         config=config,
         accelerator=accelerator,
-        tokenizer=tokenizer,
-        template=text.template,
-        data=text.data,
-        encoder=text.encoder,
-        rows=rows,
-        held_out_rows=held_out_rows,
-        prompts=text.prompts,
         teacher=teacher,
         student=student,
         num_ids=num_ids,

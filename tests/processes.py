@@ -29,7 +29,7 @@ def in_process(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str,
 
 def environment(**more: str) -> dict[str, str]:
     """That of a process that imports the kdx which is tested, offline, with one thread and without a W&B login."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "KDX_"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "KDX_", "HYDRA_"))}
     clean |= {"PYTHONPATH": str(Path(kdx.__file__ or "").parents[1]), "OMP_NUM_THREADS": "1"}
     return clean | {"HF_HUB_OFFLINE": "1", "NETRC": "none"} | more
 

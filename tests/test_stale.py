@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import in_process
+from processes import ended, in_process, started
 from standins import FUSSY, write_dialogpt, write_pairs, write_place
 
+from kdx import cli
 from kdx.cli import compose
 from kdx.distill import distill
 
@@ -123,3 +126,31 @@ def test_in_python_the_files_are_read_each_time(done, tmp_path):
     other_data()
     with pytest.raises(Exception, match="was begun with another fingerprint"):
         distill(config, Path("mine"))
+
+
+def one_of_two(number: int, port: int, elsewhere: str, told: str) -> None:
+    """The same command in one of two processes, which may stand where the data cannot be seen."""
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", KDX_PLUGINS="fussy_loss")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.path.insert(0, os.getcwd())
+    os.chdir(elsewhere)
+    with open(told, "w", encoding="utf-8") as sys.stderr, open(os.devnull, "w", encoding="utf-8") as sys.stdout:
+        sys.argv = ["kdx", *WORDS]
+        cli.main()
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_of_several_processes_none_waits_for_one_that_is_refused(done, tmp_path, is_elsewhere):
+    other_data()
+    (tmp_path / "elsewhere").mkdir()
+    before = whole(Path("run"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = [tmp_path / "0.err", tmp_path / "1.err"]
+    places = [tmp_path, tmp_path / "elsewhere" if is_elsewhere else tmp_path]
+    both = [started(one_of_two, i, port, str(places[i]), str(told[i])) for i in range(2)]
+    assert [ended(one) for one in both] == [2, 0 if is_elsewhere else 2]
+    assert "run: was begun with another fingerprint. Use" in told[0].read_text()
+    assert ("was begun with another fingerprint" in told[1].read_text()) != is_elsewhere
+    assert whole(Path("run")) == before

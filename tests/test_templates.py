@@ -179,6 +179,24 @@ def test_a_template_is_tried_once_and_a_plain_one_never(monkeypatch, make_tokeni
     assert len(forks) == 1
 
 
+def test_each_row_is_rendered_once_where_bad_ones_are_skipped(tmp_path, monkeypatch, make_tokenizer, data_config):
+    rendered = []
+    render = Encoder._render
+    monkeypatch.setattr(Encoder, "_render", lambda self, row: rendered.append(row.where) or render(self, row))
+    encoder = Encoder(
+        make_tokenizer("{{ messages[1].content / 2 if 'no' in messages[0].content }}" + SPEAK), 9, "drop", True
+    )
+    (tmp_path / "t.jsonl").write_text(
+        "".join(json.dumps({"source": f"{'no' * (i == 3)}{i % 5}", "target": f"{i % 7}"}) + "\n" for i in range(12))
+    )
+    config = data_config("pairs", path=str(tmp_path / "t.jsonl"), on_bad_row="skip", max_bad_rows=1, validation=2)
+    monkeypatch.setattr(encoder, "_is_plain", True)  # so that it is seen here
+    data = load_data(config, refused=encoder.refused)
+    rows, held_out = encoder.encode(data.train, data.validation)
+    assert len(rows) + len(held_out) == 11
+    assert sorted(rendered) == sorted({f"{tmp_path}/t.jsonl:{i}" for i in range(1, 13)})
+
+
 def test_the_templates_of_the_default_models_are_plain(smollm2_tokenizer):
     assert is_plain(smollm2_tokenizer.chat_template)
     assert is_plain("{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}")  # DialoGPT's
@@ -247,14 +265,16 @@ def test_an_item_that_ends_its_process_is_named():
     assert caught.value.item == 2
 
 
-def test_what_is_left_early_leaves_no_process():
+def test_what_is_left_early_leaves_no_process(monkeypatch):
+    fork, pids = os.fork, []
+    monkeypatch.setattr(templates.os, "fork", lambda: pids.append(fork()) or pids[-1])
     told = each(lambda _: time.sleep(60) if _ else 1, [0, 1])
     assert next(told) == (0, 1)
     began = time.monotonic()
     told.close()
     assert time.monotonic() - began < 30
     with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+        os.waitpid(pids[0], os.WNOHANG)
 
 
 def test_in_a_thread_it_is_the_same():
