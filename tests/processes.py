@@ -15,7 +15,9 @@ import kdx
 from kdx import cli
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["kdx.distill"])  # imported once, in a process that no thread has run in
+# Imported once, in a process that no thread has run in; `warm` only beside the fault tests. There is one such process
+# in a session: what another file asked it to import would replace this.
+SERVER.set_forkserver_preload(["kdx.distill", "warm"])
 
 
 def in_process(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, list[str]]:
