@@ -24,10 +24,10 @@ from kdx.composition import Plan, as_tree, compose, compose_points, preflight, t
 from kdx.config import Config
 from kdx.devices import one_device
 from kdx.durable import write_beside
-from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, out_of_memory
+from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, out_of_memory, printable
 from kdx.folders import Source, groups_in, origins
 from kdx.hostile import refuse_links
-from kdx.redact import printable, redact
+from kdx.redact import redact, secrets_in
 from kdx.stale import place
 
 __all__ = ["compose", "main"]
@@ -85,9 +85,10 @@ def _main(argv: list[str]) -> int:
     if not args.shell_completion and (words or source != Source() or not only_shows):
         plan = preflight(words, source, args.multirun)
         words += [word for word in plan.added if word not in words]
-    if plan.sweep_dir and (secret := next((word for word in words if redact(word) != word), None)):
+    typed = {key: value.strip("'\"") for key, _, value in (word.partition("=") for word in words)}
+    if plan.sweep_dir and (secret := next(secrets_in(typed), None)):
         what = "has a secret, which Hydra would keep in a sweep's multirun.yaml"
-        raise ConfigError(secret.split("=", 1)[0], what, "Put it into the environment: KEY='${oc.env:NAME}'")
+        raise ConfigError(secret, what, "Put it into the environment: KEY='${oc.env:NAME}'")
     if args.help:
         groups = sorted(groups_in(source.roots()).items())
         print(HELP.format(groups="\n".join(f"{group}: {', '.join(options)}" for group, options in groups)))
@@ -163,7 +164,7 @@ def _composed(words: list[str]) -> list[Config]:
     args = _parsed(words)
     source = Source(args.config_dir, args.config_path, args.config_name)
     configs = compose_points(list(args.overrides), source)
-    plugins.load(None)
+    plugins.load()
     return configs
 
 
@@ -202,7 +203,7 @@ def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()
             refuse_links(run_dir, run_dir.parent if is_sweep else None)
             keep_words(run_dir, words, typed)
         try:
-            plugins.load(run_dir if is_main else None)
+            plugins.load()
         except ConfigError as error:
             if is_main:
                 jobs.note_failure(run_dir, str(error))

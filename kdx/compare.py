@@ -19,9 +19,9 @@ from rich.console import Console
 
 from kdx import ranking
 from kdx.durable import write_beside
-from kdx.errors import ConfigError, MachineError, together
+from kdx.errors import ConfigError, MachineError, printable, together
 from kdx.ranking import COSTS, MEASURES, RANKED_BY, Comparison, Ranking, Rows, Run
-from kdx.redact import printable, redact
+from kdx.redact import redact
 from kdx.stale import newest
 from kdx.tables import as_csv, as_json, as_markdown, terminal_tables
 from kdx.tracking import CONSOLE

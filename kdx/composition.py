@@ -24,7 +24,14 @@ from kdx.check import ALIASES, contradictions, nearest_key, problems
 from kdx.config import Config
 from kdx.errors import ConfigError, did_you_mean, together
 from kdx.folders import ORIGINS, Source, groups_in, origins
-from kdx.hostile import refuse_code, refuse_models_code, refuse_packages, refuse_swept, refuse_untyped
+from kdx.hostile import (
+    refuse_code,
+    refuse_models_code,
+    refuse_packages,
+    refuse_secrets,
+    refuse_swept,
+    refuse_untyped,
+)
 
 OPEN_GROUPS = ("data", "loss", "optim")  # their further keys are options of what they name
 LAYERS = ("typed", "experiment/", "recipe/", "")  # what wins comes first
@@ -91,6 +98,8 @@ def preflight(words: list[str], source: Source, is_multirun: bool = False) -> Pl
         raise ConfigError("train.max_steps and train.epochs", "some points of the sweep set one, some both", "Type one")
     if not is_sweep:
         return Plan(freed)
+    for cfg in composer.composed():
+        refuse_secrets(OmegaConf.to_container(cfg), OmegaConf.to_container(hydra_part.launcher))
     keys, configs = sweep.swept_keys(typed), [point.config() for point in points]
     named = any(override.key_or_group == "sweep.name" for override in typed)
     name = [] if named else [f"sweep.name={sweep.sweep_name(keys, configs)}"]
@@ -217,6 +226,10 @@ class Composer:
             if not bad:
                 kept.append(f"{key}={values[0]}" if word.is_sweep_override() else str(word.input_line))
         return kept, wrong
+
+    def composed(self) -> list[DictConfig]:
+        """All that the YAML says under the choices asked for so far."""
+        return list(self._composed.values())
 
     def _base(self, choices: list[str]) -> DictConfig:
         """What the YAML says under these choices, before any value is typed. Raises ConfigError."""

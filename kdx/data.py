@@ -14,7 +14,7 @@ from kdx.check import binding_problems
 from kdx.config import DataConfig
 from kdx.errors import SKIP, ConfigError, DataError, did_you_mean, first_of, together
 from kdx.files import kind_of, read_rows, resolve_path
-from kdx.templates import RowTemplate
+from kdx.templates import RowTemplate, Unbounded, each
 
 log = logging.getLogger(__name__)
 
@@ -298,19 +298,24 @@ def pairs(
     renders = {role: RowTemplate(template.get(role), f"data.template.{role}") for role in ("user", "assistant")}
     for key in template.keys() - renders.keys():
         raise ConfigError(f"data.template.{key}", "is not a key of kdx", "Known: user, assistant")
-    for item in _objects(path, subset, split):
+
+    def filled(item: tuple[str, dict[str, Any]] | DataError) -> Any:
         if isinstance(item, DataError):
-            yield item
-            continue
+            raise item
         where, row = item
-        try:
-            messages = [{"role": "system", "content": system}] if system else []
-            for role, text in renders.items():
-                own = {name: _column(row, columns[name], name, where) for name in columns if name in text.needs}
-                messages.append({"role": role, "content": text.render(row | own, row, where)})
-            yield {"messages": messages, "id": row.get("id"), "where": where}
-        except DataError as error:
-            yield error
+        messages = [{"role": "system", "content": system}] if system else []
+        for role, text in renders.items():
+            own = {name: _column(row, columns[name], name, where) for name in columns if name in text.needs}
+            messages.append({"role": role, "content": text.render(row | own, row, where)})
+        return messages
+
+    is_plain = all(text.is_plain for text in renders.values())
+    try:
+        for item, told in each(filled, _objects(path, subset, split), is_plain=is_plain):
+            is_bad = isinstance(told, DataError)
+            yield told if is_bad else {"messages": told, "id": item[1].get("id"), "where": item[0]}
+    except Unbounded as fault:
+        raise DataError(fault.item[0], f"data.template {fault} for this row", "Mend the template") from None
 
 
 def _column(row: dict[str, Any], column: str, name: str, where: str) -> str:

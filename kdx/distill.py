@@ -13,15 +13,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from kdx import checkpoint, report, shards
+from kdx import checkpoint, plugins, report, shards
 from kdx.causal_lm import DTYPES
 from kdx.config import Config
-from kdx.errors import DivergedError
+from kdx.errors import DivergedError, KdxError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
 from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, check_names, check_room, prepare
 from kdx.run_folder import RunFolder, StopRequest
+from kdx.stale import changes
 from kdx.student import save_student
 from kdx.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
 from kdx.train import State, keep_best, train
@@ -50,7 +51,8 @@ class Summary:
 def distill(config: Config, run_dir: Path) -> Summary:
     """Run one distillation in a folder of its own, or go on with the one that is there.
 
-    Raises KdxError for what a user can mend. A folder whose run is done is left as it is, and its summary returned.
+    Raises KdxError for what a user can mend. A folder whose run is done is left as it is, and its summary returned, or
+    ConfigError raised if its data, teacher, tokenizer or plug-ins have changed since.
     """
     quiet_libraries()
     accelerator = build_accelerator(config)
@@ -59,15 +61,29 @@ def distill(config: Config, run_dir: Path) -> Summary:
     folder = RunFolder(run_dir)
     done = folder.done(asdict(config))
     if done is not None:
+        doubt = _refuse_stale(config, folder, accelerator.device)
         if accelerator.is_main_process:
-            CONSOLE.print(f"{run_dir} is done already; nothing is run", markup=False)
+            CONSOLE.print(f"{run_dir} is done already; nothing is run{doubt}", markup=False)
         return Summary(**done)
     is_main = accelerator.is_main_process
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
     folder.open(asdict(config), is_main)
+    if is_main:
+        plugins.keep(run_dir)
     with StopRequest() as stop, logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main):
         check_names(config)
         return _run(config, folder, accelerator, stop)
+
+
+def _refuse_stale(config: Config, folder: RunFolder, device: torch.device) -> str:
+    """Refuse a done run that would be another now. Why that cannot be told, if so: nothing is lost then."""
+    try:
+        found = changes(config, folder.path, device)
+    except KdxError as error:
+        return f" (whether its data, teacher or plug-ins have changed since cannot be told: {error.lines[0]})"
+    if found:
+        raise folder.drifted(found)
+    return ""
 
 
 def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: StopRequest) -> Summary:

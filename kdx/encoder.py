@@ -3,20 +3,20 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 
 from kdx.batches import Row
 from kdx.config import DataConfig
 from kdx.data import Conversation
 from kdx.errors import SKIP, DataError, first_of
-from kdx.templates import fault_of
+from kdx.templates import LONGEST, Unbounded, bounded, each, fault_of, is_plain
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ class Encoder:
         }
         self.dropped, self.truncated = Counter[str](), Counter[str]()
         self._frames: dict[tuple[str, ...], Frame] = {}
+        self._kept: dict[int, tuple[list[dict[str, str]], Any]] = {}  # messages, by their id, and what became of them
+        self._is_plain = is_plain(self.tokenizer.chat_template)
 
     def encode(self, *parts: Sequence[Conversation]) -> list[list[Row]]:
         """Tokenise, and count what was dropped or truncated under which rule. Raises DataError with all faults."""
@@ -77,30 +79,48 @@ class Encoder:
         return [*refused, *long]
 
     def refused(self, conversations: Sequence[Conversation]) -> list[DataError | None]:
-        """Why the chat template refuses each conversation, or None."""
-        return [told if isinstance(told, DataError) else None for told in map(self._told, conversations)]
+        """Why the chat template refuses each conversation, or None; encode renders none of them again."""
+        told = list(self._each(self._render, conversations))
+        self._kept |= {id(conversation.messages): (conversation.messages, text) for conversation, text in told}
+        return [text if isinstance(text, DataError) else None for _, text in told]
 
-    def _told(self, conversation: Conversation) -> tuple[str, list[Span]] | DataError:
+    def prompts(self, conversations: Sequence[Conversation], number: int, room: int) -> list[dict[str, Any]]:
+        """The first conversations up to the assistant's first turn that leave room for an answer, and what was said."""
+
+        def text_of(conversation: Conversation) -> str | None:
+            messages = _opening(conversation)
+            has_user = any(m["role"] == "user" for m in messages)
+            return self._template(conversation, messages, add_generation_prompt=True) if has_user else None
+
+        found: list[dict[str, Any]] = []
+        for conversation, text in self._each(text_of, conversations):
+            if isinstance(text, str) and self._length(text) + room <= self.max_length:
+                messages = _opening(conversation)
+                said = conversation.messages[len(messages)]["content"]
+                found.append({"messages": messages, "text": text, "reference": said})
+            if len(found) == number:
+                break
+        return found
+
+    def _length(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _each(
+        self, function: Callable[[Conversation], Any], conversations: Sequence[Conversation]
+    ) -> Iterator[tuple[Conversation, Any]]:
+        """Each conversation and what the template makes of it, or why it refuses it. Raises DataError if that has no end."""
         try:
-            return self._render(conversation)
-        except DataError as error:
-            return error
+            yield from each(function, conversations, is_plain=self._is_plain)
+        except Unbounded as fault:
+            what = f"the chat template {fault} for this row"
+            raise DataError(fault.item.where, what, "Give another: data.chat_template=FILE") from None
 
     def _encoded(self, conversations: Sequence[Conversation]) -> tuple[list[Row], list[DataError], list[DataError]]:
         """The rows, what the chat template refuses, and what is too long where that is an error."""
         rows: list[Row] = []
         refused: list[DataError] = []
         long: list[DataError] = []
-        for start in range(0, len(conversations), TOKENISED_TOGETHER):
-            rendered = []
-            for conversation in conversations[start : start + TOKENISED_TOGETHER]:
-                told = self._told(conversation)
-                if isinstance(told, DataError):
-                    refused.append(told)
-                else:
-                    rendered.append((conversation, *told))
-            if not rendered:
-                continue
+        for rendered in _together(self._rendered(conversations), refused):
             texts = [text for _, text, _ in rendered]
             encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             tokenised = zip(rendered, encoding["input_ids"], encoding["offset_mapping"], strict=True)
@@ -121,6 +141,12 @@ class Encoder:
                 else:
                     rows.append(row.without_tail())
         return rows, refused, long
+
+    def _rendered(self, conversations: Sequence[Conversation]) -> Iterator[tuple[Conversation, Any]]:
+        """Each conversation and its rendering, or why the template refuses it."""
+        if all(id(conversation.messages) in self._kept for conversation in conversations):
+            return ((c, self._kept.pop(id(c.messages))[1]) for c in conversations)
+        return self._each(self._render, conversations)
 
     def _render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text under the chat template, and each assistant turn in it."""
@@ -178,7 +204,10 @@ class Encoder:
 
     def _template(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return bounded(text, (message["content"] for message in messages))
+        except MemoryError:
+            raise
         except Exception as error:  # its own raise_exception, or anything that a template can do wrong
             what = f"the chat template refuses the conversation: {str(error).rstrip('.') or type(error).__name__}"
             raise DataError(conversation.where, what, "Mend the row, or give a data.chat_template") from None
@@ -208,6 +237,30 @@ class Encoder:
                     break
             counted[first:at] = [True] * (at - first)
         return counted
+
+
+def _together(
+    told: Iterator[tuple[Conversation, Any]], refused: list[DataError]
+) -> Iterator[list[tuple[Conversation, str, list[Span]]]]:
+    """Lists of many rendered conversations, or of fewer long ones; what is refused goes to a list of its own."""
+    group: list[tuple[Conversation, str, list[Span]]] = []
+    size = 0
+    for conversation, rendered in told:
+        if isinstance(rendered, DataError):
+            refused.append(rendered)
+            continue
+        group.append((conversation, *rendered))
+        size += len(rendered[0])
+        if len(group) == TOKENISED_TOGETHER or size > LONGEST:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _opening(conversation: Conversation) -> list[dict[str, str]]:
+    """What is said before the assistant's first turn."""
+    return list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
 
 
 def _unfit(conversation: Conversation) -> DataError:
@@ -242,12 +295,6 @@ def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
         except UnicodeDecodeError as error:
             raise DataError(str(path), f"is not UTF-8 (byte {error.start})", "Save it as UTF-8") from None
         _try_out(tokenizer, "it")
-        try:
-            tokenizer.apply_chat_template(TALK[1:], tokenize=False)
-        except TemplateSyntaxError as error:
-            raise DataError("data.chat_template", f"line {error.lineno} is not Jinja: {error}", "Mend it") from None
-        except Exception:
-            pass  # it is Jinja, made for other conversations than this one
         return "data.chat_template"
     if tokenizer.chat_template:
         _try_out(tokenizer, "the chat template that the tokenizer brings")
@@ -259,14 +306,23 @@ def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
 
 
 def _try_out(tokenizer: Any, whose: str) -> None:
-    """Refuse a chat template without end in time or size. Raises DataError."""
+    """Refuse a chat template that is not Jinja, or without end in time or size. Raises DataError."""
 
-    def texts() -> Iterator[str]:
+    def write() -> str | None:
         for messages in (TALK, TALK[1:], TALK[1:3], TALK[1:2]):  # some refuse a system message, or to end so
-            with suppress(TemplateError, TypeError, ValueError):
-                yield tokenizer.apply_chat_template(messages, tokenize=False)
-                yield tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            for is_asked in (False, True):
+                try:
+                    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_asked)
+                    bounded(text, ())
+                except TemplateSyntaxError as error:
+                    return f"is not Jinja: {error} (line {error.lineno})"
+                except MemoryError:
+                    raise
+                except Exception:
+                    pass  # it is Jinja, made for other conversations than this one
+        return None
 
-    fault = fault_of(str(tokenizer.chat_template), str(tokenizer.special_tokens_map), texts)
+    template = tokenizer.chat_template
+    fault = None if is_plain(template) else fault_of(f"chat {template} {tokenizer.special_tokens_map}", write)
     if fault:
         raise DataError("data.chat_template", f"{whose} {fault}", "Give another: data.chat_template=FILE")

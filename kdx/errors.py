@@ -22,15 +22,15 @@ class KdxError(Exception):
     def __init__(self, where: str, what: str, mend: str) -> None:
         assert where and what and mend, "a user's error says where, what and how to mend it"
         super().__init__(where, what, mend)  # all three, so that the error survives pickling between processes
-        self.lines = [_printable(f"{where}: {what}. {mend}")]
+        self.lines = [printable(f"{where}: {what}. {mend}", kept="")]
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
 
 
-def _printable(text: str) -> str:
-    """One line without control characters: rows and files are quoted in errors, and may be an attacker's."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def printable(text: str, kept: str = "\n\t\xa0\u200d") -> str:
+    """Show control characters as escapes: rows, files and answers may be an attacker's, and terminals obey them."""
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(KdxError):

@@ -157,9 +157,9 @@ def _by_row(values: dict[str, Tensor], batch: MicroBatch) -> list[dict[str, Any]
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int) -> str:
-    """Let a model answer a conversation greedily, as `pipeline("text-generation", …)` would."""
-    inputs = tokenizer(rendered(tokenizer, messages), add_special_tokens=False, return_tensors="pt").to(model.device)
+def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    """Let a model go on with a rendered conversation greedily, as `pipeline("text-generation", …)` would."""
+    inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
     was_training = model.training
     model.eval()
     pad = model.generation_config.pad_token_id
@@ -167,12 +167,6 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_t
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad)
     model.train(was_training)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """The text of a conversation up to where the assistant answers."""
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text
 
 
 def peak_memory(device: torch.device) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kdx.errors import ConfigError
+from kdx.redact import secrets_in
 
 FOLDERS = ("run.dir", "sweep.dir", "sweep.subdir", "output_subdir", "launcher.submitit_folder", "launcher.temp_folder")
 SHELL = ("setup", "additional_parameters")  # keys of a launcher that go into Slurm's script as they are
@@ -58,6 +59,20 @@ def refuse_swept(keys: Iterable[Any]) -> None:
         if str(key).lstrip("+~").startswith("hydra") or "trust_remote_code" in str(key):
             what = f"sets {key}, and comes from a file"
             raise ConfigError("hydra.sweeper.params", what, "Type it, or take it out")
+
+
+def refuse_secrets(tree: Any, launcher: Any) -> None:
+    """Refuse a sweep whose YAML holds a secret in clear. Raises ConfigError.
+
+    Hydra keeps it in multirun.yaml, submitit in its pickles, as it is written: what is taken from the environment stays
+    outside. But a launcher's own keys are resolved before, and some go into Slurm's script.
+    """
+    for key in secrets_in(tree | {"hydra": {"sweeper": tree["hydra"]["sweeper"]}}):
+        what = "holds a secret, which would be kept in the sweep's folder (by Hydra in multirun.yaml, by submitit)"
+        raise ConfigError(key, what, "Take it from the environment: ${oc.env:NAME}")
+    for key in secrets_in(launcher, "hydra.launcher", is_resolved=True):
+        what = "holds a secret, which the launcher would keep in the sweep's folder"
+        raise ConfigError(key, what, "Leave it in the environment, which the jobs inherit")
 
 
 def refuse_models_code(tree: dict[str, Any], typed: list[str]) -> None:

@@ -18,8 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from kdx.composition import Plan
 from kdx.devices import num_at_once, share_cores
 from kdx.durable import write_beside
-from kdx.errors import KdxError, MachineError
-from kdx.redact import printable, redact
+from kdx.errors import KdxError, MachineError, printable
+from kdx.redact import redact
 from kdx.stale import newest
 
 STOPPING = ".stopping"  # a file in a sweep's folder: jobs that have not begun shall not

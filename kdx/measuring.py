@@ -5,12 +5,10 @@ from typing import Any
 
 from kdx.causal_lm import DTYPES
 from kdx.certificate import certify, words_of
-from kdx.evaluate import HeldOut, Measures, answer, mass_past, rendered
+from kdx.evaluate import HeldOut, Measures, answer, mass_past
 from kdx.prepare import MAX_NEW_TOKENS, Prepared
 from kdx.teacher import Teacher
 from kdx.tracking import log, working
-
-NUM_SAMPLES = 3
 
 
 class Measurer:
@@ -18,9 +16,7 @@ class Measurer:
 
     def __init__(self, run: Prepared, held_out: HeldOut) -> None:
         self.run, self.held_out = run, held_out
-        self.prompts: list[dict[str, Any]] = []
-        if run.config.tracking.samples:
-            self.prompts = sample_prompts(run)
+        self.prompts = run.prompts if run.config.tracking.samples else []
 
     def __call__(self, precision: AbstractContextManager[Any]) -> tuple[Measures, Measures]:
         """Measure the student in a precision → its measures, and the teacher's from the same pass."""
@@ -51,7 +47,7 @@ class Measurer:
     def answers(self, model: Any) -> list[str | None]:
         if model is None:
             return [None] * len(self.prompts)
-        return [answer(model, self.run.tokenizer, p["messages"], MAX_NEW_TOKENS) for p in self.prompts]
+        return [answer(model, self.run.tokenizer, p["text"], MAX_NEW_TOKENS) for p in self.prompts]
 
     def teacher_answers(self) -> list[str | None]:
         """The teacher's answers, from its store where they are there."""
@@ -60,10 +56,10 @@ class Measurer:
             return [None] * len(self.prompts)
         answers: list[str | None] = []
         for prompt in self.prompts:
-            key = f"{MAX_NEW_TOKENS} tokens: {rendered(self.run.tokenizer, prompt['messages'])}"
+            key = f"{MAX_NEW_TOKENS} tokens: {prompt['text']}"
             told = teacher.store.answer(key) if teacher.store else None
             if told is None:
-                told = answer(teacher.model, self.run.tokenizer, prompt["messages"], MAX_NEW_TOKENS)
+                told = answer(teacher.model, self.run.tokenizer, prompt["text"], MAX_NEW_TOKENS)
                 if teacher.store:
                     teacher.store.keep_answer(key, told)
             answers.append(told)
@@ -78,22 +74,6 @@ class Measurer:
             "teacher_samples": self.teacher_answers(),
             "untouched_samples": self.answers(run.student),
         }
-
-
-def sample_prompts(run: Prepared) -> list[dict[str, Any]]:
-    """The first conversations up to the assistant's first turn that leave room for an answer, and what was said there."""
-    prompts: list[dict[str, Any]] = []
-    for conversation in run.data.validation or run.data.train:
-        messages = conversation.messages
-        first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        if not any(m["role"] == "user" for m in messages[:first]):
-            continue
-        tokens = run.tokenizer.apply_chat_template(messages[:first], add_generation_prompt=True, return_dict=False)
-        if len(tokens) + MAX_NEW_TOKENS <= run.encoder.max_length:
-            prompts.append({"messages": messages[:first], "reference": messages[first]["content"]})
-        if len(prompts) == NUM_SAMPLES:
-            break
-    return prompts
 
 
 def size_of_teacher(teacher: Teacher | None) -> dict[str, int | None]:

@@ -17,8 +17,8 @@ def named() -> list[str]:
     return [name.strip() for name in os.environ.get("KDX_PLUGINS", "").split(",") if name.strip()]
 
 
-def load(run_dir: Path | None) -> None:
-    """Import them, and keep their source in the run's folder if there is one. Raises ConfigError."""
+def load() -> None:
+    """Import them. Raises ConfigError."""
     names = named()
     if names and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -32,15 +32,22 @@ def load(run_dir: Path | None) -> None:
         except Exception as error:
             what = f"cannot import {name}: {type(error).__name__}: {error}"
             raise ConfigError("KDX_PLUGINS", what, "Give module names, with their folder on PYTHONPATH") from error
-        if run_dir is not None:
-            _keep_source(name, run_dir / "plugins")
+
+
+def keep(run_dir: Path) -> None:
+    """Keep their source in the run's folder."""
+    for name in _all():
+        _keep_source(name, run_dir / "plugins")
 
 
 def digest() -> str | None:
     """A digest of their source, which a run that goes on must find as it was; None if there are none."""
-    names = [*named(), *(entry.module for entry in entry_points(group="kdx.plugins"))]
-    sources = [source for name in sorted(set(names)) for source in _sources(name)]
+    sources = [source for name in _all() for source in _sources(name)]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16] if sources else None
+
+
+def _all() -> list[str]:
+    return sorted({*named(), *(entry.module for entry in entry_points(group="kdx.plugins"))})
 
 
 def _sources(name: str) -> list[Path]:

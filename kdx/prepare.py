@@ -28,21 +28,29 @@ from kdx.teacher import Teacher, load_teacher, precision_of
 from kdx.tracking import log
 
 CHECKPOINTS = 3  # on disk at once while the third is written
-MAX_NEW_TOKENS = 48  # of a sample answer, and by default of the student's answers
+NUM_SAMPLES, MAX_NEW_TOKENS = 3, 48  # of sample answers; the student's answers too are so long by default
 
 
 @dataclass
-class Prepared:
-    """A run that is ready to start."""
+class Text:
+    """The rows of a run, and what made them."""
 
-    config: Config
-    accelerator: Accelerator
     tokenizer: Any
+    max_length: int
     template: str
     data: Dataset
     encoder: Encoder
     rows: list[Row]
     held_out_rows: list[Row]
+    prompts: list[dict[str, Any]]  # of the sample answers
+
+
+@dataclass
+class Prepared(Text):
+    """A run that is ready to start."""
+
+    config: Config
+    accelerator: Accelerator
     teacher: Teacher | None
     student: Any
     num_ids: int
@@ -149,19 +157,6 @@ def build_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-@dataclass(frozen=True)
-class Text:
-    """The rows of a run, and what made them."""
-
-    tokenizer: Any
-    max_length: int
-    template: str
-    data: Dataset
-    encoder: Encoder
-    rows: list[Row]
-    held_out_rows: list[Row]
-
-
 _shared: dict[str, Text] = {}  # of the sweep that this process does, the last one read
 
 
@@ -169,12 +164,17 @@ def read_text(config: Config) -> Text:
     """Read and encode the data; the jobs of a sweep that name the same data and models do it once. Raises KdxError."""
     if not config.sweep.keys:
         return _read_text(config)
-    key = json.dumps([asdict(part) for part in (config.teacher, config.student, config.data)], default=str)
+    key = what_is_read(config)
     if key not in _shared:
         text = _read_text(config)
         _shared.clear()
         _shared[key] = text
     return _shared[key]
+
+
+def what_is_read(config: Config) -> str:
+    """What the text of a run, and its teacher, depend on: equal for the jobs of a sweep that can share them."""
+    return json.dumps([asdict(part) for part in (config.teacher, config.student, config.data)], default=str)
 
 
 def _read_text(config: Config) -> Text:
@@ -187,7 +187,8 @@ def _read_text(config: Config) -> Text:
         if given and not left:
             rules = "; ".join(f"{number} {rule}" for rule, number in encoder.dropped.items())
             raise DataError("data", f"no {what} row is left ({rules})", "Raise data.max_length, or give other data")
-    return Text(tokenizer, max_length, template, data, encoder, rows, held_out_rows)
+    prompts = encoder.prompts(data.validation or data.train, NUM_SAMPLES, MAX_NEW_TOKENS)
+    return Text(tokenizer, max_length, template, data, encoder, rows, held_out_rows, prompts)
 
 
 def origin(text: Text, identity: Identity | None) -> dict[str, Any]:
@@ -270,14 +271,9 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         options=config.loss.options,
     )
     return Prepared(
+        **vars(text),
         config=config,
         accelerator=accelerator,
-        tokenizer=tokenizer,
-        template=text.template,
-        data=text.data,
-        encoder=text.encoder,
-        rows=rows,
-        held_out_rows=held_out_rows,
         teacher=teacher,
         student=student,
         num_ids=num_ids,

@@ -12,10 +12,10 @@ from rich.table import Table
 from kdx import report
 from kdx.batches import MicroBatch, Row, collate
 from kdx.config import Config
+from kdx.errors import printable
 from kdx.objective import BLOCK_BYTES, CHUNK_BYTES
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import CHECKPOINTS, Prepared, build_accelerator, bytes_on_disk, check_names, in_bytes, prepare
-from kdx.redact import printable
 from kdx.tracking import CONSOLE, log, logging_to, quiet_libraries
 
 SOFTMAXES = 6  # float32 tensors of a block at once: both logits, log-probabilities, gradients

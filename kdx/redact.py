@@ -1,7 +1,8 @@
-"""Secrets, and what a terminal would obey, out of all that is written down: logs, the record of a run, W&B."""
+"""Secrets out of all that is written down: logs, the record of a run, W&B."""
 
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 # Tokens by their look; a revision is a commit, 40 hex digits that are no secret.
@@ -11,6 +12,7 @@ SECRET = re.compile(
 )
 SECRET_KEY = re.compile(r"(?i)(api_?key|access_?key|token|secret|password|passwd|credential)$")
 WORD = re.compile(r"[+~]*[\w./-]+=")  # the key of a word as typed
+TAKEN = re.compile(r"\$\{([\w.:]+)(,null)?\}")  # an interpolation, which is kept as it is written
 HIDDEN = "[redacted]"
 
 
@@ -37,11 +39,21 @@ def redact(value: Any, key: str = "") -> Any:
     return value if names_a_commit else SECRET.sub(HIDDEN, value)
 
 
+def secrets_in(tree: Any, key: str = "", *, is_resolved: bool = False) -> Iterator[str]:
+    """The keys of a config under which a secret stands in clear, not as ${oc.env:NAME}; or will, once it is resolved."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from secrets_in(value, f"{key}.{name}".lstrip("."), is_resolved=is_resolved)
+    elif isinstance(tree, list):
+        for i, value in enumerate(tree):
+            yield from secrets_in(value, f"{key}[{i}]", is_resolved=is_resolved)
+    elif isinstance(tree, str):
+        named = any(SECRET_KEY.search(taken[1]) for taken in TAKEN.finditer(tree))
+        bare = TAKEN.sub("", tree)
+        if redact(bare, key) != bare or (is_resolved and (named or redact(tree, key) != tree)):
+            yield key
+
+
 def _held_secrets() -> list[str]:
     """The values of environment variables that are named like secrets."""
     return [held for name, held in os.environ.items() if SECRET_KEY.search(name) and len(held) >= 8]
-
-
-def printable(text: str) -> str:
-    """Strip control characters: sample text is somebody's text, and terminals obey escapes."""
-    return "".join(c for c in text if c in "\n\t" or c.isprintable())

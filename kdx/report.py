@@ -14,8 +14,8 @@ from rich.table import Table
 
 from kdx import __version__
 from kdx.causal_lm import device_dtype
+from kdx.errors import printable
 from kdx.prepare import Prepared, in_bytes
-from kdx.redact import printable
 from kdx.store import TeacherStore
 
 ROWS = (

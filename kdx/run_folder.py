@@ -89,12 +89,13 @@ class RunFolder:
         is_longer = drift.only_longer(found, now)
         is_over = self.status().get("state") == "done" and not checkpoint.found(self.path)
         if found and (is_over or not is_longer):
-            raise self._drifted(found)
+            raise self.drifted(found)
         return is_longer
 
-    def _drifted(self, found: drift.Drift) -> ConfigError:
+    def drifted(self, found: drift.Drift) -> ConfigError:
+        """What to say to a run that would be another than the one that is there."""
         keys = ", ".join(key for key, _, _ in found)
-        mend = "Use the same, or another folder (run.like= starts a new run from this one's words)"
+        mend = "Use the same, or another folder: hydra.run.dir=... (run.like= starts a new run from this one's words)"
         error = ConfigError(str(self.path), f"was begun with another {keys}", mend)
         error.lines += drift.table(found)
         return error
@@ -184,7 +185,7 @@ class RunFolder:
             raise MachineError(str(self.path), what, "Start anew in another folder")
         found = drift.differences(was, origin)
         if found:
-            raise self._drifted(found)
+            raise self.drifted(found)
         rank, scaler = accelerator.process_index, accelerator.scaler
         state = State(**checkpoint.load(newest, model, optimizer, schedule, rank=rank, scaler=scaler))
         others = drift.differences(state.versions, drift.versions())

@@ -1,20 +1,19 @@
-"""A job of a sweep whose data, teacher, tokenizer or plug-ins have changed since: it runs again, in a folder beside.
+"""A run whose data, teacher, tokenizer or plug-ins have changed since.
 
-The folder that is stale stays as it is; NAME-2, NAME-3, … follow it, and the last one is the job's.
+A job of a sweep runs again, in a folder beside: the one that is stale stays as it is; NAME-2, NAME-3, … follow it, and
+the last one is the job's. A single run is refused.
 """
 
-import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kdx import plugins
 from kdx.config import Config
 from kdx.devices import one_device
-from kdx.drift import differences
+from kdx.drift import Drift, differences
 from kdx.durable import read_json
-from kdx.errors import KdxError
+from kdx.errors import KdxError, MachineError
 
 _known: dict[str, dict[str, Any]] = {}  # what configs of this process name: the jobs of a sweep share most of it
 
@@ -35,16 +34,12 @@ def place(config: Config, folder: Path, is_parallel: bool) -> Path:
     What cannot be read now is said when the job starts; if it is done, nothing is lost.
     """
     there = newest(folder)
-    was = read_json(there / "data.json")
-    if not was:
-        return there
     try:
-        plugins.load(None)
+        plugins.load()
         with one_device(is_parallel):
-            now = _now(config)
+            changed = [key for key, _, _ in changes(config, there)]
     except KdxError:
         return there
-    changed = [key for key, _, _ in differences({k: was.get(k) for k in now}, now)]
     if not changed:
         return there
     number = 1 if there == folder else int(there.name.rsplit("-", 1)[1])
@@ -53,14 +48,23 @@ def place(config: Config, folder: Path, is_parallel: bool) -> Path:
     return new
 
 
-def _now(config: Config) -> dict[str, Any]:
+def changes(config: Config, folder: Path, device: Any = None) -> Drift:
+    """What decides which student comes out, and is another now than the run in a folder kept. Raises KdxError."""
+    was = read_json(folder / "data.json")
+    if not was:
+        raise MachineError(str(folder), "its data.json is missing or damaged", "Start anew in another folder")
+    now = _now(config, device)
+    return differences({key: was.get(key) for key in now}, now)
+
+
+def _now(config: Config, device: Any) -> dict[str, Any]:
     """What a run would keep in data.json, as far as it decides which student comes out."""
-    from kdx.prepare import build_accelerator, identity_of, origin, read_text
+    from kdx.prepare import build_accelerator, identity_of, origin, read_text, what_is_read
     from kdx.tracking import logging_to
 
-    key = json.dumps([asdict(part) for part in (config.teacher, config.student, config.data)], default=str)
-    if key not in _known:
+    key = what_is_read(config)
+    if key not in _known or not config.sweep.keys:  # from one single run to the next, files may change
         with logging_to(None, is_main=False):  # what there is to say is said when the job starts
-            text, device = read_text(config), build_accelerator(config).device
+            text, device = read_text(config), device or build_accelerator(config).device
         _known[key] = origin(text, identity_of(config.teacher, text.tokenizer, device))
     return _known[key]

@@ -1,41 +1,72 @@
-"""Jinja templates: sandboxed, and tried once under limits, since a template may loop or grow without end."""
+"""Jinja templates: sandboxed, and rendered in processes under limits, since a template may loop or grow without end.
 
+What is bounded is each row: its processor time, the memory it takes, and what is written beyond what was said. A plain
+template is rendered in place. Without /proc (macOS) memory is bounded only by what can be filled in that time, without
+fork (Windows) nothing is.
+"""
+
+import gc
+import json
+import math
 import os
-import re
 import signal
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, meta, nodes
+from jinja2 import Environment, StrictUndefined, Template, TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kdx.errors import ConfigError, DataError
 from kdx.files import kind_of
 
-SECONDS = 2  # of processor time, so that a pause of the machine costs a template nothing
-LONGEST = 10_000_000  # characters that one short row may become
+SECONDS = 2  # of processor time for a row, so that a pause of the machine costs a template nothing
+LONGEST = 10_000_000  # characters that a row may become beyond what is said in it
 MEMORY = 512 * 2**20  # bytes beyond those of this process
+STUCK = 600  # seconds after which a row waits for a lock that a thread of this process held
+TOGETHER = 4096  # rows that one process renders
 TOO_BIG = 1
-PLAIN = re.compile(r"([^{]|\{\{ *\w+ *\}\})*")  # columns and text: nothing to try out
+# Of a plain template: what writes or chooses, and what makes of a text nothing longer.
+PLAIN = {
+    nodes.Template, nodes.Output, nodes.TemplateData, nodes.Const, nodes.Name, nodes.If, nodes.CondExpr, nodes.Compare,
+    nodes.Operand, nodes.And, nodes.Or, nodes.Not, nodes.Getattr, nodes.Getitem, nodes.Slice, nodes.Test,
+}  # fmt: skip
+FILTERS = {"trim", "length", "upper", "lower"}
+LOOP = nodes.Name("loop", "load")
+METHODS = {"strip", "lstrip", "rstrip", "startswith", "endswith"}
 
-_passed: set[tuple[str, str]] = set()
+_passed: set[str] = set()
+
+
+class Unbounded(Exception):
+    """What a template does without end, and the item that it does it for."""
+
+    def __init__(self, what: str, item: Any) -> None:
+        super().__init__(what)
+        self.item = item
 
 
 class RowTemplate:
-    """Text over a row's columns; `needs` are the names in it. Raises ConfigError if it is not Jinja or has no end."""
+    """Text over a row's columns; `needs` are the names in it. Raises ConfigError if it is not Jinja or has no end.
+
+    render is to be called under the limits of `each`, unless the template is plain.
+    """
 
     def __init__(self, text: Any, key: str) -> None:
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(key, f"is {kind_of(text)}", "Write Jinja over the row's columns, as in '{{ source }}'")
-        self.text, self.key = text, key
+        self.key, self.is_plain = key, is_plain(text, may_loop=False)
         environment = ImmutableSandboxedEnvironment(
             undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
         )
         try:
-            self._try_out("compile", lambda: [str(environment.from_string(text))])  # it computes what is constant
+            if not self.is_plain:
+                fault = fault_of(f"row {text}", lambda: _compiled(environment, text))
+                if fault:
+                    raise ConfigError(key, fault, "Mend the template")
             self._template: Template = environment.from_string(text)
             self.needs = meta.find_undeclared_variables(environment.parse(text))
         except TemplateError as error:
@@ -43,17 +74,13 @@ class RowTemplate:
 
     def render(self, values: dict[str, Any], columns: Iterable[Any], where: str) -> str:
         """Fill the template with a row. Raises DataError."""
-        self._try_out("render", lambda: [self._template.render(values)])
         try:
-            return self._template.render(values)
+            return bounded(self._template.render(values), values.values())
+        except MemoryError:
+            raise
         except Exception as error:  # it can divide by nothing, look into nothing, …: the template's or row's
             what = f"{self.key} cannot be filled: {str(error).rstrip('.')}; the columns are: {', '.join(map(str, columns))}"
             raise DataError(where, what, "Mend the template or the row") from None
-
-    def _try_out(self, stage: str, texts: Callable[[], Iterable[str]]) -> None:
-        fault = None if PLAIN.fullmatch(self.text) else fault_of(self.text, stage, texts)
-        if fault:
-            raise ConfigError(self.key, fault, "Mend the template")
 
 
 def _not_null(value: Any) -> Any:
@@ -62,33 +89,146 @@ def _not_null(value: Any) -> Any:
     return value
 
 
-def fault_of(template: str, stage: str, texts: Callable[[], Iterable[str]]) -> str | None:
-    """What is wrong with a template's time or size, or None. It is tried once per stage, in a process of its own.
+def bounded(text: str, said: Iterable[Any]) -> str:
+    """What a template made of what is said, unless it is far longer. Raises MemoryError, as under the other limits."""
+    if len(text) > LONGEST + sum(len(part) for part in said if isinstance(part, str)):
+        raise MemoryError
+    return text
 
-    texts: what it writes. What this raises is no matter here: it will raise again where it is used.
-    """
-    if (template, stage) in _passed or not hasattr(os, "fork"):
+
+def _compiled(environment: Environment, text: str) -> None:
+    """Compile a template, which computes what is constant in it. Raises MemoryError."""
+    bounded(str(environment.compile(text, raw=True)), ())
+
+
+def is_plain(text: Any, *, may_loop: bool = True) -> bool:
+    """Whether a template only writes its parts, once or once for each message of a row, and so cannot grow without end."""
+    try:
+        tree = Environment().parse(text) if isinstance(text, str) else None
+        return tree is not None and (may_loop or tree.find(nodes.For) is None) and _is_plain(tree)
+    except (TemplateError, RecursionError):  # or it has tags of transformers' own
+        return False
+
+
+def _is_plain(node: nodes.Node, *, is_looped: bool = False, is_kept: bool = False) -> bool:
+    match node:
+        case nodes.For(
+            iter=nodes.Name(name="messages") | nodes.Getitem(node=nodes.Name(name="messages"), arg=nodes.Slice())
+        ):
+            allowed, is_looped = not is_looped and not node.recursive, True
+        case nodes.Assign(target=nodes.Name(name=name)):
+            allowed, is_kept = name != "messages", True
+        case nodes.Add() | nodes.Concat():
+            allowed = not is_kept  # x = x + x, forty times
+        case nodes.Mod():
+            allowed = is_looped and isinstance(node.left, nodes.Getattr) and node.left.node == LOOP  # '%9999d' % 1
+        case nodes.Filter():
+            allowed = node.name in FILTERS
+        case nodes.Call(node=nodes.Name(name="raise_exception")):
+            allowed = True
+        case nodes.Call(node=nodes.Getattr(attr=name)):
+            allowed = name in METHODS
+        case _:
+            allowed = type(node) in PLAIN
+    return allowed and all(_is_plain(n, is_looped=is_looped, is_kept=is_kept) for n in node.iter_child_nodes())
+
+
+def fault_of(template: str, work: Callable[[], str | None]) -> str | None:
+    """What is wrong with the time or size of work with a template, or what that work says of it; tried once."""
+    if template in _passed:
         return None
+    try:
+        fault: Any
+        ((_, fault),) = each(lambda _: work(), [None])
+    except Unbounded as unbounded:
+        return f"{unbounded} for one short row"
+    if fault is None:
+        _passed.add(template)
+    return fault and str(fault)
+
+
+def each(
+    function: Callable[[Any], Any], items: Iterable[Any], *, is_plain: bool = False
+) -> Iterator[tuple[Any, Any | DataError]]:
+    """Yield each item and what a function makes of it (values of JSON), or the DataError that it raises.
+
+    The function is called in a process of its own, under limits for each item, unless what it does is plain. Raises
+    Unbounded at the first item that does not keep to them.
+    """
+    if is_plain or not hasattr(os, "fork"):
+        for item in items:
+            try:
+                yield item, function(item)
+            except DataError as error:
+                yield item, error
+            except MemoryError:
+                raise Unbounded(_fault(TOO_BIG), item) from None
+        return
+    for part in _parts(items):
+        yield from _apart(function, part)
+
+
+def _parts(items: Iterable[Any]) -> Iterator[list[Any]]:
+    """Lists of many items; what the items raise comes after those before it."""
+    part: list[Any] = []
+    raised: DataError | None = None
+    try:
+        for item in items:
+            part.append(item)
+            if len(part) == TOGETHER:
+                yield part
+                part = []
+    except DataError as error:
+        raised = error
+    if part:
+        yield part
+    if raised:
+        raise raised
+
+
+def _apart(function: Callable[[Any], Any], items: list[Any]) -> Iterator[tuple[Any, Any | DataError]]:
+    """The same for some items in one forked process, which writes a line for each."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else that library warns of the fork; it is not used there
+    reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
         pid = os.fork()
     if pid == 0:
         code = TOO_BIG
         try:
-            code = _limited(texts)
+            os.close(reading)
+            code = _work(function, items, writing)
         finally:
             os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(writing)
+    ended = None
+    try:
+        with open(reading, encoding="ascii", newline="\n") as replies:
+            for item in items:
+                line = replies.readline()
+                if not line.endswith("\n"):
+                    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                    if ended:
+                        raise Unbounded(_fault(ended), item)
+                    function(item)  # raises here what it raised there
+                told, fault = json.loads(line)
+                yield item, DataError(fault[0], fault[1], fault[2]) if fault else told
+    finally:
+        if ended is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _fault(code: int) -> str:
     if code in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM):
-        return f"takes more than {SECONDS} s for one short row"
-    if code:
-        return f"writes more than {LONGEST:,} characters, or takes more than {MEMORY >> 20} MB, for one short row"
-    _passed.add((template, stage))
-    return None
+        return f"takes more than {SECONDS} s"
+    if code < 0:
+        return f"ends the process that renders it (signal {-code})"
+    return f"writes more than {LONGEST:,} characters, or takes more than {MEMORY >> 20} MB,"
 
 
-def _limited(texts: Callable[[], Iterable[str]]) -> int:
-    """Render under limits, in a process that ends thereafter → its exit code."""
+def _work(function: Callable[[Any], Any], items: list[Any], writing: int) -> int:
+    """Do the items under limits, in a process that ends thereafter → its exit code."""
     import resource
 
     def limit(kind: int, most: int) -> None:
@@ -96,22 +236,36 @@ def _limited(texts: Callable[[], Iterable[str]]) -> int:
         resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
     limit(resource.RLIMIT_CORE, 0)
-    limit(resource.RLIMIT_CPU, SECONDS)  # ends also what never comes back to Python
-    for number in (signal.SIGXCPU, signal.SIGALRM, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent ends this process
+    for number in (signal.SIGXCPU, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
-    signal.alarm(600)  # should it wait for a lock that a thread of the parent held
     sizes = Path("/proc/self/statm")
     if sizes.exists():
         now = int(sizes.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         limit(resource.RLIMIT_AS, now + MEMORY)
     sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (the process ends in a moment)
     nodes.Impossible.__init__ = _note_memory  # type: ignore[assignment, method-assign]
+    gc.freeze()  # its collections leave alone what both processes share
     try:
-        return TOO_BIG if any(len(text) > LONGEST for text in texts()) else 0
+        replies = open(writing, "w", encoding="ascii")  # noqa: SIM115
+        for item in items:
+            limit(
+                resource.RLIMIT_CPU, math.ceil(time.process_time() + SECONDS)
+            )  # ends also what never comes back to Python
+            signal.alarm(STUCK)
+            try:
+                reply = [function(item), None]
+            except DataError as error:
+                reply = [None, error.args]
+            signal.alarm(0)
+            replies.write(json.dumps(reply) + "\n")
+            replies.flush()
     except MemoryError:
         return TOO_BIG
     except Exception:
         return 0
+    return 0
 
 
 def _note_memory(*_: Any) -> None:

@@ -21,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kdx.config import Config, TrackingConfig
 from kdx.durable import write_beside
-from kdx.redact import printable, redact
+from kdx.errors import printable
+from kdx.redact import redact
 
 log = logging.getLogger("kdx")
 CONSOLE = Console(soft_wrap=True, highlight=False)

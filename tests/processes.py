@@ -15,7 +15,9 @@ import kdx
 from kdx import cli
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["kdx.distill"])  # imported once, in a process that no thread has run in
+# Imported once, in a process that no thread has run in; `warm` only beside the fault tests. There is one such process
+# in a session: what another file asked it to import would replace this.
+SERVER.set_forkserver_preload(["kdx.distill", "warm"])
 
 
 def in_process(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, list[str]]:
@@ -29,7 +31,7 @@ def in_process(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str,
 
 def environment(**more: str) -> dict[str, str]:
     """That of a process that imports the kdx which is tested, offline, with one thread and without a W&B login."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "KDX_"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "KDX_", "HYDRA_"))}
     clean |= {"PYTHONPATH": str(Path(kdx.__file__ or "").parents[1]), "OMP_NUM_THREADS": "1"}
     return clean | {"HF_HUB_OFFLINE": "1", "NETRC": "none"} | more
 

@@ -314,7 +314,7 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("--config-dir=notes", "optim=twice"): ["notes/optim/twice.yaml:2: does not parse: found duplicate key name. Mend the YAML"],
     ("--config-dir=notes", "optim=open"): ["notes/optim/open.yaml:2: does not parse: *. Mend the YAML"],
     ("data.chat_template=no/such.jinja",): ["data.chat_template: no/such.jinja does not exist. Give a file, or Jinja text with {{ }}"],
-    ("data.chat_template='{% for m in messages %}{{ m.content'",): ["data.chat_template: line 1 is not Jinja: *. Mend it"],
+    ("data.chat_template='{% for m in messages %}{{ m.content'",): ["data.chat_template: it is not Jinja: * (line 1). Give another: data.chat_template=FILE"],
     ("data.chat_template=notes",): ["data.chat_template: notes is not a file. Give a file, or Jinja text with {{ }}"],
     ("train.precision=fp16",): ["3 train.precision: fp16 needs a GPU. Use train.precision=bf16 or fp32"],
 }  # fmt: skip

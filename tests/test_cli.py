@@ -13,7 +13,7 @@ from kdx.cli import compose
 from kdx.composition import Composer, preflight
 from kdx.errors import ConfigError, KdxError
 from kdx.folders import Source
-from kdx.redact import redact
+from kdx.redact import redact, secrets_in
 
 HF = ["student=hf", "student.path=x"]
 
@@ -385,12 +385,74 @@ def test_the_record_has_no_secrets_and_is_never_written_over(monkeypatch):
     assert redact(["https://me:pw@host/x", 3, None]) == [f"https://{hidden}@host/x", 3, None]
 
 
+SECRET = "hf_" + "a1" * 12
+IN_YAML = {
+    "data: {password: pass}": "data.password",
+    "data: {password: 'pre${oc.env:PW}'}": "data.password",
+    "data: {password: '${oc.env:PW,pass}'}": "data.password",
+    "data: {password: 1}\ntracking: {notes: open sesame}": "tracking.notes",  # what the environment holds
+    f"tracking: {{notes: see {SECRET}}}": "tracking.notes",
+    f"tracking: {{tags: [a, {SECRET}]}}": "tracking.tags[1]",
+    "hydra: {sweeper: {params: {+data.password: pass}}}": "hydra.sweeper.params.+data.password",
+    f"hydra: {{launcher: {{comment: {SECRET}}}}}": "hydra.launcher.comment",
+    "hydra: {launcher: {comment: '${oc.env:MY_API_KEY}'}}": "hydra.launcher.comment",  # resolved before it is kept
+    "hydra: {launcher: {comment: '${data.password}'}}\ndata: {password: '${oc.env:PW}'}": "hydra.launcher.comment",
+}
+
+
+@pytest.mark.parametrize(("text", "key"), IN_YAML.items())
+@pytest.mark.parametrize("launcher", ["submitit_local", "basic"])
+def test_a_secret_in_ones_own_yaml_is_in_no_sweep(capfd, monkeypatch, text, key, launcher):
+    monkeypatch.setenv("MY_API_KEY", "open sesame")
+    monkeypatch.setenv("PW", "pass")
+    if "comment" in text:
+        if launcher == "basic":
+            return
+        text = text.replace("comment", "name")  # a key that submitit has everywhere
+        key = key.replace("comment", "name")
+    write("mine/experiment/own.yaml", f"# @package _global_\n{text}\n")
+    words = ["--config-dir", "mine", "experiment=own", f"hydra/launcher={launcher}", "loss.temperature=1,2"]
+    code, _, (line,) = run(capfd, "-m", *words)
+    assert code == 2
+    assert line.startswith(f"kdx: error: {key}: holds a secret, which ")
+    assert "environment" in line
+    assert not Path("outputs").exists()
+
+
+def test_what_is_taken_from_the_environment_is_no_secret_of_a_sweep(monkeypatch):
+    monkeypatch.setenv("PW", "pass")
+    write(
+        "mine/experiment/own.yaml",
+        "# @package _global_\ndata: {password: '${oc.env:PW}', token: '${oc.env:PW,null}'}\n",
+    )
+    words = ["experiment=own", "loss.temperature=1,2", "teacher.revision=" + "0123456789" * 4]
+    plan = preflight(words, Source(config_dir="mine"), is_multirun=True)
+    assert plan.num_points == 2
+    assert not list(secrets_in({"data.password": "${oc.env:PW}", "tracking.notes": "https://me:${oc.env:PW}@host"}))
+
+
+def test_a_secret_may_be_typed_as_what_the_environment_holds(capfd, monkeypatch):
+    """What the mend says can be typed; the run then fails for another reason, before torch."""
+    monkeypatch.setenv("PW", "pass")
+    monkeypatch.setenv("KDX_PLUGINS", "no_such_module")
+    words = ["-m", "loss.temperature=1", "sweep.baseline=false"]
+    code, _, (line,) = run(capfd, *words, "+data.password=pass")
+    assert (code, line.split(": ")[2]) == (2, "+data.password")
+    code, _, lines = run(capfd, *words, "+data.password='${oc.env:PW}'")
+    assert code == 5
+    assert "no_such_module" in lines[0]
+    (sweep,) = Path("outputs/sweeps").iterdir()
+    assert all("pass\n" not in file.read_text() for file in sweep.rglob("*") if file.is_file())
+    assert "password: ${oc.env:PW}" in (sweep / "multirun.yaml").read_text()
+
+
 def test_plugins_are_imported_and_their_source_kept(monkeypatch):
     write("my_kdx_loss.py", "LOADED = True\n")
     write("my_kdx_pack/__init__.py", "from my_kdx_pack import inner\n")
     write("my_kdx_pack/inner.py", "X = 1\n")
     monkeypatch.setenv("KDX_PLUGINS", "my_kdx_loss, my_kdx_pack")
-    plugins.load(Path("r"))
+    plugins.load()
+    plugins.keep(Path("r"))
     assert "my_kdx_loss" in sys.modules
     kept = {p.relative_to("r/plugins").as_posix() for p in Path("r/plugins").rglob("*.py")}
     assert kept == {"my_kdx_loss.py", "my_kdx_pack/__init__.py", "my_kdx_pack/inner.py"}
@@ -398,7 +460,7 @@ def test_plugins_are_imported_and_their_source_kept(monkeypatch):
         del sys.modules[name]
     monkeypatch.setenv("KDX_PLUGINS", "no_such_module")
     with pytest.raises(KdxError, match="KDX_PLUGINS: cannot import no_such_module"):
-        plugins.load(Path("r"))
+        plugins.load()
 
 
 def test_a_sweep_goes_on_after_a_job_that_fails_and_ends_with_5(capfd, monkeypatch):

@@ -459,7 +459,7 @@ class TestHostile:
         write_run(tmp_path / "c", loss__alpha=0.4, optim__name="[/bold]y")
         assert main([str(tmp_path)]) == 0
         told = capsys.readouterr().out
-        assert "[red]x[/red] [2J" in told
+        assert r"[red]x[/red] \x1b[2J" in told
         assert "[bold]x" in told
         assert "\x1b" not in told
 

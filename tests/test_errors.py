@@ -93,3 +93,8 @@ def test_out_of_memory_is_said_in_one_way():
         assert said.lines[0].endswith(errors.MEMORY)
         assert len(said.lines[0].splitlines()) == 1
     assert out_of_memory(RuntimeError("shapes do not match")) is None
+
+
+def test_what_a_terminal_would_obey_is_shown():
+    assert errors.printable("a\x1b[2J\r\u202eb\n\tc\xa0d") == "a\\x1b[2J\\r\\u202eb\n\tc\xa0d"
+    assert errors.DataError("a\nb", "c\xa0", "d").lines == ["a\\nb: c\\xa0. d"]

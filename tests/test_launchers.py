@@ -168,6 +168,35 @@ def test_submitit_with_a_job_that_is_preempted(place: Path) -> None:
     assert job.name == joblib.name
 
 
+def test_submitit_keeps_no_secret_of_the_environment(place: Path) -> None:
+    """A source takes its password from the environment, by one's own YAML: the job has it, and no file."""
+    (place / "asks.py").write_text(
+        "from pathlib import Path\nfrom kdx.data import register_source\n\n"
+        "@register_source\ndef asks(path, password: str):\n    assert password == 'open' + 'sesame'\n"
+        "    for i in range(20):\n        yield {'source': f'What is {i}?', 'target': f'It is {i}.'}\n"
+    )
+    (place / "mine/experiment").mkdir(parents=True)
+    (place / "mine/experiment/own.yaml").write_text(
+        "# @package _global_\ndefaults: [{override /data: custom}]\n"
+        "data: {name: asks, path: nowhere, password: '${oc.env:DB_PW}'}\n"
+    )
+    words = ["--config-dir", "mine", "experiment=own", "hydra/launcher=submitit_local", "sweep.name=secret"]
+    words += ["sweep.baseline=false", "tracking.mode=disabled", "train.max_steps=1", "loss.temperature=1"]
+    base = [
+        word
+        for word in WORDS
+        if word.split("=")[0] not in ("data", "data.path", "loss.name", "+loss.most", "train.max_steps")
+    ]
+    command = [sys.executable, "-m", "kdx", *base, *words]
+    told = environment(KDX_PLUGINS="asks", DB_PW="opensesame")
+    done = subprocess.run(command, cwd=place, env=told, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    files = [file for file in (place / "outputs").rglob("*") if file.is_file()]
+    assert not [file for file in files if b"opensesame" in file.read_bytes()]
+    pickles = [file for file in files if file.suffix == ".pkl"]
+    assert [b"${oc.env:DB_PW}" in file.read_bytes() for file in pickles] == [True] * 2
+
+
 def test_without_the_plug_in_the_command_that_installs_it_is_told(place: Path) -> None:
     program = "import hydra_plugins; hydra_plugins.__path__ = []\nfrom kdx.cli import main; main()"
     for launcher, package in (("parallel", "joblib"), ("slurm", "submitit"), ("submitit_local", "submitit")):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import SERVER
 from standins import write_dialogpt, write_pairs
 
 from kdx import checkpoint, loss
@@ -27,8 +27,6 @@ from kdx.teacher import Teacher
 
 torch.set_num_threads(1)
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11's server finds what it preloads there alone
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["warm"])
 VARYING = ("speed/tokens_per_second", "memory/peak_bytes")
 PATIENCE = 600  # seconds that a small run may take before it counts as stuck
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
@@ -97,6 +95,25 @@ def start_command(words: list[str], folder: Path, log: Path, **environment: str)
     process = SERVER.Process(target=_command, args=(words, folder, log, environment))
     process.start()
     return Run(process, log)
+
+
+def commands(each: list[tuple[list[str], Path, Path]], **environment: str) -> list[int]:
+    """Type commands (words, folder, log) one after another in one process → their exit codes."""
+    codes, told = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=_commands, args=(each, told, environment))
+    process.start()
+    told.close()
+    received = [codes.recv() for _ in each]
+    process.join()
+    return received
+
+
+def _commands(each: list[tuple[list[str], Path, Path]], told: Any, environment: dict[str, str]) -> None:
+    for words, folder, log in each:
+        try:
+            _command(words, folder, log, environment)
+        except SystemExit as left:
+            told.send(int(left.code or 0))
 
 
 def _command(words: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:

@@ -1,13 +1,17 @@
-"""What others wrote, given to the real command: it runs nothing, writes nothing elsewhere, and keeps no secret."""
+"""What others wrote, given to the real command: it runs nothing, writes nothing elsewhere, and keeps no secret.
+
+Each in a process of its own; in short, what is refused is given to one process after another, in folders of their own.
+"""
 
 import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from runs import config_of, make_place, signal_at, start, start_command, words_of
+from runs import commands, config_of, make_place, signal_at, start, words_of
 
 from kdx.durable import MANIFEST, seal
 
@@ -31,13 +35,17 @@ class Runs:
         return os.mkdir, (str(self.marker),)
 
 
+def lay_out(folder: Path, place: Path) -> Path:
+    """A folder to type commands in, with a copy of all that is in a place, beside one that nothing may change."""
+    shutil.copytree(place, folder / "work")
+    (folder / "outside" / "folder").mkdir(parents=True)
+    (folder / "outside" / "kept.txt").write_text("kept\n")
+    return folder / "work"
+
+
 @pytest.fixture
 def box(tmp_path, place):
-    """A folder to type commands in, with copies of the models, beside one that nothing may change."""
-    shutil.copytree(place, tmp_path / "work")
-    (tmp_path / "outside").mkdir()
-    (tmp_path / "outside" / "kept.txt").write_text("kept\n")
-    return tmp_path / "work"
+    return lay_out(tmp_path, place)
 
 
 def beside(box: Path) -> dict[str, bytes]:
@@ -45,20 +53,40 @@ def beside(box: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() if p.is_file() else b"" for p in box.parent.rglob("*") if box not in [p, *p.parents]}
 
 
-def obey(box: Path, *words: str, **environment: str) -> tuple[int, str]:
+def obey(box: Path, *words: str) -> tuple[int, str]:
     """Run the command, and see that it did no harm → its exit code and what it printed."""
-    before = beside(box)
-    log = box / "told.log"
-    run = start_command(list(words), box, log, **SECRETS, KDX_STORE=str(box / "store"), **environment)
-    code = run.code  # waits
-    assert beside(box) == before, "written outside"
-    assert not [p for p in box.rglob("*") if p.name.startswith("marker")], "code was run"
-    for file in (p for p in box.rglob("*") if p.is_file() and p.name != "trap.yaml"):
-        text = file.read_bytes()
-        for secret in (*SECRETS.values(), *TYPED):
-            assert secret.encode() not in text, f"{file.relative_to(box)} has a secret"
-    assert "\x1b" not in run.text, "the terminal was told to obey"
-    return code, run.text
+    (told,) = obey_all([(box, list(words))])
+    return told
+
+
+def obey_all(typed: list[tuple[Path, list[str]]]) -> list[tuple[int, str]]:
+    """The same of several in one process, each in a folder of its own."""
+    before = [beside(box) for box, _ in typed]
+    logs = [box / "told.log" for box, _ in typed]
+    store = {"KDX_STORE": "store"}  # in each folder
+    codes = commands([(words, box, log) for (box, words), log in zip(typed, logs, strict=True)], **SECRETS, **store)
+    for (box, _), known, log in zip(typed, before, logs, strict=True):
+        assert beside(box) == known, "written outside"
+        assert not [p for p in box.rglob("*") if p.name.startswith("marker")], f"code was run in {box}"
+        for file in (p for p in box.rglob("*") if p.is_file() and p.name != "trap.yaml"):
+            text = file.read_bytes()
+            for secret in (*SECRETS.values(), *TYPED):
+                assert secret.encode() not in text, f"{file} has a secret"
+        assert "\x1b" not in log.read_text(), "the terminal was told to obey"
+    return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
+
+
+@pytest.fixture
+def refused(full, tmp_path):
+    """Lay out and type each of many → name, code and what was said; all in one process, or in one each."""
+
+    def obeyed(names: Iterable[str], place: Path, words_in: Callable[[str, Path], list[str]]):
+        boxes = {name: lay_out(tmp_path / str(i), place) for i, name in enumerate(names)}
+        typed = [(box, words_in(name, box)) for name, box in boxes.items()]
+        told = [obey(box, *words) for box, words in typed] if full else obey_all(typed)
+        return [(name, *one) for name, one in zip(boxes, told, strict=True)]
+
+    return obeyed
 
 
 def write(file: Path, text: str) -> None:
@@ -92,19 +120,24 @@ YAML = {
     "code of a model": "teacher: {path: coded, trust_remote_code: true, revision: " + "a" * 40 + "}",
     "swept code of a model": "hydra: {mode: MULTIRUN, sweeper: {params: {teacher.trust_remote_code: 'true'}}}\n"
     "teacher: {path: coded, revision: " + "a" * 40 + "}",
+    "secret in a sweep": "hydra: {mode: MULTIRUN, sweeper: {params: {train.seed: '1,2'}}}\ntracking: {notes: " + TYPED[1] + "}",
     "Python object": "loss: !!python/object/apply:os.mkdir [marker]",
     "package": "hydra: {searchpath: ['pkg://evil']}",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", YAML.values(), ids=YAML)
-def test_yaml(box, place, text):
-    write(box / "evil.py", "import os\nos.mkdir('marker')\n")
-    coded(box / "coded")
-    write(box / "mine/experiment/trap.yaml", f"# @package _global_\n{text}\n")
-    words = [w for w in words_of(Path(), "train.max_steps=1") if "teacher.path" not in w or "coded" not in text]
-    code, told = obey(box, "--config-dir", "mine", "experiment=trap", *words)
-    assert (code, len(told.splitlines())) == (2, 1), told
+def test_yaml(refused, place):
+    def words_in(name, box):
+        write(box / "evil.py", "import os\nos.mkdir('marker')\n")
+        coded(box / "coded")
+        write(box / "mine/experiment/trap.yaml", f"# @package _global_\n{YAML[name]}\n")
+        words = [
+            w for w in words_of(Path(), "train.max_steps=1") if "teacher.path" not in w or "coded" not in YAML[name]
+        ]
+        return ["--config-dir", "mine", "experiment=trap", *words]
+
+    for name, code, told in refused(YAML, place, words_in):
+        assert (code, len(told.splitlines())) == (2, 1), (name, told)
 
 
 def test_a_config_of_ones_own_searches_in_no_package(box):
@@ -186,13 +219,15 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(("lay", "says"), MODELS.values(), ids=MODELS)
-def test_models(box, lay, says):
-    lay(box)
-    code, told = obey(box, *words_of(Path(), "train.max_steps=1"))
-    assert code == 2, told
-    assert says in told
-    assert "Traceback" not in told
+def test_models(refused, place):
+    def words_in(name, box):
+        MODELS[name][0](box)
+        return words_of(Path(), "train.max_steps=1")
+
+    for name, code, told in refused(MODELS, place, words_in):
+        assert code == 2, (name, told)
+        assert MODELS[name][1] in told, (name, told)
+        assert "Traceback" not in told, (name, told)
 
 
 # Data of somebody's
@@ -232,13 +267,14 @@ DATA = {
 }
 
 
-@pytest.mark.parametrize(("lay", "code", "says"), DATA.values(), ids=DATA)
-def test_data(box, lay, code, says):
-    more = lay(box)
-    found, told = obey(box, *words_of(Path(), "train.max_steps=1", "tracking.samples=true", *more))
-    assert found == code, told
-    assert says in told
-    assert "Traceback" not in told
+def test_data(refused, place):
+    def words_in(name, box):
+        return words_of(Path(), "train.max_steps=1", "tracking.samples=true", *DATA[name][0](box))
+
+    for name, code, told in refused(DATA, place, words_in):
+        assert code == DATA[name][1], (name, told)
+        assert DATA[name][2] in told, (name, told)
+        assert "Traceback" not in told, (name, told)
 
 
 # Run folders, sweeps and stores of somebody's
@@ -254,14 +290,6 @@ def made(tmp_path_factory):
     for file in (folder / "theirs/overrides.yaml", folder / "theirs/config.yaml"):  # as typed in that folder
         write(file, file.read_text().replace(f"{folder}/", ""))
     return folder
-
-
-@pytest.fixture
-def theirs(made, tmp_path):
-    shutil.copytree(made, tmp_path / "work")
-    (tmp_path / "outside" / "folder").mkdir(parents=True)
-    (tmp_path / "outside" / "kept.txt").write_text("kept\n")
-    return tmp_path / "work"
 
 
 def with_pickle_in_checkpoint(name: str):
@@ -328,20 +356,23 @@ FOLDERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("lay", "words", "code", "says"), FOLDERS.values(), ids=FOLDERS)
-def test_folders(theirs, lay, words, code, says):
-    write(theirs / "evil.py", "import os\nos.mkdir('marker')\n")
-    write(theirs / "evil/experiment/trap.yaml", f"# @package _global_\n{YAML['callback']}\n")
-    coded(theirs / "coded")
-    if words is SWEEP:
-        assert obey(theirs, *words)[0] == 0
-        for job in (theirs / "outputs/sweeps/s").glob("seed-*"):
-            with_link(str(job.relative_to(theirs)), "folder")(theirs)
-    lay(theirs)
-    found, told = obey(theirs, *words)
-    assert found == code, told
-    assert says in told
-    assert "Traceback" not in told
+def test_folders(refused, made):
+    def words_in(name, box):
+        lay, words, _, _ = FOLDERS[name]
+        write(box / "evil.py", "import os\nos.mkdir('marker')\n")
+        write(box / "evil/experiment/trap.yaml", f"# @package _global_\n{YAML['callback']}\n")
+        coded(box / "coded")
+        if words is SWEEP:
+            assert obey(box, *words)[0] == 0
+            for job in (box / "outputs/sweeps/s").glob("seed-*"):
+                with_link(str(job.relative_to(box)), "folder")(box)
+        lay(box)
+        return list(words)
+
+    for name, code, told in refused(FOLDERS, made, words_in):
+        assert code == FOLDERS[name][2], (name, told)
+        assert FOLDERS[name][3] in told, (name, told)
+        assert "Traceback" not in told, (name, told)
 
 
 # Secrets
