@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -100,19 +101,19 @@ def _main(argv: list[str]) -> int:
         baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
         print(f"kdx: {plan.num_points} points + {baselines}; sweep.baseline=false leaves it out", flush=True)
     if only_shows or not plan.sweep_dir:
-        _hydra([*_flags(args), *words], argv)
+        _hydra([*_flags(args), *words], typed=argv)
         return 0
     parts = [[*_flags(args), *part] for part in (plan.baseline, words) if part]
-    return jobs.run(
-        plan, parts, lambda part, passed_over: _hydra(part, argv, passed_over), lambda at: _compare(at, is_told=True)
-    )
+    return jobs.run(plan, parts, partial(_hydra, typed=argv), partial(_compare, is_told=True))
 
 
-def _hydra(words: list[str], typed: list[str], passed_over: Collection[str] = ()) -> None:
+def _hydra(
+    words: list[str], passed_over: Collection[str] = (), notes: jobs.Notes | None = None, *, typed: list[str]
+) -> None:
     """Have Hydra run one job, or all of a sweep but those passed over."""
 
     def job(cfg: DictConfig) -> float:  # launchers carry it, and what it holds, to other processes
-        return run_job(cfg, typed, passed_over)
+        return run_job(cfg, typed, passed_over, notes)
 
     sys.argv = [sys.argv[0], *words]
     try:
@@ -173,8 +174,10 @@ def _no_command(word: str) -> ConfigError:
     return ConfigError(word or "''", "is not a command of kdx, and not KEY=VALUE either", mend)
 
 
-def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()) -> float:
-    """Do one run, of its own or of a sweep → the measure a sweep compares.
+def run_job(
+    cfg: DictConfig, typed: list[str], passed_over: Collection[str] = (), notes: jobs.Notes | None = None
+) -> float:
+    """Do one run, of its own or of a sweep, which has notes → the measure a sweep compares.
 
     In a sweep a failing job counts as +inf and its folder says why, so that the others go on; not so on several ranks,
     where the others would wait for it.
@@ -183,7 +186,7 @@ def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()
     is_sweep = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
     is_parallel = is_sweep and jobs.is_parallel(hydra_config.launcher)
     run_dir = Path(hydra_config.runtime.output_dir)
-    if run_dir.name in passed_over:
+    if run_dir.name in passed_over or (notes and notes.stopped_by):
         return float("inf")
     if is_parallel:  # in a process of its own, beside others on one terminal: lines, not bars
         sys.argv, os.environ["TTY_COMPATIBLE"] = ["kdx", *typed], "0"
@@ -213,21 +216,23 @@ def run_job(cfg: DictConfig, typed: list[str], passed_over: Collection[str] = ()
         if is_sweep:
             print(f"\nkdx: job {hydra_config.job.num + 1}: {run_dir}", flush=True)
         with one_device(is_parallel):
-            if is_sweep and jobs.is_stopping(run_dir.parent):
-                raise SystemExit(143)
+            if notes and notes.stopped_by:  # it may have waited for one
+                return 128 + notes.stopped_by
             from kdx.distill import distill
 
             measure = distill(config, run_dir).measure
         return 0
 
+    name = run_dir.name
     try:
-        code = guarded(job)
-    except SystemExit:
-        if not (is_sweep and jobs.is_stopping(run_dir.parent)):
+        code = guarded(lambda: notes.keeping(name, job) if notes else job())
+        if code and (not is_sweep or code in SIGNALS or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+            sys.exit(code)
+    except SystemExit as error:
+        if not (notes and jobs.is_joblib(hydra_config.launcher) and error.code in SIGNALS):
             raise
-        return measure  # joblib would kill the others, which may still be saving
-    if code and (not is_sweep or code in SIGNALS or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-        sys.exit(code)
+        notes.stop(int(error.code) - 128)  # joblib would kill the others, which may still be saving
+        return measure
     if is_sweep and os.environ.get("RANK", "0") == "0":
         _compare(run_dir.parent, is_told=False)
     return measure

@@ -14,6 +14,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from kdx import signals
+
 LOCKS = Path(tempfile.gettempdir()) / "kdx-devices"  # one file a GPU, for all kdx jobs of this machine
 PATIENCE = 2.0  # seconds between two looks for a free GPU
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
@@ -85,6 +87,7 @@ def _free(names: list[str]) -> tuple[str, FileLock]:
         if not is_told:
             print(f"kdx: other jobs hold GPU {', '.join(names)}; waiting for one", flush=True)
         is_told = True
+        signals.end_if_held_back()
         time.sleep(PATIENCE)
 
 

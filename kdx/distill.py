@@ -21,7 +21,8 @@ from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
 from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, check_names, check_room, prepare
-from kdx.run_folder import RunFolder, StopRequest
+from kdx.run_folder import RunFolder
+from kdx.signals import StopRequest
 from kdx.stale import changes
 from kdx.student import save_student
 from kdx.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries

@@ -2,67 +2,90 @@
 
 import json
 import os
+import secrets
+import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing import active_children
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from kdx import signals
 from kdx.composition import Plan
 from kdx.devices import num_at_once, share_cores
-from kdx.durable import write_beside
+from kdx.durable import read_json, write_beside
 from kdx.errors import KdxError, MachineError, printable
 from kdx.redact import redact
 from kdx.stale import newest
 
-STOPPING = ".stopping"  # a file in a sweep's folder: jobs that have not begun shall not
+
+class Notes:
+    """What the command of a sweep and its jobs, in whatever processes, tell one another: files of this command's own.
+
+    They lie in the sweep's folder, from the first note to the end of the command.
+    """
+
+    def __init__(self, sweep_dir: Path) -> None:
+        self.folder = sweep_dir.absolute() / f".notes-{secrets.token_hex(4)}"
+
+    def stop(self, number: int) -> None:
+        """Have no further job begin, because of a signal."""
+        write_beside(self.folder / "stop.json", json.dumps({"signal": number}))
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal after which no further job begins, if there was one."""
+        return read_json(self.folder / "stop.json").get("signal")
+
+    def keeping(self, name: str, job: Callable[[], int]) -> int:
+        """Do a job; if it fails, say why here: its own folder may be done, or another's, and is not touched then."""
+        try:
+            return job()
+        except Exception as error:
+            reason = str(error) if isinstance(error, KdxError) else f"{type(error).__name__}: {error}"
+            note = {"job": name, "reason": redact(" ".join(reason.split()))}
+            with suppress(OSError):
+                write_beside(self.folder / f"failed-{secrets.token_hex(4)}.json", json.dumps(note))
+            raise
+
+    def failures(self) -> dict[str, str]:
+        """Why jobs failed, by their names."""
+        notes = map(read_json, self.folder.glob("failed-*"))
+        return {note["job"]: note["reason"] for note in notes if note}
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def run(
-    plan: Plan,
-    parts: list[list[str]],
-    launch: Callable[[list[str], Collection[str]], None],
-    compare: Callable[[Path], None],
-) -> int:
+Launch = Callable[[list[str], Collection[str], Notes], None]
+
+
+def run(plan: Plan, parts: list[list[str]], launch: Launch, compare: Callable[[Path], None]) -> int:
     """Run the baselines and the points of a sweep, and compare them → the exit code. Raises KdxError.
 
     launch: has Hydra run the sweep of one part's words but for the jobs of these names.
     """
     assert plan.sweep_dir
     share_cores(num_at_once(plan.launcher, max(plan.num_points, plan.num_baselines)))
-    before = states(plan.sweep_dir, plan.jobs) if plan.jobs else {}
-    again = {folder.name for folder, status in before.items() if status["state"] in ("failed", "diverged")}
-    is_basic = not is_parallel(plan.launcher)  # others start all, or many, at once
-    trouble = None
-    try:
-        with _forwarding(plan.sweep_dir, plan.launcher):
-            # What failed comes last.
-            for passed_over in [again, set(plan.jobs) - again] if again and is_basic else [()]:
-                for words in parts:
-                    launch(words, passed_over)
-                    if is_stopping(plan.sweep_dir):
-                        print("kdx: stopped; the same command goes on", file=sys.stderr, flush=True)
-                        return 128 + signal.SIGTERM
-    except (KdxError, HydraException, OmegaConfBaseException):
-        raise
-    except Exception as error:  # no job raises: a process of the launcher died, or it could start none
-        if is_basic:
-            raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
-        mend = "Jobs that it started may still be running; the same command goes on with what is left"
-        trouble = MachineError("hydra/launcher", what, mend)
-    if os.environ.get("RANK", "0") != "0":
-        return 0
-    if plan.sweep_dir.is_dir():
-        compare(plan.sweep_dir)
-    left = {f: s for f, s in states(plan.sweep_dir, plan.jobs).items() if s["state"] != "done"}
+    with _heeding(plan.sweep_dir, plan.launcher) as notes:
+        trouble = _launch_all(plan, parts, launch, notes)
+        if os.environ.get("RANK", "0") != "0":
+            return 0
+        if plan.sweep_dir.is_dir() and not notes.stopped_by:
+            compare(plan.sweep_dir)
+        if notes.stopped_by:
+            print("kdx: stopped; the same command goes on", file=sys.stderr, flush=True)
+            return 128 + notes.stopped_by
+        found = states(plan.sweep_dir, plan.jobs)
+        for name, reason in notes.failures().items():
+            if _status(newest(plan.sweep_dir / name))["state"] not in ("failed", "diverged"):
+                found[plan.sweep_dir / name] = {"state": "failed", "reason": reason}
+    left = {f: s for f, s in found.items() if s["state"] != "done"}
     if left:
         told = [
             printable(": ".join(filter(None, (str(newest(f)), s["state"], s.get("reason"))))) for f, s in left.items()
@@ -73,52 +96,62 @@ def run(
     return 5 if left else 0
 
 
+def _launch_all(plan: Plan, parts: list[list[str]], launch: Launch, notes: Notes) -> MachineError | None:
+    """Have Hydra run all jobs, unless a signal stops them → what the launcher failed at. Raises KdxError."""
+    assert plan.sweep_dir
+    before = states(plan.sweep_dir, plan.jobs) if plan.jobs else {}
+    again = {folder.name for folder, status in before.items() if status["state"] in ("failed", "diverged")}
+    is_basic = not is_parallel(plan.launcher)  # others start all, or many, at once
+    try:
+        # What failed comes last.
+        for passed_over in [again, set(plan.jobs) - again] if again and is_basic else [()]:
+            for words in parts:
+                if not notes.stopped_by:
+                    launch(words, passed_over, notes)
+    except (KdxError, HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:  # no job raises: a process of the launcher died, or it could start none
+        if is_basic:
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+        mend = "Jobs that it started may still be running; the same command goes on with what is left"
+        return MachineError("hydra/launcher", what, mend)
+    return None
+
+
 def is_parallel(launcher: Any) -> bool:
     """Whether the jobs of a Hydra launcher run in processes of their own."""
     return not str(launcher.get("_target_")).endswith(".BasicLauncher")
 
 
+def is_joblib(launcher: Any) -> bool:
+    """Whether a Hydra launcher is joblib's, which kills all its processes when one of them ends of itself."""
+    return str(launcher.get("_target_")).endswith(".JoblibLauncher")
+
+
 @contextmanager
-def _forwarding(sweep_dir: Path, launcher: Any) -> Iterator[None]:
-    """Under joblib, hand SIGTERM on to the jobs that run, which finish their step and save; twice: stop at once.
+def _heeding(sweep_dir: Path, launcher: Any) -> Iterator[Notes]:
+    """Under joblib, have a signal end all jobs at a safe point, whoever got it; twice: at once → notes, removed after."""
+    notes = Notes(sweep_dir)
+    told: list[float] = []  # when
 
-    Nobody else would tell them, and joblib kills all its processes when one of them ends of itself.
-    """
-    mark, over, told = sweep_dir / STOPPING, threading.Event(), set()
-    mark.unlink(missing_ok=True)
-    if not str(launcher.get("_target_")).endswith(".JoblibLauncher"):
-        yield
-        return
-
-    def tell() -> None:
-        while not over.wait(0.1):  # again and again: a job may be about to begin
-            own = {process.pid for process in active_children()}
-            for status in states(sweep_dir, []).values():
-                pid = (status.get("owner") or {}).get("pid")
-                if status["state"] == "running" and pid is not None and pid in own and pid not in told:
-                    told.add(pid)
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGTERM)
-
-    def stop(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        sweep_dir.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-        threading.Thread(target=tell, daemon=True).start()
+    def heed(number: int) -> None:
+        if told and time.monotonic() - told[0] < signals.SAME:
+            return
+        if told:
+            signals.hand_on(signal.SIGKILL)
+            notes.remove()
+            os._exit(128 + number)
+        told.append(time.monotonic())
+        notes.stop(number)
+        signals.hand_on(number)
         print("\nkdx: stopping all jobs at a safe point; once more to stop at once", file=sys.stderr, flush=True)
 
-    found = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        with signals.held_back(heed) if is_joblib(launcher) else nullcontext():
+            yield notes
     finally:
-        over.set()
-        signal.signal(signal.SIGTERM, found)
-        mark.unlink(missing_ok=True)
-
-
-def is_stopping(sweep_dir: Path) -> bool:
-    """Whether the command that started a sweep's jobs in other processes was told to stop."""
-    return (sweep_dir / STOPPING).exists()
+        notes.remove()
 
 
 def states(sweep_dir: Path, names: list[str]) -> dict[Path, dict[str, Any]]:

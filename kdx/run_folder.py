@@ -6,8 +6,6 @@ import math
 import os
 import platform
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -271,63 +269,3 @@ def _alive(owner: dict[str, Any], status: dict[str, Any]) -> bool:
     except PermissionError:
         pass
     return True
-
-
-class StopRequest:
-    """SIGTERM and SIGINT: while training, finish the step and save; before and after, stop at once; twice, too.
-
-    Where submitit runs the job, it has set a handler that queues it again at its time limit and ends it: that signal
-    does the same here, and its handler is called when all is saved and closed. submitit lets SIGTERM pass, which Slurm
-    sends a moment before; so does kdx then.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.is_deferred = False
-        self.found: dict[int, Any] = {}
-        self.requeue = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"), signal.SIGTERM)
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + (self.signal or signal.SIGTERM)
-
-    def __enter__(self) -> "StopRequest":
-        is_queued = callable(signal.getsignal(self.requeue))
-        for number in (self.requeue if is_queued else signal.SIGTERM, signal.SIGINT):
-            try:
-                self.found[number] = signal.signal(number, self._handle)
-            except ValueError:  # not the main thread: whoever owns it handles signals
-                break
-        return self
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        for number, handler in self.found.items():
-            signal.signal(number, handler)
-        if isinstance(error, SystemExit) and self.signal == self.requeue and callable(self.found[self.requeue]):
-            try:
-                self.found[self.requeue](self.signal, None)
-            except Exception as refusal:  # such as: timed out too many times
-                what = " ".join(str(refusal).split()).rstrip(".")
-                mend = "The same command goes on; hydra.launcher.max_num_timeout=... says how often by itself"
-                raise MachineError("time limit", what, mend) from None
-
-    def _handle(self, number: int, _: Any) -> None:
-        again = self.signal is not None
-        self.signal = number
-        if again or not self.is_deferred:
-            raise SystemExit(self.exit_code)
-        print("\nstopping at the next safe point; once more to stop at once", file=sys.stderr, flush=True)
-
-    def agreed(self, accelerator: Any) -> bool:
-        """Whether any process was asked to stop: all must stop at the same step."""
-        if accelerator.num_processes == 1:
-            return self.signal is not None
-        import torch
-
-        asked = torch.tensor([int(self.signal or 0)], device=accelerator.device)
-        self.signal = int(accelerator.gather(asked).max().item()) or self.signal
-        return self.signal is not None
-
-    def interrupted(self, run_dir: Path, step: int) -> SystemExit:
-        log.warning("stopped after step %d; to go on: python -m kdx run.resume=%s", step, run_dir)
-        return SystemExit(self.exit_code)

@@ -1,6 +1,7 @@
 """One job, one device: locks and thread counts, which need no GPU."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from kdx import devices
 from kdx.devices import listed, num_at_once, num_cores, one_device, share_cores
+from kdx.signals import STOPS
 
 HOLD = """
 import sys
@@ -67,6 +69,19 @@ def test_parallel_jobs_take_different_gpus_and_wait_where_none_is_free(
         fourth.kill()  # and what a killed job held is, too
     with one_device(is_parallel=True):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"  # CUDA reads it once a process: it stays
+
+
+def test_a_job_that_waits_for_a_gpu_heeds_a_signal_that_is_held_back(
+    locks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    with one_device(is_parallel=True):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        with other(locks, "parallel", "4") as second:  # born so, as joblib's processes are
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            assert say(second) == "kdx: other jobs hold GPU 4; waiting for one"
+            second.terminate()
+            assert second.wait() == 143
 
 
 def test_a_process_between_two_jobs_is_left_its_gpu_where_there_is_another(

@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,14 @@ from kdx.loss import forward_kl, register
 
 calls = 0
 
+def hold():
+    Path(f"held-{os.getpid()}").touch()
+    while not Path("go").exists():
+        time.sleep(0.01)
+
+if Path("hold-imports").exists():
+    hold()
+
 @register
 def own(student, teacher, most: float = 9.0):
     """Forward KL that breaks for one point of a sweep, and is preempted once at another."""
@@ -31,10 +41,8 @@ def own(student, teacher, most: float = 9.0):
         with open("seen.jsonl", "a") as file:
             told = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": torch.get_num_threads(), "pid": os.getpid()}
             file.write(json.dumps(told) + chr(10))
-    if most >= 4 and len(student) > 2 and Path("hold").exists():  # not where it is tried on two rows
-        Path(f"held-{os.getpid()}").touch()
-        while not Path("go").exists():
-            time.sleep(0.01)
+    if most >= 4 and len(student) > 2 and Path("hold-steps").exists():  # not where it is tried on two rows
+        hold()
     if most == 0:
         raise RuntimeError("most is too small")
     if most == 2 and calls == 6 and "SUBMITIT_FOLDER" in os.environ and not Path("preempted").exists():
@@ -44,7 +52,8 @@ def own(student, teacher, most: float = 9.0):
     return forward_kl(student, teacher)
 '''
 WORDS = ["-m", "teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=pairs"]
-WORDS += ["data.path=pairs.jsonl", "loss.name=own", "+loss.most=0,2", "train.max_steps=5", "train.log_every=1"]
+WORDS += ["data.path=pairs.jsonl", "loss.name=own", "train.max_steps=5", "train.log_every=1"]
+OWN = environment(KDX_PLUGINS="my_plugin")
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +64,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def kdx(place: Path, *words: str, program: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def kdx(
+    place: Path, *words: str, points: str = "0,2", program: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run `python -m kdx` with the sweep's words and these."""
     left_out = ("WANDB_", "HF_", "KDX_", "OMP_", "MKL_", "CUDA_", "SLURM_")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     clean |= {"HF_HUB_OFFLINE": "1", "NETRC": "none", "KDX_PLUGINS": "my_plugin"}
-    command = [sys.executable, *(["-c", program] if program else ["-m", "kdx"]), *WORDS, *words]
+    command = [sys.executable, *(["-c", program] if program else ["-m", "kdx"]), *WORDS, f"+loss.most={points}", *words]
     return subprocess.run(command, cwd=place, env=clean | environment, capture_output=True, text=True, check=False)
 
 
@@ -113,26 +124,31 @@ def test_joblib(place: Path) -> None:
     assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in before}
 
 
-def test_sigterm_to_a_sweep_under_joblib_loses_nothing(place: Path) -> None:
-    """The jobs that run finish their step and save, the third is not begun; the same command goes on."""
-    words = [*WORDS, "+loss.most=4,5,6", "hydra/launcher=parallel", "sweep.name=stopped", "sweep.baseline=false"]
-    words.remove("+loss.most=0,2")
-    command = [sys.executable, "-m", "kdx", *words, "tracking.mode=disabled"]
-    told = environment(KDX_PLUGINS="my_plugin")
-    (place / "hold").touch()
-    with (place / "said.txt").open("w") as said:
-        process = subprocess.Popen(command, cwd=place, env=told, stdout=said, stderr=said)
-    until(lambda: len(list(place.glob("held-*"))) == 2, process)
-    process.terminate()
-    until(lambda: (place / "said.txt").read_text().count("stopping at the next safe point") == 2, process)
-    (place / "go").touch()
-    assert process.wait(60) == 143, (place / "said.txt").read_text()
-    last = (place / "said.txt").read_text().splitlines()[-1]
-    assert last == "kdx: stopped; the same command goes on"
-    sweep = place / "outputs" / "sweeps" / "stopped"
-    assert sorted(states(sweep).values()) == ["interrupted", "interrupted"]
+@pytest.mark.parametrize(
+    ("whom", "number", "points"),
+    [
+        ("command", signal.SIGTERM, "4,5,6"),  # as `kill` does; of three jobs two are running
+        ("group", signal.SIGINT, "2,4,5"),  # as Ctrl-C and Slurm do; one of three processes is idle, or compares
+    ],
+)
+def test_a_signal_to_a_sweep_under_joblib_loses_nothing(
+    place: Path, whom: str, number: signal.Signals, points: str
+) -> None:
+    """The jobs that run finish their step and save, no other is begun; the same command goes on."""
+    sweep = place / "outputs" / "sweeps" / f"stopped-{whom}"
+    with holding(place, "steps", sweep.name, points) as (command, process):
+        until(lambda: list(states(sweep).values()).count("done") == points.count("2"), process)
+        os.kill(process.pid, number)
+        if whom == "group":
+            os.killpg(process.pid, number)  # so does `timeout`: first the command, then its group
+        until(lambda: said(place).count("stopping at the next safe point") == 2, process)
+        (place / "go").touch()
+        assert process.wait() == 128 + number, said(place)
+    assert said(place).splitlines()[-1] == "kdx: stopped; the same command goes on"
+    assert sorted(states(sweep).values()) == [*["done"] * points.count("2"), "interrupted", "interrupted"]
     assert [path.name for path in sweep.glob("*/checkpoints/*")] == ["step-00000001"] * 2
-    again = subprocess.run(command, cwd=place, env=told, capture_output=True, text=True, check=False)
+    assert not list(sweep.glob(".notes-*"))
+    again = subprocess.run(command, cwd=place, env=OWN, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert list(states(sweep).values()) == ["done"] * 3
     assert again.stdout.count("going on from") == 2
@@ -141,11 +157,97 @@ def test_sigterm_to_a_sweep_under_joblib_loses_nothing(place: Path) -> None:
         assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5]
 
 
-def until(is_so: Callable[[], bool], process: subprocess.Popen) -> None:
+def test_a_signal_to_a_sweep_under_joblib_whose_processes_still_import(place: Path) -> None:
+    with holding(place, "imports", "imports", "4,5") as (command, process):
+        os.killpg(process.pid, signal.SIGTERM)
+        until(lambda: "stopping all jobs at a safe point" in said(place), process)
+        (place / "go").touch()
+        assert process.wait() == 143, said(place)
+    assert said(place).splitlines()[-1] == "kdx: stopped; the same command goes on"
+    assert states(place / "outputs" / "sweeps" / "imports") == {}
+    assert subprocess.run(command, cwd=place, env=OWN, capture_output=True, check=False).returncode == 0
+
+
+def test_a_second_signal_to_a_sweep_under_joblib_ends_it_at_once(place: Path) -> None:
+    """The command and its processes, which would go on for ever."""
+    with holding(place, "steps", "twice", "4,5") as (_, process):
+        os.killpg(process.pid, signal.SIGINT)
+        until(lambda: "stopping all jobs at a safe point" in said(place), process)
+        while process.poll() is None:  # the second counts a second after the first
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.05)
+        assert process.wait() == 130
+        assert not list((place / "outputs" / "sweeps" / "twice").glob(".notes-*"))
+        for _ in range(200):
+            left = subprocess.run(
+                ["ps", "-o", "stat=", "-g", str(process.pid)], capture_output=True, check=False
+            ).stdout.decode()
+            if all(state.startswith("Z") for state in left.split()):  # gone, or waiting to be asked what became of it
+                return
+            time.sleep(0.05)
+        pytest.fail(f"still there: {left}")
+
+
+@contextmanager
+def holding(place: Path, what: str, name: str, points: str) -> Iterator[tuple[list[str], subprocess.Popen[str]]]:
+    """A sweep under joblib in a process group of its own, of which two jobs wait in their imports or first steps."""
+    words = [*WORDS, f"+loss.most={points}", f"sweep.name={name}", "sweep.baseline=false"]
+    words += ["tracking.mode=disabled", "hydra/launcher=parallel", f"hydra.launcher.n_jobs={2 + points.count('2')}"]
+    command = [sys.executable, "-m", "kdx", *words]
+    (place / f"hold-{what}").touch()
+    with (place / "said.txt").open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=place, env=OWN, stdout=file, stderr=file, text=True, start_new_session=True
+        )
+    try:
+        until(lambda: len(list(place.glob("held-*"))) == 2, process)
+        yield command, process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pattern in ("hold-*", "held-*", "go"):
+            for file in place.glob(pattern):
+                file.unlink()
+
+
+def said(place: Path) -> str:
+    """What that sweep printed so far."""
+    return (place / "said.txt").read_text()
+
+
+def until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     """Look until something is so, as long as the process lives."""
     while not is_so():
         assert process.poll() is None
         time.sleep(0.05)
+
+
+def test_what_is_refused_before_a_done_job_is_opened_is_told_in_the_end(place: Path) -> None:
+    """A link in one folder that leads elsewhere, and another that a process holds: exit 5, and neither is touched."""
+    words = ["sweep.name=refused", "tracking.mode=disabled", "sweep.baseline=false"]
+    sweep = place / "outputs" / "sweeps" / "refused"
+    assert kdx(place, *words, points="2,3").returncode == 0
+    linked, held = sorted(sweep.glob("most-*"))
+    (linked / "student" / "link").symlink_to(place / "pairs.jsonl")
+    status = json.loads((held / "status.json").read_text())
+    status |= {"state": "running", "owner": status["owner"] | {"pid": os.getpid()}}
+    (held / "status.json").write_text(json.dumps(status))
+
+    def files() -> dict[Path, tuple[int, bytes]]:
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sweep.glob("most-*/**/*") if p.is_file()}
+
+    before = files()
+    for launcher in ("basic", "parallel", "submitit_local"):
+        told = kdx(place, *words, f"hydra/launcher={launcher}", points="2,3")
+        assert told.returncode == 5, told.stderr
+        head, *reasons = told.stderr.splitlines()[-3:]
+        assert head == "kdx: 2 job(s) of the sweep failed:"
+        elsewhere = f"is a link that leads elsewhere, to {place / 'pairs.jsonl'}. Remove the link"
+        assert reasons[0].endswith(f"{linked.name}: failed: {linked / 'student' / 'link'}: {elsewhere}")
+        assert f"{held.name}: failed: {held}: in use by pid {os.getpid()} on host " in reasons[1]
+        assert files() == before
+        assert not list(sweep.glob(".notes-*"))
 
 
 def test_submitit_with_a_job_that_is_preempted(place: Path) -> None:

@@ -2,12 +2,18 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from processes import environment
 from runs import PATIENCE, litter, outcome, start_command, status, words_of, write_dialogpt, write_pairs
 from standins import FUSSY
 
@@ -85,6 +91,56 @@ def test_a_sweep_that_is_killed_again_and_again(own, tmp_path, full, figure):
         f"with from a checkpoint, {equal}/{number * sweeps} jobs done once and bitwise equal"
     )
     assert (touched, resumed, equal) == (0, due, number * sweeps)
+
+
+def test_a_parallel_sweep_whose_processes_are_all_told_to_stop(own, tmp_path, full, figure):
+    """As by Ctrl-C, Slurm or a container, at any moment from the imports on: no job dies, none is lost."""
+    if not full:
+        pytest.skip("tests/test_launchers.py stops such sweeps at chosen moments")
+    words = ["sweep.name=s", "sweep.baseline=false", "hydra/launcher=parallel", "hydra.launcher.n_jobs=2"]
+    words += ["loss.temperature=1,2,4", "train.max_steps=15", "train.save_every=0", "train.micro_batch_size=4"]
+    command = [sys.executable, "-m", "kdx", "-m", *words_of(Path(), *words)]
+    env = environment(KDX_STORE=str(own / "store"))
+    shutil.copytree(own, tmp_path / "straight")
+    began = time.monotonic()
+    subprocess.run(command, cwd=tmp_path / "straight", env=env, check=True, capture_output=True)
+    seconds = time.monotonic() - began
+    expected = {job.name: outcome(job) for job in jobs(tmp_path / "straight")}
+    stops, resumed, equal, sweeps = 0, 0, 0, 0
+    moments = random.Random(2)
+    while stops < 20:
+        sweeps += 1
+        shutil.rmtree(own / "outputs", ignore_errors=True)
+        while True:
+            known = {job: whole(job) for job in jobs(own) if status(job)["state"] == "done"}
+            number = moments.choice([signal.SIGTERM, signal.SIGINT])
+            with (own / "told.log").open("w") as log:
+                process = subprocess.Popen(command, cwd=own, env=env, stdout=log, stderr=log, start_new_session=True)
+            if stops % 2:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(moments.uniform(0, seconds))
+            else:  # while they train
+                steps = num_steps(own) + moments.randrange(1, 20)
+                while process.poll() is None and num_steps(own) < steps:
+                    time.sleep(0.01)
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+            code, told = process.wait(), (own / "told.log").read_text()
+            assert all(whole(job) == files for job, files in known.items())
+            assert not list(own.glob("outputs/sweeps/s/.notes-*"))
+            if code == 0:
+                break
+            stops += 1
+            assert code in (128 + number, -number), told  # the latter before kdx is there, or when all is done
+            assert {status(job)["state"] for job in jobs(own)} <= {"done", "interrupted"}, told
+        resumed += sum(map(times_resumed, jobs(own)))
+        equal += sum(outcome(job) == expected[job.name] and not litter(job) for job in jobs(own))
+    figure(
+        f"parallel sweeps of 3 jobs, all processes told to stop: {stops} stops, {resumed} jobs gone on with, "
+        f"{equal}/{3 * sweeps} done once and bitwise equal"
+    )
+    assert equal == 3 * sweeps
+    assert resumed
 
 
 def times_resumed(job: Path) -> int:

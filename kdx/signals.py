@@ -1,0 +1,143 @@
+"""SIGTERM and SIGINT: who heeds them, and when, so that nothing is lost. Torch is imported late: the door imports this.
+
+They reach one process or, from Ctrl-C, Slurm or a container, all of a command at once. A run heeds them at a safe
+point (`StopRequest`). Of joblib's processes none may end of itself, since joblib then kills the others: they are born
+with both signals held back (`held_back`), and only a run lets them through.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import active_children, resource_tracker
+from pathlib import Path
+from typing import Any
+
+from kdx.errors import MachineError
+
+log = logging.getLogger("kdx")
+STOPS = (signal.SIGTERM, signal.SIGINT)
+SAME = 0.25  # seconds in which a second signal is the first one still: `timeout` tells a command, and then all its group
+
+
+class _Receiver(threading.Thread):
+    """Takes in signals that all other threads hold back; Python's handler runs in the main thread all the same."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        self.over.wait()
+
+    def end(self) -> None:
+        self.over.set()
+        self.join()
+
+
+@contextmanager
+def held_back(heed: Callable[[int], None]) -> Iterator[None]:
+    """Have processes that are started meanwhile be born with the signals held back; `heed` is for this process."""
+    resource_tracker.ensure_running()  # when it starts it lets the signals through again
+    found = {number: signal.signal(number, lambda number, _: heed(number)) for number in STOPS}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    receiver = _Receiver()
+    receiver.start()
+    try:
+        yield
+    finally:
+        receiver.end()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in found.items():
+            signal.signal(number, handler)
+
+
+def hand_on(number: int) -> None:
+    """Send a signal to all children that multiprocessing knows of."""
+    for process in active_children():
+        if process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+
+def end_if_held_back() -> None:
+    """End what is being done before a run if a signal waits for it. Raises SystemExit."""
+    if waiting := signal.sigpending() & {*STOPS}:
+        raise SystemExit(128 + min(waiting))
+
+
+class StopRequest:
+    """While training, finish the step and save; before and after, stop at once; twice, too.
+
+    What was held back until now is received meanwhile, and but once: who told all processes, and the command, which
+    hands on what it was told, mean the same.
+
+    Where submitit runs the job, it has set a handler that queues it again at its time limit and ends it: that signal
+    does the same here, and its handler is called when all is saved and closed. submitit lets SIGTERM pass, which Slurm
+    sends a moment before; so does kdx then.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.is_deferred = False
+        self.found: dict[int, Any] = {}
+        self.since = 0.0
+        self.receiver: _Receiver | None = None
+        self.requeue = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"), signal.SIGTERM)
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.signal or signal.SIGTERM)
+
+    def __enter__(self) -> "StopRequest":
+        is_queued = callable(signal.getsignal(self.requeue))
+        for number in (self.requeue if is_queued else signal.SIGTERM, signal.SIGINT):
+            try:
+                self.found[number] = signal.signal(number, self._handle)
+            except ValueError:  # not the main thread: whoever owns it handles signals
+                break
+        if signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {*STOPS}:
+            self.receiver = _Receiver()
+            self.receiver.start()
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if self.receiver:
+            self.receiver.end()
+        for number, handler in self.found.items():
+            signal.signal(number, handler)
+        if isinstance(error, SystemExit) and self.signal == self.requeue and callable(self.found[self.requeue]):
+            try:
+                self.found[self.requeue](self.signal, None)
+            except Exception as refusal:  # such as: timed out too many times
+                what = " ".join(str(refusal).split()).rstrip(".")
+                mend = "The same command goes on; hydra.launcher.max_num_timeout=... says how often by itself"
+                raise MachineError("time limit", what, mend) from None
+
+    def _handle(self, number: int, _: Any) -> None:
+        again = self.signal is not None
+        if again and (self.receiver or time.monotonic() - self.since < SAME):
+            return
+        self.signal, self.since = number, time.monotonic()
+        if again or not self.is_deferred:
+            raise SystemExit(self.exit_code)
+        print("\nstopping at the next safe point; once more to stop at once", file=sys.stderr, flush=True)
+
+    def agreed(self, accelerator: Any) -> bool:
+        """Whether any process was asked to stop: all must stop at the same step."""
+        if accelerator.num_processes == 1:
+            return self.signal is not None
+        import torch
+
+        asked = torch.tensor([int(self.signal or 0)], device=accelerator.device)
+        self.signal = int(accelerator.gather(asked).max().item()) or self.signal
+        return self.signal is not None
+
+    def interrupted(self, run_dir: Path, step: int) -> SystemExit:
+        log.warning("stopped after step %d; to go on: python -m kdx run.resume=%s", step, run_dir)
+        return SystemExit(self.exit_code)
