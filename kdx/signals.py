@@ -21,7 +21,9 @@ from kdx.errors import MachineError
 
 log = logging.getLogger("kdx")
 STOPS = (signal.SIGTERM, signal.SIGINT)
-SAME = 0.25  # seconds in which a second signal is the first one still: `timeout` tells a command, and then all its group
+SAME = (
+    0.25  # seconds in which a second signal is the first one still: `timeout` tells a command, and then all its group
+)
 
 
 class _Receiver(threading.Thread):
