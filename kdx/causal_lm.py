@@ -227,8 +227,8 @@ def load_causal_lm(
 def fuse_activations(model: PreTrainedModel) -> None:
     """Take GPT-2's GELU in one kernel, not in the eight steps of transformers: most of them keep a tensor for backward."""
     for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation | FastGELUActivation):  # one formula, written in two ways
+        for name, child in list(module.named_children()):
+            if type(child) in (NewGELUActivation, FastGELUActivation):  # one formula, written in two ways
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx import __version__, jobs, plugins
+from kdx import __version__, jobs, plugins, signals
 from kdx.composition import Plan, as_tree, compose, compose_points, preflight, to_config
 from kdx.config import Config
 from kdx.devices import one_device
@@ -186,10 +186,11 @@ def run_job(
     is_sweep = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
     is_parallel = is_sweep and jobs.is_parallel(hydra_config.launcher)
     run_dir = Path(hydra_config.runtime.output_dir)
+    if is_parallel:  # in a process of its own, beside others on one terminal: lines, not bars
+        signals.note()
+        sys.argv, os.environ["TTY_COMPATIBLE"] = ["kdx", *typed], "0"
     if run_dir.name in passed_over or (notes and notes.stopped_by):
         return float("inf")
-    if is_parallel:  # in a process of its own, beside others on one terminal: lines, not bars
-        sys.argv, os.environ["TTY_COMPATIBLE"] = ["kdx", *typed], "0"
     measure = float("inf")
 
     def job() -> int:
@@ -223,9 +224,9 @@ def run_job(
             measure = distill(config, run_dir).measure
         return 0
 
-    name = run_dir.name
+    folder = run_dir
     try:
-        code = guarded(lambda: notes.keeping(name, job) if notes else job())
+        code = guarded(lambda: notes.keeping(folder, job) if notes else job())
         if code and (not is_sweep or code in SIGNALS or int(os.environ.get("WORLD_SIZE", "1")) > 1):
             sys.exit(code)
     except SystemExit as error:

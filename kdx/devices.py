@@ -87,7 +87,7 @@ def _free(names: list[str]) -> tuple[str, FileLock]:
         if not is_told:
             print(f"kdx: other jobs hold GPU {', '.join(names)}; waiting for one", flush=True)
         is_told = True
-        signals.end_if_held_back()
+        signals.end_if_noted()
         time.sleep(PATIENCE)
 
 
@@ -124,15 +124,17 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def keep_memory() -> None:
-    """Have glibc keep what is freed for the next step, unless MALLOC_... in the environment says otherwise.
+def keep_memory(device_type: str) -> None:
+    """Where a processor trains, have glibc keep from here on what a step frees, for the next one.
 
-    It would give the largest tensors of each step back to the system, which then clears every page of them anew.
-    Costs a little more memory; on other C libraries nothing is done.
+    It would give the largest tensors of each step back to the system, which then clears every page of them anew: a
+    tenth of a step. Costs memory where batches differ much; MALLOC_... or GLIBC_TUNABLES in the environment go before.
     """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+    is_chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if device_type != "cpu" or sys.platform != "linux" or is_chosen:
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, -1)
-        mallopt(_M_MMAP_MAX, 0)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):  # it is glibc
+        libc.malloc_trim(0)  # what loading left
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+        libc.mallopt(_M_MMAP_MAX, 0)

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from kdx import checkpoint, plugins, report, shards
 from kdx.causal_lm import DTYPES
 from kdx.config import Config
+from kdx.devices import keep_memory
 from kdx.errors import DivergedError, KdxError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
 from kdx.measuring import Measurer, size
@@ -80,8 +81,9 @@ def _refuse_stale(config: Config, folder: RunFolder, device: torch.device) -> st
     """Refuse a done run that would be another now. Why that cannot be told, if so: nothing is lost then."""
     try:
         found = changes(config, folder.path, device)
-    except KdxError as error:
-        return f" (whether its data, teacher or plug-ins have changed since cannot be told: {error.lines[0]})"
+    except Exception as error:  # a source of one's own may raise anything
+        why = error.lines[0] if isinstance(error, KdxError) else f"{type(error).__name__}: {error}"
+        return f" (whether its data, teacher or plug-ins have changed since cannot be told: {why})"
     if found:
         raise folder.drifted(found)
     return ""
@@ -132,6 +134,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             folder.at(state.step, is_main)
             return stop.agreed(accelerator)
 
+        keep_memory(accelerator.device.type)
         stop.is_deferred = True  # from here on a signal loses nothing: the step is finished, or the run
         with tracker.training():
             state = train(

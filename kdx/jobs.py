@@ -32,18 +32,22 @@ class Notes:
 
     def __init__(self, sweep_dir: Path) -> None:
         self.folder = sweep_dir.absolute() / f".notes-{secrets.token_hex(4)}"
+        self.signal: int | None = None
 
     def stop(self, number: int) -> None:
         """Have no further job begin, because of a signal."""
-        write_beside(self.folder / "stop.json", json.dumps({"signal": number}))
+        self.signal = number  # should the disk be full
+        with suppress(OSError):
+            write_beside(self.folder / "stop.json", json.dumps({"signal": number}))
 
     @property
     def stopped_by(self) -> int | None:
         """The signal after which no further job begins, if there was one."""
-        return read_json(self.folder / "stop.json").get("signal")
+        return self.signal or read_json(self.folder / "stop.json").get("signal")
 
-    def keeping(self, name: str, job: Callable[[], int]) -> int:
+    def keeping(self, folder: Path, job: Callable[[], int]) -> int:
         """Do a job; if it fails, say why here: its own folder may be done, or another's, and is not touched then."""
+        name = os.path.relpath(folder, self.folder.parent)
         try:
             return job()
         except Exception as error:
@@ -131,7 +135,10 @@ def is_joblib(launcher: Any) -> bool:
 
 @contextmanager
 def _heeding(sweep_dir: Path, launcher: Any) -> Iterator[Notes]:
-    """Under joblib, have a signal end all jobs at a safe point, whoever got it; twice: at once → notes, removed after."""
+    """Under joblib, have a signal end all jobs at a safe point, whoever got it; twice: at once → notes, removed after.
+
+    One job at a time is done in this process, and heeds signals as any run does.
+    """
     notes = Notes(sweep_dir)
     told: list[float] = []  # when
 
@@ -148,7 +155,7 @@ def _heeding(sweep_dir: Path, launcher: Any) -> Iterator[Notes]:
         print("\nkdx: stopping all jobs at a safe point; once more to stop at once", file=sys.stderr, flush=True)
 
     try:
-        with signals.held_back(heed) if is_joblib(launcher) else nullcontext():
+        with signals.held_back(heed) if is_joblib(launcher) and num_at_once(launcher, 2) > 1 else nullcontext():
             yield notes
     finally:
         notes.remove()

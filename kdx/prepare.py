@@ -17,7 +17,6 @@ from kdx.batches import Row, StepBatches, fingerprint, pad_id_of
 from kdx.check import binding_problems
 from kdx.config import Config, LossConfig, TeacherConfig
 from kdx.data import Dataset, check_source, load_data
-from kdx.devices import keep_memory
 from kdx.encoder import Encoder, prepare_tokenizer
 from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, together
 from kdx.objective import Objective, StudentObjective
@@ -121,8 +120,6 @@ def build_accelerator(config: Config) -> Accelerator:
             raise MachineError(f"ACCELERATE_USE_{name}", what, "Start without it, or with ACCELERATE_USE_FSDP")
     fsdp = shards.plugin(config)
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if cpu:
-        keep_memory()
     precision = config.train.precision
     if precision == "auto":
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "")  # accelerate's config; "no" is fp32
@@ -197,7 +194,8 @@ def origin(text: Text, identity: Identity | None) -> dict[str, Any]:
         "fingerprint": fingerprint(text.rows),
         "validation_fingerprint": fingerprint(text.held_out_rows),
         "tokenizer_digest": causal_lm.tokenizer_digest(text.tokenizer),
-        "teacher_digest": identity.key if identity else None,
+        "teacher_digest": identity.model if identity else None,
+        "teacher_precision": identity.precision if identity else None,
         "plugins_digest": plugins.digest(),
     }
 

@@ -2,7 +2,7 @@
 
 They reach one process or, from Ctrl-C, Slurm or a container, all of a command at once. A run heeds them at a safe
 point (`StopRequest`). Of joblib's processes none may end of itself, since joblib then kills the others: they are born
-with both signals held back (`held_back`), and only a run lets them through.
+with both signals held back (`held_back`), and note them from their first job on (`note`) where no run heeds them.
 """
 
 import logging
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import active_children, resource_tracker
 from pathlib import Path
 from typing import Any
@@ -26,20 +27,7 @@ SAME = (
 )
 
 
-class _Receiver(threading.Thread):
-    """Takes in signals that all other threads hold back; Python's handler runs in the main thread all the same."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.over = threading.Event()
-
-    def run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        self.over.wait()
-
-    def end(self) -> None:
-        self.over.set()
-        self.join()
+_noted: list[int] = []
 
 
 @contextmanager
@@ -48,15 +36,47 @@ def held_back(heed: Callable[[int], None]) -> Iterator[None]:
     resource_tracker.ensure_running()  # when it starts it lets the signals through again
     found = {number: signal.signal(number, lambda number, _: heed(number)) for number in STOPS}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    receiver = _Receiver()
+    over = threading.Event()
+    # One thread takes them in; Python's handler runs in the main thread all the same.
+    receiver = threading.Thread(target=lambda: (signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS), over.wait()))
     receiver.start()
     try:
         yield
     finally:
-        receiver.end()
+        over.set()
+        receiver.join()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for number, handler in found.items():
             signal.signal(number, handler)
+
+
+def note() -> None:
+    """Where the signals are held back, let them through and note them: what is started here must be able to end by them."""
+    if not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {*STOPS}:
+        return
+    for number in STOPS:
+        signal.signal(number, _note)
+    let_through = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOPS)
+    # An executed program forgets handlers by itself; one that is forked must, before a signal finds it.
+    hold_back = partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOPS)
+    os.register_at_fork(before=hold_back, after_in_parent=let_through, after_in_child=_as_usual)
+    let_through()
+
+
+def _note(number: int, _: Any) -> None:
+    _noted.append(number)
+
+
+def _as_usual() -> None:
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
+def end_if_noted() -> None:
+    """End what is being done if a signal was noted. Raises SystemExit."""
+    if _noted:
+        raise SystemExit(128 + _noted[0])
 
 
 def hand_on(number: int) -> None:
@@ -67,17 +87,11 @@ def hand_on(number: int) -> None:
                 os.kill(process.pid, number)
 
 
-def end_if_held_back() -> None:
-    """End what is being done before a run if a signal waits for it. Raises SystemExit."""
-    if waiting := signal.sigpending() & {*STOPS}:
-        raise SystemExit(128 + min(waiting))
-
-
 class StopRequest:
     """While training, finish the step and save; before and after, stop at once; twice, too.
 
-    What was held back until now is received meanwhile, and but once: who told all processes, and the command, which
-    hands on what it was told, mean the same.
+    In a process of joblib but once: who told all processes, and the command, which hands on what it was told, mean the
+    same; told twice, the command ends all.
 
     Where submitit runs the job, it has set a handler that queues it again at its time limit and ends it: that signal
     does the same here, and its handler is called when all is saved and closed. submitit lets SIGTERM pass, which Slurm
@@ -89,7 +103,7 @@ class StopRequest:
         self.is_deferred = False
         self.found: dict[int, Any] = {}
         self.since = 0.0
-        self.receiver: _Receiver | None = None
+        self.is_joblibs = signal.getsignal(signal.SIGTERM) is _note
         self.requeue = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"), signal.SIGTERM)
 
     @property
@@ -103,14 +117,12 @@ class StopRequest:
                 self.found[number] = signal.signal(number, self._handle)
             except ValueError:  # not the main thread: whoever owns it handles signals
                 break
-        if signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {*STOPS}:
-            self.receiver = _Receiver()
-            self.receiver.start()
+        if _noted:
+            self.__exit__(None, None, None)
+        end_if_noted()
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if self.receiver:
-            self.receiver.end()
         for number, handler in self.found.items():
             signal.signal(number, handler)
         if isinstance(error, SystemExit) and self.signal == self.requeue and callable(self.found[self.requeue]):
@@ -123,7 +135,7 @@ class StopRequest:
 
     def _handle(self, number: int, _: Any) -> None:
         again = self.signal is not None
-        if again and (self.receiver or time.monotonic() - self.since < SAME):
+        if again and (self.is_joblibs or time.monotonic() - self.since < SAME):
             return
         self.signal, self.since = number, time.monotonic()
         if again or not self.is_deferred:

@@ -13,7 +13,7 @@ from kdx.config import Config
 from kdx.devices import one_device
 from kdx.drift import Drift, differences
 from kdx.durable import read_json
-from kdx.errors import KdxError, MachineError
+from kdx.errors import MachineError
 
 _known: dict[str, dict[str, Any]] = {}  # what configs of this process name: the jobs of a sweep share most of it
 
@@ -38,7 +38,7 @@ def place(config: Config, folder: Path, is_parallel: bool) -> Path:
         plugins.load()
         with one_device(is_parallel):
             changed = [key for key, _, _ in changes(config, there)]
-    except KdxError:
+    except Exception:
         return there
     if not changed:
         return there
@@ -53,7 +53,8 @@ def changes(config: Config, folder: Path, device: Any = None) -> Drift:
     was = read_json(folder / "data.json")
     if not was:
         raise MachineError(str(folder), "its data.json is missing or damaged", "Start anew in another folder")
-    now = _now(config, device)
+    now = dict(_now(config, device))
+    now.pop("teacher_precision")  # chosen for the device: what is done is not done again on another
     return differences({key: was.get(key) for key in now}, now)
 
 

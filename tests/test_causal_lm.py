@@ -381,3 +381,31 @@ def test_cache_dir_is_where_the_environment_says(monkeypatch, tmp_path):
 def test_digest_of_is_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert durable.digest_of(tmp_path / "x").startswith("ba7816bf8f01cfea")
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
+def test_gelu_in_one_kernel_is_the_same_function(name):
+    torch.manual_seed(0)
+    shape = hf.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, activation_function=name)
+    model = hf.GPT2LMHeadModel(shape).double().eval()
+    ids = torch.arange(12).unsqueeze(0)
+    told = []
+    for _ in range(2):
+        logits = model(ids).logits
+        told.append((logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))))
+        causal_lm.fuse_activations(model)
+    assert type(model.transformer.h[1].mlp.act) is torch.nn.GELU
+    for one, two in zip(*told, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)  # gelu_fast has ten digits of sqrt(2/π)
+    assert model.config.activation_function == name
+
+
+def test_an_activation_of_ones_own_stays():
+    class Own(hf.activations.NewGELUActivation):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50))
+    model.transformer.h[0].mlp.act = Own()
+    causal_lm.fuse_activations(model)
+    assert type(model.transformer.h[0].mlp.act) is Own

@@ -16,7 +16,8 @@ from kdx.signals import STOPS
 HOLD = """
 import sys
 from pathlib import Path
-from kdx import devices
+from kdx import devices, signals
+signals.note()
 devices.LOCKS = Path(sys.argv[1])
 with devices.one_device(is_parallel=sys.argv[2] == "parallel"):
     print(devices.listed(), flush=True)
@@ -173,3 +174,30 @@ def test_jobs_share_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "environ", {})
     share_cores(99)
     assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+@pytest.mark.parametrize(
+    ("device", "variable", "keeps"), [("cpu", "A", True), ("cuda", "A", False), ("cpu", "MALLOC_ARENA_MAX", False)]
+)
+def test_what_a_step_frees_is_kept_on_a_processor(device: str, variable: str, keeps: bool) -> None:
+    size = 64 * 2**20
+    script = f"""
+import ctypes, resource
+from pathlib import Path
+from kdx.devices import keep_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+keep_memory("{device}")
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+before, block = resident(), libc.malloc({size})
+ctypes.memset(block, 1, {size})
+libc.free(block)
+print(resident() - before)
+"""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    told = subprocess.run(
+        [sys.executable, "-c", script], env=own | {variable: "1"}, capture_output=True, text=True, check=True
+    )
+    assert (int(told.stdout) > size // 2) == keeps

@@ -764,10 +764,11 @@ def test_a_block_elsewhere_than_on_a_cpu_is_small_beside_the_chunk(vocabulary):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_how_many_rows_a_block_has_changes_nothing(monkeypatch, softcap):
-    """Softmaxes are taken a block of rows at a time, so that they stay in the cache; in place of the product."""
+    """Softmaxes are taken a block of rows at a time, in place of the product; the head's gradient some ids at a time."""
     told = []
-    for cache_bytes in (1, 4 * 11 * 3, 2**20):
+    for cache_bytes, head_rows in ((1, 2), (4 * 11 * 3, 7), (2**20, 11)):
         monkeypatch.setattr(objective, "CACHE_BYTES", cache_bytes)
+        monkeypatch.setattr(objective, "HEAD_ROWS", head_rows)
         torch.manual_seed(0)
         hidden = torch.randn(13, 5, dtype=torch.float64, requires_grad=True)
         weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((11, 5), (11,)))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from processes import ended, in_process, started
 from standins import FUSSY, write_dialogpt, write_pairs, write_place
 
@@ -109,6 +110,25 @@ def test_what_cannot_be_told_is_said_and_nothing_is_lost(done):
     doubt = "cannot be told: data.path: pairs.jsonl does not exist. Did you mean away.jsonl?"
     assert doubt in " ".join(told.split())
     assert whole(Path("run")) == before
+
+
+def test_a_source_that_fails_for_now_loses_nothing(done, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("connection refused")
+
+    monkeypatch.setattr("kdx.prepare.load_data", fails)
+    code, told, lines = done()
+    assert (code, lines) == (0, [])
+    assert "cannot be told: RuntimeError: connection refused" in " ".join(told.split())
+
+
+def test_on_another_processor_a_done_run_is_done(done, monkeypatch):
+    was = json.loads(Path("run/data.json").read_text())["teacher_precision"]
+    other = {"bf16": (torch.float32, "no bf16 here"), "fp32": (torch.bfloat16, "bf16 here")}[was]
+    monkeypatch.setattr("kdx.teacher.device_dtype", lambda _: other)
+    code, told, lines = done()
+    assert (code, lines) == (0, [])
+    assert " ".join(told.split()).endswith("run is done already; nothing is run")
 
 
 def test_a_done_run_without_a_record_of_its_data_is_done(done):
