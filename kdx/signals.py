@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from multiprocessing import active_children, resource_tracker
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ SAME = (
 
 
 _noted: list[int] = []
+_mask = threading.local()  # what was held back before a thread forked
 
 
 @contextmanager
@@ -56,21 +56,27 @@ def note() -> None:
         return
     for number in STOPS:
         signal.signal(number, _note)
-    let_through = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOPS)
     # An executed program forgets handlers by itself; one that is forked must, before a signal finds it.
-    hold_back = partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOPS)
-    os.register_at_fork(before=hold_back, after_in_parent=let_through, after_in_child=_as_usual)
-    let_through()
+    os.register_at_fork(before=_hold_back, after_in_parent=_as_before, after_in_child=_forget)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def _note(number: int, _: Any) -> None:
     _noted.append(number)
 
 
-def _as_usual() -> None:
+def _hold_back() -> None:
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+
+def _as_before() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
+def _forget() -> None:
     for number in STOPS:
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    _as_before()
 
 
 def end_if_noted() -> None:
