@@ -21,10 +21,7 @@ from kdx.errors import MachineError
 
 log = logging.getLogger("kdx")
 STOPS = (signal.SIGTERM, signal.SIGINT)
-SAME = (
-    0.25  # seconds in which a second signal is the first one still: `timeout` tells a command, and then all its group
-)
-
+SAME = 0.25  # seconds in which a second signal is still the first: `timeout` tells a command and then all its group
 
 _noted: list[int] = []
 _mask = threading.local()  # what was held back before a thread forked
