@@ -1,8 +1,8 @@
 """Jinja templates: sandboxed, and rendered in processes under limits, since a template may loop or grow without end.
 
 What is bounded is each row: its processor time, the memory it takes, and what is written beyond what was said. A plain
-template is rendered in place. Without /proc (macOS) memory is bounded only by what can be filled in that time, without
-fork (Windows) nothing is.
+template is rendered in place, unless a conversation is long. Without /proc (macOS) memory is bounded only by what can
+be filled in that time, without fork (Windows) nothing is.
 """
 
 import ctypes
@@ -105,7 +105,10 @@ def _compiled(environment: Environment, text: str) -> None:
 
 
 def is_plain(text: Any, *, may_loop: bool = True) -> bool:
-    """Whether a template only writes its parts, once or once for each message of a row, and so cannot grow without end."""
+    """Whether a template only writes its parts, once or once for each message of a row.
+
+    So it cannot grow without end, but may write all messages for each of them.
+    """
     try:
         tree = Environment().parse(text) if isinstance(text, str) else None
         return tree is not None and (may_loop or tree.find(nodes.For) is None) and _is_plain(tree)
