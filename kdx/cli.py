@@ -16,6 +16,7 @@ import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -27,8 +28,8 @@ from kdx.devices import one_device
 from kdx.durable import write_beside
 from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, out_of_memory, printable
 from kdx.folders import Source, groups_in, origins
-from kdx.hostile import refuse_links
-from kdx.redact import redact, secrets_in
+from kdx.hostile import refuse_links, refuse_typed_secrets
+from kdx.redact import redact
 from kdx.stale import place
 
 __all__ = ["compose", "main"]
@@ -86,10 +87,9 @@ def _main(argv: list[str]) -> int:
     if not args.shell_completion and (words or source != Source() or not only_shows):
         plan = preflight(words, source, args.multirun)
         words += [word for word in plan.added if word not in words]
-    typed = {key: value.strip("'\"") for key, _, value in (word.partition("=") for word in words)}
-    if plan.sweep_dir and (secret := next(secrets_in(typed), None)):
-        what = "has a secret, which Hydra would keep in a sweep's multirun.yaml"
-        raise ConfigError(secret, what, "Put it into the environment: KEY='${oc.env:NAME}'")
+    if plan.sweep_dir:
+        typed = OverridesParser.create().parse_overrides(words)
+        refuse_typed_secrets((word.get_key_element(), word.value()) for word in typed)
     if args.help:
         groups = sorted(groups_in(source.roots()).items())
         print(HELP.format(groups="\n".join(f"{group}: {', '.join(options)}" for group, options in groups)))

@@ -21,6 +21,7 @@ from kdx.templates import LONGEST, Unbounded, bounded, each, fault_of, is_plain
 log = logging.getLogger(__name__)
 
 TOKENISED_TOGETHER = 512  # conversations given to the tokenizer at once: its threads share them
+ROUND = 50  # characters of a message, written as a dict, besides its content
 MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template takes it for anything
 Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of what is said, end
 TALK = [
@@ -63,6 +64,10 @@ class Encoder:
         self._frames: dict[tuple[str, ...], Frame] = {}
         self._kept: dict[int, tuple[list[dict[str, str]], Any]] = {}  # messages, by their id, and what became of them
         self._is_plain = is_plain(self.tokenizer.chat_template)
+        # What a template writes for each message: its own text, and as often as it may a special token or all of a row.
+        template = str(self.tokenizer.chat_template)
+        self._often = len(re.findall(r"\{\{|[+~]", template))
+        self._always = len(template) + self._often * len(str(self.tokenizer.special_tokens_map))
 
     def encode(self, *parts: Sequence[Conversation]) -> list[list[Row]]:
         """Tokenise, and count what was dropped or truncated under which rule. Raises DataError with all faults."""
@@ -110,10 +115,15 @@ class Encoder:
     ) -> Iterator[tuple[Conversation, Any]]:
         """Each conversation and what the template makes of it, or why it refuses it. Raises DataError if that has no end."""
         try:
-            yield from each(function, conversations, is_plain=self._is_plain)
+            yield from each(function, conversations, is_plain=self._is_plain and self._is_small)
         except Unbounded as fault:
             what = f"the chat template {fault} for this row"
             raise DataError(fault.item.where, what, "Give another: data.chat_template=FILE") from None
+
+    def _is_small(self, conversation: Conversation) -> bool:
+        """Whether a plain template cannot make too much of it, even if it writes all messages for each message."""
+        size = sum(len(message["content"]) + ROUND for message in conversation.messages)
+        return len(conversation.messages) * (self._always + self._often * size) <= LONGEST
 
     def _encoded(self, conversations: Sequence[Conversation]) -> tuple[list[Row], list[DataError], list[DataError]]:
         """The rows, what the chat template refuses, and what is too long where that is an error."""

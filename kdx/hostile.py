@@ -67,12 +67,24 @@ def refuse_secrets(tree: Any, launcher: Any) -> None:
     Hydra keeps it in multirun.yaml, submitit in its pickles, as it is written: what is taken from the environment stays
     outside. But a launcher's own keys are resolved before, and some go into Slurm's script.
     """
-    for key in secrets_in(tree | {"hydra": {"sweeper": tree["hydra"]["sweeper"]}}):
+    sweeper = tree["hydra"]["sweeper"]
+    words = {key: f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()}
+    kept = tree | {"hydra": {"sweeper": sweeper}}
+    for key in (*secrets_in(kept), *secrets_in(words, "hydra.sweeper.params")):
         what = "holds a secret, which would be kept in the sweep's folder (by Hydra in multirun.yaml, by submitit)"
         raise ConfigError(key, what, "Take it from the environment: ${oc.env:NAME}")
     for key in secrets_in(launcher, "hydra.launcher", is_resolved=True):
         what = "holds a secret, which the launcher would keep in the sweep's folder"
         raise ConfigError(key, what, "Leave it in the environment, which the jobs inherit")
+
+
+def refuse_typed_secrets(words: Iterable[tuple[str, Any]]) -> None:
+    """Refuse a sweep of which any word has a secret in clear, though a later one may win. Raises ConfigError."""
+    for key, value in words:
+        values = getattr(value, "list", [value])  # of a swept word several
+        for secret in (secret for one in values for secret in secrets_in(one, key)):
+            what = "has a secret, which Hydra would keep in a sweep's multirun.yaml"
+            raise ConfigError(secret, what, "Put it into the environment: KEY='${oc.env:NAME}'")
 
 
 def refuse_models_code(tree: dict[str, Any], typed: list[str]) -> None:

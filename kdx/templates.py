@@ -1,10 +1,11 @@
 """Jinja templates: sandboxed, and rendered in processes under limits, since a template may loop or grow without end.
 
 What is bounded is each row: its processor time, the memory it takes, and what is written beyond what was said. A plain
-template is rendered in place. Without /proc (macOS) memory is bounded only by what can be filled in that time, without
-fork (Windows) nothing is.
+template is rendered in place, unless a conversation is long. Without /proc (macOS) memory is bounded only by what can
+be filled in that time, without fork (Windows) nothing is.
 """
 
+import ctypes
 import gc
 import json
 import math
@@ -28,7 +29,9 @@ LONGEST = 10_000_000  # characters that a row may become beyond what is said in 
 MEMORY = 512 * 2**20  # bytes beyond those of this process
 STUCK = 600  # seconds after which a row waits for a lock that a thread of this process held
 TOGETHER = 4096  # rows that one process renders
-TOO_BIG = 1
+TOO_BIG, BROKEN = 1, 2
+FAILED = "\n"  # a reply: neither a value of JSON nor a DataError
+STOPS = (signal.SIGINT, signal.SIGTERM)  # meant for the run, which then ends its children itself
 # Of a plain template: what writes or chooses, and what makes of a text nothing longer.
 PLAIN = {
     nodes.Template, nodes.Output, nodes.TemplateData, nodes.Const, nodes.Name, nodes.If, nodes.CondExpr, nodes.Compare,
@@ -102,7 +105,10 @@ def _compiled(environment: Environment, text: str) -> None:
 
 
 def is_plain(text: Any, *, may_loop: bool = True) -> bool:
-    """Whether a template only writes its parts, once or once for each message of a row, and so cannot grow without end."""
+    """Whether a template only writes its parts, once or once for each message of a row.
+
+    So it cannot grow without end, but may write all messages for each of them.
+    """
     try:
         tree = Environment().parse(text) if isinstance(text, str) else None
         return tree is not None and (may_loop or tree.find(nodes.For) is None) and _is_plain(tree)
@@ -148,24 +154,29 @@ def fault_of(template: str, work: Callable[[], str | None]) -> str | None:
 
 
 def each(
-    function: Callable[[Any], Any], items: Iterable[Any], *, is_plain: bool = False
+    function: Callable[[Any], Any], items: Iterable[Any], *, is_plain: bool | Callable[[Any], bool] = False
 ) -> Iterator[tuple[Any, Any | DataError]]:
     """Yield each item and what a function makes of it (values of JSON), or the DataError that it raises.
 
-    The function is called in a process of its own, under limits for each item, unless what it does is plain. Raises
-    Unbounded at the first item that does not keep to them.
+    The function is called in a process of its own, under limits for each item, unless what it does is plain, or is so
+    for all of many items. Raises Unbounded at the first item that does not keep to them.
     """
-    if is_plain or not hasattr(os, "fork"):
-        for item in items:
-            try:
-                yield item, function(item)
-            except DataError as error:
-                yield item, error
-            except MemoryError:
-                raise Unbounded(_fault(TOO_BIG), item) from None
+    if is_plain is True or not hasattr(os, "fork"):
+        yield from _in_place(function, items)
         return
     for part in _parts(items):
-        yield from _apart(function, part)
+        in_place = callable(is_plain) and all(map(is_plain, part))
+        yield from _in_place(function, part) if in_place else _apart(function, part)
+
+
+def _in_place(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any | DataError]]:
+    for item in items:
+        try:
+            yield item, function(item)
+        except DataError as error:
+            yield item, error
+        except MemoryError:
+            raise Unbounded(_fault(TOO_BIG), item) from None
 
 
 def _parts(items: Iterable[Any]) -> Iterator[list[Any]]:
@@ -192,9 +203,15 @@ def _apart(function: Callable[[Any], Any], items: list[Any]) -> Iterator[tuple[A
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
-        pid = os.fork()
+        pid = -1
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the child ignores them
+        try:
+            pid = os.fork()
+        finally:
+            if pid:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
     if pid == 0:
-        code = TOO_BIG
+        code = BROKEN
         try:
             os.close(reading)
             code = _work(function, items, writing)
@@ -208,11 +225,12 @@ def _apart(function: Callable[[Any], Any], items: list[Any]) -> Iterator[tuple[A
                 line = replies.readline()
                 if not line.endswith("\n"):
                     ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                    if ended:
-                        raise Unbounded(_fault(ended), item)
-                    function(item)  # raises here what it raised there
+                    raise Unbounded(_fault(ended), item)
+                if line == FAILED:
+                    yield from _in_place(function, [item])  # raises here what it raised there, unless that was of there
+                    continue
                 told, fault = json.loads(line)
-                yield item, DataError(fault[0], fault[1], fault[2]) if fault else told
+                yield item, _fault_in_row(*fault) if fault else told
     finally:
         if ended is None:
             os.kill(pid, signal.SIGKILL)
@@ -220,11 +238,21 @@ def _apart(function: Callable[[Any], Any], items: list[Any]) -> Iterator[tuple[A
 
 
 def _fault(code: int) -> str:
-    if code in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM):
-        return f"takes more than {SECONDS} s"
-    if code < 0:
-        return f"ends the process that renders it (signal {-code})"
-    return f"writes more than {LONGEST:,} characters, or takes more than {MEMORY >> 20} MB,"
+    if code == TOO_BIG:
+        return f"writes more than {LONGEST:,} characters, or takes more than {MEMORY >> 20} MB,"
+    faults = {
+        -signal.SIGXCPU: f"takes more than {SECONDS} s",
+        -signal.SIGALRM: f"waits for more than {STUCK} s",
+        -signal.SIGKILL: "was killed, as when memory runs out,",
+    }
+    ending = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return faults.get(code, f"ends the process that renders it ({ending})")
+
+
+def _fault_in_row(lines: list[str], *told: str) -> DataError:
+    error = DataError(*told)
+    error.lines = lines
+    return error
 
 
 def _work(function: Callable[[Any], Any], items: list[Any], writing: int) -> int:
@@ -236,12 +264,15 @@ def _work(function: Callable[[Any], Any], items: list[Any], writing: int) -> int
         resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
     limit(resource.RLIMIT_CORE, 0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the parent ends this process
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGXCPU, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     sizes = Path("/proc/self/statm")
     if sizes.exists():
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: what is only kept is no part of the size
+        if trim:
+            trim(0)
         now = int(sizes.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         limit(resource.RLIMIT_AS, now + MEMORY)
     sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (the process ends in a moment)
@@ -255,16 +286,18 @@ def _work(function: Callable[[Any], Any], items: list[Any], writing: int) -> int
             )  # ends also what never comes back to Python
             signal.alarm(STUCK)
             try:
-                reply = [function(item), None]
+                reply = json.dumps([function(item), None]) + "\n"
             except DataError as error:
-                reply = [None, error.args]
+                reply = json.dumps([None, [error.lines, *error.args]]) + "\n"
+            except MemoryError:
+                raise
+            except Exception:
+                reply = FAILED
             signal.alarm(0)
-            replies.write(json.dumps(reply) + "\n")
+            replies.write(reply)
             replies.flush()
     except MemoryError:
         return TOO_BIG
-    except Exception:
-        return 0
     return 0
 
 

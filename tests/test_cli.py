@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from processes import in_process as run
 
 from kdx import __version__, cli, plugins
@@ -13,6 +14,7 @@ from kdx.cli import compose
 from kdx.composition import Composer, preflight
 from kdx.errors import ConfigError, KdxError
 from kdx.folders import Source
+from kdx.hostile import refuse_typed_secrets
 from kdx.redact import redact, secrets_in
 
 HF = ["student=hf", "student.path=x"]
@@ -378,10 +380,23 @@ def test_the_record_has_no_secrets_and_is_never_written_over(monkeypatch):
     plain = [
         f"teacher.revision='{commit}','{commit}'",
         f"snapshots/{commit}/x",
+        f"data.path=/c/{commit}/train.jsonl",
+        "+data.eos_token=</s>",
+        "+data.max_tokens=8",
+        "+data.api_key=???",
+        "+data.auth={password: null, user: me}",
         "hf_datasets/t",
         "task-instructions-filtered",
     ]
     assert redact(plain) == plain
+    assert redact({"password": 12345678, "is_token": True, "token": ["x", 1.5]}) == {
+        "password": hidden,
+        "is_token": True,
+        "token": [hidden, hidden],
+    }
+    for auth in ("password: hunter2", "api_key: 'a, b'", "'token': ${oc.env:P,x}", "password: [a, b]"):
+        key = auth.partition(":")[0]
+        assert redact(f"+data.auth={{user: me, {auth}, a: 1}}") == f"+data.auth={{user: me, {key}: {hidden}, a: 1}}"
     assert redact(["https://me:pw@host/x", 3, None]) == [f"https://{hidden}@host/x", 3, None]
 
 
@@ -390,10 +405,13 @@ IN_YAML = {
     "data: {password: pass}": "data.password",
     "data: {password: 'pre${oc.env:PW}'}": "data.password",
     "data: {password: '${oc.env:PW,pass}'}": "data.password",
-    "data: {password: 1}\ntracking: {notes: open sesame}": "tracking.notes",  # what the environment holds
+    "data: {password: 12345678}": "data.password",
+    "data: {password: [pass]}": "data.password[0]",
+    "data: {password: null}\ntracking: {notes: open sesame}": "tracking.notes",  # what the environment holds
     f"tracking: {{notes: see {SECRET}}}": "tracking.notes",
     f"tracking: {{tags: [a, {SECRET}]}}": "tracking.tags[1]",
     "hydra: {sweeper: {params: {+data.password: pass}}}": "hydra.sweeper.params.+data.password",
+    "hydra: {sweeper: {params: {+data.auth: '{a: {password: pass}}'}}}": "hydra.sweeper.params.+data.auth",
     f"hydra: {{launcher: {{comment: {SECRET}}}}}": "hydra.launcher.comment",
     "hydra: {launcher: {comment: '${oc.env:MY_API_KEY}'}}": "hydra.launcher.comment",  # resolved before it is kept
     "hydra: {launcher: {comment: '${data.password}'}}\ndata: {password: '${oc.env:PW}'}": "hydra.launcher.comment",
@@ -423,9 +441,15 @@ def test_what_is_taken_from_the_environment_is_no_secret_of_a_sweep(monkeypatch)
     monkeypatch.setenv("PW", "pass")
     write(
         "mine/experiment/own.yaml",
-        "# @package _global_\ndata: {password: '${oc.env:PW}', token: '${oc.env:PW,null}'}\n",
+        "# @package _global_\ndata: {password: '${oc.env:PW}', token: '${oc.env:PW, null}', api_key: '???', eos_token: a,\n"
+        "  secret: \"${oc.env:PW,''}\", passwd: '${oc.env:PW,${oc.env:PW}}', credential: null, x: .nan}\n",
     )
-    words = ["experiment=own", "loss.temperature=1,2", "teacher.revision=" + "0123456789" * 4]
+    words = [
+        "experiment=own",
+        "loss.temperature=1,2",
+        "teacher.revision=" + "0123456789" * 4,
+        "data.api_key=${oc.env:PW}",
+    ]
     plan = preflight(words, Source(config_dir="mine"), is_multirun=True)
     assert plan.num_points == 2
     assert not list(secrets_in({"data.password": "${oc.env:PW}", "tracking.notes": "https://me:${oc.env:PW}@host"}))
@@ -444,6 +468,47 @@ def test_a_secret_may_be_typed_as_what_the_environment_holds(capfd, monkeypatch)
     (sweep,) = Path("outputs/sweeps").iterdir()
     assert all("pass\n" not in file.read_text() for file in sweep.rglob("*") if file.is_file())
     assert "password: ${oc.env:PW}" in (sweep / "multirun.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["+data.auth={password: hunter2}"], "+data.auth.password"),
+        (["+data.auth=[{a: {token: 'b c'}}]"], "+data.auth[0].a.token"),
+        (["++data.password=hunter2", "++data.password=${oc.env:HOME}"], "++data.password"),
+        (["+data.password=[x]"], "+data.password[0]"),
+        (["+data.password=12345678"], "+data.password"),
+        (["+data.password='${oc.env:HOME}','hunter2'"], "+data.password"),
+        (["+data.password='${oc.env:HOME,hunter2}'"], "+data.password"),
+        (["hydra.launcher.setup=[\"export X=${oc.env:HF_TOKEN,''}\"]"], "hydra.launcher.setup[0]"),
+        (['hydra.launcher.setup=["export X=${oc.env:HF_TOKEN,a}"]'], "hydra.launcher.setup[0]"),
+    ],
+)
+def test_no_word_of_a_sweep_holds_a_secret_in_clear(capfd, words, key):
+    launcher = ["hydra/launcher=submitit_slurm"] if "launcher" in key else []
+    code, _, (line,) = run(capfd, "-m", "loss.temperature=1,2", *launcher, *words)
+    assert code == 2
+    assert line.startswith(f"kdx: error: {key}: h")
+    assert "a secret, which" in line
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "+data.password='${oc.env:P, null}'",
+        "+data.password=\"${oc.env:P,''}\"",
+        "+data.password='${oc.env:P}','${oc.env:Q}'",
+        "+data.auth={password: '${oc.env:P}', token: null, eos_token: a}",
+        "+data.pad_token=b",
+        "+data.max_tokens=8",
+        "tracking.notes='in short, a token: of thanks'",
+        f"data.path=/c/{'0123456789' * 4}/train.jsonl",
+    ],
+)
+def test_what_no_word_of_a_sweep_is_refused_for(word):
+    typed = OverridesParser.create().parse_override(word)
+    refuse_typed_secrets([(typed.get_key_element(), typed.value())])
 
 
 def test_plugins_are_imported_and_their_source_kept(monkeypatch):

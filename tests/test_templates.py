@@ -1,5 +1,6 @@
 """Templates without end in time or size: one line, within seconds, and in bounded memory, on whichever row it comes."""
 
+import ctypes
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ from standins import write_dialogpt
 from kdx import templates
 from kdx.data import Conversation, load_data
 from kdx.encoder import Encoder, prepare_tokenizer
-from kdx.errors import ConfigError, DataError, KdxError
+from kdx.errors import ConfigError, DataError, KdxError, together
 from kdx.templates import RowTemplate, Unbounded, each, fault_of, is_plain
 
 LONG = "takes more than 0.5 s"
@@ -263,6 +264,96 @@ def test_an_item_that_ends_its_process_is_named():
     with pytest.raises(Unbounded, match=rf"ends the process that renders it \(signal {signal.SIGUSR1}\)") as caught:
         list(each(work, [1, 2, 3]))
     assert caught.value.item == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (signal.SIGXCPU, r"takes more than 0.5 s"),
+        (signal.SIGKILL, r"was killed, as when memory runs out,"),
+        (signal.SIGALRM, r"waits for more than 600 s"),
+    ],
+)
+def test_what_ended_the_process_is_told(number, says):
+    with pytest.raises(Unbounded, match=f"^{says}$"):
+        list(each(lambda _: os.kill(os.getpid(), number), [1]))
+
+
+def test_what_is_not_done_there_is_done_here():
+    """A fault of the process alone, and a value that is none of JSON; those after it are done there."""
+    here = os.getpid()
+
+    def work(kind):
+        if kind == "fails there" and os.getpid() != here:
+            raise OSError("no room")
+        return {1j} if kind == "no JSON" else os.getpid() == here
+
+    told = list(each(work, ["fails there", "no JSON", "well"]))
+    assert told == [("fails there", True), ("no JSON", {1j}), ("well", False)]
+
+
+def test_a_fault_of_several_lines_has_them_all():
+    def work(_):
+        raise together([DataError(f"row {i}", "is odd", "Mend it") for i in (1, 2)])
+
+    ((_, fault),) = each(work, [1])
+    assert fault.lines == ["row 1: is odd. Mend it", "row 2: is odd. Mend it"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_meant_for_the_run_is_not_the_templates(monkeypatch, number):
+    """From its first moment on, when it still has the run's handlers."""
+    work = templates._work
+    monkeypatch.setattr(templates, "_work", lambda *given: os.kill(os.getpid(), number) or work(*given))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    def ignores(_):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+        os.kill(os.getpid(), number)
+        return signal.getsignal(number) == signal.SIG_IGN
+
+    assert list(each(ignores, [1])) == [(1, True)]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+KEPT = """
+import ctypes
+from kdx import templates
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+assert libc.mallopt(-1, 2**30) and libc.mallopt(-3, 2**30)  # gives back nothing, and takes all from one heap
+libc.free(libc.malloc(2**28))
+templates.MEMORY = 2**26
+told = []
+for size in (2**25, 2**27):
+    try:
+        told += templates.each(lambda _: len(bytes(size)), [size])
+    except templates.Unbounded as fault:
+        print([value for _, value in told], fault)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_what_the_allocator_keeps_is_no_room_for_a_template():
+    done = subprocess.run([sys.executable, "-c", KEPT], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == f"[{2**25}] {BIG.replace('512', '64')}\n"
+
+
+@pytest.mark.parametrize("said", ["{{ messages }}", "{{ messages[0].content }}"])
+def test_a_plain_template_that_grows_with_what_is_said_is_bounded_too(peak, monkeypatch, make_tokenizer, said):
+    template = "{% for m in messages %}" + said + "{% endfor %}"
+    assert is_plain(template)
+    forks = []
+    fork = templates.os.fork
+    monkeypatch.setattr(templates.os, "fork", lambda: forks.append(1) or fork())
+    encoder = Encoder(make_tokenizer(template), 100, "error", False)
+    talk = [{"role": "user", "content": "a" * 9000}, *({"role": "assistant", "content": "hi"} for _ in range(2499))]
+    assert encoder.refused([Conversation("", TALK, "c.jsonl:1")]) == [None]
+    assert not forks
+    with pytest.raises(DataError, match=f"c.jsonl:2: the chat template ({BIG}|{LONG}) for this row"):
+        encoder.refused([Conversation("", TALK, "c.jsonl:1"), Conversation("", talk, "c.jsonl:2")])
+    assert forks
+    assert peak() < 100e6
 
 
 def test_what_is_left_early_leaves_no_process(monkeypatch):

@@ -384,6 +384,9 @@ KEPT = {
     "of the environment": (("tracking.notes=${oc.env:HF_TOKEN}", "tracking.name=${oc.env:AWS_SECRET_ACCESS_KEY}"), 0),
     "in an address": ((f"data.path={URL}", f"teacher.path=https://127.0.0.1:9/{TYPED[1]}"), 2),
     "in a sweep": (("-m", "train.seed=1,2", f"tracking.notes={TYPED[1]}"), 2),
+    "in a dict of a sweep": (("-m", "train.seed=1,2", f"+data.auth={{password: {TYPED[0]}}}"), 2),
+    "behind a later word": (("-m", "train.seed=1,2", f"++data.password={TYPED[0]}", "++data.password=${oc.env:HF_TOKEN}"), 2),
+    "in a dict": ((f"+data.auth={{password: {TYPED[0]}}}",), 2),
     "of a sweep's environment": (("-m", "train.seed=1", "sweep.name=s", "sweep.baseline=false", "tracking.notes=${oc.env:HF_TOKEN}"), 0),
 }  # fmt: skip
 
