@@ -249,8 +249,8 @@ def _fault(code: int) -> str:
     return faults.get(code, f"ends the process that renders it ({ending})")
 
 
-def _fault_in_row(lines: list[str], *told: str) -> DataError:
-    error = DataError(*told)
+def _fault_in_row(lines: list[str], where: str, what: str, mend: str) -> DataError:
+    error = DataError(where, what, mend)
     error.lines = lines
     return error
 
