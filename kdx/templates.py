@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kdx.errors import ConfigError, DataError
 from kdx.files import kind_of
+from kdx.signals import STOPS
 
 SECONDS = 2  # of processor time for a row, so that a pause of the machine costs a template nothing
 LONGEST = 10_000_000  # characters that a row may become beyond what is said in it
@@ -31,7 +32,6 @@ STUCK = 600  # seconds after which a row waits for a lock that a thread of this 
 TOGETHER = 4096  # rows that one process renders
 TOO_BIG, BROKEN = 1, 2
 FAILED = "\n"  # a reply: neither a value of JSON nor a DataError
-STOPS = (signal.SIGINT, signal.SIGTERM)  # meant for the run, which then ends its children itself
 # Of a plain template: what writes or chooses, and what makes of a text nothing longer.
 PLAIN = {
     nodes.Template, nodes.Output, nodes.TemplateData, nodes.Const, nodes.Name, nodes.If, nodes.CondExpr, nodes.Compare,
@@ -265,7 +265,7 @@ def _work(function: Callable[[Any], Any], items: list[Any], writing: int) -> int
 
     limit(resource.RLIMIT_CORE, 0)
     for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)  # meant for the run, which then ends its children itself
     for number in (signal.SIGXCPU, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     sizes = Path("/proc/self/statm")
@@ -281,9 +281,8 @@ def _work(function: Callable[[Any], Any], items: list[Any], writing: int) -> int
     try:
         replies = open(writing, "w", encoding="ascii")  # noqa: SIM115
         for item in items:
-            limit(
-                resource.RLIMIT_CPU, math.ceil(time.process_time() + SECONDS)
-            )  # ends also what never comes back to Python
+            # It ends also what never comes back to Python.
+            limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + SECONDS))
             signal.alarm(STUCK)
             try:
                 reply = json.dumps([function(item), None]) + "\n"
