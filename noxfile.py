@@ -40,10 +40,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test-suite; words after -- go to pytest."""
+    """The test-suite, a file at a time in each of up to four processes; words after -- go to pytest."""
     install(session, "tests", extras="[sweep,workspace]")
     session.install(*PINNED, "--no-deps", *DEMO)
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", *session.posargs)
 
 
 @nox.session

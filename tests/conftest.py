@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from kdx.config import DataConfig
 
 torch.set_num_threads(1)  # the models are small: threads would mostly wait for one another
 
-FIGURES: list[str] = []  # what the fault tests counted, told at the end
 CONF = Path(__file__).parents[1] / "conf"
 END_OF_TEXT = "<|endoftext|>"
 SENTENCES = [
@@ -39,16 +39,18 @@ def full(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--full"))
 
 
-@pytest.fixture(scope="session")
-def figure() -> Callable[[str], None]:
-    """Tell a fault test's figure at the end of the session."""
-    return FIGURES.append
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Tell a fault test's figure at the end of the session, whichever process counted it."""
+    return partial(record_property, "figure")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if FIGURES:
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    figures = [text for r in reports if r.when == "call" for name, text in r.user_properties if name == "figure"]
+    if figures:
         terminalreporter.section("figures of the fault tests")
-        terminalreporter.write_line("\n".join(FIGURES))
+        terminalreporter.write_line("\n".join(figures))
 
 
 @pytest.fixture(scope="session", autouse=True)
