@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -199,9 +200,8 @@ def _parts(items: Iterable[Any]) -> Iterator[list[Any]]:
 
 def _apart(function: Callable[[Any], Any], items: list[Any]) -> Iterator[tuple[Any, Any | DataError]]:
     """The same for some items in one forked process, which writes a line for each."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else that library warns of the fork; it is not used there
     reading, writing = os.pipe()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _tokenizers_unused():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
         pid = -1
         held = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the child ignores them
@@ -235,6 +235,19 @@ def _apart(function: Callable[[Any], Any], items: list[Any]) -> Iterator[tuple[A
         if ended is None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+@contextmanager
+def _tokenizers_unused() -> Iterator[None]:
+    """Keep that library from warning of a fork whose child does not tokenise; one that does would hang if it stayed so."""
+    name = "TOKENIZERS_PARALLELISM"
+    is_set = name in os.environ
+    os.environ.setdefault(name, "true")
+    try:
+        yield
+    finally:
+        if not is_set:
+            del os.environ[name]
 
 
 def _fault(code: int) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import needs_glibc
 
 from kdx import devices
 from kdx.devices import listed, num_at_once, num_cores, one_device, share_cores
@@ -176,7 +177,7 @@ def test_jobs_share_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPa
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+@needs_glibc
 @pytest.mark.parametrize(
     ("device", "variable", "keeps"), [("cpu", "A", True), ("cuda", "A", False), ("cpu", "MALLOC_ARENA_MAX", False)]
 )

@@ -1,6 +1,5 @@
 """Templates without end in time or size: one line, within seconds, and in bounded memory, on whichever row it comes."""
 
-import ctypes
 import json
 import os
 import resource
@@ -12,7 +11,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from processes import environment
+from processes import environment, forked, needs_glibc, wait
 from standins import write_dialogpt
 
 from kdx import templates
@@ -333,7 +332,7 @@ for size in (2**25, 2**27):
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+@needs_glibc
 def test_what_the_allocator_keeps_is_no_room_for_a_template():
     done = subprocess.run([sys.executable, "-c", KEPT], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == f"[{2**25}] {BIG.replace('512', '64')}\n"
@@ -366,6 +365,19 @@ def test_what_is_left_early_leaves_no_process(monkeypatch):
     assert time.monotonic() - began < 30
     with pytest.raises(ChildProcessError):
         os.waitpid(pids[0], os.WNOHANG)
+
+
+def test_what_is_forked_later_can_tokenise(monkeypatch, smollm2_tokenizer):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    many = ["Good morning. And how are you?"] * 100
+    smollm2_tokenizer(many)  # in several threads, which a fork leaves behind
+    list(each(str, [1, 2]))
+
+    def tokenise():
+        signal.alarm(60)  # it may wait for a thread that is not there
+        smollm2_tokenizer(many)
+
+    assert wait(forked(tokenise)) == 0
 
 
 def test_in_a_thread_it_is_the_same():
