@@ -219,6 +219,11 @@ def load_causal_lm(
     if missing or wrong:
         what = f"lacks {len(missing) or len(wrong)} tensors, the first {(missing or wrong)[0]}"
         raise ModelError(f"{group}.path", f"{path} {what}", "They would be random: use a complete checkpoint")
+    return ready(model, group)
+
+
+def ready(model: PreTrainedModel, group: str) -> PreTrainedModel:
+    """Put a model into eval mode, its activations fused, its split into backbone and head proven. Raises ModelError."""
     fuse_activations(model)
     check_split(model, group)
     return model.eval()

@@ -143,7 +143,7 @@ def _heeding(sweep_dir: Path, launcher: Any) -> Iterator[Notes]:
     told: list[float] = []  # when
 
     def heed(number: int) -> None:
-        if told and time.monotonic() - told[0] < signals.SAME:
+        if told and signals.is_same(told[0]):
             return
         if told:
             signals.hand_on(signal.SIGKILL)

@@ -21,7 +21,7 @@ from kdx.errors import MachineError
 
 log = logging.getLogger("kdx")
 STOPS = (signal.SIGTERM, signal.SIGINT)
-SAME = 0.25  # seconds in which a second signal is still the first: `timeout` tells a command and then all its group
+SAME = 0.25  # seconds
 
 _noted: list[int] = []
 _mask = threading.local()  # what was held back before a thread forked
@@ -74,6 +74,11 @@ def _forget() -> None:
     for number in STOPS:
         signal.signal(number, signal.SIG_DFL)
     _as_before()
+
+
+def is_same(since: float) -> bool:
+    """Whether a signal is still the first, of that time: `timeout` tells a command, and then all its group."""
+    return time.monotonic() - since < SAME
 
 
 def end_if_noted() -> None:
@@ -138,7 +143,7 @@ class StopRequest:
 
     def _handle(self, number: int, _: Any) -> None:
         again = self.signal is not None
-        if again and (self.is_joblibs or time.monotonic() - self.since < SAME):
+        if again and (self.is_joblibs or is_same(self.since)):
             return
         self.signal, self.since = number, time.monotonic()
         if again or not self.is_deferred:

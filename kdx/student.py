@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from kdx.causal_lm import check_split, fuse_activations, load_causal_lm, load_config
+from kdx.causal_lm import load_causal_lm, load_config, ready
 from kdx.config import StudentConfig, TeacherConfig
 from kdx.durable import open_to_umask, seal, temporary, verify
 from kdx.errors import ConfigError
@@ -51,10 +51,8 @@ def load_student(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
         shape, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=config.trust_remote_code
-    ).eval()
-    fuse_activations(model)
-    check_split(model, "student")
-    return model
+    )
+    return ready(model, "student")
 
 
 def evenly_spread(num_layers: int, num_kept: int) -> list[int]:
@@ -108,10 +106,7 @@ def cut(model: PreTrainedModel, layers: int | list[int], trust_remote_code: bool
     smaller.load_state_dict(weights, strict=True)
     smaller.tie_weights()
     smaller.generation_config = copy.deepcopy(model.generation_config)
-    smaller.eval()
-    fuse_activations(smaller)
-    check_split(smaller, "student")
-    return smaller
+    return ready(smaller, "student")
 
 
 def _keep(model: PreTrainedModel, folder: Path) -> None:
