@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from kdx import checkpoint, plugins, report, shards
+from kdx import checkpoint, drift, plugins, report, shards
 from kdx.causal_lm import DTYPES
 from kdx.config import Config
 from kdx.devices import keep_memory
@@ -101,13 +101,15 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     origin = run.origin | {"processes": accelerator.num_processes}
     origin |= {"shards": "FSDP"} if accelerator.is_fsdp2 else {}
     prints = {name: origin[name] for name in ("fingerprint", "validation_fingerprint")}
-    resumed = folder.resume(run.student, optimizer, schedule, origin, accelerator)
+    store = run.teacher.store if run.teacher else None
+    versions = drift.versions(**{"teacher.store": "on" if store else "off"})
+    resumed = folder.resume(run.student, optimizer, schedule, origin, versions, accelerator)
     if resumed:
         shards.spread(run.student, run.objective)
-    state = resumed or State()
-    store = run.teacher.store if run.teacher else None
-    if store:
-        store.rows.go_back(state.store)
+    state = resumed or State(versions=versions)
+    if store and not store.rows.go_back(state.store):
+        why = f"the teacher's store lacks rows that this run kept in it up to step {state.step}"
+        drift.mark(state.other_versions, [why])
     before = folder.kept("untouched.json", origin) if resumed else None
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
     folder.max_steps = run.max_steps

@@ -1,7 +1,10 @@
 """What may differ when a run goes on: nothing that can change the student."""
 
+import logging
 from importlib.metadata import version
 from typing import Any
+
+log = logging.getLogger("kdx")
 
 # Keys, and what begins so, that cannot change the student.
 FREE = (
@@ -11,8 +14,7 @@ FREE = (
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
-    "teacher.store",
-    "teacher.micro_batch_size",
+    "teacher.store",  # to the last bits of what it says: `mark` tells
 )
 LIBRARIES = ("kdx", "torch", "transformers", "accelerate", "tokenizers", "bitsandbytes")
 
@@ -66,6 +68,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:28] + " … " + text[-28:]
 
 
-def versions() -> dict[str, str]:
-    """The libraries whose arithmetic a run repeats exactly, and no other version's."""
-    return {name: version(name) for name in LIBRARIES}
+def versions(**more: str) -> dict[str, str]:
+    """The libraries whose arithmetic a run repeats exactly, and no other version's; and what else decides last bits."""
+    return {name: version(name) for name in LIBRARIES} | more
+
+
+def mark(marks: list[str], why: list[str]) -> None:
+    """Note, and tell, that a run does not go on to the last bit as it would have."""
+    marks += why
+    if why:
+        log.warning("this run is no longer exact: %s", "; ".join(marks))

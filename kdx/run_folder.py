@@ -163,11 +163,18 @@ class RunFolder:
         write_beside(self.path / "status.json", json.dumps(status, indent=2) + "\n")
 
     def resume(
-        self, model: Any, optimizer: Any, schedule: Any, origin: dict[str, Any], accelerator: Any
+        self,
+        model: Any,
+        optimizer: Any,
+        schedule: Any,
+        origin: dict[str, Any],
+        versions: dict[str, str],
+        accelerator: Any,
     ) -> State | None:
         """Go on from the newest whole checkpoint, if there is one; name each that is damaged.
 
         origin: what besides the config decides which student comes out. Raises ConfigError if it is another now.
+        versions: what decides its last bits; others are told.
         """
         is_main = accelerator.is_main_process
         newest, skipped = checkpoint.newest(self.path)
@@ -186,11 +193,10 @@ class RunFolder:
             raise self.drifted(found)
         rank, scaler = accelerator.process_index, accelerator.scaler
         state = State(**checkpoint.load(newest, model, optimizer, schedule, rank=rank, scaler=scaler))
-        others = drift.differences(state.versions, drift.versions())
-        if others:
-            state.other_versions += [f"{name} {was} up to step {state.step}, then {now}" for name, was, now in others]
-            state.versions = drift.versions()
-            log.warning("this run is no longer exact: %s", "; ".join(state.other_versions))
+        others = drift.differences(state.versions, versions)
+        told = [f"{name} {was} up to step {state.step}, then {now}" for name, was, now in others]
+        drift.mark(state.other_versions, told)
+        state.versions = versions
         best = newest / "best.safetensors"
         if best.is_file() and is_main:
             write_beside(checkpoint.folder_of(self.path) / "best.safetensors", best.read_bytes())

@@ -185,17 +185,19 @@ class Segments:
         sizes = self._sizes(f"{self.owner}-*.rows")
         return {name: min(size, self._limits.get(name, NO_LIMIT)) for name, size in sizes.items()}
 
-    def go_back(self, position: dict[str, int]) -> None:
-        """Forget what the owner wrote after a checkpoint.
+    def go_back(self, position: dict[str, int]) -> bool:
+        """Forget what the owner wrote after a checkpoint → whether all is there that it had written before.
 
         A run that goes on computes those rows again, as it did the first time: the same batches, the same bits.
         """
-        earlier = [name for name in self._sizes(f"{self.owner}-*.rows") if name != self._own]
+        sizes = self._sizes(f"{self.owner}-*.rows")
+        earlier = [name for name in sizes if name != self._own]
         self._limits = {name: position.get(name, 0) for name in earlier}
         self._places.clear()
         self._spare.clear()
         self._scanned.clear()
         self.refresh()
+        return all(sizes.get(name, 0) >= size for name, size in position.items())
 
     def _open(self, name: str) -> int:
         if name not in self._files:

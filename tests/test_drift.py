@@ -7,7 +7,7 @@ from kdx.stale import newest
 
 
 def config(**keys):
-    tree = {"loss": {"alpha": 0.7, "temperature": 2.0}, "teacher": {"micro_batch_size": None}}
+    tree = {"loss": {"alpha": 0.7, "temperature": 2.0}, "teacher": {"micro_batch_size": None, "store": "auto"}}
     tree["train"] = {"max_steps": 9, "on_nonfinite": "stop", "max_nonfinite": 10, "log_every": 10}
     for key, value in keys.items():
         group, name = key.split("__")
@@ -18,7 +18,8 @@ def config(**keys):
 @pytest.mark.parametrize(
     ("was", "now", "found"),
     [
-        ({}, {"train__log_every": 1, "teacher__micro_batch_size": 4}, []),
+        ({}, {"train__log_every": 1, "teacher__store": "on"}, []),
+        ({}, {"teacher__micro_batch_size": 4}, ["teacher.micro_batch_size"]),  # other bits
         ({}, {"loss__temperature": 1.0}, ["loss.temperature"]),
         ({"loss__alpha": 0}, {"loss__alpha": 0, "loss__temperature": 1.0}, []),  # without a teacher it is not used
         ({"loss__alpha": 0}, {"loss__temperature": 1.0}, ["loss.alpha", "loss.temperature"]),

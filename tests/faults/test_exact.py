@@ -41,14 +41,20 @@ def test_stopped_and_gone_on_with(place, tmp_path, full, figure, kind):
     expected, _ = straight(config, tmp_path / "straight")
     last = steps_of(tmp_path / "straight")[-1]
     assert last == 23 or ("best" in kind and last < 23)
-    points = [2, last // 2, last - 1] if full else [last // 2]
+    is_best = "best" in kind
+    points = (
+        [2, last // 2, last - 1] if full else [last - 1 if is_best else last // 2]
+    )  # late: some measures were worse
     equal = 0
     for step in points:
         run_dir = tmp_path / f"at-{step}"
         assert start(config, run_dir, signal_at(step)).code == 143
         assert status(run_dir)["step"] == step
+        if is_best:
+            (run_dir / "checkpoints" / "best.safetensors").unlink()  # the checkpoint has its own
         again = start(config, run_dir)
         assert again.code == 0, again.text
+        assert "going on from" in again.text
         equal += outcome(run_dir) == expected
     figure(f"exact resume, {kind}: {equal}/{len(points)} bitwise equal")
     assert equal == len(points)
@@ -89,12 +95,13 @@ def other_tokenizer(place):
         (other_data, "fingerprint"),
         ("optim.lr=2e-2", "optim.lr"),
         ("train.micro_batch_size=4", "train.micro_batch_size"),
+        ("teacher.micro_batch_size=4", "teacher.micro_batch_size"),
         (other_teacher, "teacher_digest"),
         (other_tokenizer, "tokenizer_digest"),
         ("train.seed=3", "train.seed"),
         ("loss=reverse_kl", "loss.name"),
     ],
-    ids=["data", "lr", "accumulation", "teacher", "tokenizer", "seed", "loss"],
+    ids=["data", "lr", "accumulation", "teacher's layout", "teacher", "tokenizer", "seed", "loss"],
 )
 def test_another_run_is_refused(stopped, tmp_path, figure, change, key):
     folder, words = stopped
@@ -143,8 +150,8 @@ def test_a_longer_run(place, tmp_path, schedule, code):
 def other_versions():
     from kdx import drift
 
-    found = drift.versions() | {"torch": "0.0"}
-    drift.versions = lambda: found
+    known = drift.versions
+    drift.versions = lambda **more: known(**more) | {"torch": "0.0"}
 
 
 def test_other_library_versions_are_marked(stopped, tmp_path):
@@ -155,6 +162,28 @@ def test_other_library_versions_are_marked(stopped, tmp_path):
     assert "this run is no longer exact: torch" in " ".join(again.text.split())
     (mark,) = json.loads((tmp_path / "run" / "summary.json").read_text())["run"]["other_versions"]
     assert mark.endswith("up to step 5, then 0.0")
+
+
+def marks_of(run_dir):
+    return json.loads((run_dir / "summary.json").read_text())["run"]["other_versions"]
+
+
+def test_a_store_that_comes_or_goes_is_marked(stopped, tmp_path):
+    """What it keeps was computed in other batches: the last bits differ."""
+    folder, words = stopped
+    shutil.copytree(folder / "run", tmp_path / "run")
+    store = f"teacher.store_dir={tmp_path / 'store'}"
+    again = start(config_of(folder / "place", *words, "teacher.store=on", store), tmp_path / "run")
+    assert again.code == 0, again.text
+    assert marks_of(tmp_path / "run") == ["teacher.store off up to step 5, then on"]
+
+    with_store = config_of(folder / "place", *words, "teacher.store=on", store)
+    assert start(with_store, tmp_path / "other", signal_at(5)).code == 143
+    shutil.rmtree(tmp_path / "store")
+    again = start(with_store, tmp_path / "other")
+    assert again.code == 0, again.text
+    (mark,) = marks_of(tmp_path / "other")
+    assert mark.startswith("the teacher's store lacks rows that this run kept")
 
 
 def on_two_processes(place, run_dir, *more):

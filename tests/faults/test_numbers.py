@@ -4,7 +4,7 @@ import re
 from functools import partial
 
 import pytest
-from runs import config_of, lines, nan_in_gradient, nan_in_loss, nan_in_teacher, outcome, start, status
+from runs import config_of, lines, nan_in_gradient, nan_in_loss, nan_in_teacher, outcome, signal_at, start, status
 from safetensors.torch import load_file
 
 from kdx import checkpoint
@@ -56,6 +56,19 @@ def test_more_than_may_be_skipped(place, tmp_path):
     run = start(config, tmp_path / "run", partial(nan_in_teacher, 7))  # that row comes again in the second epoch
     assert run.code == 4, run.text
     assert "1 steps were skipped before, train.max_nonfinite is 1" in run.text
+
+
+def skip_then_stop():
+    nan_in_teacher(7)
+    signal_at(8)()
+
+
+def test_what_was_skipped_before_a_stop_counts_after_it(place, tmp_path):
+    config = config_of(place, *WORDS, "train.on_nonfinite=skip", "train.max_nonfinite=1")
+    assert start(config, tmp_path / "run", skip_then_stop).code == 143
+    again = start(config, tmp_path / "run", partial(nan_in_teacher, 1))
+    assert again.code == 4, again.text
+    assert "1 steps were skipped before, train.max_nonfinite is 1" in again.text
 
 
 def nan_at_the_end():
