@@ -195,9 +195,9 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         if is_main:
             summary = leave(run, folder, summary, final, samples)
             folder.write_status("done", "", is_main)
-            stop.is_deferred = False
             if not config.train.keep_checkpoints:
                 checkpoint.remove(folder.path)
+            stop.is_deferred = False
             tracker.samples(samples)
             tracker.summary(asdict(summary))
             CONSOLE.print(report.closing_table(asdict(summary)))
