@@ -52,8 +52,8 @@ python -m kdx run.resume=FOLDER                  go on with a run; run.like=FOLD
 conf/ has a comment on every key; `--cfg job` prints them with this run's values.
 
 Flags of Hydra: --hydra-help. Exit codes: 0 ok, 1 a bug, 2 config or data, 3 machine, 4 diverged,
-5 jobs of a sweep failed, 130 or 143 stopped by a signal (the run can go on)."""
-SIGNALS = (130, 143)
+5 jobs of a sweep failed, 129, 130 or 143 stopped by a signal (the run can go on)."""
+SIGNALS = (129, 130, 143)
 PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # typing one replaces the other
 
 

@@ -1,7 +1,7 @@
 """What a user did wrong, where, and the mend.
 
 Exit codes: 0 ok · 1 a bug in kdx · 2 the user's config or data · 3 the machine (disk, device, package, damaged file)
-· 4 diverged · 5 some jobs of a sweep failed · 130/143 a signal, resumable.
+· 4 diverged · 5 some jobs of a sweep failed · 129/130/143 a signal, resumable.
 """
 
 import errno

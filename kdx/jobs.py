@@ -152,7 +152,7 @@ def _heeding(sweep_dir: Path, launcher: Any) -> Iterator[Notes]:
         told.append(time.monotonic())
         notes.stop(number)
         signals.hand_on(number)
-        print("\nkdx: stopping all jobs at a safe point; once more to stop at once", file=sys.stderr, flush=True)
+        signals.tell("\nkdx: stopping all jobs at a safe point; once more to stop at once")
 
     try:
         with signals.held_back(heed) if is_joblib(launcher) and num_at_once(launcher, 2) > 1 else nullcontext():

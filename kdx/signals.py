@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: who heeds them, and when, so that nothing is lost. Torch is imported late: the door imports this.
+"""SIGTERM, SIGINT and SIGHUP: who heeds them, and when, so that nothing is lost. The door imports this: torch comes late.
 
 They reach one process or, from Ctrl-C, Slurm or a container, all of a command at once. A run heeds them at a safe
 point (`StopRequest`). Of joblib's processes none may end of itself, since joblib then kills the others: they are born
@@ -8,7 +8,6 @@ with both signals held back (`held_back`), and note them from their first job on
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from kdx.errors import MachineError
 
 log = logging.getLogger("kdx")
 STOPS = (signal.SIGTERM, signal.SIGINT)
+HANGUPS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # the terminal was closed; Windows says no such thing
 SAME = 0.25  # seconds
 
 _noted: list[int] = []
@@ -81,6 +81,12 @@ def is_same(since: float) -> bool:
     return time.monotonic() - since < SAME
 
 
+def tell(text: str) -> None:
+    """Say a line on stderr from a handler: past buffers that may be in use, and if there is nobody left to hear it."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
 def end_if_noted() -> None:
     """End what is being done if a signal was noted. Raises SystemExit."""
     if _noted:
@@ -120,7 +126,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         is_queued = callable(signal.getsignal(self.requeue))
-        for number in (self.requeue if is_queued else signal.SIGTERM, signal.SIGINT):
+        hangups = [number for number in HANGUPS if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores it
+        for number in (self.requeue if is_queued else signal.SIGTERM, signal.SIGINT, *hangups):
             try:
                 self.found[number] = signal.signal(number, self._handle)
             except ValueError:  # not the main thread: whoever owns it handles signals
@@ -143,12 +150,12 @@ class StopRequest:
 
     def _handle(self, number: int, _: Any) -> None:
         again = self.signal is not None
-        if again and (self.is_joblibs or is_same(self.since)):
+        if again and (self.is_joblibs or number in HANGUPS or is_same(self.since)):  # shell and kernel both say it
             return
         self.signal, self.since = number, time.monotonic()
         if again or not self.is_deferred:
             raise SystemExit(self.exit_code)
-        print("\nstopping at the next safe point; once more to stop at once", file=sys.stderr, flush=True)
+        tell("\nstopping at the next safe point; once more to stop at once")
 
     def agreed(self, accelerator: Any) -> bool:
         """Whether any process was asked to stop: all must stop at the same step."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 from urllib.parse import urlparse
 
 from rich.console import Console
@@ -25,7 +25,36 @@ from kdx.errors import printable
 from kdx.redact import redact
 
 log = logging.getLogger("kdx")
-CONSOLE = Console(soft_wrap=True, highlight=False)
+
+
+class _Stdout:
+    """Standard output; once nobody reads it (Ctrl-C ends `| tee` first, a terminal is closed), nowhere."""
+
+    def write(self, text: str) -> int:
+        with self._while_read():
+            sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._while_read():
+            sys.stdout.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+    @contextmanager
+    def _while_read(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(
+                nowhere, sys.stdout.fileno()
+            )  # what is left in its buffer must go somewhere, or the exit code is 120
+            os.close(nowhere)
+
+
+CONSOLE = Console(file=cast(IO[str], _Stdout()), soft_wrap=True, highlight=False)
 HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # under which `wandb login` keeps its key, now and formerly
 PATIENCE = 5  # seconds for the table of samples to be taken by W&B
 SETTINGS = {  # of the W&B client; a variable such as WANDB_FINISH_TIMEOUT wins over its line here

@@ -2,12 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from processes import environment
 from standins import FUSSY, put_on_hub, write_chats, write_dialogpt, write_llama, write_pairs
+
+from kdx import checkpoint
 
 PLUGIN = (
     FUSSY
@@ -150,6 +155,35 @@ def test_a_run_that_is_stopped_says_how_to_go_on(place: Path) -> None:
     assert went_on.returncode == 0, went_on.stderr
     assert "going on from" in went_on.stdout
     assert json.loads((place / "outputs/stopped/summary.json").read_text())["run"]["steps"] == 8
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_nothing_is_lost_when_nobody_reads_what_it_prints(place: Path, number: signal.Signals, code: int) -> None:
+    """Ctrl-C ends `| tee` too, and may end it first; a closed terminal reads nothing."""
+    (place / "stops.py").write_text(
+        "import os, signal, time\nfrom pathlib import Path\nfrom kdx.loss import forward_kl, register\ncalls = 0\n"
+        "@register\ndef waits(student, teacher):\n    global calls\n    calls += 1\n"
+        "    if calls == 6:\n        Path('there').touch()\n"
+        "        while Path('there').exists():\n            time.sleep(0.05)\n    return forward_kl(student, teacher)\n"
+    )
+    words = ["teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=pairs", "train.log_every=1"]
+    words += ["data.path=pairs.jsonl", "loss.name=waits", "train.max_steps=8", f"hydra.run.dir=outputs/{code}"]
+    command = [sys.executable, "-m", "kdx", *words, "tracking.mode=disabled"]
+    run = subprocess.Popen(
+        command, cwd=place, env=environment(KDX_PLUGINS="stops"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not (place / "there").exists():
+        assert run.poll() is None
+        time.sleep(0.1)
+    assert run.stdout
+    run.stdout.close()
+    run.send_signal(number)
+    time.sleep(0.5)  # while it is in a step
+    (place / "there").unlink()
+    assert run.wait() == code
+    assert json.loads((place / f"outputs/{code}/status.json").read_text())["state"] == "interrupted"
+    (kept,) = checkpoint.found(place / f"outputs/{code}")
+    assert checkpoint.verify(kept) is None
 
 
 def test_what_the_demo_lacks_is_named_with_its_command(place: Path) -> None:
