@@ -168,5 +168,7 @@ class StopRequest:
         return self.signal is not None
 
     def interrupted(self, run_dir: Path, step: int) -> SystemExit:
-        log.warning("stopped after step %d; to go on: python -m kdx run.resume=%s", step, run_dir)
+        is_typed = (run_dir / "overrides.yaml").exists()
+        how = f"python -m kdx run.resume={run_dir}" if is_typed else f"the same call of distill, in {run_dir}"
+        log.warning("stopped after step %d; to go on: %s", step, how)
         return SystemExit(self.exit_code)

@@ -66,7 +66,9 @@ def stopped(place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("drift")
     shutil.copytree(place, folder / "place")
     words = ("train.micro_batch_size=2", "train.max_steps=9", "optim.schedule=constant")
-    assert start(config_of(folder / "place", *words), folder / "run", signal_at(5)).code == 143
+    run = start(config_of(folder / "place", *words), folder / "run", signal_at(5))
+    assert run.code == 143
+    assert "to go on: the same call of distill" in run.text  # it was not typed
     return folder, words
 
 
