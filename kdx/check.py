@@ -18,6 +18,7 @@ ALIASES = {
     "kd_weight": "loss.alpha",
     "lmbda": "nothing: kdx trains off-policy",
     "beta": "loss.beta, with loss=jsd",
+    "teacher=null": "teacher=none",
     "learning_rate": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
     "adam_epsilon": "+optim.eps",
@@ -149,6 +150,16 @@ def _nearest(word: str, choices: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(word, choices, n=1)
     meant = ALIASES.get(word) or (near[0] if near else "")
     return f"Did you mean {meant}? " if meant else ""
+
+
+def dotted(tree: Any, prefix: str = "") -> list[str]:
+    """Every key of a tree but Hydra's and those that kdx fills in."""
+    keys = []
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key not in ("hydra", "run.origins", "sweep.keys"):
+            keys += [key, *(dotted(value, f"{key}.") if isinstance(value, dict) else [])]
+    return keys
 
 
 def nearest_key(key: str, known: list[str]) -> str:

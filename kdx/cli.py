@@ -27,7 +27,7 @@ from kdx.config import Config
 from kdx.devices import one_device
 from kdx.durable import write_beside
 from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, out_of_memory, printable
-from kdx.folders import Source, groups_in, origins
+from kdx.folders import Source, groups_in, origins, spelt
 from kdx.hostile import refuse_links, refuse_typed_secrets
 from kdx.redact import redact
 from kdx.stale import place
@@ -80,7 +80,7 @@ def _main(argv: list[str]) -> int:
     words = list(args.overrides)
     if words and "=" not in words[0] and words[0][:1] not in ("+", "~") and not args.shell_completion:
         raise _no_command(words[0])
-    words = _recalled(words, args)
+    words = spelt(_recalled(words, args))
     source = Source(args.config_dir, args.config_path, args.config_name)
     only_shows = args.help or args.hydra_help or args.info or args.cfg
     plan = Plan([])
@@ -361,8 +361,8 @@ def _words_of(folder: Path, asked: str) -> list[str]:
 def _take_flags(folder: Path, args: argparse.Namespace) -> None:
     """Read the YAML folders of a recalled run where none is typed now."""
     file = folder / "command.txt"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
     try:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
         was = _parsed(shlex.split(text)[3:])
     except ValueError as error:
         raise ConfigError(str(file), f"is not a command ({error})", "Do not use this folder") from None

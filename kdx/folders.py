@@ -12,6 +12,7 @@ from kdx.errors import ConfigError
 
 CONF = Path(importlib.import_module("kdx.conf").__path__[0])
 ORIGINS = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")  # what the header says the origin of
+OPTIONAL = ("experiment", "recipe", "pair")  # groups of which nothing may be chosen
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where it is there: ten times faster
 
 
@@ -43,6 +44,56 @@ def groups_in(roots: list[Path]) -> dict[str, list[str]]:
     return {name: sorted(options) for name, options in groups.items() if name != "hydra"}
 
 
+def contents(file: Path | None) -> dict[str, Any]:
+    """What a YAML file of kdx's or the user's says. Raises ConfigError."""
+    tree = yaml.load(file.read_text(encoding="utf-8"), SafeLoader) or {} if file else {}
+    if file and not isinstance(tree, dict):
+        raise no_keys(file)
+    return dict(tree)
+
+
+def no_keys(file: Path) -> ConfigError:
+    return ConfigError(str(file), "holds no keys", "Write one a line: KEY: VALUE")
+
+
+def circular(roots: list[Path]) -> ConfigError | None:
+    """The first option that its own defaults list names, be it through other options."""
+    for root in roots:
+        for file in sorted(root.glob("*/**/*.yaml")):
+            own = str(file.relative_to(root).with_suffix(""))
+            todo, seen = [own], set[str]()
+            while todo:
+                bases = _bases(todo.pop(), roots)
+                todo += bases - seen
+                seen |= bases
+            if own in seen:
+                return ConfigError(str(file), "names itself in its defaults, maybe through others", "Take that out")
+    return None
+
+
+def _bases(option: str, roots: list[Path]) -> set[str]:
+    """The options that one names in its defaults list."""
+    found = set()
+    bases = contents(_file(option, roots)).get("defaults")
+    for base in bases if isinstance(bases, list) else []:
+        words = (
+            [f"{str(key).split()[-1]}/{name}" for key, name in base.items()] if isinstance(base, dict) else [str(base)]
+        )
+        for word in (word.split("@")[0] for word in words):
+            found.add(word[1:] if word.startswith("/") else f"{option.rpartition('/')[0]}/{word}")
+    return found
+
+
+def _file(option: str, roots: list[Path]) -> Path | None:
+    return next((path for root in roots if (path := root / f"{option}.yaml").is_file()), None)
+
+
+def spelt(words: list[str]) -> list[str]:
+    """The words with GROUP=null, of a group that may be left out, as Hydra takes it: ~GROUP."""
+    nothing = {f"{group}=null": f"~{group}" for group in OPTIONAL}
+    return [nothing.get(word, word) for word in words]
+
+
 def origins(words: Iterable[str], choices: Any, roots: list[Path]) -> dict[str, str]:
     """Where the values came from that suit a student or do not (lr, steps, max_length): typed, or which file."""
     typed = {word.lstrip("+").split("=", 1)[0] for word in words}
@@ -58,10 +109,10 @@ def origins(words: Iterable[str], choices: Any, roots: list[Path]) -> dict[str, 
 
 def _setter(option: str, key: str, roots: list[Path]) -> Path | None:
     """The file of an option that sets a key: its own, or one of those it builds on."""
-    file = next((path for root in roots if (path := root / f"{option}.yaml").is_file()), None)
+    file = _file(option, roots)
     if file is None:
         return None
-    tree = yaml.load(file.read_text(encoding="utf-8"), SafeLoader) or {}
+    tree = contents(file)
     node: Any = tree
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None

@@ -76,8 +76,9 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         raise ValueError(f"{name}: {error}; its options: {takes}") from None
     rows = torch.zeros(2, 3).log_softmax(-1)
     value = function(rows, rows, **options)  # ranges are checked by the divergence itself
-    if value.shape != (2,):  # a mean would be taken for the sum, and weigh a row by the size of its chunk
-        raise ValueError(f"{name} returns shape {list(value.shape)} for 2 positions; it must be one number each")
+    shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if shape != [2]:  # a mean would be taken for the sum, and weigh a row by the size of its chunk
+        raise ValueError(f"{name} returns shape {shape} for 2 positions; it must be one number each")
 
 
 def divergence(

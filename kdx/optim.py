@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from kdx.check import binding_problems
+from kdx.check import Problem, binding_problems, has_type, show, type_words
 from kdx.config import OptimConfig
 from kdx.errors import ConfigError, MachineError, did_you_mean, together
 
@@ -28,8 +28,26 @@ def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
         mend = did_you_mean(name, [k for k in known if k != "Optimizer"])
         raise ConfigError("optim.name", f"{library} has no optimizer {name}", mend)
     problems = binding_problems(found, {"lr": config.lr, **config.options}, "optim.", skip=1)
+    problems = problems or _unlike_defaults(found, config.options)
     if problems:
         raise together([ConfigError(*problem) for problem in problems])
+    return found
+
+
+def _unlike_defaults(kind: Callable[..., Optimizer], options: dict[str, Any]) -> list[Problem]:
+    """The options that are not of their default's kind: optimizers compare before they look, or index without."""
+    found = []
+    for name, parameter in inspect.signature(kind).parameters.items():
+        value, default, shown = options.get(name), parameter.default, parameter.default
+        if name not in options or not isinstance(default, bool | int | float | tuple):
+            continue
+        wanted: Any = bool if isinstance(default, bool) else float
+        fits, words = has_type(value, wanted), type_words(wanted)
+        if isinstance(default, tuple):
+            fits = isinstance(value, list) and has_type(value, list[float | None]) and len(value) == len(default)
+            words, shown = f"a list of {len(default)} numbers", list(default)
+        if not fits:
+            found.append(Problem(f"optim.{name}", f"is {show(value)}, expected {words}", f"Allowed: such as {shown}"))
     return found
 
 

@@ -109,7 +109,9 @@ def _check_loss(config: LossConfig) -> None:
         try:
             loss.check_options(config.name, config.options)  # ranges
         except ValueError as error:
-            raise ConfigError("loss", str(error), f"See conf/loss/{config.name}.yaml, or the function itself") from None
+            module = loss.get(config.name).__module__
+            where = f"conf/loss/{config.name}.yaml, or" if module == loss.__name__ else f"{module}.{config.name},"
+            raise ConfigError("loss", str(error), f"See {where} the function itself") from None
 
 
 def build_accelerator(config: Config) -> Accelerator:

@@ -352,7 +352,8 @@ def _intervals(measure: str, points: list[Point], keys: Sequence[str]) -> None:
     best = min(points, key=lambda p: (p.rank[measure], p.label))
     for point in points:
         point.to_best[measure] = point.to_baseline[measure] = None
-    like = next((run.rows for point in points for run in point.runs if run.rows is not None), None)
+    whole = (p.runs[0].rows for p in points if all(run.rows is not None for run in p.runs))
+    like = next(whole, None)
     if like is None:
         return
     with_rows = [p for p in points if all(run.rows is not None and run.rows.pairs_with(like) for run in p.runs)]

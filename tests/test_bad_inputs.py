@@ -21,6 +21,8 @@ from processes import environment, in_process
 from safetensors.torch import load_file, save_file
 from standins import write_dialogpt, write_pairs
 
+from kdx import loss
+
 BASE = ["teacher=hf", "teacher.path=teacher", "student=hf", "student.path=student", "data=pairs"]
 BASE += ["data.path=t.jsonl", "train.max_steps=1", "tracking.mode=disabled", "teacher.store=off"]
 GOOD = {"source": "a", "target": "b"}
@@ -316,6 +318,16 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("data.chat_template=no/such.jinja",): ["data.chat_template: no/such.jinja does not exist. Give a file, or Jinja text with {{ }}"],
     ("data.chat_template='{% for m in messages %}{{ m.content'",): ["data.chat_template: it is not Jinja: * (line 1). Give another: data.chat_template=FILE"],
     ("data.chat_template=notes",): ["data.chat_template: notes is not a file. Give a file, or Jinja text with {{ }}"],
+    ("optim.betas=[0.9]",): ["optim.betas: is [0.9] (list), expected a list of 2 numbers. Allowed: such as [0.9, 0.999]"],
+    ("optim.betas=x", "+optim.amsgrad=3"): [
+        "optim.betas: is 'x' (str), expected a list of 2 numbers. Allowed: such as [0.9, 0.999]",
+        "optim.amsgrad: is 3 (int), expected true or false. Allowed: such as False",
+    ],
+    ("--config-dir=notes", "optim=itself"): ["notes/optim/itself.yaml: names itself in its defaults, maybe through others. Take that out"],
+    ("--config-dir=notes", "optim=through"): ["notes/optim/back.yaml: names itself in its defaults, maybe through others. Take that out"],
+    ("--config-dir=notes", "optim=list"): ["notes/optim/list.yaml: holds no keys. Write one a line: KEY: VALUE"],
+    ("--config-dir=notes", "optim=number"): ["notes/optim/number.yaml: holds no keys. Write one a line: KEY: VALUE"],
+    ("--config-dir=notes", "optim=mapping"): ["config: Invalid defaults list in 'optim/mapping', defaults must be a list (got mapping). Mend the YAML"],
     ("train.precision=fp16",): ["3 train.precision: fp16 needs a GPU. Use train.precision=bf16 or fp32"],
 }  # fmt: skip
 
@@ -340,13 +352,28 @@ def test_words(refused, place, words, told):
     if "--config-dir=notes" in words:
         Path("notes/optim").mkdir()
         name = words[-1].removeprefix("optim=")
-        text = {"twice": "name: a\nname: b\n", "open": "name: pairs\n  path: [a\n"}[name]
-        Path(f"notes/optim/{name}.yaml").write_text(text)
+        text = {"twice": "name: a\nname: b\n", "open": "name: pairs\n  path: [a\n"}
+        text |= {"itself": "defaults: [itself]\n", "through": "defaults:\n  - /optim: back\n"}
+        text |= {"list": "- 1\n", "number": "3\n", "mapping": "defaults: {a: b}\n"}
+        Path(f"notes/optim/{name}.yaml").write_text(text[name])
+        Path("notes/optim/back.yaml").write_text("defaults: [through]\n" if name == "through" else "")
     code = 3 if told[0].startswith("3 ") else 2
     lines = refused(*words, "data.validation=2", code=code)
     assert len(lines) == len(told), lines
     for line, wanted in zip(lines, told, strict=True):
         assert fits(line.removeprefix(f"{place}/"), wanted.removeprefix("3 ")), line
+
+
+def test_a_loss_of_ones_own_in_a_wrong_shape_is_named(refused, monkeypatch):
+    def shape(student, teacher):
+        return (student - teacher).mean()
+
+    write_pairs(Path("t.jsonl"))
+    monkeypatch.setitem(loss._REGISTRY, "shape", shape)
+    what = "shape returns shape [] for 2 positions; it must be one number each"
+    assert refused("loss.name=shape") == [f"loss: {what}. See {__name__}.shape, the function itself"]
+    monkeypatch.setitem(loss._REGISTRY, "shape", lambda student, teacher: 0.0)
+    assert "shape returns shape float for 2 positions" in refused("loss.name=shape")[0]
 
 
 # ---- models
@@ -398,6 +425,9 @@ def test_models(refused, place, damage, told):
         ("teacher.path=teechr", "teacher.path: teechr does not exist. Did you mean teacher?"),
         ("student.path=./nowhere", "student.path: ./nowhere does not exist. This folder has: outputs/, student/, *"),
         ("teacher.path=some-org/nothing", "teacher.path: some-org/nothing is no folder here, and the hub could not give its *Check the name and the network, log in for gated models (hf auth login), or give a local folder"),
+        ("teacher.path=pkg:os", "teacher.path: pkg:os is a module without a folder, so it carries no files. Name a package that does, or give a folder"),
+        ("teacher.path=pkg:winreg", "teacher.path: pkg:winreg is a module without a folder, so it carries no files. Name a package that does, or give a folder"),
+        ("teacher.path=pkg:json/none", "teacher.path: *json/none does not exist. *"),
         ("teacher.gguf_file=x.gguf", "teacher.gguf_file: teacher/x.gguf does not exist. teacher has: config.json, *"),
     ],
 )  # fmt: skip

@@ -116,6 +116,16 @@ def test_other_tools_words_are_known():
         (["train=5"], "train: is 5 (int), but holds keys of its own"),
         (["teacher=hf"], "Give it: teacher.path=..."),
         (["optim.lr=${oc.env:KDX_LR}"], "optim.lr: environment variable KDX_LR is not set"),
+        (["data=null"], "data=null: data has no option null. Choices: chitchat, "),
+        (["student=null"], "student=null: student has no option null. Choices: cut, "),
+        (["optim=null"], "optim=null: optim has no option null. Choices: adamw, "),
+        (["loss=null"], "loss=null: loss has no option null. Choices: adaptive_kl, "),
+        (["teacher=null"], "teacher=null: teacher has no option null. Did you mean teacher=none?"),
+        (
+            ["train.seed=18446744073709551616"],
+            "train.seed: is 18446744073709551616. Allowed: 0 or more, and below 2^63",
+        ),
+        (["data.seed=-1"], "data.seed: is -1. Allowed: 0 or more, and below 2^63"),
         (["hydra.run.dri=x"], "hydra.run.dri"),
         (["hydra/launcher=nope"], "hydra/launcher/nope"),
         (["train.max_steps=3", "train.epochs=2"], "are both set"),
@@ -144,6 +154,8 @@ def test_a_sweep_without_m_and_words_that_cannot_be_read():
         ["tracking.name=3", "teacher.revision=12", "optim.lr=1"],
         ["tracking={mode: offline}"],
         ["optim.betas.0=0.8"],
+        ["experiment=demo", "experiment=null", "recipe=null", "pair=null"],
+        ["train.seed=9223372036854775807"],
         ["loss.temperature=1", "loss.temperature=2"],
     ],
 )
@@ -357,6 +369,19 @@ def test_words_that_are_not_a_runs_are_not_taken(text):
     write("r/overrides.yaml", text)
     with pytest.raises(ConfigError, match="holds words that are not a run's"):
         recalled("run.like=r")
+
+
+def test_a_command_that_is_not_text_is_not_taken():
+    write("r/overrides.yaml", "[]")
+    Path("r/command.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"r/command\.txt: is not a command \("):
+        recalled("run.resume=r")
+
+
+def test_an_experiment_of_null_is_none(capfd):
+    code, shown, lines = run(capfd, "--cfg", "job", "experiment=demo", "experiment=null")
+    assert (code, lines) == (0, [])
+    assert shown == run(capfd, "--cfg", "job")[1]
 
 
 def test_the_record_has_no_secrets_and_is_never_written_over(monkeypatch):

@@ -363,6 +363,8 @@ class TestNeverRanked:
             (lambda rows: [rows[0] | {"kl": "x"}, *rows[1:]], "a sum is not a number"),
             (lambda rows: [rows[0] | {"kl": None}, *rows[1:]], "its kl is not that of summary.json"),
             (lambda rows: [], "no rows"),
+            (lambda rows: [{k: [v] for k, v in row.items()} for row in rows], "a sum is not a number"),
+            (lambda rows: [5], "expected an object"),
             (lambda rows: [row | {"counted": 0} for row in rows], "a row without counted tokens"),
         ],
     )
@@ -376,6 +378,16 @@ class TestNeverRanked:
         bad = point(only(comparison), "α 0.3")
         assert (bad.rank["kl"], bad.to_best["kl"], bad.is_best("kl")) == (2, None, False)
         assert "no interval" in (tmp_path / "compare.md").read_text()
+
+    def test_a_seed_without_rows_leaves_out_its_own_points_intervals(self, tmp_path):
+        for name, alpha, seed in (("a", 0.3, 0), ("b", 0.3, 1), ("c", 0.5, 0), ("d", 0.7, 0)):
+            write_run(tmp_path / name, loss__alpha=alpha, train__seed=seed)
+        (tmp_path / "b" / "eval_rows.jsonl").write_bytes(b"\xff\x00\x9c" * 7)
+        (alone,) = only(ranked(tmp_path / "a", tmp_path / "b")).points
+        assert (len(alone.runs), alone.to_best["kl"]) == (2, None)
+        table = only(ranked(tmp_path))
+        assert point(table, "α 0.3").to_best["ce"] is None
+        assert [p.label for p in table.points if p.to_best["kl"]] != []
 
 
 HOSTILE = (

@@ -265,6 +265,16 @@ def test_a_wrong_option_names_the_key_and_the_known_ones(registry, data_config, 
     assert faults(config, ConfigError) == str(caught.value).splitlines()
 
 
+@pytest.mark.parametrize(("made", "says"), [(None, "null"), (3, "a number (3)")])
+def test_ones_own_source_that_gives_no_rows_is_named(registry, data_config, made, says):
+    @register_source
+    def tickets(path):
+        return made
+
+    (line,) = faults(data_config("custom", name="tickets", path="t.db"))
+    assert line.startswith(f"data.name: the source tickets returns {says}, expected rows. Let it yield each row")
+
+
 def test_an_unknown_source_brings_the_choices(data_config):
     (line,) = faults(data_config("custom", name="mesages", path="x"), ConfigError)
     assert "data.name: no source is named 'mesages'. Did you mean messages? Choices: " in line
