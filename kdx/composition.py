@@ -247,12 +247,12 @@ def _compose(words: list[str], source: Source) -> DictConfig:
         path = str(Path(source.config_dir).resolve()).replace("'", "\\'")
         words = [*words, f"hydra.searchpath=['file://{path}']"]
     where = source.config_path and str(Path(source.config_path).resolve())
-    if where:
-        refuse_packages(Path(where) / f"{(source.config_name or 'config').removesuffix('.yaml')}.yaml")
     hydra_state = GlobalHydra.instance()
     before = hydra_state.hydra
     hydra_state.clear()
     try:
+        if where:
+            refuse_packages(Path(where) / f"{(source.config_name or 'config').removesuffix('.yaml')}.yaml")
         module = "kdx.conf"
         with initialize_config_dir(where, "kdx", "1.3") if where else initialize_config_module(module, "kdx", "1.3"):
             return hydra_compose(source.config_name or "config", words, return_hydra_config=True)
