@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -334,7 +333,7 @@ def check_room(run: Prepared, folder: Path) -> None:
     student, one = bytes_on_disk(run)
     due = min(CHECKPOINTS, (run.max_steps - 1) // max(1, run.config.train.save_every) + 1)  # 1: what a signal saves
     needed = student + max(0, due - len(checkpoint.found(folder))) * one
-    free = shutil.disk_usage(folder).free
+    _, free = room(folder)
     if run.max_steps and needed > free:
         what = f"the student and its checkpoints need {needed:,} bytes, and {free:,} are free"
         mend = "Make room, or choose another disk with hydra.run.dir=..."

@@ -1,6 +1,5 @@
 """What `kdx check …` does: read config, data and models as the run would, say what would be trained, and train nothing."""
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,25 @@ from kdx.config import Config
 from kdx.errors import printable
 from kdx.objective import BLOCK_BYTES, CHUNK_BYTES
 from kdx.optim import build_optimizer, build_schedule
-from kdx.prepare import CHECKPOINTS, Prepared, build_accelerator, bytes_on_disk, check_names, in_bytes, prepare
+from kdx.prepare import (
+    CHECKPOINTS,
+    Prepared,
+    build_accelerator,
+    bytes_on_disk,
+    check_names,
+    check_room,
+    in_bytes,
+    prepare,
+)
+from kdx.store import room
 from kdx.tracking import CONSOLE, log, logging_to, quiet_libraries
 
 SOFTMAXES = 6  # float32 tensors of a block at once: both logits, log-probabilities, gradients
 LONGEST_SHOWN = 1200  # letters of the row that is shown
 
 
-def check(config: Config) -> None:
-    """Say what a run of this config would be. Raises KdxError for all that the run would refuse."""
+def check(config: Config, folder: Path) -> None:
+    """Say what a run of this config in a folder would be. Raises KdxError for all that the run would refuse."""
     quiet_libraries()
     accelerator = build_accelerator(config)
     with logging_to(None, accelerator.is_main_process):
@@ -39,9 +48,10 @@ def check(config: Config) -> None:
         CONSOLE.print(printable(marked(run.tokenizer, rows[0]))[:LONGEST_SHOWN], markup=False, style="dim")
         cost = measure(run)
         CONSOLE.print(memory_table(run, cost))
-        for line in disk_lines(run):
+        for line in disk_lines(run, folder):
             log.info(line)
         log.info(time_line(run, cost))
+        check_room(run, folder)  # last, so that all else is said
 
 
 def marked(tokenizer: Any, row: Row) -> str:
@@ -139,12 +149,11 @@ def memory_table(run: Prepared, cost: Cost) -> Table:
     return table
 
 
-def disk_lines(run: Prepared) -> list[str]:
+def disk_lines(run: Prepared, folder: Path) -> list[str]:
     """What the run writes, and what is free."""
-    here = next(p for p in [Path("outputs").resolve(), *Path("outputs").resolve().parents] if p.exists())
-    free = in_bytes(shutil.disk_usage(here).free)
+    _, free = room(folder)
     student, one = bytes_on_disk(run)
-    lines = [f"  disk            the student {in_bytes(student)}; {free} free"]
+    lines = [f"  disk            the student {in_bytes(student)}; {in_bytes(free)} free"]
     if one:
         most = in_bytes(CHECKPOINTS * one)
         lines.append(f"                  checkpoints {most} while the run goes on, {in_bytes(one)} each")

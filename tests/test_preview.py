@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import in_process
 from standins import write_chats, write_dialogpt
 from transformers import AutoTokenizer
 
+from kdx import cli
 from kdx.batches import Row
 from kdx.cli import compose
 from kdx.errors import DataError
@@ -27,7 +29,7 @@ def test_it_says_what_would_be_trained_and_trains_nothing(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    check(compose([*words, "train.save_every=2", "train.precision=fp32", "teacher.precision=fp32"]))
+    check(compose([*words, "train.save_every=2", "train.precision=fp32", "teacher.precision=fp32"]), Path("run"))
     told = capsys.readouterr().out
     for part in ("objective", "padding", "⟦", "⟧", "together", "optim=adamw_8bit", "min for", "checkpoints", "free"):
         assert part in told
@@ -36,10 +38,10 @@ def test_it_says_what_would_be_trained_and_trains_nothing(
 
 def test_savings_that_are_taken_are_not_offered(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     offered = ["train.gradient_checkpointing=true", "optim=adamw_8bit", "train.micro_batch_size=1"]
-    check(compose(words))
+    check(compose(words), Path())
     told = capsys.readouterr().out
     assert all(word in told for word in offered)
-    check(compose([*words, *offered]))
+    check(compose([*words, *offered]), Path())
     told = capsys.readouterr().out
     assert not any(word in told for word in offered)
 
@@ -48,7 +50,7 @@ def test_all_data_faults_are_told(words: list[str], tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": "oops"}\n{"messages": []}\n{"nothing": 1}\n')
     with pytest.raises(DataError) as error:
-        check(compose([word for word in words if not word.startswith("data.path")] + [f"data.path={bad}"]))
+        check(compose([word for word in words if not word.startswith("data.path")] + [f"data.path={bad}"]), Path())
     assert [f"{bad}:{line}" in "\n".join(error.value.lines) for line in (1, 2, 3)] == [True] * 3
 
 
@@ -60,3 +62,40 @@ def test_what_counts_is_marked(words: list[str]) -> None:
     first, rest = tokenizer.decode(tokens[:half]), tokenizer.decode(tokens[half:])
     assert marked(tokenizer, row) == f"{first}⟦{rest}⟧"
     assert torch.is_grad_enabled()
+
+
+def test_it_is_of_the_run_that_is_recalled(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of the words and the folder that run.like and run.resume name; `store fill` asks that run's teacher."""
+    monkeypatch.chdir(tmp_path)
+    store = tmp_path / "store"
+    cli.keep_words(tmp_path / "old", [*words, "train.max_steps=3", f"teacher.store_dir={store}"], [])
+    for asked in ("run.like=old", "run.resume=old"):
+        code, told, _ = in_process(capfd, "check", asked)
+        assert code == 0
+        assert "tokens in 3 steps" in told
+    code, told, _ = in_process(capfd, "store", "fill", "run.like=old")
+    assert code == 0
+    assert f"{words[1].rpartition('/')[2]}" in next(store.glob("*/teacher.json")).read_text()
+
+
+def test_a_disk_that_is_too_small_is_told_as_the_run_would(
+    words: list[str],
+    small_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not small_disk.is_mount():
+        pytest.skip("mounting is not allowed")
+    (small_disk / "taken").write_bytes(bytes(800_000))
+    words = [*words, "train.save_every=1", "tracking.mode=disabled", f"hydra.run.dir={small_disk}/run"]
+    checked, told, (line,) = in_process(capfd, "check", *words)
+    assert "kB free" in told
+    assert "min for" in told
+    code, _, lines = in_process(capfd, *words)
+    assert (checked, code) == (3, 3)
+    assert lines[-1].split(" bytes, and ")[0] == line.split(" bytes, and ")[0]
+    assert "checkpoints need" in line
