@@ -13,7 +13,7 @@ from kdx.batches import MicroBatch, Row, collate
 from kdx.config import Config
 from kdx.errors import printable
 from kdx.objective import BLOCK_BYTES, CHUNK_BYTES
-from kdx.optim import build_optimizer, build_schedule
+from kdx.optim import build_optimizer, build_schedule, state_bytes
 from kdx.prepare import (
     CHECKPOINTS,
     Prepared,
@@ -25,6 +25,7 @@ from kdx.prepare import (
     prepare,
 )
 from kdx.store import room
+from kdx.teacher import Teacher
 from kdx.tracking import CONSOLE, log, logging_to, quiet_libraries
 
 SOFTMAXES = 6  # float32 tensors of a block at once: both logits, log-probabilities, gradients
@@ -99,10 +100,16 @@ def measure(run: Prepared) -> Cost:
 
 def _pass(run: Prepared, batch: MicroBatch) -> None:
     teacher = run.teacher if run.config.loss.alpha > 0 else None
-    hidden = teacher.hidden(batch) if teacher else None
+    hidden = _hidden(teacher, run.rows, batch) if teacher else None
     with run.accelerator.autocast():
         total, _, _ = run.objective(batch, hidden, teacher.head if teacher else None)
     total.backward()
+
+
+def _hidden(teacher: Teacher, rows: list[Row], batch: MicroBatch) -> torch.Tensor:
+    """The teacher's answer: read if its store has every row, else live as the run would; nothing is kept."""
+    is_filled = teacher.store is not None and not teacher.store.missing([row.digest for row in rows])
+    return teacher.hidden(batch) if is_filled else teacher.live(batch)
 
 
 def memory_table(run: Prepared, cost: Cost) -> Table:
@@ -111,7 +118,7 @@ def memory_table(run: Prepared, cost: Cost) -> Table:
     longest = sorted((len(row.tokens) for row in run.rows), reverse=True)[: run.batches.micro_batch_size]
     activations = cost.activation_bytes * longest[0] * len(longest)
     is_8bit = config.optim.name.endswith("8bit")
-    states = num * (2 if is_8bit else 8)
+    states = num * state_bytes(config.optim, next(run.student.parameters()))
     weight = run.student.dtype.itemsize
     teacher = head = 0
     if run.teacher is not None and config.loss.alpha > 0:
@@ -135,7 +142,7 @@ def memory_table(run: Prepared, cost: Cost) -> Table:
         ("", 0, "train.gradient_checkpointing=true", 0 if kept else max(0.0, activations - checkpointed)),
         ("", 0, "train.precision=bf16", activations / 3 if run.accelerator.mixed_precision == "no" else 0),
         ("weights, gradients", 2 * weight * num, "", 0),
-        ("optimizer", states, "optim=adamw_8bit", 0 if is_8bit else 6 * num),
+        ("optimizer", states, "optim=adamw_8bit", 0 if is_8bit else max(0, states - 2 * num)),
         ("teacher", teacher, "teacher.quantization=8bit", teacher / 2 if config.teacher.quantization == "none" else 0),
         ("", 0, "teacher.store=on, once filled", teacher - head),
         ("logits of a chunk", chunk, "", 0),
@@ -153,7 +160,8 @@ def disk_lines(run: Prepared, folder: Path) -> list[str]:
     """What the run writes, and what is free."""
     _, free = room(folder)
     student, one = bytes_on_disk(run)
-    lines = [f"  disk            the student {in_bytes(student)}; {in_bytes(free)} free"]
+    what = "the student" + (" and its best weights" if run.config.train.keep == "best" else "")
+    lines = [f"  disk            {what} {in_bytes(student)}; {in_bytes(free)} free"]
     if one:
         most = in_bytes(CHECKPOINTS * one)
         lines.append(f"                  checkpoints {most} while the run goes on, {in_bytes(one)} each")

@@ -11,8 +11,13 @@ from transformers import AutoTokenizer
 from kdx import cli
 from kdx.batches import Row
 from kdx.cli import compose
+from kdx.distill import distill
 from kdx.errors import DataError
+from kdx.optim import state_bytes
+from kdx.prepare import build_accelerator, bytes_on_disk, prepare
 from kdx.preview import check, marked
+from kdx.segments import survey
+from kdx.teacher import Teacher
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +104,55 @@ def test_a_disk_that_is_too_small_is_told_as_the_run_would(
     assert (checked, code) == (3, 3)
     assert lines[-1].split(" bytes, and ")[0] == line.split(" bytes, and ")[0]
     assert "checkpoints need" in line
+
+
+def test_the_live_teacher_is_timed_and_no_row_is_kept(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In both passes; once the store is filled the run reads it, and so does check."""
+    asked = []
+    live = Teacher.live
+    monkeypatch.setattr(Teacher, "live", lambda self, batch: asked.append(1) or live(self, batch))
+    words = [*words, "teacher.store=on", f"teacher.store_dir={tmp_path}/store"]
+    assert in_process(capfd, "check", *words)[0] == 0
+    assert len(asked) == 2
+    (folder,) = (file.parent for file in tmp_path.glob("store/*/teacher.json"))
+    assert survey(folder / "rows").num_rows == 0
+    assert in_process(capfd, "store", "fill", *words)[0] == 0
+    asked.clear()
+    assert in_process(capfd, "check", *words)[0] == 0
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("choice", "per_weight"),
+    [
+        (["optim=adamw"], 8),
+        (["optim=adamw_8bit"], 2),
+        (["optim=lion_8bit"], 1),
+        (["optim.name=torch.SGD", "~optim.betas"], 0),
+        (["optim.name=torch.SGD", "~optim.betas", "+optim.momentum=0.9"], 4),
+    ],
+)
+def test_what_an_optimizer_keeps_is_measured(choice: list[str], per_weight: int) -> None:
+    assert state_bytes(compose(choice).optim, torch.zeros(1)) == per_weight
+
+
+@pytest.mark.parametrize("choice", [[], ["train.keep=best"], ["optim.name=torch.SGD", "~optim.betas"]])
+def test_the_bytes_on_disk_are_those_a_run_writes(words: list[str], tmp_path: Path, choice: list[str]) -> None:
+    """Each checkpoint, and beside them the student and the best weights, but for a file's header."""
+    more = ["train.save_every=2", "train.eval_every=1", "train.keep_checkpoints=true", "tracking.mode=disabled"]
+    write_dialogpt(tmp_path / "wide", 2, 128, pickled=False)
+    config = compose([*words, f"student.path={tmp_path}/wide", *more, *choice])
+    run = prepare(config, build_accelerator(config), owner="check")
+    student, one = bytes_on_disk(run)
+    distill(config, tmp_path / "run")
+    kept = tmp_path / "run/checkpoints"
+
+    def size(*files: Path) -> int:
+        return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".pt"))
+
+    (step,) = kept.glob("step-*")
+    written = size(*step.iterdir()) - size(step / "random.pt")
+    assert one == pytest.approx(written, rel=0.03)
+    assert student == pytest.approx(size(*kept.iterdir(), *(tmp_path / "run/student").iterdir()), rel=0.03)
