@@ -140,14 +140,14 @@ def _command(name: str, words: list[str]) -> int:
 
         return compare(words)
     if name == "check":
-        config, *_ = _composed(words)  # of a sweep its first point
+        (config, *_), folder = _composed(words)  # of a sweep its first point
         from kdx.preview import check
 
-        check(config)
+        check(config, folder)
         return 0
     if name == "store":
         if words[:1] == ["fill"]:
-            configs = _composed(words[1:])
+            configs, _ = _composed(words[1:])
             from kdx.store_commands import fill
 
             fill(configs)
@@ -160,13 +160,13 @@ def _command(name: str, words: list[str]) -> int:
     raise _no_command(name)
 
 
-def _composed(words: list[str]) -> list[Config]:
-    """The configs that the words of a run or sweep amount to, checked as its own would be; plug-ins are loaded."""
+def _composed(words: list[str]) -> tuple[list[Config], Path]:
+    """What the words of a run or sweep amount to, checked as its own would be, and its folder; plug-ins are loaded."""
     args = _parsed(words)
-    source = Source(args.config_dir, args.config_path, args.config_name)
-    configs = compose_points(list(args.overrides), source)
+    words = _recalled(list(args.overrides), args)
+    made = compose_points(words, Source(args.config_dir, args.config_path, args.config_name))
     plugins.load()
-    return configs
+    return made
 
 
 def _no_command(word: str) -> ConfigError:

@@ -54,13 +54,15 @@ def compose(overrides: list[str] | None = None, config_dir: str | None = None) -
     """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
     source = Source(config_dir=config_dir)
     _refuse_sweep(Composer(source).parsed(list(overrides or [])))
-    return compose_points(list(overrides or []), source)[0]
+    return compose_points(list(overrides or []), source)[0][0]
 
 
-def compose_points(words: list[str], source: Source) -> list[Config]:
-    """Compose every point of a sweep, or the one run that the words describe. Raises ConfigError."""
+def compose_points(words: list[str], source: Source) -> tuple[list[Config], Path]:
+    """Compose every point of a sweep, or the one run of these words, and name its folder. Raises ConfigError."""
     composer = Composer(source)
-    return [point.config() for point in _checked(composer, composer.parsed(words))]
+    typed = composer.parsed(words)
+    points, hydra_part = _checked(composer, typed), composer.hydra_part(typed)
+    return [point.config() for point in points], Path(str((hydra_part.sweep if points[1:] else hydra_part.run).dir))
 
 
 @dataclass
@@ -247,12 +249,12 @@ def _compose(words: list[str], source: Source) -> DictConfig:
         path = str(Path(source.config_dir).resolve()).replace("'", "\\'")
         words = [*words, f"hydra.searchpath=['file://{path}']"]
     where = source.config_path and str(Path(source.config_path).resolve())
-    if where:
-        refuse_packages(Path(where) / f"{(source.config_name or 'config').removesuffix('.yaml')}.yaml")
     hydra_state = GlobalHydra.instance()
     before = hydra_state.hydra
     hydra_state.clear()
     try:
+        if where:
+            refuse_packages(Path(where) / f"{(source.config_name or 'config').removesuffix('.yaml')}.yaml")
         module = "kdx.conf"
         with initialize_config_dir(where, "kdx", "1.3") if where else initialize_config_module(module, "kdx", "1.3"):
             return hydra_compose(source.config_name or "config", words, return_hydra_config=True)

@@ -1,9 +1,11 @@
 """What a config may not ask for: code that Hydra would run, and folders outside this one. Trees here are plain."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from kdx.errors import ConfigError
 from kdx.redact import secrets_in
@@ -12,6 +14,7 @@ FOLDERS = ("run.dir", "sweep.dir", "sweep.subdir", "output_subdir", "launcher.su
 SHELL = ("setup", "additional_parameters")  # keys of a launcher that go into Slurm's script as they are
 PLUGIN = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)(\.[a-z_][a-z0-9_]*)+\.[A-Z]\w*(Launcher|Sweeper)")
 SAMPLER = re.compile(r"optuna\.samplers\.[A-Z]\w*Sampler")  # what the Optuna sweeper's own YAML names
+SEARCHED = re.compile(r"pkg://kdx\.conf|file://((?!\$\{).)+")  # where a config of one's own may search
 LOG_HANDLERS = ("logging.StreamHandler", "logging.NullHandler")
 
 
@@ -109,7 +112,25 @@ def refuse_links(run_dir: Path, within: Path | None = None) -> None:
 
 
 def refuse_packages(file: Path) -> None:
-    """Refuse a config of one's own that searches in Python packages: Hydra would import them. Raises ConfigError."""
-    if file.is_file() and re.search(r"pkg:(?!//kdx\.conf\b)", file.read_text(encoding="utf-8", errors="replace")):
-        what = "names a Python package to search, which would be imported"
-        raise ConfigError(str(file), what, "Only pkg://kdx.conf is searched; give other folders as file://")
+    """Refuse a config of one's own that searches in Python packages: Hydra would import them.
+
+    Read as Hydra reads it, and only plain words pass: an interpolation may become anything. Raises ConfigError.
+    """
+    tree = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    hydra_part = tree.get("hydra") if isinstance(tree, dict) else None
+    bad = [hydra_part] if isinstance(hydra_part, str) else [p for p in _searched(tree) if not SEARCHED.fullmatch(p)]
+    if bad:
+        what = f"may name a Python package to search, which would be imported ({bad[0][:100]!r})"
+        raise ConfigError(str(file), what, "Only pkg://kdx.conf is searched; give other folders as file://FOLDER")
+
+
+def _searched(node: Any, is_searched: bool = False) -> Iterator[str]:
+    """What any `searchpath` in a tree holds, wherever it is."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _searched(value, is_searched or str(key).endswith("searchpath"))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _searched(value, is_searched)
+    elif is_searched and node is not None:
+        yield str(node)

@@ -5,7 +5,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
@@ -69,6 +70,16 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
         return kind([g for g in groups if g["params"]], lr=config.lr, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError("optim", f"{config.name} refuses its options: {error}", "See conf/optim/") from None
+
+
+def state_bytes(config: OptimConfig, like: Tensor) -> float:
+    """Bytes that the optimizer keeps for each weight: those of a small matrix after one step of no gradient."""
+    weight = nn.Parameter(torch.zeros(256, 256, dtype=like.dtype, device=like.device))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = build_optimizer(config, nn.ParameterList([weight]))
+    optimizer.step()
+    kept = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor)]
+    return sum(value.nbytes for value in kept if value.numel() > 256) / weight.numel()  # but for counters and tables
 
 
 def build_schedule(config: OptimConfig, optimizer: Optimizer, max_steps: int) -> LRScheduler:

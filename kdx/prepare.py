@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from kdx.data import Dataset, check_source, load_data
 from kdx.encoder import Encoder, prepare_tokenizer
 from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, together
 from kdx.objective import Objective, StudentObjective
-from kdx.optim import optimizer_class
+from kdx.optim import optimizer_class, state_bytes
 from kdx.store import Identity, TeacherStore, bytes_of, room
 from kdx.student import answer_greedily, load_student
 from kdx.teacher import Teacher, load_teacher, precision_of
@@ -324,11 +323,12 @@ def open_store(
 
 
 def bytes_on_disk(run: Prepared) -> tuple[int, int]:
-    """What the student takes on disk, and a checkpoint; 0 if the run saves none."""
-    num, name = run.student.num_parameters(), run.config.optim.name.lower()
-    states = (2 if name.endswith("8bit") else 8) if "adam" in name else 0  # others keep less
-    one = num * (run.student.dtype.itemsize + states) if run.config.train.save_every else 0
-    return num * causal_lm.DTYPES[run.config.student.save_dtype].itemsize, one
+    """What the student takes on disk, and a checkpoint, 0 if the run saves none; each with the best weights so far."""
+    num, weights = run.student.num_parameters(), run.student.num_parameters() * run.student.dtype.itemsize
+    best = weights if run.config.train.keep == "best" else 0
+    states = round(num * state_bytes(run.config.optim, next(run.student.parameters())))
+    one = weights + states + best if run.config.train.save_every else 0
+    return num * causal_lm.DTYPES[run.config.student.save_dtype].itemsize + best, one
 
 
 def check_room(run: Prepared, folder: Path) -> None:
@@ -336,7 +336,7 @@ def check_room(run: Prepared, folder: Path) -> None:
     student, one = bytes_on_disk(run)
     due = min(CHECKPOINTS, (run.max_steps - 1) // max(1, run.config.train.save_every) + 1)  # 1: what a signal saves
     needed = student + max(0, due - len(checkpoint.found(folder))) * one
-    free = shutil.disk_usage(folder).free
+    _, free = room(folder)
     if run.max_steps and needed > free:
         what = f"the student and its checkpoints need {needed:,} bytes, and {free:,} are free"
         mend = "Make room, or choose another disk with hydra.run.dir=..."

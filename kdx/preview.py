@@ -1,6 +1,5 @@
 """What `kdx check …` does: read config, data and models as the run would, say what would be trained, and train nothing."""
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,27 @@ from kdx.batches import MicroBatch, Row, collate
 from kdx.config import Config
 from kdx.errors import printable
 from kdx.objective import BLOCK_BYTES, CHUNK_BYTES
-from kdx.optim import build_optimizer, build_schedule
-from kdx.prepare import CHECKPOINTS, Prepared, build_accelerator, bytes_on_disk, check_names, in_bytes, prepare
+from kdx.optim import build_optimizer, build_schedule, state_bytes
+from kdx.prepare import (
+    CHECKPOINTS,
+    Prepared,
+    build_accelerator,
+    bytes_on_disk,
+    check_names,
+    check_room,
+    in_bytes,
+    prepare,
+)
+from kdx.store import room
+from kdx.teacher import Teacher
 from kdx.tracking import CONSOLE, log, logging_to, quiet_libraries
 
 SOFTMAXES = 6  # float32 tensors of a block at once: both logits, log-probabilities, gradients
 LONGEST_SHOWN = 1200  # letters of the row that is shown
 
 
-def check(config: Config) -> None:
-    """Say what a run of this config would be. Raises KdxError for all that the run would refuse."""
+def check(config: Config, folder: Path) -> None:
+    """Say what a run of this config in a folder would be. Raises KdxError for all that the run would refuse."""
     quiet_libraries()
     accelerator = build_accelerator(config)
     with logging_to(None, accelerator.is_main_process):
@@ -39,9 +49,10 @@ def check(config: Config) -> None:
         CONSOLE.print(printable(marked(run.tokenizer, rows[0]))[:LONGEST_SHOWN], markup=False, style="dim")
         cost = measure(run)
         CONSOLE.print(memory_table(run, cost))
-        for line in disk_lines(run):
+        for line in disk_lines(run, folder):
             log.info(line)
         log.info(time_line(run, cost))
+        check_room(run, folder)  # last, so that all else is said
 
 
 def marked(tokenizer: Any, row: Row) -> str:
@@ -89,10 +100,16 @@ def measure(run: Prepared) -> Cost:
 
 def _pass(run: Prepared, batch: MicroBatch) -> None:
     teacher = run.teacher if run.config.loss.alpha > 0 else None
-    hidden = teacher.hidden(batch) if teacher else None
+    hidden = _hidden(teacher, run.rows, batch) if teacher else None
     with run.accelerator.autocast():
         total, _, _ = run.objective(batch, hidden, teacher.head if teacher else None)
     total.backward()
+
+
+def _hidden(teacher: Teacher, rows: list[Row], batch: MicroBatch) -> torch.Tensor:
+    """The teacher's answer: read if its store has every row, else live as the run would; nothing is kept."""
+    is_filled = teacher.store is not None and not teacher.store.missing([row.digest for row in rows])
+    return teacher.hidden(batch) if is_filled else teacher.live(batch)
 
 
 def memory_table(run: Prepared, cost: Cost) -> Table:
@@ -101,7 +118,7 @@ def memory_table(run: Prepared, cost: Cost) -> Table:
     longest = sorted((len(row.tokens) for row in run.rows), reverse=True)[: run.batches.micro_batch_size]
     activations = cost.activation_bytes * longest[0] * len(longest)
     is_8bit = config.optim.name.endswith("8bit")
-    states = num * (2 if is_8bit else 8)
+    states = num * state_bytes(config.optim, next(run.student.parameters()))
     weight = run.student.dtype.itemsize
     teacher = head = 0
     if run.teacher is not None and config.loss.alpha > 0:
@@ -125,7 +142,7 @@ def memory_table(run: Prepared, cost: Cost) -> Table:
         ("", 0, "train.gradient_checkpointing=true", 0 if kept else max(0.0, activations - checkpointed)),
         ("", 0, "train.precision=bf16", activations / 3 if run.accelerator.mixed_precision == "no" else 0),
         ("weights, gradients", 2 * weight * num, "", 0),
-        ("optimizer", states, "optim=adamw_8bit", 0 if is_8bit else 6 * num),
+        ("optimizer", states, "optim=adamw_8bit", 0 if is_8bit else max(0, states - 2 * num)),
         ("teacher", teacher, "teacher.quantization=8bit", teacher / 2 if config.teacher.quantization == "none" else 0),
         ("", 0, "teacher.store=on, once filled", teacher - head),
         ("logits of a chunk", chunk, "", 0),
@@ -139,12 +156,12 @@ def memory_table(run: Prepared, cost: Cost) -> Table:
     return table
 
 
-def disk_lines(run: Prepared) -> list[str]:
+def disk_lines(run: Prepared, folder: Path) -> list[str]:
     """What the run writes, and what is free."""
-    here = next(p for p in [Path("outputs").resolve(), *Path("outputs").resolve().parents] if p.exists())
-    free = in_bytes(shutil.disk_usage(here).free)
+    _, free = room(folder)
     student, one = bytes_on_disk(run)
-    lines = [f"  disk            the student {in_bytes(student)}; {free} free"]
+    what = "the student" + (" and its best weights" if run.config.train.keep == "best" else "")
+    lines = [f"  disk            {what} {in_bytes(student)}; {in_bytes(free)} free"]
     if one:
         most = in_bytes(CHECKPOINTS * one)
         lines.append(f"                  checkpoints {most} while the run goes on, {in_bytes(one)} each")

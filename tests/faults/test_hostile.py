@@ -142,12 +142,36 @@ def test_yaml(refused, place):
         assert (code, len(told.splitlines())) == (2, 1), (name, told)
 
 
-def test_a_config_of_ones_own_searches_in_no_package(box):
-    write(box / "mine/config.yaml", "defaults: [_self_]\nhydra: {searchpath: ['pkg://evil']}\n")
-    write(box / "evil/__init__.py", "import os\nos.mkdir('marker')\n")
+PACKAGES = {
+    "plain": "hydra: {searchpath: ['pkg://evil']}",
+    "a letter by its number": 'hydra: {searchpath: ["p\\u006bg://evil"]}',
+    "over two lines": 'hydra: {searchpath: ["pk\\\n  g://evil"]}',
+    "an interpolated letter": "hydra: {searchpath: ['p${oc.env:NOPE,kg}://evil']}",
+    "an interpolated list": "hydra: {searchpath: '${mine}'}\nmine: ['pkg://evil']",
+    "an interpolated part": "hydra: '${mine}'\nmine: {searchpath: ['pkg://evil']}",
+    "a part from a word": "hydra: \"${oc.create:${oc.decode:'{searchpath: [pkg://evil]}'}}\"",
+    "an alias": "mine: &a {searchpath: ['pkg://evil']}\nhydra: *a",
+    "after kdx's own": "hydra: {searchpath: ['pkg://kdx.conf', 'pkg://kdx.conf/../evil', 'pkg://evil']}",
+}  # fmt: skip
+
+
+def test_a_config_of_ones_own_searches_in_no_package(refused, place):
+    def words_in(name, box):
+        write(box / "mine/trap.yaml", f"defaults: [_self_]\n{PACKAGES[name]}\n")
+        write(box / "evil/__init__.py", "import os\nos.mkdir('marker')\n")
+        write(box / "evil/config.yaml", "{}\n")
+        return ["--config-path", "mine", "--config-name", "trap", "train.seed=1"]
+
+    for name, code, told in refused(PACKAGES, place, words_in):
+        assert (code, len(told.splitlines())) == (2, 1), (name, told)
+        assert "a Python package to search" in told, name
+
+
+def test_a_config_of_ones_own_that_is_broken_is_told_by_its_line(box):
+    write(box / "mine/config.yaml", "defaults: [_self_]\nhydra: {searchpath: [file://x}\n")
     code, told = obey(box, "--config-path", "mine")
     assert code == 2
-    assert "names a Python package" in told
+    assert "mine/config.yaml:2: does not parse" in told
 
 
 # Folders of somebody's: models
