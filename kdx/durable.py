@@ -23,6 +23,13 @@ def write_beside(file: Path, text: str | bytes) -> None:
         raise
 
 
+def write_over(file: Path, text: str) -> None:
+    """Write into the blocks that a short file has already: what is left to do on a full disk. Raises OSError."""
+    with file.open("r+b") as old:
+        old.write(text.encode())
+        old.truncate()
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none or it is damaged."""
     try:

@@ -58,6 +58,18 @@ class _ConsoleHandler(logging.Handler):
         CONSOLE.print(f"warning: {text}" if record.levelno >= logging.WARNING else text, style=style, markup=False)
 
 
+class _FileHandler(logging.FileHandler):
+    """Log lines in a file; a full disk costs them alone, and is told by what cannot do without it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 def _clean(record: logging.LogRecord) -> bool:
     """Without secrets, and without what a terminal would obey: lines quote paths and rows."""
     record.msg, record.args = printable(redact(record.getMessage())), ()
@@ -71,7 +83,7 @@ def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
     if is_main:
         handlers = [_ConsoleHandler()]
     if is_main and file is not None:
-        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file = _FileHandler(file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(to_file)
     for handler in handlers:
