@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kdx import shards
-from kdx.durable import fsync, seal, temporary, verify
+from kdx.durable import fsync, open_to_umask, seal, temporary, verify
 from kdx.errors import ConfigError, MachineError, out_of_memory
 
 KEPT = 2
+REFUSALS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors wrap a full disk in their own
 
 
 def folder_of(run_dir: Path) -> Path:
@@ -58,18 +59,26 @@ def save(
         rest = {"schedule": schedule.state_dict(), "scaler": scaler.state_dict() if scaler else None}
         torch.save(rest | {"random": random_states}, beside / "random.pt")
         (beside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        open_to_umask(*beside.iterdir())
         seal(beside)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(beside, final)
-        fsync(final.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
+        for folder in (final.parent, run_dir):
+            fsync(folder)
+    except REFUSALS as error:
         shutil.rmtree(beside, ignore_errors=True)
-        what = f"cannot save a checkpoint: {error} ({shutil.disk_usage(run_dir).free:,} bytes free)"
-        mend = "Make room, then run the same command again to go on"
-        raise out_of_memory(error) or MachineError(str(final), what, mend) from error
+        raise not_saved(final, "a checkpoint", error) from error
     for old in [folder for folder in found(run_dir) if folder.name <= name][KEPT:]:  # newer ones are damaged: no loss
         _discard(old)
     return final
+
+
+def not_saved(path: Path, what: str, error: BaseException) -> MachineError:
+    """What to say if the disk is full or refuses."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    told = f"cannot save {what}: {error} ({shutil.disk_usage(there).free:,} bytes free)"
+    mend = "Make room, then run the same command again to go on"
+    return out_of_memory(error) or MachineError(str(path), told, mend)
 
 
 def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -119,8 +128,14 @@ def save_weights(file: Path, model: nn.Module) -> None:
     """Write a model's weights alone, beside and renamed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = temporary(file)
-    save_file(_untied(model), beside)
-    os.replace(beside, file)
+    try:
+        save_file(_untied(model), beside)
+        open_to_umask(beside)
+        fsync(beside)
+        os.replace(beside, file)
+    except REFUSALS as error:
+        beside.unlink(missing_ok=True)
+        raise not_saved(file, "the best weights", error) from error
 
 
 def load_weights(file: Path, model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from kdx.composition import Plan, as_tree, compose, compose_points, preflight, t
 from kdx.config import Config
 from kdx.devices import one_device
 from kdx.durable import write_beside
-from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, out_of_memory, printable
+from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, of_disk, out_of_memory, printable
 from kdx.folders import Source, groups_in, origins, spelt
 from kdx.hostile import refuse_links, refuse_typed_secrets
 from kdx.redact import redact
@@ -119,7 +119,8 @@ def _hydra(
     try:
         hydra.main(config_path="pkg://kdx.conf", config_name="config", version_base="1.3")(job)()
     except OSError as error:  # Hydra makes the folders of runs and sweeps; what happens in a job is caught there
-        raise MachineError(str(error.filename or "outputs"), f"{error.strerror}", "Choose another folder") from None
+        own = HydraConfig.get().run.dir if HydraConfig.initialized() else "outputs"
+        raise of_disk(error, notes.folder.parent if notes else own) from None
 
 
 def _compare(sweep_dir: Path, *, is_told: bool) -> None:
@@ -226,7 +227,7 @@ def run_job(
 
     folder = run_dir
     try:
-        code = guarded(lambda: notes.keeping(folder, job) if notes else job())
+        code = guarded(lambda: notes.keeping(folder, job) if notes else job(), folder)
         if code and (not is_sweep or code in SIGNALS or int(os.environ.get("WORLD_SIZE", "1")) > 1):
             sys.exit(code)
     except SystemExit as error:
@@ -239,7 +240,7 @@ def run_job(
     return measure
 
 
-def guarded(work: Callable[[], int]) -> int:
+def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
     """Run something → its exit code; a user's error is one line each, a bug is a traceback."""
     try:
         return work()
@@ -255,8 +256,7 @@ def guarded(work: Callable[[], int]) -> int:
         if error.errno not in MACHINE:
             memory = out_of_memory(error)
             return _say(memory) if memory else _bug()
-        place = str(error.filename or "disk")
-        return _say(MachineError(place, error.strerror or "cannot be written", "Free room, or choose another folder"))
+        return _say(of_disk(error, folder))
     except Exception as error:
         memory = out_of_memory(error)
         return _say(memory) if memory else _bug()

@@ -19,19 +19,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx import sweep
+from kdx import hostile, sweep
 from kdx.check import ALIASES, contradictions, dotted, nearest_key, problems
 from kdx.config import Config
 from kdx.errors import ConfigError, did_you_mean, together
 from kdx.folders import ORIGINS, Source, circular, contents, groups_in, no_keys, origins, spelt
-from kdx.hostile import (
-    refuse_code,
-    refuse_models_code,
-    refuse_packages,
-    refuse_secrets,
-    refuse_swept,
-    refuse_untyped,
-)
 
 OPEN_GROUPS = ("data", "loss", "optim")  # their further keys are options of what they name
 LAYERS = ("typed", "experiment/", "recipe/", "")  # what wins comes first
@@ -61,8 +53,8 @@ def compose_points(words: list[str], source: Source) -> tuple[list[Config], Path
     """Compose every point of a sweep, or the one run of these words, and name its folder. Raises ConfigError."""
     composer = Composer(source)
     typed = composer.parsed(words)
-    points, hydra_part = _checked(composer, typed), composer.hydra_part(typed)
-    return [point.config() for point in points], Path(str((hydra_part.sweep if points[1:] else hydra_part.run).dir))
+    configs, hydra_part = [point.config() for point in _checked(composer, typed)], composer.hydra_part(typed)
+    return configs, Path(str((hydra_part.sweep if configs[1:] else hydra_part.run).dir))
 
 
 @dataclass
@@ -90,7 +82,7 @@ def preflight(words: list[str], source: Source, is_multirun: bool = False) -> Pl
     params: dict[Any, Any] = {}
     if is_sweep:
         params = dict(OmegaConf.to_container(hydra_part.sweeper.get("params") or OmegaConf.create({})))  # type: ignore[arg-type]
-        refuse_swept(params)
+        hostile.refuse_swept(params)
         typed = composer.parsed([*(f"{key}={value}" for key, value in params.items()), *words])
     else:
         _refuse_sweep(typed)
@@ -101,7 +93,7 @@ def preflight(words: list[str], source: Source, is_multirun: bool = False) -> Pl
     if not is_sweep:
         return Plan(freed)
     for cfg in composer.composed():
-        refuse_secrets(OmegaConf.to_container(cfg), OmegaConf.to_container(hydra_part.launcher))
+        hostile.refuse_secrets(OmegaConf.to_container(cfg), OmegaConf.to_container(hydra_part.launcher))
     keys, configs = sweep.swept_keys(typed), [point.config() for point in points]
     named = any(override.key_or_group == "sweep.name" for override in typed)
     name = [] if named else [f"sweep.name={sweep.sweep_name(keys, configs)}"]
@@ -191,12 +183,12 @@ class Composer:
                 doubtful = word.key_or_group.split(".")[0] in wrong and word.key_or_group not in known
                 if not self._is_choice(word) and not doubtful:
                     faults += _apply(word, cfg, known)
-            refuse_code(OmegaConf.to_container(cfg))
+            hostile.refuse_code(OmegaConf.to_container(cfg))
             typed = [str(word.input_line) for word in words]
             where = origins(typed, base.hydra.runtime.choices, self.roots)
             freed = _free(cfg, where)
             tree, unresolved = _resolved(cfg)
-            refuse_models_code(tree, typed)
+            hostile.refuse_models_code(tree, typed)
         except ConfigError as error:
             return Point([*faults, error])
         faults += unresolved.values()
@@ -238,7 +230,7 @@ class Composer:
         key = tuple(choices)
         if key not in self._composed:
             cfg = _compose(choices, self.source)
-            refuse_untyped(OmegaConf.to_container(cfg.hydra))
+            hostile.refuse_untyped(OmegaConf.to_container(cfg.hydra))
             self._composed[key] = cfg
         return self._composed[key]
 
@@ -254,7 +246,7 @@ def _compose(words: list[str], source: Source) -> DictConfig:
     hydra_state.clear()
     try:
         if where:
-            refuse_packages(Path(where) / f"{(source.config_name or 'config').removesuffix('.yaml')}.yaml")
+            hostile.refuse_packages(Path(where) / f"{(source.config_name or 'config').removesuffix('.yaml')}.yaml")
         module = "kdx.conf"
         with initialize_config_dir(where, "kdx", "1.3") if where else initialize_config_module(module, "kdx", "1.3"):
             return hydra_compose(source.config_name or "config", words, return_hydra_config=True)

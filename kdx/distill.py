@@ -17,6 +17,7 @@ from kdx import checkpoint, drift, plugins, report, shards
 from kdx.causal_lm import DTYPES
 from kdx.config import Config
 from kdx.devices import keep_memory
+from kdx.durable import write_beside
 from kdx.errors import DivergedError, KdxError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
 from kdx.measuring import Measurer, size
@@ -276,7 +277,7 @@ def leave(
         num_bytes = sum(file.stat().st_size for file in target.glob("*.safetensors"))
         summary = replace(summary, student=summary.student | {"num_bytes": num_bytes})
         card = report.model_card(asdict(run.config), asdict(summary))
-        (target / "README.md").write_text(card, encoding="utf-8")
+        write_beside(target / "README.md", card)
     page = report.samples_page(samples, MAX_NEW_TOKENS)
     folder.write_results(asdict(summary), final.rows, samples, page)
     return summary

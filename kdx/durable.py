@@ -12,15 +12,24 @@ MANIFEST = "MANIFEST.json"  # size and sha256 of every other file, written last:
 
 
 def write_beside(file: Path, text: str | bytes) -> None:
-    """Write a whole file or none. Raises OSError; nothing is left beside it then."""
+    """Write a whole file or none, and have the disk keep it. Raises OSError; nothing is left beside it then."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = temporary(file)
     try:
         beside.write_bytes(text.encode() if isinstance(text, str) else text)
+        fsync(beside)
         os.replace(beside, file)
+        fsync(file.parent)
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def write_over(file: Path, text: str) -> None:
+    """Write into the blocks that a short file has already: what is left to do on a full disk. Raises OSError."""
+    with file.open("r+b") as old:
+        old.write(text.encode())
+        old.truncate()
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -66,8 +75,7 @@ def seal(folder: Path) -> None:
     files = sorted(p for p in folder.iterdir() if p.is_file())
     manifest = {p.name: {"size": p.stat().st_size, "sha256": digest_of(p)} for p in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for path in [*files, folder / MANIFEST, folder]:
-        fsync(path)
+    sync(folder)
 
 
 def verify(folder: Path) -> str | None:
@@ -97,6 +105,12 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(folder: Path) -> None:
+    """Have the disk keep a folder's files, and the list of them. Raises OSError."""
+    for path in [*folder.iterdir(), folder]:
+        fsync(path)
 
 
 def open_to_umask(*files: Path) -> None:

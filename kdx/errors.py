@@ -5,8 +5,10 @@ Exit codes: 0 ok · 1 a bug in kdx · 2 the user's config or data · 3 the machi
 """
 
 import errno
+import shutil
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
@@ -73,6 +75,15 @@ def out_of_memory(error: BaseException) -> MachineError | None:
     if not isinstance(error, MemoryError) and not any(words in text.lower() for words in NO_MEMORY):
         return None
     return MachineError("memory", f"ran out of memory ({text[:160].rstrip('.') or type(error).__name__})", MEMORY)
+
+
+def of_disk(error: OSError, folder: Path | str) -> MachineError:
+    """What to say if a disk is full or refuses. folder: where that was, if the error does not say."""
+    place, what = str(error.filename or folder), error.strerror or "cannot be written"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        there = next((path for path in (Path(place), *Path(place).parents) if path.exists()), Path())
+        what += f" ({shutil.disk_usage(there).free:,} bytes free)"
+    return MachineError(place, what, "Free room, or choose another folder")
 
 
 def together(errors: Sequence[KdxError]) -> KdxError:

@@ -18,6 +18,10 @@ IN_DICT = re.compile(  # of a word: what stands under a secret's key
     rf"""(?i)(?P<key>[{{,]\s*['"]?[\w.-]*{NAME}['"]?\s*+:\s*+)(?!null\b|\?\?\?|''|"")"""
     r"""("[^"]*"|'[^']*'|\[[^\]]*\]|\$\{[^}]*\}|[^,}\]])+"""
 )
+IN_TEXT = re.compile(  # of a word: a text in it that would itself be taken for a secret's key with its value
+    rf"""(?i)(?P<key>[=\[{{(,:]\s*(?P<quote>['"])?[\w./@+~-]*{NAME}\s*+=\s*+)(?!(null|\?\?\?|''|"")\s*([,}}\])'"]|$))"""
+    r"""(?(quote)(\\.|(?!(?P=quote)).)+|("[^"]*"|'[^']*'|\[[^\]]*\]|\$\{[^}]*\}|[^,}\])])+)"""
+)
 # An interpolation, which is kept as it is written: the name it ends on, and no default that says anything.
 TAKEN = re.compile(r"""\$\{[\s\w.:'"[\]]+(,\s*(null|''|"")?\s*)?\}""")
 NAMED = re.compile(r"""\$\{[\s\w.:'"[\]]*?(\w+)[\s'"\]]*[,}]""")
@@ -45,7 +49,8 @@ def redact(value: Any, key: str = "") -> Any:
     if SECRET_KEY.search(key) and value not in NOTHING:
         return HIDDEN
     if typed:
-        value = IN_DICT.sub(rf"\g<key>{HIDDEN}", value)
+        for pattern in (IN_DICT, IN_TEXT):
+            value = pattern.sub(rf"\g<key>{HIDDEN}", value)
     for held in _held_secrets():
         value = value.replace(held, HIDDEN)
     names_a_commit = (typed[0].rstrip("= ") if typed else key).endswith("revision")

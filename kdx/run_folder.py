@@ -16,7 +16,7 @@ import yaml
 
 from kdx import checkpoint, drift
 from kdx.config import Config
-from kdx.durable import read_json, write_beside
+from kdx.durable import read_json, write_beside, write_over
 from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, exit_code, out_of_memory
 from kdx.hostile import refuse_links
 from kdx.redact import redact
@@ -160,7 +160,16 @@ class RunFolder:
         }
         if code is not None:
             status["exit_code"] = code
-        write_beside(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+        file, text = self.path / "status.json", json.dumps(status, indent=2) + "\n"
+        try:
+            write_beside(file, text)
+        except OSError as error:
+            if state not in ("failed", "diverged", "interrupted"):
+                raise
+            try:  # a full disk has room for it only where the old one stands
+                write_over(file, text)
+            except OSError:
+                log.warning("%s cannot say that the run is %s: %s", file, state, error.strerror)
 
     def resume(
         self,
@@ -218,8 +227,7 @@ class RunFolder:
 
     def write_results(self, summary: dict[str, Any], rows: list[dict[str, Any]], samples: Any, page: str) -> None:
         """Write what a done run leaves, the summary last."""
-        with (self.path / "eval_rows.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        write_beside(self.path / "eval_rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_beside(self.path / "samples.json", json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
         write_beside(self.path / "samples.md", page)
         write_beside(self.path / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

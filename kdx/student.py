@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from kdx.causal_lm import load_causal_lm, load_config, ready
+from kdx.checkpoint import REFUSALS, not_saved
 from kdx.config import StudentConfig, TeacherConfig
-from kdx.durable import open_to_umask, seal, temporary, verify
+from kdx.durable import fsync, open_to_umask, seal, sync, temporary, verify
 from kdx.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -127,12 +128,24 @@ def _keep(model: PreTrainedModel, folder: Path) -> None:
 
 
 def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Write config, weights as they are, tokenizer with chat template and generation config as one model folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write config, weights as they are, tokenizer with chat template and generation config as one model folder.
+
+    Whole or not at all, and kept by the disk. Raises MachineError if it is full or refuses.
+    """
+    beside = temporary(folder)
     model.config.use_cache = True
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    open_to_umask(*folder.iterdir())
+    try:
+        beside.mkdir(parents=True)
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        open_to_umask(*beside.iterdir())
+        sync(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+        fsync(folder.parent)
+    except REFUSALS as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise not_saved(folder, "the student", error) from error
 
 
 def answer_greedily(model: PreTrainedModel, max_new_tokens: int) -> None:

@@ -87,6 +87,18 @@ class _ConsoleHandler(logging.Handler):
         CONSOLE.print(f"warning: {text}" if record.levelno >= logging.WARNING else text, style=style, markup=False)
 
 
+class _FileHandler(logging.FileHandler):
+    """Log lines in a file; a full disk costs them alone, and is told by what cannot do without it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 def _clean(record: logging.LogRecord) -> bool:
     """Without secrets, and without what a terminal would obey: lines quote paths and rows."""
     record.msg, record.args = printable(redact(record.getMessage())), ()
@@ -100,7 +112,7 @@ def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
     if is_main:
         handlers = [_ConsoleHandler()]
     if is_main and file is not None:
-        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file = _FileHandler(file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(to_file)
     for handler in handlers:
@@ -148,11 +160,14 @@ class Tracker:
     def _cut_back(self, step: int) -> None:
         """Keep the lines up to the checkpoint's step, so that a resumed run has each step once."""
         if self.file.exists():
-            lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [
-                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
-            ]  # a kill may tear the last line
-            write_beside(self.file, "".join(kept) if step else "")
+            kept: list[bytes] = []
+            for line in self.file.read_bytes().splitlines(keepends=True) if step else ():
+                with suppress(ValueError, KeyError, TypeError):
+                    if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                        kept.append(line)
+                    continue
+                break  # torn by a kill, or zeros after a power cut
+            write_beside(self.file, b"".join(kept))
 
     def start_wandb(self, run_dir: Path, wandb_dir: Path, name: str, config: Config) -> None:
         """Open the W&B run, under its old id if the run goes on; where the server cannot be reached, offline."""

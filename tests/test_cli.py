@@ -422,6 +422,10 @@ def test_the_record_has_no_secrets_and_is_never_written_over(monkeypatch):
     for auth in ("password: hunter2", "api_key: 'a, b'", "'token': ${oc.env:P,x}", "password: [a, b]"):
         key = auth.partition(":")[0]
         assert redact(f"+data.auth={{user: me, {auth}, a: 1}}") == f"+data.auth={{user: me, {key}: {hidden}, a: 1}}"
+    for text in ("['password={}']", "[a,password={}]", "'password={}'", '"my.token={}"', "{{a: 'password={}'}}"):
+        word = f"tracking.tags={text}"
+        assert redact(word.format("hunter2")) == redact(redact(word.format("hunter2"))) == word.format(hidden)
+        assert redact(word.format("null")) == word.format("null")
     assert redact(["https://me:pw@host/x", 3, None]) == [f"https://{hidden}@host/x", 3, None]
 
 

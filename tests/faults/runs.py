@@ -140,7 +140,7 @@ def _child(config: Config, run_dir: Path, log: Path, fault: Callable[[], None] |
         distill(config, run_dir)
         return 0
 
-    sys.exit(guarded(work))
+    sys.exit(guarded(work, run_dir))
 
 
 # What can be planted.

@@ -1,6 +1,7 @@
 """Damaged checkpoints and a full disk: named, passed over, and nothing lost that was whole."""
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -111,3 +112,22 @@ def test_a_full_disk(place, tmp_path, figure):
     figure(
         f"full disk ({'tmpfs' if disk else os.strerror(errno.EFBIG)}): exit 3, the checkpoint before is whole, equal"
     )
+
+
+def test_a_disk_that_fills_between_checkpoints(place, tmp_path):
+    disk = small_disk(tmp_path / "disk", 2**20)
+    if disk is None:
+        pytest.skip("no disk can be mounted")
+    run_dir, config = disk / "run", config_of(place, "train.save_every=0", "train.max_steps=60")
+    try:
+        # The last page of metrics.jsonl has room for some lines more.
+        run = start(config, run_dir, partial(fill_disk_at, 3, disk, 0), log=tmp_path / "log")
+        assert run.code == 3, run.text
+        assert f"kdx: error: {run_dir}: No space left on device (0 bytes free). Free room" in run.text
+        assert "Traceback" not in run.text
+        assert "Logging error" not in run.text
+        status = json.loads((run_dir / "status.json").read_text())
+        assert (status["state"], status["exit_code"]) == ("failed", 3)
+        assert "No space left on device" in status["reason"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
