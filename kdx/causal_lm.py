@@ -224,9 +224,10 @@ def load_causal_lm(
 
 def ready(model: PreTrainedModel, group: str) -> PreTrainedModel:
     """Put a model into eval mode, its activations fused, its split into backbone and head proven. Raises ModelError."""
+    model.eval()  # no dropout while it is proven
     fuse_activations(model)
     check_split(model, group)
-    return model.eval()
+    return model
 
 
 def fuse_activations(model: PreTrainedModel) -> None:
