@@ -245,8 +245,9 @@ def _compose(words: list[str], source: Source) -> DictConfig:
     before = hydra_state.hydra
     hydra_state.clear()
     try:
-        if where:
-            hostile.refuse_packages(Path(where) / f"{(source.config_name or 'config').removesuffix('.yaml')}.yaml")
+        own = Path(where or "") / f"{(source.config_name or 'config').removesuffix('.yaml')}.yaml"
+        if where and own.is_file():
+            hostile.refuse_packages(own, OmegaConf.to_container(OmegaConf.load(own)))
         module = "kdx.conf"
         with initialize_config_dir(where, "kdx", "1.3") if where else initialize_config_module(module, "kdx", "1.3"):
             return hydra_compose(source.config_name or "config", words, return_hydra_config=True)

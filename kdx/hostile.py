@@ -5,8 +5,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from kdx.errors import ConfigError
 from kdx.redact import secrets_in
 
@@ -111,12 +109,12 @@ def refuse_links(run_dir: Path, within: Path | None = None) -> None:
             raise ConfigError(str(path), f"is a link that leads elsewhere, to {place}", "Remove the link")
 
 
-def refuse_packages(file: Path) -> None:
+def refuse_packages(file: Path, tree: Any) -> None:
     """Refuse a config of one's own that searches in Python packages: Hydra would import them.
 
-    Read as Hydra reads it, and only plain words pass: an interpolation may become anything. Raises ConfigError.
+    tree: what is in the file, unresolved. Only plain words pass: an interpolation may become anything.
+    Raises ConfigError.
     """
-    tree = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
     hydra_part = tree.get("hydra") if isinstance(tree, dict) else None
     bad = [hydra_part] if isinstance(hydra_part, str) else [p for p in _searched(tree) if not SEARCHED.fullmatch(p)]
     if bad:
