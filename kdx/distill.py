@@ -70,12 +70,12 @@ def distill(config: Config, run_dir: Path) -> Summary:
         return Summary(**done)
     is_main = accelerator.is_main_process
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
-    folder.open(asdict(config), is_main)
-    if is_main:
-        plugins.keep(run_dir)
-    with StopRequest() as stop, logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main):
-        check_names(config)
-        return _run(config, folder, accelerator, stop)
+    with folder.open(asdict(config), is_main):
+        if is_main:
+            plugins.keep(run_dir)
+        with StopRequest() as stop, logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main):
+            check_names(config)
+            return _run(config, folder, accelerator, stop)
 
 
 def _refuse_stale(config: Config, folder: RunFolder, device: torch.device) -> str:

@@ -1,10 +1,9 @@
-"""A run's folder: its record, its status and owner, and going on with one that is there."""
+"""A run's folder: its record, its status, and going on with one that is there."""
 
 import json
 import logging
 import math
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from kdx import checkpoint, drift
+from kdx import checkpoint, drift, owner
 from kdx.config import Config
 from kdx.durable import read_json, write_beside, write_over
 from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, exit_code, out_of_memory
@@ -50,26 +49,46 @@ class RunFolder:
         """What status.json says; empty if there is none."""
         return read_json(self.path / "status.json")
 
-    def open(self, config: dict[str, Any], is_main: bool) -> None:
-        """Make the folder and write its config, or refuse: in use by another process, or another config's."""
-        status = self.status()
-        owner = status["owner"] if isinstance(status.get("owner"), dict) else {}
-        if is_main and status.get("state") == "running" and owner.get("pid") != os.getpid() and _alive(owner, status):
-            what = f"in use by pid {owner.get('pid')} on host {owner.get('host')} since {status.get('updated')}"
-            mend = "Wait for it, choose another folder, or, if that process is gone, remove status.json there"
-            raise MachineError(str(self.path), what, mend)
+    @contextmanager
+    def open(self, config: dict[str, Any], is_main: bool) -> Iterator[None]:
+        """Hold the folder while the run lasts, its config written there, or refuse: another process, or config, has it."""
         if not is_main:  # rank 0 decides, and ends all if it refuses
+            yield
             return
-        is_longer = self._refuse_drift(config)
-        self._tidy()
-        if not self._has_begun() or is_longer:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+        with owner.locked(self.path) as is_free:
+            status = self.status()
+            is_known = owner.is_another_alive(status)
+            if not is_free or (is_known and status.get("state") == "running"):
+                raise self._in_use(status if is_known else {}, is_free)
+            if self.done(config) is not None:
+                what = "another process has done this run just now"
+                raise MachineError(str(self.path), what, "Nothing is left to do; the same command tells so")
+            is_longer = self._refuse_drift(config)
+            self._tidy()
+            if not self._has_begun() or is_longer:
                 text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
-                write_beside(self.path / "config.yaml", text)
-            except OSError as error:
-                what = f"cannot write there: {error.strerror}"
-                raise MachineError(str(self.path), what, "Choose another folder with hydra.run.dir=...") from None
+                with self._writing():
+                    write_beside(self.path / "config.yaml", text)
+            yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            what = f"cannot write there: {error.strerror}"
+            raise MachineError(str(self.path), what, "Choose another folder with hydra.run.dir=...") from None
+
+    def _in_use(self, status: dict[str, Any], is_free: bool) -> MachineError:
+        """What to say where another process runs; one that has just begun has written no status yet."""
+        by = owner.owner_of(status)
+        who = f"pid {by.get('pid')} on host {by.get('host')} since {status.get('updated')}" if by else "another process"
+        mend = "Wait for it, or choose another folder"
+        if is_free:  # only status.json says so
+            mend = "Wait for it, choose another folder, or, if that process is gone, remove status.json there"
+        return MachineError(str(self.path), f"in use by {who}", mend)
 
     def _refuse_drift(self, config: dict[str, Any]) -> bool:
         """Refuse to go on under another config than the run began with, but for what cannot change the student.
@@ -156,7 +175,7 @@ class RunFolder:
             "step": self.step,
             "max_steps": self.max_steps,
             "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "owner": {"pid": os.getpid(), "host": platform.node(), "boot_id": _boot_id()},
+            "owner": owner.this_process(),
         }
         if code is not None:
             status["exit_code"] = code
@@ -259,27 +278,3 @@ def _is_anothers(error: BaseException) -> bool:
     words = ("gloo", "NCCL", "TCPStore")
     is_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return is_many and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def _boot_id() -> str:
-    file = Path("/proc/sys/kernel/random/boot_id")
-    return file.read_text().strip() if file.is_file() else ""
-
-
-def _alive(owner: dict[str, Any], status: dict[str, Any]) -> bool:
-    """Whether the process that owns a folder still runs; on another host: whether it wrote within the last hour."""
-    if owner.get("host") != platform.node():
-        try:
-            written = time.mktime(time.strptime(str(status.get("updated", ""))[:19], "%Y-%m-%dT%H:%M:%S"))
-        except ValueError:
-            return False
-        return time.time() - written < 3600
-    if owner.get("boot_id") != _boot_id():
-        return False
-    try:
-        os.kill(int(owner["pid"]), 0)
-    except (ProcessLookupError, ValueError, KeyError, TypeError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
