@@ -86,11 +86,14 @@ def of_hub(error: BaseException, kind: type[KdxError], key: str, what: str, mend
 
 def _is_network(error: BaseException | None) -> bool:
     """Whether a hub could not be reached, whichever of its client's libraries says so; not where it was not to be."""
-    names: set[str] = set()
+    said, names = str(error), set[str]()  # datasets only says which error its own is of
     while error is not None:
         names |= {kind.__name__ for kind in type(error).__mro__}
         error = error.__cause__ or error.__context__
-    return bool(names & {"TransportError", "ConnectionError"}) and "OfflineModeIsEnabled" not in names
+    return bool(names & {"TransportError", "ConnectionError"}) and "OfflineModeIsEnabled" not in (
+        *names,
+        *re.findall(r"\w+", said),
+    )
 
 
 def of_disk(error: OSError, folder: Path | str) -> MachineError:
