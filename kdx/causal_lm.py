@@ -31,7 +31,7 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 from kdx.batches import MicroBatch
 from kdx.config import SAFE_NAME, ModelConfig
 from kdx.durable import cache_dir, known_digest, read_json
-from kdx.errors import MachineError, ModelError, out_of_memory
+from kdx.errors import MachineError, ModelError, of_hub, out_of_memory
 from kdx.files import nearby, resolve_path
 
 log = logging.getLogger(__name__)
@@ -390,8 +390,8 @@ class _loading:
         if not folder.exists() and (self.path.count("/") != 1 or self.path.startswith((".", "/", "~"))):
             raise ModelError(self.key, f"{self.path} does not exist", nearby(folder)) from error
         if not folder.exists() and isinstance(error, OSError | ValueError):
-            what = f"{self.path} is no folder here, and the hub could not give its {self.what}: {text[:160]}"
+            what = f"{self.path} is no folder here, and the hub could not give its {self.what}"
             mend = "Check the name and the network, log in for gated models (hf auth login), or give a local folder"
-            raise ModelError(self.key, what, mend) from error
+            raise of_hub(error, ModelError, self.key, what, mend) from error
         what = f"cannot load the {self.what} in {self.path}: {type(error).__name__}: {text[:240]}"
         raise ModelError(self.key, what, nearby(folder)) from error

@@ -13,7 +13,7 @@ from typing import Any
 from kdx.check import binding_problems
 from kdx.config import DataConfig
 from kdx.errors import SKIP, ConfigError, DataError, did_you_mean, first_of, together
-from kdx.files import kind_of, read_rows, resolve_path
+from kdx.files import kind_of, read_rows, resolve_path, text_in
 from kdx.templates import RowTemplate, Unbounded, each
 
 log = logging.getLogger(__name__)
@@ -128,8 +128,14 @@ def load_data(
     if len(train) < len(rest):
         dropped["equal to a held-out row"] += len(rest) - len(train)
     if not train:
-        what = f"{config.validation} of {len(rows)} rows leave none to train on"
-        raise DataError("data.validation", what, "Hold out fewer rows, or give more data")
+        what, mend = (
+            f"{config.validation} of {len(rows)} rows leave none to train on",
+            "Hold out fewer rows, or give more data",
+        )
+        if len(rows) > 1 and len({c.digest for c in rows}) == 1:
+            what = f"all {len(rows)} rows are copies of one, and copies are held out together"
+            mend = "Give rows that differ"
+        raise DataError("data.validation", what, mend)
     if config.take is not None:
         if config.take > len(train):
             log.warning("data.take=%d, but there are %d training rows: all are used", config.take, len(train))
@@ -251,10 +257,7 @@ def _conversation(item: Any, where: str, changed: Counter[str]) -> Conversation:
         if message["role"] not in ROLES:
             mend = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
             raise DataError(at, f"the role is {kind_of(message['role'])}", mend)
-        if not isinstance(message["content"], str):
-            raise DataError(at, f'"content" is {kind_of(message["content"])}, expected text', "Quote it in the file")
-        if not message["content"].strip():
-            raise DataError(at, '"content" is empty or blank', "Give it text, or take the row out")
+        text_in(message["content"], "content", at)
         try:
             message["content"].encode()
         except UnicodeEncodeError as error:
@@ -324,13 +327,7 @@ def _column(row: dict[str, Any], column: str, name: str, where: str) -> str:
     if column not in row:
         what = f'"{column}" is missing; the columns are: {", ".join(map(str, row)) or "none"}'
         raise DataError(where, what, f"Name the column: data.{name}_column=...")
-    value = row[column]
-    if not isinstance(value, str):
-        what = f'"{column}" is {kind_of(value)}, expected text'
-        raise DataError(where, what, "Quote it in the file, or leave it out")
-    if not value.strip():
-        raise DataError(where, f'"{column}" is empty or blank', "Give it text, or take the row out")
-    return value
+    return text_in(row[column], column, where, f"data.{name}_column=...")
 
 
 @register_source

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 TOKENISED_TOGETHER = 512  # conversations given to the tokenizer at once: its threads share them
 ROUND = 50  # characters of a message, written as a dict, besides its content
 MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template takes it for anything
+TEMPLATE = "data.chat_template"
 Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of what is said, end
 TALK = [
     {"role": role, "content": content}
@@ -72,7 +73,7 @@ class Encoder:
     def encode(self, *parts: Sequence[Conversation]) -> list[list[Row]]:
         """Tokenise, and count what was dropped or truncated under which rule. Raises DataError with all faults."""
         encoded = [self._encoded(conversations) for conversations in parts]
-        refused = [fault for _, found, _ in encoded for fault in found]
+        refused = _of_template([fault for _, found, _ in encoded for fault in found], sum(map(len, parts)))
         faults = refused + [fault for _, _, found in encoded for fault in found]
         if faults:
             raise first_of(faults, SKIP if refused else "Mend them")
@@ -81,13 +82,17 @@ class Encoder:
     def faults(self, conversations: Sequence[Conversation]) -> list[DataError]:
         """What encode would refuse."""
         _, refused, long = self._encoded(conversations)
-        return [*refused, *long]
+        return [*_of_template(refused, len(conversations)), *long]
 
     def refused(self, conversations: Sequence[Conversation]) -> list[DataError | None]:
         """Why the chat template refuses each conversation, or None; encode renders none of them again."""
         told = list(self._each(self._render, conversations))
         self._kept |= {id(conversation.messages): (conversation.messages, text) for conversation, text in told}
-        return [text if isinstance(text, DataError) else None for _, text in told]
+        refused = [text if isinstance(text, DataError) else None for _, text in told]
+        for fault in _of_template([fault for fault in refused if fault], len(refused)):
+            if fault.args[0] == TEMPLATE:
+                raise fault
+        return refused
 
     def prompts(self, conversations: Sequence[Conversation], number: int, room: int) -> list[dict[str, Any]]:
         """The first conversations up to the assistant's first turn that leave room for an answer, and what was said."""
@@ -249,6 +254,15 @@ class Encoder:
         return counted
 
 
+def _of_template(refused: list[DataError], num_rows: int) -> list[DataError]:
+    """What a template refuses; where that is every row, for one reason, the fault is its own."""
+    reasons = {fault.args[1] for fault in refused}
+    if len(reasons) != 1 or not 1 < len(refused) == num_rows:
+        return refused
+    what = reasons.pop().replace("the conversation", f"all {num_rows} rows", 1)
+    return [DataError(TEMPLATE, what, "Mend it, or give another: data.chat_template=FILE")]
+
+
 def _together(
     told: Iterator[tuple[Conversation, Any]], refused: list[DataError]
 ) -> Iterator[list[tuple[Conversation, str, list[Span]]]]:
@@ -299,7 +313,7 @@ def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
         is_file = "{" not in config.chat_template
         if is_file and not path.is_file():
             what = f"{path} is not a file" if path.exists() else f"{path} does not exist"
-            raise DataError("data.chat_template", what, "Give a file, or Jinja text with {{ }}")
+            raise DataError(TEMPLATE, what, "Give a file, or Jinja text with {{ }}")
         try:
             tokenizer.chat_template = path.read_text(encoding="utf-8") if is_file else config.chat_template
         except UnicodeDecodeError as error:
@@ -310,7 +324,7 @@ def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
         _try_out(tokenizer, "the chat template that the tokenizer brings")
         return "the tokenizer's own"
     if tokenizer.eos_token is None:
-        raise DataError("data.chat_template", "the tokenizer has neither template nor end-of-text token", "Give one")
+        raise DataError(TEMPLATE, "the tokenizer has neither template nor end-of-text token", "Give one")
     tokenizer.chat_template = JOINED_BY_END_OF_TEXT
     return "turns joined by the end-of-text token"
 
@@ -335,4 +349,4 @@ def _try_out(tokenizer: Any, whose: str) -> None:
     template = tokenizer.chat_template
     fault = None if is_plain(template) else fault_of(f"chat {template} {tokenizer.special_tokens_map}", write)
     if fault:
-        raise DataError("data.chat_template", f"{whose} {fault}", "Give another: data.chat_template=FILE")
+        raise DataError(TEMPLATE, f"{whose} {fault}", "Give another: data.chat_template=FILE")

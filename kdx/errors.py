@@ -5,6 +5,7 @@ Exit codes: 0 ok · 1 a bug in kdx · 2 the user's config or data · 3 the machi
 """
 
 import errno
+import re
 import shutil
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -75,6 +76,24 @@ def out_of_memory(error: BaseException) -> MachineError | None:
     if not isinstance(error, MemoryError) and not any(words in text.lower() for words in NO_MEMORY):
         return None
     return MachineError("memory", f"ran out of memory ({text[:160].rstrip('.') or type(error).__name__})", MEMORY)
+
+
+def of_hub(error: BaseException, kind: type[KdxError], key: str, what: str, mend: str) -> KdxError:
+    """What to say where the hub gave nothing: the network is the machine's, a name the user's."""
+    text = re.sub(r"\s+", " ", str(error)).partition(" Check your internet connection")[0]
+    return (MachineError if _is_network(error) else kind)(key, f"{what}: {text[:200].rstrip('. ')}", mend)
+
+
+def _is_network(error: BaseException | None) -> bool:
+    """Whether a hub could not be reached, whichever of its client's libraries says so; not where it was not to be."""
+    said, names = str(error), set[str]()  # datasets only says which error its own is of
+    while error is not None:
+        names |= {kind.__name__ for kind in type(error).__mro__}
+        error = error.__cause__ or error.__context__
+    return bool(names & {"TransportError", "ConnectionError"}) and "OfflineModeIsEnabled" not in (
+        *names,
+        *re.findall(r"\w+", said),
+    )
 
 
 def of_disk(error: OSError, folder: Path | str) -> MachineError:

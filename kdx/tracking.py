@@ -347,8 +347,10 @@ def has_login() -> bool:
 def quiet_libraries() -> None:
     """Keep other libraries' progress bars and advice out of kdx's output."""
     import datasets
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # it tells each attempt to reach a hub
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()

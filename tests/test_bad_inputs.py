@@ -92,6 +92,8 @@ FILES = {
     "UTF-16": ("t.jsonl", LINE.decode().encode("utf-16"), "t.jsonl:1: is UTF-16 (first bytes ff fe)", "iconv -f UTF-16 -t UTF-8"),
     "UTF-16 without BOM": ("t.json", LINE.decode().encode("utf-16-le"), "t.json:1: is UTF-16", "iconv"),
     "UTF-16, big end first": ("t.jsonl", LINE.decode().encode("utf-16-be"), "t.jsonl:1: is UTF-16", "iconv"),
+    "zeros": ("t.jsonl", b"\0" * 4096, "t.jsonl: holds only zero bytes", "copy the file again"),
+    "copies of one row": ("t.jsonl", LINE * 20, "data.validation: all 20 rows are copies of one", "Give rows that differ"),
     "empty": ("t.jsonl", b"", "t.jsonl: is empty", "Give a file with rows"),
     "empty but for a BOM": ("t.csv", b"\xef\xbb\xbf\r\n \n", "t.csv: is empty", "Give a file"),
     "a column twice": ("t.csv", b"source,target,source\na,b,c\n", "t.csv: has the column 'source' more than once", "Rename one"),
@@ -132,12 +134,12 @@ ROWS = [
     ("pairs", {"source": "a"}, '"target" is missing; the columns are: source. Name the column: data.target_column=...'),
     ("pairs", {"q": "a", "a": "b"}, '"source" is missing; the columns are: q, a. Name the column: data.source_column=...'),
     ("pairs", {}, '"source" is missing; the columns are: none. Name the column: data.source_column=...'),
-    ("pairs", {**GOOD, "target": None}, '"target" is null, expected text. Quote it in the file, or leave it out'),
-    ("pairs", {**GOOD, "target": 5}, '"target" is a number (5), expected text. Quote it in the file, or leave it out'),
-    ("pairs", {**GOOD, "target": 1.5}, '"target" is a number (1.5), expected text. Quote it in the file, or leave it out'),
-    ("pairs", {**GOOD, "target": True}, '"target" is true or false (true), expected text. Quote it in the file, or leave it out'),
-    ("pairs", {**GOOD, "source": ["a"]}, '"source" is a list, expected text. Quote it in the file, or leave it out'),
-    ("pairs", {**GOOD, "source": {"a": 1}}, '"source" is an object, expected text. Quote it in the file, or leave it out'),
+    ("pairs", {**GOOD, "target": None}, '"target" is null, expected text. Fill it in, or take the row out'),
+    ("pairs", {**GOOD, "target": 5}, '"target" is a number (5), expected text. Quote it in the file'),
+    ("pairs", {**GOOD, "target": 1.5}, '"target" is a number (1.5), expected text. Quote it in the file'),
+    ("pairs", {**GOOD, "target": True}, '"target" is true or false (true), expected text. Quote it in the file'),
+    ("pairs", {**GOOD, "source": ["a"]}, '"source" is a list, expected text. Join it into one text, or map another column: data.source_column=...'),
+    ("pairs", {**GOOD, "source": {"a": 1}}, '"source" is an object, expected text. Join it into one text, or map another column: data.source_column=...'),
     ("pairs", {**GOOD, "target": ""}, '"target" is empty or blank. Give it text, or take the row out'),
     ("pairs", {**GOOD, "source": " \n\u2028"}, '"source" is empty or blank. Give it text, or take the row out'),
     ("pairs", {**GOOD, "source": "a\ud83d"}, 'messages[0]: "content" has half of a surrogate pair (\\ud83d), which is no text. Was the text cut in the middle of an emoji? Mend it'),
@@ -153,8 +155,8 @@ ROWS = [
     ("messages", {"messages": [TALK[0], {"role": "bot", "content": "b"}]}, 'messages[1]: the role is text ("bot"). Roles are system, user, assistant; map others with data.roles, as in \'+data.roles.bot=assistant\''),
     ("messages", {"messages": [{**TALK[0], "role": 3}, TALK[1]]}, "messages[0]: the role is a number (3). Roles are system, user, assistant; map others with data.roles, as in '+data.roles.bot=assistant'"),
     ("messages", {"messages": [{**TALK[0], "role": []}, TALK[1]]}, "messages[0]: the role is a list. Roles are system, user, assistant; map others with data.roles, as in '+data.roles.bot=assistant'"),
-    ("messages", {"messages": [TALK[0], {**TALK[1], "content": None}]}, 'messages[1]: "content" is null, expected text. Quote it in the file'),
-    ("messages", {"messages": [TALK[0], {**TALK[1], "content": [1]}]}, 'messages[1]: "content" is a list, expected text. Quote it in the file'),
+    ("messages", {"messages": [TALK[0], {**TALK[1], "content": None}]}, 'messages[1]: "content" is null, expected text. Fill it in, or take the row out'),
+    ("messages", {"messages": [TALK[0], {**TALK[1], "content": [1]}]}, 'messages[1]: "content" is a list, expected text. Join it into one text'),
     ("messages", {"messages": [TALK[0], {**TALK[1], "content": " "}]}, 'messages[1]: "content" is empty or blank. Give it text, or take the row out'),
     ("messages", {"messages": [TALK[0]]}, "no message is the assistant's. The assistant's turns are what is learnt: add one"),
     ("messages", [TALK], "is a list, expected an object. Write one JSON object a row"),
@@ -220,6 +222,14 @@ def alternating(place: Path) -> list[str]:
     rows[1], rows[3::4] = {"messages": "oops"}, [*twice, *rows[15::4]]
     Path("t.jsonl").write_bytes(jsonl(*rows))
     return ["data=messages", "data.chat_template=alternating.jinja", "data.validation=2"]
+
+
+@pytest.mark.parametrize("how", ["stop", "skip"])
+def test_a_chat_template_that_refuses_all_rows_is_one_fault(refused, how):
+    write_pairs(Path("t.jsonl"), 20)
+    words = ["""data.chat_template='{{ raise_exception("no") }}'""", f"data.on_bad_row={how}", "data.validation=2"]
+    (line,) = refused(*words)
+    assert line.startswith("data.chat_template: the chat template refuses all 20 rows: no. Mend it, or ")
 
 
 def test_rows_that_the_chat_template_refuses_are_skipped_and_counted(alternating, capfd):

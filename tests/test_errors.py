@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdx import errors
-from kdx.errors import ConfigError, DataError, KdxError, did_you_mean, out_of_memory, together
+from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, out_of_memory, together
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, KdxError)]
 CODES = {"ConfigError": 2, "DataError": 2, "ModelError": 2, "MachineError": 3, "DivergedError": 4, "KdxError": 2}
@@ -35,6 +35,23 @@ def test_an_error_survives_the_way_between_processes(kind):
     again = pickle.loads(pickle.dumps(kind("a", "b", "c")))
     assert type(again) is kind
     assert again.lines == ["a: b. c"]
+
+
+def test_a_hub_that_cannot_be_reached_is_the_machines_error_and_a_name_the_users():
+    def told(raised: str, shown: str) -> KdxError:
+        try:
+            try:
+                raise type(raised, (Exception,), {})("no route")
+            except Exception as error:
+                raise OSError(shown) from error
+        except OSError as error:
+            return errors.of_hub(error, ModelError, "teacher.path", "a/b: the hub gave nothing", "Check the name")
+
+    cut = "We couldn't connect. Check your internet connection or see how to run the library in offline mode at 'https://x'."
+    for raised, kind in (("ConnectionError", MachineError), ("OfflineModeIsEnabled", ModelError), ("Any", ModelError)):
+        error = told(raised, cut)
+        assert type(error) is kind
+        assert error.lines == ["teacher.path: a/b: the hub gave nothing: We couldn't connect. Check the name"]
 
 
 def test_errors_together_have_a_line_each_and_no_line_twice():

@@ -14,7 +14,7 @@ import yaml
 from standins import write_chats, write_dialogpt, write_llama, write_pairs, write_place
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdx import checkpoint, loss
+from kdx import checkpoint, loss, nonfinite, report
 from kdx.cli import compose
 from kdx.config import Config
 from kdx.distill import Summary, distill
@@ -44,6 +44,24 @@ def config_of(place: Path, *words: str, teacher: str = "medium", student: str = 
 
 def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_what_to_type_next_keeps_the_words_of_this_run(tmp_path):
+    words = ["data=pairs", "data.path=my file.jsonl", "loss.alpha=1", "run.like=x", "tracking.notes=[redacted]"]
+    (tmp_path / "overrides.yaml").write_text(yaml.safe_dump(words))
+    (tmp_path / "command.txt").write_text("python -m kdx --config-dir mine data=pairs\n")
+    sweep = (
+        "  python -m kdx -m --config-dir mine data=pairs 'data.path=my file.jsonl' 'tracking.notes=[redacted]' "
+        "loss.temperature=1,2,4 loss.alpha=0.3,0.7"
+    )
+    assert report.next_commands(tmp_path, False, False) == ["next:", sweep]
+    assert report.next_commands(tmp_path, False, True) == ["next:", f"  less {tmp_path}/samples.md", sweep]
+
+
+def test_rows_that_are_blamed_are_named_whole():
+    assert nonfinite._some(["a", "b"]) == "a, b"
+    assert nonfinite._some(["a" * 64] * 8) == ", ".join(["a" * 64] * 3) + " and 5 more"
+    assert nonfinite._some(["a" * 300, "b"]) == "a" * 300 + " and 1 more"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
