@@ -15,7 +15,7 @@ from kdx.config import Config
 NOT_IDENTITY = ("run", "sweep", "tracking")
 NOT_IDENTITY_IN = {
     "train": ("log_every", "save_every", "keep_checkpoints"),
-    "teacher": ("store", "store_dir", "store_limit_gb", "micro_batch_size"),
+    "teacher": ("store", "store_dir", "store_limit_gb"),
 }
 LONGEST_PART = 60  # letters of a value in a folder's name; the hash tells long ones apart
 
