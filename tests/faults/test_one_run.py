@@ -31,9 +31,10 @@ def test_one_that_begins_while_another_has_written_no_status(undisturbed, tmp_pa
     first = start(config, tmp_path / "run", partial(_wait_to_write, tmp_path))
     wait_for(tmp_path / "waits")
     second = start(config, tmp_path / "run", log=tmp_path / "second.log")
-    assert second.code == 3, second.text
+    code = second.code
+    (tmp_path / "go").touch()  # before anything can fail: the first would wait
+    assert code == 3, second.text
     assert f"{tmp_path / 'run'}: in use by another process. Wait for it, or choose another folder" in second.text
-    (tmp_path / "go").touch()
     assert first.code == 0, first.text
     assert outcome(tmp_path / "run") == expected
 
@@ -44,9 +45,9 @@ def test_one_that_begins_while_another_ends(undisturbed, tmp_path):
     late = start(config, tmp_path / "run", partial(_wait_to_open, tmp_path), tmp_path / "late.log")
     wait_for(tmp_path / "waits")
     run = start(config, tmp_path / "run")
-    assert run.code == 0, run.text
-    before = files(tmp_path / "run")
-    (tmp_path / "go").touch()
+    code, before = run.code, files(tmp_path / "run")
+    (tmp_path / "go").touch()  # before anything can fail: the late one would wait
+    assert code == 0, run.text
     assert late.code == 3, late.text
     assert "another process has done this run just now" in late.text
     assert files(tmp_path / "run") == before
