@@ -25,7 +25,7 @@ from kdx import __version__, jobs, plugins, signals
 from kdx.composition import Plan, as_tree, compose, compose_points, preflight, to_config
 from kdx.config import Config
 from kdx.devices import one_device
-from kdx.durable import write_beside
+from kdx.durable import read_yaml, write_beside
 from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, of_disk, out_of_memory, printable
 from kdx.folders import Source, groups_in, origins, spelt
 from kdx.hostile import refuse_links, refuse_typed_secrets
@@ -343,10 +343,7 @@ def _words_of(folder: Path, asked: str) -> list[str]:
     if not file.is_file():
         what = f"{folder} is not a run folder (it has no overrides.yaml)"
         raise ConfigError(asked, what, "Name a folder that kdx made, as in outputs/2026-11-24/02-45-09-123456")
-    try:
-        words = yaml.safe_load(file.read_text(encoding="utf-8")) or []
-    except (yaml.YAMLError, UnicodeDecodeError):
-        words = None
+    words = read_yaml(file)  # a run without words has [] there: an empty file is damaged
     if not isinstance(words, list) or not all(
         isinstance(w, str) and not w.lstrip("+~").startswith("hydra") for w in words
     ):

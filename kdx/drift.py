@@ -23,7 +23,8 @@ Drift = list[tuple[str, Any, Any]]  # key, was, now
 
 def drift(was: dict[str, Any], now: dict[str, Any]) -> Drift:
     """The keys of two configs that differ and matter."""
-    has_teacher = any(tree.get("loss", {}).get("alpha") != 0 for tree in (was, now))
+    losses = [tree.get("loss") for tree in (was, now)]
+    has_teacher = any(not isinstance(loss, dict) or loss.get("alpha") != 0 for loss in losses)
     free = FREE if has_teacher else (*FREE, "loss.")
     return [d for d in differences(was, now) if not d[0].startswith(free) and not _is_more_lenient(*d)]
 
@@ -31,8 +32,13 @@ def drift(was: dict[str, Any], now: dict[str, Any]) -> Drift:
 def _is_more_lenient(key: str, was: Any, now: Any) -> bool:
     """Whether a run that stopped at a number that is not finite may pass over it now: all before is the same."""
     return (key, was, now) == ("train.on_nonfinite", "stop", "skip") or (
-        key == "train.max_nonfinite" and None not in (was, now) and now > was
+        key == "train.max_nonfinite" and _is_above(now, was)
     )
+
+
+def _is_above(now: Any, was: Any) -> bool:
+    """Whether both are numbers, which a damaged config need not have, and the first is greater."""
+    return isinstance(now, int | float) and isinstance(was, int | float) and now > was
 
 
 def differences(was: Any, now: Any, prefix: str = "") -> Drift:
@@ -45,7 +51,7 @@ def differences(was: Any, now: Any, prefix: str = "") -> Drift:
 
 def only_longer(found: Drift, config: dict[str, Any]) -> bool:
     """Whether a run only has more steps to do, under a rate that does not know how many: the first are the same."""
-    if len(found) != 1 or found[0][0] not in ("train.max_steps", "train.epochs") or None in found[0]:
+    if len(found) != 1 or found[0][0] not in ("train.max_steps", "train.epochs"):
         return False
     _, was, now = found[0]
     optim = config["optim"]
@@ -53,7 +59,7 @@ def only_longer(found: Drift, config: dict[str, Any]) -> bool:
     is_constant = optim["schedule"] == "constant" or (
         optim["schedule"] == "constant_with_warmup" and not 0 < (warmup or 0) < 1
     )
-    return bool(is_constant and now > was)
+    return bool(is_constant and _is_above(now, was))
 
 
 def table(found: Drift) -> list[str]:

@@ -8,6 +8,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 MANIFEST = "MANIFEST.json"  # size and sha256 of every other file, written last: with it a folder is whole
 
 
@@ -39,6 +41,14 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def read_yaml(file: Path) -> Any:
+    """What a YAML file says; None if it is damaged, or emptied. Raises OSError."""
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: not UTF-8, or a day that no month has
+        return None
 
 
 def temporary(path: Path) -> Path:

@@ -15,7 +15,7 @@ import yaml
 
 from kdx import checkpoint, drift, owner
 from kdx.config import Config
-from kdx.durable import read_json, write_beside, write_over
+from kdx.durable import read_json, read_yaml, write_beside, write_over
 from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, exit_code, out_of_memory
 from kdx.hostile import refuse_links
 from kdx.redact import redact
@@ -98,10 +98,9 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not file.exists() or not self._has_begun():
             return False
-        try:
-            was, now = yaml.safe_load(file.read_text(encoding="utf-8")), _plain(config)
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise ConfigError(str(file), "is not the config of a run", "Do not use this folder") from None
+        was, now = read_yaml(file), _plain(config)
+        if not isinstance(was, dict):
+            raise ConfigError(str(file), "is not the config of a run", "Do not use this folder")
         found = drift.drift(was, now)
         is_longer = drift.only_longer(found, now)
         is_over = self.status().get("state") == "done" and not checkpoint.found(self.path)
@@ -256,8 +255,9 @@ class RunFolder:
         if config.sweep.name:
             return self.path.name
         typed = self.path / "overrides.yaml"
-        words = yaml.safe_load(typed.read_text(encoding="utf-8")) if typed.is_file() else []
-        said = [w for w in words or [] if not w.lstrip("+~").startswith(("tracking.", "hydra.", "run.", "train.log"))]
+        words = read_yaml(typed) if typed.is_file() else []
+        words = [str(word) for word in words] if isinstance(words, list) else []  # damaged, it costs only a name
+        said = [w for w in words if not w.lstrip("+~").startswith(("tracking.", "hydra.", "run.", "train.log"))]
         return redact(" ".join(said))[:100] or "default"
 
     def wandb_dir(self, config: Config) -> Path:

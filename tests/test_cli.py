@@ -364,7 +364,9 @@ def test_coming_back_finds_the_folder_of_options_again():
     assert args.config_dir == "/mine"
 
 
-@pytest.mark.parametrize("text", ["- hydra.run.dir=/x\n", "a: 1\n", "- 3\n", "[", "- +hydra.callbacks.x=1\n"])
+@pytest.mark.parametrize(
+    "text", ["", "\0\0", "- hydra.run.dir=/x\n", "a: 1\n", "- 3\n", "[", "- +hydra.callbacks.x=1\n"]
+)
 def test_words_that_are_not_a_runs_are_not_taken(text):
     write("r/overrides.yaml", text)
     with pytest.raises(ConfigError, match="holds words that are not a run's"):

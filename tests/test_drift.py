@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdx.drift import drift
+from kdx.drift import drift, only_longer
 from kdx.stale import newest
 
 
@@ -29,6 +29,18 @@ def config(**keys):
 )
 def test_what_matters(was, now, found):
     assert [key for key, _, _ in drift(config(**was), config(**now))] == found
+
+
+@pytest.mark.parametrize("key", ["train.max_steps", "train.max_nonfinite"])
+def test_a_damaged_number_is_another(key):
+    group, name = key.split(".")
+    found = drift(config(**{f"{group}__{name}": "1p"}), config())
+    assert [key for key, _, _ in found] == [key]
+    assert not only_longer(found, {"optim": {"schedule": "constant", "warmup_steps": None}})
+
+
+def test_a_damaged_loss_is_another():
+    assert "loss" in [key for key, _, _ in drift(config() | {"loss": 3}, config())]
 
 
 def test_only_the_folders_of_a_sweeps_jobs_take_each_others_place(tmp_path):
