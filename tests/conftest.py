@@ -53,6 +53,28 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("\n".join(figures))
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
+    """Every call that the disk's order hangs on, with the path it is about: of a renaming, the new one."""
+    told: list[tuple[str, Path]] = []
+
+    def listened(name: str, known: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            if name == "fsync":
+                about = Path(os.readlink(f"/proc/self/fd/{args[0]}"))
+            else:
+                about = Path(args[1] if name in ("replace", "rename") else args[0])
+            result = known(*args, **more)
+            told.append((name, about))
+            return result
+
+        return call
+
+    for name in ("fsync", "replace", "rename", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, listened(name, getattr(os, name)))
+    return told
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep what teachers say out of the project's own outputs/."""

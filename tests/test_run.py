@@ -19,6 +19,7 @@ from kdx.cli import compose
 from kdx.config import Config
 from kdx.distill import Summary, distill
 from kdx.errors import ConfigError, DivergedError, MachineError
+from kdx.run_folder import RunFolder
 
 
 @pytest.fixture(scope="session")
@@ -278,12 +279,43 @@ class TestStopAndGoOn:
         assert distill(config, tmp_path / "run") == first
         assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
+    def test_all_is_kept_by_the_disk_before_checkpoints_go(
+        self, place: Path, tmp_path: Path, calls: list[tuple[str, Path]]
+    ) -> None:
+        run = tmp_path / "run"
+        distill(config_of(place, "train.max_steps=2", "train.save_every=1"), run)
+        named = [calls.index(("replace", run / name)) for name in ("student", "student/README.md", "summary.json")]
+        done = calls.index(("replace", run / "status.json"), named[-1])
+        gone = next(i for i, (_, path) in enumerate(calls) if path.name.endswith("-checkpoints"))
+        assert [*named, done, gone] == sorted([*named, done, gone])
+        kept = [path for name, path in calls[: named[0]] if name == "fsync" and path.parent.name.endswith("-student")]
+        assert {path.name for path in kept} == {file.name for file in (run / "student").iterdir()} - {"README.md"}
+        for i, folder in zip([*named, done], (run, run / "student", run, run), strict=True):
+            assert calls[i - 1][0] == "fsync"  # what gets its name
+            assert calls[i + 1] == ("fsync", folder)
+
     @pytest.mark.parametrize("word", ["optim.lr=2e-3", "loss.alpha=0.5", "train.seed=3", "data.max_length=50"])
     def test_another_config_is_refused(self, place: Path, tmp_path: Path, word: str) -> None:
         distill(config_of(place, "train.max_steps=1"), tmp_path / "run")
         with pytest.raises(ConfigError, match=f"begun with another {word.split('=')[0]}") as error:
             distill(config_of(place, "train.max_steps=1", word), tmp_path / "run")
         assert error.value.exit_code == 2
+
+    @pytest.mark.parametrize("text", ["", "\0\0", "[]", "2026-02-30"])
+    def test_a_config_that_is_none_is_told(self, place: Path, tmp_path: Path, text: str) -> None:
+        config = config_of(place, "train.max_steps=1")
+        distill(config, tmp_path / "run")
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        (tmp_path / "run" / "status.json").unlink()
+        with pytest.raises(ConfigError, match="is not the config of a run") as error:
+            distill(config, tmp_path / "run")
+        assert error.value.lines[0].startswith(f"{tmp_path / 'run' / 'config.yaml'}: ")
+
+    @pytest.mark.parametrize(("text", "name"), [("", "default"), ("\0\0", "default"), ("3", "default"), ("- 3", "3")])
+    def test_damaged_words_cost_a_name(self, place: Path, tmp_path: Path, text: str, name: str) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "overrides.yaml").write_text(text)
+        assert RunFolder(tmp_path / "run").name(config_of(place)) == name
 
     def test_a_folder_in_use_is_refused(self, place: Path, tmp_path: Path) -> None:
         config = config_of(place, "train.max_steps=1")

@@ -1,0 +1,156 @@
+"""Checkpoints: what is kept by the disk and in which order, what is pruned, and what a full disk leaves."""
+
+import os
+import resource
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdx import checkpoint
+from kdx.cli import compose
+from kdx.durable import write_beside
+from kdx.errors import MachineError
+from kdx.student import save_student
+from kdx.tracking import Tracker
+
+FILES = {"model.safetensors", "optimizer.pt", "random.pt", "best.safetensors", "state.json", "MANIFEST.json"}
+
+
+def save(run_dir: Path, step: int, width: int = 4) -> Path:
+    """Save a checkpoint of a small model, with best weights."""
+    model = torch.nn.Linear(width, width)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    best = run_dir / "best.safetensors"
+    checkpoint.save_weights(best, model)
+    states = [checkpoint.random_state()]
+    return checkpoint.save(
+        run_dir, model, optimizer.state_dict(), schedule, {"step": step}, random_states=states, best=best
+    )
+
+
+def names(run_dir: Path) -> list[str]:
+    return [folder.name for folder in checkpoint.found(run_dir)]
+
+
+def test_a_checkpoint_is_kept_by_the_disk_before_it_has_its_name_and_older_ones_go(tmp_path, calls):
+    for step in (1, 2):
+        save(tmp_path, step)
+    calls.clear()
+    final = save(tmp_path, 3)
+    named = calls.index(("replace", final))
+    beside = final.with_name(f".tmp-{final.name}")
+    kept = [path for name, path in calls[:named] if name == "fsync" and beside in (path, path.parent)]
+    assert {path.name for path in kept[:-1]} == FILES
+    assert kept[-1] == beside  # the list of its files, when all are there
+    parents = [calls.index(("fsync", folder), named) for folder in (final.parent, tmp_path)]
+    pruned = [i for i, (name, path) in enumerate(calls) if path.name.endswith("-step-00000001") and name == "replace"]
+    removed = [i for i, (name, _) in enumerate(calls) if name in ("unlink", "rmdir")]
+    assert len(pruned) == 1
+    assert removed
+    assert max(parents) < pruned[0] < min(removed)
+    assert names(tmp_path) == ["step-00000003", "step-00000002"]
+
+
+def test_a_file_is_kept_by_the_disk_before_it_has_its_name(tmp_path, calls):
+    file = tmp_path / "data.json"
+    write_beside(file, "{}")
+    assert [name for name, _ in calls] == ["fsync", "replace", "fsync"]
+    assert calls[0][1].name.endswith("-data.json")
+    assert [path for _, path in calls[1:]] == [file, tmp_path]
+
+
+def test_best_weights_are_kept_by_the_disk_before_they_have_their_name(tmp_path, calls):
+    file = tmp_path / "best.safetensors"
+    checkpoint.save_weights(file, torch.nn.Linear(2, 2))
+    assert [name for name, _ in calls[:2]] == ["fsync", "replace"]
+    assert calls[0][1].name.endswith("-best.safetensors")
+
+
+def test_a_checkpoint_that_cannot_be_saved_prunes_none(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    with short_files(100_000), pytest.raises(MachineError):
+        save(tmp_path, 3, width=200)
+    assert names(tmp_path) == ["step-00000002", "step-00000001"]
+    assert all(checkpoint.verify(folder) is None for folder in checkpoint.found(tmp_path))
+
+
+def test_what_is_newer_than_the_last_that_is_whole_is_not_pruned(tmp_path):
+    """A run that went on from step 1, as those after it are damaged, keeps that and what it saves."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    for step in (8, 9):
+        shutil.copytree(checkpoint.found(tmp_path)[-1], tmp_path / "checkpoints" / f"step-{step:08d}")
+    save(tmp_path, 3)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in (9, 8, 3, 2)]
+
+
+def test_modes_follow_the_umask(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        folder = save(tmp_path, 1)
+    finally:
+        os.umask(umask)
+    assert {file.name for file in folder.iterdir()} == FILES
+    assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == dict.fromkeys(FILES, 0o640)
+
+
+@contextmanager
+def short_files(num_bytes: int) -> Iterator[None]:
+    """As on a full disk: no file may be longer."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("what", ["student", "best"])
+def test_a_full_disk_is_the_machines_and_leaves_what_was_there(tmp_path, make_tokenizer, what):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = make_tokenizer()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=2, n_embd=64, n_head=2, n_positions=16))
+    place = tmp_path / "student" if what == "student" else tmp_path / "best.safetensors"
+
+    def write() -> None:
+        if what == "student":
+            save_student(model, tokenizer, place)
+        else:
+            checkpoint.save_weights(place, model)
+
+    write()
+    file = place / "model.safetensors" if what == "student" else place
+    before, listed = file.read_bytes(), set(tmp_path.rglob("*"))
+    with short_files(100_000), pytest.raises(MachineError, match="bytes free") as error:
+        write()
+    assert error.value.exit_code == 3
+    assert error.value.lines[0].startswith(f"{place}: cannot save the {what}")
+    assert set(tmp_path.rglob("*")) == listed  # nothing is begun and left lying
+    assert file.read_bytes() == before
+
+
+BROKEN = (b'{"step": 2, "tok', b"\0" * 4096, b"\0\0\n", b"\xff\xfe\n", b"[]\n", b"{}\n", b'"a"\n', b'{"step": null}\n')
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_metrics_are_cut_back_to_the_first_line_that_is_none(tmp_path, broken):
+    file = tmp_path / "metrics.jsonl"
+    good = b'{"step": 1}\n'
+    file.write_bytes(good + broken + good)
+    Tracker(tmp_path, compose([]).tracking, is_main=True, max_steps=4, first_step=2)
+    assert file.read_bytes() == good
+
+
+def test_metrics_past_the_checkpoint_are_cut(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)))
+    Tracker(tmp_path, compose([]).tracking, is_main=True, max_steps=4, first_step=2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
