@@ -72,6 +72,14 @@ def test_best_weights_are_kept_by_the_disk_before_they_have_their_name(tmp_path,
     assert calls[0][1].name.endswith("-best.safetensors")
 
 
+def test_best_weights_that_cannot_have_their_name_leave_nothing(tmp_path):
+    file = tmp_path / "best.safetensors"
+    file.mkdir()
+    with pytest.raises(MachineError, match="cannot save the best weights"):
+        checkpoint.save_weights(file, torch.nn.Linear(2, 2))
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_a_checkpoint_that_cannot_be_saved_prunes_none(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
