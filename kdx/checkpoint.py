@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kdx import shards
-from kdx.durable import fsync, open_to_umask, seal, temporary, verify
+from kdx.durable import fsync, open_to_umask, put, seal, temporary, usage_of, verify
 from kdx.errors import ConfigError, MachineError, out_of_memory
 
 KEPT = 2
@@ -61,10 +61,8 @@ def save(
         (beside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         open_to_umask(*beside.iterdir())
         seal(beside)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(beside, final)
-        for folder in (final.parent, run_dir):
-            fsync(folder)
+        put(beside, final)
+        fsync(run_dir)
     except REFUSALS as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise not_saved(final, "a checkpoint", error) from error
@@ -75,8 +73,7 @@ def save(
 
 def not_saved(path: Path, what: str, error: BaseException) -> MachineError:
     """What to say if the disk is full or refuses."""
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    told = f"cannot save {what}: {error} ({shutil.disk_usage(there).free:,} bytes free)"
+    told = f"cannot save {what}: {error} ({usage_of(path).free:,} bytes free)"
     mend = "Make room, then run the same command again to go on"
     return out_of_memory(error) or MachineError(str(path), told, mend)
 

@@ -25,8 +25,8 @@ from kdx import __version__, jobs, plugins, signals
 from kdx.composition import Plan, as_tree, compose, compose_points, preflight, to_config
 from kdx.config import Config
 from kdx.devices import one_device
-from kdx.durable import read_yaml, write_beside
-from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, of_disk, out_of_memory, printable
+from kdx.durable import of_disk, read_yaml, write_beside
+from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, out_of_memory, printable
 from kdx.folders import Source, groups_in, origins, spelt
 from kdx.hostile import refuse_links, refuse_typed_secrets
 from kdx.redact import redact

@@ -128,10 +128,8 @@ def load_data(
     if len(train) < len(rest):
         dropped["equal to a held-out row"] += len(rest) - len(train)
     if not train:
-        what, mend = (
-            f"{config.validation} of {len(rows)} rows leave none to train on",
-            "Hold out fewer rows, or give more data",
-        )
+        what = f"{config.validation} of {len(rows)} rows leave none to train on"
+        mend = "Hold out fewer rows, or give more data"
         if len(rows) > 1 and len({c.digest for c in rows}) == 1:
             what = f"all {len(rows)} rows are copies of one, and copies are held out together"
             mend = "Give rows that differ"

@@ -204,7 +204,8 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             CONSOLE.print(report.closing_table(asdict(summary)))
             if store:
                 log.info(report.store_line(store))
-            for line in report.next_commands(folder.path, run.max_steps > 0, bool(samples)):
+            has = {"has_student": run.max_steps > 0, "has_samples": bool(samples)}
+            for line in report.next_commands(folder.path, folder.words(), **has):
                 log.info(line)
         accelerator.wait_for_everyone()
         exit_code = 0

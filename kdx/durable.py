@@ -1,14 +1,18 @@
 """Files that are whole or not there: written beside and renamed, told by their digests, sealed with a manifest."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from kdx.errors import MachineError
 
 MANIFEST = "MANIFEST.json"  # size and sha256 of every other file, written last: with it a folder is whole
 
@@ -121,6 +125,26 @@ def sync(folder: Path) -> None:
     """Have the disk keep a folder's files, and the list of them. Raises OSError."""
     for path in [*folder.iterdir(), folder]:
         fsync(path)
+
+
+def put(beside: Path, folder: Path) -> None:
+    """Give a folder that is whole its name, in place of what has it, and have the disk keep that. Raises OSError."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+    fsync(folder.parent)
+
+
+def usage_of(path: Path) -> Any:
+    """Total, used and free bytes of the disk that a path is on, or would be."""
+    return shutil.disk_usage(next(there for there in (path, *path.absolute().parents) if there.exists()))
+
+
+def of_disk(error: OSError, folder: Path | str) -> MachineError:
+    """What to say if a disk is full or refuses. folder: where that was, if the error does not say."""
+    place, what = str(error.filename or folder), error.strerror or "cannot be written"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what += f" ({usage_of(Path(place)).free:,} bytes free)"
+    return MachineError(place, what, "Free room, or choose another folder")
 
 
 def open_to_umask(*files: Path) -> None:

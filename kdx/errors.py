@@ -6,10 +6,8 @@ Exit codes: 0 ok · 1 a bug in kdx · 2 the user's config or data · 3 the machi
 
 import errno
 import re
-import shutil
 from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
 
 MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
@@ -94,15 +92,6 @@ def _is_network(error: BaseException | None) -> bool:
         *names,
         *re.findall(r"\w+", said),
     )
-
-
-def of_disk(error: OSError, folder: Path | str) -> MachineError:
-    """What to say if a disk is full or refuses. folder: where that was, if the error does not say."""
-    place, what = str(error.filename or folder), error.strerror or "cannot be written"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        there = next((path for path in (Path(place), *Path(place).parents) if path.exists()), Path())
-        what += f" ({shutil.disk_usage(there).free:,} bytes free)"
-    return MachineError(place, what, "Free room, or choose another folder")
 
 
 def together(errors: Sequence[KdxError]) -> KdxError:

@@ -83,7 +83,7 @@ def run(plan: Plan, parts: list[list[str]], launch: Launch, compare: Callable[[P
         if plan.sweep_dir.is_dir() and not notes.stopped_by:
             compare(plan.sweep_dir)
         if notes.stopped_by:
-            print("kdx: stopped; the same command goes on", file=sys.stderr, flush=True)
+            signals.tell("kdx: stopped; the same command goes on")
             return 128 + notes.stopped_by
         found = states(plan.sweep_dir, plan.jobs)
         for name, reason in notes.failures().items():

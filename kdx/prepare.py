@@ -326,8 +326,9 @@ def bytes_on_disk(run: Prepared) -> tuple[int, int]:
     """What the student takes on disk, and a checkpoint, 0 if the run saves none; each with the best weights so far."""
     num, weights = run.student.num_parameters(), run.student.num_parameters() * run.student.dtype.itemsize
     best = weights if run.config.train.keep == "best" else 0
-    states = round(num * state_bytes(run.config.optim, next(run.student.parameters())))
-    one = weights + states + best if run.config.train.save_every else 0
+    one = 0
+    if run.config.train.save_every:
+        one = weights + best + round(num * state_bytes(run.config.optim, next(run.student.parameters())))
     return num * causal_lm.DTYPES[run.config.student.save_dtype].itemsize + best, one
 
 

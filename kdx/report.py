@@ -3,6 +3,7 @@
 import platform
 import shlex
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,30 +80,30 @@ def header(run: Prepared) -> list[str]:
     return [lines[0][1], *(f"  {name:<16}{text}" for name, text in lines[1:])]
 
 
-def next_commands(run_dir: Path, has_student: bool, has_samples: bool) -> list[str]:
+def next_commands(run_dir: Path, words: list[str], *, has_student: bool, has_samples: bool) -> list[str]:
     """The three commands one would type next."""
     folder = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
     code = f"from transformers import pipeline; chat = pipeline('text-generation', '{folder}/student'); "
     ask = "print(chat([{'role': 'user', 'content': 'Hello!'}])[0]['generated_text'][-1]['content'])"
     commands = [f'python -c "{code}{ask}"'] if has_student else []
     commands += [f"less {folder}/samples.md"] if has_samples else []
-    commands.append(
-        shlex.join(["python", "-m", "kdx", "-m", *_said(run_dir), "loss.temperature=1,2,4", "loss.alpha=0.3,0.7"])
-    )
+    others = ("run.", "sweep.", "hydra.", "loss.temperature=", "loss.alpha=")
+    kept = [word for word in words if not word.lstrip("+~").startswith(others)]
+    typed = ["python", "-m", "kdx", "-m", *_flags(run_dir), *kept, "loss.temperature=1,2,4", "loss.alpha=0.3,0.7"]
+    commands.append(shlex.join(typed))
     return ["next:", *(f"  {command}" for command in commands)]
 
 
-def _said(run_dir: Path) -> list[str]:
-    """What a sweep of such runs has of this one's command: the flags for one's own YAML, and the words."""
-    command, words = run_dir / "command.txt", run_dir / "overrides.yaml"
-    typed = shlex.split(command.read_text(encoding="utf-8")) if command.is_file() else []
-    flags = []
+def _flags(run_dir: Path) -> list[str]:
+    """The flags of a run's command that name one's own YAML; none if it is not kept, or damaged."""
+    typed: list[str] = []
+    with suppress(OSError, ValueError):
+        typed = shlex.split((run_dir / "command.txt").read_text(encoding="utf-8"))
+    flags: list[str] = []
     for i, word in enumerate(typed):
         if word.startswith(("--config-", "-cd", "-cn", "-cp")):
             flags += [word] if "=" in word else typed[i : i + 2]
-    kept = yaml.safe_load(words.read_text(encoding="utf-8")) if words.is_file() else []
-    others = ("run.", "sweep.", "hydra.", "loss.temperature=", "loss.alpha=")
-    return [*flags, *(word for word in kept or [] if not word.lstrip("+~").startswith(others))]
+    return flags
 
 
 def _git_commit() -> str | None:

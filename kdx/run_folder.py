@@ -254,11 +254,14 @@ class RunFolder:
         """A readable name: a sweep's point, else what was typed, else the folder's."""
         if config.sweep.name:
             return self.path.name
-        typed = self.path / "overrides.yaml"
-        words = read_yaml(typed) if typed.is_file() else []
-        words = [str(word) for word in words] if isinstance(words, list) else []  # damaged, it costs only a name
-        said = [w for w in words if not w.lstrip("+~").startswith(("tracking.", "hydra.", "run.", "train.log"))]
+        said = [w for w in self.words() if not w.lstrip("+~").startswith(("tracking.", "hydra.", "run.", "train.log"))]
         return redact(" ".join(said))[:100] or "default"
+
+    def words(self) -> list[str]:
+        """What was typed for the run; nothing if that is not kept, or damaged: it is only told."""
+        file = self.path / "overrides.yaml"
+        words = read_yaml(file) if file.is_file() else []
+        return [str(word) for word in words] if isinstance(words, list) else []
 
     def wandb_dir(self, config: Config) -> Path:
         """Where W&B's files lie: a sweep's in its own folder, those of single runs together."""

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdx.causal_lm import Head
-from kdx.durable import digest_of, open_to_umask, read_json, temporary, write_beside
+from kdx.durable import digest_of, open_to_umask, read_json, temporary, usage_of, write_beside
 from kdx.errors import ConfigError
 from kdx.segments import HEADER_SIZE, Segments
 
@@ -255,8 +255,7 @@ def bytes_of(num_positions: int, num_rows: int, width: int, itemsize: int) -> in
 
 def room(root: Path) -> tuple[int, int]:
     """Bytes that the store may take on its disk, a tenth of which is left to others; and bytes free."""
-    there = next(p for p in [root, *root.parents] if p.exists())
-    usage = shutil.disk_usage(there)
+    usage = usage_of(root)
     return max(0, int(usage.free - LEFT_FREE * usage.total)), usage.free
 
 

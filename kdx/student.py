@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 import re
 import shutil
 from dataclasses import replace
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from kdx.causal_lm import load_causal_lm, load_config, ready
 from kdx.checkpoint import REFUSALS, not_saved
 from kdx.config import StudentConfig, TeacherConfig
-from kdx.durable import fsync, open_to_umask, seal, sync, temporary, verify
+from kdx.durable import open_to_umask, put, seal, sync, temporary, verify
 from kdx.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -118,8 +117,7 @@ def _keep(model: PreTrainedModel, folder: Path) -> None:
         open_to_umask(*beside.iterdir())
         seal(beside)
         if verify(folder) is not None:  # another run may have been as quick, and reads its own already
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(beside, folder)
+            put(beside, folder)
     except (OSError, SafetensorError) as error:
         if verify(folder) is not None:
             log.warning("the cut student is not kept in the store: %s", error)
@@ -140,9 +138,7 @@ def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(beside)
         open_to_umask(*beside.iterdir())
         sync(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
-        fsync(folder.parent)
+        put(beside, folder)
     except REFUSALS as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise not_saved(folder, "the student", error) from error

@@ -50,7 +50,7 @@ class _Stdout:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(
                 nowhere, sys.stdout.fileno()
-            )  # what is left in its buffer must go somewhere, or the exit code is 120
+            )  # what is left in its buffer must go somewhere, or Python ends with 120
             os.close(nowhere)
 
 
@@ -162,11 +162,12 @@ class Tracker:
         if self.file.exists():
             kept: list[bytes] = []
             for line in self.file.read_bytes().splitlines(keepends=True) if step else ():
-                with suppress(ValueError, KeyError, TypeError):
-                    if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                        kept.append(line)
-                    continue
-                break  # torn by a kill, or zeros after a power cut
+                try:
+                    is_before = json.loads(line)["step"] <= step
+                except (ValueError, KeyError, TypeError):  # torn by a kill, or zeros after a power cut
+                    break
+                if is_before and line.endswith(b"\n"):
+                    kept.append(line)
             write_beside(self.file, b"".join(kept))
 
     def start_wandb(self, run_dir: Path, wandb_dir: Path, name: str, config: Config) -> None:

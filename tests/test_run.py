@@ -55,8 +55,15 @@ def test_what_to_type_next_keeps_the_words_of_this_run(tmp_path):
         "  python -m kdx -m --config-dir mine data=pairs 'data.path=my file.jsonl' 'tracking.notes=[redacted]' "
         "loss.temperature=1,2,4 loss.alpha=0.3,0.7"
     )
-    assert report.next_commands(tmp_path, False, False) == ["next:", sweep]
-    assert report.next_commands(tmp_path, False, True) == ["next:", f"  less {tmp_path}/samples.md", sweep]
+    said = RunFolder(tmp_path).words()
+    assert report.next_commands(tmp_path, said, has_student=False, has_samples=False) == ["next:", sweep]
+    with_samples = report.next_commands(tmp_path, said, has_student=False, has_samples=True)
+    assert with_samples == ["next:", f"  less {tmp_path}/samples.md", sweep]
+    (tmp_path / "overrides.yaml").write_text("")
+    (tmp_path / "command.txt").write_bytes(b"\xff\xfe'")  # a run that is done says what it can
+    said = RunFolder(tmp_path).words()
+    plain = "  python -m kdx -m loss.temperature=1,2,4 loss.alpha=0.3,0.7"
+    assert report.next_commands(tmp_path, said, has_student=False, has_samples=False) == ["next:", plain]
 
 
 def test_rows_that_are_blamed_are_named_whole():

@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 from functools import partial
 
 import pytest
@@ -66,68 +65,52 @@ def test_any_damage_is_named_and_the_checkpoint_before_is_used(interrupted, tmp_
     assert (named, silent, equal) == (len(tried), 0, len(tried))
 
 
-def small_disk(folder, num_bytes):
-    """A file system of so many bytes, or None where none may be mounted."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
-    told = subprocess.run(command, capture_output=True, check=False) if shutil.which("mount") else None
-    return folder if told and told.returncode == 0 else None
-
-
 def limit_files(num_bytes):
     """Where no disk can be mounted: no file of the process may be longer."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 
-def test_a_full_disk(place, tmp_path, figure):
+def test_a_full_disk(place, tmp_path, small_disk, figure):
     config = config_of(place, "train.micro_batch_size=4", "train.max_steps=12")
     expected, _ = straight(config, tmp_path / "straight")
-    disk = small_disk(tmp_path / "disk", 2**20)
+    disk = small_disk if small_disk.is_mount() else None
     run_dir = (disk or tmp_path) / "run"
     log = tmp_path / "first.log"
-    try:
-        stopped = start(config, run_dir, partial(kill_at, 7), log=log)
-        assert stopped.code == -signal.SIGKILL
-        whole = run_dir / "checkpoints" / "step-00000005"
-        size = sum(f.stat().st_size for f in whole.iterdir())
-        # Room for half a checkpoint is left, when the run has seen that there is enough.
-        fault = partial(fill_disk_at, 7, disk, size // 2) if disk else partial(limit_files, size // 3)
-        run = start(config, run_dir, fault, log=log)
-        assert run.code == 3, run.text
-        errors = [line for line in run.text.splitlines() if line.startswith("kdx: error: ")]
-        assert str(run_dir / "checkpoints" / "step-00000010") in errors[-1]
-        assert "bytes free" in errors[-1]
-        assert "Traceback" not in run.text
-        assert checkpoint.verify(whole) is None
-        assert not litter(run_dir)
-        if disk:
-            (disk / "ballast").unlink()
-        again = start(config, run_dir, log=log)
-        assert again.code == 0, again.text
-        assert outcome(run_dir) == expected
-    finally:
-        if disk:
-            subprocess.run(["umount", str(disk)], check=True)
+    stopped = start(config, run_dir, partial(kill_at, 7), log=log)
+    assert stopped.code == -signal.SIGKILL
+    whole = run_dir / "checkpoints" / "step-00000005"
+    size = sum(f.stat().st_size for f in whole.iterdir())
+    # Room for half a checkpoint is left, when the run has seen that there is enough.
+    fault = partial(fill_disk_at, 7, disk, size // 2) if disk else partial(limit_files, size // 3)
+    run = start(config, run_dir, fault, log=log)
+    assert run.code == 3, run.text
+    errors = [line for line in run.text.splitlines() if line.startswith("kdx: error: ")]
+    assert str(run_dir / "checkpoints" / "step-00000010") in errors[-1]
+    assert "bytes free" in errors[-1]
+    assert "Traceback" not in run.text
+    assert checkpoint.verify(whole) is None
+    assert not litter(run_dir)
+    if disk:
+        (disk / "ballast").unlink()
+    again = start(config, run_dir, log=log)
+    assert again.code == 0, again.text
+    assert outcome(run_dir) == expected
     figure(
         f"full disk ({'tmpfs' if disk else os.strerror(errno.EFBIG)}): exit 3, the checkpoint before is whole, equal"
     )
 
 
-def test_a_disk_that_fills_between_checkpoints(place, tmp_path):
-    disk = small_disk(tmp_path / "disk", 2**20)
-    if disk is None:
+def test_a_disk_that_fills_between_checkpoints(place, tmp_path, small_disk):
+    if not small_disk.is_mount():
         pytest.skip("no disk can be mounted")
-    run_dir, config = disk / "run", config_of(place, "train.save_every=0", "train.max_steps=60")
-    try:
-        # The last page of metrics.jsonl has room for some lines more.
-        run = start(config, run_dir, partial(fill_disk_at, 3, disk, 0), log=tmp_path / "log")
-        assert run.code == 3, run.text
-        assert f"kdx: error: {run_dir}: No space left on device (0 bytes free). Free room" in run.text
-        assert "Traceback" not in run.text
-        assert "Logging error" not in run.text
-        status = json.loads((run_dir / "status.json").read_text())
-        assert (status["state"], status["exit_code"]) == ("failed", 3)
-        assert "No space left on device" in status["reason"]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    run_dir, config = small_disk / "run", config_of(place, "train.save_every=0", "train.max_steps=60")
+    # The last page of metrics.jsonl has room for some lines more.
+    run = start(config, run_dir, partial(fill_disk_at, 3, small_disk, 0), log=tmp_path / "log")
+    assert run.code == 3, run.text
+    assert f"kdx: error: {run_dir}: No space left on device (0 bytes free). Free room" in run.text
+    assert "Traceback" not in run.text
+    assert "Logging error" not in run.text
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+    assert "No space left on device" in status["reason"]
