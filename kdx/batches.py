@@ -28,6 +28,7 @@ class Row:
     id: str
     tokens: list[int]
     counted: list[bool]
+    where: str = ""  # file and line
 
     @property
     def num_counted(self) -> int:
@@ -37,7 +38,10 @@ class Row:
     def without_tail(self) -> "Row":
         """The row up to its last counted token: what comes after it changes nothing in a causal model, and costs time."""
         end = max((i + 1 for i, counts in enumerate(self.counted) if counts), default=1)
-        return Row(self.id, self.tokens[:end], self.counted[:end])
+        return self.up_to(end)
+
+    def up_to(self, end: int) -> "Row":
+        return replace(self, tokens=self.tokens[:end], counted=self.counted[:end])
 
     @cached_property
     def digest(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
@@ -17,12 +17,12 @@ from kdx import checkpoint, drift, plugins, report, shards
 from kdx.causal_lm import DTYPES
 from kdx.config import Config
 from kdx.devices import keep_memory
-from kdx.durable import write_beside
+from kdx.durable import reserve, usage_of, write_beside
 from kdx.errors import DivergedError, KdxError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
 from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
-from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, check_names, check_room, prepare
+from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, bytes_on_disk, check_names, check_room, prepare
 from kdx.run_folder import RunFolder
 from kdx.signals import StopRequest
 from kdx.stale import changes
@@ -30,6 +30,7 @@ from kdx.student import save_student
 from kdx.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
 from kdx.train import State, keep_best, train
 
+BESIDE_WEIGHTS = 2**26  # bytes at most of a student's tokenizer, and of a run's measures and samples
 FEW_TOKENS = 2000  # below so many counted held-out tokens, measures wander more than most choices move them
 
 
@@ -116,6 +117,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     folder.max_steps = run.max_steps
 
     tracker = Tracker(folder.path, config.tracking, is_main=is_main, max_steps=run.max_steps, first_step=state.step)
+    room = reserve_results(run, folder.path)
     exit_code = 1
     try:
         name = folder.name(config)
@@ -194,6 +196,8 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             environment=report.environment(run, folder.path),
         )
         if is_main:
+            room.close()  # for what now takes it
+            tracker.keep_lines()
             summary = leave(run, folder, summary, final, samples)
             folder.write_status("done", "", is_main)
             if not config.train.keep_checkpoints:
@@ -211,9 +215,18 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         exit_code = 0
         return summary
     finally:
+        room.close()
         if store:
             store.close()
         tracker.finish(exit_code)
+
+
+def reserve_results(run: Prepared, folder: Path) -> IO[bytes]:
+    """Hold room for the student and what lies beside its weights, so that whatever fills the disk costs no student."""
+    if not run.accelerator.is_main_process:
+        return reserve(folder, 0)
+    student, _, _ = bytes_on_disk(run)
+    return reserve(folder, student + min(BESIDE_WEIGHTS, usage_of(folder).free // 4))
 
 
 def warn_about(run: Prepared, before: dict[str, Any]) -> None:

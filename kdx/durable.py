@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -137,6 +138,22 @@ def put(beside: Path, folder: Path) -> None:
 def usage_of(path: Path) -> Any:
     """Total, used and free bytes of the disk that a path is on, or would be."""
     return shutil.disk_usage(next(there for there in (path, *path.absolute().parents) if there.exists()))
+
+
+def reserve(folder: Path, num_bytes: int) -> IO[bytes]:
+    """Hold room on a folder's disk until what this returns is closed, or the process ends. Raises OSError.
+
+    It is a file without a name, so that no kill leaves it behind.
+    """
+    held = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed by whoever asked
+    try:
+        if num_bytes and hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(held.fileno(), 0, num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot
+            held.close()
+            raise
+    return held
 
 
 def of_disk(error: OSError, folder: Path | str) -> MachineError:

@@ -140,14 +140,14 @@ class Encoder:
             encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             tokenised = zip(rendered, encoding["input_ids"], encoding["offset_mapping"], strict=True)
             for (conversation, _, spans), tokens, offsets in tokenised:
-                row = Row(conversation.id, tokens, self._count(tokens, offsets, spans))
+                row = Row(conversation.id, tokens, self._count(tokens, offsets, spans), conversation.where)
                 is_long = len(tokens) > self.max_length
                 if is_long and self.on_long == "error":
                     what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
                     long.append(DataError(conversation.where, what, "Raise it, or set data.on_long=truncate"))
                     continue
                 if is_long and self.on_long == "truncate":
-                    row = Row(row.id, tokens[: self.max_length], row.counted[: self.max_length])
+                    row = row.up_to(self.max_length)
                     self.truncated["longer than data.max_length"] += 1
                 if is_long and self.on_long == "drop":
                     self.dropped["longer than data.max_length"] += 1

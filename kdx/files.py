@@ -109,7 +109,7 @@ def nearby(path: Path) -> str:
 
 def _listing(folder: Path) -> str:
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    return f"{'This folder' if folder == Path() else folder} has: {', '.join(names[:12]) or 'nothing'}"
+    return f"{f'This folder ({Path.cwd()})' if folder == Path() else folder} has: {', '.join(names[:12]) or 'nothing'}"
 
 
 def _text(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from itertools import accumulate, repeat
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from kdx.batches import StepBatch
+from kdx.batches import Row, StepBatch
 from kdx.causal_lm import counted_hidden, head_of
 from kdx.config import TrainConfig
 from kdx.errors import DivergedError
@@ -43,10 +44,16 @@ def stop_or_skip(
     batch: StepBatch,
     teacher: Teacher | None,
     terms: tuple[float, float],
+    rows: Sequence[Row],
 ) -> None:
-    """Say what of a step is not finite, and count it. Raises DivergedError unless such steps are skipped."""
-    wrong, rows = _blamed(accelerator, student, objective, batch, teacher, terms)
-    what = f"{wrong} is not finite; the weights are still those of step {state.step} (rows: {_some(rows)})"
+    """Say what of a step is not finite, and count it. Raises DivergedError unless such steps are skipped.
+
+    terms: the step's kd and ce. rows: all of the run, to say where those of the step stand.
+    """
+    wrong, ids = _blamed(accelerator, student, objective, batch, teacher, terms)
+    where = {row.id: row.where for row in rows}
+    named = [f"{name} at {where[name]}" if where.get(name) else name for name in ids]
+    what = f"{wrong} is not finite; the weights are still those of step {state.step} (rows: {_some(named)})"
     if config.on_nonfinite == "skip" and state.num_nonfinite < config.max_nonfinite:
         state.num_nonfinite += 1
         if accelerator.scaler is not None:  # fp16's: it has unscaled the gradients, and waits for the step
@@ -60,7 +67,7 @@ def stop_or_skip(
 
 def _some(rows: list[str]) -> str:
     """The first rows, by their whole names, and how many more there are."""
-    fit = sum(length <= 200 for length in accumulate(len(row) + 2 for row in rows)) or 1
+    fit = sum(length <= 600 for length in accumulate(len(row) + 2 for row in rows)) or 1
     return ", ".join(rows[:fit]) + (f" and {len(rows) - fit} more" if len(rows) > fit else "")
 
 

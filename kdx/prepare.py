@@ -322,21 +322,22 @@ def open_store(
     return (None, f"off (it {fault})") if fault else (store, words)
 
 
-def bytes_on_disk(run: Prepared) -> tuple[int, int]:
-    """What the student takes on disk, and a checkpoint, 0 if the run saves none; each with the best weights so far."""
+def bytes_on_disk(run: Prepared) -> tuple[int, int, int]:
+    """What student, best weights so far and a checkpoint take on disk; 0 for what the run does not save."""
     num, weights = run.student.num_parameters(), run.student.num_parameters() * run.student.dtype.itemsize
+    student = num * causal_lm.DTYPES[run.config.student.save_dtype].itemsize if run.max_steps else 0
     best = weights if run.config.train.keep == "best" else 0
     one = 0
     if run.config.train.save_every:
         one = weights + best + round(num * state_bytes(run.config.optim, next(run.student.parameters())))
-    return num * causal_lm.DTYPES[run.config.student.save_dtype].itemsize + best, one
+    return student, best, one
 
 
 def check_room(run: Prepared, folder: Path) -> None:
     """Refuse a run whose student and checkpoints do not fit on the disk of its folder. Raises MachineError."""
-    student, one = bytes_on_disk(run)
+    student, best, one = bytes_on_disk(run)
     due = min(CHECKPOINTS, (run.max_steps - 1) // max(1, run.config.train.save_every) + 1)  # 1: what a signal saves
-    needed = student + max(0, due - len(checkpoint.found(folder))) * one
+    needed = student + best + max(0, due - len(checkpoint.found(folder))) * one
     _, free = room(folder)
     if run.max_steps and needed > free:
         what = f"the student and its checkpoints need {needed:,} bytes, and {free:,} are free"

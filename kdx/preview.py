@@ -159,9 +159,9 @@ def memory_table(run: Prepared, cost: Cost) -> Table:
 def disk_lines(run: Prepared, folder: Path) -> list[str]:
     """What the run writes, and what is free."""
     _, free = room(folder)
-    student, one = bytes_on_disk(run)
-    what = "the student" + (" and its best weights" if run.config.train.keep == "best" else "")
-    lines = [f"  disk            {what} {in_bytes(student)}; {in_bytes(free)} free"]
+    student, best, one = bytes_on_disk(run)
+    what = "the student" + (" and its best weights" if best else "")
+    lines = [f"  disk            {what} {in_bytes(student + best)}; {in_bytes(free)} free"]
     if one:
         most = in_bytes(CHECKPOINTS * one)
         lines.append(f"                  checkpoints {most} while the run goes on, {in_bytes(one)} each")

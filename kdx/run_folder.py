@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 
 from kdx import checkpoint, drift, owner
 from kdx.config import Config
-from kdx.durable import read_json, read_yaml, write_beside, write_over
+from kdx.durable import fsync, read_json, read_yaml, write_beside, write_over
 from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, exit_code, out_of_memory
 from kdx.hostile import refuse_links
 from kdx.redact import redact
@@ -32,6 +32,7 @@ class RunFolder:
         self.step = 0
         self.max_steps: int | None = None
         self.written = -math.inf
+        self.since = _now()
 
     def done(self, config: dict[str, Any]) -> dict[str, Any] | None:
         """The summary of a run that is done with this config, else None. Raises ConfigError if it was another."""
@@ -57,6 +58,9 @@ class RunFolder:
             return
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
+            for above in self.path.absolute().parents[:3]:  # outputs/DATE/TIME may all be new
+                with suppress(PermissionError):
+                    fsync(above)
         with owner.locked(self.path) as is_free:
             status = self.status()
             is_known = owner.is_another_alive(status)
@@ -84,7 +88,7 @@ class RunFolder:
     def _in_use(self, status: dict[str, Any], is_free: bool) -> MachineError:
         """What to say where another process runs; one that has just begun has written no status yet."""
         by = owner.owner_of(status)
-        who = f"pid {by.get('pid')} on host {by.get('host')} since {status.get('updated')}" if by else "another process"
+        who = f"pid {by.get('pid')} on host {by.get('host')} since {status.get('since')}" if by else "another process"
         mend = "Wait for it, or choose another folder"
         if is_free:  # only status.json says so
             mend = "Wait for it, choose another folder, or, if that process is gone, remove status.json there"
@@ -129,7 +133,8 @@ class RunFolder:
         """Note where the run stands, on disk every few seconds."""
         self.step = step
         if time.monotonic() - self.written > 5:
-            self.write_status("running", "", is_main)
+            with suppress(OSError):  # on a full disk the run goes on
+                self.write_status("running", "", is_main)
 
     @contextmanager
     def reporting(self, is_main: bool) -> Iterator[None]:
@@ -173,7 +178,8 @@ class RunFolder:
             "reason": redact(reason),
             "step": self.step,
             "max_steps": self.max_steps,
-            "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "updated": _now(),
+            "since": self.since,
             "owner": owner.this_process(),
         }
         if code is not None:
@@ -269,6 +275,10 @@ class RunFolder:
             return self.path.parent / "wandb"
         outputs = next((p for p in self.path.parents if p.name == "outputs"), self.path.parent)
         return outputs / "wandb"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _plain(config: dict[str, Any]) -> Any:

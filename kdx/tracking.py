@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kdx.config import Config, TrackingConfig
-from kdx.durable import write_beside
+from kdx.durable import fsync, of_disk, write_beside
 from kdx.errors import printable
 from kdx.redact import redact
 
@@ -152,7 +152,8 @@ class Tracker:
         self.config, self.is_main, self.max_steps, self.first_step = config, is_main, max_steps, first_step
         self.wandb: Any = None
         self.wandb_line, self.sync = "W&B: disabled", ""
-        self.told_trouble = False
+        self.told_trouble = self.told_disk = False
+        self.waiting = ""  # lines of metrics that a full disk refused
         self.progress: Progress | None = None
         if is_main:
             self._cut_back(first_step)
@@ -231,8 +232,13 @@ class Tracker:
         if not self.is_main:
             return
         line = {"step": state.step, "tokens": state.tokens, "counted_tokens": state.counted_tokens, **metrics}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.waiting += json.dumps(line) + "\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not self.told_disk:
+                log.warning("%s cannot be written (%s): its lines wait in memory", self.file, error.strerror)
+            self.told_disk = True
         told = {k: v for k, v in line.items() if v is not None and k != "step"}
         self._tell(lambda run: run.log(told, step=state.step))
         if "eval/ce" in metrics:
@@ -243,6 +249,27 @@ class Tracker:
             left = (self.max_steps - state.step) * state.tokens / max(state.step, 1) / max(speed, 1e-9)
             minutes = f"{int(left) // 60}:{int(left) % 60:02d} left"
             log.info("step %d/%d  loss %.4f  %.0f tokens/s  %s", state.step, self.max_steps, loss, speed, minutes)
+
+    def keep_lines(self) -> None:
+        """Have the disk keep the lines so far: a checkpoint counts on those up to its step. Raises MachineError."""
+        if self.is_main and (self.waiting or self.file.exists()):
+            try:
+                self._write()
+                fsync(self.file)
+            except OSError as error:
+                raise of_disk(error, self.file) from error
+
+    def _write(self) -> None:
+        """Append the lines that wait, all or none. Raises OSError."""
+        size = self.file.stat().st_size if self.file.exists() else 0
+        try:
+            with self.file.open("ab") as file:
+                file.write(self.waiting.encode())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.file, size)
+            raise
+        self.waiting = ""
 
     @contextmanager
     def training(self) -> Iterator[None]:

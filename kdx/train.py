@@ -81,19 +81,20 @@ def train(
     """
     best_file = checkpoint.folder_of(run_dir) / "best.safetensors"
     alpha = objective.objective.alpha
+    asked = teacher if alpha > 0 else None
     objective.train()
 
     for batch in ahead(batches.steps(state.step, max_steps)):
         # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
         started = time.perf_counter()
-        sums = forward_backward(accelerator, module, batch, teacher if alpha > 0 else None)
+        sums = forward_backward(accelerator, module, batch, asked)
         norm = shards.plain(accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm or math.inf))
         kd, ce, grad_norm = torch.stack([*(sums / max(batch.num_tokens, 1)), norm.to(sums)]).tolist()  # the one read
         is_finite = nonfinite.is_finite(accelerator, kd, ce, grad_norm)
         if not is_finite:  # before the optimizer writes it into the weights
-            asked = teacher if alpha > 0 else None
             with shards.whole(objective, student):
-                nonfinite.stop_or_skip(config, state, accelerator, student, objective, batch, asked, (kd, ce))
+                step = (batch, asked, (kd, ce), batches.rows)
+                nonfinite.stop_or_skip(config, state, accelerator, student, objective, *step)
         lr = schedule.get_last_lr()[0]
         if is_finite:
             optimizer.step()
@@ -135,6 +136,7 @@ def train(
             random_states = gather_object([checkpoint.random_state()])
             state.store = teacher.position() if teacher else {}
             moments = shards.state_of(optimizer, accelerator.is_main_process)
+            tracker.keep_lines()
             with shards.whole(objective, student):
                 if accelerator.is_main_process:
                     kept = {"best": best_file if config.keep == "best" else None, "scaler": accelerator.scaler}

@@ -293,7 +293,7 @@ def test_the_first_20_of_all_faults_and_how_many(refused):
 PATHS = {
     "data/trian.jsonl": "data.path: data/trian.jsonl does not exist. Did you mean data/t.jsonl?",
     "dta/train.jsonl": "data.path: dta/train.jsonl does not exist. Did you mean data?",
-    "zzz/t.jsonl": "data.path: zzz/t.jsonl does not exist. This folder has: data/, notes/, outputs/, student/, t.jsonl, teacher/",
+    "zzz/t.jsonl": "data.path: zzz/t.jsonl does not exist. This folder (*) has: data/, notes/, outputs/, student/, t.jsonl, teacher/",
     "t.josnl": "data.path: t.josnl is nothing on disk, and the hub could not give it: *. Did you mean t.jsonl? Check the name, data.subset, data.split and the network",
     "data/*.csv": "data.path: no file matches data/*.csv. data has: t.jsonl",
     "notes": "data.path: the folder notes has no .jsonl, .json, .csv, .parquet file. notes has: a.txt",
@@ -433,7 +433,7 @@ def test_models(refused, place, damage, told):
     ("words", "told"),
     [
         ("teacher.path=teechr", "teacher.path: teechr does not exist. Did you mean teacher?"),
-        ("student.path=./nowhere", "student.path: ./nowhere does not exist. This folder has: outputs/, student/, *"),
+        ("student.path=./nowhere", "student.path: ./nowhere does not exist. This folder (*) has: outputs/, student/, *"),
         ("teacher.path=some-org/nothing", "teacher.path: some-org/nothing is no folder here, and the hub could not give its *Check the name and the network, log in for gated models (hf auth login), or give a local folder"),
         ("teacher.path=pkg:os", "teacher.path: pkg:os is a module without a folder, so it carries no files. Name a package that does, or give a folder"),
         ("teacher.path=pkg:winreg", "teacher.path: pkg:winreg is a module without a folder, so it carries no files. Name a package that does, or give a folder"),
@@ -497,7 +497,7 @@ def test_a_file_that_may_not_be_read(refused, monkeypatch):
     ("words", "code", "told"),
     [
         ((), 2, "t.jsonl:2:12: is not JSON (Expecting value). Mend the line: one JSON object a line"),
-        (("teacher.path=nowhere",), 2, "teacher.path: nowhere does not exist. This folder has: outputs/, student/, t.jsonl, teacher/"),
+        (("teacher.path=nowhere",), 2, "teacher.path: nowhere does not exist. This folder (*) has: outputs/, student/, t.jsonl, teacher/"),
         (("data.chat_template='{{ 9 ** (9 ** 9) }}'",), 2, "data.chat_template: it takes more than 2 s for one short row. Give another: data.chat_template=FILE"),
         (("optim.lr=-1", "loss.alpha=${oc.env:KDX_NOWHERE}"), 2, "loss.alpha: environment variable KDX_NOWHERE is not set. Set it: export KDX_NOWHERE=...\nkdx: error: optim.lr: is -1. Allowed: above 0"),
     ],

@@ -1,5 +1,6 @@
 """Checkpoints: what is kept by the disk and in which order, what is pruned, and what a full disk leaves."""
 
+import json
 import os
 import resource
 import shutil
@@ -17,6 +18,7 @@ from kdx.durable import write_beside
 from kdx.errors import MachineError
 from kdx.student import save_student
 from kdx.tracking import Tracker
+from kdx.train import State
 
 FILES = {"model.safetensors", "optimizer.pt", "random.pt", "best.safetensors", "state.json", "MANIFEST.json"}
 
@@ -155,6 +157,21 @@ def test_metrics_are_cut_back_to_the_first_line_that_is_none(tmp_path, broken):
     file.write_bytes(good + broken + good)
     Tracker(tmp_path, compose([]).tracking, is_main=True, max_steps=4, first_step=2)
     assert file.read_bytes() == good
+
+
+def test_metrics_that_a_full_disk_refuses_are_written_later_and_whole(tmp_path):
+    tracker = Tracker(tmp_path, compose([]).tracking, is_main=True, max_steps=9)
+    state = State()
+    tracker.log(state, {"train/loss": None})
+    before = tracker.file.read_bytes()
+    with short_files(len(before) + 20):  # part of a line has room
+        for state.step in (1, 2):
+            tracker.log(state, {"train/loss": None})
+            assert tracker.file.read_bytes() == before
+        with pytest.raises(MachineError, match="File too large"):
+            tracker.keep_lines()
+    tracker.log(state, {"train/loss": None})
+    assert [json.loads(line)["step"] for line in tracker.file.read_text().splitlines()] == [0, 1, 2, 2]
 
 
 def test_metrics_past_the_checkpoint_are_cut(tmp_path):

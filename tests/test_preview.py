@@ -145,7 +145,7 @@ def test_the_bytes_on_disk_are_those_a_run_writes(words: list[str], tmp_path: Pa
     write_dialogpt(tmp_path / "wide", 2, 128, pickled=False)
     config = compose([*words, f"student.path={tmp_path}/wide", *more, *choice])
     run = prepare(config, build_accelerator(config), owner="check")
-    student, one = bytes_on_disk(run)
+    student, best, one = bytes_on_disk(run)
     distill(config, tmp_path / "run")
     kept = tmp_path / "run/checkpoints"
 
@@ -155,4 +155,4 @@ def test_the_bytes_on_disk_are_those_a_run_writes(words: list[str], tmp_path: Pa
     (step,) = kept.glob("step-*")
     written = size(*step.iterdir()) - size(step / "random.pt")
     assert one == pytest.approx(written, rel=0.03)
-    assert student == pytest.approx(size(*kept.iterdir(), *(tmp_path / "run/student").iterdir()), rel=0.03)
+    assert student + best == pytest.approx(size(*kept.iterdir(), *(tmp_path / "run/student").iterdir()), rel=0.03)

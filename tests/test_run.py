@@ -68,8 +68,8 @@ def test_what_to_type_next_keeps_the_words_of_this_run(tmp_path):
 
 def test_rows_that_are_blamed_are_named_whole():
     assert nonfinite._some(["a", "b"]) == "a, b"
-    assert nonfinite._some(["a" * 64] * 8) == ", ".join(["a" * 64] * 3) + " and 5 more"
-    assert nonfinite._some(["a" * 300, "b"]) == "a" * 300 + " and 1 more"
+    assert nonfinite._some(["a" * 64] * 12) == ", ".join(["a" * 64] * 9) + " and 3 more"
+    assert nonfinite._some(["a" * 700, "b"]) == "a" * 700 + " and 1 more"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -104,13 +104,27 @@ def test_a_full_disk(place, tmp_path, small_disk, figure):
 def test_a_disk_that_fills_between_checkpoints(place, tmp_path, small_disk):
     if not small_disk.is_mount():
         pytest.skip("no disk can be mounted")
-    run_dir, config = small_disk / "run", config_of(place, "train.save_every=0", "train.max_steps=60")
+    run_dir, config = small_disk / "run", config_of(place, "train.save_every=50", "train.max_steps=60")
     # The last page of metrics.jsonl has room for some lines more.
     run = start(config, run_dir, partial(fill_disk_at, 3, small_disk, 0), log=tmp_path / "log")
     assert run.code == 3, run.text
-    assert f"kdx: error: {run_dir}: No space left on device (0 bytes free). Free room" in run.text
+    assert f"kdx: error: {run_dir}/metrics.jsonl: No space left on device (0 bytes free). Free room" in run.text
+    assert "metrics.jsonl cannot be written (No space left on device): its lines wait in memory" in run.text
     assert "Traceback" not in run.text
     assert "Logging error" not in run.text
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 3)
     assert "No space left on device" in status["reason"]
+
+
+def test_a_disk_that_fills_where_nothing_is_saved_on_the_way(place, tmp_path, small_disk, figure):
+    if not small_disk.is_mount():
+        pytest.skip("no disk can be mounted")
+    config = config_of(place, "train.save_every=0", "train.max_steps=60", "train.micro_batch_size=4")
+    expected, _ = straight(config, tmp_path / "straight")
+    run = start(config, small_disk / "run", partial(fill_disk_at, 3, small_disk, 0), log=tmp_path / "log")
+    assert run.code == 0, run.text
+    assert run.text.count("its lines wait in memory") == 1
+    assert outcome(small_disk / "run") == expected
+    assert not litter(small_disk / "run")
+    figure("full disk where nothing is saved on the way: the student has its room, every line of metrics is there")

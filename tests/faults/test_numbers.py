@@ -1,5 +1,6 @@
 """Numbers that are not finite stop a run before they reach its weights, and say where they are from."""
 
+import json
 import re
 from functools import partial
 
@@ -8,6 +9,7 @@ from runs import config_of, lines, nan_in_gradient, nan_in_loss, nan_in_teacher,
 from safetensors.torch import load_file
 
 from kdx import checkpoint
+from kdx.data import Conversation
 
 WORDS = ("train.micro_batch_size=4", "train.max_steps=9", "train.save_every=2")
 
@@ -29,6 +31,12 @@ def test_not_finite_at_step_7(place, tmp_path, figure, fault, term, num_rows):
     assert line.startswith(f"kdx: error: step 7: {term} is not finite; the weights are still those of step 6 (rows: ")
     rows = re.search(r"\(rows: (.*?)\)", line).group(1).split(", ")
     assert len(rows) == num_rows
+    text = (place / "pairs.jsonl").read_text().splitlines()
+    for row in rows:
+        name, file, number = re.fullmatch(r"(\w+) at (.*):(\d+)", row).groups()
+        said = json.loads(text[int(number) - 1])
+        chat = [{"role": "user", "content": said["source"]}, {"role": "assistant", "content": said["target"]}]
+        assert (name, file) == (Conversation("", chat, "").digest[:32], str(place / "pairs.jsonl"))
     assert status(run_dir)["state"] == "diverged"
     newest, skipped = checkpoint.newest(run_dir)
     assert (newest.name, skipped) == ("step-00000006", [])
