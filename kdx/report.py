@@ -49,6 +49,8 @@ def header(run: Prepared) -> list[str]:
     counted = f"{counts['num_rows']:,} rows, {counts['counted_tokens']:,} counted tokens"
     held_out = f"{counts['num_validation_rows']:,} rows, {counts['counted_validation_tokens']:,} counted tokens"
     steps_key = "train.epochs" if config.train.max_steps is None else "train.max_steps"
+    is_asked = run.max_length == config.data.max_length
+    longest = came.get("data.max_length", "") if is_asked else " (what the models can read)"
     lines = [("", f"kdx {__version__}")]
     if run.teacher is not None:
         uses = "" if config.loss.alpha > 0 else ", only to measure"
@@ -75,7 +77,7 @@ def header(run: Prepared) -> list[str]:
             "learning rate",
             f"{config.optim.lr:g}{came.get('optim.lr', '')}, {config.optim.schedule}, {config.optim.name}",
         ),
-        ("longest row", f"{run.encoder.max_length} tokens{came.get('data.max_length', '')}"),
+        ("longest row", f"{run.max_length} tokens{longest}"),
     ]
     return [lines[0][1], *(f"  {name:<16}{text}" for name, text in lines[1:])]
 

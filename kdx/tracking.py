@@ -382,5 +382,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it tells of each product of matrices
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
