@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from kdx import report
 from kdx.batches import MicroBatch, Row, collate
 from kdx.config import Config
 from kdx.errors import printable
+from kdx.evaluate import HeldOut
 from kdx.objective import BLOCK_BYTES, CHUNK_BYTES
 from kdx.optim import build_optimizer, build_schedule, state_bytes
 from kdx.prepare import (
@@ -69,14 +71,16 @@ def marked(tokenizer: Any, row: Row) -> str:
 
 @dataclass
 class Cost:
-    """What a micro-batch costs, measured on one row."""
+    """What a token costs, measured on one row."""
 
-    activation_bytes: float  # kept for the backward pass, per token
-    seconds: float  # of student and teacher, forward and backward, per token
+    activation_bytes: float  # kept for the backward pass
+    teacher_seconds: float
+    step_seconds: float  # of the student, forward and backward
+    measure_seconds: float  # of the student, as a held-out row
 
 
 def measure(run: Prepared) -> Cost:
-    """Run student and teacher forward and backward on the longest row, without a step of the optimizer."""
+    """Run teacher and student on the longest row, without a step of the optimizer."""
     row = max(run.rows, key=lambda r: len(r.tokens))
     batch = collate([row], run.batches.pad_id).to(run.accelerator.device)
     own = {p.untyped_storage().data_ptr() for p in run.student.parameters()}
@@ -89,21 +93,37 @@ def measure(run: Prepared) -> Cost:
         return tensor
 
     run.objective.train()
-    _pass(run, batch)  # once to warm up
-    began = time.perf_counter()
+    _seconds(run, batch)  # once to warm up
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _pass(run, batch)
-    seconds = time.perf_counter() - began
+        seconds = _seconds(run, batch)
     run.student.zero_grad(set_to_none=True)
-    return Cost(sum(kept.values()) / len(row.tokens), seconds / len(row.tokens))
+    return Cost(sum(kept.values()) / len(row.tokens), *(s / len(row.tokens) for s in seconds))
 
 
-def _pass(run: Prepared, batch: MicroBatch) -> None:
-    teacher = run.teacher if run.config.loss.alpha > 0 else None
+def _seconds(run: Prepared, batch: MicroBatch) -> tuple[float, float, float]:
+    """How long the teacher's answer takes, the student forward and backward, and the student as it is measured."""
+    teacher, device = run.teacher, run.accelerator.device
+    times = [_now(device)]
     hidden = _hidden(teacher, run.rows, batch) if teacher else None
+    times.append(_now(device))
     with run.accelerator.autocast():
-        total, _, _ = run.objective(batch, hidden, teacher.head if teacher else None)
+        is_asked = run.config.loss.alpha > 0
+        total, _, _ = run.objective(batch, hidden if is_asked else None, teacher.head if teacher and is_asked else None)
     total.backward()
+    times.append(_now(device))
+    held_out = HeldOut([batch], device, run.num_ids)
+    if teacher and hidden is not None:
+        held_out.teacher_head, held_out.teacher_hidden = teacher.head.cut(run.num_ids), [hidden.cpu()]
+    held_out.measure(run.student, run.accelerator.autocast())
+    times.append(_now(device))
+    asked, stepped, measured = (after - before for before, after in pairwise(times))
+    return asked, stepped, measured
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":  # what it was told to do is done
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def _hidden(teacher: Teacher, rows: list[Row], batch: MicroBatch) -> torch.Tensor:
@@ -169,8 +189,26 @@ def disk_lines(run: Prepared, folder: Path) -> list[str]:
 
 
 def time_line(run: Prepared, cost: Cost) -> str:
-    """How long the steps would take, by the one row that was measured."""
+    """How long steps and measures would take, by the one row that was measured."""
+    train, processes = run.config.train, run.accelerator.num_processes
     tokens = sum(len(run.rows[i].tokens) for _, batch in run.batches.plan(0, run.max_steps) for i in batch)
-    seconds = cost.seconds * tokens / run.accelerator.num_processes
-    what = f"{tokens:,} tokens in {run.max_steps} steps"
-    return f"  time            about {max(1, round(seconds / 60))} min for {what}, by one row measured; measures not counted"
+    per_token = cost.step_seconds + (cost.teacher_seconds if run.config.loss.alpha > 0 else 0)
+    steps = per_token * tokens / processes
+    held_out = sum(len(row.tokens) for row in run.held_out_rows)
+    num_measures = 2 + ((run.max_steps - 1) // train.eval_every if train.eval_every else 0)  # 2: untouched and done
+    measures = (cost.teacher_seconds + num_measures * cost.measure_seconds) * held_out / processes
+    what = f"{minutes(steps)} for {tokens:,} tokens in {run.max_steps} steps"
+    return (
+        f"  time            about {what}, {minutes(measures)} for {num_measures} held-out measures, by one row measured"
+    )
+
+
+def minutes(seconds: float) -> str:
+    """A time to plan by."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )

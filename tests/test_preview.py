@@ -15,7 +15,7 @@ from kdx.distill import distill
 from kdx.errors import DataError
 from kdx.optim import state_bytes
 from kdx.prepare import build_accelerator, bytes_on_disk, prepare
-from kdx.preview import check, marked
+from kdx.preview import Cost, check, marked, minutes, time_line
 from kdx.segments import survey
 from kdx.teacher import Teacher
 
@@ -36,7 +36,18 @@ def test_it_says_what_would_be_trained_and_trains_nothing(
     monkeypatch.chdir(tmp_path)
     check(compose([*words, "train.save_every=2", "train.precision=fp32", "teacher.precision=fp32"]), Path("run"))
     told = capsys.readouterr().out
-    for part in ("objective", "padding", "⟦", "⟧", "together", "optim=adamw_8bit", "min for", "checkpoints", "free"):
+    for part in (
+        "objective",
+        "padding",
+        "⟦",
+        "⟧",
+        "together",
+        "optim=adamw_8bit",
+        "tokens in 4 steps",
+        "for 2 held-out measures",
+        "checkpoints",
+        "free",
+    ):
         assert part in told
     assert list(tmp_path.iterdir()) == []
 
@@ -49,6 +60,17 @@ def test_savings_that_are_taken_are_not_offered(words: list[str], capsys: pytest
     check(compose([*words, *offered]), Path())
     told = capsys.readouterr().out
     assert not any(word in told for word in offered)
+
+
+def test_time_is_that_of_steps_and_of_measures(words: list[str]) -> None:
+    config = compose([*words, "train.max_steps=5", "train.eval_every=2", "train.batch_size=8"])
+    run = prepare(config, build_accelerator(config), owner="check")
+    tokens = sum(len(run.rows[i].tokens) for _, batch in run.batches.plan(0, 5) for i in batch)
+    held_out = sum(len(row.tokens) for row in run.held_out_rows)
+    told = time_line(run, Cost(0.0, 1.0, 2.0, 4.0))
+    assert f"about {minutes(3 * tokens)} for {tokens:,} tokens in 5 steps" in told
+    assert f"{minutes((1 + 4 * 4) * held_out)} for 4 held-out measures" in told
+    assert [minutes(s) for s in (7.4, 99, 100, 5990, 36_000)] == ["7 s", "99 s", "2 min", "100 min", "10.0 h"]
 
 
 def test_all_data_faults_are_told(words: list[str], tmp_path: Path) -> None:
@@ -99,7 +121,7 @@ def test_a_disk_that_is_too_small_is_told_as_the_run_would(
     words = [*words, "train.save_every=1", "tracking.mode=disabled", f"hydra.run.dir={small_disk}/run"]
     checked, told, (line,) = in_process(capfd, "check", *words)
     assert "kB free" in told
-    assert "min for" in told
+    assert "held-out measures" in told
     code, _, lines = in_process(capfd, *words)
     assert (checked, code) == (3, 3)
     assert lines[-1].split(" bytes, and ")[0] == line.split(" bytes, and ")[0]
