@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -37,6 +38,14 @@ def environment(**more: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "KDX_", "HYDRA_"))}
     clean |= {"PYTHONPATH": str(Path(kdx.__file__ or "").parents[1]), "OMP_NUM_THREADS": "1"}
     return clean | {"HF_HUB_OFFLINE": "1", "NETRC": "none"} | more
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 def forked(work: Callable[[], object]) -> int:

@@ -5,14 +5,13 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from processes import ended, in_process, started
+from processes import ended, free_port, in_process, started
 from standins import FUSSY, write_dialogpt, write_pairs, write_place
 
 from kdx import cli
@@ -164,9 +163,7 @@ def test_of_several_processes_none_waits_for_one_that_is_refused(done, tmp_path,
     other_data()
     (tmp_path / "elsewhere").mkdir()
     before = whole(Path("run"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     told = [tmp_path / "0.err", tmp_path / "1.err"]
     places = [tmp_path, tmp_path / "elsewhere" if is_elsewhere else tmp_path]
     both = [started(one_of_two, i, port, str(places[i]), str(told[i])) for i in range(2)]

@@ -1,21 +1,19 @@
 """A run stopped anywhere and gone on with is the straight run, bit for bit; under another config it is refused."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from functools import partial
 
 import pytest
+from processes import free_port
 from runs import (
-    PATIENCE,
     compose,
     config_of,
     outcome,
     signal_at,
     start,
+    start_command,
     status,
     steps_of,
     straight,
@@ -188,29 +186,27 @@ def test_a_store_that_comes_or_goes_is_marked(stopped, tmp_path):
     assert mark.startswith("the teacher's store lacks rows that this run kept")
 
 
-def on_two_processes(place, run_dir, *more):
+def on_two_processes(place, run_dir):
+    """As torchrun starts them → the text of rank 0."""
     words = words_of(place, "train.max_steps=6", "train.save_every=4", "train.keep_checkpoints=true")
-    words += [f"hydra.run.dir={run_dir}", *more]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "kdx"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *words], cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
-    )
+    words += [f"hydra.run.dir={run_dir}"]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    logs = [run_dir.with_name(f"rank-{rank}.log") for rank in "01"]
+    ranks = [start_command(words, place, log, RANK=str(i), LOCAL_RANK=str(i), **shared) for i, log in enumerate(logs)]
+    assert [rank.code for rank in ranks] == [0, 0], [rank.text for rank in ranks]
+    return ranks[0].text
 
 
 def test_two_processes_go_on_exactly_and_one_is_refused(place, tmp_path, figure):
     """Each process has dropout of its own; the checkpoint of step 4 in the folder of a run that never ended."""
     run_dir = tmp_path / "run"
-    told = on_two_processes(place, run_dir)
-    assert told.returncode == 0, told.stderr
+    on_two_processes(place, run_dir)
     expected = outcome(run_dir)
     for name in ("status.json", "summary.json", "student/model.safetensors"):
         (run_dir / name).unlink()
     alone = start(compose(words_of(place, "train.max_steps=6", "train.keep_checkpoints=true")), run_dir)
     assert alone.code == 2, alone.text
     assert re.search(r"processes +2 +1", alone.text)
-    again = on_two_processes(place, run_dir)
-    assert again.returncode == 0, again.stderr
-    assert "going on from" in again.stdout
+    assert "going on from" in on_two_processes(place, run_dir)
     assert outcome(run_dir) == expected
     figure("two processes: resumed and bitwise equal, on one refused")

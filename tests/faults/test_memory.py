@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from processes import environment
+from runs import start_command
 from standins import write_dialogpt, write_pairs
 
 from kdx import checkpoint
@@ -48,16 +49,10 @@ def words_of(place: Path) -> list[str]:
     return [*words, "data.path=pairs.jsonl", "data.validation=4", "tracking.mode=disabled", "teacher.store=off"]
 
 
-def run(place: Path, *command: str, **more: str) -> tuple[int, str]:
-    told = subprocess.run(
-        [sys.executable, *command], cwd=place, env=environment(**more), capture_output=True, text=True, check=False
-    )
-    return told.returncode, told.stderr
-
-
-def check(code: int, stderr: str) -> None:
-    assert code == 3, stderr
-    (line,) = [line for line in stderr.splitlines() if not line.startswith("warning: ")]
+def check(code: int, text: str) -> None:
+    assert code == 3, text
+    assert "Traceback" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("kdx: error: ")]
     assert line.startswith("kdx: error: memory: ran out of memory (")
     assert [line.index(word) for word in ORDER] == sorted(line.index(word) for word in ORDER)
 
@@ -65,15 +60,16 @@ def check(code: int, stderr: str) -> None:
 def test_in_training(tmp_path: Path, figure) -> None:
     words = [*words_of(tmp_path), "train.max_steps=6", "train.save_every=1", "hydra.run.dir=run", "loss.name=greedy"]
     (tmp_path / "greedy.py").write_text(LOSS)
-    check(*run(tmp_path, "-m", "kdx", *words, KDX_PLUGINS="greedy", GREEDY_FROM="4"))
+    stopped = start_command(words, tmp_path, tmp_path / "log", KDX_PLUGINS="greedy", GREEDY_FROM="4")
+    check(stopped.code, stopped.text)
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "failed"
     assert status["reason"].startswith("memory: ran out of memory (")
     newest, skipped = checkpoint.newest(tmp_path / "run")
     assert newest is not None
     assert skipped == []
-    code, stderr = run(tmp_path, "-m", "kdx", "run.resume=run", KDX_PLUGINS="greedy", GREEDY_FROM="400")
-    assert (code, json.loads((tmp_path / "run/status.json").read_text())["step"]) == (0, 6), stderr
+    again = start_command(["run.resume=run"], tmp_path, tmp_path / "log", KDX_PLUGINS="greedy", GREEDY_FROM="400")
+    assert (again.code, json.loads((tmp_path / "run/status.json").read_text())["step"]) == (0, 6), again.text
     figure(f"memory ran out in training: exit 3, {newest.name} verifies, resumed to the end")
 
 
@@ -85,4 +81,6 @@ def test_under_a_limit_of_the_address_space(tmp_path: Path) -> None:
     (tmp_path / "wide/config.json").write_text(json.dumps(shape | {"n_embd": 8192, "n_inner": 8192}))
     words.remove("student=hf")
     words.remove("student.path=student")
-    check(*run(tmp_path, "-c", LIMITED, *words))
+    command = [sys.executable, "-c", LIMITED, *words]
+    told = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    check(told.returncode, told.stderr)
