@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from processes import SERVER
+from processes import environment as clean_environment
 from standins import write_dialogpt, write_pairs
 
 from kdx import checkpoint, loss
@@ -118,7 +119,9 @@ def _commands(each: list[tuple[list[str], Path, Path]], told: Any, environment: 
 
 def _command(words: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     os.chdir(folder)
-    os.environ.update(environment)
+    clean = clean_environment(**{"KDX_STORE": os.environ["KDX_STORE"]} | environment)
+    os.environ.clear()  # it was forked from whatever the first test of the session had set
+    os.environ.update(clean)
     resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))  # whatever it is given, the machine is not in danger
     _print_to(log)
     sys.argv = ["kdx", *words]
