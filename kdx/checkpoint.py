@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,16 @@ def save(
     optimizer_state: dict[str, Any],
     schedule: Any,
     state: dict[str, Any],
-    *,
     random_states: list[dict[str, Any]],
+    describe: Callable[[Path], None],
+    *,
     scaler: Any = None,
     best: Path | None = None,
 ) -> Path:
     """Save a checkpoint at an optimizer step → its folder. Older ones but two are removed once it is whole.
 
-    random_states: random_state() of every process, by rank. scaler: fp16's, if there is one.
+    random_states: random_state() of every process, by rank. describe: writes config and tokenizer beside the weights,
+    so that the folder is also a model's. scaler: fp16's, if there is one.
     Raises MachineError if the disk is full or refuses; earlier checkpoints are then untouched.
     """
     name = f"step-{state['step']:08d}"
@@ -52,7 +55,8 @@ def save(
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
-        save_file(_untied(model), beside / "model.safetensors")
+        save_file(_untied(model), beside / "model.safetensors", metadata={"format": "pt"})  # as transformers wants it
+        describe(beside)
         torch.save(optimizer_state, beside / "optimizer.pt")
         if best is not None and best.is_file():
             shutil.copyfile(best, beside / "best.safetensors")

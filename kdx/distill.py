@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,7 +27,7 @@ from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, bytes_on_di
 from kdx.run_folder import RunFolder
 from kdx.signals import StopRequest
 from kdx.stale import changes
-from kdx.student import save_student
+from kdx.student import describe, save_student
 from kdx.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
 from kdx.train import State, keep_best, train
 
@@ -158,6 +159,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
                 measure=lambda: measure(accelerator.autocast())[0].means(),
                 stop_asked=stop_asked,
                 run_dir=folder.path,
+                describe=lambda beside: describe(run.student, run.tokenizer, beside),
             )
         if state.stopped_by == "signal":
             exit_code = stop.exit_code
@@ -187,7 +189,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
                 "tokens": state.tokens,
                 "counted_tokens": state.counted_tokens,
                 "seconds": time.time() - began,
-                "seconds_per_step": state.seconds_per_step,
+                "seconds_per_step": statistics.median(state.step_seconds) if state.step_seconds else None,
                 "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
                 "peak_memory_bytes": peak_memory(accelerator.device),
                 "store": asdict(store.counts) | {"bad": store.rows.num_bad} if store else None,

@@ -125,6 +125,14 @@ def _keep(model: PreTrainedModel, folder: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def describe(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Write what makes a folder with weights a model's: config, generation config, tokenizer with chat template."""
+    config = copy.deepcopy(model.config)
+    config.use_cache = True  # off while it is trained
+    for part in (config, model.generation_config, tokenizer):
+        part.save_pretrained(folder)
+
+
 def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write config, weights as they are, tokenizer with chat template and generation config as one model folder.
 

@@ -1,7 +1,6 @@
 """The training loop: plain accelerate, read top to bottom."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -51,10 +50,6 @@ class State:
         self.seconds += seconds
         self.step_seconds = [*self.step_seconds[-199:], seconds]  # enough for a median
 
-    @property
-    def seconds_per_step(self) -> float | None:
-        return statistics.median(self.step_seconds) if self.step_seconds else None
-
 
 def train(
     config: TrainConfig,
@@ -73,10 +68,12 @@ def train(
     measure: Callable[[], dict[str, float | None]],
     stop_asked: Callable[[], bool],
     run_dir: Path,
+    describe: Callable[[Path], None],
 ) -> State:
     """Train to max_steps, or until stopped early or asked to stop. Weights end up in `objective.model`.
 
     module, optimizer, student: of shards.prepare. measure: takes the held-out measures of the student as it is.
+    describe: writes beside the weights what makes a folder with them a model's.
     Raises DivergedError before a step that would write a loss or gradient that is not finite into the weights.
     """
     best_file = checkpoint.folder_of(run_dir) / "best.safetensors"
@@ -140,9 +137,7 @@ def train(
             with shards.whole(objective, student):
                 if accelerator.is_main_process:
                     kept = {"best": best_file if config.keep == "best" else None, "scaler": accelerator.scaler}
-                    checkpoint.save(
-                        run_dir, student, moments, schedule, asdict(state), random_states=random_states, **kept
-                    )
+                    checkpoint.save(run_dir, student, moments, schedule, asdict(state), random_states, describe, **kept)
         accelerator.wait_for_everyone()
         if stopping or interrupted:
             break

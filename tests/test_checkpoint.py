@@ -32,7 +32,7 @@ def save(run_dir: Path, step: int, width: int = 4) -> Path:
     checkpoint.save_weights(best, model)
     states = [checkpoint.random_state()]
     return checkpoint.save(
-        run_dir, model, optimizer.state_dict(), schedule, {"step": step}, random_states=states, best=best
+        run_dir, model, optimizer.state_dict(), schedule, {"step": step}, states, lambda beside: None, best=best
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from standins import write_chats, write_dialogpt, write_llama, write_pairs, write_place
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -268,6 +269,19 @@ class TestStopAndGoOn:
         told = (tmp_path / "run" / "kdx.log").read_text()
         assert "skipped a damaged checkpoint, step-00000009" in told
         assert "going on from" in told
+
+    def test_a_checkpoint_is_a_model_too(self, place: Path, tmp_path: Path) -> None:
+        more = ("train.save_every=1", "train.keep_checkpoints=true", "train.gradient_checkpointing=true")
+        distill(config_of(place, "train.max_steps=2", *more), tmp_path / "run")
+        (folder,) = checkpoint.found(tmp_path / "run")
+        model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        assert not any(told.values()), told
+        kept = load_file(folder / "model.safetensors")
+        state = model.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
+        student = AutoTokenizer.from_pretrained(tmp_path / "run/student")
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == student.get_vocab()
+        assert model.config.use_cache
 
     def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(self, place: Path, tmp_path: Path) -> None:
         config = config_of(place, *self.WORDS, "train.save_every=3", "train.keep_checkpoints=true")

@@ -133,7 +133,7 @@ def test_what_is_not_finite_in_one_process_is_named(place: Path) -> None:
     assert "kdx: exit code 4" in told
     status = json.loads((place / "nan" / "status.json").read_text())
     assert status["state"] == "diverged"
-    what = r"the distillation term is not finite; the weights are still those of step \d \(rows: \w+, \w+\)\."
+    what = r"the distillation term is not finite; the weights are still those of step \d \(rows: \w+ at \S+:\d+, \w+ at \S+:\d+\)\."
     assert re.search(what, status["reason"]), "the two rows of the second process, whose weights are finite"
 
 
