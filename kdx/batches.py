@@ -215,6 +215,12 @@ class StepBatches:
             return list(self.rows)
         return [self.rows[i] for _, numbers in self.plan(0, max_steps) for i in numbers]
 
+    def num_input_tokens(self, max_steps: int) -> int:
+        """Tokens without padding that these steps read, over all processes."""
+        epochs = max_steps // self.steps_per_epoch
+        rest = (self.rows[i] for _, numbers in self.plan(epochs * self.steps_per_epoch, max_steps) for i in numbers)
+        return epochs * sum(len(row.tokens) for row in self.rows) + sum(len(row.tokens) for row in rest)
+
     def padding(self, max_steps: int) -> float:
         """Share of padding among the positions that the run computes."""
         real = padded = 0

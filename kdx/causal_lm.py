@@ -385,7 +385,10 @@ class _loading:
             raise memory from error
         text = re.sub(r"\s+", " ", str(error)).strip()
         if isinstance(error, ImportError):
-            raise MachineError(self.key, f"{self.path} needs a package: {text[:200]}", "Install it") from error
+            raise MachineError(self.key, f"{self.path} needs a package: {text.rstrip('.')}", "Install it") from error
+        if "attn_implementation" in text:
+            key = self.key.split(".")[0] + ".attn_implementation"
+            raise ModelError(key, f"{self.path} has no attention of that name", "Use auto, eager or sdpa") from error
         folder = Path(self.path)
         if not folder.exists() and (self.path.count("/") != 1 or self.path.startswith((".", "/", "~"))):
             raise ModelError(self.key, f"{self.path} does not exist", nearby(folder)) from error

@@ -125,13 +125,18 @@ def problems(tree: dict[str, Any], shape: Any = Config, prefix: str = "") -> lis
         if isinstance(value, float) and not math.isfinite(value):
             found.append(Problem(key, f"is {value}", "Give a finite number"))
             continue
+        if isinstance(value, str) and "\0" in value:
+            found.append(Problem(key, "holds a zero byte", "Take it out"))
+            continue
         kinds = part.metadata.get("kinds")
         words = part.metadata.get("range") or type_words(wanted)
-        if kinds:
-            fits = any(has_type(value, kind) for kind in kinds)
+        if kinds:  # nothing turns a number into text there
+            fits = any(isinstance(value, str) if kind is str else has_type(value, kind) for kind in kinds)
             wanted_words = words
         else:
             fits, wanted_words = has_type(value, wanted), type_words(wanted)
+            if fits and value is not None and wanted in (str, str | None):
+                value = str(value)  # as composition makes it
         if not fits:
             found.append(Problem(key, f"is {show(value)}, expected {wanted_words}", f"Allowed: {words}"))
         elif value is not None and "test" in part.metadata and not part.metadata["test"](value):

@@ -75,7 +75,7 @@ class TeacherConfig(ModelConfig):
     """Rows at once in the teacher's pass, which needs less memory than training; auto is the student's."""
     store: str = one_of("auto", "on", "off")
     """Keep its hidden states on disk for every run that can use them; auto: if rows are seen more than once."""
-    store_dir: str
+    store_dir: str = matching(re.compile(r".*\S.*", re.DOTALL), "a folder")
     """Where; runs and sweeps that share a folder share what the teacher said."""
     store_limit_gb: float | None = above(0)
     """Most the store may grow to, in 10⁹ bytes; null is what the disk holds, less a tenth."""

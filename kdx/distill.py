@@ -270,7 +270,7 @@ def check_final(state: State, measures: dict[str, float | None]) -> None:
     """Refuse to call a run done whose measures could rank anywhere. Raises DivergedError."""
     wrong = [name for name in MEASURES if measures[name] is not None and not math.isfinite(measures[name] or 0.0)]
     if wrong:
-        what = f"the student's held-out {' and '.join(wrong)} is not finite; no student is saved"
+        what = f"of the student's held-out measures {', '.join(wrong)} are not finite; no student is saved"
         raise DivergedError(f"step {state.step}", what, "Lower optim.lr, or set train.keep=best with train.eval_every")
 
 

@@ -158,10 +158,10 @@ def reserve(folder: Path, num_bytes: int) -> IO[bytes]:
 
 def of_disk(error: OSError, folder: Path | str) -> MachineError:
     """What to say if a disk is full or refuses. folder: where that was, if the error does not say."""
-    place, what = str(error.filename or folder), error.strerror or "cannot be written"
+    place, what, mend = str(error.filename or folder), error.strerror or "cannot be written", "Choose another folder"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what += f" ({usage_of(Path(place)).free:,} bytes free)"
-    return MachineError(place, what, "Free room, or choose another folder")
+        what, mend = f"{what} ({usage_of(Path(place)).free:,} bytes free)", "Free room, or choose another folder"
+    return MachineError(place, what, mend)
 
 
 def open_to_umask(*files: Path) -> None:

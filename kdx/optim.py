@@ -15,6 +15,8 @@ from kdx.check import Problem, binding_problems, has_type, show, type_words
 from kdx.config import OptimConfig
 from kdx.errors import ConfigError, MachineError, did_you_mean, together
 
+UNFIT = ("Optimizer", "LBFGS", "SparseAdam")  # of these one calls the loss again and again, one wants sparse gradients
+
 
 def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
     """Find torch.CLASS or bitsandbytes.CLASS and check its options. Raises ConfigError or MachineError."""
@@ -23,11 +25,13 @@ def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
         module = importlib.import_module(f"{library}.optim")
     except ImportError:
         raise MachineError("optim.name", f"{library} is not installed", f"Run: pip install {library}") from None
-    found = getattr(module, name, None)
-    if not (inspect.isclass(found) and issubclass(found, Optimizer)):
-        known = [k for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Optimizer)]
-        mend = did_you_mean(name, [k for k in known if k != "Optimizer"])
-        raise ConfigError("optim.name", f"{library} has no optimizer {name}", mend)
+    known = {
+        k: v for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Optimizer) and k not in UNFIT
+    }
+    if name not in known:
+        what = f"{library} has no optimizer {name}" + " that trains a student" * (name in UNFIT)
+        raise ConfigError("optim.name", what, did_you_mean(name, list(known)))
+    found = known[name]
     problems = binding_problems(found, {"lr": config.lr, **config.options}, "optim.", skip=1)
     problems = problems or _unlike_defaults(found, config.options)
     if problems:
@@ -68,7 +72,7 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
         options["fused"] = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     try:
         return kind([g for g in groups if g["params"]], lr=config.lr, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError("optim", f"{config.name} refuses its options: {error}", "See conf/optim/") from None
 
 

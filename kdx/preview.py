@@ -191,7 +191,7 @@ def disk_lines(run: Prepared, folder: Path) -> list[str]:
 def time_line(run: Prepared, cost: Cost) -> str:
     """How long steps and measures would take, by the one row that was measured."""
     train, processes = run.config.train, run.accelerator.num_processes
-    tokens = sum(len(run.rows[i].tokens) for _, batch in run.batches.plan(0, run.max_steps) for i in batch)
+    tokens = run.batches.num_input_tokens(run.max_steps)
     per_token = cost.step_seconds + (cost.teacher_seconds if run.config.loss.alpha > 0 else 0)
     steps = per_token * tokens / processes
     held_out = sum(len(row.tokens) for row in run.held_out_rows)

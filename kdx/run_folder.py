@@ -70,6 +70,7 @@ class RunFolder:
                 what = "another process has done this run just now"
                 raise MachineError(str(self.path), what, "Nothing is left to do; the same command tells so")
             is_longer = self._refuse_drift(config)
+            self._refuse_to_replace()
             self._tidy()
             if not self._has_begun() or is_longer:
                 text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
@@ -119,6 +120,13 @@ class RunFolder:
         error = ConfigError(str(self.path), f"was begun with another {keys}", mend)
         error.lines += drift.table(found)
         return error
+
+    def _refuse_to_replace(self) -> None:
+        """Refuse a folder where what a run writes, and removes, has the name of somebody's own."""
+        theirs = [name for name in ("student", "checkpoints") if (self.path / name).exists()]
+        if theirs and not self._has_begun():
+            what = f"is no run's, and has a {theirs[0]}/, which a run would replace"
+            raise ConfigError(str(self.path), what, "Choose another folder with hydra.run.dir=...")
 
     def _tidy(self) -> None:
         """Remove what a killed process had begun to write, or to remove."""

@@ -309,6 +309,13 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("loss.name=forwad_kl",): ["loss.name: no divergence is named 'forwad_kl'. Did you mean forward_kl? Choices: adaptive_kl, *"],
     ("loss=jsd", "+loss.btea=0.3"): ["loss.btea: is not an option here. Did you mean beta? It takes: beta"],
     ("loss=jsd", "loss.beta=7"): ["loss: beta is 7; it must be between 0 and 1. See conf/loss/jsd.yaml, or the function itself"],
+    ("data.path=5",): ["data.path: is 5 (int), expected a file, glob, folder, hub data set, or a list of them. Allowed: *"],
+    ("teacher.micro_batch_size=2.5",): ["teacher.micro_batch_size: is 2.5 (float), expected auto or a number of rows. *"],
+    ("optim.name=5",): ["optim.name: is '5'. Allowed: torch.CLASS or bitsandbytes.CLASS"],
+    ("teacher.store_dir=''",): ["teacher.store_dir: is ''. Allowed: a folder"],
+    ("optim.name=torch.SparseAdam",): ["optim.name: torch has no optimizer SparseAdam that trains a student. *"],
+    ("optim.name=bitsandbytes.LARS", "~optim.betas"): ["optim: bitsandbytes.LARS refuses its options: *"],
+    ("student.attn_implementation=x",): ["student.attn_implementation: student has no attention of that name. Use auto, eager or sdpa"],
     ("optim.name=torch.AdmW",): ["optim.name: torch has no optimizer AdmW. Did you mean AdamW? Choices: *"],
     ("optim.lr=0", "loss.temperature=0", "loss.alpha=1.2", "train.batch_size=0", "optim.warmup_steps=-1"): [
         "loss.alpha: is 1.2. Allowed: between 0 and 1",
@@ -343,7 +350,8 @@ WORDS: dict[tuple[str, ...], list[str]] = {
 
 
 def fits(line: str, pattern: str) -> bool:
-    """Whether a line is as told; * stands for what is another library's, or long."""
+    """Whether a line is as told; * stands for what is another library's, or long, and (*) for the folder one is in."""
+    pattern = pattern.replace("(*)", f"({Path.cwd()})")
     head, *tails = pattern.split(" *")
     return line.startswith(head) and all(tail in line for tail in tails) if tails else line == pattern
 
@@ -506,4 +514,5 @@ def test_processes(place, words, code, told):
     Path("t.jsonl").write_bytes(LINE + b'{"source": x}\n' + LINE)
     command = [sys.executable, "-m", "kdx", *words_of("data.max_length=100", *words)]
     done = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, check=False)
+    told = told.replace("(*)", f"({place})")
     assert (done.returncode, done.stdout, done.stderr) == (code, "", f"kdx: error: {told}\n")

@@ -481,6 +481,14 @@ def test_by_length_has_every_row_once_longest_first():
     assert lengths == sorted(lengths, reverse=True)
 
 
+def test_the_tokens_of_any_number_of_steps():
+    batches = step_batches(make_rows(23), batch_size=4)
+    for steps in (0, 1, 5, 6, 7, 15, 18):
+        read = sum(step.num_input_tokens for step in batches.steps(0, steps))
+        assert batches.num_input_tokens(steps) == read
+    assert batches.num_input_tokens(6 * 10**20) == 10**20 * batches.num_input_tokens(6)  # without going through them
+
+
 def test_the_fingerprint_sees_ids_tokens_masks_and_order():
     one, two = Row("a", [1, 2, 3], [False, True, True]), Row("b", [4, 5], [False, True])
     variants = [

@@ -100,3 +100,12 @@ def test_students_start_from_values_that_suit_them():
     assert pretrained.optim.lr <= 5e-5
     assert pretrained.train.epochs == 1
     assert pretrained.data.max_length > cut.data.max_length
+
+
+@pytest.mark.parametrize("key", ["sweep.name", "tracking.name", "teacher.path", "optim.schedule"])
+def test_a_number_where_a_name_is_asked_is_that_name_or_refused_as_one(composer, key):
+    point = composer.point(composer.parsed([f"{key}=2026"]))
+    assert [fault.lines[0] for fault in point.faults if "2026" not in fault.lines[0]] == []
+    if not point.faults:
+        group, name = key.split(".")
+        assert getattr(getattr(point.config(), group), name) == "2026"

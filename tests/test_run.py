@@ -338,6 +338,14 @@ class TestStopAndGoOn:
         (tmp_path / "run" / "overrides.yaml").write_text(text)
         assert RunFolder(tmp_path / "run").name(config_of(place)) == name
 
+    @pytest.mark.parametrize("name", ["student", "checkpoints"])
+    def test_a_folder_with_somebodys_own_is_refused(self, place: Path, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("a year's work")
+        with pytest.raises(ConfigError, match=f"has a {name}/, which a run would replace"):
+            distill(config_of(place, "train.max_steps=1"), tmp_path)
+        assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["mine"]
+
     def test_a_folder_in_use_is_refused(self, place: Path, tmp_path: Path) -> None:
         config = config_of(place, "train.max_steps=1")
         distill(config, tmp_path / "run")

@@ -99,6 +99,6 @@ def nan_at_the_end():
 def test_a_final_measure_that_is_not_finite_is_no_done_run(place, tmp_path):
     run = start(config_of(place, *WORDS), tmp_path / "run", nan_at_the_end)
     assert run.code == 4, run.text
-    assert "the student's held-out ce is not finite; no student is saved" in run.text
+    assert "of the student's held-out measures ce are not finite; no student is saved" in run.text
     assert status(tmp_path / "run")["state"] == "diverged"
     assert not (tmp_path / "run" / "student").exists()
