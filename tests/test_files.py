@@ -1,6 +1,7 @@
 """Rows from files, folders, globs, packages and the hub, and what is said of those that cannot be read."""
 
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -170,3 +171,15 @@ def test_all_files_are_looked_at_before_the_unreadable_ones_are_said(tmp_path):
 )
 def test_kinds_are_said_as_a_person_would(value, words):
     assert kind_of(value) == words
+
+
+def test_what_is_no_file_is_told_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("nothing")
+    said = {"pipe.jsonl": "is neither a file nor a folder", "link.jsonl": f"does not exist. {tmp_path} has: "}
+    for name, told in (said | {"": said["pipe.jsonl"]}).items():  # in a folder too
+        if not name:
+            (tmp_path / "link.jsonl").unlink()
+        with pytest.raises(DataError) as error:
+            list(read_rows(str(tmp_path / name), None, "train"))
+        assert told in error.value.lines[0]
