@@ -4,6 +4,7 @@ A field's range stands in its metadata and is checked by `kdx.check`, before tor
 `Any` marks a key that takes one or several types (OmegaConf has no `str | list`); `allows` says which.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ def one_of(*choices: str) -> Any:
     return field(metadata={"test": lambda v: v in choices, "range": "one of " + ", ".join(choices), "choices": choices})
 
 
-def above(low: float) -> Any:
-    return field(metadata={"test": lambda v: v > low, "range": f"above {low:g}"})
+def above(low: float, most: float = math.inf) -> Any:
+    words = f"above {low:g}" + (f", at most {most:g}" if most < math.inf else "")
+    return field(metadata={"test": lambda v: low < v <= most, "range": words})
 
 
 def at_least(low: float) -> Any:
@@ -156,7 +158,7 @@ class LossConfig:
     """A registered divergence, or cross_entropy (alpha 0)."""
     alpha: float = between(0, 1)
     """Weight of the distillation term: alpha·KD + (1−alpha)·CE."""
-    temperature: float = above(0)
+    temperature: float = above(0, most=1e6)
     """Softens both distributions in the distillation term; CE is always at 1."""
     scale_by_temperature: bool
     """Multiply the distillation term by temperature² (Hinton et al., 2015)."""
@@ -208,7 +210,7 @@ class TrainConfig:
     """Rows at once on one device; auto is batch_size ÷ processes. Accumulation is derived."""
     max_steps: int | None = at_least(0)
     """Optimizer steps; exactly one of max_steps and epochs. 0 measures and trains nothing."""
-    epochs: float | None = above(0)
+    epochs: float | None = above(0, most=1e9)
     """Passes over the training rows; exactly one of max_steps and epochs."""
     max_grad_norm: float | None = above(0)
     """Gradients are clipped to this norm; null is off."""

@@ -271,7 +271,8 @@ def _conversation(item: Any, where: str, changed: Counter[str]) -> Conversation:
     digest = Conversation("", messages, where).digest
     own = item.get("id")
     named = isinstance(own, str | int) and not isinstance(own, bool) and str(own)
-    return Conversation(str(own) if named else digest[:32], messages, where)
+    name = str(own).encode(errors="backslashreplace").decode() if named else digest[:32]  # half of a surrogate pair
+    return Conversation(name, messages, where)
 
 
 def _objects(path: str | list[str], subset: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]] | DataError]:

@@ -62,6 +62,8 @@ def read_rows(path: str | list[str], subset: str | None, split: str, key: str = 
             continue
         for file in files:
             try:
+                if file.exists() and not file.is_file():  # reading a pipe may never end
+                    raise DataError(str(file), "is neither a file nor a folder", "Give a file that stays")
                 yield from READERS[file.suffix](file)
             except DataError as error:
                 unreadable.append(error)
@@ -72,7 +74,7 @@ def read_rows(path: str | list[str], subset: str | None, split: str, key: str = 
 def _expand(path: str, split: str, key: str) -> list[Path]:
     """The files of a path; only a folder has splits other than train: its files NAME.* and NAME-*."""
     if Path(path).is_dir():
-        files = sorted(p for p in Path(path).iterdir() if p.suffix in SUFFIXES)
+        files = sorted(p for p in Path(path).iterdir() if p.suffix in SUFFIXES and not p.is_dir())
         if not files:
             raise DataError(key, f"the folder {path} has no {', '.join(SUFFIXES)} file", _listing(Path(path)))
         if split != "train":
@@ -89,8 +91,6 @@ def _expand(path: str, split: str, key: str) -> list[Path]:
         if not files:
             raise DataError(key, f"no file matches {path}", nearby(Path(path)))
     for file in files:
-        if file.exists() and not file.is_file():  # reading a pipe may never end
-            raise DataError(key, f"{file} is neither a file nor a folder", "Give a file that stays")
         if file.suffix not in READERS:
             raise DataError(key, f"{file} is none of {', '.join(SUFFIXES)}", "Convert it, or write a data source")
     return files
@@ -106,7 +106,7 @@ def nearby(path: Path) -> str:
         return _listing(path)
     while not path.parent.is_dir() and path != path.parent:
         path = path.parent
-    others = [p.name for p in path.parent.iterdir() if p.name != path.name]  # its own: a link to nothing
+    others = [p.name for p in path.parent.iterdir() if p.exists()]  # a link to nothing is not meant
     near = get_close_matches(path.name, others, n=1, cutoff=0.5)
     return f"Did you mean {path.parent / near[0]}?" if near else _listing(path.parent)
 
@@ -211,10 +211,10 @@ def _read_parquet(file: Path) -> Iterator[Item]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             _no_duplicates(parquet.schema_arrow.names, file)
-            number = 0
             for batch in parquet.iter_batches(1024):
                 for row in batch.to_pylist():
                     yield f"{file}[{number}]", row
@@ -222,6 +222,9 @@ def _read_parquet(file: Path) -> Iterator[Item]:
     except (pyarrow.ArrowException, OSError) as error:
         what = f"is not a whole parquet file ({str(error).splitlines()[0][:120]})"
         raise DataError(str(file), what, "Was the copy cut short? Copy the file again") from None
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a day that no calendar has
+        what = f"holds a value that cannot be read, at row {number} or within 1,024 after it: {error}"
+        raise DataError(str(file), what, "Mend it, or leave its column out") from None
 
 
 def _no_duplicates(names: list[str], file: Path) -> None:

@@ -29,7 +29,7 @@ def load() -> None:
             start()
         except KdxError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script that ends is no module
             what = f"cannot import {name}: {type(error).__name__}: {error}"
             raise ConfigError("KDX_PLUGINS", what, "Give module names, with their folder on PYTHONPATH") from error
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import shutil
 import stat
@@ -9,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 from kdx import checkpoint
 from kdx.cli import compose
-from kdx.durable import write_beside
+from kdx.durable import seal, write_beside
 from kdx.errors import MachineError
 from kdx.student import save_student
 from kdx.tracking import Tracker
@@ -145,6 +147,53 @@ def test_a_full_disk_is_the_machines_and_leaves_what_was_there(tmp_path, make_to
     assert error.value.lines[0].startswith(f"{place}: cannot save the {what}")
     assert set(tmp_path.rglob("*")) == listed  # nothing is begun and left lying
     assert file.read_bytes() == before
+
+
+def test_every_generator_goes_on_from_where_it_was(tmp_path):
+    def drawn():
+        return random.random(), numpy.random.rand(), torch.rand(1).item()
+
+    folder = save(tmp_path, 1)
+    expected = drawn()
+    assert drawn() != expected
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.load(folder, model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    assert drawn() == expected
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", "{", "\0\0"])
+def test_a_manifest_that_is_none_verifies_nothing(tmp_path, text):
+    folder = save(tmp_path, 1)
+    (folder / "MANIFEST.json").write_text(text)
+    assert "MANIFEST.json" in checkpoint.verify(folder)
+
+
+def test_any_other_byte_of_a_manifest_is_told(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    seal(tmp_path)
+    file = tmp_path / "MANIFEST.json"
+    content = file.read_bytes()
+    others = [content[:i] + bytes([byte ^ 1]) + content[i + 1 :] for i, byte in enumerate(content)]
+    for changed in (*others, content + b" ", content[:-1], content.replace(b"\n", b"")):
+        file.write_bytes(changed)
+        assert checkpoint.verify(tmp_path) is not None, changed
+
+
+def test_best_weights_follow_the_umask(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        checkpoint.save_weights(tmp_path / "best.safetensors", torch.nn.Linear(2, 2))
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "best.safetensors").stat().st_mode) == 0o640
+
+
+def test_a_line_without_its_end_is_cut(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n{"step": 2}')
+    Tracker(tmp_path, compose([]).tracking, is_main=True, max_steps=4, first_step=2)
+    assert file.read_bytes() == b'{"step": 1}\n'
 
 
 BROKEN = (b'{"step": 2, "tok', b"\0" * 4096, b"\0\0\n", b"\xff\xfe\n", b"[]\n", b"{}\n", b'"a"\n', b'{"step": null}\n')

@@ -557,6 +557,10 @@ def test_plugins_are_imported_and_their_source_kept(monkeypatch):
     monkeypatch.setenv("KDX_PLUGINS", "no_such_module")
     with pytest.raises(KdxError, match="KDX_PLUGINS: cannot import no_such_module"):
         plugins.load()
+    write("my_kdx_script.py", "raise SystemExit(0)\n")
+    monkeypatch.setenv("KDX_PLUGINS", "my_kdx_script")
+    with pytest.raises(KdxError, match="KDX_PLUGINS: cannot import my_kdx_script: SystemExit: 0"):
+        plugins.load()
 
 
 def test_a_sweep_goes_on_after_a_job_that_fails_and_ends_with_5(capfd, monkeypatch):

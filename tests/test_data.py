@@ -452,3 +452,10 @@ def test_the_same_rows_come_from_every_format(data_config, file_of, tmp_path):
     assert all([said(r) for r in d.train] == [said(r) for r in datasets[0].train] for d in datasets)
     (row,) = load_data(data_config("messages", path=str(tmp_path / "m.parquet"))).train
     assert said(row) == [("user", "a"), ("assistant", "b")]
+
+
+def test_an_id_with_half_of_a_surrogate_pair_is_an_id(file_of, data_config):
+    path = file_of([row | {"id": f"\ud83d{i}"} for i, row in enumerate(numbered(4))])
+    data = load_data(data_config("pairs", path=path, validation=1))
+    told = ids(data.train + data.validation)
+    assert sorted(told) == [f"\\ud83d{i}" for i in range(4)]
