@@ -9,7 +9,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -31,8 +30,9 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 from kdx.batches import MicroBatch
 from kdx.config import SAFE_NAME, ModelConfig
 from kdx.durable import cache_dir, known_digest, read_json
-from kdx.errors import MachineError, ModelError, of_hub, out_of_memory
+from kdx.errors import MachineError, ModelError
 from kdx.files import nearby, resolve_path
+from kdx.loading import loading
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def load_tokenizer(config: ModelConfig, group: str) -> PreTrainedTokenizerBase:
     elif not config.tokenizer:
         _check_folder(Path(path), group, needs_weights=False)
         extra["revision"] = config.revision
-    with _loading(path, "tokenizer", f"{group}.tokenizer" if config.tokenizer else f"{group}.path"):
+    with loading(path, "tokenizer", f"{group}.tokenizer" if config.tokenizer else f"{group}.path"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code, **extra)
     if not tokenizer.is_fast:
         raise ModelError(f"{group}.tokenizer", "is a slow tokenizer without offsets", "Save it with tokenizer.json")
@@ -182,7 +182,7 @@ def load_config(config: ModelConfig, group: str) -> Any:
     path = resolve_path(config.path or "", f"{group}.path")
     if config.gguf_file:
         path = str(_dequantised(Path(path), config.gguf_file, group))
-    with _loading(path, "config", f"{group}.path"):
+    with loading(path, "config", f"{group}.path"):
         return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
 
 
@@ -203,7 +203,7 @@ def load_causal_lm(
     extra: dict[str, Any] = {"device_map": device_map} if device_map else {}
     if quantization != "none":
         extra["quantization_config"] = _quantization(quantization, dtype, group)
-    with _loading(path, "model", f"{group}.path"):
+    with loading(path, "model", f"{group}.path"):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -245,7 +245,7 @@ def check_split(model: PreTrainedModel, group: str) -> None:
         raise ModelError(f"{group}.path", f"{name} has no backbone and output head", "Use a causal language model")
     head = head_of(model)
     ids = torch.arange(3, 11, device=model.device).remainder(head.num_ids).unsqueeze(0)
-    with torch.no_grad():
+    with torch.no_grad(), loading(name, "forward pass", f"{group}.path", "Use a causal language model"):
         own = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
         ours = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1))
     # Relative to the spread: on fresh weights a forgotten soft-cap moves the logits by 1e-5 only.
@@ -315,7 +315,7 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
                 log.info("dequantising %s once, to %s", gguf_file, kept)
                 beside = kept.with_suffix(f".{os.getpid()}.tmp")
                 shutil.rmtree(beside, ignore_errors=True)
-                with _loading(str(source), "model", f"{group}.gguf_file"):
+                with loading(str(source), "model", f"{group}.gguf_file"):
                     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
                     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
                 model.hf_quantizer = None  # save_pretrained refuses what came from GGUF unless told it is plain now
@@ -367,34 +367,3 @@ def _check_folder(folder: Path, group: str, needs_weights: bool = True) -> None:
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(SAFE_NAME.fullmatch(str(name)) for name in shards.values()):
             raise ModelError(key, f"{index} names weights outside its folder", "Do not load this checkpoint")
-
-
-class _loading:
-    """Turn what transformers and the hub raise while loading into one clear line."""
-
-    def __init__(self, path: str, what: str, key: str) -> None:
-        self.path, self.what, self.key = path, what, key
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, ModelError | MachineError):
-            return
-        if memory := out_of_memory(error):
-            raise memory from error
-        text = re.sub(r"\s+", " ", str(error)).strip()
-        if isinstance(error, ImportError):
-            raise MachineError(self.key, f"{self.path} needs a package: {text.rstrip('.')}", "Install it") from error
-        if "attn_implementation" in text:
-            key = self.key.split(".")[0] + ".attn_implementation"
-            raise ModelError(key, f"{self.path} has no attention of that name", "Use auto, eager or sdpa") from error
-        folder = Path(self.path)
-        if not folder.exists() and (self.path.count("/") != 1 or self.path.startswith((".", "/", "~"))):
-            raise ModelError(self.key, f"{self.path} does not exist", nearby(folder)) from error
-        if not folder.exists() and isinstance(error, OSError | ValueError):
-            what = f"{self.path} is no folder here, and the hub could not give its {self.what}"
-            mend = "Check the name and the network, log in for gated models (hf auth login), or give a local folder"
-            raise of_hub(error, ModelError, self.key, what, mend) from error
-        what = f"cannot load the {self.what} in {self.path}: {type(error).__name__}: {text[:240]}"
-        raise ModelError(self.key, what, nearby(folder)) from error

@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import errno
 import os
 import shlex
 import shutil
@@ -253,6 +254,8 @@ def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
         print("kdx: interrupted", file=sys.stderr, flush=True)
         return 130
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _say(ConfigError(f"{error.filename!s:.60} …", "is longer than a name may be", "Check the path"))
         if error.errno not in MACHINE:
             memory = out_of_memory(error)
             return _say(memory) if memory else _bug()

@@ -16,7 +16,8 @@ from kdx.causal_lm import load_causal_lm, load_config, ready
 from kdx.checkpoint import REFUSALS, not_saved
 from kdx.config import StudentConfig, TeacherConfig
 from kdx.durable import open_to_umask, put, seal, sync, temporary, verify
-from kdx.errors import ConfigError
+from kdx.errors import ConfigError, ModelError
+from kdx.loading import loading
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +50,11 @@ def load_student(
         return smaller
     shape = load_config(config, "student")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        shape, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=config.trust_remote_code
-    )
+    mend = "Give the path of a causal language model"
+    with loading(str(config.path), "shape", "student.path", mend):
+        model = AutoModelForCausalLM.from_config(
+            shape, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=config.trust_remote_code
+        )
     return ready(model, "student")
 
 
@@ -155,10 +158,15 @@ def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 def answer_greedily(model: PreTrainedModel, max_new_tokens: int) -> None:
     """Give the model a generation config of its own special tokens, greedy and short, which is saved with it.
 
-    So `pipeline("text-generation", …)` without further words answers as the run's samples do.
+    So `pipeline("text-generation", …)` without further words answers as the run's samples do. Raises ModelError.
     """
     known = model.generation_config
     ids = {name: getattr(known, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, value in ids.items():
+        told = value if isinstance(value, list) and value else [value]
+        if value is not None and not all(type(i) is int and i >= 0 for i in told):
+            what = f"its generation_config.json has {name}: {value!r}, expected an id"
+            raise ModelError("student.path", what, "Mend that file, or remove it")
     if ids["pad_token_id"] is None:
         eos = ids["eos_token_id"]
         ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos

@@ -19,6 +19,7 @@ from kdx.batches import Row, collate
 from kdx.causal_lm import Head, check_split, common_ids, counted_hidden, head_of
 from kdx.config import ModelConfig
 from kdx.errors import MachineError, ModelError
+from kdx.loading import loading
 
 V, d = 40, 16
 SHAPE = {
@@ -345,15 +346,15 @@ def test_weights_outside_of_their_folder(folder, name):
 
 
 def test_a_missing_package_is_the_machines_fault():
-    with pytest.raises(MachineError, match="needs a package"), causal_lm._loading("somewhere", "model", "student.path"):
+    with pytest.raises(MachineError, match="needs a package"), loading("somewhere", "model", "student.path"):
         raise ImportError("No module named 'somepackage'")
 
 
 def test_bugs_of_kdx_are_not_dressed_up(folder):
-    with pytest.raises(KeyboardInterrupt), causal_lm._loading(str(folder), "model", "student.path"):
+    with pytest.raises(KeyboardInterrupt), loading(str(folder), "model", "student.path"):
         raise KeyboardInterrupt
     mine = ModelError("student.path", "is known", "Leave it")
-    with pytest.raises(ModelError, match="is known"), causal_lm._loading(str(folder), "model", "student.path"):
+    with pytest.raises(ModelError, match="is known"), loading(str(folder), "model", "student.path"):
         raise mine
 
 

@@ -1,7 +1,11 @@
 """What may differ when a run goes on, and which folder of a sweep's job is its last."""
 
+import copy
+from dataclasses import asdict
+
 import pytest
 
+from kdx.cli import compose
 from kdx.drift import drift, only_longer
 from kdx.stale import newest
 
@@ -59,3 +63,45 @@ def test_only_the_folders_of_a_sweeps_jobs_take_each_others_place(tmp_path):
         assert newest(tmp_path / name).name == name
     for name in ("alpha-0.3_1a2b3c", "1a2b3c"):
         assert newest(tmp_path / name).name == newest(tmp_path / f"{name}-2").name == f"{name}-2"
+
+
+KEPT_FREE = {
+    "train.log_every", "train.save_every", "train.keep_checkpoints",
+    "teacher.store", "teacher.store_dir", "teacher.store_limit_gb",
+}  # fmt: skip
+
+
+def leaves(tree, prefix=""):
+    for name, value in tree.items():
+        yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
+
+
+def test_every_key_but_a_short_list_matters():
+    was = asdict(compose([]))
+    free = set()
+    for key in leaves({group: was[group] for group in was if group not in ("run", "sweep", "tracking")}):
+        now = copy.deepcopy(was)
+        *groups, name = key.split(".")
+        node = now
+        for group in groups:
+            node = node[group]
+        node[name] = "another"
+        if not drift(was, now):
+            free.add(key)
+    assert free == KEPT_FREE
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "may"),
+    [
+        ("constant", 0, True),
+        ("constant_with_warmup", 5, True),
+        ("constant_with_warmup", 0.1, False),
+        ("cosine", 0, False),
+    ],
+)
+def test_what_may_be_longer(schedule, warmup, may):
+    now = {"optim": {"schedule": schedule, "warmup_steps": warmup}}
+    assert only_longer([("train.max_steps", 5, 8)], now) == may
+    assert not only_longer([("train.max_steps", 8, 5)], now)
+    assert not only_longer([("train.max_steps", 5, 8), ("optim.lr", 1, 2)], now)

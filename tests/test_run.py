@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from kdx.config import Config
 from kdx.distill import Summary, distill
 from kdx.errors import ConfigError, DivergedError, MachineError
 from kdx.run_folder import RunFolder
+from kdx.train import State, keep_best
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +67,23 @@ def test_what_to_type_next_keeps_the_words_of_this_run(tmp_path):
     said = RunFolder(tmp_path).words()
     plain = "  python -m kdx -m loss.temperature=1,2,4 loss.alpha=0.3,0.7"
     assert report.next_commands(tmp_path, said, has_student=False, has_samples=False) == ["next:", plain]
+
+
+@pytest.mark.parametrize("name", ["kd", "ce", "grad_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_any_term_that_is_not_finite_stops_a_step(name: str, value: float) -> None:
+    terms = {"kd": 0.0, "ce": 0.0, "grad_norm": 0.0}
+    assert nonfinite.is_finite(SimpleNamespace(scaler=None), **terms)
+    assert not nonfinite.is_finite(SimpleNamespace(scaler=None), **terms | {name: value})
+    assert nonfinite.is_finite(SimpleNamespace(scaler=object()), **terms | {name: value}) == (name == "grad_norm")
+
+
+def test_less_than_min_delta_is_no_improvement(tmp_path: Path) -> None:
+    config = compose(["train.early_stopping.min_delta=0.1"]).train
+    state = State(step=1)
+    for value, worse in ((1.0, 0), (0.95, 1), (0.85, 0)):
+        keep_best(config, state, {"kl": value, "ce": 0.0}, SimpleNamespace(is_main_process=True), None, tmp_path / "b")
+        assert state.num_worse == worse
 
 
 def test_rows_that_are_blamed_are_named_whole():
@@ -269,6 +288,17 @@ class TestStopAndGoOn:
         told = (tmp_path / "run" / "kdx.log").read_text()
         assert "skipped a damaged checkpoint, step-00000009" in told
         assert "going on from" in told
+
+    def test_dropout_is_on_while_training_and_off_while_measuring(
+        self, place: Path, with_dropout: Path, tmp_path: Path
+    ) -> None:
+        plain = write_dialogpt(place / "without-dropout", 2, 16, pickled=False, seed=2)
+        words = ("train.max_steps=1", "train.log_every=1")
+        students = (plain, with_dropout)
+        runs = [distill(config_of(place, *words, f"student.path={p}"), tmp_path / p.name) for p in students]
+        assert runs[0].untouched["ce"] == runs[1].untouched["ce"]
+        one, two = (lines(tmp_path / p.name / "metrics.jsonl")[0]["train/ce"] for p in students)
+        assert one != two
 
     def test_a_checkpoint_is_a_model_too(self, place: Path, tmp_path: Path) -> None:
         more = ("train.save_every=1", "train.keep_checkpoints=true", "train.gradient_checkpointing=true")

@@ -527,3 +527,19 @@ def test_files_get_the_mode_of_any_new_file(tmp_path: Path) -> None:
     finally:
         os.umask(umask)
     assert file.stat().st_mode & 0o777 == 0o640
+
+
+def test_rows_are_kept_by_the_disk(
+    tmp_path: Path, calls: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "SYNC_BYTES", 400)
+    one = Segments(tmp_path, "one")
+
+    def num_synced() -> int:
+        return sum(name == "fsync" and path.suffix == ".rows" for name, path in calls)
+
+    for i in range(5):
+        one.append(bytes([i]) * 16, torch.zeros(3, 4))
+    assert num_synced() == 1
+    one.close()
+    assert num_synced() == 2

@@ -88,3 +88,17 @@ except SystemExit as error:
 """)
         == "goes on 143\n130"
     )
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    assert (
+        told("""
+signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOPS)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with signals.StopRequest() as stop:
+    stop.is_deferred = True
+    os.kill(os.getpid(), signal.SIGHUP)
+    print(stop.signal)
+""")
+        == "None"
+    )

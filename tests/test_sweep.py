@@ -81,8 +81,11 @@ def test_one_and_one_point_nought_are_one_point(composer):
 def test_what_cannot_change_the_student_is_not_in_a_name(composer):
     keys = ["loss.temperature"]
     free = ["tracking.mode=disabled", "train.log_every=3", "train.save_every=7", "sweep.name=x"]
+    free += ["teacher.store=on", "teacher.store_dir=x", "train.keep_checkpoints=true"]
     assert name(composer, keys) == name(composer, keys, *free)
-    for word in ("train.seed=1", "data.take=9", "optim.lr=1", "student.layers=3", "+optim.eps=1e-6"):
+    other = ["train.seed=1", "data.take=9", "optim.lr=1", "student.layers=3", "+optim.eps=1e-6", "train.precision=bf16"]
+    other += ["teacher.precision=fp32", "teacher.micro_batch_size=4", "train.eval_every=3"]
+    for word in other:
         assert name(composer, keys) != name(composer, keys, word), word
 
 
