@@ -14,12 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from kdx import checkpoint, drift, plugins, report, shards
+from kdx import checkpoint, drift, nonfinite, plugins, report, shards
 from kdx.causal_lm import DTYPES
 from kdx.config import Config
 from kdx.devices import keep_memory
-from kdx.durable import reserve, usage_of, write_beside
-from kdx.errors import DivergedError, KdxError
+from kdx.durable import digest_of, reserve, usage_of, write_beside
+from kdx.errors import DivergedError, KdxError, MachineError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
 from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
@@ -31,6 +31,7 @@ from kdx.student import describe, save_student
 from kdx.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
 from kdx.train import State, keep_best, train
 
+KEPT_SAMPLES = ("teacher_samples", "untouched_samples")
 BESIDE_WEIGHTS = 2**26  # bytes at most of a student's tokenizer, and of a run's measures and samples
 FEW_TOKENS = 2000  # below so many counted held-out tokens, measures wander more than most choices move them
 
@@ -105,11 +106,12 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     origin |= {"shards": "FSDP"} if accelerator.is_fsdp2 else {}
     prints = {name: origin[name] for name in ("fingerprint", "validation_fingerprint")}
     store = run.teacher.store if run.teacher else None
-    versions = drift.versions(**{"teacher.store": "on" if store else "off"})
-    resumed = folder.resume(run.student, optimizer, schedule, origin, versions, accelerator)
+    versions = drift.versions(**{"teacher.store": "on" if store else "off", "precision": run.precision()})
+    of = drift.digest(asdict(config), origin)
+    resumed = folder.resume(run.student, optimizer, schedule, origin, versions, accelerator, of)
     if resumed:
         shards.spread(run.student, run.objective)
-    state = resumed or State(versions=versions)
+    state = resumed or State(of=of, versions=versions)
     if store and not store.rows.go_back(state.store):
         why = f"the teacher's store lacks rows that this run kept in it up to step {state.step}"
         drift.mark(state.other_versions, [why])
@@ -126,6 +128,9 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         for line in [*report.header(run), f"  writes to       {folder.path}", f"  {tracker.wandb_line}"]:
             log.info(line)
         measure = Measurer(run, HeldOut.build(run.held_out_rows, run.batches, accelerator.device, run.num_ids))
+        if before is None and resumed:  # the student has learnt since
+            what = "is missing or damaged: what the untouched student measured is not known"
+            raise MachineError(str(folder.path / "untouched.json"), what, "Start anew in another folder")
         if before is None:
             with shards.whole(run.objective, run.student):
                 before = measure.before_training(run)
@@ -262,12 +267,18 @@ def choose_weights(
         mend = "Lower optim.lr, or set train.keep=last"
         raise DivergedError(f"step {state.step}", "no held-out measure was finite, so there is no best step", mend)
     if state.best_step != state.step:
+        if state.best_digest and digest_of(best_file) != state.best_digest:
+            what = f"is damaged: the best weights, of step {state.best_step}, are lost there"
+            mend = "The same command goes on from the newest checkpoint, which has them too"
+            raise MachineError(str(best_file), what, mend)
         checkpoint.load_weights(best_file, run.student)
     return state.best_step
 
 
 def check_final(state: State, measures: dict[str, float | None]) -> None:
     """Refuse to call a run done whose measures could rank anywhere. Raises DivergedError."""
+    if 0 < state.step == state.num_nonfinite:
+        raise DivergedError(f"step {state.step}", "every step was skipped: nothing is learnt", nonfinite.MEND)
     wrong = [name for name in MEASURES if measures[name] is not None and not math.isfinite(measures[name] or 0.0)]
     if wrong:
         what = f"of the student's held-out measures {', '.join(wrong)} are not finite; no student is saved"
@@ -276,7 +287,9 @@ def check_final(state: State, measures: dict[str, float | None]) -> None:
 
 def joined(prompts: list[dict[str, Any]], before: dict[str, Any], student: list[str | None]) -> list[dict[str, Any]]:
     """The sample answers of all, prompt by prompt."""
-    told = zip(prompts, before["teacher_samples"], before["untouched_samples"], student, strict=True)
+    nothing = [None] * len(prompts)  # where tracking.samples was another when the run began
+    kept = [before[name] if len(before[name]) == len(prompts) else nothing for name in KEPT_SAMPLES]
+    told = zip(prompts, *kept, student, strict=True)
     return [
         {"prompt": p["messages"], "reference": p["reference"], "teacher": t, "untouched": u, "student": s}
         for p, t, u, s in told

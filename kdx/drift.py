@@ -1,6 +1,9 @@
 """What may differ when a run goes on: nothing that can change the student."""
 
+import hashlib
+import json
 import logging
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -47,6 +50,22 @@ def differences(was: Any, now: Any, prefix: str = "") -> Drift:
         keys = dict.fromkeys([*was, *now])
         return [d for k in keys for d in differences(was.get(k), now.get(k), f"{prefix}.{k}" if prefix else str(k))]
     return [] if was == now else [(prefix, was, now)]
+
+
+def digest(config: dict[str, Any], origin: dict[str, Any]) -> str:
+    """What a checkpoint is of: all that may not differ when a run goes on, of its config and beside it."""
+    lenient = ("train.max_steps", "train.epochs", "train.on_nonfinite", "train.max_nonfinite")
+    free = (*FREE, *lenient, "loss.") if config["loss"]["alpha"] == 0 else (*FREE, *lenient)
+    fixed = sorted((key, value) for key, value in _leaves(config) if not key.startswith(free))
+    return hashlib.sha256(json.dumps([fixed, origin], default=str, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def only_longer(found: Drift, config: dict[str, Any]) -> bool:

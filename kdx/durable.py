@@ -150,7 +150,7 @@ def reserve(folder: Path, num_bytes: int) -> IO[bytes]:
         if num_bytes and hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(held.fileno(), 0, num_bytes)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EFBIG):  # it cannot, or files have a limit
             held.close()
             raise
     return held

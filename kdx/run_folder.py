@@ -101,8 +101,11 @@ class RunFolder:
         Whether the run is to be longer than it was, which is all that may differ.
         """
         file = self.path / "config.yaml"
-        if not file.exists() or not self._has_begun():
+        if not self._has_begun():
             return False
+        if not file.exists():
+            what = "is missing: what the run was begun with is not known"
+            raise ConfigError(str(file), what, "Start anew in another folder")
         was, now = read_yaml(file), _plain(config)
         if not isinstance(was, dict):
             raise ConfigError(str(file), "is not the config of a run", "Do not use this folder")
@@ -211,11 +214,12 @@ class RunFolder:
         origin: dict[str, Any],
         versions: dict[str, str],
         accelerator: Any,
+        of: str,
     ) -> State | None:
         """Go on from the newest whole checkpoint, if there is one; name each that is damaged.
 
         origin: what besides the config decides which student comes out. Raises ConfigError if it is another now.
-        versions: what decides its last bits; others are told.
+        versions: what decides its last bits; others are told. of: drift.digest, which the checkpoint must have too.
         """
         is_main = accelerator.is_main_process
         newest, skipped = checkpoint.newest(self.path)
@@ -234,6 +238,8 @@ class RunFolder:
             raise self.drifted(found)
         rank, scaler = accelerator.process_index, accelerator.scaler
         state = State(**checkpoint.load(newest, model, optimizer, schedule, rank=rank, scaler=scaler))
+        if state.of != of:
+            raise ConfigError(str(newest), "is a checkpoint of another run", "Remove it, or start anew elsewhere")
         others = drift.differences(state.versions, versions)
         told = [f"{name} {was} up to step {state.step}, then {now}" for name, was, now in others]
         drift.mark(state.other_versions, told)

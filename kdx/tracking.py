@@ -208,7 +208,7 @@ class Tracker:
             }
         )
         told["dir"] = str(wandb_dir.parent)
-        told["id"] = kept.read_text().strip() if kept.is_file() else secrets.token_hex(4)
+        told["id"] = (kept.read_text().strip() if kept.is_file() else "") or secrets.token_hex(4)
         chosen = {key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in environment}
         told["settings"] = wandb.Settings(**chosen)
         environment["WANDB_SILENT"] = "true"

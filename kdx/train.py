@@ -17,6 +17,7 @@ from torch import Tensor
 from kdx import checkpoint, drift, nonfinite, shards
 from kdx.batches import StepBatch, StepBatches, ahead
 from kdx.config import TrainConfig
+from kdx.durable import digest_of
 from kdx.evaluate import MEASURES, peak_memory
 from kdx.objective import StudentObjective
 from kdx.teacher import Teacher
@@ -27,11 +28,13 @@ from kdx.tracking import Tracker
 class State:
     """All that the loop must remember to go on after a stop, besides weights, optimizer and random numbers."""
 
+    of: str = ""  # drift.digest: a checkpoint says whose it is
     step: int = 0
     tokens: int = 0  # input tokens without padding
     counted_tokens: int = 0  # those in the loss
     best: float = math.inf
     best_step: int = 0
+    best_digest: str = ""  # of the file with the best weights
     num_worse: int = 0  # held-out measures in a row without improvement
     stopped_by: str = "max_steps"
     seconds: float = 0.0  # spent in steps; evaluation and saving not counted
@@ -159,6 +162,7 @@ def keep_best(
         state.best, state.best_step, state.num_worse = value, state.step, 0
         if config.keep == "best" and accelerator.is_main_process:
             checkpoint.save_weights(best_file, student)
+            state.best_digest = digest_of(best_file)
     else:
         state.num_worse += 1
 

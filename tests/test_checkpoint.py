@@ -16,7 +16,7 @@ import torch
 
 from kdx import checkpoint
 from kdx.cli import compose
-from kdx.durable import seal, write_beside
+from kdx.durable import reserve, seal, write_beside
 from kdx.errors import MachineError
 from kdx.student import save_student
 from kdx.tracking import Tracker
@@ -206,6 +206,15 @@ def test_metrics_are_cut_back_to_the_first_line_that_is_none(tmp_path, broken):
     file.write_bytes(good + broken + good)
     Tracker(tmp_path, compose([]).tracking, is_main=True, max_steps=4, first_step=2)
     assert file.read_bytes() == good
+
+
+def test_room_is_held_where_files_have_a_limit_too(tmp_path):
+    with short_files(100_000):
+        reserve(tmp_path, 2**20).close()
+    held = reserve(tmp_path, 2**20)
+    assert os.fstat(held.fileno()).st_blocks * 512 >= 2**20
+    assert list(tmp_path.iterdir()) == []
+    held.close()
 
 
 def test_metrics_that_a_full_disk_refuses_are_written_later_and_whole(tmp_path):

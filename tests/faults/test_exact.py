@@ -22,6 +22,8 @@ from runs import (
     write_pairs,
 )
 
+from kdx.durable import MANIFEST, seal
+
 EPOCHS = "train.epochs=2.5"  # of 9 steps: 23
 KINDS = {
     "dropout, accumulation 4, 2.5 epochs": (),
@@ -210,3 +212,61 @@ def test_two_processes_go_on_exactly_and_one_is_refused(place, tmp_path, figure)
     assert "going on from" in on_two_processes(place, run_dir)
     assert outcome(run_dir) == expected
     figure("two processes: resumed and bitwise equal, on one refused")
+
+
+def checkpoint_of_another(run):
+    state = next(run.glob("checkpoints/step-*")) / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"of": "another"}))
+    (state.parent / MANIFEST).unlink()
+    seal(state.parent)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "told"),
+    [
+        (lambda run: (run / "config.yaml").unlink(), 2, "config.yaml: is missing: what the run was begun with"),
+        (lambda run: (run / "untouched.json").write_text("{"), 3, "untouched.json: is missing or damaged"),
+        (checkpoint_of_another, 2, "is a checkpoint of another run"),
+    ],
+    ids=["no config", "damaged untouched.json", "another's checkpoint"],
+)
+def test_a_record_that_is_gone_is_not_made_anew(stopped, tmp_path, change, code, told):
+    folder, words = stopped
+    shutil.copytree(folder / "run", tmp_path / "run")
+    change(tmp_path / "run")
+    again = start(config_of(folder / "place", *words), tmp_path / "run")
+    assert again.code == code, again.text
+    assert told in again.text
+
+
+def test_samples_may_be_asked_for_later(stopped, tmp_path):
+    folder, words = stopped
+    shutil.copytree(folder / "run", tmp_path / "run")
+    again = start(config_of(folder / "place", *words, "tracking.samples=true"), tmp_path / "run")
+    assert again.code == 0, again.text
+    (first, *_) = json.loads((tmp_path / "run/samples.json").read_text())
+    assert (first["untouched"], first["teacher"]) == (None, None)
+    assert first["student"] is not None
+
+
+def test_best_weights_that_are_damaged_become_no_student(place, tmp_path):
+    words = (EPOCHS, "train.save_every=100", *KINDS["keep=best, early stopping"])
+    run_dir = tmp_path / "run"
+    assert start(config_of(place, *words), run_dir, flip_best).code == 3
+    assert "the best weights, of step" in run_dir.with_name("run.log").read_text()
+    assert not (run_dir / "student").exists()
+
+
+def flip_best():
+    from kdx import distill
+
+    known = distill.choose_weights
+
+    def choose(run, state, folder, measure):
+        file = folder.path / "checkpoints/best.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-9] ^= 1
+        file.write_bytes(content)
+        return known(run, state, folder, measure)
+
+    distill.choose_weights = choose

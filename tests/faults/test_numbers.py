@@ -8,7 +8,7 @@ import pytest
 from runs import config_of, lines, nan_in_gradient, nan_in_loss, nan_in_teacher, outcome, signal_at, start, status
 from safetensors.torch import load_file
 
-from kdx import checkpoint
+from kdx import checkpoint, loss
 from kdx.data import Conversation
 
 WORDS = ("train.micro_batch_size=4", "train.max_steps=9", "train.save_every=2")
@@ -102,3 +102,17 @@ def test_a_final_measure_that_is_not_finite_is_no_done_run(place, tmp_path):
     assert "of the student's held-out measures ce are not finite; no student is saved" in run.text
     assert status(tmp_path / "run")["state"] == "diverged"
     assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_run_that_learnt_nothing_is_not_done(place, tmp_path):
+    words = ("train.max_steps=3", "train.on_nonfinite=skip", "train.max_nonfinite=9", "loss.name=planted")
+    run = start(config_of(place, *words), tmp_path / "run", nan_always)
+    assert run.code == 4, run.text
+    assert "every step was skipped: nothing is learnt" in run.text
+    assert status(tmp_path / "run")["state"] == "diverged"
+
+
+def nan_always():
+    @loss.register
+    def planted(student, teacher):
+        return loss.forward_kl(student, teacher) * float("nan")
