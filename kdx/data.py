@@ -271,8 +271,7 @@ def _conversation(item: Any, where: str, changed: Counter[str]) -> Conversation:
     digest = Conversation("", messages, where).digest
     own = item.get("id")
     named = isinstance(own, str | int) and not isinstance(own, bool) and str(own)
-    name = str(own).encode(errors="backslashreplace").decode() if named else digest[:32]  # half of a surrogate pair
-    return Conversation(name, messages, where)
+    return Conversation(str(own).encode(errors="backslashreplace").decode() if named else digest[:32], messages, where)
 
 
 def _objects(path: str | list[str], subset: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]] | DataError]:
@@ -377,20 +376,25 @@ def _not_a_message(message: Any, role_key: str, content_key: str, where: str) ->
 def chitchat(path: str, min_turns: int, max_turns: int) -> Iterator[Any]:
     """Human conversations of the package chitchat-dataset: the first speaker is the user, the other the assistant.
 
-    Keeps conversations of at least `min_turns` turns, their first `max_turns`, none with an empty turn. A turn is
-    one or more utterances of one person, joined by a space.
+    Keeps those of at least `min_turns` turns, their first `max_turns`, none empty; a turn's utterances are joined.
     """
     file = Path(resolve_path(path, "data.path"))
     file = file / "dataset.json" if file.is_dir() else file
     if not file.is_file():
         raise DataError("data.path", f"{file} does not exist", "Run: pip install --no-deps chitchat-dataset")
-    for name, conversation in json.loads(file.read_text(encoding="utf-8")).items():
-        turns = [" ".join(said["text"] for said in turn).strip() for turn in conversation["messages"]]
+    try:
+        chats = {
+            name: [" ".join(said["text"] for said in turn).strip() for turn in chat["messages"]]
+            for name, chat in json.loads(file.read_text(encoding="utf-8")).items()
+        }
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        mend = "Say what it holds: data=pairs, data=messages or data=sharegpt"
+        raise DataError("data.path", f"{file} is not the chit-chat data set", mend) from None
+    for name, turns in chats.items():
         if len(turns) < min_turns:
             yield Dropped("fewer turns than data.min_turns")
         elif not all(turns[:max_turns]):
             yield Dropped("an empty turn")
         else:
-            roles = ("user", "assistant")
-            chat = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns[:max_turns])]
+            chat = [{"role": ROLES[1 + i % 2], "content": turn} for i, turn in enumerate(turns[:max_turns])]
             yield {"messages": chat, "id": name, "where": f"{file.name}:{name}"}

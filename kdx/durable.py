@@ -43,7 +43,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none or it is damaged."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

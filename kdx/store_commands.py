@@ -93,6 +93,8 @@ def tend(words: list[str]) -> int:
         raise ConfigError("teacher.store_dir", f"{root} does not exist", "Name the store's folder, or set KDX_STORE")
     teachers = sorted(folder for folder in root.glob("[0-9a-f]" * 16) if folder.is_dir())
     if args.what == "prune":
+        if args.unused_days is not None and not args.unused_days >= 0:  # not-a-number is no number of days
+            raise ConfigError("--unused-days", f"is {args.unused_days:g}", "Give a number of days, 0 or more")
         return _prune(root, teachers, args.unused_days)
     return _show(root, teachers, is_verify=args.what == "verify")
 

@@ -459,3 +459,11 @@ def test_an_id_with_half_of_a_surrogate_pair_is_an_id(file_of, data_config):
     data = load_data(data_config("pairs", path=path, validation=1))
     told = ids(data.train + data.validation)
     assert sorted(told) == [f"\\ud83d{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"source": "a"}\n{"source": "b"}\n', "[1]", '{"a": {}}', '{"a": {"messages": [[1]]}}', "x"]
+)
+def test_a_file_that_is_not_the_chit_chat_data_set_says_what_to_choose(file_of, data_config, text):
+    (line,) = faults(data_config("chitchat", path=file_of(text)))
+    assert line.endswith("is not the chit-chat data set. Say what it holds: data=pairs, data=messages or data=sharegpt")
