@@ -321,7 +321,7 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("optim.name=torch.AdmW",): ["optim.name: torch has no optimizer AdmW. Did you mean AdamW? Choices: *"],
     ("optim.lr=0", "loss.temperature=0", "loss.alpha=1.2", "train.batch_size=0", "optim.warmup_steps=-1"): [
         "loss.alpha: is 1.2. Allowed: between 0 and 1",
-        "loss.temperature: is 0. Allowed: above 0",
+        "loss.temperature: is 0. Allowed: above 0, at most 1e+06",
         "optim.lr: is 0. Allowed: above 0",
         "optim.warmup_steps: is -1. Allowed: a number of steps, or a share of all steps below 1",
         "train.batch_size: is 0. Allowed: 1 or more",
