@@ -31,6 +31,15 @@ def found(run_dir: Path) -> list[Path]:
     return sorted((p for p in folder_of(run_dir).glob("step-*") if p.is_dir()), reverse=True)
 
 
+def is_at(run_dir: Path, step: int) -> bool:
+    """Whether a run's newest checkpoint is of this step."""
+    return [folder.name for folder in found(run_dir)[:1]] == [name_of(step)]
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def save(
     run_dir: Path,
     model: nn.Module,
@@ -49,7 +58,7 @@ def save(
     so that the folder is also a model's. scaler: fp16's, if there is one.
     Raises MachineError if the disk is full or refuses; earlier checkpoints are then untouched.
     """
-    name = f"step-{state['step']:08d}"
+    name = name_of(state["step"])
     final = folder_of(run_dir) / name
     beside = folder_of(run_dir) / f".tmp-{name}"
     shutil.rmtree(beside, ignore_errors=True)

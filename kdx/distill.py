@@ -25,11 +25,12 @@ from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, bytes_on_disk, check_names, check_room, prepare
 from kdx.run_folder import RunFolder
-from kdx.signals import StopRequest
+from kdx.signals import CutShort, StopRequest
 from kdx.stale import changes
+from kdx.state import State
 from kdx.student import describe, save_student
 from kdx.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
-from kdx.train import State, keep_best, train
+from kdx.train import keep_best, train
 
 KEPT_SAMPLES = ("teacher_samples", "untouched_samples")
 BESIDE_WEIGHTS = 2**26  # bytes at most of a student's tokenizer, and of a run's measures and samples
@@ -119,7 +120,8 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
     folder.max_steps = run.max_steps
 
-    tracker = Tracker(folder.path, config.tracking, is_main=is_main, max_steps=run.max_steps, first_step=state.step)
+    place = {"max_steps": run.max_steps, "first_step": state.step, "lines": state.lines}
+    tracker = Tracker(folder.path, config.tracking, is_main=is_main, **place)
     room = reserve_results(run, folder.path)
     exit_code = 1
     try:
@@ -145,6 +147,12 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             folder.at(state.step, is_main)
             return stop.agreed(accelerator)
 
+        def measured_on_the_way() -> dict[str, float | None] | None:
+            try:
+                return measure(accelerator.autocast(), stop.check)[0].means()
+            except CutShort:
+                return None
+
         keep_memory(accelerator.device.type)
         stop.is_deferred = True  # from here on a signal loses nothing: the step is finished, or the run
         with tracker.training():
@@ -161,14 +169,13 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
                 max_steps=run.max_steps,
                 state=state,
                 tracker=tracker,
-                measure=lambda: measure(accelerator.autocast())[0].means(),
+                measure=measured_on_the_way,
                 stop_asked=stop_asked,
                 run_dir=folder.path,
                 describe=lambda beside: describe(run.student, run.tokenizer, beside),
             )
-        if state.stopped_by == "signal":
-            exit_code = stop.exit_code
-            raise stop.interrupted(folder.path, state.step)
+        if checkpoint.is_at(folder.path, state.step):
+            stop.saved(folder.path, state.step, accelerator)
 
         shards.gather(run.objective, run.student)
         kept_step = choose_weights(run, state, folder, lambda: measure(accelerator.autocast())[0].means())
@@ -203,6 +210,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             environment=report.environment(run, folder.path),
         )
         if is_main:
+            stop.is_deferred = True  # what is left takes no time
             room.close()  # for what now takes it
             tracker.keep_lines()
             summary = leave(run, folder, summary, final, samples)
@@ -221,6 +229,9 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         accelerator.wait_for_everyone()
         exit_code = 0
         return summary
+    except SystemExit:
+        exit_code = stop.exit_code
+        raise
     finally:
         room.close()
         if store:

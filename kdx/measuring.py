@@ -1,5 +1,6 @@
 """Taking a run's measures: what teacher and student say about the held-out rows, and to a few prompts from them."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,14 +19,24 @@ class Measurer:
         self.run, self.held_out = run, held_out
         self.prompts = run.prompts if run.config.tracking.samples else []
 
-    def __call__(self, precision: AbstractContextManager[Any]) -> tuple[Measures, Measures]:
-        """Measure the student in a precision → its measures, and the teacher's from the same pass."""
+    def __call__(
+        self, precision: AbstractContextManager[Any], check: Callable[[], None] = lambda: None
+    ) -> tuple[Measures, Measures]:
+        """Measure the student in a precision → its measures, and the teacher's from the same pass.
+
+        check: called after each batch; what it raises ends that.
+        """
         if not self.run.held_out_rows:
             return Measures([]), Measures([])
         self.ask()
         is_main = self.run.accelerator.is_main_process
         with working("measuring the student", len(self.held_out.batches), is_main) as advance:
-            return self.held_out.measure(self.run.student, precision, advance)
+
+            def after_each() -> None:
+                advance()
+                check()
+
+            return self.held_out.measure(self.run.student, precision, after_each)
 
     def ask(self) -> None:
         """Let the teacher read the held-out rows, once."""

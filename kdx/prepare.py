@@ -323,7 +323,7 @@ def open_store(
 
 
 def bytes_on_disk(run: Prepared) -> tuple[int, int, int]:
-    """What student, best weights so far and a checkpoint take on disk; 0 for what the run does not save."""
+    """What student, best weights so far and a checkpoint take on disk; 0 for what the run need not save."""
     num, weights = run.student.num_parameters(), run.student.num_parameters() * run.student.dtype.itemsize
     student = num * causal_lm.DTYPES[run.config.student.save_dtype].itemsize if run.max_steps else 0
     best = weights if run.config.train.keep == "best" else 0

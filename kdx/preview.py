@@ -184,7 +184,7 @@ def disk_lines(run: Prepared, folder: Path) -> list[str]:
     lines = [f"  disk            {what} {in_bytes(student + best)}; {in_bytes(free)} free"]
     if one:
         most = in_bytes(CHECKPOINTS * one)
-        lines.append(f"                  checkpoints {most} while the run goes on, {in_bytes(one)} each")
+        lines.append(f"                  checkpoints {most} until the run is done, {in_bytes(one)} each")
     return lines
 
 

@@ -19,7 +19,7 @@ from kdx.durable import fsync, read_json, read_yaml, write_beside, write_over
 from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, exit_code, out_of_memory
 from kdx.hostile import refuse_links
 from kdx.redact import redact
-from kdx.train import State
+from kdx.state import State
 
 log = logging.getLogger(__name__)
 

@@ -101,6 +101,10 @@ def hand_on(number: int) -> None:
                 os.kill(process.pid, number)
 
 
+class CutShort(Exception):
+    """What was being done, and can be done again, was left for a stop."""
+
+
 class StopRequest:
     """While training, finish the step and save; before and after, stop at once; twice, too.
 
@@ -115,6 +119,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.is_deferred = False
+        self.kept = ""  # what there is to go on from
         self.found: dict[int, Any] = {}
         self.since = 0.0
         self.is_joblibs = signal.getsignal(signal.SIGTERM) is _note
@@ -154,6 +159,7 @@ class StopRequest:
             return
         self.signal, self.since = number, time.monotonic()
         if again or not self.is_deferred:
+            tell(f"\nkdx: {self.kept}") if self.kept else None
             raise SystemExit(self.exit_code)
         tell("\nstopping at the next safe point; once more to stop at once")
 
@@ -167,8 +173,17 @@ class StopRequest:
         self.signal = int(accelerator.gather(asked).max().item()) or self.signal
         return self.signal is not None
 
-    def interrupted(self, run_dir: Path, step: int) -> SystemExit:
+    def check(self) -> None:
+        """Leave, if asked to stop, what can be done again. Raises CutShort; not where other processes would wait."""
+        if self.signal is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise CutShort
+
+    def saved(self, run_dir: Path, step: int, accelerator: Any) -> None:
+        """From here on stop at once, as all is saved, and say how to go on. Raises SystemExit if asked to already."""
         is_typed = (run_dir / "overrides.yaml").exists()
         how = f"python -m kdx run.resume={run_dir}" if is_typed else f"the same call of distill, in {run_dir}"
-        log.warning("stopped after step %d; to go on: %s", step, how)
-        return SystemExit(self.exit_code)
+        kept = f"stopped after step {step}; to go on: {how}"
+        if self.agreed(accelerator):
+            log.warning(kept)
+            raise SystemExit(self.exit_code)
+        self.kept, self.is_deferred = kept, False

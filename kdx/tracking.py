@@ -146,7 +146,14 @@ class Tracker:
     """Metrics of one run. Trouble with W&B is said once and never touches training."""
 
     def __init__(
-        self, run_dir: Path, config: TrackingConfig, *, is_main: bool, max_steps: int, first_step: int = 0
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        *,
+        is_main: bool,
+        max_steps: int,
+        first_step: int = 0,
+        lines: int = 0,
     ) -> None:
         self.file = run_dir / "metrics.jsonl"
         self.config, self.is_main, self.max_steps, self.first_step = config, is_main, max_steps, first_step
@@ -156,20 +163,19 @@ class Tracker:
         self.waiting = ""  # lines of metrics that a full disk refused
         self.progress: Progress | None = None
         if is_main:
-            self._cut_back(first_step)
+            self._cut_back(lines)
 
-    def _cut_back(self, step: int) -> None:
-        """Keep the lines up to the checkpoint's step, so that a resumed run has each step once."""
-        if self.file.exists():
-            kept: list[bytes] = []
-            for line in self.file.read_bytes().splitlines(keepends=True) if step else ():
-                try:
-                    is_before = json.loads(line)["step"] <= step
-                except (ValueError, KeyError, TypeError):  # torn by a kill, or zeros after a power cut
-                    break
-                if is_before and line.endswith(b"\n"):
-                    kept.append(line)
-            write_beside(self.file, b"".join(kept))
+    def _cut_back(self, num_bytes: int) -> None:
+        """Keep the lines that the checkpoint counts on, so that a resumed run has each step once."""
+        if not self.file.exists():
+            if num_bytes:
+                log.warning("%s is gone, with the lines up to step %d", self.file, self.first_step)
+            return
+        kept = self.file.read_bytes()[:num_bytes]
+        if len(kept) < num_bytes:
+            log.warning("%s lacks lines up to step %d: it was changed since", self.file, self.first_step)
+            kept = kept[: kept.rfind(b"\n") + 1]
+        write_beside(self.file, kept)
 
     def start_wandb(self, run_dir: Path, wandb_dir: Path, name: str, config: Config) -> None:
         """Open the W&B run, under its old id if the run goes on; where the server cannot be reached, offline."""
@@ -250,14 +256,16 @@ class Tracker:
             minutes = f"{int(left) // 60}:{int(left) % 60:02d} left"
             log.info("step %d/%d  loss %.4f  %.0f tokens/s  %s", state.step, self.max_steps, loss, speed, minutes)
 
-    def keep_lines(self) -> None:
-        """Have the disk keep the lines so far: a checkpoint counts on those up to its step. Raises MachineError."""
-        if self.is_main and (self.waiting or self.file.exists()):
-            try:
-                self._write()
-                fsync(self.file)
-            except OSError as error:
-                raise of_disk(error, self.file) from error
+    def keep_lines(self) -> int:
+        """Have the disk keep the lines so far → their bytes, which a checkpoint counts on. Raises MachineError."""
+        if not self.is_main or not (self.waiting or self.file.exists()):
+            return 0
+        try:
+            self._write()
+            fsync(self.file)
+            return self.file.stat().st_size
+        except OSError as error:
+            raise of_disk(error, self.file) from error
 
     def _write(self) -> None:
         """Append the lines that wait, all or none. Raises OSError."""

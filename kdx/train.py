@@ -1,10 +1,11 @@
 """The training loop: plain accelerate, read top to bottom."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -14,44 +15,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kdx import checkpoint, drift, nonfinite, shards
+from kdx import checkpoint, nonfinite, shards
 from kdx.batches import StepBatch, StepBatches, ahead
 from kdx.config import TrainConfig
 from kdx.durable import digest_of
+from kdx.errors import MachineError
 from kdx.evaluate import MEASURES, peak_memory
 from kdx.objective import StudentObjective
+from kdx.state import State
 from kdx.teacher import Teacher
 from kdx.tracking import Tracker
 
-
-@dataclass
-class State:
-    """All that the loop must remember to go on after a stop, besides weights, optimizer and random numbers."""
-
-    of: str = ""  # drift.digest: a checkpoint says whose it is
-    step: int = 0
-    tokens: int = 0  # input tokens without padding
-    counted_tokens: int = 0  # those in the loss
-    best: float = math.inf
-    best_step: int = 0
-    best_digest: str = ""  # of the file with the best weights
-    num_worse: int = 0  # held-out measures in a row without improvement
-    stopped_by: str = "max_steps"
-    seconds: float = 0.0  # spent in steps; evaluation and saving not counted
-    step_seconds: list[float] = field(default_factory=list)
-    window: list[dict[str, float]] = field(default_factory=list)  # steps since the last log line
-    store: dict[str, int] = field(default_factory=dict)  # how far what the run keeps of the teacher reaches
-    num_nonfinite: int = 0  # steps that were skipped
-    versions: dict[str, str] = field(default_factory=drift.versions)
-    other_versions: list[str] = field(default_factory=list)  # that a part of the run was made with
-
-    def add(self, batch: StepBatch, seconds: float) -> None:
-        """Count one step that is done."""
-        self.step += 1
-        self.tokens += batch.num_input_tokens
-        self.counted_tokens += batch.num_tokens
-        self.seconds += seconds
-        self.step_seconds = [*self.step_seconds[-199:], seconds]  # enough for a median
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -68,15 +43,15 @@ def train(
     max_steps: int,
     state: State,
     tracker: Tracker,
-    measure: Callable[[], dict[str, float | None]],
+    measure: Callable[[], dict[str, float | None] | None],
     stop_asked: Callable[[], bool],
     run_dir: Path,
     describe: Callable[[Path], None],
 ) -> State:
     """Train to max_steps, or until stopped early or asked to stop. Weights end up in `objective.model`.
 
-    module, optimizer, student: of shards.prepare. measure: takes the held-out measures of the student as it is.
-    describe: writes beside the weights what makes a folder with them a model's.
+    module, optimizer, student: of shards.prepare. measure: takes the held-out measures of the student as it is; None
+    if it was asked to stop meanwhile. describe: writes beside the weights what makes a folder with them a model's.
     Raises DivergedError before a step that would write a loss or gradient that is not finite into the weights.
     """
     best_file = checkpoint.folder_of(run_dir) / "best.safetensors"
@@ -84,7 +59,38 @@ def train(
     asked = teacher if alpha > 0 else None
     objective.train()
 
-    for batch in ahead(batches.steps(state.step, max_steps)):
+    def evaluate() -> bool:
+        """Take the held-out measures if they are due, and remember the best → False if there was no time for it."""
+        due = config.eval_every and state.step % config.eval_every == 0 and state.measured < state.step < max_steps
+        if due:
+            with shards.whole(objective, student):
+                measures = measure()
+                if measures is None:
+                    return False
+                keep_best(config, state, measures, accelerator, student, best_file)
+            state.measured = state.step
+            tracker.log(state, {f"eval/{name}": measures[name] for name in MEASURES})
+        return True
+
+    def save(is_needed: bool) -> None:
+        random_states = gather_object([checkpoint.random_state()])
+        state.store = teacher.position() if teacher else {}
+        moments = shards.state_of(optimizer, accelerator.is_main_process)
+        with shards.whole(objective, student):
+            if accelerator.is_main_process:
+                kept = {"best": best_file if config.keep == "best" else None, "scaler": accelerator.scaler}
+                try:
+                    state.lines = tracker.keep_lines()
+                    checkpoint.save(run_dir, student, moments, schedule, asdict(state), random_states, describe, **kept)
+                except MachineError as error:
+                    if is_needed:
+                        raise
+                    log.warning("%s. A stop while the last measures are taken would lose the run", error.args[1])
+
+    # A stop may have cut measures short, and the end of a run that is longer now has left them out.
+    is_interrupted = not evaluate()
+    is_over = state.step == max_steps or state.is_worn_out(config)
+    for batch in ahead(batches.steps(state.step, state.step if is_over or is_interrupted else max_steps)):
         # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
         started = time.perf_counter()
         sums = forward_backward(accelerator, module, batch, asked)
@@ -103,48 +109,35 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         state.add(batch, seconds)
-        if is_finite:
-            part = {"kd": kd, "ce": ce, "counted": batch.num_tokens, "tokens": batch.num_input_tokens, "s": seconds}
-            state.window.append(part)
+        part = {"kd": kd, "ce": ce, "counted": batch.num_tokens, "tokens": batch.num_input_tokens, "s": seconds}
+        skipped = dict.fromkeys(part, 0)
+        about = {"lr": lr, "epoch": batch.epoch, "grad_norm": grad_norm if is_finite else None}
+        state.window.append((part if is_finite else skipped) | about)
         tracker.advance(state.step, alpha * kd + (1 - alpha) * ce, batch.num_input_tokens / seconds)
 
         # Log once in a while: means over the steps since the last line, weighted by their counted tokens.
-        if state.step % config.log_every == 0 or state.step == max_steps:
-            tracker.log(state, _means(state.window, alpha) | {
-                "train/lr": lr, "train/grad_norm": grad_norm if is_finite else None, "train/epoch": batch.epoch,
-                "memory/peak_bytes": peak_memory(accelerator.device),
-            })  # fmt: skip
+        if state.step % config.log_every == 0:
+            tracker.log(state, means(state.window, alpha, peak_memory(accelerator.device)))
             state.window.clear()
 
-        # Evaluate once in a while, remember the best, stop when it no longer gets better.
-        if config.eval_every and state.step % config.eval_every == 0 and state.step < max_steps:
-            with shards.whole(objective, student):
-                measures = measure()
-                keep_best(config, state, measures, accelerator, student, best_file)
-            tracker.log(state, {f"eval/{name}": measures[name] for name in MEASURES})
-            patience = config.early_stopping.patience
-            if patience is not None and state.num_worse >= patience:
-                state.stopped_by = "early_stopping"
-
-        # Save once in a while, and when asked to stop; stop at a whole step.
-        stopping = state.stopped_by != "max_steps"
-        interrupted = stop_asked() and not stopping
-        if interrupted:
-            state.stopped_by = "signal"
-        due = config.save_every and state.step % config.save_every == 0 and state.step < max_steps and not stopping
-        if due or interrupted:
-            random_states = gather_object([checkpoint.random_state()])
-            state.store = teacher.position() if teacher else {}
-            moments = shards.state_of(optimizer, accelerator.is_main_process)
-            tracker.keep_lines()
-            with shards.whole(objective, student):
-                if accelerator.is_main_process:
-                    kept = {"best": best_file if config.keep == "best" else None, "scaler": accelerator.scaler}
-                    checkpoint.save(run_dir, student, moments, schedule, asdict(state), random_states, describe, **kept)
+        # Evaluate once in a while; stop when it no longer gets better. Save once in a while, at the end, since the
+        # last measures take their time, and when asked to stop, at a whole step.
+        is_interrupted = not evaluate() or stop_asked()
+        is_over = state.step == max_steps or state.is_worn_out(config)
+        is_due = config.save_every and state.step % config.save_every == 0
+        if is_due or is_over or is_interrupted:
+            save(is_needed=is_interrupted or config.save_every > 0)
         accelerator.wait_for_everyone()
-        if stopping or interrupted:
+        if is_over or is_interrupted:
             break
 
+    if is_interrupted:
+        state.stopped_by = "signal"
+    elif is_over and state.step < max_steps:
+        state.stopped_by = "early_stopping"
+    if state.window and not is_interrupted:  # not in the checkpoint: a longer run would log at other steps
+        tracker.log(state, means(state.window, alpha, peak_memory(accelerator.device)))
+        state.window.clear()
     return state
 
 
@@ -184,15 +177,15 @@ def forward_backward(accelerator: Accelerator, module: Any, batch: StepBatch, te
     return accelerator.reduce(torch.stack(sums).sum(0), reduction="sum")
 
 
-def _means(window: list[dict[str, float]], alpha: float) -> dict[str, float | None]:
-    if not window:  # every step was skipped
-        return dict.fromkeys(("train/loss", "train/kd", "train/ce", "speed/tokens_per_second"))
-    counted = sum(part["counted"] for part in window)
+def means(window: list[dict[str, Any]], alpha: float, peak_bytes: int) -> dict[str, float | None]:
+    """What is logged of the steps since the last line; those that were skipped count in none of the means."""
+    counted, seconds = (sum(part[name] for part in window) for name in ("counted", "s"))
     kd, ce = (sum(part[name] * part["counted"] for part in window) / max(counted, 1) for name in ("kd", "ce"))
-    speed = sum(part["tokens"] for part in window) / sum(part["s"] for part in window)
     return {
-        "train/loss": alpha * kd + (1 - alpha) * ce,
-        "train/kd": kd if alpha > 0 else None,
-        "train/ce": ce,
-        "speed/tokens_per_second": speed,
+        "train/loss": alpha * kd + (1 - alpha) * ce if counted else None,
+        "train/kd": kd if alpha > 0 and counted else None,
+        "train/ce": ce if counted else None,
+        "speed/tokens_per_second": sum(part["tokens"] for part in window) / seconds if counted else None,
+        **{f"train/{name}": window[-1][name] for name in ("lr", "grad_norm", "epoch")},
+        "memory/peak_bytes": peak_bytes,
     }

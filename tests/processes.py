@@ -75,6 +75,13 @@ def started(work: Callable[..., None], *words: Any) -> BaseProcess:
     return process
 
 
+def fresh(work: Callable[..., None], *words: Any) -> BaseProcess:
+    """The same in a process that was not forked: what a library's threads left in the other's memory is not there."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=words)
+    process.start()
+    return process
+
+
 def ended(process: BaseProcess, seconds: int = 60) -> int | None:
     """The exit code of what was started, or None if it does not end: it is killed then."""
     for _ in range(10 * seconds):  # looks, not the clock: the whole machine may be paused

@@ -18,9 +18,9 @@ from kdx import checkpoint
 from kdx.cli import compose
 from kdx.durable import reserve, seal, write_beside
 from kdx.errors import MachineError
+from kdx.state import State
 from kdx.student import save_student
 from kdx.tracking import Tracker
-from kdx.train import State
 
 FILES = {"model.safetensors", "optimizer.pt", "random.pt", "best.safetensors", "state.json", "MANIFEST.json"}
 
@@ -189,23 +189,27 @@ def test_best_weights_follow_the_umask(tmp_path):
     assert stat.S_IMODE((tmp_path / "best.safetensors").stat().st_mode) == 0o640
 
 
-def test_a_line_without_its_end_is_cut(tmp_path):
+def going_on(folder: Path, lines: int) -> Path:
+    """The metrics of a run that goes on from a checkpoint which counts on so many bytes of them."""
+    return Tracker(folder, compose([]).tracking, is_main=True, max_steps=4, first_step=2, lines=lines).file
+
+
+def test_metrics_are_cut_back_to_what_the_checkpoint_counts_on(tmp_path, caplog):
+    kept = b'{"step": 1}\n\xff\0 damaged since\n{"step": 2}\n'  # what stands there is not lost for one bad line
+    for after in (b"", b'{"step": 2}\n{"step": 3}\n', b'{"step": 3', b"\0" * 4096):
+        (tmp_path / "metrics.jsonl").write_bytes(kept + after)
+        assert going_on(tmp_path, len(kept)).read_bytes() == kept
+    assert caplog.messages == []
+
+
+def test_metrics_that_were_changed_since_are_told_and_end_with_a_line(tmp_path, caplog):
     file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b'{"step": 1}\n{"step": 2}')
-    Tracker(tmp_path, compose([]).tracking, is_main=True, max_steps=4, first_step=2)
-    assert file.read_bytes() == b'{"step": 1}\n'
-
-
-BROKEN = (b'{"step": 2, "tok', b"\0" * 4096, b"\0\0\n", b"\xff\xfe\n", b"[]\n", b"{}\n", b'"a"\n', b'{"step": null}\n')
-
-
-@pytest.mark.parametrize("broken", BROKEN)
-def test_metrics_are_cut_back_to_the_first_line_that_is_none(tmp_path, broken):
-    file = tmp_path / "metrics.jsonl"
-    good = b'{"step": 1}\n'
-    file.write_bytes(good + broken + good)
-    Tracker(tmp_path, compose([]).tracking, is_main=True, max_steps=4, first_step=2)
-    assert file.read_bytes() == good
+    file.write_bytes(b'{"step": 1}\n{"ste')
+    assert going_on(tmp_path, 24).read_bytes() == b'{"step": 1}\n'
+    assert caplog.messages == [f"{file} lacks lines up to step 2: it was changed since"]
+    file.unlink()
+    assert not going_on(tmp_path, 24).exists()
+    assert caplog.messages[1:] == [f"{file} is gone, with the lines up to step 2"]
 
 
 def test_room_is_held_where_files_have_a_limit_too(tmp_path):
@@ -230,10 +234,3 @@ def test_metrics_that_a_full_disk_refuses_are_written_later_and_whole(tmp_path):
             tracker.keep_lines()
     tracker.log(state, {"train/loss": None})
     assert [json.loads(line)["step"] for line in tracker.file.read_text().splitlines()] == [0, 1, 2, 2]
-
-
-def test_metrics_past_the_checkpoint_are_cut(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)))
-    Tracker(tmp_path, compose([]).tracking, is_main=True, max_steps=4, first_step=2)
-    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -22,7 +22,8 @@ from kdx.config import Config
 from kdx.distill import Summary, distill
 from kdx.errors import ConfigError, DivergedError, MachineError
 from kdx.run_folder import RunFolder
-from kdx.train import State, keep_best
+from kdx.state import State
+from kdx.train import keep_best
 
 
 @pytest.fixture(scope="session")
@@ -270,12 +271,12 @@ class TestStopAndGoOn:
         assert told[0] == told[1]
 
     def test_a_killed_run_goes_on_from_its_last_checkpoint(self, place: Path, tmp_path: Path) -> None:
-        """The checkpoint of step 6 in the folder of a run that never ended, as a SIGKILL leaves it."""
+        """The checkpoint of step 9 in the folder of a run that never ended, as a SIGKILL leaves it."""
         config = config_of(place, *self.WORDS, "train.save_every=3", "train.keep_checkpoints=true")
         distill(config, tmp_path / "run")
         straight = weights(tmp_path / "run" / "student")
         names = [folder.name for folder in checkpoint.found(tmp_path / "run")]
-        assert names == ["step-00000009", "step-00000006"]
+        assert names == ["step-00000010", "step-00000009"]
         (tmp_path / "run" / "status.json").unlink()
         (tmp_path / "run" / "summary.json").unlink()
         damaged = tmp_path / "run" / "checkpoints" / names[0] / "model.safetensors"
@@ -286,8 +287,8 @@ class TestStopAndGoOn:
         again = weights(tmp_path / "run" / "student")
         assert all(torch.equal(straight[name], again[name]) for name in straight)
         told = (tmp_path / "run" / "kdx.log").read_text()
-        assert "skipped a damaged checkpoint, step-00000009" in told
-        assert "going on from" in told
+        assert "skipped a damaged checkpoint, step-00000010" in told
+        assert f"going on from {tmp_path / 'run/checkpoints' / names[1]}" in told
 
     def test_dropout_is_on_while_training_and_off_while_measuring(
         self, place: Path, with_dropout: Path, tmp_path: Path
@@ -303,7 +304,7 @@ class TestStopAndGoOn:
     def test_a_checkpoint_is_a_model_too(self, place: Path, tmp_path: Path) -> None:
         more = ("train.save_every=1", "train.keep_checkpoints=true", "train.gradient_checkpointing=true")
         distill(config_of(place, "train.max_steps=2", *more), tmp_path / "run")
-        (folder,) = checkpoint.found(tmp_path / "run")
+        folder, _ = checkpoint.found(tmp_path / "run")
         model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         assert not any(told.values()), told
         kept = load_file(folder / "model.safetensors")

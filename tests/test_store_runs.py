@@ -364,7 +364,7 @@ class TestExactResume:
 
 def killed_at(step: int, config: Config, run_dir: Path) -> None:
     """A run that is killed in a step, before it is counted."""
-    from kdx.train import State
+    from kdx.state import State
 
     known = State.add
 

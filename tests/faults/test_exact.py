@@ -1,8 +1,10 @@
 """A run stopped anywhere and gone on with is the straight run, bit for bit; under another config it is refused."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from functools import partial
 
 import pytest
@@ -22,6 +24,7 @@ from runs import (
     write_pairs,
 )
 
+from kdx import checkpoint
 from kdx.durable import MANIFEST, seal
 
 EPOCHS = "train.epochs=2.5"  # of 9 steps: 23
@@ -137,6 +140,8 @@ def test_a_longer_run(place, tmp_path, schedule, code):
         f"optim.schedule={schedule}",
         "train.save_every=2",
         "train.keep_checkpoints=true",
+        "train.log_every=3",  # the last step of the shorter run is none of those that the longer one tells of,
+        "train.eval_every=5",  # but one where it measures
     )
     short, long = (config_of(place, *words, f"train.max_steps={steps}") for steps in (5, 8))
     straight(short, tmp_path / "run")
@@ -147,6 +152,57 @@ def test_a_longer_run(place, tmp_path, schedule, code):
         assert start(short, tmp_path / "run").code == 2  # and not shorter again
     else:
         assert "was begun with another train.max_steps" in again.text
+
+
+MEASURES = {  # which taking of measures is met, at which step, by what
+    "SIGTERM on the way": (2, 4, signal.SIGTERM),
+    "SIGTERM at the end": (3, 6, signal.SIGTERM),
+    "SIGKILL at the end": (3, 6, signal.SIGKILL),
+}
+
+
+@pytest.mark.parametrize("save_every", [0, 5])
+@pytest.mark.parametrize("kind", MEASURES)
+def test_measures_may_be_cut_short(place, tmp_path, figure, kind, save_every):
+    """They can be taken again: the stop does not wait for them, and costs no step of the training before them."""
+    call, step, number = MEASURES[kind]
+    words = ("train.max_steps=6", "train.eval_every=4", "train.micro_batch_size=4", "student.save_dtype=bf16")
+    config = config_of(place, *words, f"train.save_every={save_every}", "train.log_every=4")
+    run = start(config, tmp_path / "run", partial(signal_in_measures, call, number))
+    assert run.code == (143 if number == signal.SIGTERM else -number), run.text
+    assert checkpoint.is_at(tmp_path / "run", step)
+    if number == signal.SIGTERM:
+        assert f"stopped after step {step}; to go on: " in " ".join(run.text.split())
+        assert status(tmp_path / "run")["state"] == "interrupted"
+    again = start(config, tmp_path / "run")
+    assert again.code == 0, again.text
+    assert outcome(tmp_path / "run") == straight(config, tmp_path / "straight")[0]
+    assert not (tmp_path / "run/checkpoints").exists()
+    figure(f"{kind} of the measures: nothing trained anew, bitwise equal")
+
+
+def signal_in_measures(call, number):
+    """A signal to the run itself at the second batch of held-out rows, when they are measured for the nth time."""
+    from kdx.evaluate import HeldOut
+
+    known, calls = HeldOut.measure, 0
+
+    def measure(self, model, precision, advance):
+        nonlocal calls
+        calls += 1
+        batches = 0
+
+        def advance_and_signal():
+            nonlocal batches
+            batches += 1
+            assert batches == 1 or calls != call, "it did not end"
+            if calls == call:
+                os.kill(os.getpid(), number)
+            advance()
+
+        return known(self, model, precision, advance_and_signal)
+
+    HeldOut.measure = measure
 
 
 def other_versions():
