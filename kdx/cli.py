@@ -4,7 +4,6 @@ import argparse
 import atexit
 import errno
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import hydra
-import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,14 +20,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx import __version__, jobs, plugins, signals
+from kdx import __version__, jobs, plugins, signals, typed
 from kdx.composition import Plan, as_tree, compose, compose_points, preflight, to_config
 from kdx.config import Config
 from kdx.devices import one_device
-from kdx.durable import of_disk, read_yaml, write_beside
-from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, out_of_memory, printable
+from kdx.durable import of_disk
+from kdx.errors import MACHINE, ConfigError, KdxError, out_of_memory, printable
 from kdx.folders import Source, groups_in, origins, spelt
-from kdx.hostile import refuse_links, refuse_typed_secrets
+from kdx.hostile import refuse_foreign, refuse_links, refuse_typed_secrets
 from kdx.redact import redact
 from kdx.stale import place
 
@@ -89,8 +87,8 @@ def _main(argv: list[str]) -> int:
         plan = preflight(words, source, args.multirun)
         words += [word for word in plan.added if word not in words]
     if plan.sweep_dir:
-        typed = OverridesParser.create().parse_overrides(words)
-        refuse_typed_secrets((word.get_key_element(), word.value()) for word in typed)
+        parsed = OverridesParser.create().parse_overrides(words)
+        refuse_typed_secrets((word.get_key_element(), word.value()) for word in parsed)
     if args.help:
         groups = sorted(groups_in(source.roots()).items())
         print(HELP.format(groups="\n".join(f"{group}: {', '.join(options)}" for group, options in groups)))
@@ -102,19 +100,19 @@ def _main(argv: list[str]) -> int:
         baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
         print(f"kdx: {plan.num_points} points + {baselines}; sweep.baseline=false leaves it out", flush=True)
     if only_shows or not plan.sweep_dir:
-        _hydra([*_flags(args), *words], typed=argv)
+        _hydra([*_flags(args), *words], argv=argv)
         return 0
     parts = [[*_flags(args), *part] for part in (plan.baseline, words) if part]
-    return jobs.run(plan, parts, partial(_hydra, typed=argv), partial(_compare, is_told=True))
+    return jobs.run(plan, parts, partial(_hydra, argv=argv), partial(_compare, is_told=True))
 
 
 def _hydra(
-    words: list[str], passed_over: Collection[str] = (), notes: jobs.Notes | None = None, *, typed: list[str]
+    words: list[str], passed_over: Collection[str] = (), notes: jobs.Notes | None = None, *, argv: list[str]
 ) -> None:
     """Have Hydra run one job, or all of a sweep but those passed over."""
 
     def job(cfg: DictConfig) -> float:  # launchers carry it, and what it holds, to other processes
-        return run_job(cfg, typed, passed_over, notes)
+        return run_job(cfg, argv, passed_over, notes)
 
     sys.argv = [sys.argv[0], *words]
     try:
@@ -177,7 +175,7 @@ def _no_command(word: str) -> ConfigError:
 
 
 def run_job(
-    cfg: DictConfig, typed: list[str], passed_over: Collection[str] = (), notes: jobs.Notes | None = None
+    cfg: DictConfig, argv: list[str], passed_over: Collection[str] = (), notes: jobs.Notes | None = None
 ) -> float:
     """Do one run, of its own or of a sweep, which has notes → the measure a sweep compares.
 
@@ -190,7 +188,7 @@ def run_job(
     run_dir = Path(hydra_config.runtime.output_dir)
     if is_parallel:  # in a process of its own, beside others on one terminal: lines, not bars
         signals.note()
-        sys.argv, os.environ["TTY_COMPATIBLE"] = ["kdx", *typed], "0"
+        sys.argv, os.environ["TTY_COMPATIBLE"] = ["kdx", *argv], "0"
     if run_dir.name in passed_over or (notes and notes.stopped_by):
         return float("inf")
     measure = float("inf")
@@ -207,7 +205,8 @@ def run_job(
             run_dir = place(config, run_dir, is_parallel)
         if is_main:
             refuse_links(run_dir, run_dir.parent if is_sweep else None)
-            keep_words(run_dir, words, typed)
+            refuse_foreign(run_dir)
+            typed.keep(run_dir, words, argv)
         try:
             plugins.load()
         except ConfigError as error:
@@ -223,7 +222,7 @@ def run_job(
                 return 128 + notes.stopped_by
             from kdx.distill import distill
 
-            measure = distill(config, run_dir).measure
+            measure = distill(config, run_dir, words).measure
         return 0
 
     folder = run_dir
@@ -326,11 +325,14 @@ def _recalled(words: list[str], args: argparse.Namespace) -> list[str]:
     ((key, name),) = asked.items()
     if key == "run.resume" and args.multirun:
         raise ConfigError(key, "goes on with one run, and -m is a sweep", "For a sweep, type the same command again")
-    folder = _last_run() if name == "last" else Path(name)
-    recalled = [word for word in _words_of(folder, f"{key}={name}") if key == "run.resume" or "sweep." not in word[:7]]
-    _take_flags(folder, args)
-    typed = [word for word in words if word.split("=", 1)[0] not in ("run.resume", "run.like")]
-    replaced = {word.lstrip("+~").split("=", 1)[0] for word in typed}
+    folder = typed.last_run() if name == "last" else Path(name)
+    was = typed.recalled(folder, f"{key}={name}")
+    recalled = [word for word in was if key == "run.resume" or "sweep." not in word[:7]]
+    flags = _parsed(typed.flags(folder))
+    for flag in ("config_dir", "config_path", "config_name"):  # those of the run, where none is typed now
+        setattr(args, flag, getattr(args, flag) or getattr(flags, flag))
+    said = [word for word in words if word.split("=", 1)[0] not in ("run.resume", "run.like")]
+    replaced = {word.lstrip("+~").split("=", 1)[0] for word in said}
     replaced |= {PAIRS[one] for one in replaced & PAIRS.keys()}
     kept = [word for word in recalled if word.lstrip("+~").split("=", 1)[0] not in replaced]
     secret = next((word for word in kept if "[redacted]" in word), None)
@@ -338,59 +340,7 @@ def _recalled(words: list[str], args: argparse.Namespace) -> list[str]:
         raise ConfigError(secret.split("=", 1)[0], "was kept without its secret", "Type it again beside run.resume")
     here = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     in_place = [f"hydra.run.dir='{here}'", "hydra.mode=RUN"]  # one run, though its experiment may be a sweep
-    return [*kept, *typed, *(in_place if key == "run.resume" else [])]
-
-
-def _words_of(folder: Path, asked: str) -> list[str]:
-    file = folder / "overrides.yaml"
-    if not file.is_file():
-        what = f"{folder} is not a run folder (it has no overrides.yaml)"
-        raise ConfigError(asked, what, "Name a folder that kdx made, as in outputs/2026-11-24/02-45-09-123456")
-    words = read_yaml(file)  # a run without words has [] there: an empty file is damaged
-    if not isinstance(words, list) or not all(
-        isinstance(w, str) and not w.lstrip("+~").startswith("hydra") for w in words
-    ):
-        raise ConfigError(str(file), "holds words that are not a run's", "Do not use this folder")
-    code = [word for word in words if "trust_remote_code" in word]
-    for word in code:
-        print(f"kdx: {word} is not taken from {folder}: type it again if that code may run", file=sys.stderr)
-    words = [word for word in words if word not in code]
-    return words
-
-
-def _take_flags(folder: Path, args: argparse.Namespace) -> None:
-    """Read the YAML folders of a recalled run where none is typed now."""
-    file = folder / "command.txt"
-    try:
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        was = _parsed(shlex.split(text)[3:])
-    except ValueError as error:
-        raise ConfigError(str(file), f"is not a command ({error})", "Do not use this folder") from None
-    for name in ("config_dir", "config_path", "config_name"):
-        setattr(args, name, getattr(args, name) or getattr(was, name))
-
-
-def _last_run() -> Path:
-    """The run under outputs/ whose status changed last, of its own or of a sweep."""
-    found = [file for depth in ("*/*", "sweeps/*/*") for file in Path("outputs").glob(f"{depth}/status.json")]
-    if not found:
-        raise ConfigError("run.resume=last", "there is no run under outputs/", "Name a run folder")
-    return max(found, key=lambda file: file.stat().st_mtime).parent
-
-
-def keep_words(run_dir: Path, words: list[str], typed: list[str]) -> None:
-    """Write what was typed into the run folder, without secrets and never over an earlier record."""
-    texts = {
-        "overrides.yaml": yaml.safe_dump(redact(words), allow_unicode=True),
-        "command.txt": shlex.join(["python", "-m", "kdx", *redact(typed)]) + "\n",
-    }
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            if not (run_dir / name).exists():
-                write_beside(run_dir / name, text)
-    except OSError as error:
-        raise MachineError(str(run_dir), f"cannot write there: {error.strerror}", "Choose another folder") from None
+    return [*kept, *said, *(in_place if key == "run.resume" else [])]
 
 
 def _scratch() -> str:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from kdx import checkpoint, drift, nonfinite, plugins, report, shards
+from kdx import checkpoint, drift, nonfinite, plugins, report, shards, typed
 from kdx.causal_lm import DTYPES
 from kdx.config import Config
 from kdx.devices import keep_memory
@@ -55,8 +55,8 @@ class Summary:
         return math.inf if value is None else float(value)
 
 
-def distill(config: Config, run_dir: Path) -> Summary:
-    """Run one distillation in a folder of its own, or go on with the one that is there.
+def distill(config: Config, run_dir: Path, words: list[str] | None = None) -> Summary:
+    """Run one distillation in a folder of its own, or go on with the one that is there. words: what was typed, if it was.
 
     Raises KdxError for what a user can mend. A folder whose run is done is left as it is, and its summary returned, or
     ConfigError raised if its data, teacher, tokenizer or plug-ins have changed since.
@@ -74,7 +74,7 @@ def distill(config: Config, run_dir: Path) -> Summary:
         return Summary(**done)
     is_main = accelerator.is_main_process
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
-    with folder.open(asdict(config), is_main):
+    with folder.open(asdict(config), is_main, words):
         if is_main:
             plugins.keep(run_dir)
         with StopRequest() as stop, logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main):
@@ -224,7 +224,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             if store:
                 log.info(report.store_line(store))
             has = {"has_student": run.max_steps > 0, "has_samples": bool(samples)}
-            for line in report.next_commands(folder.path, folder.words(), **has):
+            for line in report.next_commands(folder.path, typed.told(folder.path), **has):
                 log.info(line)
         accelerator.wait_for_everyone()
         exit_code = 0

@@ -42,16 +42,16 @@ def write_over(file: Path, text: str) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none or it is damaged."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}  # a pipe would be waited for
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def read_yaml(file: Path) -> Any:
-    """What a YAML file says; None if it is damaged, or emptied. Raises OSError."""
+    """What a YAML file says; None if it is damaged, or emptied, or no file. Raises OSError."""
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: not UTF-8, or a day that no month has
         return None
 

@@ -9,7 +9,10 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+MACHINE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR,
+    errno.ENOTDIR,
+)  # fmt: skip
 
 
 class KdxError(Exception):
@@ -50,6 +53,10 @@ class MachineError(KdxError):
     """What the machine lacks: a package, a device, room on the disk, an undamaged checkpoint."""
 
     exit_code = 3
+
+
+class InUseError(MachineError):
+    """A folder in which another process runs, or has just done what was asked."""
 
 
 class DivergedError(KdxError):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kdx.durable import read_json
 from kdx.errors import ConfigError
 from kdx.redact import secrets_in
 
@@ -13,6 +14,11 @@ SHELL = ("setup", "additional_parameters")  # keys of a launcher that go into Sl
 PLUGIN = re.compile(r"(hydra\._internal\.core_plugins|hydra_plugins)(\.[a-z_][a-z0-9_]*)+\.[A-Z]\w*(Launcher|Sweeper)")
 SAMPLER = re.compile(r"optuna\.samplers\.[A-Z]\w*Sampler")  # what the Optuna sweeper's own YAML names
 SEARCHED = re.compile(r"pkg://kdx\.conf|file://((?!\$\{).)+")  # where a config of one's own may search
+WRITTEN = (  # what a run writes in its folder, and what makes a folder a model's
+    "student", "checkpoints", "plugins", "config.json", "config.yaml", "overrides.yaml", "command.txt", "status.json",
+    "data.json", "untouched.json", "metrics.jsonl", "eval_rows.jsonl", "samples.json", "samples.md", "summary.json",
+    "kdx.log", "wandb_id.txt",
+)  # fmt: skip
 LOG_HANDLERS = ("logging.StreamHandler", "logging.NullHandler")
 
 
@@ -99,7 +105,7 @@ def refuse_models_code(tree: dict[str, Any], typed: list[str]) -> None:
 
 
 def refuse_links(run_dir: Path, within: Path | None = None) -> None:
-    """Refuse a run's folder with links through which it would write elsewhere. Raises ConfigError.
+    """Refuse a run's folder with links through which it would write elsewhere, or with pipes. Raises ConfigError.
 
     within: the sweep's folder, which that of the run must not leave either.
     """
@@ -107,6 +113,23 @@ def refuse_links(run_dir: Path, within: Path | None = None) -> None:
         place = path.resolve()
         if path.is_symlink() and not place.is_relative_to((within or run_dir).resolve()):
             raise ConfigError(str(path), f"is a link that leads elsewhere, to {place}", "Remove the link")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ConfigError(str(path), "is neither a file nor a folder", "Remove it")
+
+
+def refuse_foreign(run_dir: Path) -> None:
+    """Refuse a folder where what a run writes, or removes, has the name of somebody's own. Raises ConfigError."""
+    if not any((run_dir / name).exists() for name in ("overrides.yaml", "data.json")) and not _has_status(run_dir):
+        for name in WRITTEN:
+            if (run_dir / name).exists():
+                slash = "/" if (run_dir / name).is_dir() else ""
+                what = f"is no run's, and has a {name}{slash}, which a run would replace"
+                raise ConfigError(str(run_dir), what, "Choose another folder with hydra.run.dir=...")
+
+
+def _has_status(run_dir: Path) -> bool:
+    """Whether kdx has written a status there, which says at least these two."""
+    return read_json(run_dir / "status.json").keys() >= {"state", "step"}
 
 
 def refuse_packages(file: Path, tree: Any) -> None:

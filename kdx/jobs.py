@@ -19,7 +19,7 @@ from kdx import signals
 from kdx.composition import Plan
 from kdx.devices import num_at_once, share_cores
 from kdx.durable import read_json, write_beside
-from kdx.errors import KdxError, MachineError, printable
+from kdx.errors import InUseError, KdxError, MachineError, printable
 from kdx.redact import redact
 from kdx.stale import newest
 
@@ -52,15 +52,16 @@ class Notes:
             return job()
         except Exception as error:
             reason = str(error) if isinstance(error, KdxError) else f"{type(error).__name__}: {error}"
-            note = {"job": name, "reason": redact(" ".join(reason.split()))}
+            is_anothers = isinstance(error, InUseError)  # who may yet do it
+            note = {"job": name, "reason": redact(" ".join(reason.split())), "is_anothers": is_anothers}
             with suppress(OSError):
                 write_beside(self.folder / f"failed-{secrets.token_hex(4)}.json", json.dumps(note))
             raise
 
-    def failures(self) -> dict[str, str]:
+    def failures(self) -> dict[str, dict[str, Any]]:
         """Why jobs failed, by their names."""
         notes = map(read_json, self.folder.glob("failed-*"))
-        return {note["job"]: note["reason"] for note in notes if note}
+        return {note["job"]: note for note in notes if note}
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -86,9 +87,10 @@ def run(plan: Plan, parts: list[list[str]], launch: Launch, compare: Callable[[P
             signals.tell("kdx: stopped; the same command goes on")
             return 128 + notes.stopped_by
         found = states(plan.sweep_dir, plan.jobs)
-        for name, reason in notes.failures().items():
-            if _status(newest(plan.sweep_dir / name))["state"] not in ("failed", "diverged"):
-                found[plan.sweep_dir / name] = {"state": "failed", "reason": reason}
+        for name, note in notes.failures().items():
+            known = ("failed", "diverged", "done") if note["is_anothers"] else ("failed", "diverged")
+            if _status(newest(plan.sweep_dir / name))["state"] not in known:
+                found[plan.sweep_dir / name] = {"state": "failed", "reason": note["reason"]}
     left = {f: s for f, s in found.items() if s["state"] != "done"}
     if left:
         told = [
@@ -104,10 +106,12 @@ def _launch_all(plan: Plan, parts: list[list[str]], launch: Launch, notes: Notes
     """Have Hydra run all jobs, unless a signal stops them → what the launcher failed at. Raises KdxError."""
     assert plan.sweep_dir
     before = states(plan.sweep_dir, plan.jobs) if plan.jobs else {}
-    again = {folder.name for folder, status in before.items() if status["state"] in ("failed", "diverged")}
+    # A job that ended its whole process, as the kernel does where memory is short, says that it runs.
+    tried = ("failed", "diverged", "running")
+    again = {folder.name for folder, status in before.items() if status["state"] in tried}
     is_basic = not is_parallel(plan.launcher)  # others start all, or many, at once
     try:
-        # What failed comes last.
+        # What failed, or was cut off, comes last.
         for passed_over in [again, set(plan.jobs) - again] if again and is_basic else [()]:
             for words in parts:
                 if not notes.stopped_by:
@@ -168,10 +172,8 @@ def states(sweep_dir: Path, names: list[str]) -> dict[Path, dict[str, Any]]:
 
 
 def _status(folder: Path) -> dict[str, Any]:
-    try:
-        return {"state": "unknown"} | json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return {"state": "not begun"}
+    status = read_json(folder / "status.json")
+    return {"state": "unknown"} | status if status else {"state": "not begun"}
 
 
 def note_failure(folder: Path, reason: str) -> None:

@@ -15,8 +15,8 @@ _held: set[int] = set()  # descriptors of locked folders
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder for as long as this is open → whether no other run holds it.
+def locked(folder: Path) -> Iterator[bool | None]:
+    """Lock a folder for as long as this is open → whether it is free; None where locks tell nothing.
 
     The folder itself is locked: that leaves no trace in it, and ends with the process, however it ends.
     """
@@ -30,13 +30,13 @@ def locked(folder: Path) -> Iterator[bool]:
             os.close(descriptor)
 
 
-def _locks(descriptor: int) -> bool:
+def _locks(descriptor: int) -> bool | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks, or NFS, which locks no folders: status.json alone decides
-        pass
+        return None
     return True
 
 
@@ -50,7 +50,15 @@ os.register_at_fork(after_in_child=_let_go)  # a fork that outlives its run woul
 
 def this_process() -> dict[str, Any]:
     """The name of this process: containers on one machine have the same pids, and pids come again after a boot."""
-    return {"pid": os.getpid(), "host": platform.node(), "boot_id": _boot_id()}
+    return {"pid": os.getpid(), "began": _began(os.getpid()), "host": platform.node(), "boot_id": _boot_id()}
+
+
+def _began(pid: int) -> int | None:
+    """When a process of this machine began, in ticks since the boot: a pid is given again to another. None: unknown."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _boot_id() -> str:
@@ -63,10 +71,13 @@ def owner_of(status: dict[str, Any]) -> dict[str, Any]:
     return status["owner"] if isinstance(status.get("owner"), dict) else {}
 
 
-def is_another_alive(status: dict[str, Any]) -> bool:
-    """Whether a process other than this one wrote a status and still runs; on another host: whether it wrote lately."""
+def is_another_alive(status: dict[str, Any], is_locked: bool = False) -> bool:
+    """Whether a process other than this one wrote a status and still runs; on another host: whether it wrote lately.
+
+    is_locked: this process holds the folder's lock, so no other of this machine does.
+    """
     owner, here = owner_of(status), this_process()
-    if owner == here:
+    if owner == here or (is_locked and owner.get("host") == here["host"]):
         return False
     if owner.get("host") != here["host"]:
         try:
@@ -77,9 +88,10 @@ def is_another_alive(status: dict[str, Any]) -> bool:
     if owner.get("boot_id") != here["boot_id"]:
         return False
     try:
-        os.kill(int(owner["pid"]), 0)
+        pid = int(owner["pid"])
+        os.kill(pid, 0)
     except (ProcessLookupError, ValueError, KeyError, TypeError, OverflowError):
         return False
     except PermissionError:
         pass
-    return True
+    return owner.get("began") in (None, _began(pid))

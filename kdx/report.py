@@ -3,7 +3,6 @@
 import platform
 import shlex
 import subprocess
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from kdx.causal_lm import device_dtype
 from kdx.errors import printable
 from kdx.prepare import Prepared, in_bytes
 from kdx.store import TeacherStore
+from kdx.typed import told_flags
 
 ROWS = (
     ("KL to the teacher", "kl", "{:.4f}"),
@@ -91,21 +91,9 @@ def next_commands(run_dir: Path, words: list[str], *, has_student: bool, has_sam
     commands += [f"less {folder}/samples.md"] if has_samples else []
     others = ("run.", "sweep.", "hydra.", "loss.temperature=", "loss.alpha=")
     kept = [word for word in words if not word.lstrip("+~").startswith(others)]
-    typed = ["python", "-m", "kdx", "-m", *_flags(run_dir), *kept, "loss.temperature=1,2,4", "loss.alpha=0.3,0.7"]
+    typed = ["python", "-m", "kdx", "-m", *told_flags(run_dir), *kept, "loss.temperature=1,2,4", "loss.alpha=0.3,0.7"]
     commands.append(shlex.join(typed))
     return ["next:", *(f"  {command}" for command in commands)]
-
-
-def _flags(run_dir: Path) -> list[str]:
-    """The flags of a run's command that name one's own YAML; none if it is not kept, or damaged."""
-    typed: list[str] = []
-    with suppress(OSError, ValueError):
-        typed = shlex.split((run_dir / "command.txt").read_text(encoding="utf-8"))
-    flags: list[str] = []
-    for i, word in enumerate(typed):
-        if word.startswith(("--config-", "-cd", "-cn", "-cp")):
-            flags += [word] if "=" in word else typed[i : i + 2]
-    return flags
 
 
 def _git_commit() -> str | None:

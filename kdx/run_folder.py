@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from kdx import checkpoint, drift, owner
+from kdx import checkpoint, drift, owner, typed
 from kdx.config import Config
 from kdx.durable import fsync, read_json, read_yaml, write_beside, write_over
-from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, exit_code, out_of_memory
-from kdx.hostile import refuse_links
+from kdx.errors import ConfigError, DivergedError, InUseError, KdxError, MachineError, exit_code, out_of_memory
+from kdx.hostile import refuse_foreign, refuse_links
 from kdx.redact import redact
 from kdx.state import State
 
@@ -33,14 +33,17 @@ class RunFolder:
         self.max_steps: int | None = None
         self.written = -math.inf
         self.since = _now()
+        self.reached: Any = None  # the step that the status told of when this run began
 
     def done(self, config: dict[str, Any]) -> dict[str, Any] | None:
         """The summary of a run that is done with this config, else None. Raises ConfigError if it was another."""
         refuse_links(self.path)
-        if self.status().get("state") != "done" or (self._refuse_drift(config) and checkpoint.found(self.path)):
+        state, summary = self.status().get("state"), read_json(self.path / "summary.json")
+        if state != "done" and (state or not summary):  # the summary is written last: with it only the status is lost
+            return None
+        if self._refuse_drift(config) and checkpoint.found(self.path):
             return None
         self._tidy()
-        summary = read_json(self.path / "summary.json")
         if not summary:
             what = "says that it is done, and its summary.json is missing or damaged"
             raise ConfigError(str(self.path), what, "Start anew in another folder")
@@ -51,8 +54,11 @@ class RunFolder:
         return read_json(self.path / "status.json")
 
     @contextmanager
-    def open(self, config: dict[str, Any], is_main: bool) -> Iterator[None]:
-        """Hold the folder while the run lasts, its config written there, or refuse: another process, or config, has it."""
+    def open(self, config: dict[str, Any], is_main: bool, words: list[str] | None = None) -> Iterator[None]:
+        """Hold the folder while the run lasts, its config written there, or refuse: another process, or config, has it.
+
+        words: what was typed, if it was.
+        """
         if not is_main:  # rank 0 decides, and ends all if it refuses
             yield
             return
@@ -63,19 +69,26 @@ class RunFolder:
                     fsync(above)
         with owner.locked(self.path) as is_free:
             status = self.status()
-            is_known = owner.is_another_alive(status)
-            if not is_free or (is_known and status.get("state") == "running"):
-                raise self._in_use(status if is_known else {}, is_free)
+            is_known = owner.is_another_alive(status, is_locked=is_free is True)
+            if is_free is False or (is_known and status.get("state") == "running"):
+                raise self._in_use(status if is_known else {}, is_free is not False)
             if self.done(config) is not None:
                 what = "another process has done this run just now"
-                raise MachineError(str(self.path), what, "Nothing is left to do; the same command tells so")
+                raise InUseError(str(self.path), what, "Nothing is left to do; the same command tells so")
+            self.reached = status.get("step")
             is_longer = self._refuse_drift(config)
-            self._refuse_to_replace()
+            refuse_foreign(self.path)
             self._tidy()
+            if not status:
+                with self._writing():
+                    self.write_status("running", "", is_main)  # before all else: by it the folder is a run's
             if not self._has_begun() or is_longer:
                 text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
                 with self._writing():
                     write_beside(self.path / "config.yaml", text)
+            if words is not None:
+                with self._writing():
+                    typed.renew(self.path, words)
             yield
 
     @contextmanager
@@ -86,14 +99,14 @@ class RunFolder:
             what = f"cannot write there: {error.strerror}"
             raise MachineError(str(self.path), what, "Choose another folder with hydra.run.dir=...") from None
 
-    def _in_use(self, status: dict[str, Any], is_free: bool) -> MachineError:
+    def _in_use(self, status: dict[str, Any], is_free: bool) -> InUseError:
         """What to say where another process runs; one that has just begun has written no status yet."""
         by = owner.owner_of(status)
         who = f"pid {by.get('pid')} on host {by.get('host')} since {status.get('since')}" if by else "another process"
         mend = "Wait for it, or choose another folder"
         if is_free:  # only status.json says so
             mend = "Wait for it, choose another folder, or, if that process is gone, remove status.json there"
-        return MachineError(str(self.path), f"in use by {who}", mend)
+        return InUseError(str(self.path), f"in use by {who}", mend)
 
     def _refuse_drift(self, config: dict[str, Any]) -> bool:
         """Refuse to go on under another config than the run began with, but for what cannot change the student.
@@ -123,13 +136,6 @@ class RunFolder:
         error = ConfigError(str(self.path), f"was begun with another {keys}", mend)
         error.lines += drift.table(found)
         return error
-
-    def _refuse_to_replace(self) -> None:
-        """Refuse a folder where what a run writes, and removes, has the name of somebody's own."""
-        theirs = [name for name in ("student", "checkpoints") if (self.path / name).exists()]
-        if theirs and not self._has_begun():
-            what = f"is no run's, and has a {theirs[0]}/, which a run would replace"
-            raise ConfigError(str(self.path), what, "Choose another folder with hydra.run.dir=...")
 
     def _tidy(self) -> None:
         """Remove what a killed process had begun to write, or to remove."""
@@ -226,6 +232,8 @@ class RunFolder:
         for fault in skipped:
             log.warning("skipped a damaged checkpoint, %s", fault)
         if newest is None:
+            if self.reached:
+                log.warning("%s was at step %s and has no checkpoint: it begins anew", self.path, self.reached)
             if is_main:
                 self.keep("data.json", origin)
             return None
@@ -237,7 +245,10 @@ class RunFolder:
         if found:
             raise self.drifted(found)
         rank, scaler = accelerator.process_index, accelerator.scaler
-        state = State(**checkpoint.load(newest, model, optimizer, schedule, rank=rank, scaler=scaler))
+        state = State.read(checkpoint.load(newest, model, optimizer, schedule, rank=rank, scaler=scaler))
+        if state is None:
+            what, mend = "was written by another version of kdx", "Go on with that version, or start anew elsewhere"
+            raise MachineError(str(newest / "state.json"), what, mend)
         if state.of != of:
             raise ConfigError(str(newest), "is a checkpoint of another run", "Remove it, or start anew elsewhere")
         others = drift.differences(state.versions, versions)
@@ -274,14 +285,12 @@ class RunFolder:
         """A readable name: a sweep's point, else what was typed, else the folder's."""
         if config.sweep.name:
             return self.path.name
-        said = [w for w in self.words() if not w.lstrip("+~").startswith(("tracking.", "hydra.", "run.", "train.log"))]
+        said = [
+            w
+            for w in typed.told(self.path)
+            if not w.lstrip("+~").startswith(("tracking.", "hydra.", "run.", "train.log"))
+        ]
         return redact(" ".join(said))[:100] or "default"
-
-    def words(self) -> list[str]:
-        """What was typed for the run; nothing if that is not kept, or damaged: it is only told."""
-        file = self.path / "overrides.yaml"
-        words = read_yaml(file) if file.is_file() else []
-        return [str(word) for word in words] if isinstance(words, list) else []
 
     def wandb_dir(self, config: Config) -> Path:
         """Where W&B's files lie: a sweep's in its own folder, those of single runs together."""

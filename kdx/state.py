@@ -1,7 +1,7 @@
 """What the training loop remembers, and a checkpoint keeps."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kdx import drift
@@ -31,6 +31,16 @@ class State:
     num_nonfinite: int = 0  # steps that were skipped
     versions: dict[str, str] = field(default_factory=drift.versions)
     other_versions: list[str] = field(default_factory=list)  # that a part of the run was made with
+
+    @classmethod
+    def read(cls, kept: Any) -> "State | None":
+        """The state in a checkpoint; None if it is not this version's."""
+        was = asdict(cls())
+        if not isinstance(kept, dict) or kept.keys() != was.keys():
+            return None
+        is_number = {name: isinstance(value, int | float) for name, value in was.items()}
+        same = (isinstance(kept[n], int | float if is_number[n] else type(value)) for n, value in was.items())
+        return cls(**kept) if all(same) else None
 
     def add(self, batch: StepBatch, seconds: float) -> None:
         """Count one step that is done."""

@@ -9,7 +9,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from processes import in_process as run
 
-from kdx import __version__, cli, plugins
+from kdx import __version__, cli, plugins, typed
 from kdx.cli import compose
 from kdx.composition import Composer, preflight
 from kdx.errors import ConfigError, KdxError
@@ -339,13 +339,11 @@ def recalled(*argv: str) -> list[str]:
 
 def test_coming_back_takes_the_runs_words_and_lays_what_is_typed_over_them():
     folder = Path("outputs/2026-01-02/a b")
-    cli.keep_words(
-        folder, ["teacher=mine", "loss.alpha=0.3", "train.epochs=2", "train.max_steps=null", "sweep.name=s"], []
-    )
+    typed.keep(folder, ["teacher=mine", "loss.alpha=0.3", "train.epochs=2", "train.max_steps=null", "sweep.name=s"], [])
     write(str(folder / "status.json"), "{}")
     in_place = [f"hydra.run.dir='{folder}'", "hydra.mode=RUN"]
-    typed = recalled(f"run.resume='{folder}'", "loss.alpha=0.5", "train.max_steps=9")
-    assert typed == ["teacher=mine", "sweep.name=s", "loss.alpha=0.5", "train.max_steps=9", *in_place]
+    words = recalled(f"run.resume='{folder}'", "loss.alpha=0.5", "train.max_steps=9")
+    assert words == ["teacher=mine", "sweep.name=s", "loss.alpha=0.5", "train.max_steps=9", *in_place]
     assert recalled("run.resume=last")[-2:] == in_place
     like = recalled(f"run.like='{folder}'", "+optim.eps=1e-6")
     assert like == ["teacher=mine", "loss.alpha=0.3", "train.epochs=2", "train.max_steps=null", "+optim.eps=1e-6"]
@@ -358,7 +356,7 @@ def test_coming_back_to_a_job_of_a_sweep_is_one_run():
 
 
 def test_coming_back_finds_the_folder_of_options_again():
-    cli.keep_words(Path("outputs/a/b"), ["teacher=mine"], ["--config-dir", "/mine", "teacher=mine"])
+    typed.keep(Path("outputs/a/b"), ["teacher=mine"], ["--config-dir", "/mine", "teacher=mine"])
     args = cli._parsed(["run.like=outputs/a/b"])
     cli._recalled(list(args.overrides), args)
     assert args.config_dir == "/mine"
@@ -395,8 +393,8 @@ def test_the_record_has_no_secrets_and_is_never_written_over(monkeypatch):
         "+data.password=pass",
         "tracking.name=open sesame",
     ]
-    cli.keep_words(Path("r"), words, words)
-    cli.keep_words(Path("r"), ["other=1"], ["other=1"])
+    typed.keep(Path("r"), words, words)
+    typed.keep(Path("r"), ["other=1"], ["other=1"])
     kept = yaml.safe_load(Path("r/overrides.yaml").read_text())
     hidden = "[redacted]"
     wanted = [f"tracking.notes={hidden}", words[1], f"+data.password={hidden}", f"tracking.name={hidden}"]

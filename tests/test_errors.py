@@ -12,7 +12,15 @@ from kdx import errors
 from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, out_of_memory, together
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, KdxError)]
-CODES = {"ConfigError": 2, "DataError": 2, "ModelError": 2, "MachineError": 3, "DivergedError": 4, "KdxError": 2}
+CODES = {
+    "ConfigError": 2,
+    "DataError": 2,
+    "ModelError": 2,
+    "KdxError": 2,
+    "MachineError": 3,
+    "InUseError": 3,
+    "DivergedError": 4,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,6 +27,11 @@ def said(ago: float = 0, hours: int = 0, **of: Any) -> dict[str, Any]:
     }
 
 
+def another(ago: float = 0) -> dict[str, Any]:
+    """A status that says `running`, by the process that started this one."""
+    return said(ago, pid=os.getppid(), began=owner._began(os.getppid()))
+
+
 def dead() -> int:
     """The pid of a process that has ended."""
     pid = forked(lambda: None)
@@ -35,9 +40,13 @@ def dead() -> int:
 
 
 def test_on_this_host_the_process_must_live() -> None:
-    assert owner.is_another_alive(said(ago=10**6, pid=os.getppid()))
+    assert owner.is_another_alive(another(10**6))
+    assert not owner.is_another_alive(another(10**6), is_locked=True)  # this process has what that one would hold
+    assert owner.is_another_alive(said(host="another"), is_locked=True)  # maybe a lock does not reach so far
     assert not owner.is_another_alive(said(pid=dead()))
     assert not owner.is_another_alive(said())  # it is this one
+    assert not owner.is_another_alive(said(pid=os.getppid(), began=5))  # its pid was given to another
+    assert owner.is_another_alive(said(pid=os.getppid(), began=None))  # where there is no /proc
 
 
 def test_an_owner_of_an_earlier_boot_is_dead_though_its_pid_lives() -> None:
@@ -78,6 +87,13 @@ def test_a_folder_of_another_host_is_refused_whatever_the_pid(tmp_path: Path) ->
         pass
 
 
+def test_a_dead_owner_whose_pid_another_process_has_now_is_dead(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.keep("status.json", another() | {"step": 3})  # it lives, and does not hold the folder
+    with folder.open({}, is_main=True):
+        assert folder.reached == 3
+
+
 def test_one_run_at_a_time_and_the_next_in_the_same_process(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     for _ in range(2):
@@ -86,7 +102,7 @@ def test_one_run_at_a_time_and_the_next_in_the_same_process(tmp_path: Path) -> N
                 pass
             with folder.open({}, is_main=False):  # another rank of the run
                 pass
-    assert [p.name for p in folder.path.iterdir()] == ["config.yaml"]
+    assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "status.json"]
 
 
 def test_a_lock_ends_with_the_run_whatever_ends_it(tmp_path: Path) -> None:
@@ -104,6 +120,6 @@ def test_where_there_are_no_locks_the_status_decides(tmp_path: Path, monkeypatch
     monkeypatch.setattr(fcntl, "flock", flock)
     folder = RunFolder(tmp_path)
     with folder.open({}, is_main=True):
-        folder.keep("status.json", said(pid=os.getppid()))
+        folder.keep("status.json", another())
         with pytest.raises(MachineError, match=f"in use by pid {os.getppid()}"), folder.open({}, is_main=True):
             pass

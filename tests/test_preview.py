@@ -8,7 +8,7 @@ from processes import in_process
 from standins import write_chats, write_dialogpt
 from transformers import AutoTokenizer
 
-from kdx import cli
+from kdx import checkpoint, typed
 from kdx.batches import Row
 from kdx.cli import compose
 from kdx.distill import distill
@@ -97,7 +97,7 @@ def test_it_is_of_the_run_that_is_recalled(
     """Of the words and the folder that run.like and run.resume name; `store fill` asks that run's teacher."""
     monkeypatch.chdir(tmp_path)
     store = tmp_path / "store"
-    cli.keep_words(tmp_path / "old", [*words, "train.max_steps=3", f"teacher.store_dir={store}"], [])
+    typed.keep(tmp_path / "old", [*words, "train.max_steps=3", f"teacher.store_dir={store}"], [])
     for asked in ("run.like=old", "run.resume=old"):
         code, told, _ = in_process(capfd, "check", asked)
         assert code == 0
@@ -174,7 +174,7 @@ def test_the_bytes_on_disk_are_those_a_run_writes(words: list[str], tmp_path: Pa
     def size(*files: Path) -> int:
         return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".pt"))
 
-    (step,) = kept.glob("step-*")
+    step, _ = checkpoint.found(tmp_path / "run")
     written = size(*step.iterdir()) - size(step / "random.pt")
     assert one == pytest.approx(written, rel=0.03)
     assert student + best == pytest.approx(size(*kept.iterdir(), *(tmp_path / "run/student").iterdir()), rel=0.03)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from safetensors.torch import load_file
 from standins import write_chats, write_dialogpt, write_llama, write_pairs, write_place
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdx import checkpoint, loss, nonfinite, report
+from kdx import checkpoint, loss, nonfinite, report, typed
 from kdx.cli import compose
 from kdx.config import Config
 from kdx.distill import Summary, distill
+from kdx.durable import seal
 from kdx.errors import ConfigError, DivergedError, MachineError
 from kdx.run_folder import RunFolder
 from kdx.state import State
@@ -59,13 +61,13 @@ def test_what_to_type_next_keeps_the_words_of_this_run(tmp_path):
         "  python -m kdx -m --config-dir mine data=pairs 'data.path=my file.jsonl' 'tracking.notes=[redacted]' "
         "loss.temperature=1,2,4 loss.alpha=0.3,0.7"
     )
-    said = RunFolder(tmp_path).words()
+    said = typed.told(tmp_path)
     assert report.next_commands(tmp_path, said, has_student=False, has_samples=False) == ["next:", sweep]
     with_samples = report.next_commands(tmp_path, said, has_student=False, has_samples=True)
     assert with_samples == ["next:", f"  less {tmp_path}/samples.md", sweep]
     (tmp_path / "overrides.yaml").write_text("")
     (tmp_path / "command.txt").write_bytes(b"\xff\xfe'")  # a run that is done says what it can
-    said = RunFolder(tmp_path).words()
+    said = typed.told(tmp_path)
     plain = "  python -m kdx -m loss.temperature=1,2,4 loss.alpha=0.3,0.7"
     assert report.next_commands(tmp_path, said, has_student=False, has_samples=False) == ["next:", plain]
 
@@ -91,6 +93,12 @@ def test_rows_that_are_blamed_are_named_whole():
     assert nonfinite._some(["a", "b"]) == "a, b"
     assert nonfinite._some(["a" * 64] * 12) == ", ".join(["a" * 64] * 9) + " and 3 more"
     assert nonfinite._some(["a" * 700, "b"]) == "a" * 700 + " and 1 more"
+
+
+def unend(run_dir: Path) -> None:
+    """Take away what says that a run is done, as if it had been killed before."""
+    for name in ("status.json", "summary.json"):
+        (run_dir / name).unlink()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -168,7 +176,7 @@ class TestWhatARunLeaves:
         assert yaml.safe_load((run_dir / "config.yaml").read_text())["loss"]["temperature"] == 2.0
         status = json.loads((run_dir / "status.json").read_text())
         assert (status["state"], status["step"], status["max_steps"]) == ("done", 4, 4)
-        assert status["owner"].keys() == {"pid", "host", "boot_id"}
+        assert status["owner"].keys() == {"pid", "began", "host", "boot_id"}
 
     def test_model_card_header(self, finished: tuple[Path, Summary]) -> None:
         run_dir, _ = finished
@@ -277,8 +285,7 @@ class TestStopAndGoOn:
         straight = weights(tmp_path / "run" / "student")
         names = [folder.name for folder in checkpoint.found(tmp_path / "run")]
         assert names == ["step-00000010", "step-00000009"]
-        (tmp_path / "run" / "status.json").unlink()
-        (tmp_path / "run" / "summary.json").unlink()
+        unend(tmp_path / "run")
         damaged = tmp_path / "run" / "checkpoints" / names[0] / "model.safetensors"
         content = bytearray(damaged.read_bytes())
         content[-100] ^= 1
@@ -317,7 +324,7 @@ class TestStopAndGoOn:
     def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(self, place: Path, tmp_path: Path) -> None:
         config = config_of(place, *self.WORDS, "train.save_every=3", "train.keep_checkpoints=true")
         distill(config, tmp_path / "run")
-        (tmp_path / "run" / "status.json").unlink()
+        unend(tmp_path / "run")
         for folder in checkpoint.found(tmp_path / "run"):
             (folder / "MANIFEST.json").write_text("{")
         with pytest.raises(MachineError, match="no checkpoint is whole") as error:
@@ -358,7 +365,7 @@ class TestStopAndGoOn:
         config = config_of(place, "train.max_steps=1")
         distill(config, tmp_path / "run")
         (tmp_path / "run" / "config.yaml").write_text(text)
-        (tmp_path / "run" / "status.json").unlink()
+        unend(tmp_path / "run")
         with pytest.raises(ConfigError, match="is not the config of a run") as error:
             distill(config, tmp_path / "run")
         assert error.value.lines[0].startswith(f"{tmp_path / 'run' / 'config.yaml'}: ")
@@ -377,13 +384,39 @@ class TestStopAndGoOn:
             distill(config_of(place, "train.max_steps=1"), tmp_path)
         assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["mine"]
 
-    def test_a_folder_in_use_is_refused(self, place: Path, tmp_path: Path) -> None:
+    def test_a_run_whose_status_is_lost_is_done_by_its_summary(self, place: Path, tmp_path: Path) -> None:
         config = config_of(place, "train.max_steps=1")
+        first = distill(config, tmp_path / "run")
+        for damage in ("", "{", "[]"):
+            (tmp_path / "run/status.json").write_text(damage)
+            student = (tmp_path / "run/student/model.safetensors").stat().st_mtime_ns
+            assert distill(config, tmp_path / "run") == first
+            assert (tmp_path / "run/student/model.safetensors").stat().st_mtime_ns == student
+
+    def test_a_run_that_lost_its_checkpoints_says_that_it_begins_anew(self, place: Path, tmp_path: Path) -> None:
+        config = config_of(place, *self.WORDS, "train.save_every=3", "train.keep_checkpoints=true")
         distill(config, tmp_path / "run")
-        status = json.loads((tmp_path / "run" / "status.json").read_text())
-        status["state"], status["owner"]["pid"] = "running", os.getppid()
-        (tmp_path / "run" / "status.json").write_text(json.dumps(status))
-        with pytest.raises(MachineError, match=f"in use by pid {os.getppid()}"):
+        shutil.rmtree(tmp_path / "run/checkpoints")
+        (tmp_path / "run/summary.json").unlink()
+        status = json.loads((tmp_path / "run/status.json").read_text())
+        (tmp_path / "run/status.json").write_text(json.dumps(status | {"state": "interrupted"}))
+        distill(config, tmp_path / "run")
+        told = (tmp_path / "run/kdx.log").read_text()
+        assert f"{tmp_path / 'run'} was at step 10 and has no checkpoint: it begins anew" in told
+
+    @pytest.mark.parametrize("change", [{"more": 1}, {"step": "2"}, {"window": {}}, {"best": None}])
+    def test_a_state_of_another_version_is_refused(
+        self, place: Path, tmp_path: Path, change: dict[str, object]
+    ) -> None:
+        config = config_of(place, "train.max_steps=2", "train.save_every=1", "train.keep_checkpoints=true")
+        distill(config, tmp_path / "run")
+        unend(tmp_path / "run")
+        newest = checkpoint.found(tmp_path / "run")[0]
+        state = json.loads((newest / "state.json").read_text())
+        (newest / "state.json").write_text(json.dumps(state | change))
+        (newest / "MANIFEST.json").unlink()
+        seal(newest)
+        with pytest.raises(MachineError, match=r"state\.json: was written by another version of kdx"):
             distill(config, tmp_path / "run")
 
 
@@ -576,7 +609,7 @@ class TestFoundInReview:
     def test_alpha_zero_goes_on_after_a_stop(self, place: Path, tmp_path: Path) -> None:
         config = config_of(place, "loss=cross_entropy", "train.save_every=2", "train.keep_checkpoints=true")
         first = distill(config, tmp_path / "run")
-        (tmp_path / "run" / "status.json").unlink()
+        unend(tmp_path / "run")
         assert distill(config, tmp_path / "run").student == first.student
 
     def test_prompts_that_leave_no_room_are_passed_over(self, place: Path, tmp_path: Path) -> None:
@@ -594,7 +627,7 @@ class TestFoundInReview:
         file = write_pairs(tmp_path / "data.jsonl", 20)
         config = config_of(place, f"data.path={file}", "train.max_steps=1")
         distill(config, tmp_path / "run")
-        (tmp_path / "run" / "status.json").unlink()
+        unend(tmp_path / "run")
         file.write_text(file.read_text().replace("I am sure", "I am quite sure of it"))
         again = distill(config, tmp_path / "run")
         assert again.teacher == distill(config, tmp_path / "new").teacher
@@ -602,7 +635,7 @@ class TestFoundInReview:
     def test_a_torn_last_line_does_not_lock_the_folder(self, place: Path, tmp_path: Path) -> None:
         config = config_of(place, "train.max_steps=2", "train.save_every=1", "train.keep_checkpoints=true")
         distill(config, tmp_path / "run")
-        (tmp_path / "run" / "status.json").unlink()
+        unend(tmp_path / "run")
         with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
             file.write('{"step": 2, "tok')
         distill(config, tmp_path / "run")
@@ -620,7 +653,7 @@ class TestFoundInReview:
         config = config_of(place, "train.log_every=4", "train.save_every=3", "train.keep_checkpoints=true")
         distill(config, tmp_path / "run")
         straight = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
-        (tmp_path / "run" / "status.json").unlink()
+        unend(tmp_path / "run")
         distill(config, tmp_path / "run")
         again = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
         assert [line["train/loss"] for line in straight] == [line["train/loss"] for line in again]
