@@ -342,7 +342,9 @@ def check_room(run: Prepared, folder: Path) -> None:
     if run.max_steps and needed > free:
         what = f"the student and its checkpoints need {needed:,} bytes, and {free:,} are free"
         mend = "Make room, or choose another disk with hydra.run.dir=..."
-        raise MachineError(str(folder), what, f"{mend}; train.save_every=0 keeps no checkpoints" if one else mend)
+        raise MachineError(
+            str(folder), what, f"{mend}; train.save_every=0 needs no room for checkpoints" if one else mend
+        )
 
 
 def in_bytes(number: float) -> str:

@@ -460,7 +460,7 @@ def test_model_paths(refused, words, told):
 # ---- the machine
 Usage = namedtuple("Usage", "total used free")
 MACHINE = {
-    ("train.save_every=1",): r"run: the student and its checkpoints need [\d,]+ bytes, and 10 are free. Make room, or choose another disk with hydra.run.dir=...; train.save_every=0 keeps no checkpoints",
+    ("train.save_every=1",): r"run: the student and its checkpoints need [\d,]+ bytes, and 10 are free. Make room, or choose another disk with hydra.run.dir=...; train.save_every=0 needs no room for checkpoints",
     ("train.save_every=0",): r"run: the student and its checkpoints need [\d,]+ bytes, and 10 are free. Make room, or choose another disk with hydra.run.dir=...",
     ("teacher.store=on", "teacher.store_dir=store"): r"teacher.store: needs [\d,]+ bytes in \S*store\S*, where 10 are free, a tenth of the disk to be left. Make room, set teacher.store_dir=..., or teacher.store=off",
 }  # fmt: skip

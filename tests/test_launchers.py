@@ -14,6 +14,7 @@ import pytest
 from processes import environment
 from standins import write_place
 
+from kdx import owner
 from kdx.devices import num_cores
 
 PLUGIN = '''
@@ -231,7 +232,7 @@ def test_what_is_refused_before_a_done_job_is_opened_is_told_in_the_end(place: P
     linked, held = sorted(sweep.glob("most-*"))
     (linked / "student" / "link").symlink_to(place / "pairs.jsonl")
     status = json.loads((held / "status.json").read_text())
-    status |= {"state": "running", "owner": status["owner"] | {"pid": os.getpid()}}
+    status |= {"state": "running", "owner": owner.this_process()}
     (held / "status.json").write_text(json.dumps(status))
 
     def files() -> dict[Path, tuple[int, bytes]]:
@@ -239,7 +240,8 @@ def test_what_is_refused_before_a_done_job_is_opened_is_told_in_the_end(place: P
 
     before = files()
     for launcher in ("basic", "parallel", "submitit_local"):
-        told = kdx(place, *words, f"hydra/launcher={launcher}", points="2,3")
+        with owner.locked(held):
+            told = kdx(place, *words, f"hydra/launcher={launcher}", points="2,3")
         assert told.returncode == 5, told.stderr
         head, *reasons = told.stderr.splitlines()[-3:]
         assert head == "kdx: 2 job(s) of the sweep failed:"
