@@ -7,6 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from kdx.config import COMMIT, Config
@@ -226,12 +227,15 @@ def binding_problems(function: Callable[..., Any], options: dict[str, Any], pref
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return []
     known = {p.name: p for p in parameters}
-    hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
+    hints: dict[str, Any] = {}
+    with suppress(Exception):  # a name in one's own annotations need not be known
+        hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
     found = []
     for name, value in options.items():
         if name not in known:
-            takes = f"It takes: {', '.join(known) or 'none'}"
-            found.append(Problem(prefix + name, "is not an option here", _nearest(name, tuple(known)) + takes))
+            takes, near = f"It takes: {', '.join(known) or 'none'}", _nearest(name, tuple(known))
+            takes = near + takes if near else f"{takes}. To leave it out: ~{prefix}{name}"
+            found.append(Problem(prefix + name, "is not an option here", takes))
         elif value == "???":
             found.append(Problem(prefix + name, "is missing", f"Give it: {prefix}{name}=..."))
         elif not has_type(value, hints.get(name, Any)):

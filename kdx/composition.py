@@ -5,6 +5,7 @@ import dataclasses
 import re
 import typing
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -308,8 +309,9 @@ def _apply(word: Override, cfg: DictConfig, known: list[str]) -> list[ConfigErro
             return [ConfigError(f"+{key}", "is there already", f"Type it without the +: {key}=...")]
         if key in known or key.startswith("hydra."):
             return [ConfigError(key, _one_line(error), "See `python -m kdx --cfg all`")]
-        mend, group = nearest_key(key, known), key.split(".")[0]
-        if "Did you mean" not in mend and group in OPEN_GROUPS and "." in key:
+        mend, group, last = nearest_key(key, known), key.split(".")[0], key.rsplit(".", 1)[-1]
+        is_near = last in ALIASES or get_close_matches(last, [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.7)
+        if group in OPEN_GROUPS and "." in key and not is_near:
             mend = f"For an option of what {group}.name names: +{key}=..."
         return [ConfigError(key, "is not a key of kdx", mend)]
     return []

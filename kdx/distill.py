@@ -25,7 +25,7 @@ from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, bytes_on_disk, check_names, check_room, prepare
 from kdx.run_folder import RunFolder
-from kdx.signals import CutShort, StopRequest
+from kdx.signals import CutShort, Stopped, StopRequest
 from kdx.stale import changes
 from kdx.state import State
 from kdx.student import describe, save_student
@@ -86,7 +86,7 @@ def _refuse_stale(config: Config, folder: RunFolder, device: torch.device) -> st
     """Refuse a done run that would be another now. Why that cannot be told, if so: nothing is lost then."""
     try:
         found = changes(config, folder.path, device)
-    except Exception as error:  # a source of one's own may raise anything
+    except (Exception, SystemExit) as error:  # a source of one's own may raise anything
         why = error.lines[0] if isinstance(error, KdxError) else f"{type(error).__name__}: {error}"
         return f" (whether its data, teacher or plug-ins have changed since cannot be told: {why})"
     if found:
@@ -229,7 +229,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         accelerator.wait_for_everyone()
         exit_code = 0
         return summary
-    except SystemExit:
+    except Stopped:
         exit_code = stop.exit_code
         raise
     finally:

@@ -26,10 +26,16 @@ Drift = list[tuple[str, Any, Any]]  # key, was, now
 
 def drift(was: dict[str, Any], now: dict[str, Any]) -> Drift:
     """The keys of two configs that differ and matter."""
-    losses = [tree.get("loss") for tree in (was, now)]
-    has_teacher = any(not isinstance(loss, dict) or loss.get("alpha") != 0 for loss in losses)
-    free = FREE if has_teacher else (*FREE, "loss.")
+    free = tuple(key for key in _free(now) if key in _free(was))
     return [d for d in differences(was, now) if not d[0].startswith(free) and not _is_more_lenient(*d)]
+
+
+def _free(config: dict[str, Any]) -> tuple[str, ...]:
+    """The keys that cannot change this config's student: a teacher, or measures, may decide nothing."""
+    loss, train = (node if isinstance(node := config.get(name), dict) else {} for name in ("loss", "train"))
+    stopping = train.get("early_stopping")
+    is_measured = train.get("keep") != "last" or not isinstance(stopping, dict) or stopping.get("patience") is not None
+    return (*FREE, *(["loss."] if loss.get("alpha") == 0 else []), *([] if is_measured else ["train.eval_every"]))
 
 
 def _is_more_lenient(key: str, was: Any, now: Any) -> bool:
@@ -55,7 +61,7 @@ def differences(was: Any, now: Any, prefix: str = "") -> Drift:
 def digest(config: dict[str, Any], origin: dict[str, Any]) -> str:
     """What a checkpoint is of: all that may not differ when a run goes on, of its config and beside it."""
     lenient = ("train.max_steps", "train.epochs", "train.on_nonfinite", "train.max_nonfinite")
-    free = (*FREE, *lenient, "loss.") if config["loss"]["alpha"] == 0 else (*FREE, *lenient)
+    free = (*_free(config), *lenient)
     fixed = sorted((key, value) for key, value in _leaves(config) if not key.startswith(free))
     return hashlib.sha256(json.dumps([fixed, origin], default=str, sort_keys=True).encode()).hexdigest()[:16]
 

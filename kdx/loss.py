@@ -75,10 +75,16 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         takes = ", ".join(list(inspect.signature(function).parameters)[2:]) or "none"
         raise ValueError(f"{name}: {error}; its options: {takes}") from None
     rows = torch.zeros(2, 3).log_softmax(-1)
-    value = function(rows, rows, **options)  # ranges are checked by the divergence itself
+    with torch.enable_grad():
+        value = function(rows.clone().requires_grad_(), rows, **options)  # it checks ranges itself
     shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if shape != [2]:  # a mean would be taken for the sum, and weigh a row by the size of its chunk
         raise ValueError(f"{name} returns shape {shape} for 2 positions; it must be one number each")
+    if not value.is_floating_point() or not value.requires_grad or value.device != rows.device:
+        told = f"{str(value.dtype).removeprefix('torch.')} on {value.device}"
+        raise ValueError(
+            f"{name} returns {told} without a gradient by the student; it must be real, where its inputs are"
+        )
 
 
 def divergence(

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ from transformers import get_scheduler
 
 from kdx.check import Problem, binding_problems, has_type, show, type_words
 from kdx.config import OptimConfig
-from kdx.errors import ConfigError, MachineError, did_you_mean, together
+from kdx.errors import ConfigError, MachineError, did_you_mean, out_of_memory, together
 
-UNFIT = ("Optimizer", "LBFGS", "SparseAdam")  # of these one calls the loss again and again, one wants sparse gradients
+# Of these one calls the loss again and again, one wants sparse gradients, one trains matrices alone.
+UNFIT = ("Optimizer", "LBFGS", "SparseAdam", "Muon")
+REFUSALS = (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError)  # NotImplementedError is one
 
 
 def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
@@ -51,6 +54,10 @@ def _unlike_defaults(kind: Callable[..., Optimizer], options: dict[str, Any]) ->
         if isinstance(default, tuple):
             fits = isinstance(value, list) and has_type(value, list[float | None]) and len(value) == len(default)
             words, shown = f"a list of {len(default)} numbers", list(default)
+        if name == "maximize" and value is True:
+            found.append(Problem("optim.maximize", "is true, which makes the loss greater", "Take it out"))
+        numbers = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, float)]
+        fits = fits and all(map(math.isfinite, numbers))
         if not fits:
             found.append(Problem(f"optim.{name}", f"is {show(value)}, expected {words}", f"Allowed: such as {shown}"))
     return found
@@ -68,12 +75,27 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
     accepts = inspect.signature(kind).parameters
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
-    if "fused" in accepts and "fused" not in options:  # one kernel over all weights: 6 times faster on a CPU
+    is_free = not any(options.get(name) for name in ("foreach", "differentiable"))
+    if (
+        "fused" in accepts and "fused" not in options and is_free
+    ):  # one kernel over all weights: 6 times faster on a CPU
         options["fused"] = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     try:
+        _take_a_step(lambda few: kind([{"params": few}], lr=config.lr, **options), parameters[0])
         return kind([g for g in groups if g["params"]], lr=config.lr, **options)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ConfigError("optim", f"{config.name} refuses its options: {error}", "See conf/optim/") from None
+    except REFUSALS as error:
+        if out_of_memory(error):
+            raise
+        told = " ".join(str(error).split()).rstrip(".")[:300]
+        raise ConfigError("optim", f"{config.name} refuses its options: {told}", "See conf/optim/") from None
+
+
+def _take_a_step(build: Callable[[list[nn.Parameter]], Optimizer], like: Tensor) -> None:
+    """Find what an optimizer refuses only in its first step, before the run is prepared for hours of them."""
+    few = [nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)) for shape in ((4, 4), (4,))]
+    for weight in few:
+        weight.grad = torch.zeros_like(weight)
+    build(few).step()
 
 
 def state_bytes(config: OptimConfig, like: Tensor) -> float:
@@ -93,12 +115,17 @@ def build_schedule(config: OptimConfig, optimizer: Optimizer, max_steps: int) ->
         what = f"is {warmup}, more than the run's {max_steps} steps"
         raise ConfigError("optim.warmup_steps", what, f"Allowed: 0 to {max_steps}, or a share of them below 1")
     try:
-        return get_scheduler(
+        schedule = get_scheduler(
             config.schedule,
             optimizer,
             num_warmup_steps=warmup,
             num_training_steps=max_steps,
             scheduler_specific_kwargs=dict(config.schedule_options) or None,
         )
-    except (TypeError, ValueError) as error:
-        raise ConfigError("optim.schedule_options", f"{config.schedule}: {error}", "Mend the options") from None
+        rates = [rate(step) for rate in schedule.lr_lambdas for step in range(0, max_steps + 1, max_steps // 1000 + 1)]
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+            raise ValueError("the rate would be negative, or no number")
+    except (TypeError, ValueError, ArithmeticError) as error:
+        told, key = " ".join(str(error).split()).rstrip("."), "optim.schedule_options"
+        raise ConfigError(key, f"{config.schedule}: {told}", f"Give an option as +{key}.NAME=...") from None
+    return schedule

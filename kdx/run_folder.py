@@ -19,6 +19,7 @@ from kdx.durable import fsync, read_json, read_yaml, write_beside, write_over
 from kdx.errors import ConfigError, DivergedError, InUseError, KdxError, MachineError, exit_code, out_of_memory
 from kdx.hostile import refuse_foreign, refuse_links
 from kdx.redact import redact
+from kdx.signals import Stopped
 from kdx.state import State
 
 log = logging.getLogger(__name__)
@@ -159,11 +160,14 @@ class RunFolder:
         self.write_status("running", "", is_main)
         try:
             yield
-        except (SystemExit, KeyboardInterrupt) as error:
+        except (Stopped, KeyboardInterrupt) as error:
             if self.status().get("state") not in ("done", "failed", "diverged"):  # saved, or another process failed
                 self.write_status("interrupted", f"{type(error).__name__} {error}", is_main)
             raise
         except BaseException as error:
+            if isinstance(error, SystemExit):
+                own = f"code of your own ended the process (sys.exit({error.code!r}))"
+                error = ConfigError("KDX_PLUGINS", own, "Raise an error there, or return")
             if _is_anothers(error):
                 raise self._failed_elsewhere() from None
             state = "diverged" if isinstance(error, DivergedError) else "failed"
@@ -172,7 +176,7 @@ class RunFolder:
             lines = reason if state == "diverged" else reason.splitlines()[0]
             # Whichever process fails: the others cannot know why.
             self.write_status(state, lines, is_main or self.status().get("state") == "running", exit_code(error))
-            raise
+            raise error
         self.write_status("done", "", is_main)
 
     def _failed_elsewhere(self) -> KdxError:

@@ -88,9 +88,9 @@ def tell(text: str) -> None:
 
 
 def end_if_noted() -> None:
-    """End what is being done if a signal was noted. Raises SystemExit."""
+    """End what is being done if a signal was noted. Raises Stopped."""
     if _noted:
-        raise SystemExit(128 + _noted[0])
+        raise Stopped(128 + _noted[0])
 
 
 def hand_on(number: int) -> None:
@@ -99,6 +99,10 @@ def hand_on(number: int) -> None:
         if process.pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, number)
+
+
+class Stopped(SystemExit):
+    """A signal ends the process; any other SystemExit is somebody's own."""
 
 
 class CutShort(Exception):
@@ -145,7 +149,7 @@ class StopRequest:
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         for number, handler in self.found.items():
             signal.signal(number, handler)
-        if isinstance(error, SystemExit) and self.signal == self.requeue and callable(self.found[self.requeue]):
+        if isinstance(error, Stopped) and self.signal == self.requeue and callable(self.found[self.requeue]):
             try:
                 self.found[self.requeue](self.signal, None)
             except Exception as refusal:  # such as: timed out too many times
@@ -160,7 +164,7 @@ class StopRequest:
         self.signal, self.since = number, time.monotonic()
         if again or not self.is_deferred:
             tell(f"\nkdx: {self.kept}") if self.kept else None
-            raise SystemExit(self.exit_code)
+            raise Stopped(self.exit_code)
         tell("\nstopping at the next safe point; once more to stop at once")
 
     def agreed(self, accelerator: Any) -> bool:
@@ -179,11 +183,11 @@ class StopRequest:
             raise CutShort
 
     def saved(self, run_dir: Path, step: int, accelerator: Any) -> None:
-        """From here on stop at once, as all is saved, and say how to go on. Raises SystemExit if asked to already."""
+        """From here on stop at once, as all is saved, and say how to go on. Raises Stopped if asked to already."""
         is_typed = (run_dir / "overrides.yaml").exists()
         how = f"python -m kdx run.resume={run_dir}" if is_typed else f"the same call of distill, in {run_dir}"
         kept = f"stopped after step {step}; to go on: {how}"
         if self.agreed(accelerator):
             log.warning(kept)
-            raise SystemExit(self.exit_code)
+            raise Stopped(self.exit_code)
         self.kept, self.is_deferred = kept, False

@@ -38,7 +38,7 @@ def place(config: Config, folder: Path, is_parallel: bool) -> Path:
         plugins.load()
         with one_device(is_parallel):
             changed = [key for key, _, _ in changes(config, there)]
-    except Exception:
+    except (Exception, SystemExit):  # a source of one's own may do anything
         return there
     if not changed:
         return there

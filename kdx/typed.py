@@ -29,7 +29,7 @@ def keep(run_dir: Path, words: list[str], argv: list[str]) -> None:
 def renew(run_dir: Path, words: list[str]) -> None:
     """Keep the words that a run goes on with, which need not be those it began with. Raises OSError."""
     file = run_dir / WORDS
-    if file.is_file() and file.read_bytes() != _text(words).encode():
+    if file.is_file() and told(run_dir) != redact(words):
         write_beside(file, _text(words))
 
 

@@ -12,11 +12,15 @@ from kdx.stale import newest
 
 def config(**keys):
     tree = {"loss": {"alpha": 0.7, "temperature": 2.0}, "teacher": {"micro_batch_size": None, "store": "auto"}}
-    tree["train"] = {"max_steps": 9, "on_nonfinite": "stop", "max_nonfinite": 10, "log_every": 10}
+    tree["train"] = {"max_steps": 9, "on_nonfinite": "stop", "max_nonfinite": 10, "log_every": 10, "eval_every": 2}
+    tree["train"] |= {"keep": "last", "early_stopping": {"patience": None}}
     for key, value in keys.items():
         group, name = key.split("__")
         tree[group][name] = value
     return tree
+
+
+BEST, PATIENT = {"train__keep": "best"}, {"train__early_stopping": {"patience": 2}}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +31,10 @@ def config(**keys):
         ({}, {"loss__temperature": 1.0}, ["loss.temperature"]),
         ({"loss__alpha": 0}, {"loss__alpha": 0, "loss__temperature": 1.0}, []),  # without a teacher it is not used
         ({"loss__alpha": 0}, {"loss__temperature": 1.0}, ["loss.alpha", "loss.temperature"]),
+        ({}, {"train__eval_every": 5}, []),
+        ({}, {"train__eval_every": 5, "train__keep": "best"}, ["train.eval_every", "train.keep"]),
+        (BEST, BEST | {"train__eval_every": 5}, ["train.eval_every"]),
+        (PATIENT, PATIENT | {"train__eval_every": 5}, ["train.eval_every"]),
         ({}, {"train__on_nonfinite": "skip", "train__max_nonfinite": 20}, []),
         ({"train__on_nonfinite": "skip"}, {"train__max_nonfinite": 5}, ["train.on_nonfinite", "train.max_nonfinite"]),
     ],
@@ -66,7 +74,7 @@ def test_only_the_folders_of_a_sweeps_jobs_take_each_others_place(tmp_path):
 
 
 KEPT_FREE = {
-    "train.log_every", "train.save_every", "train.keep_checkpoints",
+    "train.log_every", "train.save_every", "train.keep_checkpoints", "train.eval_every",  # of a run that keeps the last
     "teacher.store", "teacher.store_dir", "teacher.store_limit_gb",
 }  # fmt: skip
 
