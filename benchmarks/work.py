@@ -14,7 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from kdx.batches import Row
 from kdx.causal_lm import device_dtype
 from kdx.cli import compose
-from kdx.prepare import build_accelerator, prepare
+from kdx.launch import build_accelerator
+from kdx.prepare import prepare
 from kdx.store_commands import fill
 from kdx.tracking import quiet_libraries
 

@@ -181,6 +181,12 @@ def nearest_key(key: str, known: list[str]) -> str:
     return f"Did you mean {' or '.join(near)}?" if near else "See `python -m kdx --cfg job` for all keys"
 
 
+def has_near_name(key: str, known: list[str]) -> bool:
+    """Whether the last part of a dotted key is nearly that of a known one, or other tools' word for it."""
+    last = key.rsplit(".", 1)[-1]
+    return last in ALIASES or bool(difflib.get_close_matches(last, [k.rsplit(".", 1)[-1] for k in known], 1, 0.7))
+
+
 def contradictions(tree: dict[str, Any]) -> list[Problem]:
     """Values that are fine alone and wrong together; for a tree without other problems."""
     found = []

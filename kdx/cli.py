@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kdx import __version__, jobs, plugins, signals, typed
 from kdx.composition import Plan, as_tree, compose, compose_points, preflight, to_config
 from kdx.config import Config
-from kdx.devices import one_device
+from kdx.devices import check_launch, one_device
 from kdx.durable import of_disk
 from kdx.errors import MACHINE, ConfigError, KdxError, out_of_memory, printable
 from kdx.folders import Source, groups_in, origins, spelt
@@ -64,12 +64,15 @@ def main() -> None:
         code = guarded(lambda: _main(sys.argv[1:]))
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code and os.environ.get("WORLD_SIZE", "1") not in ("0", "1"):
         print(f"kdx: exit code {code}, whatever the launcher's own is", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def _main(argv: list[str]) -> int:
+    check_launch()
+    if argv == ["help"] or ((argv[:1] == ["check"] or argv[:2] == ["store", "fill"]) and {"--help", "-h"} & {*argv}):
+        argv = ["--help"]
     if argv == ["--version"]:
         print(f"kdx {__version__}")
         return 0
@@ -99,7 +102,15 @@ def _main(argv: list[str]) -> int:
     if plan.baseline and is_main:
         baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
         print(f"kdx: {plan.num_points} points + {baselines}; sweep.baseline=false leaves it out", flush=True)
-    if only_shows or not plan.sweep_dir:
+    if only_shows or args.shell_completion:
+        try:
+            _hydra([*_flags(args), *words], argv=argv)
+        except ValueError as error:  # flags that Hydra finds do not go together
+            raise ConfigError("command line", str(error).rstrip("."), "See python -m kdx --hydra-help") from None
+        except SystemExit as error:  # it has said why on stderr
+            return 2 if error.code else 0
+        return 0
+    if not plan.sweep_dir:
         _hydra([*_flags(args), *words], argv=argv)
         return 0
     parts = [[*_flags(args), *part] for part in (plan.baseline, words) if part]
@@ -163,6 +174,8 @@ def _command(name: str, words: list[str]) -> int:
 def _composed(words: list[str]) -> tuple[list[Config], Path]:
     """What the words of a run or sweep amount to, checked as its own would be, and its folder; plug-ins are loaded."""
     args = _parsed(words)
+    if args.help or args.cfg or args.info or args.hydra_help:
+        raise ConfigError("command line", "asks to show the configuration", "Leave out check or store fill")
     words = _recalled(list(args.overrides), args)
     made = compose_points(words, Source(args.config_dir, args.config_path, args.config_name))
     plugins.load()
@@ -295,6 +308,11 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if sum(map(bool, (args.run, args.multirun, args.cfg, args.info, args.shell_completion))) > 1:
         raise ConfigError("command line", "asks for several things at once", "Give one of --multirun, --cfg, --info")
+    if args.resolve and not (args.cfg or args.help):
+        raise ConfigError("--resolve", "belongs to --cfg", "As in: python -m kdx --cfg job --resolve")
+    for name in ("config_path", "config_dir", "config_name"):
+        if getattr(args, name) == "":
+            raise ConfigError(f"--{name.replace('_', '-')}", "is empty", "Give it a value, or leave it out")
     if args.experimental_rerun is not None:
         raise ConfigError("--experimental-rerun", "reads a pickle, which could run code", "Use run.like=FOLDER")
     return args

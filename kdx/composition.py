@@ -5,7 +5,6 @@ import dataclasses
 import re
 import typing
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kdx import hostile, sweep
-from kdx.check import ALIASES, contradictions, dotted, nearest_key, problems
+from kdx.check import ALIASES, contradictions, dotted, has_near_name, nearest_key, problems
 from kdx.config import Config
 from kdx.errors import ConfigError, did_you_mean, together
 from kdx.folders import ORIGINS, Source, circular, contents, groups_in, no_keys, origins, spelt
@@ -153,12 +152,19 @@ class Composer:
         found: list[ConfigError] = []
         overrides: list[Override] = []
         for word in spelt(words):
+            key, _, value = word.partition("=")
             try:
                 overrides += self._parser.parse_overrides([word])
+                if sweep.is_empty(overrides[-1]):
+                    found.append(ConfigError(key, f"names no value ({value})", "Give at least one"))
+                if overrides[-1].key_or_group in ("", "hydra"):
+                    found.append(ConfigError(repr(word), "is not a key of kdx", "Type KEY=VALUE, of Hydra's hydra.KEY"))
             except HydraException as error:
-                mend = "Quote what the shell or Hydra would take apart, as in 'data.path=[a.jsonl,b.jsonl]'"
+                mend = f"""Quote it for the shell and for Hydra: '{key}="{value}"'"""
+                if not key or value[:1] in "[{'\"":
+                    mend = "Quote what the shell or Hydra would take apart, as in 'data.path=[a.jsonl,b.jsonl]'"
                 what = _one_line(error).removeprefix(f"Error parsing override '{word}' ")
-                found.append(ConfigError(word.split("=", 1)[0] or word, f"cannot be read ({what})", mend))
+                found.append(ConfigError(key or repr(word), f"cannot be read ({what})", mend))
         if found:
             raise together(found)
         return overrides
@@ -309,11 +315,9 @@ def _apply(word: Override, cfg: DictConfig, known: list[str]) -> list[ConfigErro
             return [ConfigError(f"+{key}", "is there already", f"Type it without the +: {key}=...")]
         if key in known or key.startswith("hydra."):
             return [ConfigError(key, _one_line(error), "See `python -m kdx --cfg all`")]
-        mend, group, last = nearest_key(key, known), key.split(".")[0], key.rsplit(".", 1)[-1]
-        is_near = last in ALIASES or get_close_matches(last, [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.7)
-        if group in OPEN_GROUPS and "." in key and not is_near:
-            mend = f"For an option of what {group}.name names: +{key}=..."
-        return [ConfigError(key, "is not a key of kdx", mend)]
+        group, option = key.split(".")[0], f"For an option of what {key.split('.')[0]}.name names: +{key}=..."
+        is_open = group in OPEN_GROUPS and "." in key and not has_near_name(key, known)
+        return [ConfigError(key, "is not a key of kdx", option if is_open else nearest_key(key, known))]
     return []
 
 

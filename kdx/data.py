@@ -12,8 +12,8 @@ from typing import Any
 
 from kdx.check import binding_problems
 from kdx.config import DataConfig
-from kdx.errors import SKIP, ConfigError, DataError, did_you_mean, first_of, together
-from kdx.files import kind_of, read_rows, resolve_path, text_in
+from kdx.errors import SKIP, ConfigError, DataError, did_you_mean, first_of, same_in_all, together
+from kdx.files import kind_of, missing, read_rows, resolve_path, text_in
 from kdx.templates import RowTemplate, Unbounded, each
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def load_data(
     if found.faults:
         is_excusable = config.on_bad_row == "stop" and not found.is_unreadable
         faults = [*found.faults, *(also([*rows, *(others or [])]) if also else [])]
-        raise first_of(faults, SKIP if is_excusable else "Mend them")
+        raise first_of(same_in_all(faults) if not rows else faults, SKIP if is_excusable else "Mend them")
     if not rows:
         rules = "; ".join(f"{count} rows: {rule}" for rule, count in dropped.items()) or "the source gave none"
         raise DataError("data", f"no row is left ({rules})", "Loosen the rule, or give other data")
@@ -323,8 +323,7 @@ def pairs(
 
 def _column(row: dict[str, Any], column: str, name: str, where: str) -> str:
     if column not in row:
-        what = f'"{column}" is missing; the columns are: {", ".join(map(str, row)) or "none"}'
-        raise DataError(where, what, f"Name the column: data.{name}_column=...")
+        raise missing(column, name, row, where)
     return text_in(row[column], column, where, f"data.{name}_column=...")
 
 
@@ -345,8 +344,7 @@ def messages(
             continue
         where, row = item
         if messages_column not in row:
-            what = f'"{messages_column}" is missing; the columns are: {", ".join(map(str, row)) or "none"}'
-            yield DataError(where, what, "Name the column: data.messages_column=...")
+            yield missing(messages_column, "messages", row, where)
         else:
             chat = row[messages_column]
             try:

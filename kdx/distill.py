@@ -21,9 +21,10 @@ from kdx.devices import keep_memory
 from kdx.durable import digest_of, reserve, usage_of, write_beside
 from kdx.errors import DivergedError, KdxError, MachineError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
+from kdx.launch import build_accelerator
 from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
-from kdx.prepare import MAX_NEW_TOKENS, Prepared, build_accelerator, bytes_on_disk, check_names, check_room, prepare
+from kdx.prepare import MAX_NEW_TOKENS, Prepared, bytes_on_disk, check_names, check_room, prepare
 from kdx.run_folder import RunFolder
 from kdx.signals import CutShort, Stopped, StopRequest
 from kdx.stale import changes

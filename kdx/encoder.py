@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from os.path import commonprefix
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -16,6 +15,7 @@ from kdx.batches import Row
 from kdx.config import DataConfig
 from kdx.data import Conversation
 from kdx.errors import SKIP, DataError, first_of
+from kdx.files import at_home
 from kdx.templates import LONGEST, Unbounded, bounded, each, fault_of, is_plain
 
 log = logging.getLogger(__name__)
@@ -309,7 +309,7 @@ def _places(text: str, frame: Frame, messages: list[dict[str, str]]) -> dict[int
 def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
     """Give the tokenizer the chat template of the run, so that it is saved with the student; say where it is from."""
     if config.chat_template:
-        path = Path(config.chat_template).expanduser()
+        path = at_home(config.chat_template, TEMPLATE)
         is_file = "{" not in config.chat_template
         if is_file and not path.is_file():
             what = f"{path} is not a file" if path.exists() else f"{path} does not exist"

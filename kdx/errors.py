@@ -108,6 +108,19 @@ def together(errors: Sequence[KdxError]) -> KdxError:
     return first
 
 
+def same_in_all(faults: Sequence[DataError]) -> Sequence[DataError]:
+    """The faults of rows of which none is sound, as one if it is the same in all."""
+    where, what, mend = faults[0].args
+    if len(faults) < 3 or any(fault.args[1:] != (what, mend) for fault in faults):
+        return faults
+    return [DataError(where, f"{what} (and so in all {len(faults):,} rows)", mend)]
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """A text of any length, as far as a line holds it."""
+    return text if len(text) <= most else f"{text[:most]} … ({len(text):,} characters)"
+
+
 def first_of(faults: Sequence[DataError], mend: str) -> KdxError:
     """The first faults as one error, a line each, and how many there are."""
     total = sum(len(fault.lines) for fault in faults)

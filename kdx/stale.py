@@ -60,7 +60,8 @@ def changes(config: Config, folder: Path, device: Any = None) -> Drift:
 
 def _now(config: Config, device: Any) -> dict[str, Any]:
     """What a run would keep in data.json, as far as it decides which student comes out."""
-    from kdx.prepare import build_accelerator, identity_of, origin, read_text, what_is_read
+    from kdx.launch import build_accelerator
+    from kdx.prepare import identity_of, origin, read_text, what_is_read
     from kdx.tracking import logging_to
 
     key = what_is_read(config)

@@ -18,8 +18,10 @@ from kdx.config import Config, DataConfig, StudentConfig, TeacherConfig
 from kdx.durable import read_json, verify
 from kdx.errors import ConfigError, MachineError
 from kdx.evaluate import HeldOut
+from kdx.files import at_home
+from kdx.launch import build_accelerator
 from kdx.measuring import Measurer
-from kdx.prepare import build_accelerator, check_names, in_bytes, prepare
+from kdx.prepare import check_names, in_bytes, prepare
 from kdx.report import store_line
 from kdx.segments import compact, survey
 from kdx.store import head_is_whole, size_of
@@ -88,7 +90,7 @@ def tend(words: list[str]) -> int:
     parser.add_argument("--unused-days", type=float, help="prune: remove teachers that no run asked for so long")
     args = parser.parse_args(words)
     place = args.place.removeprefix("teacher.store_dir=") or os.environ.get("KDX_STORE") or "outputs/teacher-store"
-    root = Path(place).expanduser().resolve()
+    root = at_home(place, "teacher.store_dir").resolve()
     if not root.is_dir():
         raise ConfigError("teacher.store_dir", f"{root} does not exist", "Name the store's folder, or set KDX_STORE")
     teachers = sorted(folder for folder in root.glob("[0-9a-f]" * 16) if folder.is_dir())

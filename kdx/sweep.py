@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import re
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override
 
 from kdx.config import Config
+from kdx.errors import ConfigError
 
 # What cannot change the student is not part of a job's or a sweep's identity.
 NOT_IDENTITY = ("run", "sweep", "tracking")
@@ -17,6 +19,7 @@ NOT_IDENTITY_IN = {
     "train": ("log_every", "save_every", "keep_checkpoints"),
     "teacher": ("store", "store_dir", "store_limit_gb"),
 }
+MOST_POINTS = 10_000
 LONGEST_PART = 60  # letters of a value in a folder's name; the hash tells long ones apart
 
 
@@ -26,17 +29,30 @@ def swept_keys(words: list[Override]) -> list[str]:
     return [key.lstrip("+~") for key, word in last.items() if word.is_sweep_override()]
 
 
+def is_empty(word: Override) -> bool:
+    """Whether a word sweeps over nothing, as a pattern that no option fits."""
+    is_some = not word.is_sweep_override() or isinstance(word.value(), IntervalSweep)
+    return not is_some and next(word.sweep_string_iterator(), None) is None
+
+
 def points(words: list[Override]) -> list[list[str]]:
-    """Every combination of the swept values as the words of a single run; of an interval, its ends."""
+    """Every combination of the swept values as the words of a single run; of an interval, its ends.
+
+    Raises ConfigError if they are more than anybody runs.
+    """
     values: dict[str, list[str]] = {}
     for word in words:
         key = word.get_key_element()
         if isinstance(interval := word.value(), IntervalSweep):
             values[key] = [f"{key}={interval.start}", f"{key}={interval.end}"]
         elif word.is_sweep_override():
-            values[key] = [f"{key}={value}" for value in word.sweep_string_iterator()]
+            some = itertools.islice(word.sweep_string_iterator(), MOST_POINTS + 1)
+            values[key] = [f"{key}={value}" for value in some]
         else:
             values[key] = [str(word.input_line)]
+    if math.prod(map(len, values.values())) > MOST_POINTS:
+        what = f"has more than {MOST_POINTS:,} points"
+        raise ConfigError("sweep", what, "Sweep over fewer values, or in parts under one sweep.name")
     return [list(point) for point in itertools.product(*values.values())]
 
 

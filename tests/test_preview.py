@@ -13,8 +13,9 @@ from kdx.batches import Row
 from kdx.cli import compose
 from kdx.distill import distill
 from kdx.errors import DataError
+from kdx.launch import build_accelerator
 from kdx.optim import state_bytes
-from kdx.prepare import build_accelerator, bytes_on_disk, prepare
+from kdx.prepare import bytes_on_disk, prepare
 from kdx.preview import Cost, check, marked, minutes, time_line
 from kdx.segments import survey
 from kdx.teacher import Teacher

@@ -11,7 +11,7 @@ import pytest
 from processes import environment
 from standins import write_place
 
-from kdx import prepare
+from kdx import launch
 from kdx.cli import compose
 from kdx.errors import MachineError
 
@@ -91,13 +91,13 @@ def test_processes_that_cannot_find_one_another_are_refused(place: Path) -> None
 
 def test_more_processes_than_accelerate_sees_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(prepare, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(launch, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(MachineError, match="2 processes were started, but accelerate sees 1"):
-        prepare.build_accelerator(compose(["train.precision=fp32"]))
+        launch.build_accelerator(compose(["train.precision=fp32"]))
 
 
 @pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
 def test_what_is_asked_of_accelerate_and_not_done_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(MachineError, match=f"ACCELERATE_USE_{name}: is asked for, and kdx is not written for it"):
-        prepare.build_accelerator(compose(["train.precision=fp32"]))
+        launch.build_accelerator(compose(["train.precision=fp32"]))

@@ -20,7 +20,7 @@ from standins import write_dialogpt, write_place
 from test_fsdp import student
 from torch.distributed.fsdp import fully_shard
 
-from kdx import prepare, shards
+from kdx import launch, shards
 from kdx.cli import compose
 from kdx.errors import MachineError
 from kdx.objective import Objective, StudentObjective
@@ -30,7 +30,7 @@ import os
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from kdx import prepare
+from kdx import launch
 from kdx.loss import forward_kl, register
 
 class OnCPU(Accelerator):
@@ -43,7 +43,7 @@ class OnCPU(Accelerator):
                 state._shared_state["distributed_type"] = DistributedType.FSDP
             AcceleratorState._shared_state["fsdp_plugin"] = words["fsdp_plugin"]
 
-prepare.Accelerator = OnCPU
+launch.Accelerator = OnCPU
 calls = 0
 
 @register
@@ -159,7 +159,7 @@ def test_what_does_not_go_with_shards_is_refused(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # which is not obeyed
     with pytest.raises(MachineError) as refused:
-        prepare.build_accelerator(compose(["train.precision=fp32", *words]))
+        launch.build_accelerator(compose(["train.precision=fp32", *words]))
     assert len(refused.value.lines) == len(reasons)
     for line, reason in zip(refused.value.lines, reasons, strict=True):
         assert reason in line
@@ -171,7 +171,7 @@ def test_shards_that_accelerate_does_not_make_are_refused(monkeypatch: pytest.Mo
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(MachineError, match="ACCELERATE_USE_FSDP: is asked for, and accelerate does not do it on 1 × "):
-        prepare.build_accelerator(compose(["train.precision=fp32"]))
+        launch.build_accelerator(compose(["train.precision=fp32"]))
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "False", "else other processes would have empty models"
     idle = SimpleNamespace(prepare=lambda *given: given)
     objective = StudentObjective(student(True), 61, Objective())
