@@ -219,6 +219,8 @@ def load_causal_lm(
     if missing or wrong:
         what = f"lacks {len(missing) or len(wrong)} tensors, the first {(missing or wrong)[0]}"
         raise ModelError(f"{group}.path", f"{path} {what}", "They would be random: use a complete checkpoint")
+    if unused := sorted(report["unexpected_keys"]):
+        log.warning("%s has %d tensors that its config.json has no place for: %s …", path, len(unused), unused[0])
     return ready(model, group)
 
 
@@ -251,6 +253,8 @@ def check_split(model: PreTrainedModel, group: str) -> None:
     # Relative to the spread: on fresh weights a forgotten soft-cap moves the logits by 1e-5 only.
     off = (own.to(ours) - ours).abs().max() / own.to(ours).std().clamp_min(1e-30)
     bar = {torch.float64: 1e-9, torch.float32: 1e-4}.get(head.weight.dtype, 5e-2)
+    if not ours.isfinite().all():
+        raise ModelError(f"{group}.path", f"{name} says what is not finite", "Give weights that are finite numbers")
     if not off < bar:
         what = f"{name} does more to its logits than kdx knows (off by {off.item():.1e} of their spread)"
         raise ModelError(f"{group}.path", what, "Report the architecture, or choose another model")
@@ -359,11 +363,18 @@ def _check_folder(folder: Path, group: str, needs_weights: bool = True) -> None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         mend = f"Merge it first: from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')"
         raise ModelError(key, f"{folder} is a LoRA adapter, not a model", mend)
+    if (folder / "adapter_config.json").is_file():
+        what = f"{folder} has a LoRA adapter beside its weights, and kdx would train without it"
+        raise ModelError(key, what, "Merge it, or take adapter_config.json away")
     if not (folder / "config.json").is_file():
         raise ModelError(key, f"{folder} has no config.json", nearby(folder))
+    if not read_json(folder / "config.json"):
+        raise ModelError(key, f"{folder / 'config.json'} is damaged, or no JSON object", "Copy the model again")
     if needs_weights and not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
         raise ModelError(key, f"{folder} has no weights", nearby(folder))
     for index in folder.glob("*.index.json"):
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(SAFE_NAME.fullmatch(str(name)) for name in shards.values()):
+        if not isinstance(shards, dict):
+            raise ModelError(key, f"{index} is damaged: it names no weights", "Copy the model again")
+        if not all(SAFE_NAME.fullmatch(str(name)) for name in shards.values()):
             raise ModelError(key, f"{index} names weights outside its folder", "Do not load this checkpoint")

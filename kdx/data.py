@@ -117,7 +117,9 @@ def load_data(
         faults = [*found.faults, *(also([*rows, *(others or [])]) if also else [])]
         raise first_of(same_in_all(faults) if not rows else faults, SKIP if is_excusable else "Mend them")
     if not rows:
-        rules = "; ".join(f"{count} rows: {rule}" for rule, count in dropped.items()) or "the source gave none"
+        if not dropped:
+            raise DataError("data.path", f"{config.path or config.name} holds no rows", "Give data that has some")
+        rules = "; ".join(f"{count} rows: {rule}" for rule, count in dropped.items())
         raise DataError("data", f"no row is left ({rules})", "Loosen the rule, or give other data")
     held_out = _held_out(config, rows) if others is None else others
     if others == []:

@@ -139,8 +139,10 @@ def _text(file: Path) -> str:
         mend = "It is what a crash or a copy that was cut short leaves: copy the file again"
         raise DataError(str(file), "holds only zero bytes", mend)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or 0 in data[:2]:
-        mend = f"Convert it: iconv -f UTF-16 -t UTF-8 {file}"
-        raise DataError(f"{file}:1", f"is UTF-16 (first bytes {data[:2].hex(' ')}), expected UTF-8", mend)
+        is_wide = data[:4].count(0) > 2 or data[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
+        name = "UTF-32" if is_wide else "UTF-16"
+        mend = f"Convert it: iconv -f {name} -t UTF-8 {file}"
+        raise DataError(f"{file}:1", f"is {name} (first bytes {data[:2].hex(' ')}), expected UTF-8", mend)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -162,8 +164,8 @@ def _read_jsonl(file: Path) -> Iterator[Item]:
             yield f"{file}:{number}", _parsed(line)
         except (ValueError, RecursionError) as error:
             column = getattr(error, "colno", 1)
-            cut = number == last and number > 1 and getattr(error, "pos", 0) >= len(line.rstrip()) - 1
-            cut = cut or (number == last and "Unterminated" in str(error))
+            is_cut = getattr(error, "pos", 0) >= len(line.rstrip()) - 1 or "Unterminated" in str(error)
+            cut = is_cut and number == last > 1 and not line.rstrip().endswith("}")
             mend = "Was the copy cut short? Copy the file again" if cut else "Mend the line: one JSON object a line"
             yield DataError(f"{file}:{number}:{column}", f"is not JSON ({getattr(error, 'msg', error)})", mend)
 
@@ -208,7 +210,9 @@ def _read_csv(file: Path) -> Iterator[Item]:
         _no_duplicates(names, file)
         for row in reader:
             where = f"{file}:{reader.line_num}"
-            if None in row:
+            if None in row.values() and None not in row:
+                yield DataError(where, f"has fewer than the {len(names)} columns of the header", "Fill them in")
+            elif None in row:
                 yield DataError(where, f"has more than the {len(names)} columns of the header", "Quote the commas")
             else:
                 yield where, row
@@ -269,6 +273,8 @@ def missing(column: str, name: str, row: dict[str, Any], where: str) -> DataErro
     """What to say of a row without a column, which data.NAME_column names."""
     what = f'"{column}" is missing; the columns are: {shortened(", ".join(map(str, row))) or "none"}'
     mend = f"name the column: data.{name}_column=..."
+    if len(row) == 1 and (sign := next((s for s in (";", "\t") if s in str(*row)), None)):
+        return DataError(where, what, f"Write the file with commas: its columns stand apart by {sign!r}")
     known = "pairs" if name in ("source", "target") else None
     fits = next((data for mark, data in LAYOUTS.items() if mark in row and mark != column and data != known), None)
     return DataError(where, what, f"Choose data={fits}, or {mend}" if fits else f"N{mend[1:]}")

@@ -6,6 +6,7 @@ Each is typed at the real command, in this process; a few as processes of their 
 import gzip
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from processes import environment, in_process
 from safetensors.torch import load_file, save_file
 from standins import write_dialogpt, write_pairs
@@ -93,6 +95,15 @@ FILES = {
     "UTF-16": ("t.jsonl", LINE.decode().encode("utf-16"), "t.jsonl:1: is UTF-16 (first bytes ff fe)", "iconv -f UTF-16 -t UTF-8"),
     "UTF-16 without BOM": ("t.json", LINE.decode().encode("utf-16-le"), "t.json:1: is UTF-16", "iconv"),
     "UTF-16, big end first": ("t.jsonl", LINE.decode().encode("utf-16-be"), "t.jsonl:1: is UTF-16", "iconv"),
+    "UTF-32": ("t.jsonl", LINE.decode().encode("utf-32"), "t.jsonl:1: is UTF-32 (first bytes ff fe)", "iconv -f UTF-32 -t UTF-8"),
+    "UTF-32 without BOM": ("t.json", LINE.decode().encode("utf-32-be"), "t.json:1: is UTF-32", "iconv"),
+    "a comma at the end": ("t.jsonl", LINE + b'{"source": "a",}', "t.jsonl:2:16: is not JSON", "Mend the line"),
+    "columns without commas": ("t.csv", b"source;target\na;b\nc;d\ne;f\n", 't.csv:2: "source" is missing; the columns are: source;target (and so in all 3 rows)', "with commas: its columns stand apart by ';'"),
+    "a comma too few": ("t.csv", b"source,target\na,b\nc\n", "t.csv:3: has fewer than the 2 columns of the header", "Fill them in"),
+    "a header alone": ("t.csv", b"source,target\n", "data.path: t.csv holds no rows", "Give data that has some"),
+    "an empty list": ("t.json", b"[]", "data.path: t.json holds no rows", "Give data that has some"),
+    "chats": ("t.jsonl", json.dumps({"messages": TALK}).encode() * 1 + b"\n" + json.dumps({"messages": TALK}).encode() + b"\n" + json.dumps({"messages": TALK}).encode(), 't.jsonl:1: "source" is missing; the columns are: messages (and so in all 3 rows)', "Choose data=messages, or name the column"),
+    "ShareGPT's chats": ("t.json", json.dumps([{"conversations": TALK}] * 3).encode(), 't.json[0]: "source" is missing', "Choose data=sharegpt, or name the column"),
     "zeros": ("t.jsonl", b"\0" * 4096, "t.jsonl: holds only zero bytes", "copy the file again"),
     "copies of one row": ("t.jsonl", LINE * 20, "data.validation: all 20 rows are copies of one", "Give rows that differ"),
     "empty": ("t.jsonl", b"", "t.jsonl: is empty", "Give a file with rows"),
@@ -162,7 +173,7 @@ ROWS = [
     ("messages", {"messages": [TALK[0], {**TALK[1], "content": " "}]}, 'messages[1]: "content" is empty or blank. Give it text, or take the row out'),
     ("messages", {"messages": [TALK[0]]}, "no message is the assistant's. The assistant's turns are what is learnt: add one"),
     ("messages", [TALK], "is a list, expected an object. Write one JSON object a row"),
-    ("sharegpt", {"messages": TALK}, '"conversations" is missing; the columns are: messages. Name the column: data.messages_column=...'),
+    ("sharegpt", {"messages": TALK}, '"conversations" is missing; the columns are: messages. Choose data=messages, or name the column: data.messages_column=...'),
     ("sharegpt", {"conversations": "oops"}, f'"conversations" is text ("oops"), expected a list of messages. {CHAT}'),
     ("sharegpt", {"conversations": TALK}, 'messages[0]: needs "from" and "value", it has: role, content. Name them: data.role_key, data.content_key'),
     ("sharegpt", {"conversations": [{"from": "human"}]}, 'messages[0]: needs "from" and "value", it has: from. Name them: data.role_key, data.content_key'),
@@ -318,6 +329,16 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("optim.name=torch.SparseAdam",): ["optim.name: torch has no optimizer SparseAdam that trains a student. *"],
     ("optim.name=bitsandbytes.LARS", "~optim.betas"): ["optim: bitsandbytes.LARS refuses its options: *"],
     ("student.attn_implementation=x",): ["student.attn_implementation: student has no attention of that name. Use auto, eager or sdpa"],
+    ("optim.name=torch.SGD",): ["optim.betas: is not an option here. It takes: lr, momentum, *. To leave it out: ~optim.betas"],
+    ("optim.name=torch.Muon",): ["optim.name: torch has no optimizer Muon that trains a student. *"],
+    ("+optim.maximize=true",): ["optim.maximize: is true, which makes the loss greater. Take it out"],
+    ("+optim.eps=inf",): ["optim.eps: is inf (float), expected a number. Allowed: such as 1e-08"],
+    ("+optim.differentiable=true",): ["optim: torch.AdamW refuses its options: *"],
+    ("optim.schedule=polynomial", "+optim.schedule_options.power=-1"): ["optim.schedule_options: polynomial: *. Give an option as +optim.schedule_options.NAME=..."],
+    ("optim.schedule=inverse_sqrt", "+optim.schedule_options.timescale=0"): ["optim.schedule_options: inverse_sqrt: division by zero. *"],
+    ("optim.schedule=polynomial", "+optim.schedule_options.lr_end=-1"): ["optim.schedule_options: polynomial: the rate would be negative, or no number. *"],
+    ('data.path="~nobody/t.jsonl"',): ["data.path: ~nobody/t.jsonl names no user of this machine. Give the whole path"],
+    ('teacher.store_dir="~nobody/store"', "teacher.store=on"): ["teacher.store_dir: ~nobody/store names no user of this machine. Give the whole path"],
     ("optim.name=torch.AdmW",): ["optim.name: torch has no optimizer AdmW. Did you mean AdamW? Choices: *"],
     ("optim.lr=0", "loss.temperature=0", "loss.alpha=1.2", "train.batch_size=0", "optim.warmup_steps=-1"): [
         "loss.alpha: is 1.2. Allowed: between 0 and 1",
@@ -418,6 +439,17 @@ def other_tokenizer(folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(vocab))
 
 
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": Path("t.jsonl")}, folder / "pytorch_model.bin")
+
+
+def no_numbers(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 INDEX = "model.safetensors.index.json"
 MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "student.path: bad has no weights. bad has: config.json, generation_config.json, merges.txt, *"),
@@ -425,7 +457,14 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tensor": (no_tensor, "student.path: bad lacks 1 tensors, the first transformer.ln_f.weight. They would be random: use a complete checkpoint"),
     "adapter": (adapter, "student.path: bad is a LoRA adapter, not a model. Merge it first: from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('bad').merge_and_unload().save_pretrained('bad-merged')"),
     "other tokenizer": (other_tokenizer, "tokenizer: teacher and student differ at 2 of * ids, the first is 300: *. Choose a teacher and a student with the same tokenizer"),
-    "damaged": (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64), "student.path: cannot load the model in bad: *bad has: config.json, *"),
+    "damaged": (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64), "student.path: the weights in bad are damaged, or were cut short *. Copy them again; from git: git lfs pull"),
+    "a damaged config": (lambda folder: (folder / "config.json").write_text("{"), "student.path: bad/config.json is damaged, or no JSON object. Copy the model again"),
+    "a pointer of Git LFS": (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), "student.path: the weights in bad are damaged, or were cut short *. Copy them again; from git: git lfs pull"),
+    "cut short": (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "student.path: the weights in bad are damaged, or were cut short *. Copy them again; from git: git lfs pull"),
+    "a damaged index": (lambda folder: (folder / INDEX).write_text("{"), "student.path: bad/model.safetensors.index.json is damaged: it names no weights. Copy the model again"),
+    "an adapter beside": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "student.path: bad has a LoRA adapter beside its weights, and kdx would train without it. Merge it, or take adapter_config.json away"),
+    "a pickle": (pickled, "student.path: bad has weights that hold more than tensors, which could run code. Do not load this checkpoint; ask for its weights as .safetensors"),
+    "no numbers": (no_numbers, "student.path: GPT2LMHeadModel says what is not finite. Give weights that are finite numbers"),
     "outside": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "../elsewhere/model.safetensors"}}'), "student.path: bad/model.safetensors.index.json names weights outside its folder. Do not load this checkpoint"),
 }  # fmt: skip
 
@@ -507,7 +546,7 @@ def test_a_file_that_may_not_be_read(refused, monkeypatch):
     ("words", "code", "told"),
     [
         ((), 2, "t.jsonl:2:12: is not JSON (Expecting value). Mend the line: one JSON object a line"),
-        (("teacher.path=nowhere",), 2, "teacher.path: nowhere does not exist. This folder (*) has: outputs/, student/, t.jsonl, teacher/"),
+        (("teacher.path=nowhere",), 2, "teacher.path: nowhere does not exist. This folder (*) has: outputs/, student/, t.jsonl, teacher/. On the hub it is OWNER/nowhere"),
         (("data.chat_template='{{ 9 ** (9 ** 9) }}'",), 2, "data.chat_template: it takes more than 2 s for one short row. Give another: data.chat_template=FILE"),
         (("optim.lr=-1", "loss.alpha=${oc.env:KDX_NOWHERE}"), 2, "loss.alpha: environment variable KDX_NOWHERE is not set. Set it: export KDX_NOWHERE=...\nkdx: error: optim.lr: is -1. Allowed: above 0"),
     ],

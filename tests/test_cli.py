@@ -264,6 +264,20 @@ def test_what_only_a_person_may_ask_for_is_obeyed_when_typed():
         (["-m", "--cfg", "job"], "asks for several things at once"),
         (["--experimental-rerun", "x"], "reads a pickle"),
         (["--config-name", "nope"], "Cannot find primary config 'nope'"),
+        (["loss.alpha=0", ""], "'': cannot be read"),
+        (["="], "'=': is not a key of kdx. Type KEY=VALUE"),
+        (["=x"], "'=x': is not a key of kdx. Type KEY=VALUE"),
+        (["hydra=null"], "'hydra=null': is not a key of kdx. Type KEY=VALUE, of Hydra's hydra.KEY"),
+        (["data.path=~/x"], """Quote it for the shell and for Hydra: 'data.path="~/x"'"""),
+        (["optim.eps=1e-6"], "optim.eps: is not a key of kdx. For an option of what optim.name names: +optim.eps=..."),
+        (["-m", "loss=glob(x*)"], "loss: names no value (glob(x*)). Give at least one"),
+        (["-m", "train.seed=range(3,1)"], "train.seed: names no value (range(3,1)). Give at least one"),
+        (["-m", "train.seed=range(0,100000000)"], "sweep: has more than 10,000 points"),
+        (["-m", "train.seed=range(0,200)", "data.seed=range(0,200)"], "sweep: has more than 10,000 points"),
+        (["--resolve"], "--resolve: belongs to --cfg"),
+        (["-sc", "bash"], "command line: Expecting one subcommand"),
+        (["--config-dir", ""], "--config-dir: is empty"),
+        (["check", "--cfg", "job"], "asks to show the configuration. Leave out check or store fill"),
         (["run.resume=last"], "there is no run under outputs/"),
         (["run.resume=nope"], "nope is not a run folder"),
         (["run.like=a", "run.resume=b"], "are both given"),
@@ -274,6 +288,21 @@ def test_a_word_or_flag_that_is_none(argv, says, capfd):
     code, out, lines = run(capfd, *argv)
     assert (code, out, len(lines)) == (2, "", 1)
     assert says in lines[0]
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["x", "", "-1", "1.5", "²"])
+def test_a_launcher_that_says_no_number(capfd, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    code, out, lines = run(capfd, "train.seed=1")
+    assert (code, out) == (2, "")
+    assert f"{name}: is {value!r} in the environment, expected a number" in lines[0]
+
+
+def test_help_is_given_whoever_is_asked(capfd):
+    for argv in (["help"], ["check", "--help"], ["store", "fill", "-h", "train.seed=1"]):
+        code, out, _ = run(capfd, *argv)
+        assert (code, out[:11]) == (0, "kdx distils")
 
 
 def test_flags_may_stand_anywhere_and_show_what_would_run(capfd):
