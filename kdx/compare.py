@@ -154,6 +154,8 @@ def read_run(name: str, folder: Path) -> Run:
 
     def read(file: str, reader: Callable[[Path], Any], empty: Any) -> Any:
         try:
+            if (folder / file).exists() and not (folder / file).is_file():  # a pipe would be waited for
+                raise ValueError("it is no file")
             return reader(folder / file)
         except FileNotFoundError:
             faults[file] = f"{file} is missing"
@@ -175,7 +177,7 @@ def read_run(name: str, folder: Path) -> Run:
 
 def _why_not(status: dict[str, Any], summary: dict[str, Any], faults: list[str]) -> str:
     """Why a run is not ranked; empty if it is."""
-    if status and status.get("state") != "done":
+    if status.get("state") != "done" and (status or not faults):
         step = f"step {status.get('step')} of {status.get('max_steps')}, written {status.get('updated')}"
         return str(redact(str(status.get("reason") or step)))
     if faults:

@@ -337,8 +337,8 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("optim.schedule=polynomial", "+optim.schedule_options.power=-1"): ["optim.schedule_options: polynomial: *. Give an option as +optim.schedule_options.NAME=..."],
     ("optim.schedule=inverse_sqrt", "+optim.schedule_options.timescale=0"): ["optim.schedule_options: inverse_sqrt: division by zero. *"],
     ("optim.schedule=polynomial", "+optim.schedule_options.lr_end=-1"): ["optim.schedule_options: polynomial: the rate would be negative, or no number. *"],
-    ('data.path="~nobody/t.jsonl"',): ["data.path: ~nobody/t.jsonl names no user of this machine. Give the whole path"],
-    ('teacher.store_dir="~nobody/store"', "teacher.store=on"): ["teacher.store_dir: ~nobody/store names no user of this machine. Give the whole path"],
+    ('data.path="~no-such-user/t.jsonl"',): ["data.path: ~no-such-user/t.jsonl names no user of this machine. Give the whole path"],
+    ('teacher.store_dir="~no-such-user/store"', "teacher.store=on"): ["teacher.store_dir: ~no-such-user/store names no user of this machine. Give the whole path"],
     ("optim.name=torch.AdmW",): ["optim.name: torch has no optimizer AdmW. Did you mean AdamW? Choices: *"],
     ("optim.lr=0", "loss.temperature=0", "loss.alpha=1.2", "train.batch_size=0", "optim.warmup_steps=-1"): [
         "loss.alpha: is 1.2. Allowed: between 0 and 1",
