@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx import __version__, jobs, plugins, signals, typed
+from kdx import __version__, jobs, plugins, signals, surroundings, typed
 from kdx.composition import Plan, as_tree, compose, compose_points, preflight, to_config
 from kdx.config import Config
-from kdx.devices import check_launch, one_device
+from kdx.devices import one_device
 from kdx.durable import of_disk
 from kdx.errors import MACHINE, ConfigError, KdxError, out_of_memory, printable
 from kdx.folders import Source, groups_in, origins, spelt
@@ -60,6 +61,7 @@ def main() -> None:
     """Run `python -m kdx …`. Exits with the codes of errors.py."""
     os.environ.setdefault("KDX_DEBUG", os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and kdx says it in its one line
+    surroundings.open_streams()
     try:
         code = guarded(lambda: _main(sys.argv[1:]))
     except SystemExit as error:
@@ -70,7 +72,7 @@ def main() -> None:
 
 
 def _main(argv: list[str]) -> int:
-    check_launch()
+    surroundings.check(argv)
     if argv == ["help"] or ((argv[:1] == ["check"] or argv[:2] == ["store", "fill"]) and {"--help", "-h"} & {*argv}):
         argv = ["--help"]
     if argv == ["--version"]:
@@ -129,6 +131,8 @@ def _hydra(
     try:
         hydra.main(config_path="pkg://kdx.conf", config_name="config", version_base="1.3")(job)()
     except OSError as error:  # Hydra makes the folders of runs and sweeps; what happens in a job is caught there
+        if error.filename is None:  # it prints, too
+            raise
         own = HydraConfig.get().run.dir if HydraConfig.initialized() else "outputs"
         raise of_disk(error, notes.folder.parent if notes else own) from None
 
@@ -268,6 +272,8 @@ def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return _say(ConfigError(f"{error.filename!s:.60} …", "is longer than a name may be", "Check the path"))
+        if isinstance(error, BrokenPipeError) and surroundings.is_unread():
+            return surroundings.BROKEN_PIPE
         if error.errno not in MACHINE:
             memory = out_of_memory(error)
             return _say(memory) if memory else _bug()
@@ -281,7 +287,8 @@ def _say(error: KdxError) -> int:
     if os.environ.get("KDX_DEBUG") == "1":
         traceback.print_exc()
     for line in error.lines:
-        print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody may be there to read it
+            print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
     return error.exit_code
 
 

@@ -23,7 +23,7 @@ from kdx import hostile, sweep
 from kdx.check import ALIASES, contradictions, dotted, has_near_name, nearest_key, problems
 from kdx.config import Config
 from kdx.errors import ConfigError, did_you_mean, together
-from kdx.folders import ORIGINS, Source, circular, contents, groups_in, no_keys, origins, spelt
+from kdx.folders import ORIGINS, Source, circular, contents, groups_in, no_keys, origins, refuse_strange, spelt
 
 OPEN_GROUPS = ("data", "loss", "optim")  # their further keys are options of what they name
 LAYERS = ("typed", "experiment/", "recipe/", "")  # what wins comes first
@@ -138,7 +138,7 @@ class Composer:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.roots = source.roots()
+        self.roots = refuse_strange(source.roots())
         self.groups = groups_in(self.roots)
         self._parser = OverridesParser.create(config_loader=self)  # type: ignore[arg-type]
         self._composed: dict[tuple[str, ...], DictConfig] = {}
@@ -158,8 +158,8 @@ class Composer:
                 if sweep.is_empty(overrides[-1]):
                     found.append(ConfigError(key, f"names no value ({value})", "Give at least one"))
                 if overrides[-1].key_or_group in ("", "hydra"):
-                    found.append(ConfigError(repr(word), "is not a key of kdx", "Type KEY=VALUE, of Hydra's hydra.KEY"))
-            except HydraException as error:
+                    found += [ConfigError(repr(word), "is not a key of kdx", "Type KEY=VALUE, of Hydra's hydra.KEY")]
+            except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
                 mend = f"""Quote it for the shell and for Hydra: '{key}="{value}"'"""
                 if not key or value[:1] in "[{'\"":
                     mend = "Quote what the shell or Hydra would take apart, as in 'data.path=[a.jsonl,b.jsonl]'"
@@ -295,7 +295,7 @@ def _unreadable(paths: list[Path]) -> ConfigError | None:
             return no_keys(file)
         except UnicodeDecodeError as error:
             return ConfigError(str(file), f"is not UTF-8 (byte {error.start})", "Save it as UTF-8")
-        except (yaml.YAMLError, RecursionError) as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: thousands of digits
             mark = getattr(error, "problem_mark", None)
             place = f"{file}:{mark.line + 1}" if mark else str(file)
             return ConfigError(place, f"does not parse: {getattr(error, 'problem', None) or error}", "Mend the YAML")

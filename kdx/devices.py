@@ -15,20 +15,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kdx import signals
-from kdx.errors import ConfigError
 
 LOCKS = Path(tempfile.gettempdir()) / "kdx-devices"  # one file a GPU, for all kdx jobs of this machine
 PATIENCE = 2.0  # seconds between two looks for a free GPU
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _home: list[FileLock] = []  # held for the life of this process: that its next jobs will want this GPU
-
-
-def check_launch() -> None:
-    """Refuse what a launcher may not say of this process. Raises ConfigError."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        value = os.environ.get(name, "0")
-        if not (value.isascii() and value.isdigit()):
-            raise ConfigError(name, f"is {value!r} in the environment, expected a number", f"Unset it: unset {name}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from kdx.errors import ConfigError
 
 CONF = Path(importlib.import_module("kdx.conf").__path__[0])
 ORIGINS = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")  # what the header says the origin of
+MOST_NODES, MOST_DEPTH = 100_000, 100  # of a YAML file
 OPTIONAL = ("experiment", "recipe", "pair")  # groups of which nothing may be chosen
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where it is there: ten times faster
 
@@ -50,6 +52,47 @@ def contents(file: Path | None) -> dict[str, Any]:
     if file and not isinstance(tree, dict):
         raise no_keys(file)
     return dict(tree)
+
+
+def refuse_strange(roots: list[Path]) -> list[Path]:
+    """Refuse the user's YAML that would grow without bound, or that takes Hydra's own part away. Raises ConfigError."""
+    for file in (
+        file for root in roots if root != CONF for file in sorted({*root.glob("*.yaml"), *root.glob("*/**/*.yaml")})
+    ):
+        try:
+            text = file.read_text(encoding="utf-8")
+            if _depth(text) > MOST_DEPTH:  # libyaml would end the process
+                raise ConfigError(str(file), "is nested too deep", "Write it flat")
+            tree = yaml.load(text, SafeLoader)
+            is_endless = _size(tree, {}) > MOST_NODES
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):  # it is told where it is chosen
+            continue
+        if is_endless:
+            raise ConfigError(str(file), "names parts of itself over and over (YAML's &a and *a)", "Write them out")
+        if isinstance(tree, dict) and not isinstance(tree.get("hydra", {}), dict):
+            raise ConfigError(f"{file}: hydra", "is no group of keys", "Set keys of it, or take it out")
+    return roots
+
+
+def _depth(text: str) -> int:
+    """How deep a YAML text is nested, at most one more than is allowed."""
+    depth = deepest = 0
+    with suppress(yaml.YAMLError):  # what follows is not read either
+        for event in yaml.parse(text, SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            deepest = max(deepest, depth)
+            if deepest > MOST_DEPTH:
+                break
+    return deepest
+
+
+def _size(node: Any, known: dict[int, float]) -> float:
+    """How many parts a tree has once what it names is written out; one that holds itself has no end."""
+    parts = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def no_keys(file: Path) -> ConfigError:

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from rich.markup import escape
 from rich.table import Table
 
 from kdx.batches import by_length, collate
 from kdx.certificate import certify, words_of
 from kdx.config import Config, DataConfig, StudentConfig, TeacherConfig
 from kdx.durable import read_json, verify
-from kdx.errors import ConfigError, MachineError
+from kdx.errors import ConfigError, MachineError, printable
 from kdx.evaluate import HeldOut
 from kdx.files import at_home
 from kdx.launch import build_accelerator
@@ -114,8 +115,13 @@ def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> int:
         certificate = read_json(folder / "certificate.json").get("stored_to_live")
         exact = f"KL ≤ {max(certificate.values()):.2g}" if certificate else ""
         quantised = about.get("quantization", "none")
-        dtype = about.get("dtype", "") + ("" if quantised == "none" else f", {quantised}")
-        cells = [f"{about.get('name', '?')}\n{folder.name}", dtype, f"{found.num_rows:,}", in_bytes(size_of(folder))]
+        dtype = escape(printable(str(about.get("dtype", "")))) + ("" if quantised == "none" else f", {quantised}")
+        cells = [
+            f"{escape(printable(str(about.get('name', '?'))))}\n{folder.name}",
+            dtype,
+            f"{found.num_rows:,}",
+            in_bytes(size_of(folder)),
+        ]
         cells += [str(read_json(folder / "use.json").get("used", ""))[:10], exact, *([f"{bad:,}"] if is_verify else [])]
         table.add_row(*cells)
     for folder in sorted((root / "students").glob("[!.]*")):
