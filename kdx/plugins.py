@@ -11,6 +11,9 @@ from pathlib import Path
 
 from kdx.errors import ConfigError, KdxError
 
+INSTALLED = {"site-packages", "dist-packages"}
+_helpers: dict[str, set[str]] = {}  # modules that stand beside a plug-in, and were imported with it
+
 
 def named() -> list[str]:
     """The modules that KDX_PLUGINS names."""
@@ -25,6 +28,7 @@ def load() -> None:
     found: list[tuple[str, Callable[[], object]]] = [(n, lambda n=n: importlib.import_module(n)) for n in names]  # type: ignore[misc]
     found += [(entry.module, entry.load) for entry in entry_points(group="kdx.plugins")]
     for name, start in found:
+        before = {*sys.modules}
         try:
             start()
         except KdxError:
@@ -32,6 +36,19 @@ def load() -> None:
         except (Exception, SystemExit) as error:  # a script that ends is no module
             what = f"cannot import {name}: {type(error).__name__}: {error}"
             raise ConfigError("KDX_PLUGINS", what, "Give module names, with their folder on PYTHONPATH") from error
+        _helpers.setdefault(name, set()).update(_beside(name, {*sys.modules} - before))
+
+
+def _beside(name: str, modules: set[str]) -> set[str]:
+    """Those of some modules that lie in a plug-in's folder, or below it, and are not installed."""
+    top = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
+    if top is None:
+        return set()
+    home = Path(top).parents[1] if Path(top).name == "__init__.py" else Path(top).parent
+    others = {"kdx", *sys.stdlib_module_names}
+    files = {m: Path(getattr(sys.modules.get(m), "__file__", None) or "/") for m in modules}
+    own = {m: file for m, file in files.items() if m.partition(".")[0] not in others and file.is_relative_to(home)}
+    return {m for m, file in own.items() if not INSTALLED & {*file.parts}}
 
 
 def keep(run_dir: Path) -> None:
@@ -47,7 +64,10 @@ def digest() -> str | None:
 
 
 def _all() -> list[str]:
-    return sorted({*named(), *(entry.module for entry in entry_points(group="kdx.plugins"))})
+    names = {*named(), *(entry.module for entry in entry_points(group="kdx.plugins"))}
+    inside = tuple(f"{name}." for name in names)  # of a package all files are its sources
+    helpers = {helper for name in names for helper in _helpers.get(name, ())}
+    return sorted(names | {helper for helper in helpers if not helper.startswith(inside)})
 
 
 def _sources(name: str) -> list[Path]:

@@ -584,6 +584,21 @@ def test_plugins_are_imported_and_their_source_kept(monkeypatch):
     monkeypatch.setenv("KDX_PLUGINS", "no_such_module")
     with pytest.raises(KdxError, match="KDX_PLUGINS: cannot import no_such_module"):
         plugins.load()
+    write("my_kdx_main.py", "import json, my_kdx_lib.sums, my_kdx_help\n")
+    write("my_kdx_help.py", "Y = 1\n")
+    write("my_kdx_lib/sums.py", "Z = 1\n")
+    monkeypatch.setenv("KDX_PLUGINS", "my_kdx_main")
+    plugins.load()
+    plugins.keep(Path("r2"))
+    before = plugins.digest()
+    plugins.load()  # as the next job of a sweep does
+    assert plugins.digest() == before
+    kept = {p.relative_to("r2/plugins").as_posix() for p in Path("r2/plugins").rglob("*.py")}
+    assert kept == {"my_kdx_main.py", "my_kdx_help.py", "sums.py"}
+    for name, text in (("my_kdx_help.py", "Y = 2\n"), ("my_kdx_lib/sums.py", "Z = 2\n")):
+        write(name, text)
+        assert plugins.digest() != before, "what a plug-in imports decides, too"
+        before = plugins.digest()
     write("my_kdx_script.py", "raise SystemExit(0)\n")
     monkeypatch.setenv("KDX_PLUGINS", "my_kdx_script")
     with pytest.raises(KdxError, match="KDX_PLUGINS: cannot import my_kdx_script: SystemExit: 0"):
