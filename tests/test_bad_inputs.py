@@ -415,6 +415,36 @@ def test_a_loss_of_ones_own_in_a_wrong_shape_is_named(refused, monkeypatch):
     assert refused("loss.name=shape") == [f"loss: {what}. See {__name__}.shape, the function itself"]
     monkeypatch.setitem(loss._REGISTRY, "shape", lambda student, teacher: 0.0)
     assert "shape returns shape float for 2 positions" in refused("loss.name=shape")[0]
+    for value, told in (
+        (lambda s, _: s.argmax(-1), "int64 on cpu"),
+        (lambda s, _: s.sum(-1) > 0, "bool on cpu"),
+        (lambda s, _: s.detach().sum(-1), "float32 on cpu"),
+        (lambda s, t: t.sum(-1), "float32 on cpu"),
+        (lambda s, _: s.to("meta").sum(-1), "float32 on meta"),
+    ):
+        monkeypatch.setitem(loss._REGISTRY, "shape", value)
+        assert f"shape returns {told} without a gradient by the student" in refused("loss.name=shape")[0]
+
+
+def test_a_loss_that_ends_the_process_is_an_error(refused, monkeypatch):
+    """In the first step: an exit code of 0 would say that all is well."""
+
+    def ends(student, teacher):
+        return sys.exit(0) if len(student) > 2 else loss.forward_kl(student, teacher)  # two, when it is tried
+
+    write_pairs(Path("t.jsonl"))
+    monkeypatch.setitem(loss._REGISTRY, "ends", ends)
+    lines = refused("loss.name=ends", "data.validation=2", "hydra.run.dir=run")
+    assert lines == ["KDX_PLUGINS: code of your own ended the process (sys.exit(0)). Raise an error there, or return"]
+    assert json.loads(Path("run/status.json").read_text())["state"] == "failed"
+
+
+def test_annotations_that_name_nothing_are_no_bug(refused, monkeypatch):
+    def noted(student, teacher, scale: "Nothing" = 1.0):  # type: ignore[name-defined] # noqa: F821
+        return scale * loss.forward_kl(student, teacher)
+
+    monkeypatch.setitem(loss._REGISTRY, "noted", noted)
+    assert "loss.sclae: is not an option here. Did you mean scale?" in refused("loss.name=noted", "+loss.sclae=2")[0]
 
 
 # ---- models
