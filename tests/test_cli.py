@@ -1,5 +1,7 @@
 """The command line: what is refused and how, what is added to the words, what a run keeps of them."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -329,12 +331,16 @@ def test_a_folder_that_cannot_be_made_is_the_machines_error(capfd):
     assert lines[0].startswith("kdx: error: file/x: ")
 
 
+MACHINES = [getattr(errno, name) for name in ("EDQUOT", "EROFS", "EIO", "EFBIG", "EISDIR", "ENOTDIR", "EPERM")]
+
+
 @pytest.mark.parametrize(
     ("error", "code", "says"),
     [
         (ConfigError("a", "b", "c"), 2, "kdx: error: a: b. c"),
         (PermissionError(13, "Permission denied", "/x"), 3, "kdx: error: /x: Permission denied"),
         (OSError(28, "No space left on device"), 3, "kdx: error: disk: No space left"),
+        *((OSError(n, os.strerror(n)), 3, f"kdx: error: disk: {os.strerror(n)}") for n in MACHINES),
         (MemoryError(), 3, "train.micro_batch_size, train.gradient_checkpointing=true"),
         (RuntimeError("CUDA out of memory. Tried"), 3, "optim=adamw_8bit"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "out of memory"),

@@ -1,12 +1,18 @@
 """What a run is made of: room on the disk, and how a batch is shared out."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from standins import write_dialogpt
 
 from kdx import prepare
+from kdx.batches import Row
+from kdx.causal_lm import Head
 from kdx.cli import compose
 from kdx.errors import ConfigError, MachineError
+from kdx.store import Identity, Kept, TeacherStore, bytes_of
 
 
 @pytest.mark.parametrize(
@@ -24,6 +30,30 @@ def test_room_is_for_the_student_and_the_checkpoints_that_are_to_come(
     monkeypatch.setattr(prepare, "room", lambda _: (0, needed - 1))
     with pytest.raises(MachineError, match=f"need {needed} bytes"):
         prepare.check_room(run, tmp_path)
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+def test_the_store_needs_room_for_its_rows_and_the_head_that_is_to_come(tmp_path, monkeypatch, has_head):
+    """GPT-2 of width 16: rows of counted tokens × 16 numbers, and a head of vocabulary × 16."""
+    write_dialogpt(tmp_path / "teacher", 1, 16, pickled=False)
+    teacher = compose(["teacher=hf", f"teacher.path={tmp_path / 'teacher'}", "teacher.store=on"]).teacher
+    teacher.store_dir = str(tmp_path / "store")
+    identity = Identity("w", "t", "fp32", "none")
+    vocabulary = json.loads((tmp_path / "teacher/config.json").read_text())["vocab_size"]
+    head = vocabulary * 16 * 4
+    if has_head:
+        TeacherStore(tmp_path / "store", identity, name="", owner="a").keep(
+            Kept(Head(torch.zeros(vocabulary, 16)), 1, 1)
+        )
+    rows = [Row("a", [1, 2, 3], [False, True, True]), Row("b", [1, 2], [False, True])]
+    needed = bytes_of(3, 2, 16, 4) + (0 if has_head else head)
+    for room, is_enough in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(prepare, "room", lambda _, room=room: (room, room))
+        if is_enough:
+            assert prepare.open_store(teacher, identity, rows, True, "a")[0] is not None
+        else:
+            with pytest.raises(MachineError, match=f"teacher.store: needs {needed:,} bytes"):
+                prepare.open_store(teacher, identity, rows, True, "a")
 
 
 def test_a_batch_is_shared_out_evenly():

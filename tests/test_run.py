@@ -25,6 +25,7 @@ from kdx.durable import seal
 from kdx.errors import ConfigError, DivergedError, MachineError
 from kdx.run_folder import RunFolder
 from kdx.state import State
+from kdx.tracking import Tracker
 from kdx.train import keep_best
 
 
@@ -330,6 +331,16 @@ class TestStopAndGoOn:
         with pytest.raises(MachineError, match="no checkpoint is whole") as error:
             distill(config, tmp_path / "run")
         assert error.value.exit_code == 3
+
+    def test_a_signal_after_done_ends_at_once(
+        self, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Tracker, "summary", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as left:
+            distill(config_of(place, "train.max_steps=1"), tmp_path / "run")
+        assert left.value.code == 143
+        assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "done"
+        assert not (tmp_path / "run/checkpoints").exists()
 
     def test_done_is_done(self, place: Path, tmp_path: Path) -> None:
         config = config_of(place, "train.max_steps=1")

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -83,6 +84,16 @@ class TestFolder:
         hidden = torch.randn(3, 5).to(dtype)
         assert torch.equal(kept.head.logits(hidden), head.logits(hidden))
         assert not list(store.folder.glob(".tmp-*"))
+
+    def test_what_is_kept_follows_the_umask(self, opened: Open) -> None:
+        umask = os.umask(0o027)
+        try:
+            store = opened()
+            store.keep(Kept(Head(torch.randn(7, 5)), 35, 70))
+        finally:
+            os.umask(umask)
+        for name in ("head.safetensors", "teacher.json"):
+            assert stat.S_IMODE((store.folder / name).stat().st_mode) == 0o640
 
     @pytest.mark.parametrize("name", ["head.safetensors", "teacher.json"])
     @pytest.mark.parametrize("how", ["any bit", "cut", "emptied", "zeros", "removed", "a list"])
