@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from kdx import causal_lm, checkpoint, loss, plugins
 from kdx.batches import Row, StepBatches, fingerprint, pad_id_of
 from kdx.check import binding_problems
-from kdx.config import Config, LossConfig, TeacherConfig
+from kdx.config import Config, LossConfig, StudentConfig, TeacherConfig
 from kdx.data import Dataset, check_source, load_data
 from kdx.encoder import Encoder, prepare_tokenizer
 from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, together
@@ -146,7 +146,7 @@ def _read_text(config: Config) -> Text:
     return Text(tokenizer, max_length, template, data, encoder, rows, held_out_rows, prompts)
 
 
-def origin(text: Text, identity: Identity | None) -> dict[str, Any]:
+def origin(text: Text, identity: Identity | None, student: StudentConfig) -> dict[str, Any]:
     """What besides the config decides which student comes out."""
     return {
         "fingerprint": fingerprint(text.rows),
@@ -154,6 +154,7 @@ def origin(text: Text, identity: Identity | None) -> dict[str, Any]:
         "tokenizer_digest": causal_lm.tokenizer_digest(text.tokenizer),
         "teacher_digest": identity.model if identity else None,
         "teacher_precision": identity.precision if identity else None,
+        "student_digest": causal_lm.weights_digest(student, "student") if student.init != "cut" else None,
         "plugins_digest": plugins.digest(),
     }
 
@@ -237,7 +238,7 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         batches=batches,
         max_steps=max_steps,
         store_words=store_words,
-        origin=origin(text, identity),
+        origin=origin(text, identity, config.student),
     )
 
 

@@ -54,6 +54,14 @@ def other_teacher() -> None:
     write_dialogpt(Path("medium"), 4, 32, pickled=False, seed=7)
 
 
+def other_student() -> None:
+    """Other weights to start from, under the same name."""
+    shape = (Path("small") / "config.json").read_bytes()
+    shutil.rmtree("small")
+    write_dialogpt(Path("small"), 2, 16, pickled=False, seed=8)
+    assert (Path("small") / "config.json").read_bytes() == shape
+
+
 def other_tokenizer() -> None:
     """One that reads these rows as the other did, with another token for an id that none of them has."""
     for name in ("medium", "small"):
@@ -69,6 +77,7 @@ def other_plugin() -> None:
 CHANGES = {
     "data": (other_data, {"fingerprint"}),
     "teacher": (other_teacher, {"teacher_digest"}),
+    "student": (other_student, {"student_digest"}),
     "tokenizer": (other_tokenizer, {"tokenizer_digest"}),
     "plug-in": (other_plugin, {"plugins_digest"}),
 }
