@@ -29,7 +29,7 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from kdx.batches import MicroBatch
 from kdx.config import SAFE_NAME, ModelConfig
-from kdx.durable import cache_dir, known_digest, read_json
+from kdx.durable import cache_dir, known_digest, open_to_umask, put, read_json, sync
 from kdx.errors import MachineError, ModelError
 from kdx.files import nearby, resolve_path
 from kdx.loading import loading
@@ -327,7 +327,9 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
                     del model.config.quantization_config
                 model.save_pretrained(beside)
                 tokenizer.save_pretrained(beside)
-                os.replace(beside, kept)
+                open_to_umask(*beside.iterdir())
+                sync(beside)
+                put(beside, kept)
     except OSError as error:
         mend = "Set KDX_CACHE to a folder with room"
         raise MachineError("KDX_CACHE", f"cannot write {kept}: {error}", mend) from None
