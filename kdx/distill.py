@@ -175,7 +175,8 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
                 run_dir=folder.path,
                 describe=lambda beside: describe(run.student, run.tokenizer, beside),
             )
-        if checkpoint.is_at(folder.path, state.step):
+        (is_kept,) = broadcast_object_list([checkpoint.is_at(folder.path, state.step)])  # others may see it late
+        if is_kept:
             stop.saved(folder.path, state.step, accelerator)
 
         shards.gather(run.objective, run.student)
@@ -210,8 +211,8 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             data=run.counts() | prints,
             environment=report.environment(run, folder.path),
         )
+        stop.is_deferred = True  # what is left takes no time
         if is_main:
-            stop.is_deferred = True  # what is left takes no time
             room.close()  # for what now takes it
             tracker.keep_lines()
             summary = leave(run, folder, summary, final, samples)
