@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kdx import __version__, jobs, plugins, signals, surroundings, typed
-from kdx.composition import Plan, as_tree, compose, compose_points, preflight, to_config
+from kdx.composition import Plan, compose, compose_points, preflight
 from kdx.config import Config
 from kdx.devices import one_device
 from kdx.durable import of_disk
@@ -30,6 +30,7 @@ from kdx.errors import MACHINE, ConfigError, KdxError, out_of_memory, printable
 from kdx.folders import Source, groups_in, origins, spelt
 from kdx.hostile import refuse_foreign, refuse_links, refuse_typed_secrets
 from kdx.redact import redact
+from kdx.resolve import as_tree, to_config
 from kdx.stale import place
 
 __all__ = ["compose", "main"]
@@ -221,8 +222,8 @@ def run_job(
         if is_main and is_sweep and (run_dir / "data.json").exists():
             run_dir = place(config, run_dir, is_parallel)
         if is_main:
-            refuse_links(run_dir, run_dir.parent if is_sweep else None)
             refuse_foreign(run_dir)
+            refuse_links(run_dir, run_dir.parent if is_sweep else None)
             typed.keep(run_dir, words, argv)
         try:
             plugins.load()

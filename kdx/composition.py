@@ -1,9 +1,7 @@
 """From words to a checked Config: composed by Hydra, with all that is wrong said at once, and no torch."""
 
 import copy
-import dataclasses
 import re
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kdx import hostile, sweep
@@ -24,8 +22,8 @@ from kdx.check import ALIASES, contradictions, dotted, has_near_name, nearest_ke
 from kdx.config import Config
 from kdx.errors import ConfigError, did_you_mean, together
 from kdx.folders import ORIGINS, Source, circular, contents, groups_in, no_keys, origins, refuse_strange, spelt
+from kdx.resolve import OPEN_GROUPS, one_line, resolved, to_config
 
-OPEN_GROUPS = ("data", "loss", "optim")  # their further keys are options of what they name
 LAYERS = ("typed", "experiment/", "recipe/", "")  # what wins comes first
 
 
@@ -121,7 +119,7 @@ def _checked(composer: "Composer", words: list[Override]) -> list[Point]:
     try:
         points = [composer.point(composer.parsed(point)) for point in sweep.points(words)]
     except HydraException as error:
-        raise ConfigError("command line", _one_line(error), "Quote lists: 'key=[a,b]'") from None
+        raise ConfigError("command line", one_line(error), "Quote lists: 'key=[a,b]'") from None
     faults = [fault for point in points for fault in point.faults]
     if faults:
         raise together(faults)
@@ -163,7 +161,7 @@ class Composer:
                 mend = f"""Quote it for the shell and for Hydra: '{key}="{value}"'"""
                 if not key or value[:1] in "[{'\"":
                     mend = "Quote what the shell or Hydra would take apart, as in 'data.path=[a.jsonl,b.jsonl]'"
-                what = _one_line(error).removeprefix(f"Error parsing override '{word}' ")
+                what = one_line(error).removeprefix(f"Error parsing override '{word}' ")
                 found.append(ConfigError(key or repr(word), f"cannot be read ({what})", mend))
         if found:
             raise together(found)
@@ -176,6 +174,11 @@ class Composer:
         for word in words:
             if word.key_or_group.startswith(("hydra.", "sweep.")) and not self._is_choice(word):
                 _apply(word, cfg, [])
+        for name in ("sweeper", "launcher", "run", "sweep"):
+            if not isinstance(cfg.hydra.get(name), DictConfig):
+                raise ConfigError(
+                    f"hydra.{name}", "is no group of keys", "Set a key of it, or choose hydra/launcher=..."
+                )
         return cfg.hydra
 
     def point(self, words: list[Override]) -> Point:
@@ -194,7 +197,7 @@ class Composer:
             typed = [str(word.input_line) for word in words]
             where = origins(typed, base.hydra.runtime.choices, self.roots)
             freed = _free(cfg, where)
-            tree, unresolved = _resolved(cfg)
+            tree, unresolved = resolved(cfg)
             hostile.refuse_models_code(tree, typed)
         except ConfigError as error:
             return Point([*faults, error])
@@ -261,7 +264,7 @@ def _compose(words: list[str], source: Source) -> DictConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         files = [Path(mark.name)] if mark and Path(mark.name).is_file() else source.roots()
-        raise _unreadable(files) or ConfigError("YAML", _one_line(error), "Mend the YAML") from None
+        raise _unreadable(files) or ConfigError("YAML", one_line(error), "Mend the YAML") from None
     except RecursionError:
         found = _unreadable(source.roots()) or circular(source.roots())
         raise found or ConfigError("config", "its defaults never end", "Mend the YAML") from None
@@ -272,11 +275,11 @@ def _compose(words: list[str], source: Source) -> DictConfig:
             mend = f"pip install hydra-{package[1]}-launcher"
             raise ConfigError("hydra/launcher", what, mend) from None
         mend = "See the options in conf/ and your own folder; `python -m kdx --info defaults` lists what was chosen"
-        raise ConfigError("config", _one_line(error), mend) from None
+        raise ConfigError("config", one_line(error), mend) from None
     except (ValueError, OSError) as error:  # a defaults list that is none; a file that holds no keys
         if getattr(error, "errno", None) is not None:
             raise
-        raise _unreadable(source.roots()) or ConfigError("config", _one_line(error), "Mend the YAML") from None
+        raise _unreadable(source.roots()) or ConfigError("config", one_line(error), "Mend the YAML") from None
     finally:
         GlobalHydra.instance().hydra = before
 
@@ -314,7 +317,7 @@ def _apply(word: Override, cfg: DictConfig, known: list[str]) -> list[ConfigErro
         if is_added and key in known:
             return [ConfigError(f"+{key}", "is there already", f"Type it without the +: {key}=...")]
         if key in known or key.startswith("hydra."):
-            return [ConfigError(key, _one_line(error), "See `python -m kdx --cfg all`")]
+            return [ConfigError(key, one_line(error), "See `python -m kdx --cfg all`")]
         group, option = key.split(".")[0], f"For an option of what {key.split('.')[0]}.name names: +{key}=..."
         is_open = group in OPEN_GROUPS and "." in key and not has_near_name(key, known)
         return [ConfigError(key, "is not a key of kdx", option if is_open else nearest_key(key, known))]
@@ -333,68 +336,3 @@ def _free(cfg: DictConfig, where: dict[str, str]) -> list[str]:
     loser = "epochs" if steps < epochs else "max_steps"
     cfg.train[loser] = None
     return [f"train.{loser}=null"]
-
-
-def as_tree(cfg: DictConfig) -> dict[str, Any]:
-    """Plain values of a composed config, resolved; further keys of the open groups moved to their options."""
-    tree, unresolved = _resolved(cfg)
-    if unresolved:
-        raise together(list(unresolved.values()))
-    return tree
-
-
-def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, ConfigError]]:
-    """The same, with every key whose interpolation fails."""
-    unresolved: dict[str, ConfigError] = {}
-
-    def value(node: Any, name: Any, key: str) -> Any:
-        try:
-            return "???" if OmegaConf.is_missing(node, name) else plain(node[name], key)
-        except OmegaConfBaseException as error:
-            variable = re.search(r"Environment variable '(\w+)'", str(error))
-            what = f"environment variable {variable[1]} is not set" if variable else _one_line(error)
-            mend = f"Set it: export {variable[1]}=..." if variable else "Mend the interpolation"
-            unresolved[key] = ConfigError(key, what, mend)
-            return None
-
-    def plain(node: Any, key: str) -> Any:
-        if isinstance(node, DictConfig):
-            return {str(name): value(node, name, f"{key}.{name!s}") for name in node}
-        if isinstance(node, ListConfig):
-            return [value(node, i, f"{key}[{i}]") for i in range(len(node))]
-        return node
-
-    tree = {str(name): value(cfg, name, str(name)) for name in cfg if name != "hydra"}
-    hints = typing.get_type_hints(Config)
-    for group in OPEN_GROUPS:
-        node = tree.get(group)
-        if isinstance(node, dict):
-            own = {part.name for part in dataclasses.fields(hints[group])} - {"options"}
-            options = {k: v for k, v in node.items() if k not in own}
-            options |= options.pop("options", None) or {}
-            tree[group] = {k: v for k, v in node.items() if k in own} | {"options": options}
-    return tree, unresolved
-
-
-def to_config(tree: dict[str, Any]) -> Config:
-    """Turn a tree of plain values into typed objects; OmegaConf goes no further. Raises ConfigError."""
-    found = [ConfigError(*problem) for problem in problems(tree) or contradictions(tree)]
-    if found:
-        raise together(found)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), tree))
-    assert isinstance(config, Config)
-    return config
-
-
-def _job_name(keys: Any, *, _root_: DictConfig) -> str:
-    """Reads all of the job's config but `hydra`."""
-    return sweep.job_name(list(keys or []), to_config(as_tree(_root_)))
-
-
-# What hydra.sweep.subdir asks. Here, since a launcher's processes import this and ask before any function is called.
-OmegaConf.register_new_resolver("kdx_job", _job_name, replace=True)
-
-
-def _one_line(error: Exception) -> str:
-    text = re.split(r"\nSee https|\n\s+full_key:|\n\s*Config search path", str(error))[0]
-    return " ".join(text.split()).rstrip(".")[:300]

@@ -8,8 +8,9 @@ import pytest
 
 from kdx.check import ALIASES, binding_problems, contradictions, has_type, nearest_key, problems, type_words
 from kdx.cli import compose
-from kdx.composition import Composer, as_tree
+from kdx.composition import Composer
 from kdx.folders import Source
+from kdx.resolve import as_tree
 
 
 @pytest.fixture(scope="module")
