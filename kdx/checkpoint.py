@@ -32,8 +32,8 @@ def found(run_dir: Path) -> list[Path]:
 
 
 def is_at(run_dir: Path, step: int) -> bool:
-    """Whether a run's newest checkpoint is of this step."""
-    return [folder.name for folder in found(run_dir)[:1]] == [name_of(step)]
+    """Whether a run has a checkpoint of this step."""
+    return (folder_of(run_dir) / name_of(step)).is_dir()
 
 
 def name_of(step: int) -> str:

@@ -240,7 +240,7 @@ def run_job(
                 return 128 + notes.stopped_by
             from kdx.distill import distill
 
-            measure = distill(config, run_dir, words).measure
+            measure = distill(config, run_dir, partial(typed.renew, run_dir, words, argv)).measure
         return 0
 
     folder = run_dir

@@ -56,8 +56,10 @@ class Summary:
         return math.inf if value is None else float(value)
 
 
-def distill(config: Config, run_dir: Path, words: list[str] | None = None) -> Summary:
-    """Run one distillation in a folder of its own, or go on with the one that is there. words: what was typed, if it was.
+def distill(config: Config, run_dir: Path, accepted: Callable[[], None] = lambda: None) -> Summary:
+    """Run one distillation in a folder of its own, or go on with the one that is there.
+
+    accepted: called in the process that writes there, once config, data and models are found to be that run's.
 
     Raises KdxError for what a user can mend. A folder whose run is done is left as it is, and its summary returned, or
     ConfigError raised if its data, teacher, tokenizer or plug-ins have changed since.
@@ -71,16 +73,21 @@ def distill(config: Config, run_dir: Path, words: list[str] | None = None) -> Su
     if done is not None:
         doubt = _refuse_stale(config, folder, accelerator.device)
         if accelerator.is_main_process:
+            folder.say_done(done)
             CONSOLE.print(f"{run_dir} is done already; nothing is run{doubt}", markup=False)
         return Summary(**done)
     is_main = accelerator.is_main_process
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
-    with folder.open(asdict(config), is_main, words):
+    with folder.open(asdict(config), is_main, accepted):
         if is_main:
             plugins.keep(run_dir)
-        with StopRequest() as stop, logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main):
-            check_names(config)
-            return _run(config, folder, accelerator, stop)
+        with StopRequest() as stop:
+            with logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main):
+                check_names(config)
+                summary = _run(config, folder, accelerator, stop)
+            if stop.signal is not None:  # it came while the results were written: no other job begins
+                raise Stopped(stop.exit_code)
+    return summary
 
 
 def _refuse_stale(config: Config, folder: RunFolder, device: torch.device) -> str:
@@ -176,7 +183,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
                 describe=lambda beside: describe(run.student, run.tokenizer, beside),
             )
         (is_kept,) = broadcast_object_list([checkpoint.is_at(folder.path, state.step)])  # others may see it late
-        if is_kept:
+        if is_kept or state.stopped_by == "signal":
             stop.saved(folder.path, state.step, accelerator)
 
         shards.gather(run.objective, run.student)
@@ -228,7 +235,12 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             has = {"has_student": run.max_steps > 0, "has_samples": bool(samples)}
             for line in report.next_commands(folder.path, typed.told(folder.path), **has):
                 log.info(line)
-        accelerator.wait_for_everyone()
+        try:
+            accelerator.wait_for_everyone()
+        except RuntimeError as error:
+            if not is_main:
+                raise
+            log.warning("another process of this run ended before: %s", str(error).splitlines()[0])
         exit_code = 0
         return summary
     except Stopped:
@@ -280,7 +292,9 @@ def choose_weights(
         mend = "Lower optim.lr, or set train.keep=last"
         raise DivergedError(f"step {state.step}", "no held-out measure was finite, so there is no best step", mend)
     if state.best_step != state.step:
-        if state.best_digest and digest_of(best_file) != state.best_digest:
+        is_main = run.accelerator.is_main_process  # it alone knows the digest of what it wrote
+        is_damaged = is_main and bool(state.best_digest) and digest_of(best_file) != state.best_digest
+        if broadcast_object_list([is_damaged])[0]:
             what = f"is damaged: the best weights, of step {state.best_step}, are lost there"
             mend = "The same command goes on from the newest checkpoint, which has them too"
             raise MachineError(str(best_file), what, mend)

@@ -210,9 +210,7 @@ def _read_csv(file: Path) -> Iterator[Item]:
         _no_duplicates(names, file)
         for row in reader:
             where = f"{file}:{reader.line_num}"
-            if None in row.values() and None not in row:
-                yield DataError(where, f"has fewer than the {len(names)} columns of the header", "Fill them in")
-            elif None in row:
+            if None in row:
                 yield DataError(where, f"has more than the {len(names)} columns of the header", "Quote the commas")
             else:
                 yield where, row

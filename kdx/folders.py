@@ -1,6 +1,7 @@
 """The folders of YAML, kdx's own and the user's: their groups and options, and which file a value came from."""
 
 import importlib
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,15 +57,16 @@ def contents(file: Path | None) -> dict[str, Any]:
 
 def refuse_strange(roots: list[Path]) -> list[Path]:
     """Refuse the user's YAML that would grow without bound, or that takes Hydra's own part away. Raises ConfigError."""
-    for file in (
-        file for root in roots if root != CONF for file in sorted({*root.glob("*.yaml"), *root.glob("*/**/*.yaml")})
-    ):
+    own = [root for root in roots if root != CONF]
+    groups = {*groups_in([CONF]), "hydra"}
+    files = [file for root in own for file in (*root.glob("*.yaml"), *root.glob("*/**/*.yaml"))]
+    for file in (f for f in files if f.is_file() and (f.parent in own or groups & {*f.parts})):
         try:
             text = file.read_text(encoding="utf-8")
             if _depth(text) > MOST_DEPTH:  # libyaml would end the process
                 raise ConfigError(str(file), "is nested too deep", "Write it flat")
             tree = yaml.load(text, SafeLoader)
-            is_endless = _size(tree, {}) > MOST_NODES
+            is_endless = _grows(tree)
         except (OSError, ValueError, RecursionError, yaml.YAMLError):  # it is told where it is chosen
             continue
         if is_endless:
@@ -86,13 +88,22 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _size(node: Any, known: dict[int, float]) -> float:
-    """How many parts a tree has once what it names is written out; one that holds itself has no end."""
-    parts = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    if id(node) not in known:
-        known[id(node)] = float("inf")
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
-    return known[id(node)]
+def _grows(tree: Any) -> bool:
+    """Whether a tree becomes far greater once the parts that it names (YAML's aliases) are written out."""
+    sizes: dict[int, float] = {}  # of containers, by their id
+    written = 0
+
+    def size(node: Any) -> float:
+        nonlocal written
+        if not isinstance(node, dict | list):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # should it hold itself
+            written += 1 + len(node)
+            sizes[id(node)] = 1 + sum(map(size, node.values() if isinstance(node, dict) else node))
+        return sizes[id(node)]
+
+    return size(tree) > max(MOST_NODES, 10 * written)
 
 
 def no_keys(file: Path) -> ConfigError:

@@ -1,6 +1,9 @@
 """What a config may not ask for: code that Hydra would run, and folders outside this one. Trees here are plain."""
 
+import itertools
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,11 +112,16 @@ def refuse_links(run_dir: Path, within: Path | None = None) -> None:
 
     within: the sweep's folder, which that of the run must not leave either.
     """
-    for path in [run_dir, *run_dir.rglob("*")] if within else run_dir.rglob("*"):
+    below = (Path(here) / name for here, folders, files in os.walk(run_dir) for name in (*folders, *files))
+    for path in itertools.chain([run_dir] if within else [], below):
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:  # of a run that goes on
+            continue
         place = path.resolve()
-        if path.is_symlink() and not place.is_relative_to((within or run_dir).resolve()):
+        if stat.S_ISLNK(mode) and not place.is_relative_to((within or run_dir).resolve()):
             raise ConfigError(str(path), f"is a link that leads elsewhere, to {place}", "Remove the link")
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise ConfigError(str(path), "is neither a file nor a folder", "Remove it")
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,15 @@ class RunFolder:
         self.max_steps: int | None = None
         self.written = -math.inf
         self.since = _now()
-        self.reached: Any = None  # the step that the status told of when this run began
+        self.before: dict[str, Any] = {}  # what the status told when this process began
+        self.accept: Callable[[], None] = lambda: None
+        self.is_accepted = False
 
     def done(self, config: dict[str, Any]) -> dict[str, Any] | None:
         """The summary of a run that is done with this config, else None. Raises ConfigError if it was another."""
         refuse_links(self.path)
         state, summary = self.status().get("state"), read_json(self.path / "summary.json")
-        if state != "done" and (state or not summary):  # the summary is written last: with it only the status is lost
+        if state != "done" and (state or not self._is_summary_of_all(summary)):
             return None
         if self._refuse_drift(config) and checkpoint.found(self.path):
             return None
@@ -50,15 +52,30 @@ class RunFolder:
             raise ConfigError(str(self.path), what, "Start anew in another folder")
         return summary
 
+    def _is_summary_of_all(self, summary: dict[str, Any]) -> bool:
+        """Whether a run is done by its summary, which is written last: only its status is lost then."""
+        steps = summary["run"].get("steps") if isinstance(summary.get("run"), dict) else None
+        later = [folder.name for folder in checkpoint.found(self.path) if folder.name > checkpoint.name_of(steps or 0)]
+        return isinstance(steps, int) and not later
+
+    def say_done(self, summary: dict[str, Any]) -> None:
+        """Write the status of a done run anew where it is lost."""
+        if self.status().get("state") != "done":
+            self.step = self.max_steps = summary["run"]["steps"]
+            with self._writing():
+                self.write_status("done", "", is_main=True)
+
     def status(self) -> dict[str, Any]:
         """What status.json says; empty if there is none."""
         return read_json(self.path / "status.json")
 
     @contextmanager
-    def open(self, config: dict[str, Any], is_main: bool, words: list[str] | None = None) -> Iterator[None]:
+    def open(
+        self, config: dict[str, Any], is_main: bool, accepted: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
         """Hold the folder while the run lasts, its config written there, or refuse: another process, or config, has it.
 
-        words: what was typed, if it was.
+        accepted: called once its data and models are found to be those of the run that is there, if there is one.
         """
         if not is_main:  # rank 0 decides, and ends all if it refuses
             yield
@@ -76,20 +93,30 @@ class RunFolder:
             if self.done(config) is not None:
                 what = "another process has done this run just now"
                 raise InUseError(str(self.path), what, "Nothing is left to do; the same command tells so")
-            self.reached = status.get("step")
+            self.before = status
             is_longer = self._refuse_drift(config)
             refuse_foreign(self.path)
             self._tidy()
             if not status:
                 with self._writing():
                     self.write_status("running", "", is_main)  # before all else: by it the folder is a run's
-            if not self._has_begun() or is_longer:
+
+            def keep_config() -> None:
                 text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
                 with self._writing():
                     write_beside(self.path / "config.yaml", text)
-            if words is not None:
+
+            def accept() -> None:
+                if is_longer:
+                    keep_config()
+                    (self.path / "summary.json").unlink(missing_ok=True)  # of the shorter run
                 with self._writing():
-                    typed.renew(self.path, words)
+                    accepted()
+                self.is_accepted = True
+
+            self.accept = accept
+            if not self._has_begun():
+                keep_config()
             yield
 
     @contextmanager
@@ -162,26 +189,32 @@ class RunFolder:
             yield
         except (Stopped, KeyboardInterrupt) as error:
             if self.status().get("state") not in ("done", "failed", "diverged"):  # saved, or another process failed
-                self.write_status("interrupted", f"{type(error).__name__} {error}", is_main)
+                code = error.code if isinstance(error, Stopped) and isinstance(error.code, int) else None
+                self.write_status("interrupted", f"{type(error).__name__} {error}", is_main, code)
             raise
         except BaseException as error:
             if isinstance(error, SystemExit):
                 own = f"code of your own ended the process (sys.exit({error.code!r}))"
                 error = ConfigError("KDX_PLUGINS", own, "Raise an error there, or return")
             if _is_anothers(error):
-                raise self._failed_elsewhere() from None
+                raise self._ended_elsewhere() from None
             state = "diverged" if isinstance(error, DivergedError) else "failed"
             said = out_of_memory(error) or error
             reason = str(said) if isinstance(said, KdxError) else f"{type(said).__name__}: {said}"
             lines = reason if state == "diverged" else reason.splitlines()[0]
+            if is_main and self.before.get("state") == "done" and not self.is_accepted:  # it was not to be longer
+                self.keep("status.json", self.before)
+                raise error
             # Whichever process fails: the others cannot know why.
             self.write_status(state, lines, is_main or self.status().get("state") == "running", exit_code(error))
             raise error
         self.write_status("done", "", is_main)
 
-    def _failed_elsewhere(self) -> KdxError:
+    def _ended_elsewhere(self) -> BaseException:
         """What to say where another process of the run has ended: its own reason, which it wrote before."""
         status = self.status()
+        if status.get("state") == "interrupted":
+            return Stopped(status.get("exit_code"))
         if status.get("state") not in ("failed", "diverged"):
             self.write_status("failed", "another process of this run was killed", True, MachineError.exit_code)
             status = self.status()
@@ -236,10 +269,11 @@ class RunFolder:
         for fault in skipped:
             log.warning("skipped a damaged checkpoint, %s", fault)
         if newest is None:
-            if self.reached:
-                log.warning("%s was at step %s and has no checkpoint: it begins anew", self.path, self.reached)
+            if step := self.before.get("step"):
+                log.warning("%s was at step %s and has no checkpoint: it begins anew", self.path, step)
             if is_main:
                 self.keep("data.json", origin)
+                self.accept()
             return None
         was = self.kept("data.json")
         if not was:
@@ -255,6 +289,8 @@ class RunFolder:
             raise MachineError(str(newest / "state.json"), what, mend)
         if state.of != of:
             raise ConfigError(str(newest), "is a checkpoint of another run", "Remove it, or start anew elsewhere")
+        if is_main:
+            self.accept()
         others = drift.differences(state.versions, versions)
         told = [f"{name} {was} up to step {state.step}, then {now}" for name, was, now in others]
         drift.mark(state.other_versions, told)

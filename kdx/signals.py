@@ -186,8 +186,7 @@ class StopRequest:
         """From here on stop at once, as all is saved, and say how to go on. Raises Stopped if asked to already."""
         is_typed = (run_dir / "overrides.yaml").exists()
         how = f"python -m kdx run.resume={run_dir}" if is_typed else f"the same call of distill, in {run_dir}"
-        kept = f"stopped after step {step}; to go on: {how}"
+        self.kept, self.is_deferred = f"stopped after step {step}; to go on: {how}", False
         if self.agreed(accelerator):
-            log.warning(kept)
+            log.warning(self.kept)
             raise Stopped(self.exit_code)
-        self.kept, self.is_deferred = kept, False

@@ -126,7 +126,7 @@ def train(
         is_over = state.step == max_steps or state.is_worn_out(config)
         is_due = config.save_every and state.step % config.save_every == 0
         if is_due or is_over or is_interrupted:
-            save(is_needed=is_interrupted or config.save_every > 0)
+            save(is_needed=is_interrupted or not is_over)
         accelerator.wait_for_everyone()
         if is_over or is_interrupted:
             break

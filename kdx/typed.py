@@ -16,7 +16,7 @@ WORDS, COMMAND = "overrides.yaml", "command.txt"
 
 def keep(run_dir: Path, words: list[str], argv: list[str]) -> None:
     """Keep what a run begins with, never over an earlier record. Raises MachineError."""
-    texts = {WORDS: _text(words), COMMAND: shlex.join(["python", "-m", "kdx", *redact(argv)]) + "\n"}
+    texts = {WORDS: _text(words), COMMAND: _command(argv)}
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -26,11 +26,16 @@ def keep(run_dir: Path, words: list[str], argv: list[str]) -> None:
         raise MachineError(str(run_dir), f"cannot write there: {error.strerror}", "Choose another folder") from None
 
 
-def renew(run_dir: Path, words: list[str]) -> None:
+def renew(run_dir: Path, words: list[str], argv: list[str]) -> None:
     """Keep the words that a run goes on with, which need not be those it began with. Raises OSError."""
-    file = run_dir / WORDS
-    if file.is_file() and told(run_dir) != redact(words):
-        write_beside(file, _text(words))
+    if (run_dir / WORDS).is_file() and told(run_dir) != redact(words):
+        write_beside(run_dir / WORDS, _text(words))
+    if flags_in(argv) not in ([], told_flags(run_dir)):
+        write_beside(run_dir / COMMAND, _command(argv))
+
+
+def _command(argv: list[str]) -> str:
+    return shlex.join(["python", "-m", "kdx", *redact(argv)]) + "\n"
 
 
 def _text(words: list[str]) -> str:
@@ -63,11 +68,16 @@ def recalled(folder: Path, asked: str) -> list[str]:
 
 def flags(run_dir: Path) -> list[str]:
     """The flags of a run's command that name one's own YAML; none if it is not kept. Raises ConfigError."""
-    file, found = run_dir / COMMAND, list[str]()
+    file = run_dir / COMMAND
     try:
-        typed = shlex.split(file.read_text(encoding="utf-8")) if file.is_file() else []
+        return flags_in(shlex.split(file.read_text(encoding="utf-8")) if file.is_file() else [])
     except ValueError as error:
         raise ConfigError(str(file), f"is not a command ({error})", "Do not use this folder") from None
+
+
+def flags_in(typed: list[str]) -> list[str]:
+    """Those flags among the words of a command."""
+    found: list[str] = []
     for i, word in enumerate(typed):
         if word.startswith(("--config-", "-cd", "-cn", "-cp")):
             found += [word] if "=" in word else typed[i : i + 2]

@@ -99,7 +99,7 @@ FILES = {
     "UTF-32 without BOM": ("t.json", LINE.decode().encode("utf-32-be"), "t.json:1: is UTF-32", "iconv"),
     "a comma at the end": ("t.jsonl", LINE + b'{"source": "a",}', "t.jsonl:2:16: is not JSON", "Mend the line"),
     "columns without commas": ("t.csv", b"source;target\na;b\nc;d\ne;f\n", 't.csv:2: "source" is missing; the columns are: source;target (and so in all 3 rows)', "with commas: its columns stand apart by ';'"),
-    "a comma too few": ("t.csv", b"source,target\na,b\nc\n", "t.csv:3: has fewer than the 2 columns of the header", "Fill them in"),
+    "a comma too few": ("t.csv", b"source,target\na,b\nc\n", "t.csv:3: ", '"target" is null, expected text. Fill it in'),
     "a header alone": ("t.csv", b"source,target\n", "data.path: t.csv holds no rows", "Give data that has some"),
     "an empty list": ("t.json", b"[]", "data.path: t.json holds no rows", "Give data that has some"),
     "chats": ("t.jsonl", json.dumps({"messages": TALK}).encode() * 1 + b"\n" + json.dumps({"messages": TALK}).encode() + b"\n" + json.dumps({"messages": TALK}).encode(), 't.jsonl:1: "source" is missing; the columns are: messages (and so in all 3 rows)', "Choose data=messages, or name the column"),

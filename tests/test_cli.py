@@ -600,7 +600,7 @@ def test_plugins_are_imported_and_their_source_kept(monkeypatch):
     plugins.load()  # as the next job of a sweep does
     assert plugins.digest() == before
     kept = {p.relative_to("r2/plugins").as_posix() for p in Path("r2/plugins").rglob("*.py")}
-    assert kept == {"my_kdx_main.py", "my_kdx_help.py", "sums.py"}
+    assert kept == {"my_kdx_main.py", "my_kdx_help.py", "my_kdx_lib/sums.py"}
     for name, text in (("my_kdx_help.py", "Y = 2\n"), ("my_kdx_lib/sums.py", "Z = 2\n")):
         write(name, text)
         assert plugins.digest() != before, "what a plug-in imports decides, too"

@@ -91,7 +91,7 @@ def test_a_dead_owner_whose_pid_another_process_has_now_is_dead(tmp_path: Path) 
     folder = RunFolder(tmp_path)
     folder.keep("status.json", another() | {"step": 3})  # it lives, and does not hold the folder
     with folder.open({}, is_main=True):
-        assert folder.reached == 3
+        assert folder.before["step"] == 3
 
 
 def test_one_run_at_a_time_and_the_next_in_the_same_process(tmp_path: Path) -> None:

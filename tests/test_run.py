@@ -403,6 +403,7 @@ class TestStopAndGoOn:
             student = (tmp_path / "run/student/model.safetensors").stat().st_mtime_ns
             assert distill(config, tmp_path / "run") == first
             assert (tmp_path / "run/student/model.safetensors").stat().st_mtime_ns == student
+            assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "done"  # a sweep reads it
 
     def test_a_run_that_lost_its_checkpoints_says_that_it_begins_anew(self, place: Path, tmp_path: Path) -> None:
         config = config_of(place, *self.WORDS, "train.save_every=3", "train.keep_checkpoints=true")

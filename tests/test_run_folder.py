@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,19 @@ def test_a_pipe_is_not_waited_for(capfd, name):
     code, _, lines = in_process(capfd, "run.resume=run")
     assert (code, len(lines)) == (2, 1)
     assert lines[0].endswith(f"run/{name}: is neither a file nor a folder. Remove it")
+
+
+def test_the_folder_of_options_a_run_goes_on_with_is_kept_too(capfd):
+    for name in ("one", "two"):
+        Path(name, "experiment").mkdir(parents=True)
+        Path(name, "experiment", "mine.yaml").write_text("# @package _global_\ntrain: {seed: 5}\n")
+    words = [*BASE, "experiment=mine", "hydra.run.dir=run"]
+    assert in_process(capfd, "--config-dir", "one", *words)[0] == 0
+    shutil.rmtree("one")
+    assert in_process(capfd, "run.resume=run")[0] == 2
+    assert in_process(capfd, "run.resume=run", "--config-dir", "two", "train.max_steps=3")[0] == 0
+    code, told, lines = in_process(capfd, "run.resume=run")
+    assert (code, "is done already" in told) == (0, True), lines
 
 
 def test_the_words_a_run_goes_on_with_are_those_it_is_called_by(capfd):

@@ -154,6 +154,85 @@ def test_a_longer_run(place, tmp_path, schedule, code):
         assert "was begun with another train.max_steps" in again.text
 
 
+def damage_newest(run_dir):
+    newest = checkpoint.found(run_dir)[0] / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-9] ^= 1
+    newest.write_bytes(content)
+
+
+def test_stopped_where_a_damaged_checkpoint_is_newer(place, tmp_path):
+    """The stop is a stop, and the run is not done."""
+    config = config_of(place, "train.max_steps=12", "train.micro_batch_size=4", "train.save_every=2")
+    assert start(config, tmp_path / "run", signal_at(8)).code == 143
+    damage_newest(tmp_path / "run")
+    assert start(config, tmp_path / "run", signal_at(7)).code == 143
+    assert status(tmp_path / "run")["state"] == "interrupted"
+    again = start(config, tmp_path / "run")
+    assert again.code == 0, again.text
+    assert outcome(tmp_path / "run") == straight(config, tmp_path / "straight")[0]
+
+
+def test_a_longer_run_that_fails_leaves_the_shorter_one_done(place, tmp_path):
+    """Its data is another now: the run that is there stays done, under its own words, and with its summary."""
+    shutil.copytree(place, tmp_path / "place")
+    words = ("train.micro_batch_size=4", "optim.schedule=constant", "train.keep_checkpoints=true")
+    short, long = (config_of(tmp_path / "place", *words, f"train.max_steps={steps}") for steps in (2, 4))
+    straight(short, tmp_path / "run")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("status.json", "config.yaml", "summary.json")}
+    pairs = (tmp_path / "place/pairs.jsonl").read_bytes()
+    other_data(tmp_path / "place")
+    assert start(long, tmp_path / "run").code == 2
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
+    (tmp_path / "place/pairs.jsonl").write_bytes(pairs)
+    assert "is done already" in " ".join(finished(start(short, tmp_path / "run")).split())
+
+    assert start(long, tmp_path / "run", signal_at(3)).code == 143
+    (tmp_path / "run/status.json").unlink()  # the shorter run's summary makes the longer one not done
+    again = start(long, tmp_path / "run")
+    assert "step-00000003" in finished(again)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["run"]["steps"] == 4
+
+
+def finished(run):
+    assert run.code == 0, run.text
+    return run.text
+
+
+def test_a_full_disk_at_the_end_costs_no_student(place, tmp_path):
+    config = config_of(place, "train.max_steps=3", "train.save_every=3", "train.micro_batch_size=4")
+    run = start(config, tmp_path / "run", refuse_to_save)
+    assert "A stop while the last measures are taken would lose the run" in " ".join(finished(run).split())
+    assert outcome(tmp_path / "run") == straight(config, tmp_path / "straight")[0]
+
+
+def refuse_to_save():
+    def save(run_dir, *_, **__):
+        raise checkpoint.not_saved(run_dir, "a checkpoint", OSError(28, "No space left on device"))
+
+    checkpoint.save = save
+
+
+def test_a_stop_while_the_results_are_written_is_one(place, tmp_path):
+    """All is there; but in a sweep no other job begins."""
+    config = config_of(place, "train.max_steps=2", "train.micro_batch_size=4")
+    assert start(config, tmp_path / "run", signal_in_results).code == 143
+    assert status(tmp_path / "run")["state"] == "done"
+    assert outcome(tmp_path / "run") == straight(config, tmp_path / "straight")[0]
+
+
+def signal_in_results():
+    from kdx import distill
+
+    known = distill.save_student
+
+    def save(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        known(*given)
+
+    distill.save_student = save
+
+
 MEASURES = {  # which taking of measures is met, at which step, by what
     "SIGTERM on the way": (2, 4, signal.SIGTERM),
     "SIGTERM at the end": (3, 6, signal.SIGTERM),
