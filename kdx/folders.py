@@ -71,7 +71,7 @@ def refuse_strange(roots: list[Path]) -> list[Path]:
             continue
         if is_endless:
             raise ConfigError(str(file), "names parts of itself over and over (YAML's &a and *a)", "Write them out")
-        if isinstance(tree, dict) and not isinstance(tree.get("hydra", {}), dict):
+        if isinstance(tree, dict) and not isinstance(tree.get("hydra", {}), dict | str):
             raise ConfigError(f"{file}: hydra", "is no group of keys", "Set keys of it, or take it out")
     return roots
 

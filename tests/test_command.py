@@ -170,8 +170,9 @@ def test_nothing_is_lost_when_nobody_reads_what_it_prints(place: Path, number: s
     words += ["data.path=pairs.jsonl", "loss.name=waits", "train.max_steps=8", f"hydra.run.dir=outputs/{code}"]
     command = [sys.executable, "-m", "kdx", *words, "tracking.mode=disabled"]
     run = subprocess.Popen(
-        command, cwd=place, env=environment(KDX_PLUGINS="stops"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        command, cwd=place, env=environment(KDX_PLUGINS="stops"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # the tests may be run under nohup
+    )  # fmt: skip
     while not (place / "there").exists():
         assert run.poll() is None
         time.sleep(0.1)

@@ -24,6 +24,7 @@ from kdx.cli import compose
 from kdx.folders import CONF
 from kdx.optim import optimizer_class
 from kdx.run_folder import RunFolder
+from kdx.signals import Stopped
 from kdx.tracking import has_login, wandb_mode
 
 SECRET = "hf_abcdefgh12345678"
@@ -259,9 +260,9 @@ def test_a_signal_while_wandb_closes_leaves_a_done_run_done(tmp_path: Path) -> N
     def closes() -> None:
         with folder.reporting(is_main=True):
             folder.write_status("done", "", is_main=True)
-            raise SystemExit(143)
+            raise Stopped(143)
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(Stopped):
         closes()
     assert folder.status()["state"] == "done"
 

@@ -13,7 +13,7 @@ import pytest
 from runs import config_of, litter, outcome, start, status, straight
 from test_kills import wait_for
 
-from kdx import distill, run_folder
+from kdx import run_folder
 from kdx.run_folder import RunFolder
 
 WORDS = ("train.max_steps=6", "train.save_every=2", "train.micro_batch_size=4")
@@ -102,17 +102,24 @@ def _wait(folder: Path) -> None:
 
 
 def _wait_to_write(folder: Path) -> None:
-    """Wait when the folder is opened, before the first status."""
-    distill.plugins.keep = lambda _: _wait(folder)  # type: ignore[assignment]
+    """Wait when the folder is held, before the first status."""
+    known = RunFolder.write_status
+
+    def write_status(self: RunFolder, *given: Any, **named: Any) -> None:
+        if not (folder / "waits").exists():
+            _wait(folder)
+        known(self, *given, **named)
+
+    RunFolder.write_status = write_status  # type: ignore[method-assign]
 
 
 def _wait_to_open(folder: Path) -> None:
     known = RunFolder.open
 
     @contextmanager
-    def opened(self: RunFolder, config: dict[str, Any], is_main: bool) -> Iterator[None]:
+    def opened(self: RunFolder, *given: Any) -> Iterator[None]:
         _wait(folder)
-        with known(self, config, is_main):
+        with known(self, *given):
             yield
 
     RunFolder.open = opened  # type: ignore[method-assign]
