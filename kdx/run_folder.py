@@ -203,7 +203,8 @@ class RunFolder:
             reason = str(said) if isinstance(said, KdxError) else f"{type(said).__name__}: {said}"
             lines = reason if state == "diverged" else reason.splitlines()[0]
             if is_main and self.before.get("state") == "done" and not self.is_accepted:  # it was not to be longer
-                self.keep("status.json", self.before)
+                with suppress(OSError):
+                    self.keep("status.json", self.before)
                 raise error
             # Whichever process fails: the others cannot know why.
             self.write_status(state, lines, is_main or self.status().get("state") == "running", exit_code(error))
