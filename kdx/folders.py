@@ -58,9 +58,7 @@ def contents(file: Path | None) -> dict[str, Any]:
 def refuse_strange(roots: list[Path]) -> list[Path]:
     """Refuse the user's YAML that would grow without bound, or that takes Hydra's own part away. Raises ConfigError."""
     own = [root for root in roots if root != CONF]
-    groups = {*groups_in([CONF]), "hydra"}
-    files = [file for root in own for file in (*root.glob("*.yaml"), *root.glob("*/**/*.yaml"))]
-    for file in (f for f in files if f.is_file() and (f.parent in own or groups & {*f.parts})):
+    for file in (file for root in own for file in sorted(root.rglob("*.yaml")) if file.is_file()):  # any may be named
         try:
             text = file.read_text(encoding="utf-8")
             if _depth(text) > MOST_DEPTH:  # libyaml would end the process

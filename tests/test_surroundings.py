@@ -68,7 +68,7 @@ def test_yaml_that_nobody_chose_stands_in_nobodys_way(tmp_path: Path) -> None:
         (tmp_path / "mine" / name).mkdir(parents=True)
     (tmp_path / "mine/notes/numbers.yaml").write_text("a: [" + ", ".join(["1"] * 120_000) + "]\n")
     (tmp_path / "mine/experiment/numbers.yaml").write_text("a: [" + ", ".join(["1"] * 120_000) + "]\n")
-    (tmp_path / "mine/notes/bomb.yaml").write_text(bomb())
+    (tmp_path / "mine/notes/broken.yaml").write_text("a: [")
     os.mkfifo(tmp_path / "mine/experiment/pipe.yaml")
     done = shell(f"timeout 60 {KDX} --config-dir mine optim.lr=-1", tmp_path)
     assert (done.returncode, done.stderr) == (2, b"kdx: error: optim.lr: is -1. Allowed: above 0\n")
