@@ -60,8 +60,9 @@ def _all() -> list[str]:
 
 def _home(name: str) -> Path | None:
     """The folder that a module, or its outermost package, lies in."""
-    top = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
-    return None if top is None else Path(top).parents[1] if Path(top).name == "__init__.py" else Path(top).parent
+    top = sys.modules.get(name.partition(".")[0])
+    places = [*getattr(top, "__path__", ()), *filter(None, [getattr(top, "__file__", None)])]  # of a package its folder
+    return Path(places[0]).parent if places else None
 
 
 def _sources(name: str) -> list[Path]:

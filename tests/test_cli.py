@@ -605,6 +605,13 @@ def test_plugins_are_imported_and_their_source_kept(monkeypatch):
         write(name, text)
         assert plugins.digest() != before, "what a plug-in imports decides, too"
         before = plugins.digest()
+    write("my_kdx_space/plug.py", "from my_kdx_space import other\n")  # a package without __init__.py
+    write("my_kdx_space/other.py", "A = 1\n")
+    monkeypatch.setenv("KDX_PLUGINS", "my_kdx_space.plug")
+    plugins.load()
+    plugins.keep(Path("r3"))
+    kept = {p.relative_to("r3/plugins").as_posix() for p in Path("r3/plugins").rglob("*.py")}
+    assert kept == {"my_kdx_space/plug.py", "my_kdx_space/other.py"}
     write("my_kdx_script.py", "raise SystemExit(0)\n")
     monkeypatch.setenv("KDX_PLUGINS", "my_kdx_script")
     with pytest.raises(KdxError, match="KDX_PLUGINS: cannot import my_kdx_script: SystemExit: 0"):
