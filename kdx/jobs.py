@@ -106,13 +106,16 @@ def _launch_all(plan: Plan, parts: list[list[str]], launch: Launch, notes: Notes
     """Have Hydra run all jobs, unless a signal stops them → what the launcher failed at. Raises KdxError."""
     assert plan.sweep_dir
     before = states(plan.sweep_dir, plan.jobs) if plan.jobs else {}
-    # A job that ended its whole process, as the kernel does where memory is short, says that it runs.
-    tried = ("failed", "diverged", "running")
-    again = {folder.name for folder, status in before.items() if status["state"] in tried}
+    # What was never tried comes first; then what was cut off, since it may be what ended the whole process, as the
+    # kernel does where memory is short; what failed comes last.
+    failed, cut_off = (
+        {folder.name for folder, status in before.items() if status["state"] in kinds}
+        for kinds in (("failed", "diverged"), ("running",))
+    )
+    turns = [turn for turn in ({*plan.jobs} - failed - cut_off, cut_off, failed) if turn]
     is_basic = not is_parallel(plan.launcher)  # others start all, or many, at once
     try:
-        # What failed, or was cut off, comes last.
-        for passed_over in [again, set(plan.jobs) - again] if again and is_basic else [()]:
+        for passed_over in [{*plan.jobs} - turn for turn in turns] if turns and is_basic else [()]:
             for words in parts:
                 if not notes.stopped_by:
                     launch(words, passed_over, notes)

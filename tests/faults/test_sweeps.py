@@ -162,7 +162,7 @@ def num_steps(folder: Path) -> int:
 
 
 def test_what_was_never_tried_comes_before_what_failed(own, full, figure):
-    """Of six points (three in short) the first fails and the third is killed: then that one and those after it come first."""
+    """Of six points (three in short) the first fails and the third is killed: those never tried come first, then that one, then the first."""
     values = "0,2,3,4,5,6" if full else "0,2,3"
     number = len(values.split(","))
     words = ("loss.name=fussy", f"+loss.most={values}", "sweep.baseline=false", "train.max_steps=2")
@@ -174,10 +174,12 @@ def test_what_was_never_tried_comes_before_what_failed(own, full, figure):
     first.kill(signal.SIGKILL)
     assert first.code == -signal.SIGKILL
     done = [job.name for job in jobs(own) if status(job)["state"] == "done"]
+    cut_off = [job.name for job in jobs(own) if status(job)["state"] == "running"]
     again = sweep(own, *words)
     assert again.code == 5, again.text
     order = [line.rsplit("/", 1)[-1] for line in again.text.splitlines() if line.startswith("kdx: job ")]
     assert order[-1].startswith("most-0_")
+    assert not cut_off or order[-2] == cut_off[0]
     assert len(order) == number
     states = [status(job)["state"] for job in jobs(own)]
     assert sorted(states) == ["done"] * (number - 1) + ["failed"]
