@@ -240,13 +240,19 @@ MEASURES = {  # which taking of measures is met, at which step, by what
 }
 
 
-@pytest.mark.parametrize("save_every", [0, 5])
+@pytest.fixture(scope="module")
+def measured(place, tmp_path_factory):
+    """A run that measures at step 4 and at its end, step 6, saves nothing on the way, and what it ends in."""
+    words = ("train.max_steps=6", "train.eval_every=4", "train.micro_batch_size=4", "student.save_dtype=bf16")
+    config = config_of(place, *words, "train.save_every=0", "train.log_every=4")
+    return config, straight(config, tmp_path_factory.mktemp("measured") / "run")[0]
+
+
 @pytest.mark.parametrize("kind", MEASURES)
-def test_measures_may_be_cut_short(place, tmp_path, figure, kind, save_every):
+def test_measures_may_be_cut_short(measured, tmp_path, figure, kind):
     """They can be taken again: the stop does not wait for them, and costs no step of the training before them."""
     call, step, number = MEASURES[kind]
-    words = ("train.max_steps=6", "train.eval_every=4", "train.micro_batch_size=4", "student.save_dtype=bf16")
-    config = config_of(place, *words, f"train.save_every={save_every}", "train.log_every=4")
+    config, expected = measured
     run = start(config, tmp_path / "run", partial(signal_in_measures, call, number))
     assert run.code == (143 if number == signal.SIGTERM else -number), run.text
     assert checkpoint.is_at(tmp_path / "run", step)
@@ -255,7 +261,7 @@ def test_measures_may_be_cut_short(place, tmp_path, figure, kind, save_every):
         assert status(tmp_path / "run")["state"] == "interrupted"
     again = start(config, tmp_path / "run")
     assert again.code == 0, again.text
-    assert outcome(tmp_path / "run") == straight(config, tmp_path / "straight")[0]
+    assert outcome(tmp_path / "run") == expected
     assert not (tmp_path / "run/checkpoints").exists()
     figure(f"{kind} of the measures: nothing trained anew, bitwise equal")
 
