@@ -89,8 +89,14 @@ def seal(folder: Path) -> None:
     """Write the manifest of a folder's files, and have the disk keep all of it. Raises OSError."""
     files = sorted(p for p in folder.iterdir() if p.is_file())
     manifest = {p.name: {"size": p.stat().st_size, "sha256": digest_of(p)} for p in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    (folder / MANIFEST).write_text(_signed(manifest), encoding="utf-8")
     sync(folder)
+
+
+def _signed(manifest: dict[str, Any]) -> str:
+    """The text of a manifest, with a digest of itself: damage in it is not taken for damage of a file."""
+    own = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, MANIFEST: {"sha256": own}}, indent=2)
 
 
 def verify(folder: Path) -> str | None:
@@ -98,7 +104,7 @@ def verify(folder: Path) -> str | None:
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
-        if not manifest or text != json.dumps(manifest, indent=2):
+        if not manifest.pop(MANIFEST, None) or not manifest or text != _signed(manifest):
             return f"{MANIFEST} is damaged (not as it was written)"
         for name, wanted in manifest.items():
             file = folder / Path(name).name
