@@ -156,7 +156,8 @@ class Composer:
                 if sweep.is_empty(overrides[-1]):
                     found.append(ConfigError(key, f"names no value ({value})", "Give at least one"))
                 if overrides[-1].key_or_group in ("", "hydra"):
-                    found += [ConfigError(repr(word), "is not a key of kdx", "Type KEY=VALUE, of Hydra's hydra.KEY")]
+                    mend = "Type KEY=VALUE, of Hydra's hydra.KEY"
+                    found.append(ConfigError(repr(word), "is not a key of kdx", mend))
             except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
                 mend = f"""Quote it for the shell and for Hydra: '{key}="{value}"'"""
                 if not key or value[:1] in "[{'\"":
@@ -318,9 +319,10 @@ def _apply(word: Override, cfg: DictConfig, known: list[str]) -> list[ConfigErro
             return [ConfigError(f"+{key}", "is there already", f"Type it without the +: {key}=...")]
         if key in known or key.startswith("hydra."):
             return [ConfigError(key, one_line(error), "See `python -m kdx --cfg all`")]
-        group, option = key.split(".")[0], f"For an option of what {key.split('.')[0]}.name names: +{key}=..."
-        is_open = group in OPEN_GROUPS and "." in key and not has_near_name(key, known)
-        return [ConfigError(key, "is not a key of kdx", option if is_open else nearest_key(key, known))]
+        group, mend = key.split(".")[0], nearest_key(key, known)
+        if group in OPEN_GROUPS and "." in key and not has_near_name(key, known):
+            mend = f"For an option of what {group}.name names: +{key}=..."
+        return [ConfigError(key, "is not a key of kdx", mend)]
     return []
 
 

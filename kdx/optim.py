@@ -18,7 +18,7 @@ from kdx.errors import ConfigError, MachineError, did_you_mean, out_of_memory, t
 
 # Of these one calls the loss again and again, one wants sparse gradients, one trains matrices alone.
 UNFIT = ("Optimizer", "LBFGS", "SparseAdam", "Muon")
-REFUSALS = (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError)  # NotImplementedError is one
+REFUSALS = (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError)  # "not implemented" is a RuntimeError
 
 
 def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
@@ -13,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub client is imported: no test
 import pytest
 import torch
 import yaml
+from standins import write_dialogpt
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -37,6 +39,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether to count as far as the promises go, or a few times only."""
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small teacher and a smaller student."""
+    folder = tmp_path_factory.mktemp("models")
+    write_dialogpt(folder / "teacher", 2, 16, pickled=False)
+    write_dialogpt(folder / "student", 1, 16, pickled=False)
+    return folder
+
+
+@pytest.fixture
+def beside_models(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to type commands in, with that teacher and that student."""
+    for name in ("teacher", "student"):
+        (tmp_path / name).symlink_to(models / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kdx"])
+    for name in ("HYDRA_FULL_ERROR", "KDX_DEBUG"):
+        monkeypatch.setenv(name, "0")
+    return tmp_path
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import pytest
 import torch
 from processes import environment, in_process
 from safetensors.torch import load_file, save_file
-from standins import write_dialogpt, write_pairs
+from standins import write_pairs
 
 from kdx import loss
 
@@ -33,24 +33,9 @@ LINE = json.dumps(GOOD).encode() + b"\n"
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_dialogpt(folder / "teacher", 2, 16, pickled=False)
-    write_dialogpt(folder / "student", 1, 16, pickled=False)
-    return folder
-
-
 @pytest.fixture
-def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to type commands in, with a teacher and a student."""
-    for name in ("teacher", "student"):
-        (tmp_path / name).symlink_to(models / name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kdx"])
-    for name in ("HYDRA_FULL_ERROR", "KDX_DEBUG"):
-        monkeypatch.setenv(name, "0")
-    return tmp_path
+def place(beside_models: Path) -> Path:
+    return beside_models
 
 
 def words_of(*words: str) -> list[str]:

@@ -576,45 +576,43 @@ def test_what_no_word_of_a_sweep_is_refused_for(word):
 
 
 def test_plugins_are_imported_and_their_source_kept(monkeypatch):
+    def kept(names: str, folder: str) -> set[str]:
+        """The files that are kept of these plug-ins."""
+        monkeypatch.setenv("KDX_PLUGINS", names)
+        plugins.load()
+        plugins.keep(Path(folder))
+        files = Path(folder, "plugins")
+        return {file.relative_to(files).as_posix() for file in files.rglob("*.py")}
+
     write("my_kdx_loss.py", "LOADED = True\n")
     write("my_kdx_pack/__init__.py", "from my_kdx_pack import inner\n")
     write("my_kdx_pack/inner.py", "X = 1\n")
-    monkeypatch.setenv("KDX_PLUGINS", "my_kdx_loss, my_kdx_pack")
-    plugins.load()
-    plugins.keep(Path("r"))
+    own = {"my_kdx_loss.py", "my_kdx_pack/__init__.py", "my_kdx_pack/inner.py"}
+    assert kept("my_kdx_loss, my_kdx_pack", "r") == own
     assert "my_kdx_loss" in sys.modules
-    kept = {p.relative_to("r/plugins").as_posix() for p in Path("r/plugins").rglob("*.py")}
-    assert kept == {"my_kdx_loss.py", "my_kdx_pack/__init__.py", "my_kdx_pack/inner.py"}
     for name in ("my_kdx_loss", "my_kdx_pack", "my_kdx_pack.inner"):
         del sys.modules[name]
-    monkeypatch.setenv("KDX_PLUGINS", "no_such_module")
-    with pytest.raises(KdxError, match="KDX_PLUGINS: cannot import no_such_module"):
-        plugins.load()
     write("my_kdx_main.py", "import json, my_kdx_lib.sums, my_kdx_help\n")
     write("my_kdx_help.py", "Y = 1\n")
     write("my_kdx_lib/sums.py", "Z = 1\n")
-    monkeypatch.setenv("KDX_PLUGINS", "my_kdx_main")
-    plugins.load()
-    plugins.keep(Path("r2"))
+    assert kept("my_kdx_main", "r2") == {"my_kdx_main.py", "my_kdx_help.py", "my_kdx_lib/sums.py"}
     before = plugins.digest()
     plugins.load()  # as the next job of a sweep does
     assert plugins.digest() == before
-    kept = {p.relative_to("r2/plugins").as_posix() for p in Path("r2/plugins").rglob("*.py")}
-    assert kept == {"my_kdx_main.py", "my_kdx_help.py", "my_kdx_lib/sums.py"}
     for name, text in (("my_kdx_help.py", "Y = 2\n"), ("my_kdx_lib/sums.py", "Z = 2\n")):
         write(name, text)
         assert plugins.digest() != before, "what a plug-in imports decides, too"
         before = plugins.digest()
     write("my_kdx_space/plug.py", "from my_kdx_space import other\n")  # a package without __init__.py
     write("my_kdx_space/other.py", "A = 1\n")
-    monkeypatch.setenv("KDX_PLUGINS", "my_kdx_space.plug")
-    plugins.load()
-    plugins.keep(Path("r3"))
-    kept = {p.relative_to("r3/plugins").as_posix() for p in Path("r3/plugins").rglob("*.py")}
-    assert kept == {"my_kdx_space/plug.py", "my_kdx_space/other.py"}
+    assert kept("my_kdx_space.plug", "r3") == {"my_kdx_space/plug.py", "my_kdx_space/other.py"}
+
+
+@pytest.mark.parametrize(("name", "why"), [("no_such_module", ""), ("my_kdx_script", ": SystemExit: 0")])
+def test_plugins_that_cannot_be_imported(monkeypatch, name, why):
     write("my_kdx_script.py", "raise SystemExit(0)\n")
-    monkeypatch.setenv("KDX_PLUGINS", "my_kdx_script")
-    with pytest.raises(KdxError, match="KDX_PLUGINS: cannot import my_kdx_script: SystemExit: 0"):
+    monkeypatch.setenv("KDX_PLUGINS", name)
+    with pytest.raises(KdxError, match=f"KDX_PLUGINS: cannot import {name}{why}"):
         plugins.load()
 
 

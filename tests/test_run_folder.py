@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from processes import in_process
-from standins import write_dialogpt, write_pairs
+from standins import write_pairs
 
 from kdx.hostile import WRITTEN
 
@@ -19,22 +19,10 @@ BASE = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_dialogpt(folder / "teacher", 2, 16, pickled=False)
-    write_dialogpt(folder / "student", 1, 16, pickled=False)
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("teacher", "student"):
-        (tmp_path / name).symlink_to(models / name)
-    write_pairs(tmp_path / "t.jsonl")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    return tmp_path
+def place(beside_models: Path) -> Path:
+    write_pairs(beside_models / "t.jsonl")
+    return beside_models
 
 
 def content(folder: Path) -> dict[str, bytes]:
