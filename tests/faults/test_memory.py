@@ -1,12 +1,10 @@
 """Memory that runs out, in real processes: exit 3, what saves memory in order, and the last checkpoint stands."""
 
 import json
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
-from processes import environment
-from runs import start_command
+from runs import config_of, start, start_command
 from standins import write_dialogpt, write_pairs
 
 from kdx import checkpoint
@@ -29,15 +27,6 @@ def greedy(student, teacher):
     if calls > int(os.environ["GREEDY_FROM"]):
         torch.empty(2**50)
     return forward_kl(student, teacher)
-"""
-LIMITED = """
-import resource, sys
-from pathlib import Path
-import kdx.distill
-from kdx.cli import main
-size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 600 * 2**20,) * 2)
-main()
 """
 
 
@@ -73,14 +62,15 @@ def test_in_training(tmp_path: Path, figure) -> None:
     figure(f"memory ran out in training: exit 3, {newest.name} verifies, resumed to the end")
 
 
-def test_under_a_limit_of_the_address_space(tmp_path: Path) -> None:
+def test_under_a_limit_of_the_address_space(place: Path, tmp_path: Path) -> None:
     """A model of 1.6 GB where 600 MB are left."""
-    words = [*words_of(tmp_path), "train.max_steps=1", "student=random", "student.path=wide"]
     write_dialogpt(tmp_path / "wide", 1, 16, pickled=False)
     shape = json.loads((tmp_path / "wide/config.json").read_text())
     (tmp_path / "wide/config.json").write_text(json.dumps(shape | {"n_embd": 8192, "n_inner": 8192}))
-    words.remove("student=hf")
-    words.remove("student.path=student")
-    command = [sys.executable, "-c", LIMITED, *words]
-    told = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
-    check(told.returncode, told.stderr)
+    run = start(config_of(place, "student=random", f"student.path={tmp_path / 'wide'}"), tmp_path / "run", limit_memory)
+    check(run.code, run.text)
+
+
+def limit_memory() -> None:
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 600 * 2**20,) * 2)

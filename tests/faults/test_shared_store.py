@@ -47,7 +47,7 @@ def test_four_share_a_store_and_one_is_killed(
         began = time.monotonic()
         assert ended(started(share, teacher, tmp_path / alone, 0)) == 0
         seconds = time.monotonic() - began
-    num_rounds = 50 if full else 3
+    num_rounds = 50 if full else 2
     wrong = stuck = killed = checked = 0
     for round_ in range(num_rounds):
         chance = random.Random(round_)
