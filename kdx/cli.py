@@ -27,7 +27,7 @@ from kdx.config import Config
 from kdx.devices import one_device
 from kdx.durable import of_disk
 from kdx.errors import MACHINE, ConfigError, KdxError, out_of_memory, printable
-from kdx.folders import Source, groups_in, origins, spelt
+from kdx.folders import Source, groups_in, origins, roots_of, spelt
 from kdx.hostile import refuse_foreign, refuse_links, refuse_typed_secrets
 from kdx.redact import redact
 from kdx.resolve import as_tree, to_config
@@ -214,9 +214,9 @@ def run_job(
     def job() -> int:
         nonlocal measure, run_dir
         words = list(hydra_config.overrides.task)
-        paths = [Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path]
+        sources = [f"{source.schema}://{source.path}" for source in hydra_config.runtime.config_sources]
         tree = as_tree(cfg)
-        tree["run"]["origins"] = origins(words, hydra_config.runtime.choices, [*paths, *Source().roots()])
+        tree["run"]["origins"] = origins(words, hydra_config.runtime.choices, roots_of(sources))
         config = to_config(tree)
         is_main = os.environ.get("RANK", "0") == "0"
         if is_main and is_sweep and (run_dir / "data.json").exists():

@@ -21,7 +21,18 @@ from kdx import hostile, sweep
 from kdx.check import ALIASES, contradictions, dotted, has_near_name, nearest_key, problems
 from kdx.config import Config
 from kdx.errors import ConfigError, did_you_mean, together
-from kdx.folders import ORIGINS, Source, circular, contents, groups_in, no_keys, origins, refuse_strange, spelt
+from kdx.folders import (
+    ORIGINS,
+    Source,
+    circular,
+    contents,
+    groups_in,
+    no_keys,
+    origins,
+    refuse_strange,
+    refuse_unread,
+    spelt,
+)
 from kdx.resolve import OPEN_GROUPS, one_line, resolved, to_config
 
 LAYERS = ("typed", "experiment/", "recipe/", "")  # what wins comes first
@@ -158,6 +169,8 @@ class Composer:
                 if overrides[-1].key_or_group in ("", "hydra"):
                     mend = "Type KEY=VALUE, of Hydra's hydra.KEY"
                     found.append(ConfigError(repr(word), "is not a key of kdx", mend))
+                if overrides[-1].key_or_group == "hydra.searchpath":  # run.resume would not find it again
+                    found.append(ConfigError("hydra.searchpath", "may not be typed", "Use --config-dir FOLDER"))
             except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
                 mend = f"""Quote it for the shell and for Hydra: '{key}="{value}"'"""
                 if not key or value[:1] in "[{'\"":
@@ -211,7 +224,7 @@ class Composer:
 
     def _is_choice(self, word: Override) -> bool:
         key = word.key_or_group
-        return key in self.groups or key.startswith("hydra/") or key == "hydra.searchpath"
+        return key in self.groups or key.startswith("hydra/")
 
     def _choices(self, words: list[Override]) -> tuple[list[str], dict[str, ConfigError]]:
         """The words that choose from groups (of several values the first), and what is wrong with them by group."""
@@ -241,6 +254,8 @@ class Composer:
         key = tuple(choices)
         if key not in self._composed:
             cfg = _compose(choices, self.source)
+            chosen = [f"{group}/{option}" for group, option in cfg.hydra.runtime.choices.items()]
+            refuse_unread([(self.source.config_name or "config").removesuffix(".yaml"), *chosen], self.roots)
             hostile.refuse_untyped(OmegaConf.to_container(cfg.hydra))
             self._composed[key] = cfg
         return self._composed[key]
@@ -249,15 +264,15 @@ class Composer:
 def _compose(words: list[str], source: Source) -> DictConfig:
     """Compose with Hydra, leaving its global state as it was; its errors become one line. Raises ConfigError."""
     if source.config_dir:
-        path = str(Path(source.config_dir).resolve()).replace("'", "\\'")
-        words = [*words, f"hydra.searchpath=['file://{path}']"]
-    where = source.config_path and str(Path(source.config_path).resolve())
+        folders = [*source.searchpath(), f"file://{Path(source.config_dir).resolve()}"]
+        quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in folders]
+        words = [*words, f"hydra.searchpath=[{','.join(quoted)}]"]
+    where, own = source.config_path and str(Path(source.config_path).resolve()), source.main_file()
     hydra_state = GlobalHydra.instance()
     before = hydra_state.hydra
     hydra_state.clear()
     try:
-        own = Path(where or "") / f"{(source.config_name or 'config').removesuffix('.yaml')}.yaml"
-        if where and own.is_file():
+        if own:
             hostile.refuse_packages(own, OmegaConf.to_container(OmegaConf.load(own)))
         module = "kdx.conf"
         with initialize_config_dir(where, "kdx", "1.3") if where else initialize_config_module(module, "kdx", "1.3"):

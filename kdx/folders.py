@@ -12,7 +12,8 @@ import yaml
 
 from kdx.errors import ConfigError
 
-CONF = Path(importlib.import_module("kdx.conf").__path__[0])
+CONF = Path(importlib.import_module("kdx.conf").__path__[0]).resolve()
+PKG = "pkg://kdx.conf"  # the same as Hydra names it
 ORIGINS = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")  # what the header says the origin of
 MOST_NODES, MOST_DEPTH = 100_000, 100  # of a YAML file
 OPTIONAL = ("experiment", "recipe", "pair")  # groups of which nothing may be chosen
@@ -28,13 +29,38 @@ class Source:
     config_name: str | None = None
 
     def roots(self) -> list[Path]:
-        """The folders that hold groups, the user's first. Raises ConfigError."""
-        roots = []
+        """The folders that hold groups, in the order that Hydra looks into them. Raises ConfigError."""
         for flag, folder in (("--config-dir", self.config_dir), ("--config-path", self.config_path)):
             if folder and not Path(folder).is_dir():
                 raise ConfigError(flag, f"{folder} is not a folder", "Give the folder that holds teacher/, data/, …")
-            roots += [Path(folder).resolve()] if folder else []
-        return [*roots, CONF]
+        main, further = self.config_path or str(CONF), [self.config_dir] if self.config_dir else []
+        return roots_of([f"file://{main}", *self.searchpath(), *(f"file://{folder}" for folder in further)])
+
+    def main_file(self) -> Path | None:
+        """The user's own file that Hydra composes from in the place of kdx's, if there is one."""
+        file = Path(self.config_path or "") / f"{(self.config_name or 'config').removesuffix('.yaml')}.yaml"
+        return file if self.config_path and file.is_file() else None
+
+    def searchpath(self) -> list[str]:
+        """Where that file has Hydra search besides: `hydra: {searchpath: [file://FOLDER]}`."""
+        file = self.main_file()
+        with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):  # it is told where it is composed
+            text = file.read_text(encoding="utf-8") if file else ""
+            tree = yaml.load(text, SafeLoader) if _depth(text) <= MOST_DEPTH else None
+            hydra_part = tree.get("hydra") if isinstance(tree, dict) else None
+            named = hydra_part.get("searchpath") if isinstance(hydra_part, dict) else None
+            return [str(entry) for entry in named] if isinstance(named, list) else []
+        return []
+
+
+def roots_of(searched: Iterable[str]) -> list[Path]:
+    """The folders that hold groups, of all that Hydra searches, in its order, as file://FOLDER or pkg://PACKAGE."""
+    folders = [
+        CONF if entry == PKG else Path(entry.removeprefix("file://")).resolve()
+        for entry in searched
+        if entry == PKG or entry.startswith("file://")
+    ]
+    return list(dict.fromkeys([*folders, CONF]))
 
 
 def groups_in(roots: list[Path]) -> dict[str, list[str]]:
@@ -102,6 +128,19 @@ def _grows(tree: Any) -> bool:
         return sizes[id(node)]
 
     return size(tree) > max(MOST_NODES, 10 * written)
+
+
+def refuse_unread(options: Iterable[str], roots: list[Path]) -> None:
+    """Refuse the user's file of an option that Hydra does not look at, since another has its name. Raises ConfigError."""
+    todo, seen = list(options) if len(roots) > 1 else [], set[str]()
+    while todo:
+        option = todo.pop()
+        files = [file for root in roots if (file := root / f"{option}.yaml").is_file()]
+        for file in files[1:]:
+            if not file.is_relative_to(CONF) and file.read_bytes() != files[0].read_bytes():
+                raise ConfigError(str(file), f"is not read: {_said(files[0])} has its name", "Give it another name")
+        seen.add(option)
+        todo += _bases(option, roots) - seen if "/" in option else []
 
 
 def no_keys(file: Path) -> ConfigError:

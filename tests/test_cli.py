@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from kdx import __version__, cli, plugins, typed
 from kdx.cli import compose
 from kdx.composition import Composer, preflight
 from kdx.errors import ConfigError, KdxError
-from kdx.folders import Source
+from kdx.folders import CONF, Source
 from kdx.hostile import refuse_typed_secrets
 from kdx.redact import redact, secrets_in
 
@@ -214,6 +215,41 @@ def test_ones_own_folder_of_options():
     ]
 
 
+def test_a_main_config_of_ones_own_that_has_more_folders_searched(capfd):
+    write("mine/main.yaml", "defaults: [config, _self_]\nhydra: {searchpath: [pkg://kdx.conf, file://more]}\n")
+    write("more/student/small.yaml", "defaults: [hf, _self_]\npath: /models/small\n")
+    write("third/loss/sharp.yaml", "defaults: [forward_kl, _self_]\ntemperature: 0.5\n")
+    flags = ["--config-path", "mine", "--config-name", "main", "--config-dir", "third"]
+    code, out, lines = run(capfd, *flags, "--cfg", "job", "student=small", "loss=sharp")
+    assert (code, lines) == (0, [])
+    assert "path: /models/small" in out
+    assert "temperature: 0.5" in out
+    _, _, (line,) = run(capfd, *flags, "student=smal")
+    assert "Did you mean small?" in line
+    write("more/student/deep.yaml", "path: " + "[" * 1000)
+    _, _, (line,) = run(capfd, *flags, "student=small")
+    assert "more/student/deep.yaml: is nested too deep" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("student/cut", ["student=cut"]),
+        ("student/hf", ["student=mine"]),  # what an option builds on
+        ("recipe/cut", ["student=cut", "recipe=cut"]),
+        ("config", []),
+    ],
+)
+def test_a_file_of_ones_own_that_hydra_would_not_read(name, words):
+    """Hydra takes the first of a name, and that is kdx's."""
+    write("mine/student/mine.yaml", "defaults: [hf, _self_]\npath: /models/small\n")
+    write(f"mine/{name}.yaml", "a: 1\n")
+    what = f"{Path.cwd()}/mine/{name}.yaml: is not read: conf/{name}.yaml has its name. Give it another name"
+    assert refused(*words, config_dir="mine") == [what]
+    shutil.copy(CONF / f"{name}.yaml", f"mine/{name}.yaml")  # the same: whichever is read
+    assert compose(words, config_dir="mine").train.seed == 0
+
+
 def test_where_values_came_from():
     config = compose(["optim.lr=1e-4", "student=dialogpt_small", "optim=adamw_8bit", "experiment=demo"])
     assert config.run.origins["optim.lr"] == "typed"
@@ -269,6 +305,7 @@ def test_what_only_a_person_may_ask_for_is_obeyed_when_typed():
         (["loss.alpha=0", ""], "'': cannot be read"),
         (["="], "'=': is not a key of kdx. Type KEY=VALUE"),
         (["=x"], "'=x': is not a key of kdx. Type KEY=VALUE"),
+        (["hydra.searchpath=[file://x]"], "hydra.searchpath: may not be typed. Use --config-dir FOLDER"),
         (["hydra=null"], "'hydra=null': is not a key of kdx. Type KEY=VALUE, of Hydra's hydra.KEY"),
         (["data.path=~/x"], """Quote it for the shell and for Hydra: 'data.path="~/x"'"""),
         (["optim.eps=1e-6"], "optim.eps: is not a key of kdx. For an option of what optim.name names: +optim.eps=..."),
