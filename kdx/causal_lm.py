@@ -9,7 +9,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from kdx.batches import MicroBatch
 from kdx.config import SAFE_NAME, ModelConfig
-from kdx.durable import cache_dir, known_digest, open_to_umask, put, read_json, sync
+from kdx.durable import cache_dir, known_digest, read_json, whole_folder
 from kdx.errors import MachineError, ModelError
 from kdx.files import nearby, resolve_path
 from kdx.loading import loading
@@ -317,19 +316,15 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
         with FileLock(kept.parent / f"{stamp}.lock"):
             if not (kept / "config.json").is_file():
                 log.info("dequantising %s once, to %s", gguf_file, kept)
-                beside = kept.with_suffix(f".{os.getpid()}.tmp")
-                shutil.rmtree(beside, ignore_errors=True)
                 with loading(str(source), "model", f"{group}.gguf_file"):
                     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
                     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
                 model.hf_quantizer = None  # save_pretrained refuses what came from GGUF unless told it is plain now
                 if hasattr(model.config, "quantization_config"):
                     del model.config.quantization_config
-                model.save_pretrained(beside)
-                tokenizer.save_pretrained(beside)
-                open_to_umask(*beside.iterdir())
-                sync(beside)
-                put(beside, kept)
+                with whole_folder(kept) as beside:
+                    model.save_pretrained(beside)
+                    tokenizer.save_pretrained(beside)
     except OSError as error:
         mend = "Set KDX_CACHE to a folder with room"
         raise MachineError("KDX_CACHE", f"cannot write {kept}: {error}", mend) from None

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kdx import shards
-from kdx.durable import fsync, open_to_umask, put, seal, temporary, usage_of, verify
+from kdx.durable import fsync, open_to_umask, temporary, usage_of, verify, whole_file, whole_folder
 from kdx.errors import ConfigError, MachineError, out_of_memory
 
 KEPT = 2
@@ -60,24 +60,20 @@ def save(
     """
     name = name_of(state["step"])
     final = folder_of(run_dir) / name
-    beside = folder_of(run_dir) / f".tmp-{name}"
-    shutil.rmtree(beside, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
-        save_file(_untied(model), beside / "model.safetensors", metadata={"format": "pt"})  # as transformers wants it
-        describe(beside)
-        torch.save(optimizer_state, beside / "optimizer.pt")
-        if best is not None and best.is_file():
-            shutil.copyfile(best, beside / "best.safetensors")
-        rest = {"schedule": schedule.state_dict(), "scaler": scaler.state_dict() if scaler else None}
-        torch.save(rest | {"random": random_states}, beside / "random.pt")
-        (beside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-        open_to_umask(*beside.iterdir())
-        seal(beside)
-        put(beside, final)
+        with whole_folder(final, is_sealed=True) as beside:
+            save_file(
+                _untied(model), beside / "model.safetensors", metadata={"format": "pt"}
+            )  # as transformers wants it
+            describe(beside)
+            torch.save(optimizer_state, beside / "optimizer.pt")
+            if best is not None and best.is_file():
+                shutil.copyfile(best, beside / "best.safetensors")
+            rest = {"schedule": schedule.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+            torch.save(rest | {"random": random_states}, beside / "random.pt")
+            (beside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         fsync(run_dir)
     except REFUSALS as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise not_saved(final, "a checkpoint", error) from error
     for old in [folder for folder in found(run_dir) if folder.name <= name][KEPT:]:  # newer ones are damaged: no loss
         _discard(old)
@@ -136,15 +132,11 @@ def _load_plain(file: Path) -> Any:
 
 def save_weights(file: Path, model: nn.Module) -> None:
     """Write a model's weights alone, beside and renamed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = temporary(file)
     try:
-        save_file(_untied(model), beside)
-        open_to_umask(beside)
-        fsync(beside)
-        os.replace(beside, file)
+        with whole_file(file) as beside:
+            save_file(_untied(model), beside)
+            open_to_umask(beside)
     except REFUSALS as error:
-        beside.unlink(missing_ok=True)
         raise not_saved(file, "the best weights", error) from error
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,18 +19,43 @@ from kdx.errors import MachineError
 MANIFEST = "MANIFEST.json"  # size and sha256 of every other file, written last: with it a folder is whole
 
 
-def write_beside(file: Path, text: str | bytes) -> None:
-    """Write a whole file or none, and have the disk keep it. Raises OSError; nothing is left beside it then."""
+@contextlib.contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A path to write a file at, beside its own, which it gets when all went well; else nothing is left.
+
+    Raises OSError.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = temporary(file)
     try:
-        beside.write_bytes(text.encode() if isinstance(text, str) else text)
+        yield beside
         fsync(beside)
         os.replace(beside, file)
         fsync(file.parent)
-    except OSError:
+    except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, *, is_sealed: bool = False) -> Iterator[Path]:
+    """The same for a new folder of files, in place of what has its name; with a manifest if it is sealed."""
+    beside = temporary(folder)
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        open_to_umask(*beside.iterdir())
+        seal(beside) if is_sealed else sync(beside)
+        put(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def write_beside(file: Path, text: str | bytes) -> None:
+    """Write a whole file or none, and have the disk keep it. Raises OSError; nothing is left beside it then."""
+    with whole_file(file) as beside:
+        beside.write_bytes(text.encode() if isinstance(text, str) else text)
 
 
 def write_over(file: Path, text: str) -> None:

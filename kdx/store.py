@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdx.causal_lm import Head
-from kdx.durable import digest_of, open_to_umask, read_json, temporary, usage_of, write_beside
+from kdx.durable import digest_of, open_to_umask, read_json, usage_of, whole_file, write_beside
 from kdx.errors import ConfigError
 from kdx.segments import HEADER_SIZE, Segments
 
@@ -200,17 +200,13 @@ class TeacherStore:
         tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
         sizes = {"num_parameters": kept.num_parameters, "num_bytes": kept.num_bytes}
         about = {"scale": head.scale, "softcap": head.softcap} | sizes  # in the same file, under the same digest
-        beside = temporary(file)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            save_file(tensors, beside, {"about": json.dumps(about)})
-            digest = digest_of(beside)
-            open_to_umask(beside)
-            os.replace(beside, file)
+            with whole_file(file) as beside:
+                tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+                save_file(tensors, beside, {"about": json.dumps(about)})
+                digest = digest_of(beside)
+                open_to_umask(beside)
         except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                beside.unlink()
             self._stop(str(error))
             return
         self._write(self.folder / "teacher.json", {"name": self.name, **asdict(self.identity), "head_sha256": digest})

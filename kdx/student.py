@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from kdx.causal_lm import load_causal_lm, load_config, ready
 from kdx.checkpoint import REFUSALS, not_saved
 from kdx.config import StudentConfig, TeacherConfig
-from kdx.durable import open_to_umask, put, seal, sync, temporary, verify
+from kdx.durable import open_to_umask, put, seal, temporary, verify, whole_folder
 from kdx.errors import ConfigError, ModelError
 from kdx.loading import loading
 
@@ -141,17 +141,12 @@ def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 
     Whole or not at all, and kept by the disk. Raises MachineError if it is full or refuses.
     """
-    beside = temporary(folder)
     model.config.use_cache = True
     try:
-        beside.mkdir(parents=True)
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        open_to_umask(*beside.iterdir())
-        sync(beside)
-        put(beside, folder)
+        with whole_folder(folder) as beside:
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
     except REFUSALS as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise not_saved(folder, "the student", error) from error
 
 
