@@ -9,7 +9,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +19,7 @@ from rich.console import Console
 from kdx import ranking
 from kdx.durable import write_beside
 from kdx.errors import ConfigError, MachineError, printable, together
+from kdx.files import nearby
 from kdx.ranking import COSTS, MEASURES, RANKED_BY, Comparison, Ranking, Rows, Run
 from kdx.redact import redact
 from kdx.stale import newest
@@ -136,13 +136,7 @@ def _runs_in(place: Path) -> list[Path]:
 def _missing(path: Path) -> ConfigError:
     if glob.has_magic(str(path)):
         return ConfigError(str(path), "matches nothing", EXAMPLE)
-    parent = path.parent
-    while not parent.is_dir():
-        path, parent = parent, parent.parent
-    names = sorted(p.name for p in parent.iterdir() if p.is_dir())
-    near = get_close_matches(path.name, names, n=1, cutoff=0.5)
-    mend = f"Did you mean {parent / near[0]}?" if near else f"{parent} has: {', '.join(names[:12]) or 'no folder'}"
-    return ConfigError(str(path), "does not exist", mend)
+    return ConfigError(str(path), "does not exist", nearby(path))
 
 
 # Reading

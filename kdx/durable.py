@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,11 @@ def read_yaml(file: Path) -> Any:
         return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: not UTF-8, or a day that no month has
         return None
+
+
+def local_time() -> str:
+    """Now, to the second and with its zone, as records of a run have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def temporary(path: Path) -> Path:

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kdx import signals
 from kdx.composition import Plan
 from kdx.devices import num_at_once, share_cores
-from kdx.durable import read_json, write_beside
+from kdx.durable import local_time, read_json, write_beside
 from kdx.errors import InUseError, KdxError, MachineError, printable
 from kdx.redact import redact
 from kdx.stale import newest
@@ -186,6 +186,6 @@ def note_failure(folder: Path, reason: str) -> None:
             "state": "failed",
             "reason": redact(reason),
             "step": 0,
-            "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "updated": local_time(),
         }
         write_beside(folder / "status.json", json.dumps(status, indent=2) + "\n")

@@ -15,7 +15,7 @@ import yaml
 
 from kdx import checkpoint, drift, owner, typed
 from kdx.config import Config
-from kdx.durable import fsync, read_json, read_yaml, write_beside, write_over
+from kdx.durable import fsync, local_time, read_json, read_yaml, write_beside, write_over
 from kdx.errors import ConfigError, DivergedError, InUseError, KdxError, MachineError, exit_code, out_of_memory
 from kdx.hostile import refuse_foreign, refuse_links
 from kdx.redact import redact
@@ -33,7 +33,7 @@ class RunFolder:
         self.step = 0
         self.max_steps: int | None = None
         self.written = -math.inf
-        self.since = _now()
+        self.since = local_time()
         self.before: dict[str, Any] = {}  # what the status told when this process began
         self.accept: Callable[[], None] = lambda: None
         self.is_accepted = False
@@ -233,7 +233,7 @@ class RunFolder:
             "reason": redact(reason),
             "step": self.step,
             "max_steps": self.max_steps,
-            "updated": _now(),
+            "updated": local_time(),
             "since": self.since,
             "owner": owner.this_process(),
         }
@@ -339,10 +339,6 @@ class RunFolder:
             return self.path.parent / "wandb"
         outputs = next((p for p in self.path.parents if p.name == "outputs"), self.path.parent)
         return outputs / "wandb"
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _plain(config: dict[str, Any]) -> Any:

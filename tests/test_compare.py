@@ -648,7 +648,7 @@ class TestFinding:
             ([], "kdx compare: names no runs. As in: kdx compare outputs/sweeps/NAME"),
             (["runz"], "runz: does not exist. Did you mean runs?"),
             (["runs/tempp-1"], "runs/tempp-1: does not exist. Did you mean runs/temp-1?"),
-            (["zzz/y"], "zzz: does not exist. . has: empty, runs"),
+            (["zzz/y"], "zzz/y: does not exist. This folder (*) has: empty/, runs/"),
             (["runs/x*"], "runs/x*: matches nothing. As in: kdx compare outputs/sweeps/NAME"),
             (["empty"], "empty: no run in it (a run has a status.json). As in: kdx compare outputs/sweeps/NAME"),
             (["--wat"], "kdx compare: unrecognized arguments: --wat. Usage: kdx compare PATH... [--out DIR] [--wandb]"),
@@ -660,7 +660,7 @@ class TestFinding:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(ConfigError) as error:
             main(words)
-        assert str(error.value) == line
+        assert str(error.value) == line.replace("(*)", f"({tmp_path})")
         assert error.value.exit_code == 2
 
     def test_all_missing_paths_are_named_at_once(self, tmp_path):
