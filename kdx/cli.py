@@ -233,7 +233,7 @@ def run_job(
             raise
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; read when they are imported
-        if is_sweep:
+        if is_sweep and is_main:
             print(f"\nkdx: job {hydra_config.job.num + 1}: {run_dir}", flush=True)
         with one_device(is_parallel):
             if notes and notes.stopped_by:  # it may have waited for one

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from processes import environment
-from standins import write_place
+from standins import FUSSY, write_place
 
 from kdx import launch
 from kdx.cli import compose
@@ -39,11 +39,15 @@ def failing(student, teacher):
 '''
 
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     write_place(folder)
     (folder / "failing.py").write_text(PLUGIN)
+    (folder / "fussy_loss.py").write_text(FUSSY)
     return folder
 
 
@@ -51,7 +55,7 @@ def kdx(place: Path, *words: str, launcher: tuple[str, ...] = (), **more: str) -
     base = ["teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=pairs"]
     base += ["data.path=pairs.jsonl", "train.batch_size=4", "train.max_steps=500", "tracking.mode=disabled"]
     command = [sys.executable, "-m", *launcher, "kdx", *base, *words]
-    told = environment(KDX_PLUGINS="failing", **more)
+    told = environment(**{"KDX_PLUGINS": "failing"} | more)
     return subprocess.run(command, cwd=place, env=told, capture_output=True, text=True, check=False, timeout=540)
 
 
@@ -65,11 +69,10 @@ def kdx(place: Path, *words: str, launcher: tuple[str, ...] = (), **more: str) -
 )
 def test_one_that_fails_ends_all(place: Path, who: str, how: str, code: int, reason: str) -> None:
     """The launcher ends with 1; status.json and each process's last line have kdx's code, and its reason."""
-    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
     run_dir = place / f"run-{who}-{how}"
     (place / "failed").unlink(missing_ok=True)
     words = ("loss.name=failing", f"hydra.run.dir={run_dir}")
-    told = kdx(place, *words, launcher=launcher, WHO=who, HOW=how)
+    told = kdx(place, *words, launcher=TORCHRUN, WHO=who, HOW=how)
     waited = time.time() - (place / "failed").stat().st_mtime
     assert told.returncode == 1
     assert waited < 30, "as long as torchrun waits before it kills"
@@ -80,6 +83,20 @@ def test_one_that_fails_ends_all(place: Path, who: str, how: str, code: int, rea
     assert own.count(f"kdx: exit code {code}, whatever the launcher's own is") == (1 if how == "killed" else 2)
     assert own[-1].startswith("kdx: exit code")
     assert "this is a bug in kdx" not in told.stderr
+
+
+def test_a_job_that_fails_ends_a_sweep_and_the_next_begins_with_what_was_not_tried(place: Path) -> None:
+    """The other process would wait for it in a job that it does not begin."""
+    words = ("-m", "sweep.name=s", "sweep.baseline=false", "loss.name=fussy", "+loss.most=0,2", "train.max_steps=2")
+    for expected in (["most-0"], ["most-2", "most-0"]):
+        told = kdx(place, *words, launcher=TORCHRUN, KDX_PLUGINS="fussy_loss")
+        assert told.returncode == 1
+        assert told.stderr.count("RuntimeError: most is too small") == 2, told.stderr
+        begun = [line for line in told.stdout.splitlines() if line.startswith("kdx: job ")]
+        assert [Path(line).name.split("_")[0] for line in begun] == expected
+        files = place.glob("outputs/sweeps/s/*/status.json")
+        states = {file.parent.name.split("_")[0]: json.loads(file.read_text())["state"] for file in files}
+        assert states == {name: "failed" if name == "most-0" else "done" for name in expected}
 
 
 def test_processes_that_cannot_find_one_another_are_refused(place: Path) -> None:
