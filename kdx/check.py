@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from kdx.config import COMMIT, Config
+from kdx.folders import OPTIONAL
 
 # What other tools call it → what it is here.
 ALIASES = {
@@ -108,10 +109,15 @@ def problems(tree: dict[str, Any], shape: Any = Config, prefix: str = "") -> lis
     """
     found = []
     hints = typing.get_type_hints(shape)
+    unset = [part.name for part in dataclasses.fields(shape) if part.name not in tree]
+    if prefix and len(unset) > 2:
+        mend = "Build the option on one of kdx's own: defaults: [NAME, _self_]"
+        found.append(Problem(prefix.rstrip("."), f"has no {', '.join(unset)}", mend))
+    else:
+        found += [Problem(prefix + name, "is not set", "Every YAML of the group needs it; see conf/") for name in unset]
     for part in dataclasses.fields(shape):
         key = prefix + part.name
         if part.name not in tree:
-            found.append(Problem(key, "is not set", "Every YAML of the group needs it; see conf/"))
             continue
         value, wanted = tree[part.name], hints[part.name]
         if dataclasses.is_dataclass(wanted):
@@ -139,7 +145,8 @@ def problems(tree: dict[str, Any], shape: Any = Config, prefix: str = "") -> lis
             if fits and value is not None and wanted in (str, str | None):
                 value = str(value)  # as composition makes it
         if not fits:
-            found.append(Problem(key, f"is {show(value)}, expected {wanted_words}", f"Allowed: {words}"))
+            expected = "" if wanted_words == words else f", expected {wanted_words}"
+            found.append(Problem(key, f"is {show(value)}{expected}", f"Allowed: {words}"))
         elif value is not None and "test" in part.metadata and not part.metadata["test"](value):
             mend = f"Allowed: {words}"
             if "choices" in part.metadata:
@@ -148,7 +155,10 @@ def problems(tree: dict[str, Any], shape: Any = Config, prefix: str = "") -> lis
     known = tuple(part.name for part in dataclasses.fields(shape))
     for name in tree:
         if name not in known:
-            found.append(Problem(f"{prefix}{name}", "is not a key of kdx", _nearest(name, known) + "Take it out"))
+            mend = _nearest(name, known) + "Take it out"
+            if name in OPTIONAL and not prefix:
+                mend = f'Begin the file of {name}=... with the line "# @package _global_"'
+            found.append(Problem(f"{prefix}{name}", "is not a key of kdx", mend))
     return found
 
 
@@ -171,6 +181,8 @@ def dotted(tree: Any, prefix: str = "") -> list[str]:
 def nearest_key(key: str, known: list[str]) -> str:
     """A mend for a dotted key that is not known: other tools' word for it, the same name elsewhere, or the nearest."""
     last = key.rsplit(".", 1)[-1]
+    if ALIASES.get(last, "").startswith(f"{key}, "):
+        return f"It is one {ALIASES[last].removeprefix(f'{key}, ')}"
     if last in ALIASES:
         return f"Did you mean {ALIASES[last]}?"
     same = [k for k in known if k.rsplit(".", 1)[-1] == last]
@@ -198,9 +210,15 @@ def contradictions(tree: dict[str, Any]) -> list[Problem]:
             found.append(Problem(f"{group}.trust_remote_code", what, f"Pin it: {group}.revision=COMMIT"))
     if student["init"] != "cut" and not student["path"]:
         found.append(Problem("student.path", "is null", "Say which model: student.path=FOLDER or a hub id"))
+    if student["init"] != "cut" and student["layers"] is not None:
+        what = f"is {student['layers']}, and only student=cut has layers to choose"
+        found.append(Problem("student.layers", what, "Choose student=cut, or student.layers=null"))
     if student["init"] == "cut":
         if not teacher["path"]:
             found.append(Problem("student", "is cut from the teacher, and there is none", "Choose student=hf"))
+        if student["path"]:
+            what = f"is {student['path']}, but student=cut takes the teacher's layers"
+            found.append(Problem("student.path", what, "Choose student=hf, or student.path=null"))
         if student["layers"] is None:
             found.append(Problem("student.layers", "is null", "Say how many or which: student.layers=10"))
     if not teacher["path"] and loss["alpha"] > 0:

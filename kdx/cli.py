@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx import __version__, jobs, plugins, signals, surroundings, typed
+from kdx import jobs, plugins, signals, surroundings, typed
 from kdx.composition import Plan, compose, compose_points, preflight
 from kdx.config import Config
 from kdx.devices import one_device
@@ -32,6 +32,7 @@ from kdx.hostile import refuse_foreign, refuse_links, refuse_typed_secrets
 from kdx.redact import redact
 from kdx.resolve import as_tree, to_config
 from kdx.stale import place
+from kdx.version import __version__
 
 __all__ = ["compose", "main"]
 

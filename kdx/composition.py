@@ -2,6 +2,8 @@
 
 import copy
 import re
+import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,14 +174,20 @@ class Composer:
                 if overrides[-1].key_or_group == "hydra.searchpath":  # run.resume would not find it again
                     found.append(ConfigError("hydra.searchpath", "may not be typed", "Use --config-dir FOLDER"))
             except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
-                mend = f"""Quote it for the shell and for Hydra: '{key}="{value}"'"""
-                if not key or value[:1] in "[{'\"":
-                    mend = "Quote what the shell or Hydra would take apart, as in 'data.path=[a.jsonl,b.jsonl]'"
+                mend = self._quoted(key, value)
                 what = one_line(error).removeprefix(f"Error parsing override '{word}' ")
                 found.append(ConfigError(key or repr(word), f"cannot be read ({what})", mend))
         if found:
             raise together(found)
         return overrides
+
+    def _quoted(self, key: str, value: str) -> str:
+        """The mend for a word that Hydra cannot read: how to type its value as text, if that is what it is."""
+        word = f'{key}="' + value.replace('"', '\\"') + '"'
+        with suppress(HydraException, ValueError):
+            if value[:1] not in ("[", "'", '"') and self._parser.parse_overrides([word])[0].value() == value:
+                return f"Quote it for the shell and for Hydra: {shlex.quote(word)}"
+        return "Quote what the shell or Hydra would take apart, as in 'data.path=[a.jsonl,b.jsonl]'"
 
     def hydra_part(self, words: list[Override]) -> DictConfig:
         """Hydra's own part of the config, and what it reads of `sweep`, for the first values of a sweep."""
@@ -188,11 +196,17 @@ class Composer:
         for word in words:
             if word.key_or_group.startswith(("hydra.", "sweep.")) and not self._is_choice(word):
                 _apply(word, cfg, [])
-        for name in ("sweeper", "launcher", "run", "sweep"):
+        for name in ("sweeper", "launcher", "run", "sweep", "job"):
             if not isinstance(cfg.hydra.get(name), DictConfig):
                 raise ConfigError(
                     f"hydra.{name}", "is no group of keys", "Set a key of it, or choose hydra/launcher=..."
                 )
+        for name in ("run", "sweep"):
+            if not OmegaConf.to_container(cfg.hydra[name]).get("dir"):  # type: ignore[union-attr]  # the folder one is in would be the run's
+                raise ConfigError(f"hydra.{name}.dir", "is empty", "Name a folder, or leave it out")
+        if cfg.hydra.job.chdir:
+            what = "would have every path that is typed or printed mean another one"
+            raise ConfigError("hydra.job.chdir", what, "Leave it out")
         return cfg.hydra
 
     def point(self, words: list[Override]) -> Point:
@@ -218,6 +232,9 @@ class Composer:
         faults += unresolved.values()
         faults += [ConfigError(*p) for p in problems(tree) if p.key not in unresolved]
         faults += [] if faults else [ConfigError(*problem) for problem in contradictions(tree)]
+        if not faults and base.hydra.runtime.choices.get("teacher") == "none" and tree["teacher"]["path"]:
+            what = f"is {tree['teacher']['path']}, beside teacher=none"
+            faults.append(ConfigError("teacher.path", what, "Choose another teacher, or teacher.path=null"))
         if not faults:
             tree["run"]["origins"] = where
         return Point(faults, tree, freed)
@@ -240,7 +257,10 @@ class Composer:
             for value in bad:
                 alias = ALIASES.get(f"{key}={value}")
                 mend = f"Did you mean {alias}?" if alias else did_you_mean(str(value), self.groups[key])
-                wrong[key] = ConfigError(f"{key}={value}", f"{key} has no option {value}", mend)
+                misnamed = [file for root in self.roots if (file := root / key / f"{value}.yml").is_file()]
+                mend = f"Rename {misnamed[0]} to .yaml" if misnamed else mend
+                what = f"{key} has no option {value}" if value else "names no option"
+                wrong[key] = ConfigError(f"{key}={value}", what, mend)
             if not bad:
                 kept.append(f"{key}={values[0]}" if word.is_sweep_override() else str(word.input_line))
         return kept, wrong
@@ -267,6 +287,8 @@ def _compose(words: list[str], source: Source) -> DictConfig:
         folders = [*source.searchpath(), f"file://{Path(source.config_dir).resolve()}"]
         quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in folders]
         words = [*words, f"hydra.searchpath=[{','.join(quoted)}]"]
+    chosen = [root / f"{word.replace('=', '/')}.yaml" for word in words for root in source.roots()]
+    looked_at = [*(file for file in chosen if file.is_file()), *source.roots()]
     where, own = source.config_path and str(Path(source.config_path).resolve()), source.main_file()
     hydra_state = GlobalHydra.instance()
     before = hydra_state.hydra
@@ -279,10 +301,10 @@ def _compose(words: list[str], source: Source) -> DictConfig:
             return hydra_compose(source.config_name or "config", words, return_hydra_config=True)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        files = [Path(mark.name)] if mark and Path(mark.name).is_file() else source.roots()
+        files = [Path(mark.name)] if mark and Path(mark.name).is_file() else looked_at
         raise _unreadable(files) or ConfigError("YAML", one_line(error), "Mend the YAML") from None
     except RecursionError:
-        found = _unreadable(source.roots()) or circular(source.roots())
+        found = _unreadable(looked_at) or circular(source.roots())
         raise found or ConfigError("config", "its defaults never end", "Mend the YAML") from None
     except (HydraException, OmegaConfBaseException) as error:
         package = re.search(r"'hydra/launcher/(joblib|submitit)\w*'", str(error))
@@ -295,7 +317,7 @@ def _compose(words: list[str], source: Source) -> DictConfig:
     except (ValueError, OSError) as error:  # a defaults list that is none; a file that holds no keys
         if getattr(error, "errno", None) is not None:
             raise
-        raise _unreadable(source.roots()) or ConfigError("config", one_line(error), "Mend the YAML") from None
+        raise _unreadable(looked_at) or ConfigError("config", one_line(error), "Mend the YAML") from None
     finally:
         GlobalHydra.instance().hydra = before
 

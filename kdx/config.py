@@ -23,8 +23,9 @@ def above(low: float, most: float = math.inf) -> Any:
     return field(metadata={"test": lambda v: low < v <= most, "range": words})
 
 
-def at_least(low: float) -> Any:
-    return field(metadata={"test": lambda v: v >= low, "range": f"{low:g} or more"})
+def at_least(low: float, most: float = math.inf) -> Any:
+    words = f"{low:g} or more" + (f", at most {most:g}" if most < math.inf else "")
+    return field(metadata={"test": lambda v: low <= v <= most, "range": words})
 
 
 def between(low: float, high: float) -> Any:
@@ -208,7 +209,7 @@ class TrainConfig:
         int, str, test=lambda v: v == "auto" if isinstance(v, str) else v >= 1, words="auto or a number of rows"
     )
     """Rows at once on one device; auto is batch_size ÷ processes. Accumulation is derived."""
-    max_steps: int | None = at_least(0)
+    max_steps: int | None = at_least(0, most=1e9)
     """Optimizer steps; exactly one of max_steps and epochs. 0 measures and trains nothing."""
     epochs: float | None = above(0, most=1e9)
     """Passes over the training rows; exactly one of max_steps and epochs."""

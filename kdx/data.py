@@ -165,7 +165,7 @@ def _held_out(config: DataConfig, rows: list[Conversation]) -> list[Conversation
         return []
     number = wanted if isinstance(wanted, int) else max(1, round(wanted * len(rows)))
     if number >= len(rows):
-        what = f"{wanted} held-out rows of {len(rows)} leave none to train on"
+        what = f"is {wanted}: {number} of {len(rows)} rows held out leave none to train on"
         raise DataError("data.validation", what, "Hold out fewer rows, or give more data")
     return sorted(rows, key=lambda c: _rank(config.seed, c))[:number]
 

@@ -111,7 +111,8 @@ def together(errors: Sequence[KdxError]) -> KdxError:
 def same_in_all(faults: Sequence[DataError]) -> Sequence[DataError]:
     """The faults of rows of which none is sound, as one if it is the same in all."""
     where, what, mend = faults[0].args
-    if len(faults) < 3 or any(fault.args[1:] != (what, mend) for fault in faults):
+    kinds = {(re.sub(r"\(.*?\)", "", fault.args[1]), fault.args[2]) for fault in faults}  # () hold a row's own value
+    if len(faults) < 3 or len(kinds) > 1:
         return faults
     return [DataError(where, f"{what} (and so in all {len(faults):,} rows)", mend)]
 

@@ -13,12 +13,12 @@ import transformers
 import yaml
 from rich.table import Table
 
-from kdx import __version__
 from kdx.causal_lm import device_dtype
 from kdx.errors import printable
 from kdx.prepare import Prepared, in_bytes
 from kdx.store import TeacherStore
 from kdx.typed import told_flags
+from kdx.version import __version__
 
 ROWS = (
     ("KL to the teacher", "kl", "{:.4f}"),

@@ -22,6 +22,8 @@ log = logging.getLogger("kdx")
 STOPS = (signal.SIGTERM, signal.SIGINT)
 HANGUPS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # the terminal was closed; Windows says no such thing
 SAME = 0.25  # seconds
+UNTRIED = "stopped before it did a step: nothing is lost; type the same command again"
+UNSAVED = "stopped at once: the same command goes on from the newest checkpoint, if there is one"
 
 _noted: list[int] = []
 _mask = threading.local()  # what was held back before a thread forked
@@ -163,7 +165,7 @@ class StopRequest:
             return
         self.signal, self.since = number, time.monotonic()
         if again or not self.is_deferred:
-            tell(f"\nkdx: {self.kept}") if self.kept else None
+            tell(f"\nkdx: {self.kept or (UNSAVED if self.is_deferred else UNTRIED)}")
             raise Stopped(self.exit_code)
         tell("\nstopping at the next safe point; once more to stop at once")
 

@@ -250,6 +250,23 @@ def test_a_file_of_ones_own_that_hydra_would_not_read(name, words):
     assert compose(words, config_dir="mine").train.seed == 0
 
 
+def test_an_option_of_ones_own_that_is_not_as_it_must_be(capfd):
+    write("mine/teacher/bare.yaml", "path: x\n")
+    write("mine/teacher/other.yml", "path: x\n")
+    write("mine/teacher/broken.yaml", "path: [\n")
+    Path("mine/teacher/latin.yaml").write_bytes(b"\xe9: 1\n")
+    write("mine/experiment/plain.yaml", "train: {seed: 1}\n")
+    for word, says in {
+        "teacher=bare": "teacher: has no gguf_file, revision, trust_remote_code,",
+        "teacher=other": f"teacher has no option other. Rename {Path.cwd()}/mine/teacher/other.yml to .yaml",
+        "teacher=latin": "mine/teacher/latin.yaml: is not UTF-8 (byte 0)",  # the other one was not chosen
+        "experiment=plain": """Begin the file of experiment=... with the line "# @package _global_\"""",
+    }.items():
+        code, _, (line,) = run(capfd, "--config-dir", "mine", word)
+        assert code == 2
+        assert says in line
+
+
 def test_where_values_came_from():
     config = compose(["optim.lr=1e-4", "student=dialogpt_small", "optim=adamw_8bit", "experiment=demo"])
     assert config.run.origins["optim.lr"] == "typed"
@@ -307,6 +324,18 @@ def test_what_only_a_person_may_ask_for_is_obeyed_when_typed():
         (["=x"], "'=x': is not a key of kdx. Type KEY=VALUE"),
         (["hydra.searchpath=[file://x]"], "hydra.searchpath: may not be typed. Use --config-dir FOLDER"),
         (["hydra=null"], "'hydra=null': is not a key of kdx. Type KEY=VALUE, of Hydra's hydra.KEY"),
+        (["data.template.user={{ a }} 'b'"], """: 'data.template.user="{{ a }} '"'"'b'"'"'"'"""),
+        (['tracking.name=a "b"'], r"""Quote it for the shell and for Hydra: 'tracking.name="a \"b\""'"""),
+        (["data.path=[a b"], "Quote what the shell or Hydra would take apart, as in 'data.path=[a.jsonl,b.jsonl]'"),
+        (["loss="], "loss=: names no option. Choices: "),
+        (["loss.beta=0.5"], "loss.beta: is not a key of kdx. It is one with loss=jsd"),
+        (["hydra.run.dir="], "hydra.run.dir: is empty"),
+        (["-m", "train.seed=1,2", "hydra.sweep.dir="], "hydra.sweep.dir: is empty"),
+        (["hydra.job.chdir=true"], "hydra.job.chdir: would have every path"),
+        (["train.max_steps=9999999999"], "train.max_steps: is 9999999999. Allowed: 0 or more, at most 1e+09"),
+        (["student=hf", "student.path=x", "student.layers=2"], "student.layers: is 2, and only student=cut has layers"),
+        (["student.path=x"], "student.path: is x, but student=cut takes the teacher's layers"),
+        (["teacher=none", "teacher.path=x", *HF], "teacher.path: is x, beside teacher=none"),
         (["data.path=~/x"], """Quote it for the shell and for Hydra: 'data.path="~/x"'"""),
         (["optim.eps=1e-6"], "optim.eps: is not a key of kdx. For an option of what optim.name names: +optim.eps=..."),
         (["-m", "loss=glob(x*)"], "loss: names no value (glob(x*)). Give at least one"),

@@ -1,7 +1,13 @@
 """Signals to a process that joblib started: born with them held back, which what it starts must not be."""
 
+import os
+import signal
 import subprocess
 import sys
+
+import pytest
+
+from kdx import signals
 
 BORN = """
 import multiprocessing, os, signal, subprocess, time
@@ -88,6 +94,17 @@ except SystemExit as error:
 """)
         == "goes on 143\n130"
     )
+
+
+def test_what_a_stop_costs_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    """Before the first step, and where a second one would not wait for the save."""
+    for is_deferred, number, said in ((False, 1, signals.UNTRIED), (True, 2, signals.UNSAVED)):
+        with pytest.raises(signals.Stopped), signals.StopRequest() as stop:
+            stop.is_deferred = is_deferred
+            for _ in range(number):
+                os.kill(os.getpid(), signal.SIGTERM)
+                stop.since = 0.0  # a while ago
+        assert capfd.readouterr().err.splitlines()[-1] == f"kdx: {said}"
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
