@@ -96,15 +96,21 @@ except SystemExit as error:
     )
 
 
-def test_what_a_stop_costs_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("is_deferred", "number", "said"), [(False, 1, signals.UNTRIED), (True, 2, signals.UNSAVED)])
+def test_what_a_stop_costs_is_said(
+    capfd: pytest.CaptureFixture[str], is_deferred: bool, number: int, said: str
+) -> None:
     """Before the first step, and where a second one would not wait for the save."""
-    for is_deferred, number, said in ((False, 1, signals.UNTRIED), (True, 2, signals.UNSAVED)):
-        with pytest.raises(signals.Stopped), signals.StopRequest() as stop:
-            stop.is_deferred = is_deferred
-            for _ in range(number):
-                os.kill(os.getpid(), signal.SIGTERM)
-                stop.since = 0.0  # a while ago
-        assert capfd.readouterr().err.splitlines()[-1] == f"kdx: {said}"
+
+    def tell(stop: signals.StopRequest) -> None:
+        stop.is_deferred = is_deferred
+        for _ in range(number):
+            os.kill(os.getpid(), signal.SIGTERM)
+            stop.since = 0.0  # a while ago
+
+    with signals.StopRequest() as stop, pytest.raises(signals.Stopped):
+        tell(stop)
+    assert capfd.readouterr().err.splitlines()[-1] == f"kdx: {said}"
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
