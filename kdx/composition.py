@@ -283,12 +283,13 @@ class Composer:
 
 def _compose(words: list[str], source: Source) -> DictConfig:
     """Compose with Hydra, leaving its global state as it was; its errors become one line. Raises ConfigError."""
+    roots = source.roots()
+    chosen = [file for word in words for root in roots if (file := root / f"{word.replace('=', '/')}.yaml").is_file()]
+    looked_at = [*chosen, *roots]  # for what does not parse
     if source.config_dir:
         folders = [*source.searchpath(), f"file://{Path(source.config_dir).resolve()}"]
         quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in folders]
         words = [*words, f"hydra.searchpath=[{','.join(quoted)}]"]
-    chosen = [root / f"{word.replace('=', '/')}.yaml" for word in words for root in source.roots()]
-    looked_at = [*(file for file in chosen if file.is_file()), *source.roots()]
     where, own = source.config_path and str(Path(source.config_path).resolve()), source.main_file()
     hydra_state = GlobalHydra.instance()
     before = hydra_state.hydra
