@@ -53,6 +53,9 @@ ALIASES = {
 }
 
 
+GROUPS = ("teacher.", "student.", "data.", "loss.", "optim.")  # the values of each stand in an option's YAML
+
+
 class Problem(typing.NamedTuple):
     """One wrong value: the dotted key, what is wrong, and the mend."""
 
@@ -110,7 +113,7 @@ def problems(tree: dict[str, Any], shape: Any = Config, prefix: str = "") -> lis
     found = []
     hints = typing.get_type_hints(shape)
     unset = [part.name for part in dataclasses.fields(shape) if part.name not in tree]
-    if prefix and len(unset) > 2:
+    if prefix in GROUPS and len(unset) > 2:
         mend = "Build the option on one of kdx's own: defaults: [NAME, _self_]"
         found.append(Problem(prefix.rstrip("."), f"has no {', '.join(unset)}", mend))
     else:
@@ -210,15 +213,9 @@ def contradictions(tree: dict[str, Any]) -> list[Problem]:
             found.append(Problem(f"{group}.trust_remote_code", what, f"Pin it: {group}.revision=COMMIT"))
     if student["init"] != "cut" and not student["path"]:
         found.append(Problem("student.path", "is null", "Say which model: student.path=FOLDER or a hub id"))
-    if student["init"] != "cut" and student["layers"] is not None:
-        what = f"is {student['layers']}, and only student=cut has layers to choose"
-        found.append(Problem("student.layers", what, "Choose student=cut, or student.layers=null"))
     if student["init"] == "cut":
         if not teacher["path"]:
             found.append(Problem("student", "is cut from the teacher, and there is none", "Choose student=hf"))
-        if student["path"]:
-            what = f"is {student['path']}, but student=cut takes the teacher's layers"
-            found.append(Problem("student.path", what, "Choose student=hf, or student.path=null"))
         if student["layers"] is None:
             found.append(Problem("student.layers", "is null", "Say how many or which: student.layers=10"))
     if not teacher["path"] and loss["alpha"] > 0:

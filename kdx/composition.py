@@ -12,6 +12,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir, initialize_config_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -98,8 +99,9 @@ def preflight(words: list[str], source: Source, is_multirun: bool = False) -> Pl
     else:
         _refuse_sweep(typed)
     points = _checked(composer, typed)
-    freed = list(points[0].freed)
-    if any(point.freed != freed for point in points):
+    freed = sorted({word for point in points for word in point.freed})
+    nulls = [word.removeprefix("train.").removesuffix("=null") for word in freed]
+    if any(point.tree["train"][name] is not None for point in points for name in nulls):
         raise ConfigError("train.max_steps and train.epochs", "some points of the sweep set one, some both", "Type one")
     if not is_sweep:
         return Plan(freed)
@@ -185,7 +187,13 @@ class Composer:
         """The mend for a word that Hydra cannot read: how to type its value as text, if that is what it is."""
         word = f'{key}="' + value.replace('"', '\\"') + '"'
         with suppress(HydraException, ValueError):
-            if value[:1] not in ("[", "'", '"') and self._parser.parse_overrides([word])[0].value() == value:
+            is_list_or_dict = value[:1] in ("[", "{") and value[:2] not in ("{{", "{%")
+            if (
+                key
+                and value[:1] not in ("'", '"')
+                and not is_list_or_dict
+                and self._parser.parse_overrides([word])[0].value() == value
+            ):
                 return f"Quote it for the shell and for Hydra: {shlex.quote(word)}"
         return "Quote what the shell or Hydra would take apart, as in 'data.path=[a.jsonl,b.jsonl]'"
 
@@ -257,9 +265,11 @@ class Composer:
             for value in bad:
                 alias = ALIASES.get(f"{key}={value}")
                 mend = f"Did you mean {alias}?" if alias else did_you_mean(str(value), self.groups[key])
-                misnamed = [file for root in self.roots if (file := root / key / f"{value}.yml").is_file()]
+                misnamed = [
+                    file for root in self.roots for file in root.glob(f"{key}/*.yml") if file.stem == str(value)
+                ]
                 mend = f"Rename {misnamed[0]} to .yaml" if misnamed else mend
-                what = f"{key} has no option {value}" if value else "names no option"
+                what = "names no option" if value == "" else f"{key} has no option {value}"
                 wrong[key] = ConfigError(f"{key}={value}", what, mend)
             if not bad:
                 kept.append(f"{key}={values[0]}" if word.is_sweep_override() else str(word.input_line))
@@ -286,10 +296,6 @@ def _compose(words: list[str], source: Source) -> DictConfig:
     roots = source.roots()
     chosen = [file for word in words for root in roots if (file := root / f"{word.replace('=', '/')}.yaml").is_file()]
     looked_at = [*chosen, *roots]  # for what does not parse
-    if source.config_dir:
-        folders = [*source.searchpath(), f"file://{Path(source.config_dir).resolve()}"]
-        quoted = ["'" + folder.replace("'", "\\'") + "'" for folder in folders]
-        words = [*words, f"hydra.searchpath=[{','.join(quoted)}]"]
     where, own = source.config_path and str(Path(source.config_path).resolve()), source.main_file()
     hydra_state = GlobalHydra.instance()
     before = hydra_state.hydra
@@ -299,6 +305,11 @@ def _compose(words: list[str], source: Source) -> DictConfig:
             hostile.refuse_packages(own, OmegaConf.to_container(OmegaConf.load(own)))
         module = "kdx.conf"
         with initialize_config_dir(where, "kdx", "1.3") if where else initialize_config_module(module, "kdx", "1.3"):
+            if source.config_dir:  # as Hydra's own command line does: what is checked must be what is run
+                loader: Any = hydra_state.config_loader()
+                folder, before_schema = f"file://{Path(source.config_dir).resolve()}", SearchPathQuery("schema", None)
+                loader.get_search_path().prepend("command-line", folder, before_schema)
+                loader.repository.initialize_sources(loader.get_search_path())
             return hydra_compose(source.config_name or "config", words, return_hydra_config=True)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -315,7 +326,7 @@ def _compose(words: list[str], source: Source) -> DictConfig:
             raise ConfigError("hydra/launcher", what, mend) from None
         mend = "See the options in conf/ and your own folder; `python -m kdx --info defaults` lists what was chosen"
         raise ConfigError("config", one_line(error), mend) from None
-    except (ValueError, OSError) as error:  # a defaults list that is none; a file that holds no keys
+    except (ValueError, OSError, AssertionError) as error:  # a defaults list that is none; a file that holds no keys
         if getattr(error, "errno", None) is not None:
             raise
         raise _unreadable(looked_at) or ConfigError("config", one_line(error), "Mend the YAML") from None

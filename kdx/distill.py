@@ -81,7 +81,7 @@ def distill(config: Config, run_dir: Path, accepted: Callable[[], None] = lambda
     with folder.open(asdict(config), is_main, accepted):
         if is_main:
             plugins.keep(run_dir)
-        with StopRequest() as stop:
+        with StopRequest(run_dir) as stop:
             with logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main):
                 check_names(config)
                 summary = _run(config, folder, accelerator, stop)
@@ -184,7 +184,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             )
         (is_kept,) = broadcast_object_list([checkpoint.is_at(folder.path, state.step)])  # others may see it late
         if is_kept or state.stopped_by == "signal":
-            stop.saved(folder.path, state.step, accelerator)
+            stop.saved(state.step, accelerator)
 
         shards.gather(run.objective, run.student)
         kept_step = choose_weights(run, state, folder, lambda: measure(accelerator.autocast())[0].means())
@@ -226,7 +226,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             folder.write_status("done", "", is_main)
             if not config.train.keep_checkpoints:
                 checkpoint.remove(folder.path)
-            stop.is_deferred = False
+            stop.kept, stop.is_deferred = f"stopped when all was written to {folder.path}", False
             tracker.samples(samples)
             tracker.summary(asdict(summary))
             CONSOLE.print(report.closing_table(asdict(summary)))

@@ -45,7 +45,7 @@ def whole_folder(folder: Path, *, is_sealed: bool = False) -> Iterator[Path]:
     try:
         beside.mkdir(parents=True)
         yield beside
-        open_to_umask(*beside.iterdir())
+        open_to_umask(*(path for path in beside.iterdir() if path.is_file()))
         seal(beside) if is_sealed else sync(beside)
         put(beside, folder)
     except BaseException:

@@ -110,10 +110,12 @@ def together(errors: Sequence[KdxError]) -> KdxError:
 
 def same_in_all(faults: Sequence[DataError]) -> Sequence[DataError]:
     """The faults of rows of which none is sound, as one if it is the same in all."""
-    where, what, mend = faults[0].args
-    kinds = {(re.sub(r"\(.*?\)", "", fault.args[1]), fault.args[2]) for fault in faults}  # () hold a row's own value
+    kinds = {(fault.args[1], fault.args[2]) for fault in faults}
+    if len(kinds) > 1:  # of another type than wanted, each row's own value beside
+        kinds = {(re.sub(r"( is an? [\w ]+?) \(.*\),", r"\1,", what), mend) for what, mend in kinds}
     if len(faults) < 3 or len(kinds) > 1:
         return faults
+    ((what, mend),), where = kinds, faults[0].args[0]
     return [DataError(where, f"{what} (and so in all {len(faults):,} rows)", mend)]
 
 

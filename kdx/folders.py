@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -17,7 +17,15 @@ PKG = "pkg://kdx.conf"  # the same as Hydra names it
 ORIGINS = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")  # what the header says the origin of
 MOST_NODES, MOST_DEPTH = 100_000, 100  # of a YAML file
 OPTIONAL = ("experiment", "recipe", "pair")  # groups of which nothing may be chosen
-SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where it is there: ten times faster
+
+
+class SafeLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """libyaml's where it is there, ten times faster; dates are text, as Hydra reads them."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,8 @@ class Source:
         for flag, folder in (("--config-dir", self.config_dir), ("--config-path", self.config_path)):
             if folder and not Path(folder).is_dir():
                 raise ConfigError(flag, f"{folder} is not a folder", "Give the folder that holds teacher/, data/, …")
-        main, further = self.config_path or str(CONF), [self.config_dir] if self.config_dir else []
-        return roots_of([f"file://{main}", *self.searchpath(), *(f"file://{folder}" for folder in further)])
+        first = [self.config_path or str(CONF), *([self.config_dir] if self.config_dir else [])]
+        return roots_of([*(f"file://{folder}" for folder in first), *self.searchpath()])
 
     def main_file(self) -> Path | None:
         """The user's own file that Hydra composes from in the place of kdx's, if there is one."""
@@ -131,14 +139,18 @@ def _grows(tree: Any) -> bool:
 
 
 def refuse_unread(options: Iterable[str], roots: list[Path]) -> None:
-    """Refuse the user's file of an option that Hydra does not look at, since another has its name. Raises ConfigError."""
+    """Refuse the user's file of an option that Hydra does not look at, since kdx's own has its name.
+
+    Among the user's own folders the first of a name wins, as a search path means it. Raises ConfigError.
+    """
     todo, seen = list(options) if len(roots) > 1 else [], set[str]()
     while todo:
         option = todo.pop()
         files = [file for root in roots if (file := root / f"{option}.yaml").is_file()]
-        for file in files[1:]:
-            if not file.is_relative_to(CONF) and file.read_bytes() != files[0].read_bytes():
-                raise ConfigError(str(file), f"is not read: {_said(files[0])} has its name", "Give it another name")
+        for file in files[1:] if files and files[0].is_relative_to(CONF) else []:
+            if file.read_bytes() != files[0].read_bytes():
+                mend = "Give it another name" if "/" in option else f"Choose it with --config-path {file.parent}"
+                raise ConfigError(str(file), f"is not read: {_said(files[0])} has its name", mend)
         seen.add(option)
         todo += _bases(option, roots) - seen if "/" in option else []
 

@@ -333,6 +333,9 @@ def load_tokenizers(config: Config) -> tuple[Any, int]:
     if asked is not None and min(known) < asked:
         who = " and ".join(name for name, limit in limits.items() if limit == min(known))
         log.warning("data.max_length=%d, but the %s can read %d tokens: that is used", asked, who, min(known))
+    key, how = ("path", "cut from the teacher") if config.student.init == "cut" else ("layers", "not cut")
+    if getattr(config.student, key) is not None:
+        log.warning("student.%s=%s is not used: the student is %s", key, getattr(config.student, key), how)
     return tokenizers[-1], min(known)
 
 

@@ -22,8 +22,6 @@ log = logging.getLogger("kdx")
 STOPS = (signal.SIGTERM, signal.SIGINT)
 HANGUPS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # the terminal was closed; Windows says no such thing
 SAME = 0.25  # seconds
-UNTRIED = "stopped before it did a step: nothing is lost; type the same command again"
-UNSAVED = "stopped at once: the same command goes on from the newest checkpoint, if there is one"
 
 _noted: list[int] = []
 _mask = threading.local()  # what was held back before a thread forked
@@ -122,7 +120,8 @@ class StopRequest:
     sends a moment before; so does kdx then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
         self.signal: int | None = None
         self.is_deferred = False
         self.kept = ""  # what there is to go on from
@@ -165,7 +164,7 @@ class StopRequest:
             return
         self.signal, self.since = number, time.monotonic()
         if again or not self.is_deferred:
-            tell(f"\nkdx: {self.kept or (UNSAVED if self.is_deferred else UNTRIED)}")
+            self._tell_cost()
             raise Stopped(self.exit_code)
         tell("\nstopping at the next safe point; once more to stop at once")
 
@@ -184,11 +183,21 @@ class StopRequest:
         if self.signal is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise CutShort
 
-    def saved(self, run_dir: Path, step: int, accelerator: Any) -> None:
+    def _tell_cost(self) -> None:
+        """Say what a stop at once costs, where one process speaks for all."""
+        lost = "what was done since the newest checkpoint is lost" if self.is_deferred else "nothing is lost"
+        if os.environ.get("RANK", "0") == "0":
+            tell(f"\nkdx: {self.kept or f'stopped at once: {lost}; to go on: {self._how()}'}")
+
+    def _how(self) -> str:
+        is_typed = (self.run_dir / "overrides.yaml").exists()
+        return (
+            f"python -m kdx run.resume={self.run_dir}" if is_typed else f"the same call of distill, in {self.run_dir}"
+        )
+
+    def saved(self, step: int, accelerator: Any) -> None:
         """From here on stop at once, as all is saved, and say how to go on. Raises Stopped if asked to already."""
-        is_typed = (run_dir / "overrides.yaml").exists()
-        how = f"python -m kdx run.resume={run_dir}" if is_typed else f"the same call of distill, in {run_dir}"
-        self.kept, self.is_deferred = f"stopped after step {step}; to go on: {how}", False
+        self.kept, self.is_deferred = f"stopped after step {step}; to go on: {self._how()}", False
         if self.agreed(accelerator):
             log.warning(self.kept)
             raise Stopped(self.exit_code)

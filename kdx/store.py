@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdx.causal_lm import Head
-from kdx.durable import digest_of, open_to_umask, read_json, usage_of, whole_file, write_beside
+from kdx.durable import digest_of, local_time, open_to_umask, read_json, usage_of, whole_file, write_beside
 from kdx.errors import ConfigError
 from kdx.segments import HEADER_SIZE, Segments
 
@@ -160,7 +159,7 @@ class TeacherStore:
         if self.counts.hits or self.counts.computed:
             with suppress(OSError):  # a store that is only read
                 about = {
-                    "used": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                    "used": local_time(),
                     "seconds_per_position": self.seconds_per_position,
                 }
                 write_beside(self.folder / "use.json", json.dumps(about))

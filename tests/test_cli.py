@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from processes import in_process as run
 
 from kdx import __version__, cli, plugins, typed
 from kdx.cli import compose
-from kdx.composition import Composer, preflight
+from kdx.composition import Composer, compose_points, preflight
 from kdx.errors import ConfigError, KdxError
 from kdx.folders import CONF, Source
 from kdx.hostile import refuse_typed_secrets
@@ -237,7 +238,6 @@ def test_a_main_config_of_ones_own_that_has_more_folders_searched(capfd):
         ("student/cut", ["student=cut"]),
         ("student/hf", ["student=mine"]),  # what an option builds on
         ("recipe/cut", ["student=cut", "recipe=cut"]),
-        ("config", []),
     ],
 )
 def test_a_file_of_ones_own_that_hydra_would_not_read(name, words):
@@ -248,6 +248,43 @@ def test_a_file_of_ones_own_that_hydra_would_not_read(name, words):
     assert refused(*words, config_dir="mine") == [what]
     shutil.copy(CONF / f"{name}.yaml", f"mine/{name}.yaml")  # the same: whichever is read
     assert compose(words, config_dir="mine").train.seed == 0
+
+
+def test_of_ones_own_folders_the_first_wins_as_in_hydra(capfd):
+    """Of what is checked and what is run, all is the same: main, --config-dir, and what the main config has searched."""
+    write("mine/main.yaml", "defaults: [config, mine, _self_]\nhydra: {searchpath: [file://more, pkg://kdx.conf]}\n")
+    for number, folder in enumerate(("third", "more")):
+        write(f"{folder}/mine.yaml", f"train: {{seed: {number}}}\n")
+        write(f"{folder}/student/small.yaml", f"defaults: [hf, _self_]\npath: {folder}\n")
+    write("more/recipe/cut.yaml", "# @package _global_\ntrain: {log_every: 77}\n")  # before kdx's, as it is searched
+    flags = ["--config-path", "mine", "--config-name", "main", "--config-dir", "third"]
+    source = Source(*(str(Path(name)) for name in ("third", "mine")), "main")
+    (config,), _ = compose_points(["student=small", "recipe=cut"], source)
+    code, out, lines = run(capfd, *flags, "--cfg", "job", "student=small", "recipe=cut")
+    assert (code, lines) == (0, [])
+    shown = yaml.safe_load(out)
+    for told in (asdict(config), shown):
+        assert (told["student"]["path"], told["train"]["seed"], told["train"]["log_every"]) == ("third", 0, 77)
+
+
+def test_a_main_config_that_hydra_would_not_read():
+    write("mine/config.yaml", "a: 1\n")
+    told = f"{Path.cwd()}/mine/config.yaml: is not read: conf/config.yaml has its name."
+    assert refused(config_dir="mine") == [f"{told} Choose it with --config-path {Path.cwd()}/mine"]
+
+
+def test_odd_yaml_of_ones_own(capfd):
+    write("mine/teacher/date.yaml", "defaults: [hf, _self_]\npath: x\nlicense: 2024-02-30\n")
+    assert compose(["teacher=date", *HF], config_dir="mine").teacher.license == "2024-02-30"
+    write("mine/teacher/odd.yaml", "defaults: [hf, {'': x}]\n")
+    code, _, (line,) = run(capfd, "--config-dir", "mine", "teacher=odd")
+    assert (code, line.startswith("kdx: error: config: ")) == (2, True)
+
+
+def test_a_sweep_over_students_of_which_some_have_a_recipe():
+    plan = preflight(["student=cut,hf", "student.path=x", "train.max_steps=2", "sweep.name=x"], Source(), True)
+    assert plan.added == ["train.epochs=null", "sweep.keys=[student]"]
+    assert plan.num_points == 2
 
 
 def test_an_option_of_ones_own_that_is_not_as_it_must_be(capfd):
@@ -333,8 +370,9 @@ def test_what_only_a_person_may_ask_for_is_obeyed_when_typed():
         (["-m", "train.seed=1,2", "hydra.sweep.dir="], "hydra.sweep.dir: is empty"),
         (["hydra.job.chdir=true"], "hydra.job.chdir: would have every path"),
         (["train.max_steps=9999999999"], "train.max_steps: is 9999999999. Allowed: 0 or more, at most 1e+09"),
-        (["student=hf", "student.path=x", "student.layers=2"], "student.layers: is 2, and only student=cut has layers"),
-        (["student.path=x"], "student.path: is x, but student=cut takes the teacher's layers"),
+        (["+data.x={a:1,b c"], "Quote what the shell or Hydra would take apart"),
+        (["teacher=0"], "teacher=0: teacher has no option 0. Choices: "),
+        ([f"teacher={'a' * 300}"], "teacher has no option aaa"),
         (["teacher=none", "teacher.path=x", *HF], "teacher.path: is x, beside teacher=none"),
         (["data.path=~/x"], """Quote it for the shell and for Hydra: 'data.path="~/x"'"""),
         (["optim.eps=1e-6"], "optim.eps: is not a key of kdx. For an option of what optim.name names: +optim.eps=..."),

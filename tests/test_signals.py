@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from kdx import signals
 
 BORN = """
 import multiprocessing, os, signal, subprocess, time
+from pathlib import Path
 from kdx import signals
 signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOPS)  # as it is born
 """
@@ -49,7 +51,7 @@ signals.note()
 signals.note()  # with every job
 for _ in range(2):
     try:
-        with signals.StopRequest():
+        with signals.StopRequest(Path("run")):
             print("never")
     except SystemExit as error:
         print(error.code)
@@ -64,7 +66,7 @@ def test_while_it_runs_they_come_once() -> None:
     assert (
         told("""
 signals.note()
-with signals.StopRequest() as stop:
+with signals.StopRequest(Path("run")) as stop:
     stop.is_deferred, signals.SAME = True, 0.0
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)
@@ -81,7 +83,7 @@ def test_in_a_run_of_its_own_the_second_ends_at_once_but_not_one_said_twice() ->
 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOPS)
 signals.note()
 try:
-    with signals.StopRequest() as stop:
+    with signals.StopRequest(Path("run")) as stop:
         stop.is_deferred = True
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -96,9 +98,12 @@ except SystemExit as error:
     )
 
 
-@pytest.mark.parametrize(("is_deferred", "number", "said"), [(False, 1, signals.UNTRIED), (True, 2, signals.UNSAVED)])
+@pytest.mark.parametrize(
+    ("is_deferred", "number", "lost"),
+    [(False, 1, "nothing is lost"), (True, 2, "what was done since the newest checkpoint is lost")],
+)
 def test_what_a_stop_costs_is_said(
-    capfd: pytest.CaptureFixture[str], is_deferred: bool, number: int, said: str
+    capfd: pytest.CaptureFixture[str], is_deferred: bool, number: int, lost: str
 ) -> None:
     """Before the first step, and where a second one would not wait for the save."""
 
@@ -108,9 +113,10 @@ def test_what_a_stop_costs_is_said(
             os.kill(os.getpid(), signal.SIGTERM)
             stop.since = 0.0  # a while ago
 
-    with signals.StopRequest() as stop, pytest.raises(signals.Stopped):
+    with signals.StopRequest(Path("run")) as stop, pytest.raises(signals.Stopped):
         tell(stop)
-    assert capfd.readouterr().err.splitlines()[-1] == f"kdx: {said}"
+    (*_, said) = capfd.readouterr().err.splitlines()
+    assert said == f"kdx: stopped at once: {lost}; to go on: the same call of distill, in run"
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
@@ -118,7 +124,7 @@ def test_what_nohup_ignores_stays_ignored() -> None:
         told("""
 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOPS)
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-with signals.StopRequest() as stop:
+with signals.StopRequest(Path("run")) as stop:
     stop.is_deferred = True
     os.kill(os.getpid(), signal.SIGHUP)
     print(stop.signal)

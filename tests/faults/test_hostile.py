@@ -337,6 +337,16 @@ def with_command(box: Path) -> None:
     write(box / "theirs/overrides.yaml", "[experiment=trap]")
 
 
+def with_folders_in_another_order(box: Path) -> None:
+    """The flags name a main config, what it has searched, and a folder that Hydra looks into before that."""
+    write(box / "theirs/c/main.yaml", "defaults: [config, extra, _self_]\n"
+          "hydra: {searchpath: [pkg://kdx.conf, file://theirs/more]}\n")  # fmt: skip
+    write(box / "theirs/more/extra.yaml", "train: {seed: 1}\n")
+    write(box / "theirs/d/extra.yaml", f"# @package _global_\n{YAML['callback']}\n")
+    flags = "--config-path theirs/c --config-name main --config-dir theirs/d"
+    write(box / "theirs/command.txt", f"python -m kdx {flags}")
+
+
 def with_link(name: str, to: str):
     def lay(box: Path) -> None:
         link = box / name
@@ -368,6 +378,7 @@ FOLDERS = {
                   f"teacher.revision={'a' * 40}, student=hf, student.path=student, data=pairs, data.path=pairs.jsonl]"),
         LIKE, 2, "is not taken from theirs"),
     "command": (with_command, LIKE, 2, "names code"),
+    "command's folders": (with_folders_in_another_order, LIKE, 2, "names code"),
     "command's flags": (with_text("theirs/command.txt", "python -m kdx '"), LIKE, 2, "is not a command"),
     "status": (with_text("theirs/status.json", '{"state": "done", "owner": []}'), RESUME, 2, "theirs"),
     "data": (with_text("theirs/data.json", "[1"), RESUME, 3, "theirs"),
