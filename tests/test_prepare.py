@@ -64,3 +64,22 @@ def test_a_batch_is_shared_out_evenly():
     config = compose(["train.batch_size=6", "train.micro_batch_size=2"])
     with pytest.raises(ConfigError, match="2 processes × train"):
         prepare.micro_batch_size(config, 2)
+
+
+def test_what_a_student_does_not_use_is_told(beside_models, caplog):
+    """It is no fault: in a sweep over the kinds of students, all are given the same words."""
+    words = [
+        "teacher=hf",
+        "teacher.path=teacher",
+        "student.path=student",
+        "student.layers=1",
+        "data=pairs",
+        "data.path=x",
+    ]
+    for student, told in {
+        "hf": "student.layers=1 is not used: the student is not cut",
+        "cut": "student.path=student is not used: the student is cut from the teacher",
+    }.items():
+        caplog.clear()
+        prepare.load_tokenizers(compose([*words, f"student={student}"]))
+        assert [text for text in caplog.messages if "not used" in text] == [told]
