@@ -210,10 +210,10 @@ def run_job(
         sys.argv, os.environ["TTY_COMPATIBLE"] = ["kdx", *argv], "0"
     if run_dir.name in passed_over or (notes and notes.stopped_by):
         return float("inf")
-    measure = float("inf")
+    measure, was_done = float("inf"), False
 
     def job() -> int:
-        nonlocal measure, run_dir
+        nonlocal measure, run_dir, was_done
         words = list(hydra_config.overrides.task)
         sources = [f"{source.schema}://{source.path}" for source in hydra_config.runtime.config_sources]
         tree = as_tree(cfg)
@@ -241,6 +241,7 @@ def run_job(
                 return 128 + notes.stopped_by
             from kdx.distill import distill
 
+            was_done = jobs.is_done(run_dir)
             measure = distill(config, run_dir, partial(typed.renew, run_dir, words, argv)).measure
         return 0
 
@@ -254,7 +255,7 @@ def run_job(
             raise
         notes.stop(int(error.code) - 128)  # joblib would kill the others, which may still be saving
         return measure
-    if is_sweep and os.environ.get("RANK", "0") == "0":
+    if is_sweep and os.environ.get("RANK", "0") == "0" and not was_done:
         _compare(run_dir.parent, is_told=False)
     return measure
 

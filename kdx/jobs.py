@@ -174,6 +174,11 @@ def states(sweep_dir: Path, names: list[str]) -> dict[Path, dict[str, Any]]:
     return {folder: _status(newest(folder)) for folder in folders}
 
 
+def is_done(folder: Path) -> bool:
+    """Whether a job is done already."""
+    return bool(_status(folder)["state"] == "done")
+
+
 def _status(folder: Path) -> dict[str, Any]:
     status = read_json(folder / "status.json")
     return {"state": "unknown"} | status if status else {"state": "not begun"}

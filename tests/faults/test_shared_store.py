@@ -34,7 +34,7 @@ def test_four_share_a_store_and_one_is_killed(
     teacher: Path, tmp_path: Path, full: bool, figure: Callable[[str], None]
 ) -> None:
     """Each asks for the same batches in an order of its own, and compares what it is told with the live teacher."""
-    live, batches = Teacher(partial(load, teacher), "bf16", WHO), batches_to_share()
+    live, batches = Teacher(partial(load, teacher), "bf16", WHO), batches_to_share(60 if full else 24)
     reference = [live.live(batch) for batch in batches]
     save_file({str(i): hidden for i, hidden in enumerate(reference)}, tmp_path / "reference.safetensors")
     per_row = {
@@ -80,9 +80,9 @@ def load(teacher: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16)
 
 
-def batches_to_share() -> list[MicroBatch]:
+def batches_to_share(number: int) -> list[MicroBatch]:
     draw = random.Random(0).randrange
-    lengths = [[draw(5, 40) for _ in range(4)] for _ in range(60)]
+    lengths = [[draw(5, 40) for _ in range(4)] for _ in range(number)]
     rows = [
         [Row(str(n), [draw(3, 250) for _ in range(n)], [t >= n // 3 for t in range(n)]) for n in four]
         for four in lengths
@@ -93,7 +93,8 @@ def batches_to_share() -> list[MicroBatch]:
 def share(teacher: Path, root: Path, number: int) -> None:
     """Ask for every batch twice."""
     torch.set_num_threads(1)
-    batches, reference = batches_to_share(), load_file(root.parent / "reference.safetensors")
+    reference = load_file(root.parent / "reference.safetensors")
+    batches = batches_to_share(len(reference))
     store = TeacherStore(root, WHO, name="teacher", owner=f"run{number}")
     asked = Teacher(partial(load, teacher), "bf16", WHO, store=store)
     order = list(range(len(batches)))
