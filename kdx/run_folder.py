@@ -117,7 +117,12 @@ class RunFolder:
             self.accept = accept
             if not self._has_begun():
                 keep_config()
-            yield
+            try:
+                yield
+            except (Stopped, KeyboardInterrupt) as error:
+                if self.status().get("state") == "running":  # it came before the run reported anything
+                    self._interrupted(error, is_main)
+                raise
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -189,8 +194,7 @@ class RunFolder:
             yield
         except (Stopped, KeyboardInterrupt) as error:
             if self.status().get("state") not in ("done", "failed", "diverged"):  # saved, or another process failed
-                code = error.code if isinstance(error, Stopped) and isinstance(error.code, int) else None
-                self.write_status("interrupted", f"{type(error).__name__} {error}", is_main, code)
+                self._interrupted(error, is_main)
             raise
         except BaseException as error:
             if isinstance(error, SystemExit):
@@ -210,6 +214,10 @@ class RunFolder:
             self.write_status(state, lines, is_main or self.status().get("state") == "running", exit_code(error))
             raise error
         self.write_status("done", "", is_main)
+
+    def _interrupted(self, error: BaseException, is_main: bool) -> None:
+        code = error.code if isinstance(error, Stopped) and isinstance(error.code, int) else None
+        self.write_status("interrupted", f"{type(error).__name__} {error}", is_main, code)
 
     def _ended_elsewhere(self) -> BaseException:
         """What to say where another process of the run has ended: its own reason, which it wrote before."""

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from processes import in_process
 from standins import write_pairs
 
+from kdx import signals
 from kdx.hostile import WRITTEN
 
 BASE = [
@@ -83,3 +85,13 @@ def test_the_words_a_run_goes_on_with_are_those_it_is_called_by(capfd):
     assert (code, "is done already" in told) == (0, True)
     assert in_process(capfd, "run.resume=run", "train.max_steps=3")[0] == 2  # refused: the words stay
     assert yaml.safe_load(Path("run/overrides.yaml").read_text()) == kept
+
+
+def test_a_stop_before_the_run_reports_anything_is_one(capfd, monkeypatch):
+    """Noted by a process of joblib while the folder was opened: status.json would tell of a run that nobody does."""
+    with monkeypatch.context() as at_once:
+        at_once.setattr(signals, "_noted", [signal.SIGTERM])
+        assert in_process(capfd, *BASE, "hydra.run.dir=run")[0] == 143
+    status = json.loads(Path("run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("interrupted", 143)
+    assert in_process(capfd, "run.resume=run")[0] == 0
