@@ -51,8 +51,6 @@ ALIASES = {
     "report_to": "tracking.mode",
     "run_name": "tracking.name",
 }
-
-
 GROUPS = ("teacher.", "student.", "data.", "loss.", "optim.")  # the values of each stand in an option's YAML
 
 

@@ -62,8 +62,8 @@ def save(
     final = folder_of(run_dir) / name
     try:
         with whole_folder(final, is_sealed=True) as beside:
-            as_transformers_wants = {"format": "pt"}
-            save_file(_untied(model), beside / "model.safetensors", metadata=as_transformers_wants)
+            # With the metadata that transformers wants.
+            save_file(_untied(model), beside / "model.safetensors", metadata={"format": "pt"})
             describe(beside)
             torch.save(optimizer_state, beside / "optimizer.pt")
             if best is not None and best.is_file():

@@ -186,14 +186,9 @@ class Composer:
     def _quoted(self, key: str, value: str) -> str:
         """The mend for a word that Hydra cannot read: how to type its value as text, if that is what it is."""
         word = f'{key}="' + value.replace('"', '\\"') + '"'
+        is_text = not value.startswith(("[", "{", "'", '"')) or value.startswith(("{{", "{%"))
         with suppress(HydraException, ValueError):
-            is_list_or_dict = value[:1] in ("[", "{") and value[:2] not in ("{{", "{%")
-            if (
-                key
-                and value[:1] not in ("'", '"')
-                and not is_list_or_dict
-                and self._parser.parse_overrides([word])[0].value() == value
-            ):
+            if key and is_text and self._parser.parse_overrides([word])[0].value() == value:
                 return f"Quote it for the shell and for Hydra: {shlex.quote(word)}"
         return "Quote what the shell or Hydra would take apart, as in 'data.path=[a.jsonl,b.jsonl]'"
 
@@ -209,8 +204,8 @@ class Composer:
                 raise ConfigError(
                     f"hydra.{name}", "is no group of keys", "Set a key of it, or choose hydra/launcher=..."
                 )
-        for name in ("run", "sweep"):
-            if not OmegaConf.to_container(cfg.hydra[name]).get("dir"):  # type: ignore[union-attr]  # the folder one is in would be the run's
+        for name in ("run", "sweep"):  # else the folder one is in would be the run's
+            if not OmegaConf.to_container(cfg.hydra[name]).get("dir"):  # type: ignore[union-attr]
                 raise ConfigError(f"hydra.{name}.dir", "is empty", "Name a folder, or leave it out")
         if cfg.hydra.job.chdir:
             what = "would have every path that is typed or printed mean another one"
@@ -283,19 +278,16 @@ class Composer:
         """What the YAML says under these choices, before any value is typed. Raises ConfigError."""
         key = tuple(choices)
         if key not in self._composed:
-            cfg = _compose(choices, self.source)
+            cfg = _compose(choices, self.source, self.roots)
             chosen = [f"{group}/{option}" for group, option in cfg.hydra.runtime.choices.items()]
-            refuse_unread([(self.source.config_name or "config").removesuffix(".yaml"), *chosen], self.roots)
+            refuse_unread([self.source.main, *chosen], self.roots)
             hostile.refuse_untyped(OmegaConf.to_container(cfg.hydra))
             self._composed[key] = cfg
         return self._composed[key]
 
 
-def _compose(words: list[str], source: Source) -> DictConfig:
+def _compose(words: list[str], source: Source, roots: list[Path]) -> DictConfig:
     """Compose with Hydra, leaving its global state as it was; its errors become one line. Raises ConfigError."""
-    roots = source.roots()
-    chosen = [file for word in words for root in roots if (file := root / f"{word.replace('=', '/')}.yaml").is_file()]
-    looked_at = [*chosen, *roots]  # for what does not parse
     where, own = source.config_path and str(Path(source.config_path).resolve()), source.main_file()
     hydra_state = GlobalHydra.instance()
     before = hydra_state.hydra
@@ -313,10 +305,10 @@ def _compose(words: list[str], source: Source) -> DictConfig:
             return hydra_compose(source.config_name or "config", words, return_hydra_config=True)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        files = [Path(mark.name)] if mark and Path(mark.name).is_file() else looked_at
+        files = [Path(mark.name)] if mark and Path(mark.name).is_file() else _chosen_first(words, roots)
         raise _unreadable(files) or ConfigError("YAML", one_line(error), "Mend the YAML") from None
     except RecursionError:
-        found = _unreadable(looked_at) or circular(source.roots())
+        found = _unreadable(_chosen_first(words, roots)) or circular(roots)
         raise found or ConfigError("config", "its defaults never end", "Mend the YAML") from None
     except (HydraException, OmegaConfBaseException) as error:
         package = re.search(r"'hydra/launcher/(joblib|submitit)\w*'", str(error))
@@ -329,9 +321,16 @@ def _compose(words: list[str], source: Source) -> DictConfig:
     except (ValueError, OSError, AssertionError) as error:  # a defaults list that is none; a file that holds no keys
         if getattr(error, "errno", None) is not None:
             raise
-        raise _unreadable(looked_at) or ConfigError("config", one_line(error), "Mend the YAML") from None
+        found = _unreadable(_chosen_first(words, roots))
+        raise found or ConfigError("config", one_line(error), "Mend the YAML") from None
     finally:
         GlobalHydra.instance().hydra = before
+
+
+def _chosen_first(words: list[str], roots: list[Path]) -> list[Path]:
+    """Where to look for what is broken: the files that were chosen, then all beside them."""
+    files = [root / f"{word.replace('=', '/')}.yaml" for word in words for root in roots]
+    return [*(file for file in files if file.is_file()), *roots]
 
 
 def _unreadable(paths: list[Path]) -> ConfigError | None:

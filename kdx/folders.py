@@ -44,9 +44,14 @@ class Source:
         first = [self.config_path or str(CONF), *([self.config_dir] if self.config_dir else [])]
         return roots_of([*(f"file://{folder}" for folder in first), *self.searchpath()])
 
+    @property
+    def main(self) -> str:
+        """The name of the config that Hydra begins with."""
+        return (self.config_name or "config").removesuffix(".yaml")
+
     def main_file(self) -> Path | None:
         """The user's own file that Hydra composes from in the place of kdx's, if there is one."""
-        file = Path(self.config_path or "") / f"{(self.config_name or 'config').removesuffix('.yaml')}.yaml"
+        file = Path(self.config_path or "") / f"{self.main}.yaml"
         return file if self.config_path and file.is_file() else None
 
     def searchpath(self) -> list[str]:

@@ -190,10 +190,9 @@ class StopRequest:
             tell(f"\nkdx: {self.kept or f'stopped at once: {lost}; to go on: {self._how()}'}")
 
     def _how(self) -> str:
-        is_typed = (self.run_dir / "overrides.yaml").exists()
-        return (
-            f"python -m kdx run.resume={self.run_dir}" if is_typed else f"the same call of distill, in {self.run_dir}"
-        )
+        if (self.run_dir / "overrides.yaml").exists():  # it was typed
+            return f"python -m kdx run.resume={self.run_dir}"
+        return f"the same call of distill, in {self.run_dir}"
 
     def saved(self, step: int, accelerator: Any) -> None:
         """From here on stop at once, as all is saved, and say how to go on. Raises Stopped if asked to already."""

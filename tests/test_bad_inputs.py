@@ -87,6 +87,7 @@ FILES = {
     "a comma too few": ("t.csv", b"source,target\na,b\nc\n", "t.csv:3: ", '"target" is null, expected text. Fill it in'),
     "a header alone": ("t.csv", b"source,target\n", "data.path: t.csv holds no rows", "Give data that has some"),
     "an empty list": ("t.json", b"[]", "data.path: t.json holds no rows", "Give data that has some"),
+    "numbers": ("t.jsonl", b'{"source": 1, "target": "a"}\n{"source": 22, "target": "b"}\n{"source": 3.5, "target": "c"}\n', 't.jsonl:1: "source" is a number, expected text (and so in all 3 rows)', "Quote it in the file"),
     "chats": ("t.jsonl", json.dumps({"messages": TALK}).encode() * 1 + b"\n" + json.dumps({"messages": TALK}).encode() + b"\n" + json.dumps({"messages": TALK}).encode(), 't.jsonl:1: "source" is missing; the columns are: messages (and so in all 3 rows)', "Choose data=messages, or name the column"),
     "ShareGPT's chats": ("t.json", json.dumps([{"conversations": TALK}] * 3).encode(), 't.json[0]: "source" is missing', "Choose data=sharegpt, or name the column"),
     "zeros": ("t.jsonl", b"\0" * 4096, "t.jsonl: holds only zero bytes", "copy the file again"),

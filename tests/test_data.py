@@ -404,7 +404,8 @@ def test_nothing_is_held_out_when_none_is_asked_for(file_of, data_config):
 @pytest.mark.parametrize("validation", [5, 6, 0.95])
 def test_too_many_held_out_rows_leave_nothing_to_train_on(file_of, data_config, validation):
     (line,) = faults(data_config("pairs", path=file_of(numbered(5)), validation=validation))
-    assert line.startswith(f"data.validation: is {validation}: ")
+    number = 5 if validation == 0.95 else validation
+    assert line.startswith(f"data.validation: is {validation}: {number} of 5 rows held out leave none to train on")
 
 
 def test_held_out_rows_equal_to_all_others_leave_nothing_to_train_on(file_of, data_config):
