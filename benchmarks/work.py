@@ -11,13 +11,13 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from kdx.batches import Row
 from kdx.causal_lm import device_dtype
 from kdx.cli import compose
-from kdx.launch import build_accelerator
+from kdx.data.batches import Row
 from kdx.prepare import prepare
+from kdx.run.launch import build_accelerator
+from kdx.run.tracking import quiet_libraries
 from kdx.store_commands import fill
-from kdx.tracking import quiet_libraries
 
 PAIRS = ("smollm2", "dialogpt")
 BATCH_SIZE = 8
@@ -97,7 +97,7 @@ def write_gpt2(folder: Path, *, layers: int, width: int) -> None:
 
 
 def _chats() -> list[Any]:
-    from kdx.data import load_data
+    from kdx.data.sources import load_data
 
     return load_data(compose([]).data).train
 

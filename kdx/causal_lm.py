@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
-from kdx.batches import MicroBatch
 from kdx.config import SAFE_NAME, ModelConfig
-from kdx.durable import cache_dir, known_digest, read_json, whole_folder
+from kdx.data.batches import MicroBatch
+from kdx.data.files import nearby, resolve_path
 from kdx.errors import MachineError, ModelError
-from kdx.files import nearby, resolve_path
 from kdx.loading import loading
+from kdx.run.files import cache_dir, known_digest, read_json, whole_folder
 
 log = logging.getLogger(__name__)
 

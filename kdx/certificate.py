@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from kdx import loss
-from kdx.batches import Row, collate
 from kdx.causal_lm import Head
+from kdx.data.batches import Row, collate
 from kdx.teacher import Teacher
 
 NUM_ROWS = 8

@@ -1,266 +1,214 @@
-"""Values against the shape of a run: every wrong key, type, range and contradiction at once, without torch."""
+"""What `kdx check …` does: read config, data and models as the run would, say what would be trained, and train nothing."""
 
-import dataclasses
-import difflib
-import inspect
-import math
-import types
-import typing
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from kdx.config import COMMIT, Config
-from kdx.folders import OPTIONAL
+import torch
+from rich.table import Table
 
-# What other tools call it → what it is here.
-ALIASES = {
-    "distillation_weight": "loss.alpha",
-    "kd_alpha": "loss.alpha",
-    "kd_weight": "loss.alpha",
-    "lmbda": "nothing: kdx trains off-policy",
-    "beta": "loss.beta, with loss=jsd",
-    "teacher=null": "teacher=none",
-    "learning_rate": "optim.lr",
-    "lr_scheduler_type": "optim.schedule",
-    "adam_epsilon": "+optim.eps",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "train_batch_size": "train.batch_size",
-    "per_device_eval_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.batch_size with train.micro_batch_size, from which it is derived",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
-    "logging_steps": "train.log_every",
-    "eval_steps": "train.eval_every",
-    "save_steps": "train.save_every",
-    "bf16": "train.precision=bf16",
-    "fp16": "train.precision=fp16",
-    "optim=adamw_bnb_8bit": "optim=adamw_8bit",
-    "optim=paged_adamw_8bit": "optim=adamw_8bit",
-    "optim=adamw_torch": "optim=adamw",
-    "optim=adamw_torch_fused": "optim=adamw",
-    "adamw_bnb_8bit": "optim=adamw_8bit",
-    "warmup_ratio": "optim.warmup_steps, below 1 a share of all steps",
-    "max_seq_length": "data.max_length",
-    "max_seq_len": "data.max_length",
-    "dataset_name": "data.path",
-    "teacher_model_name_or_path": "teacher=hf teacher.path",
-    "model_name_or_path": "student=hf student.path",
-    "load_in_8bit": "teacher.quantization=8bit",
-    "load_in_4bit": "teacher.quantization=4bit",
-    "report_to": "tracking.mode",
-    "run_name": "tracking.name",
-}
-GROUPS = ("teacher.", "student.", "data.", "loss.", "optim.")  # the values of each stand in an option's YAML
+from kdx.config import Config
+from kdx.data.batches import MicroBatch, Row, collate
+from kdx.errors import printable
+from kdx.evaluate import HeldOut
+from kdx.objective import BLOCK_BYTES, CHUNK_BYTES
+from kdx.optim import build_optimizer, build_schedule, state_bytes
+from kdx.prepare import (
+    CHECKPOINTS,
+    Prepared,
+    bytes_on_disk,
+    check_names,
+    check_room,
+    in_bytes,
+    prepare,
+)
+from kdx.run import report
+from kdx.run.launch import build_accelerator
+from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries
+from kdx.store import room
+from kdx.teacher import Teacher
+
+SOFTMAXES = 6  # float32 tensors of a block at once: both logits, log-probabilities, gradients
+LONGEST_SHOWN = 1200  # letters of the row that is shown
 
 
-class Problem(typing.NamedTuple):
-    """One wrong value: the dotted key, what is wrong, and the mend."""
-
-    key: str
-    what: str
-    mend: str
-
-
-def has_type(value: Any, wanted: Any) -> bool:
-    """Tell whether a plain value (from YAML) fits a type, counting an int as a float and a number as text."""
-    origin = typing.get_origin(wanted)
-    if wanted is Any or wanted is inspect.Parameter.empty:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(has_type(value, part) for part in typing.get_args(wanted))
-    if wanted in (None, type(None)):
-        return value is None
-    if wanted is bool:
-        return isinstance(value, bool)
-    if isinstance(value, bool) or value is None:
-        return False
-    if wanted is float:
-        return isinstance(value, int | float)
-    if wanted is str:
-        return isinstance(value, str | int | float)
-    if origin in (list, tuple) or wanted in (list, tuple):
-        inner = (typing.get_args(wanted) or (Any,))[0]
-        return isinstance(value, list | tuple) and all(has_type(item, inner) for item in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    return not isinstance(wanted, type) or isinstance(value, wanted)
+def check(config: Config, folder: Path) -> None:
+    """Say what a run of this config in a folder would be. Raises KdxError for all that the run would refuse."""
+    quiet_libraries()
+    accelerator = build_accelerator(config)
+    with logging_to(None, accelerator.is_main_process):
+        check_names(config)
+        run = prepare(config, accelerator, owner="check")
+        build_schedule(config.optim, build_optimizer(config.optim, run.student), run.max_steps)
+        if not accelerator.is_main_process:
+            return
+        for line in report.header(run):
+            log.info(line)
+        rows = [run.rows[i] for i in next(run.batches.plan(0, 1))[1]] if run.max_steps else run.rows[:1]
+        log.info("a row as the model sees it, what counts in the loss between ⟦ and ⟧:")
+        CONSOLE.print(printable(marked(run.tokenizer, rows[0]))[:LONGEST_SHOWN], markup=False, style="dim")
+        cost = measure(run)
+        CONSOLE.print(memory_table(run, cost))
+        for line in disk_lines(run, folder):
+            log.info(line)
+        log.info(time_line(run, cost))
+        check_room(run, folder)  # last, so that all else is said
 
 
-def type_words(wanted: Any) -> str:
-    """Say a type as a person would."""
-    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
-        return " or ".join(type_words(part) for part in typing.get_args(wanted))
-    names = {str: "text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
-    names |= {list: "a list", dict: "a mapping"}
-    return names.get(typing.get_origin(wanted) or wanted, str(wanted))
+def marked(tokenizer: Any, row: Row) -> str:
+    """A row's text with the tokens that count between ⟦ and ⟧."""
+    parts: list[str] = []
+    start = 0
+    for i in range(1, len(row.tokens) + 1):
+        if i == len(row.tokens) or row.counted[i] != row.counted[start]:
+            text = tokenizer.decode(row.tokens[start:i])
+            parts.append(f"⟦{text}⟧" if row.counted[start] else text)
+            start = i
+    return "".join(parts)
 
 
-def show(value: Any) -> str:
-    """A value as it would stand in YAML, and its type where that could mislead."""
-    if value is None:
-        return "null"
-    return f"{value!r} ({type(value).__name__})"
+@dataclass
+class Cost:
+    """What a token costs, measured on one row."""
+
+    activation_bytes: float  # kept for the backward pass
+    teacher_seconds: float
+    step_seconds: float  # of the student, forward and backward
+    measure_seconds: float  # of the student, as a held-out row
 
 
-def problems(tree: dict[str, Any], shape: Any = Config, prefix: str = "") -> list[Problem]:
-    """Check a composed tree of plain values against the dataclasses; return every problem, not the first.
+def measure(run: Prepared) -> Cost:
+    """Run teacher and student on the longest row, without a step of the optimizer."""
+    row = max(run.rows, key=lambda r: len(r.tokens))
+    batch = collate([row], run.batches.pad_id).to(run.accelerator.device)
+    own = {p.untyped_storage().data_ptr() for p in run.student.parameters()}
+    kept: dict[int, int] = {}
 
-    `???` is a missing value. Keys that no dataclass knows are the caller's to move into `options` or to refuse.
-    """
-    found = []
-    hints = typing.get_type_hints(shape)
-    unset = [part.name for part in dataclasses.fields(shape) if part.name not in tree]
-    if prefix in GROUPS and len(unset) > 2:
-        mend = "Build the option on one of kdx's own: defaults: [NAME, _self_]"
-        found.append(Problem(prefix.rstrip("."), f"has no {', '.join(unset)}", mend))
-    else:
-        found += [Problem(prefix + name, "is not set", "Every YAML of the group needs it; see conf/") for name in unset]
-    for part in dataclasses.fields(shape):
-        key = prefix + part.name
-        if part.name not in tree:
-            continue
-        value, wanted = tree[part.name], hints[part.name]
-        if dataclasses.is_dataclass(wanted):
-            if isinstance(value, dict):
-                found += problems(value, wanted, key + ".")
-            else:
-                found.append(Problem(key, f"is {show(value)}, but holds keys of its own", f"Set those: {key}.NAME=..."))
-            continue
-        if value == "???":
-            found.append(Problem(key, "is missing", f"Give it: {key}=..."))
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            found.append(Problem(key, f"is {value}", "Give a finite number"))
-            continue
-        if isinstance(value, str) and "\0" in value:
-            found.append(Problem(key, "holds a zero byte", "Take it out"))
-            continue
-        kinds = part.metadata.get("kinds")
-        words = part.metadata.get("range") or type_words(wanted)
-        if kinds:  # nothing turns a number into text there
-            fits = any(isinstance(value, str) if kind is str else has_type(value, kind) for kind in kinds)
-            wanted_words = words
-        else:
-            fits, wanted_words = has_type(value, wanted), type_words(wanted)
-            if fits and value is not None and wanted in (str, str | None):
-                value = str(value)  # as composition makes it
-        if not fits:
-            expected = "" if wanted_words == words else f", expected {wanted_words}"
-            found.append(Problem(key, f"is {show(value)}{expected}", f"Allowed: {words}"))
-        elif value is not None and "test" in part.metadata and not part.metadata["test"](value):
-            mend = f"Allowed: {words}"
-            if "choices" in part.metadata:
-                mend = _nearest(str(value), part.metadata["choices"]) + mend
-            found.append(Problem(key, f"is {value!r}", mend))
-    known = tuple(part.name for part in dataclasses.fields(shape))
-    for name in tree:
-        if name not in known:
-            mend = _nearest(name, known) + "Take it out"
-            if name in OPTIONAL and not prefix:
-                mend = f'Begin the file of {name}=... with the line "# @package _global_"'
-            found.append(Problem(f"{prefix}{name}", "is not a key of kdx", mend))
-    return found
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    run.objective.train()
+    _seconds(run, batch)  # once to warm up
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        seconds = _seconds(run, batch)
+    run.student.zero_grad(set_to_none=True)
+    return Cost(sum(kept.values()) / len(row.tokens), *(s / len(row.tokens) for s in seconds))
 
 
-def _nearest(word: str, choices: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(word, choices, n=1)
-    meant = ALIASES.get(word) or (near[0] if near else "")
-    return f"Did you mean {meant}? " if meant else ""
+def _seconds(run: Prepared, batch: MicroBatch) -> tuple[float, float, float]:
+    """How long the teacher's answer takes, the student forward and backward, and the student as it is measured."""
+    teacher, device = run.teacher, run.accelerator.device
+    times = [_now(device)]
+    hidden = _hidden(teacher, run.rows, batch) if teacher else None
+    times.append(_now(device))
+    with run.accelerator.autocast():
+        is_asked = run.config.loss.alpha > 0
+        total, _, _ = run.objective(batch, hidden if is_asked else None, teacher.head if teacher and is_asked else None)
+    total.backward()
+    times.append(_now(device))
+    held_out = HeldOut([batch], device, run.num_ids)
+    if teacher and hidden is not None:
+        held_out.teacher_head, held_out.teacher_hidden = teacher.head.cut(run.num_ids), [hidden.cpu()]
+    held_out.measure(run.student, run.accelerator.autocast())
+    times.append(_now(device))
+    asked, stepped, measured = (after - before for before, after in pairwise(times))
+    return asked, stepped, measured
 
 
-def dotted(tree: Any, prefix: str = "") -> list[str]:
-    """Every key of a tree but Hydra's and those that kdx fills in."""
-    keys = []
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if key not in ("hydra", "run.origins", "sweep.keys"):
-            keys += [key, *(dotted(value, f"{key}.") if isinstance(value, dict) else [])]
-    return keys
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":  # what it was told to do is done
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
-def nearest_key(key: str, known: list[str]) -> str:
-    """A mend for a dotted key that is not known: other tools' word for it, the same name elsewhere, or the nearest."""
-    last = key.rsplit(".", 1)[-1]
-    if ALIASES.get(last, "").startswith(f"{key}, "):
-        return f"It is one {ALIASES[last].removeprefix(f'{key}, ')}"
-    if last in ALIASES:
-        return f"Did you mean {ALIASES[last]}?"
-    same = [k for k in known if k.rsplit(".", 1)[-1] == last]
-    near = difflib.get_close_matches(key, same, n=1) or same or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    if not near:  # a short name: compare with the last parts
-        names = difflib.get_close_matches(last, [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.7)
-        near = [k for k in known if k.rsplit(".", 1)[-1] in names]
-    return f"Did you mean {' or '.join(near)}?" if near else "See `python -m kdx --cfg job` for all keys"
+def _hidden(teacher: Teacher, rows: list[Row], batch: MicroBatch) -> torch.Tensor:
+    """The teacher's answer: read if its store has every row, else live as the run would; nothing is kept."""
+    is_filled = teacher.store is not None and not teacher.store.missing([row.digest for row in rows])
+    return teacher.hidden(batch) if is_filled else teacher.live(batch)
 
 
-def has_near_name(key: str, known: list[str]) -> bool:
-    """Whether the last part of a dotted key is nearly that of a known one, or other tools' word for it."""
-    last = key.rsplit(".", 1)[-1]
-    return last in ALIASES or bool(difflib.get_close_matches(last, [k.rsplit(".", 1)[-1] for k in known], 1, 0.7))
+def memory_table(run: Prepared, cost: Cost) -> Table:
+    """What is in memory at the peak of a step, and what each saving would take from it."""
+    config, num = run.config, run.student.num_parameters()
+    longest = sorted((len(row.tokens) for row in run.rows), reverse=True)[: run.batches.micro_batch_size]
+    activations = cost.activation_bytes * longest[0] * len(longest)
+    is_8bit = config.optim.name.endswith("8bit")
+    states = num * state_bytes(config.optim, next(run.student.parameters()))
+    weight = run.student.dtype.itemsize
+    teacher = head = 0
+    if run.teacher is not None and config.loss.alpha > 0:
+        head = run.teacher.head.weight.nbytes
+        teacher = run.teacher.num_bytes if run.teacher.is_loaded else head
+    logits = longest[0] * len(longest) * run.num_ids * (2 if run.accelerator.mixed_precision == "bf16" else 4)
+    chunk = 2 * min(CHUNK_BYTES, logits)  # the student's and the teacher's
+    if run.accelerator.device.type != "cpu":  # there a block is small
+        chunk += SOFTMAXES * min(BLOCK_BYTES, logits)
+    table = Table(title="memory of a step, in the order of what to save first", title_justify="left")
+    table.add_column("")
+    table.add_column("bytes", justify="right")
+    table.add_column("saving", min_width=len("train.gradient_checkpointing=true"))  # whole, to be typed
+    table.add_column("saves", justify="right")
+    layers = run.student.config.get_text_config().num_hidden_layers
+    width = run.student.config.get_text_config().hidden_size
+    checkpointed = longest[0] * len(longest) * layers * width * 4
+    kept = config.train.gradient_checkpointing
+    rows: list[tuple[str, float, str, float]] = [
+        ("activations", activations, "train.micro_batch_size=1", activations * (1 - 1 / len(longest))),
+        ("", 0, "train.gradient_checkpointing=true", 0 if kept else max(0.0, activations - checkpointed)),
+        ("", 0, "train.precision=bf16", activations / 3 if run.accelerator.mixed_precision == "no" else 0),
+        ("weights, gradients", 2 * weight * num, "", 0),
+        ("optimizer", states, "optim=adamw_8bit", 0 if is_8bit else max(0, states - 2 * num)),
+        ("teacher", teacher, "teacher.quantization=8bit", teacher / 2 if config.teacher.quantization == "none" else 0),
+        ("", 0, "teacher.store=on, once filled", teacher - head),
+        ("logits of a chunk", chunk, "", 0),
+    ]  # fmt: skip
+    for what, size, saving, saves in rows:
+        if size or saves:
+            table.add_row(
+                what, in_bytes(size) if size else "", saving if saves else "", in_bytes(saves) if saves else ""
+            )
+    table.add_row("together", in_bytes(activations + 2 * weight * num + states + teacher + chunk))
+    return table
 
 
-def contradictions(tree: dict[str, Any]) -> list[Problem]:
-    """Values that are fine alone and wrong together; for a tree without other problems."""
-    found = []
-    teacher, student, data, loss = tree["teacher"], tree["student"], tree["data"], tree["loss"]
-    train, optim = tree["train"], tree["optim"]
-    for group, model in (("teacher", teacher), ("student", student)):
-        if model["trust_remote_code"] and not COMMIT.fullmatch(str(model["revision"])):
-            what = "runs code from the hub, so it needs a revision that is a commit (40 hex digits)"
-            found.append(Problem(f"{group}.trust_remote_code", what, f"Pin it: {group}.revision=COMMIT"))
-    if student["init"] != "cut" and not student["path"]:
-        found.append(Problem("student.path", "is null", "Say which model: student.path=FOLDER or a hub id"))
-    if student["init"] == "cut":
-        if not teacher["path"]:
-            found.append(Problem("student", "is cut from the teacher, and there is none", "Choose student=hf"))
-        if student["layers"] is None:
-            found.append(Problem("student.layers", "is null", "Say how many or which: student.layers=10"))
-    if not teacher["path"] and loss["alpha"] > 0:
-        what = f"is {loss['alpha']} but teacher=none leaves nothing to distil from"
-        found.append(Problem("loss.alpha", what, "Set loss=cross_entropy, or choose a teacher"))
-    if loss["name"] == "cross_entropy" and loss["alpha"] > 0:
-        found.append(Problem("loss.alpha", f"is {loss['alpha']}; cross_entropy is alpha 0", "Set loss.alpha=0"))
-    if (train["max_steps"] is None) == (train["epochs"] is None):
-        both = "are both set" if train["epochs"] else "are both null"
-        found.append(Problem("train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"))
-    micro = train["micro_batch_size"]
-    if micro != "auto" and train["batch_size"] % micro:
-        what = f"is {train['batch_size']}, not a multiple of train.micro_batch_size={micro}"
-        found.append(Problem("train.batch_size", what, f"Try {max(micro, train['batch_size'] // micro * micro)}"))
-    if train["max_steps"] and (optim["warmup_steps"] or 0) > train["max_steps"]:
-        what = f"is {optim['warmup_steps']}, more than train.max_steps={train['max_steps']}"
-        found.append(Problem("optim.warmup_steps", what, f"Allowed: 0 to {train['max_steps']}"))
-    needs_rows = [("train.keep=best", train["keep"] == "best")]
-    needs_rows += [("train.early_stopping.patience", train["early_stopping"]["patience"] is not None)]
-    for key, asked in needs_rows:
-        if asked and (data["validation"] is None or not train["eval_every"]):
-            what = "needs held-out measures during training"
-            found.append(Problem(key, what, "Set train.eval_every above 0 and data.validation"))
-    return found
+def disk_lines(run: Prepared, folder: Path) -> list[str]:
+    """What the run writes, and what is free."""
+    _, free = room(folder)
+    student, best, one = bytes_on_disk(run)
+    what = "the student" + (" and its best weights" if best else "")
+    lines = [f"  disk            {what} {in_bytes(student + best)}; {in_bytes(free)} free"]
+    if one:
+        most = in_bytes(CHECKPOINTS * one)
+        lines.append(f"                  checkpoints {most} until the run is done, {in_bytes(one)} each")
+    return lines
 
 
-def binding_problems(function: Callable[..., Any], options: dict[str, Any], prefix: str, skip: int) -> list[Problem]:
-    """Check options against a function's signature, past its first `skip` parameters: names, types, what is missing."""
-    parameters = list(inspect.signature(function).parameters.values())[skip:]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return []
-    known = {p.name: p for p in parameters}
-    hints: dict[str, Any] = {}
-    with suppress(Exception):  # a name in one's own annotations need not be known
-        hints = typing.get_type_hints(function) if inspect.isfunction(function) else {}
-    found = []
-    for name, value in options.items():
-        if name not in known:
-            takes, near = f"It takes: {', '.join(known) or 'none'}", _nearest(name, tuple(known))
-            takes = near + takes if near else f"{takes}. To leave it out: ~{prefix}{name}"
-            found.append(Problem(prefix + name, "is not an option here", takes))
-        elif value == "???":
-            found.append(Problem(prefix + name, "is missing", f"Give it: {prefix}{name}=..."))
-        elif not has_type(value, hints.get(name, Any)):
-            what = f"is {show(value)}, expected {type_words(hints[name])}"
-            found.append(Problem(prefix + name, what, "Mend the value"))
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in options:
-            found.append(Problem(prefix + name, "is missing", f"Give it: +{prefix}{name}=..."))
-    return found
+def time_line(run: Prepared, cost: Cost) -> str:
+    """How long steps and measures would take, by the one row that was measured."""
+    train, processes = run.config.train, run.accelerator.num_processes
+    tokens = run.batches.num_input_tokens(run.max_steps)
+    per_token = cost.step_seconds + (cost.teacher_seconds if run.config.loss.alpha > 0 else 0)
+    steps = per_token * tokens / processes
+    held_out = sum(len(row.tokens) for row in run.held_out_rows)
+    num_measures = 2 + ((run.max_steps - 1) // train.eval_every if train.eval_every else 0)  # 2: untouched and done
+    measures = (cost.teacher_seconds + num_measures * cost.measure_seconds) * held_out / processes
+    what = f"{minutes(steps)} for {tokens:,} tokens in {run.max_steps} steps"
+    return (
+        f"  time            about {what}, {minutes(measures)} for {num_measures} held-out measures, by one row measured"
+    )
+
+
+def minutes(seconds: float) -> str:
+    """A time to plan by."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )

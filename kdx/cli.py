@@ -21,16 +21,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx import jobs, plugins, signals, surroundings, typed
-from kdx.composition import Plan, compose, compose_points, preflight
+from kdx import jobs, plugins, surroundings
+from kdx.compose import Plan, compose, compose_points, preflight
 from kdx.config import Config
-from kdx.devices import one_device
-from kdx.durable import of_disk
 from kdx.errors import MACHINE, ConfigError, KdxError, out_of_memory, printable
 from kdx.folders import Source, groups_in, origins, roots_of, spelt
 from kdx.hostile import refuse_foreign, refuse_links, refuse_typed_secrets
-from kdx.redact import redact
 from kdx.resolve import as_tree, to_config
+from kdx.run import signals, typed
+from kdx.run.devices import one_device
+from kdx.run.files import of_disk
+from kdx.run.redact import redact
 from kdx.stale import place
 from kdx.version import __version__
 
@@ -141,8 +142,8 @@ def _hydra(
 
 def _compare(sweep_dir: Path, *, is_told: bool) -> None:
     """Write the comparison of a sweep as far as it has come; what goes wrong there is not the sweep's."""
-    from kdx.compare import compare
-    from kdx.compare import main as tell
+    from kdx.compare.read import compare
+    from kdx.compare.read import main as tell
 
     try:
         _ = tell([str(sweep_dir)]) if is_told else compare([sweep_dir], sweep_dir)
@@ -153,12 +154,12 @@ def _compare(sweep_dir: Path, *, is_told: bool) -> None:
 def _command(name: str, words: list[str]) -> int:
     """Run `kdx NAME …` → its exit code. Raises KdxError."""
     if name == "compare":
-        from kdx.compare import main as compare
+        from kdx.compare.read import main as compare
 
         return compare(words)
     if name == "check":
         (config, *_), folder = _composed(words)  # of a sweep its first point
-        from kdx.preview import check
+        from kdx.check import check
 
         check(config, folder)
         return 0

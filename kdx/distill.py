@@ -14,23 +14,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from kdx import checkpoint, drift, nonfinite, plugins, report, shards, typed
+from kdx import nonfinite, plugins
 from kdx.causal_lm import DTYPES
 from kdx.config import Config
-from kdx.devices import keep_memory
-from kdx.durable import digest_of, reserve, usage_of, write_beside
 from kdx.errors import DivergedError, KdxError, MachineError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
-from kdx.launch import build_accelerator
 from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import MAX_NEW_TOKENS, Prepared, bytes_on_disk, check_names, check_room, prepare
-from kdx.run_folder import RunFolder
-from kdx.signals import CutShort, Stopped, StopRequest
+from kdx.run import checkpoint, report, typed
+from kdx.run import identity as drift
+from kdx.run import sharding as shards
+from kdx.run.devices import keep_memory
+from kdx.run.files import digest_of, reserve, usage_of, write_beside
+from kdx.run.folder import RunFolder
+from kdx.run.launch import build_accelerator
+from kdx.run.signals import CutShort, Stopped, StopRequest
+from kdx.run.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
 from kdx.stale import changes
 from kdx.state import State
 from kdx.student import describe, save_student
-from kdx.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
 from kdx.train import keep_best, train
 
 KEPT_SAMPLES = ("teacher_samples", "untouched_samples")

@@ -16,8 +16,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from kdx import loss
-from kdx.batches import MicroBatch, Row, StepBatches, by_length, collate
 from kdx.causal_lm import Head, counted_hidden, head_of
+from kdx.data.batches import MicroBatch, Row, StepBatches, by_length, collate
 from kdx.objective import blocks_of, chunk_size_of, chunks_of
 from kdx.teacher import Teacher
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kdx.durable import read_json
 from kdx.errors import ConfigError
-from kdx.redact import secrets_in
+from kdx.run.files import read_json
+from kdx.run.redact import secrets_in
 
 FOLDERS = ("run.dir", "sweep.dir", "sweep.subdir", "output_subdir", "launcher.submitit_folder", "launcher.temp_folder")
 SHELL = ("setup", "additional_parameters")  # keys of a launcher that go into Slurm's script as they are

@@ -15,12 +15,12 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx import signals
-from kdx.composition import Plan
-from kdx.devices import num_at_once, share_cores
-from kdx.durable import local_time, read_json, write_beside
+from kdx.compose import Plan
 from kdx.errors import InUseError, KdxError, MachineError, printable
-from kdx.redact import redact
+from kdx.run import signals
+from kdx.run.devices import num_at_once, share_cores
+from kdx.run.files import local_time, read_json, write_beside
+from kdx.run.redact import redact
 from kdx.stale import newest
 
 

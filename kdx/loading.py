@@ -6,8 +6,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from kdx.data.files import nearby
 from kdx.errors import MachineError, ModelError, of_hub, out_of_memory
-from kdx.files import nearby
 
 
 class loading:

@@ -8,8 +8,8 @@ from kdx.causal_lm import DTYPES
 from kdx.certificate import certify, words_of
 from kdx.evaluate import HeldOut, Measures, answer, mass_past
 from kdx.prepare import MAX_NEW_TOKENS, Prepared
+from kdx.run.tracking import log, working
 from kdx.teacher import Teacher
-from kdx.tracking import log, working
 
 
 class Measurer:

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from kdx.batches import Row, StepBatch
 from kdx.causal_lm import counted_hidden, head_of
 from kdx.config import TrainConfig
+from kdx.data.batches import Row, StepBatch
 from kdx.errors import DivergedError
 from kdx.objective import StudentObjective, summed_loss
 from kdx.teacher import Teacher

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kdx import loss
-from kdx.batches import IGNORED, MicroBatch
 from kdx.causal_lm import Head, counted_hidden, head_of
+from kdx.data.batches import IGNORED, MicroBatch
 
 CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: the more rows, the fewer passes over the gradient of the head
 CACHE_BYTES = 2**19  # of one float32 tensor of a block on a CPU, for each thread

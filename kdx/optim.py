@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from kdx.check import Problem, binding_problems, has_type, show, type_words
 from kdx.config import OptimConfig
 from kdx.errors import ConfigError, MachineError, did_you_mean, out_of_memory, together
+from kdx.validation import Problem, binding_problems, has_type, show, type_words
 
 # Of these one calls the loss again and again, one wants sparse gradients, one trains matrices alone.
 UNFIT = ("Optimizer", "LBFGS", "SparseAdam", "Muon")

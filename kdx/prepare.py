@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from kdx import causal_lm, checkpoint, loss, plugins
-from kdx.batches import Row, StepBatches, fingerprint, pad_id_of
-from kdx.check import binding_problems
+from kdx import causal_lm, loss, plugins
 from kdx.config import Config, LossConfig, StudentConfig, TeacherConfig
-from kdx.data import Dataset, check_source, load_data
-from kdx.encoder import Encoder, prepare_tokenizer
+from kdx.data.batches import Row, StepBatches, fingerprint, pad_id_of
+from kdx.data.encode import Encoder, prepare_tokenizer
+from kdx.data.files import at_home
+from kdx.data.sources import Dataset, check_source, load_data
 from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, together
-from kdx.files import at_home
 from kdx.objective import Objective, StudentObjective
 from kdx.optim import optimizer_class, state_bytes
+from kdx.run import checkpoint
+from kdx.run.tracking import log
 from kdx.store import Identity, TeacherStore, bytes_of, room
 from kdx.student import answer_greedily, load_student
 from kdx.teacher import Teacher, load_teacher, precision_of
-from kdx.tracking import log
+from kdx.validation import binding_problems
 
 CHECKPOINTS = 3  # on disk at once while the third is written
 NUM_SAMPLES, MAX_NEW_TOKENS = 3, 48  # of sample answers; the student's answers too are so long by default

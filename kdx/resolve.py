@@ -9,9 +9,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kdx import sweep
-from kdx.check import contradictions, problems
 from kdx.config import Config
 from kdx.errors import ConfigError, together
+from kdx.validation import contradictions, problems
 
 OPEN_GROUPS = ("data", "loss", "optim")  # their further keys are options of what they name
 

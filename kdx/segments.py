@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdx.durable import fsync, temporary
+from kdx.run.files import fsync, temporary
 
 MAGIC = b"kdx-row1"
 KEY_SIZE = 16

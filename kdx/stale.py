@@ -10,10 +10,10 @@ from typing import Any
 
 from kdx import plugins
 from kdx.config import Config
-from kdx.devices import one_device
-from kdx.drift import Drift, differences
-from kdx.durable import read_json
 from kdx.errors import MachineError
+from kdx.run.devices import one_device
+from kdx.run.files import read_json
+from kdx.run.identity import Drift, differences
 
 _known: dict[str, dict[str, Any]] = {}  # what configs of this process name: the jobs of a sweep share most of it
 
@@ -60,9 +60,9 @@ def changes(config: Config, folder: Path, device: Any = None) -> Drift:
 
 def _now(config: Config, device: Any) -> dict[str, Any]:
     """What a run would keep in data.json, as far as it decides which student comes out."""
-    from kdx.launch import build_accelerator
     from kdx.prepare import identity_of, origin, read_text, what_is_read
-    from kdx.tracking import logging_to
+    from kdx.run.launch import build_accelerator
+    from kdx.run.tracking import logging_to
 
     key = what_is_read(config)
     if key not in _known or not config.sweep.keys:  # from one single run to the next, files may change

@@ -4,9 +4,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kdx import drift
-from kdx.batches import StepBatch
 from kdx.config import TrainConfig
+from kdx.data.batches import StepBatch
+from kdx.run import identity as drift
 
 
 @dataclass

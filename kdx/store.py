@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdx.causal_lm import Head
-from kdx.durable import digest_of, local_time, open_to_umask, read_json, usage_of, whole_file, write_beside
 from kdx.errors import ConfigError
+from kdx.run.files import digest_of, local_time, open_to_umask, read_json, usage_of, whole_file, write_beside
 from kdx.segments import HEADER_SIZE, Segments
 
 log = logging.getLogger(__name__)

@@ -13,20 +13,20 @@ from typing import NoReturn
 from rich.markup import escape
 from rich.table import Table
 
-from kdx.batches import by_length, collate
 from kdx.certificate import certify, words_of
 from kdx.config import Config, DataConfig, StudentConfig, TeacherConfig
-from kdx.durable import read_json, verify
+from kdx.data.batches import by_length, collate
+from kdx.data.files import at_home
 from kdx.errors import ConfigError, MachineError, printable
 from kdx.evaluate import HeldOut
-from kdx.files import at_home
-from kdx.launch import build_accelerator
 from kdx.measuring import Measurer
 from kdx.prepare import check_names, in_bytes, prepare
-from kdx.report import store_line
+from kdx.run.files import read_json, verify
+from kdx.run.launch import build_accelerator
+from kdx.run.report import store_line
+from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries, working
 from kdx.segments import compact, survey
 from kdx.store import head_is_whole, size_of
-from kdx.tracking import CONSOLE, log, logging_to, quiet_libraries, working
 
 LEFT_BEHIND = 3600  # seconds after which a file half written is no one's
 FILL_ROWS = 8  # at least so many rows at once: the teacher's pass needs less memory than training

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from kdx.causal_lm import load_causal_lm, load_config, ready
-from kdx.checkpoint import REFUSALS, not_saved
 from kdx.config import StudentConfig, TeacherConfig
-from kdx.durable import open_to_umask, put, seal, temporary, verify, whole_folder
 from kdx.errors import ConfigError, ModelError
 from kdx.loading import loading
+from kdx.run.checkpoint import REFUSALS, not_saved
+from kdx.run.files import open_to_umask, put, seal, temporary, verify, whole_folder
 
 log = logging.getLogger(__name__)
 

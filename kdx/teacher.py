@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdx.batches import MicroBatch, merged
 from kdx.causal_lm import DTYPES, Head, attention_for, counted_hidden, device_dtype, head_of, load_causal_lm
 from kdx.config import TeacherConfig
+from kdx.data.batches import MicroBatch, merged
 from kdx.store import Identity, Kept, TeacherStore
 
 

@@ -15,16 +15,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kdx import checkpoint, nonfinite, shards
-from kdx.batches import StepBatch, StepBatches, ahead
+from kdx import nonfinite
 from kdx.config import TrainConfig
-from kdx.durable import digest_of
+from kdx.data.batches import StepBatch, StepBatches, ahead
 from kdx.errors import MachineError
 from kdx.evaluate import MEASURES, peak_memory
 from kdx.objective import StudentObjective
+from kdx.run import checkpoint
+from kdx.run import sharding as shards
+from kdx.run.files import digest_of
+from kdx.run.tracking import Tracker
 from kdx.state import State
 from kdx.teacher import Teacher
-from kdx.tracking import Tracker
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from test_batches import CHATML_TOKENS, TEMPLATES
 from test_loss import NAMES, logits, pairs
 
 from kdx import loss
-from kdx.batches import collate
-from kdx.data import Conversation, load_data
-from kdx.encoder import Encoder
+from kdx.data.batches import collate
+from kdx.data.encode import Encoder
+from kdx.data.sources import Conversation, load_data
 from kdx.errors import DataError
 
 quick = settings(

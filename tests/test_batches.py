@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from kdx.batches import Row, StepBatches, by_length, collate, epoch_batches, fingerprint, pad_id_of
-from kdx.data import Conversation, load_data
-from kdx.encoder import Encoder, prepare_tokenizer
+from kdx.data.batches import Row, StepBatches, by_length, collate, epoch_batches, fingerprint, pad_id_of
+from kdx.data.encode import Encoder, prepare_tokenizer
+from kdx.data.sources import Conversation, load_data
 from kdx.errors import DataError
 
 CHATML = (

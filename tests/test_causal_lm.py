@@ -14,12 +14,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from kdx import causal_lm, durable
-from kdx.batches import Row, collate
+from kdx import causal_lm
 from kdx.causal_lm import Head, check_split, common_ids, counted_hidden, head_of
 from kdx.config import ModelConfig
+from kdx.data.batches import Row, collate
 from kdx.errors import MachineError, ModelError
 from kdx.loading import loading
+from kdx.run import files as durable
 
 V, d = 40, 16
 SHAPE = {

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from kdx.check import ALIASES, binding_problems, contradictions, has_type, nearest_key, problems, type_words
 from kdx.cli import compose
-from kdx.composition import Composer
+from kdx.compose import Composer
 from kdx.folders import Source
 from kdx.resolve import as_tree
+from kdx.validation import ALIASES, binding_problems, contradictions, has_type, nearest_key, problems, type_words
 
 
 @pytest.fixture(scope="module")

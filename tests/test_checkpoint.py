@@ -14,13 +14,13 @@ import numpy
 import pytest
 import torch
 
-from kdx import checkpoint
 from kdx.cli import compose
-from kdx.durable import MANIFEST, reserve, seal, write_beside
 from kdx.errors import MachineError
+from kdx.run import checkpoint
+from kdx.run.files import MANIFEST, reserve, seal, write_beside
+from kdx.run.tracking import Tracker
 from kdx.state import State
 from kdx.student import save_student
-from kdx.tracking import Tracker
 
 FILES = {"model.safetensors", "optimizer.pt", "random.pt", "best.safetensors", "state.json", "MANIFEST.json"}
 

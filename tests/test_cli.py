@@ -13,13 +13,14 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from processes import in_process as run
 
-from kdx import __version__, cli, plugins, typed
+from kdx import __version__, cli, plugins
 from kdx.cli import compose
-from kdx.composition import Composer, compose_points, preflight
+from kdx.compose import Composer, compose_points, preflight
 from kdx.errors import ConfigError, KdxError
 from kdx.folders import CONF, Source
 from kdx.hostile import refuse_typed_secrets
-from kdx.redact import redact, secrets_in
+from kdx.run import typed
+from kdx.run.redact import redact, secrets_in
 
 HF = ["student=hf", "student.path=x"]
 

@@ -12,12 +12,12 @@ import pytest
 from processes import environment
 from standins import FUSSY, put_on_hub, write_chats, write_dialogpt, write_llama, write_pairs
 
-from kdx import checkpoint
+from kdx.run import checkpoint
 
 PLUGIN = (
     FUSSY
     + """
-from kdx.data import register_source
+from kdx.data.sources import register_source
 
 @register_source
 def tickets(path, min_turns=2):

@@ -18,11 +18,13 @@ import pytest
 import yaml
 from made_runs import NUM_ROWS, write_lines, write_run, write_sweep
 
-from kdx import drift, ranking, sweep
-from kdx.compare import FILES, compare, compared, default_out, find, main, short_names
+from kdx import sweep
+from kdx.compare import ranking
+from kdx.compare.page import looks_of
+from kdx.compare.ranking import Comparison, Ranking
+from kdx.compare.read import FILES, compare, compared, default_out, find, main, short_names
 from kdx.errors import ConfigError, KdxError, MachineError
-from kdx.page import looks_of
-from kdx.ranking import Comparison, Ranking
+from kdx.run import identity as drift
 
 
 @pytest.fixture(scope="session")
@@ -690,6 +692,8 @@ def test_what_changes_no_student_is_that_of_runs_and_sweeps():
 
 
 def test_torch_and_hydra_are_not_imported():
-    program = "import sys, kdx.compare, kdx.page; print(sorted({'torch', 'hydra', 'omegaconf'} & sys.modules.keys()))"
+    program = (
+        "import sys, kdx.compare, kdx.compare.page; print(sorted({'torch', 'hydra', 'omegaconf'} & sys.modules.keys()))"
+    )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert told.stdout == "[]\n"

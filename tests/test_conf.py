@@ -8,8 +8,8 @@ import yaml
 
 from kdx import loss
 from kdx.cli import compose
-from kdx.composition import Composer
-from kdx.data import check_source
+from kdx.compose import Composer
+from kdx.data.sources import check_source
 from kdx.folders import Source
 from kdx.optim import optimizer_class
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdx import data as kdx_data
-from kdx.data import check_source, load_data, register_source
+from kdx.data import sources as kdx_data
+from kdx.data.sources import check_source, load_data, register_source
 from kdx.errors import ConfigError, DataError, MachineError
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from processes import needs_glibc
 
-from kdx import devices
-from kdx.devices import listed, num_at_once, num_cores, one_device, share_cores
-from kdx.signals import STOPS
+from kdx.run import devices
+from kdx.run.devices import listed, num_at_once, num_cores, one_device, share_cores
+from kdx.run.signals import STOPS
 
 HOLD = """
 import sys
 from pathlib import Path
-from kdx import devices, signals
+from kdx.run import devices, signals
 signals.note()
 devices.LOCKS = Path(sys.argv[1])
 with devices.one_device(is_parallel=sys.argv[2] == "parallel"):
@@ -186,7 +186,7 @@ def test_what_a_step_frees_is_kept_on_a_processor(device: str, variable: str, ke
     script = f"""
 import ctypes, resource
 from pathlib import Path
-from kdx.devices import keep_memory
+from kdx.run.devices import keep_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 keep_memory("{device}")

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from kdx.cli import compose
-from kdx.drift import drift, only_longer
+from kdx.run.identity import drift, only_longer
 from kdx.stale import newest
 
 

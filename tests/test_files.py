@@ -7,8 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from kdx.data.files import kind_of, read_rows, resolve_path
 from kdx.errors import DataError, MachineError
-from kdx.files import kind_of, read_rows, resolve_path
 
 ROWS = [{"source": "a", "target": "b"}, {"source": "c\u2028d", "target": "caf\u00e9, \N{GRINNING FACE}\nline two"}]
 

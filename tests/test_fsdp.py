@@ -11,8 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from kdx.batches import Row, collate
 from kdx.causal_lm import Head, counted_hidden, head_of
+from kdx.data.batches import Row, collate
 from kdx.objective import Objective, StudentObjective
 
 NUM_IDS = 61  # below the head's 64 rows: the rest is padding

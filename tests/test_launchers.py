@@ -14,8 +14,8 @@ import pytest
 from processes import environment
 from standins import write_place
 
-from kdx import owner
-from kdx.devices import num_cores
+from kdx.run import owner
+from kdx.run.devices import num_cores
 
 PLUGIN = '''
 import json, os, signal, time
@@ -275,7 +275,7 @@ def test_submitit_with_a_job_that_is_preempted(place: Path) -> None:
 def test_submitit_keeps_no_secret_of_the_environment(place: Path) -> None:
     """A source takes its password from the environment, by one's own YAML: the job has it, and no file."""
     (place / "asks.py").write_text(
-        "from pathlib import Path\nfrom kdx.data import register_source\n\n"
+        "from pathlib import Path\nfrom kdx.data.sources import register_source\n\n"
         "@register_source\ndef asks(path, password: str):\n    assert password == 'open' + 'sesame'\n"
         "    for i in range(20):\n        yield {'source': f'What is {i}?', 'target': f'It is {i}.'}\n"
     )

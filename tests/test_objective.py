@@ -29,8 +29,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kdx import loss, objective
-from kdx.batches import MicroBatch, Row, StepBatches, collate, merged
 from kdx.causal_lm import Head
+from kdx.data.batches import MicroBatch, Row, StepBatches, collate, merged
 from kdx.objective import BLOCK_BYTES, Objective, StudentObjective, blocks_of, chunks_of, distillation_loss
 from kdx.store import Identity
 from kdx.teacher import Teacher

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from processes import forked, wait
 
-from kdx import owner
 from kdx.errors import MachineError
-from kdx.run_folder import RunFolder
+from kdx.run import owner
+from kdx.run.folder import RunFolder
 
 
 def said(ago: float = 0, hours: int = 0, **of: Any) -> dict[str, Any]:

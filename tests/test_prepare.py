@@ -8,9 +8,9 @@ import torch
 from standins import write_dialogpt
 
 from kdx import prepare
-from kdx.batches import Row
 from kdx.causal_lm import Head
 from kdx.cli import compose
+from kdx.data.batches import Row
 from kdx.errors import ConfigError, MachineError
 from kdx.store import Identity, Kept, TeacherStore, bytes_of
 

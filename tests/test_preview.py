@@ -8,15 +8,15 @@ from processes import in_process
 from standins import write_chats, write_dialogpt
 from transformers import AutoTokenizer
 
-from kdx import checkpoint, typed
-from kdx.batches import Row
+from kdx.check import Cost, check, marked, minutes, time_line
 from kdx.cli import compose
+from kdx.data.batches import Row
 from kdx.distill import distill
 from kdx.errors import DataError
-from kdx.launch import build_accelerator
 from kdx.optim import state_bytes
 from kdx.prepare import bytes_on_disk, prepare
-from kdx.preview import Cost, check, marked, minutes, time_line
+from kdx.run import checkpoint, typed
+from kdx.run.launch import build_accelerator
 from kdx.segments import survey
 from kdx.teacher import Teacher
 

@@ -11,9 +11,9 @@ import pytest
 from processes import environment
 from standins import FUSSY, write_place
 
-from kdx import launch
 from kdx.cli import compose
 from kdx.errors import MachineError
+from kdx.run import launch
 
 PLUGIN = '''
 import os, signal

@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from standins import write_chats, write_dialogpt, write_llama, write_pairs, write_place
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdx import checkpoint, loss, nonfinite, report, typed
+from kdx import loss, nonfinite
 from kdx.cli import compose
 from kdx.config import Config
 from kdx.distill import Summary, distill
-from kdx.durable import seal
 from kdx.errors import ConfigError, DivergedError, MachineError
-from kdx.run_folder import RunFolder
+from kdx.run import checkpoint, report, typed
+from kdx.run.files import seal
+from kdx.run.folder import RunFolder
+from kdx.run.tracking import Tracker
 from kdx.state import State
-from kdx.tracking import Tracker
 from kdx.train import keep_best
 
 
@@ -217,7 +218,7 @@ print(json.dumps({"answers": answers, "ce": total / count, "count": count}))
         samples = json.loads((run_dir / "samples.json").read_text())
         assert len(samples) == 3
         rows = {row["row"] for row in lines(run_dir / "eval_rows.jsonl")}
-        from kdx.data import load_data
+        from kdx.data.sources import load_data
 
         config = compose_again(run_dir)
         held_out = [c.messages for c in load_data(config.data).validation if c.id in rows]

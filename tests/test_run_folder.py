@@ -11,8 +11,8 @@ import yaml
 from processes import in_process
 from standins import write_pairs
 
-from kdx import signals
 from kdx.hostile import WRITTEN
+from kdx.run import signals
 
 BASE = [
     "teacher=hf", "teacher.path=teacher", "student=hf", "student.path=student", "data=pairs", "data.path=t.jsonl",

@@ -20,17 +20,18 @@ from standins import write_dialogpt, write_place
 from test_fsdp import student
 from torch.distributed.fsdp import fully_shard
 
-from kdx import launch, shards
 from kdx.cli import compose
 from kdx.errors import MachineError
 from kdx.objective import Objective, StudentObjective
+from kdx.run import launch
+from kdx.run import sharding as shards
 
 PLUGIN = '''
 import os
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from kdx import launch
+from kdx.run import launch
 from kdx.loss import forward_kl, register
 
 class OnCPU(Accelerator):

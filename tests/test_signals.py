@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from kdx import signals
+from kdx.run import signals
 
 BORN = """
 import multiprocessing, os, signal, subprocess, time
 from pathlib import Path
-from kdx import signals
+from kdx.run import signals
 signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOPS)  # as it is born
 """
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdx import causal_lm
-from kdx.batches import MicroBatch, Row, collate, dummy
 from kdx.causal_lm import Head, head_of
 from kdx.certificate import certify
 from kdx.cli import compose
+from kdx.data.batches import MicroBatch, Row, collate, dummy
 from kdx.store import Identity, Kept, TeacherStore, bytes_of, room, size_of
 from kdx.student import load_student
 from kdx.teacher import Teacher
@@ -478,7 +478,7 @@ class TestKeptStudents:
         folder, kept = write_llama(tmp_path / "llama"), tmp_path / "students" / "one"
         self.load(folder, kept)
         inode = (kept / "model.safetensors").stat().st_ino
-        real = __import__("kdx.durable").durable.verify
+        real = __import__("kdx.run.files").run.files.verify
         calls = {"left": 1}
 
         def late(path: Path) -> str | None:

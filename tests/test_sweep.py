@@ -8,7 +8,7 @@ from hydra.core.override_parser.types import Override
 
 from kdx import sweep
 from kdx.cli import compose
-from kdx.composition import Composer, Point, preflight
+from kdx.compose import Composer, Point, preflight
 from kdx.config import SAFE_NAME, Config
 from kdx.folders import Source
 

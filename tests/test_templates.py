@@ -14,11 +14,11 @@ import pytest
 from processes import environment, forked, needs_glibc, wait
 from standins import write_dialogpt
 
-from kdx import templates
-from kdx.data import Conversation, load_data
-from kdx.encoder import Encoder, prepare_tokenizer
+from kdx.data import templates
+from kdx.data.encode import Encoder, prepare_tokenizer
+from kdx.data.sources import Conversation, load_data
+from kdx.data.templates import RowTemplate, Unbounded, each, fault_of, is_plain
 from kdx.errors import ConfigError, DataError, KdxError, together
-from kdx.templates import RowTemplate, Unbounded, each, fault_of, is_plain
 
 LONG = "takes more than 0.5 s"
 BIG = "writes more than 10,000,000 characters, or takes more than 512 MB,"
@@ -320,7 +320,7 @@ def test_a_signal_meant_for_the_run_is_not_the_templates(monkeypatch, number):
 
 KEPT = """
 import ctypes
-from kdx import templates
+from kdx.data import templates
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 assert libc.mallopt(-1, 2**30) and libc.mallopt(-3, 2**30)  # gives back nothing, and takes all from one heap

@@ -23,9 +23,9 @@ from wandb_server import KEY, Server, StoredRun
 from kdx.cli import compose
 from kdx.folders import CONF
 from kdx.optim import optimizer_class
-from kdx.run_folder import RunFolder
-from kdx.signals import Stopped
-from kdx.tracking import has_login, wandb_mode
+from kdx.run.folder import RunFolder
+from kdx.run.signals import Stopped
+from kdx.run.tracking import has_login, wandb_mode
 
 SECRET = "hf_abcdefgh12345678"
 NOBODY = "http://127.0.0.1:9"  # the discard port

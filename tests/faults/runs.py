@@ -19,11 +19,12 @@ from processes import SERVER
 from processes import environment as clean_environment
 from standins import write_dialogpt, write_pairs
 
-from kdx import checkpoint, loss
+from kdx import loss
 from kdx.cli import compose, guarded, main
 from kdx.config import Config
 from kdx.distill import distill
-from kdx.run_folder import RunFolder
+from kdx.run import checkpoint
+from kdx.run.folder import RunFolder
 from kdx.teacher import Teacher
 
 torch.set_num_threads(1)

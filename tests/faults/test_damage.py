@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 from runs import config_of, fill_disk_at, litter, outcome, start, straight
 
-from kdx import checkpoint
+from kdx.run import checkpoint
 
 FILES = (
     "model.safetensors", "optimizer.pt", "random.pt", "best.safetensors", "state.json", "MANIFEST.json",

@@ -24,8 +24,8 @@ from runs import (
     write_pairs,
 )
 
-from kdx import checkpoint
-from kdx.durable import MANIFEST, seal
+from kdx.run import checkpoint
+from kdx.run.files import MANIFEST, seal
 
 EPOCHS = "train.epochs=2.5"  # of 9 steps: 23
 KINDS = {
@@ -291,7 +291,7 @@ def signal_in_measures(call, number):
 
 
 def other_versions():
-    from kdx import drift
+    from kdx.run import identity as drift
 
     known = drift.versions
     drift.versions = lambda **more: known(**more) | {"torch": "0.0"}

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from runs import commands, config_of, make_place, signal_at, start, words_of
 
-from kdx.composition import preflight
-from kdx.durable import MANIFEST, seal
+from kdx.compose import preflight
 from kdx.folders import Source
+from kdx.run.files import MANIFEST, seal
 
 SECRETS = {  # the environment of every command below
     "HF_TOKEN": "hf_" + "aB3dE5" * 6,

@@ -7,7 +7,7 @@ from pathlib import Path
 from runs import config_of, start, start_command
 from standins import write_dialogpt, write_pairs
 
-from kdx import checkpoint
+from kdx.run import checkpoint
 
 ORDER = [
     "train.micro_batch_size", "train.gradient_checkpointing=true", "train.precision=bf16", "optim=adamw_8bit",

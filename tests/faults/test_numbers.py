@@ -8,8 +8,9 @@ import pytest
 from runs import config_of, lines, nan_in_gradient, nan_in_loss, nan_in_teacher, outcome, signal_at, start, status
 from safetensors.torch import load_file
 
-from kdx import checkpoint, loss
-from kdx.data import Conversation
+from kdx import loss
+from kdx.data.sources import Conversation
+from kdx.run import checkpoint
 
 WORDS = ("train.micro_batch_size=4", "train.max_steps=9", "train.save_every=2")
 

@@ -13,8 +13,8 @@ import pytest
 from runs import config_of, litter, outcome, start, status, straight
 from test_kills import wait_for
 
-from kdx import run_folder
-from kdx.run_folder import RunFolder
+from kdx.run import folder as run_folder
+from kdx.run.folder import RunFolder
 
 WORDS = ("train.max_steps=6", "train.save_every=2", "train.micro_batch_size=4")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from standins import write_llama
 from transformers import AutoModelForCausalLM
 
-from kdx.batches import MicroBatch, Row, collate
+from kdx.data.batches import MicroBatch, Row, collate
 from kdx.segments import survey
 from kdx.store import Identity, TeacherStore
 from kdx.teacher import Teacher

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from kdx.durable import read_yaml, write_beside
 from kdx.errors import ConfigError, MachineError
-from kdx.redact import redact
+from kdx.run.files import read_yaml, write_beside
+from kdx.run.redact import redact
 
 WORDS, COMMAND = "overrides.yaml", "command.txt"
 

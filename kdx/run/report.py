@@ -16,8 +16,8 @@ from rich.table import Table
 from kdx.causal_lm import device_dtype
 from kdx.errors import printable
 from kdx.prepare import Prepared, in_bytes
+from kdx.run.typed import told_flags
 from kdx.store import TeacherStore
-from kdx.typed import told_flags
 from kdx.version import __version__
 
 ROWS = (

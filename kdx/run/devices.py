@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kdx import signals
+from kdx.run import signals
 
 LOCKS = Path(tempfile.gettempdir()) / "kdx-devices"  # one file a GPU, for all kdx jobs of this machine
 PATIENCE = 2.0  # seconds between two looks for a free GPU

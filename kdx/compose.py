@@ -21,7 +21,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kdx import hostile, sweep
-from kdx.check import ALIASES, contradictions, dotted, has_near_name, nearest_key, problems
 from kdx.config import Config
 from kdx.errors import ConfigError, did_you_mean, together
 from kdx.folders import (
@@ -37,6 +36,7 @@ from kdx.folders import (
     spelt,
 )
 from kdx.resolve import OPEN_GROUPS, one_line, resolved, to_config
+from kdx.validation import ALIASES, contradictions, dotted, has_near_name, nearest_key, problems
 
 LAYERS = ("typed", "experiment/", "recipe/", "")  # what wins comes first
 

@@ -8,10 +8,10 @@ from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from typing import Any, get_type_hints
 
+from kdx.compare.ranking import Comparison, Run, listed
 from kdx.config import Config
 from kdx.errors import ConfigError, MachineError
-from kdx.ranking import Comparison, Run, listed
-from kdx.tracking import CONSOLE, has_login
+from kdx.run.tracking import CONSOLE, has_login
 
 CURVES = {
     "Held out, at temperature 1": ("eval/kl", "eval/ce", "eval/agreement"),

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kdx.check import binding_problems
 from kdx.config import DataConfig
+from kdx.data.files import kind_of, missing, read_rows, resolve_path, text_in
+from kdx.data.templates import RowTemplate, Unbounded, each
 from kdx.errors import SKIP, ConfigError, DataError, did_you_mean, first_of, same_in_all, together
-from kdx.files import kind_of, missing, read_rows, resolve_path, text_in
-from kdx.templates import RowTemplate, Unbounded, each
+from kdx.validation import binding_problems
 
 log = logging.getLogger(__name__)
 

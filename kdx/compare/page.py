@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
-from kdx import tables
-from kdx.ranking import BASELINE_LABEL, MEASURES, RANKED_BY, Comparison, Point, Ranking, said, shown
+from kdx.compare import tables
+from kdx.compare.ranking import BASELINE_LABEL, MEASURES, RANKED_BY, Comparison, Point, Ranking, said, shown
 
 # Okabe and Ito's colours, which colour-blind people tell apart; shapes tell the same once more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -67,7 +67,7 @@ def page(comparison: Comparison) -> str:
     )  # fmt: skip
     sections = [_section(comparison, ranking, i) for i, ranking in enumerate(comparison.rankings, 1)]
     number = {run.name: f"{s['prefix']}{p.number}" for s in sections for p in s["points"] for run in p.runs}
-    template = environment.get_template("compare.html.j2")
+    template = environment.get_template("page.html.j2")
     return template.render(
         c=comparison, sections=sections, number=number, t=tables, ranked_by=RANKED_BY, zip=zip, id=id
     )

@@ -22,9 +22,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template, TemplateError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from kdx.data.files import kind_of
 from kdx.errors import ConfigError, DataError
-from kdx.files import kind_of
-from kdx.signals import STOPS
+from kdx.run.signals import STOPS
 
 SECONDS = 2  # of processor time for a row, so that a pause of the machine costs a template nothing
 LONGEST = 10_000_000  # characters that a row may become beyond what is said in it

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kdx.config import Config, TrackingConfig
-from kdx.durable import fsync, of_disk, write_beside
 from kdx.errors import printable
-from kdx.redact import redact
+from kdx.run.files import fsync, of_disk, write_beside
+from kdx.run.redact import redact
 
 log = logging.getLogger("kdx")
 

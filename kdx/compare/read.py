@@ -16,15 +16,15 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from kdx import ranking
-from kdx.durable import write_beside
+from kdx.compare import ranking
+from kdx.compare.ranking import COSTS, MEASURES, RANKED_BY, Comparison, Ranking, Rows, Run
+from kdx.compare.tables import as_csv, as_json, as_markdown, terminal_tables
+from kdx.data.files import nearby
 from kdx.errors import ConfigError, MachineError, printable, together
-from kdx.files import nearby
-from kdx.ranking import COSTS, MEASURES, RANKED_BY, Comparison, Ranking, Rows, Run
-from kdx.redact import redact
+from kdx.run.files import write_beside
+from kdx.run.redact import redact
+from kdx.run.tracking import CONSOLE
 from kdx.stale import newest
-from kdx.tables import as_csv, as_json, as_markdown, terminal_tables
-from kdx.tracking import CONSOLE
 
 MARKS = ("status.json", "summary.json", "metrics.jsonl")  # a folder with one of these is a run's
 WIDEST = 240  # letters of a line of the terminal's table
@@ -44,7 +44,7 @@ def main(words: list[str]) -> int:
     args = parser.parse_intermixed_args(words)
     paths = [Path(word) for word in args.paths]
     if args.wandb:
-        from kdx import workspace
+        from kdx.compare import workspace
 
         workspace.check()
     comparison = compare(paths, args.out or default_out(paths))
@@ -78,7 +78,7 @@ def compare(paths: list[Path], out: Path) -> Comparison:
     Raises KdxError where there is nothing to compare; a damaged run is listed.
     """
     comparison = compared(*find(paths), out)
-    from kdx.page import page  # matplotlib takes a while to import
+    from kdx.compare.page import page  # matplotlib takes a while to import
 
     texts = (as_csv(comparison), as_json(comparison), as_markdown(comparison), page(comparison))
     for name, text in zip(FILES, texts, strict=True):

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kdx import shards
-from kdx.durable import fsync, open_to_umask, temporary, usage_of, verify, whole_file, whole_folder
 from kdx.errors import ConfigError, MachineError, out_of_memory
+from kdx.run import sharding as shards
+from kdx.run.files import fsync, open_to_umask, temporary, usage_of, verify, whole_file, whole_folder
 
 KEPT = 2
 REFUSALS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors wrap a full disk in their own

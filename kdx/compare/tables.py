@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kdx.ranking import (
+from kdx.compare.ranking import (
     BASELINE_LABEL,
     COSTS,
     MEASURES,

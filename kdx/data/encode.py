@@ -11,12 +11,12 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
-from kdx.batches import Row
 from kdx.config import DataConfig
-from kdx.data import Conversation
+from kdx.data.batches import Row
+from kdx.data.files import at_home
+from kdx.data.sources import Conversation
+from kdx.data.templates import LONGEST, Unbounded, bounded, each, fault_of, is_plain
 from kdx.errors import SKIP, DataError, first_of
-from kdx.files import at_home
-from kdx.templates import LONGEST, Unbounded, bounded, each, fault_of, is_plain
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from kdx import causal_lm, shards
+from kdx import causal_lm
 from kdx.config import Config
 from kdx.errors import MachineError
+from kdx.run import sharding as shards
 
 
 def build_accelerator(config: Config) -> Accelerator:
