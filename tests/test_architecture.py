@@ -13,7 +13,7 @@ FILES = {
     for path in sorted(ROOT.rglob("*.py"))
     if "conf" not in path.parts
 }
-CHOICES = {"teacher", "student", "data", "data.sources", "loss", "optim"}
+CHOICES = {"teacher", "student", "data.sources", "loss", "optim"}
 STANDARD = {"collections", "functools", "importlib", "inspect", "math", "typing"}
 MAX_LINES, MAX_TOKENS = 11_900, 91_000
 NOT_CODE = {
@@ -82,7 +82,7 @@ def test_hydra_stays_in_the_command_line():
 
 def test_torch_is_not_imported_before_a_run_starts():
     late = {"torch", "transformers", "accelerate", "datasets", "wandb"}
-    early = {"__init__", "__main__", "cli", "compose", "config", "errors", "sweep", "run", "run.devices"}
+    early = {"__init__", "__main__", "cli", "compose", "config", "errors", "sweep", "run.devices"}
     early |= {name for name in FILES if name.startswith("compare")} - {"compare.workspace"}
     for name in early:
         assert not top(name) & late, name
@@ -90,8 +90,7 @@ def test_torch_is_not_imported_before_a_run_starts():
 
 @pytest.mark.parametrize("choice", sorted(CHOICES))
 def test_the_five_choices_never_import_one_another(choice):
-    same = {"data", "data.sources"} if choice.startswith("data") else {choice}
-    assert not own(choice) & (CHOICES - same)
+    assert not own(choice) & (CHOICES - {choice})
 
 
 def test_only_the_command_line_imports_cli_and_distill():
