@@ -4,6 +4,7 @@ A field's range stands in its metadata and is checked by `kdx.check`, before tor
 `Any` marks a key that takes one or several types (OmegaConf has no `str | list`); `allows` says which.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -289,3 +290,13 @@ class Config:
     tracking: TrackingConfig
     run: RunConfig
     sweep: SweepConfig
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config, or one of its groups, as plain nested values."""
+    return dataclasses.asdict(config)
+
+
+def replaced(config: Any, **changes: Any) -> Any:
+    """A copy of a config, or of one of its groups, with some fields changed."""
+    return dataclasses.replace(config, **changes)
