@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from kdx import nonfinite, plugins
-from kdx.causal_lm import DTYPES
 from kdx.config import Config
 from kdx.errors import DivergedError, KdxError, MachineError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
@@ -33,7 +32,7 @@ from kdx.run.signals import CutShort, Stopped, StopRequest
 from kdx.run.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
 from kdx.stale import changes
 from kdx.state import State
-from kdx.student import describe, save_student
+from kdx.student import cast, describe, save_student
 from kdx.train import keep_best, train
 
 KEPT_SAMPLES = ("teacher_samples", "untouched_samples")
@@ -192,7 +191,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         shards.gather(run.objective, run.student)
         kept_step = choose_weights(run, state, folder, lambda: measure(accelerator.autocast())[0].means())
         # Measured as it is saved: without autocast, in the dtype on disk, so that anyone can measure the same.
-        run.student.to(DTYPES[config.student.save_dtype])
+        cast(run.student, run.save_dtype)
         final, _ = measure(nullcontext())
         measures = final.means()
         check_final(state, measures)

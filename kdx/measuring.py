@@ -4,7 +4,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from kdx.causal_lm import DTYPES
+import torch
+
 from kdx.certificate import certify, words_of
 from kdx.evaluate import HeldOut, Measures, answer, mass_past
 from kdx.prepare import MAX_NEW_TOKENS, Prepared
@@ -80,7 +81,7 @@ class Measurer:
         """What teacher and untouched student measure and answer."""
         untouched, teacher = self(run.accelerator.autocast())
         return {
-            "untouched": untouched.means() | size(run.student, run.config.student.save_dtype),
+            "untouched": untouched.means() | size(run.student, run.save_dtype),
             "teacher": teacher.means() | size_of_teacher(run.teacher),
             "teacher_samples": self.teacher_answers(),
             "untouched_samples": self.answers(run.student),
@@ -95,8 +96,8 @@ def size_of_teacher(teacher: Teacher | None) -> dict[str, int | None]:
     }
 
 
-def size(model: Any, save_dtype: str | None = None) -> dict[str, int | None]:
+def size(model: Any, save_dtype: torch.dtype | None = None) -> dict[str, int | None]:
     """Parameters, and the bytes of the weights: as they are in memory, or as they would be saved."""
-    saved = DTYPES[save_dtype].itemsize if save_dtype else None
+    saved = save_dtype.itemsize if save_dtype else None
     num_bytes = sum(p.numel() * (saved or p.element_size()) for p in model.parameters())
     return {"num_parameters": model.num_parameters(), "num_bytes": num_bytes}

@@ -21,12 +21,12 @@ from kdx.optim import optimizer_class, state_bytes
 from kdx.run import checkpoint
 from kdx.run.tracking import log
 from kdx.store import Identity, TeacherStore, bytes_of, room
-from kdx.student import answer_greedily, load_student
+from kdx.student import load_student, saved_dtype
 from kdx.teacher import Teacher, load_teacher, precision_of
 from kdx.validation import binding_problems
 
 CHECKPOINTS = 3  # on disk at once while the third is written
-NUM_SAMPLES, MAX_NEW_TOKENS = 3, 48  # of sample answers; the student's answers too are so long by default
+NUM_SAMPLES, MAX_NEW_TOKENS = 3, 48  # of sample answers
 
 
 @dataclass
@@ -56,6 +56,8 @@ class Prepared(Text):
     batches: StepBatches
     max_steps: int
     store_words: str
+    save_dtype: torch.dtype
+    save_words: str
     origin: dict[str, Any]
 
     def counts(self) -> dict[str, Any]:
@@ -212,9 +214,8 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         dtype=torch.float64 if train.precision == "fp64" else torch.float32,
         attn_implementation=causal_lm.attention_for(config.student, device, text.max_length),
         seed=train.seed,
-        kept=store.student_folder(config.student.layers) if store else None,
     ).to(device)
-    answer_greedily(student, MAX_NEW_TOKENS)
+    save_dtype, save_words = saved_dtype(config.student, config.teacher)
     num_ids = count_ids(tokenizer, student, teacher)
     if train.gradient_checkpointing:
         causal_lm.checkpoint_activations(student)
@@ -239,6 +240,8 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         batches=batches,
         max_steps=max_steps,
         store_words=store_words,
+        save_dtype=save_dtype,
+        save_words=save_words,
         origin=origin(text, identity, config.student),
     )
 
@@ -284,7 +287,7 @@ def open_store(
 def bytes_on_disk(run: Prepared) -> tuple[int, int, int]:
     """What student, best weights so far and a checkpoint take on disk; 0 for what the run need not save."""
     num, weights = run.student.num_parameters(), run.student.num_parameters() * run.student.dtype.itemsize
-    student = num * causal_lm.DTYPES[run.config.student.save_dtype].itemsize if run.max_steps else 0
+    student = num * run.save_dtype.itemsize if run.max_steps else 0
     best = weights if run.config.train.keep == "best" else 0
     one = 0
     if run.config.train.save_every:
