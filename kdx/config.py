@@ -97,8 +97,8 @@ class StudentConfig(ModelConfig):
         words="a number of layers above 0, or a list of the teacher's layer numbers such as [0,3,29]",
     )
     """For init=cut: how many of the teacher's layers (evenly spread, first and last kept), or which."""
-    save_dtype: str = one_of("fp32", "bf16")
-    """Dtype of the saved student; training always holds fp32 master weights."""
+    save_dtype: str = one_of("auto", "fp32", "bf16", "fp16")
+    """Dtype of the saved student; auto is that of the weights it starts from. Training holds fp32 master weights."""
 
 
 @dataclass(kw_only=True)

@@ -58,7 +58,7 @@ def header(run: Prepared) -> list[str]:
         lines.append(("teacher", f"{public_name(plain['teacher'])}, {size} parameters, {run.teacher.precision}{uses}"))
         lines.append(("teacher's store", run.store_words))
     lines += [
-        ("student", f"{student}, {count(run.student.num_parameters())} parameters"),
+        ("student", f"{student}, {count(run.student.num_parameters())} parameters, saved as {run.save_words}"),
         ("device", f"{device}, {run.precision()} ({device_dtype(run.accelerator.device)[1]})"),
         ("data", f"{config.data.name}: {counted}; held out: {held_out}"),
     ]
