@@ -23,7 +23,7 @@ from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import MAX_NEW_TOKENS, Prepared, bytes_on_disk, check_names, check_room, prepare
 from kdx.run import checkpoint, report, typed
-from kdx.run import identity as drift
+from kdx.run import drift
 from kdx.run import sharding as shards
 from kdx.run.devices import keep_memory
 from kdx.run.files import digest_of, reserve, usage_of, write_beside

@@ -6,7 +6,7 @@ from typing import Any
 
 from kdx.config import TrainConfig
 from kdx.data.batches import StepBatch
-from kdx.run import identity as drift
+from kdx.run import drift
 
 
 @dataclass

@@ -17,7 +17,7 @@ from kdx.config import Config
 from kdx.errors import ConfigError, DivergedError, InUseError, KdxError, MachineError, exit_code, out_of_memory
 from kdx.hostile import refuse_foreign, refuse_links
 from kdx.run import checkpoint, owner, typed
-from kdx.run import identity as drift
+from kdx.run import drift
 from kdx.run.files import fsync, local_time, read_json, read_yaml, write_beside, write_over
 from kdx.run.redact import redact
 from kdx.run.signals import Stopped
