@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kdx.run.identity import FREE
+from kdx.run.drift import FREE
 
 RANKED_BY = ("kl", "ce")  # both are better when lower
 MEASURES = ("kl", "reverse_kl", "agreement", "ce", "perplexity", "accuracy")
