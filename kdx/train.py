@@ -14,21 +14,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from kdx.build import num_steps
 from kdx.config import Config, TrainConfig
-from kdx.data.batches import Batches, Rows, StepBatch
-from kdx.data.sources import check_source
-from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, together
+from kdx.data.batches import Batches, StepBatch
+from kdx.errors import ConfigError, DivergedError, MachineError
 from kdx.evaluate import Judge, Measures, peak_memory
-from kdx.objective import Objective, check_loss
-from kdx.optim import build_optimizer, build_schedule, optimizer_class
+from kdx.objective import Objective
+from kdx.optim import build_optimizer, build_schedule
 from kdx.run import checkpoint, sharding
 from kdx.run.files import fsync
 from kdx.run.folder import RunFolder
 from kdx.run.signals import Stopped, StopRequest
 from kdx.run.tracking import Tracker
-from kdx.student import describe
+from kdx.student import describe, saved_dtype
 from kdx.teacher import Teacher
-from kdx.tokenizer import pad_id_of
 
 log = logging.getLogger("kdx")
 
@@ -92,10 +91,11 @@ class Training:
         teacher: Teacher | None,
         batches: Batches,
         tokenizer: Any,
+        max_length: int,
         machine: Accelerator,
     ) -> None:
         self.config, self.objective, self.teacher, self.batches = config, objective, teacher, batches
-        self.tokenizer, self.machine = tokenizer, machine
+        self.tokenizer, self.max_length, self.machine = tokenizer, max_length, machine
         self.max_steps = num_steps(config.train, batches)
         optimizer = build_optimizer(config.optim, objective)
         self.schedule = build_schedule(config.optim, optimizer, self.max_steps)
@@ -104,6 +104,7 @@ class Training:
         stored = "on" if teacher and teacher.store else "off"
         self.versions = {name: version(name) for name in LIBRARIES}
         self.versions |= {"teacher.store": stored, "precision": precision_of(config, machine)}
+        self.save_dtype, self.save_words = saved_dtype(config.student, config.teacher)
         self.state = State(versions=self.versions)
         self.is_finished = False
         self.is_save_due = False  # by train.save_minutes
@@ -364,55 +365,6 @@ def means(run: Training) -> dict[str, float | None]:
         **{f"train/{name}": last[name] for name in ("lr", "grad_norm", "epoch")},
         "memory/peak_bytes": peak_memory(run.machine.device),
     }
-
-
-def check_names(config: Config) -> None:
-    """Check the names and options that only registries know, before data or models are read. Raises ConfigError."""
-    errors: list[KdxError] = []
-    for check in (
-        lambda: check_loss(config.loss),
-        lambda: optimizer_class(config.optim),
-        lambda: check_source(config.data),
-    ):
-        try:
-            check()
-        except ConfigError as error:
-            errors.append(error)
-    if errors:
-        raise together(errors)
-
-
-def build_batches(config: Config, rows: Rows, tokenizer: Any, machine: Accelerator) -> Batches:
-    """Build the training batches of one process. Raises ConfigError if they cannot be shared out evenly."""
-    return Batches(
-        rows,
-        batch_size=config.train.batch_size,
-        micro_batch_size=micro_batch_size(config.train, machine.num_processes),
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        pad_id=pad_id_of(tokenizer),
-        rank=machine.process_index,
-        num_processes=machine.num_processes,
-    )
-
-
-def num_steps(config: TrainConfig, batches: Batches) -> int:
-    """Return the number of optimizer steps of a run."""
-    if config.max_steps is not None:
-        return config.max_steps
-    assert config.epochs is not None
-    return math.ceil(config.epochs * batches.steps_per_epoch - 1e-9)  # 0.07 · 100 is 7 steps
-
-
-def micro_batch_size(config: TrainConfig, num_processes: int) -> int:
-    """Return the rows at once on one device. Raises ConfigError if the batch cannot be shared out evenly."""
-    size, asked = config.batch_size, config.micro_batch_size
-    share = num_processes if asked == "auto" else asked * num_processes
-    if size % share:
-        times = "" if asked == "auto" else f" × train.micro_batch_size={asked}"
-        what = f"is {size}, not a multiple of {num_processes} processes{times}"
-        raise ConfigError("train.batch_size", what, f"Try {max(share, size // share * share)}")
-    return size // num_processes if asked == "auto" else int(asked)
 
 
 def precision_of(config: Config, machine: Accelerator) -> str:

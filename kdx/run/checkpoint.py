@@ -1,5 +1,6 @@
 """Checkpoints: model, optimizer, schedule and random numbers of one step, whole or not there."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -77,6 +78,14 @@ def save(
     for old in [folder for folder in found(run_dir) if folder.name <= final.name][KEPT:]:
         remove(old)
     return final
+
+
+def remove_all(run_dir: Path) -> None:
+    """Remove the checkpoints of a run that is done."""
+    for path in [*found(run_dir), best_file(run_dir)]:
+        remove(path) if path.is_dir() else path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else is in there, or it is a link to another disk
+        folder_of(run_dir).rmdir()
 
 
 def not_saved(path: Path, what: str, error: BaseException) -> MachineError:

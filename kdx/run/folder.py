@@ -67,7 +67,8 @@ class RunFolder:
         """Return whether this run is done. Raises ConfigError, with a diff, if the folder has another run."""
         if self.status().get("state") != "done":
             return False
-        return not self._differences(config)
+        longer = ("train.max_steps", "train.epochs")
+        return not any(key in longer for key, _, _ in self._differences(config))
 
     def _differences(self, config: Config) -> list[tuple[str, Any, Any]]:
         """Return what differs from the run that is here and may differ. Raises ConfigError for the rest."""
@@ -159,7 +160,7 @@ class RunFolder:
         try:
             yield
         except (Stopped, KeyboardInterrupt) as error:
-            if self.is_main and self.status().get("state") not in ("failed", "diverged"):
+            if self.is_main and self.status().get("state") not in ("done", "failed", "diverged"):
                 code = error.code if isinstance(error, Stopped) and isinstance(error.code, int) else 130
                 self.write_status("interrupted", f"stopped by a signal at step {self.step}", code)
             raise
