@@ -11,11 +11,11 @@ from accelerate import Accelerator
 
 from kdx import causal_lm, loss, plugins
 from kdx.config import Config, LossConfig, StudentConfig, TeacherConfig
-from kdx.data.batches import Row, StepBatches, fingerprint, pad_id_of
-from kdx.data.encode import Encoder, prepare_tokenizer
+from kdx.data.batches import Row, Rows, StepBatches, pad_id_of
+from kdx.data.encode import Data, load_data
 from kdx.data.files import at_home
-from kdx.data.sources import Dataset, check_source, load_data
-from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, together
+from kdx.data.sources import check_source
+from kdx.errors import ConfigError, KdxError, MachineError, ModelError, did_you_mean, together
 from kdx.objective import Objective, StudentObjective
 from kdx.optim import optimizer_class, state_bytes
 from kdx.run import checkpoint
@@ -35,12 +35,23 @@ class Text:
 
     tokenizer: Any
     max_length: int
-    template: str
-    data: Dataset
-    encoder: Encoder
-    rows: list[Row]
-    held_out_rows: list[Row]
-    prompts: list[dict[str, Any]]  # of the sample answers
+    data: Data
+
+    @property
+    def template(self) -> str:
+        return self.data.template
+
+    @property
+    def rows(self) -> Rows:
+        return self.data.train
+
+    @property
+    def held_out_rows(self) -> Rows:
+        return self.data.held_out
+
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        return self.data.prompts
 
 
 @dataclass
@@ -63,10 +74,10 @@ class Prepared(Text):
         return {
             "num_rows": len(self.rows),
             "num_validation_rows": len(self.held_out_rows),
-            "counted_tokens": sum(row.num_counted for row in self.rows),
-            "counted_validation_tokens": sum(row.num_counted for row in self.held_out_rows),
-            "num_dropped": dict(self.data.dropped + self.encoder.dropped),
-            "num_truncated": dict(self.data.changed + self.encoder.truncated),
+            "counted_tokens": int(self.rows.num_counted.sum()),
+            "counted_validation_tokens": int(self.held_out_rows.num_counted.sum()),
+            "num_dropped": dict(self.data.dropped),
+            "num_truncated": dict(self.data.changed),
         }
 
     def precision(self) -> str:
@@ -113,19 +124,10 @@ def _check_loss(config: LossConfig) -> None:
             raise ConfigError("loss", str(error), f"See {where} the function itself") from None
 
 
-_shared: dict[str, Text] = {}  # of the sweep that this process does, the last one read
-
-
 def read_text(config: Config) -> Text:
-    """Read and encode the data; the jobs of a sweep that name the same data and models do it once. Raises KdxError."""
-    if not config.sweep.keys:
-        return _read_text(config)
-    key = what_is_read(config)
-    if key not in _shared:
-        text = _read_text(config)
-        _shared.clear()
-        _shared[key] = text
-    return _shared[key]
+    """Load the tokenizer, and read and encode the data. Raises KdxError."""
+    tokenizer, max_length = load_tokenizers(config)
+    return Text(tokenizer, max_length, load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS))
 
 
 def what_is_read(config: Config) -> str:
@@ -133,25 +135,11 @@ def what_is_read(config: Config) -> str:
     return json.dumps([asdict(part) for part in (config.teacher, config.student, config.data)], default=str)
 
 
-def _read_text(config: Config) -> Text:
-    tokenizer, max_length = load_tokenizers(config)
-    template = prepare_tokenizer(tokenizer, config.data)
-    encoder = Encoder(tokenizer, max_length, config.data.on_long, config.data.assistant_only)
-    data = load_data(config.data, also=encoder.faults, refused=encoder.refused)
-    rows, held_out_rows = encoder.encode(data.train, data.validation)
-    for what, left, given in (("training", rows, data.train), ("held-out", held_out_rows, data.validation)):
-        if given and not left:
-            rules = "; ".join(f"{number} {rule}" for rule, number in encoder.dropped.items())
-            raise DataError("data", f"no {what} row is left ({rules})", "Raise data.max_length, or give other data")
-    prompts = encoder.prompts(data.validation or data.train, NUM_SAMPLES, MAX_NEW_TOKENS)
-    return Text(tokenizer, max_length, template, data, encoder, rows, held_out_rows, prompts)
-
-
 def origin(text: Text, identity: Identity | None, student: StudentConfig) -> dict[str, Any]:
     """What besides the config decides which student comes out."""
     return {
-        "fingerprint": fingerprint(text.rows),
-        "validation_fingerprint": fingerprint(text.held_out_rows),
+        "fingerprint": text.data.fingerprint,
+        "validation_fingerprint": text.data.held_out_fingerprint,
         "tokenizer_digest": causal_lm.tokenizer_digest(text.tokenizer),
         "teacher_digest": identity.model if identity else None,
         "teacher_precision": identity.precision if identity else None,
