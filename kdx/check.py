@@ -1,6 +1,7 @@
 """What `kdx check …` does: read config, data and models as the run would, say what would be trained, and train nothing."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -126,7 +127,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _hidden(teacher: Teacher, rows: list[Row], batch: MicroBatch) -> torch.Tensor:
+def _hidden(teacher: Teacher, rows: Sequence[Row], batch: MicroBatch) -> torch.Tensor:
     """The teacher's answer: read if its store has every row, else live as the run would; nothing is kept."""
     is_filled = teacher.store is not None and not teacher.store.missing([row.digest for row in rows])
     return teacher.hidden(batch) if is_filled else teacher.live(batch)

@@ -3,18 +3,21 @@
 B rows of a batch, T positions, N counted positions: those whose next token counts in the loss.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import random
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 IGNORED = -100  # the label of a position that does not count, as everywhere in the field
@@ -23,31 +26,85 @@ WINDOW = 16  # batches that are grouped by length together: enough for little pa
 
 @dataclass(frozen=True)
 class Row:
-    """A tokenised conversation. counted[i] tells whether token i is one the student must learn to say."""
+    """A tokenised conversation. counted[i]: whether the student must learn to predict token i."""
 
     id: str
     tokens: list[int]
     counted: list[bool]
-    where: str = ""  # file and line
+    where: str = ""  # file:line
 
-    @property
+    @cached_property
     def num_counted(self) -> int:
         """Counted positions; the first token has nothing before it that could predict it."""
         return sum(self.counted[1:])
 
-    def without_tail(self) -> "Row":
-        """The row up to its last counted token: what comes after it changes nothing in a causal model, and costs time."""
-        end = max((i + 1 for i, counts in enumerate(self.counted) if counts), default=1)
-        return self.up_to(end)
-
-    def up_to(self, end: int) -> "Row":
-        return replace(self, tokens=self.tokens[:end], counted=self.counted[:end])
-
     @cached_property
     def digest(self) -> str:
         """What decides a teacher's hidden states of this row: its tokens, and which of them count."""
-        numbers = array("q", self.tokens).tobytes() + bytes(self.counted[1:])  # nothing predicts the first
-        return hashlib.sha256(numbers).hexdigest()[:32]
+        numbers = np.asarray(self.tokens, np.int32).tobytes() + np.asarray(self.counted[1:], bool).tobytes()
+        return xxhash.xxh3_128_hexdigest(numbers)
+
+
+# Where a row's tokens begin and its name ([id, where] as JSON) ends, in their files; its size; its digest, in hex.
+TABLE = np.dtype(
+    [("start", "i8"), ("length", "i4"), ("num_counted", "i4"), ("name", "i8"), ("name_length", "i4"), ("digest", "S32")]
+)
+
+
+def write_rows(stem: Path, rows: Iterable[Row]) -> str:
+    """Write rows to STEM.tokens, .counted, .names and .table, for `Rows` → a digest of their ids, tokens and masks."""
+    fingerprint, start, name_start = xxhash.xxh3_128(), 0, 0
+    with contextlib.ExitStack() as files:
+        kinds = ("tokens", "counted", "names", "table")
+        tokens, counted, names, table = (files.enter_context(open(f"{stem}.{kind}", "wb")) for kind in kinds)
+        for row in rows:
+            name = json.dumps([row.id, row.where]).encode()
+            tokens.write(np.asarray(row.tokens, np.int32).tobytes())
+            counted.write(np.asarray(row.counted, bool).tobytes())
+            names.write(name)
+            line = (start, len(row.tokens), row.num_counted, name_start, len(name), row.digest)
+            table.write(np.array(line, TABLE).tobytes())
+            fingerprint.update(json.dumps([row.id, row.digest]).encode())
+            start, name_start = start + len(row.tokens), name_start + len(name)
+    return fingerprint.hexdigest()[:16]
+
+
+class Rows(Sequence[Row]):
+    """Rows in memory-mapped files: shared by processes, and not in memory until they are read."""
+
+    def __init__(self, stem: Path) -> None:
+        def mapped(kind: str, dtype: Any) -> np.ndarray:
+            file = Path(f"{stem}.{kind}")
+            return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
+
+        self._table, self._tokens = mapped("table", TABLE), mapped("tokens", np.int32)
+        self._counted, self._names = mapped("counted", np.bool_), mapped("names", np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        start, length, _, name, name_length, _ = self._table[i].item()
+        name, where = json.loads(self._names[name : name + name_length].tobytes())
+        place = slice(start, start + length)
+        return Row(name, self._tokens[place].tolist(), self._counted[place].tolist(), where)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row [rows]."""
+        return self._table["length"].astype(np.int64)
+
+    @cached_property
+    def num_counted(self) -> np.ndarray:
+        """Counted positions of each row [rows]."""
+        return self._table["num_counted"].astype(np.int64)
+
+    @property
+    def digests(self) -> list[str]:
+        """The digest of each row, without reading the rows."""
+        return self._table["digest"].astype(str).tolist()
 
 
 @dataclass(frozen=True)
