@@ -4,7 +4,6 @@ B rows of a batch, T positions, N counted positions: those whose next token coun
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import random
@@ -130,7 +129,8 @@ class MicroBatch:
         tensors: dict[str, Any] = {
             k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
         }
-        return replace(self, **tensors)
+        weights = {name: weight.to(device, non_blocking=True) for name, weight in self.weights.items()}
+        return replace(self, **tensors, weights=weights)
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> MicroBatch:
@@ -186,11 +186,6 @@ def merged(batches: Sequence[MicroBatch]) -> MicroBatch:
     )
 
 
-def pad_id_of(tokenizer: Any) -> int:
-    """Choose an id to pad with: any valid one, since nothing looks at padding; many tokenizers have no pad token."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
 def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
     """Order one epoch → a list of row numbers for each optimizer step; the last may be smaller.
 
@@ -233,7 +228,7 @@ class Batches:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Rows,
         *,
         batch_size: int,
         micro_batch_size: int,
@@ -301,7 +296,7 @@ class Batches:
         """Count the tokens without padding that these steps read, over all processes."""
         epochs = max_steps // self.steps_per_epoch
         rest = [i for _, numbers in self.plan(epochs * self.steps_per_epoch, max_steps) for i in numbers]
-        return int(epochs * self.rows.lengths.sum() + self.rows.lengths[rest].sum())
+        return int(epochs * self.rows.lengths.sum() + self.rows.lengths[np.array(rest, dtype=int)].sum())
 
     def padding(self, max_steps: int) -> float:
         """Return the share of padding among the positions that the run computes."""
@@ -314,20 +309,12 @@ class Batches:
         return 1 - real / padded if padded else 0.0
 
 
-def by_length(rows: Sequence[Row], batch_size: int) -> list[list[int]]:
+def by_length(rows: Rows, batch_size: int) -> list[list[int]]:
     """Group row numbers into batches of similar length, longest first, for passes where order does not matter."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens), reverse=True)
+    order = np.argsort(-rows.lengths, kind="stable").tolist()
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def _empty_row(pad_id: int) -> Row:
     """Make a row without a counted token, for a process that a small last batch leaves without rows."""
     return Row("", [pad_id, pad_id], [False, False])
-
-
-def fingerprint(rows: Sequence[Row]) -> str:
-    """Digest rows as the models see them: ids, tokens and what counts, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.id, row.tokens, [int(c) for c in row.counted]]).encode())
-    return digest.hexdigest()[:16]
