@@ -21,13 +21,12 @@ from kdx.prepare import (
     bytes_on_disk,
     check_names,
     check_room,
-    in_bytes,
     prepare,
 )
 from kdx.run import report
+from kdx.run.files import in_bytes, room
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries
-from kdx.store import room
 from kdx.teacher import Teacher
 
 SOFTMAXES = 6  # float32 tensors of a block at once: both logits, log-probabilities, gradients
@@ -129,7 +128,7 @@ def _now(device: torch.device) -> float:
 def _hidden(teacher: Teacher, rows: list[Row], batch: MicroBatch) -> torch.Tensor:
     """The teacher's answer: read if its store has every row, else live as the run would; nothing is kept."""
     is_filled = teacher.store is not None and not teacher.store.missing([row.digest for row in rows])
-    return teacher.hidden(batch) if is_filled else teacher.live(batch)
+    return teacher.answer(batch).hidden if is_filled else teacher.live(batch)
 
 
 def memory_table(run: Prepared, cost: Cost) -> Table:

@@ -124,7 +124,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     if resumed:
         shards.spread(run.student, run.objective)
     state = resumed or State(of=of, versions=versions)
-    if store and not store.rows.go_back(state.store):
+    if store and store.lost(state.store):
         why = f"the teacher's store lacks rows that this run kept in it up to step {state.step}"
         drift.mark(state.other_versions, [why])
     before = folder.kept("untouched.json", origin) if resumed else None
@@ -216,7 +216,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
                 "seconds_per_step": statistics.median(state.step_seconds) if state.step_seconds else None,
                 "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
                 "peak_memory_bytes": peak_memory(accelerator.device),
-                "store": asdict(store.counts) | {"bad": store.rows.num_bad} if store else None,
+                "store": asdict(store.counts) if store else None,
             },
             data=run.counts() | prints,
             environment=report.environment(run, folder.path),

@@ -74,7 +74,7 @@ class HeldOut:
         self.teacher_head = teacher.head.cut(self.num_ids)
         self.teacher_hidden = []
         for batch in self.batches:
-            self.teacher_hidden.append(teacher.settled(batch).cpu())
+            self.teacher_hidden.append(teacher.answer(batch).hidden.cpu())
             advance()
 
     @torch.no_grad()

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from kdx.causal_lm import DTYPES
-from kdx.certificate import certify, words_of
 from kdx.evaluate import HeldOut, Measures, answer, mass_past
 from kdx.prepare import MAX_NEW_TOKENS, Prepared
 from kdx.run.tracking import log, working
@@ -46,10 +45,6 @@ class Measurer:
         is_main = self.run.accelerator.is_main_process
         with working("the teacher reads the held-out rows", len(self.held_out.batches), is_main) as advance:
             self.held_out.ask(teacher, advance)
-        if teacher.store and teacher.store.certificate() is None:
-            certificate = certify(teacher, self.run.held_out_rows, self.run.batches.pad_id)
-            if certificate:
-                log.info(words_of(certificate))
         if teacher.head.num_ids > self.run.num_ids:
             mass = mass_past(self.run.num_ids, teacher.head, self.held_out.teacher_hidden)
             rows = teacher.head.num_ids - self.run.num_ids
@@ -68,11 +63,11 @@ class Measurer:
         answers: list[str | None] = []
         for prompt in self.prompts:
             key = f"{MAX_NEW_TOKENS} tokens: {prompt['text']}"
-            told = teacher.store.answer(key) if teacher.store else None
+            told = teacher.store.load_answer(key) if teacher.store else None
             if told is None:
                 told = answer(teacher.model, self.run.tokenizer, prompt["text"], MAX_NEW_TOKENS)
                 if teacher.store:
-                    teacher.store.keep_answer(key, told)
+                    teacher.store.save_answer(key, told)
             answers.append(told)
         return answers
 

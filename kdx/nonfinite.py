@@ -15,7 +15,7 @@ from kdx.config import TrainConfig
 from kdx.data.batches import Row, StepBatch
 from kdx.errors import DivergedError
 from kdx.objective import StudentObjective, summed_loss
-from kdx.teacher import Teacher
+from kdx.teacher import Answer, Teacher
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,8 @@ def _blamed(
     found: dict[str, list[str]] = {TEACHER: [], KD: [], CE: []}
     head = head_of(student).cut(objective.num_ids)
     answers = teacher.answers(batch.micro_batches) if teacher else repeat(None)
-    for micro_batch, hidden in zip(batch.micro_batches, answers, strict=False):
+    for micro_batch, answer in zip(batch.micro_batches, answers, strict=False):
+        hidden = answer.hidden if isinstance(answer, Answer) else None
         micro_batch = micro_batch.to(accelerator.device)
         ours = counted_hidden(student, micro_batch)
         for i, row in enumerate(micro_batch.row_ids):

@@ -13,14 +13,14 @@ from kdx import causal_lm, loss, plugins
 from kdx.config import Config, LossConfig, StudentConfig, TeacherConfig
 from kdx.data.batches import Row, StepBatches, fingerprint, pad_id_of
 from kdx.data.encode import Encoder, prepare_tokenizer
-from kdx.data.files import at_home
 from kdx.data.sources import Dataset, check_source, load_data
 from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, together
 from kdx.objective import Objective, StudentObjective
 from kdx.optim import optimizer_class, state_bytes
 from kdx.run import checkpoint
+from kdx.run.files import room
 from kdx.run.tracking import log
-from kdx.store import Identity, TeacherStore, bytes_of, room
+from kdx.store import Identity, open_store
 from kdx.student import answer_greedily, load_student
 from kdx.teacher import Teacher, load_teacher, precision_of
 from kdx.validation import binding_problems
@@ -202,7 +202,7 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         if is_fill or config.loss.alpha > 0:
             asked += rows if is_fill else batches.rows_seen(max_steps)
         is_repeated = bool(config.sweep.keys) or max_steps * train.batch_size > len(rows)
-        store, store_words = open_store(config.teacher, identity, asked, is_repeated, owner)
+        store, store_words = open_store(config.teacher, identity, asked, is_repeated=is_repeated, owner=owner)
         teacher = load_teacher(config.teacher, device, text.max_length, identity, store)
         if store and store.missing([row.digest for row in asked]):
             teacher.load()  # what is wrong with the model comes now, not in mid-run
@@ -212,7 +212,6 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         dtype=torch.float64 if train.precision == "fp64" else torch.float32,
         attn_implementation=causal_lm.attention_for(config.student, device, text.max_length),
         seed=train.seed,
-        kept=store.student_folder(config.student.layers) if store else None,
     ).to(device)
     answer_greedily(student, MAX_NEW_TOKENS)
     num_ids = count_ids(tokenizer, student, teacher)
@@ -243,44 +242,6 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
     )
 
 
-def open_store(
-    teacher: TeacherConfig, identity: Identity, asked: list[Row], is_repeated: bool, owner: str
-) -> tuple[TeacherStore | None, str]:
-    """Open the teacher's store for the rows it will be asked for → the store or None, and why or where in words.
-
-    Raises MachineError if it must be on and its disk has no room.
-    """
-    if teacher.store == "off" or (teacher.store == "auto" and not is_repeated):
-        return None, "off" if teacher.store == "off" else "off (every row is seen once; teacher.store=on keeps them)"
-    root = at_home(teacher.store_dir, "teacher.store_dir").resolve()
-    limit = teacher.store_limit_gb and teacher.store_limit_gb * 1e9
-    name = teacher.base_model or teacher.path or ""
-    store = TeacherStore(root, identity, name=name, owner=owner, limit_bytes=limit)
-    missing = set(store.missing([row.digest for row in asked]))
-    counted = {row.digest: row.num_counted for row in asked}
-    shape, itemsize = (
-        causal_lm.load_config(teacher, "teacher").get_text_config(),
-        causal_lm.DTYPES[identity.dtype].itemsize,
-    )
-    grows = bytes_of(sum(counted[d] for d in missing), len(missing), shape.hidden_size, itemsize)
-    if not store.has_head():
-        grows += shape.vocab_size * shape.hidden_size * itemsize
-    may_take, free = room(root)
-    words = f"{len(counted) - len(missing):,} of {len(counted):,} rows are in {store.folder}"
-    words += f", {in_bytes(grows)} to come ({in_bytes(free)} free)" if grows else ""
-    fault = ""
-    if grows > may_take:
-        fault = f"needs {grows:,} bytes in {root}, where {free:,} are free, a tenth of the disk to be left"
-    elif grows:
-        try:
-            store.check_writable()
-        except OSError as error:
-            fault = f"cannot be written in {root}: {error.strerror}"
-    if fault and teacher.store == "on":
-        raise MachineError("teacher.store", fault, "Make room, set teacher.store_dir=..., or teacher.store=off")
-    return (None, f"off (it {fault})") if fault else (store, words)
-
-
 def bytes_on_disk(run: Prepared) -> tuple[int, int, int]:
     """What student, best weights so far and a checkpoint take on disk; 0 for what the run need not save."""
     num, weights = run.student.num_parameters(), run.student.num_parameters() * run.student.dtype.itemsize
@@ -304,15 +265,6 @@ def check_room(run: Prepared, folder: Path) -> None:
         raise MachineError(
             str(folder), what, f"{mend}; train.save_every=0 needs no room for checkpoints" if one else mend
         )
-
-
-def in_bytes(number: float) -> str:
-    """A number of bytes as people say it."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
 
 
 def load_tokenizers(config: Config) -> tuple[Any, int]:

@@ -27,7 +27,7 @@ class State:
     seconds: float = 0.0  # spent in steps; evaluation and saving not counted
     step_seconds: list[float] = field(default_factory=list)
     window: list[dict[str, Any]] = field(default_factory=list)  # steps since the last log line
-    store: dict[str, int] = field(default_factory=dict)  # how far what the run keeps of the teacher reaches
+    store: list[str] = field(default_factory=list)  # the run's shards in the teacher's store
     num_nonfinite: int = 0  # steps that were skipped
     versions: dict[str, str] = field(default_factory=drift.versions)
     other_versions: list[str] = field(default_factory=list)  # that a part of the run was made with

@@ -75,8 +75,10 @@ def train(
         return True
 
     def save(is_needed: bool) -> None:
+        if teacher and teacher.store:
+            teacher.store.flush()
         random_states = gather_object([checkpoint.random_state()])
-        state.store = teacher.position() if teacher else {}
+        state.store = teacher.store.position() if teacher and teacher.store else []
         moments = shards.state_of(optimizer, accelerator.is_main_process)
         with shards.whole(objective, student):
             if accelerator.is_main_process:
@@ -168,12 +170,12 @@ def forward_backward(accelerator: Accelerator, module: Any, batch: StepBatch, te
     # DDP and FSDP average gradients over processes: undone here, once.
     factor = accelerator.num_processes / max(batch.num_tokens, 1)
     answers = teacher.answers(batch.micro_batches) if teacher else repeat(None)
-    for i, (micro_batch, hidden) in enumerate(zip(batch.micro_batches, answers, strict=False), 1):
+    for i, (micro_batch, answer) in enumerate(zip(batch.micro_batches, answers, strict=False), 1):
         micro_batch = micro_batch.to(accelerator.device)
         # FSDP sums up in shards every time: it would keep whole gradients else, and memory is what it is for.
         is_synced = i == len(batch.micro_batches) or accelerator.is_fsdp2
         with nullcontext() if is_synced else accelerator.no_sync(module):
-            total, kd, ce = module(micro_batch, hidden, teacher.head if teacher else None, factor)
+            total, kd, ce = module(micro_batch, answer and answer.hidden, answer and answer.head, factor)
             accelerator.backward(total)
         sums.append(torch.stack([kd, ce]))
     return accelerator.reduce(torch.stack(sums).sum(0), reduction="sum")

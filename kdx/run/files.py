@@ -18,6 +18,7 @@ import yaml
 from kdx.errors import MachineError
 
 MANIFEST = "MANIFEST.json"  # size and sha256 of every other file, written last: with it a folder is whole
+FREE_SHARE = 0.1  # of a disk that is left to others
 
 
 @contextlib.contextmanager
@@ -176,6 +177,31 @@ def put(beside: Path, folder: Path) -> None:
 def usage_of(path: Path) -> Any:
     """Total, used and free bytes of the disk that a path is on, or would be."""
     return shutil.disk_usage(next(there for there in (path, *path.absolute().parents) if there.exists()))
+
+
+def room(path: Path) -> tuple[int, int]:
+    """Bytes that a cache may take on its disk, a tenth of which is left to others; and bytes free."""
+    usage = usage_of(path)
+    return max(0, int(usage.free - FREE_SHARE * usage.total)), usage.free
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder, which others may be writing and removing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
+
+
+def in_bytes(number: float) -> str:
+    """Write a number of bytes with its unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
 
 
 def reserve(folder: Path, num_bytes: int) -> IO[bytes]:

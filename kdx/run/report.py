@@ -15,7 +15,8 @@ from rich.table import Table
 
 from kdx.causal_lm import device_dtype
 from kdx.errors import printable
-from kdx.prepare import Prepared, in_bytes
+from kdx.prepare import Prepared
+from kdx.run.files import in_bytes
 from kdx.run.typed import told_flags
 from kdx.store import TeacherStore
 from kdx.version import __version__
@@ -144,7 +145,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
 
 def store_line(store: TeacherStore) -> str:
     """What the teacher's store did for the run."""
-    counts, bad = store.counts, store.rows.num_bad
+    counts, bad = store.counts, store.counts.bad
     others = f" ({counts.from_others:,} kept by other runs)" if counts.from_others else ""
     damaged = f", {bad:,} found damaged and computed again" if bad else ""
     return (
