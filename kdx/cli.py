@@ -76,7 +76,7 @@ def main() -> None:
 
 def _main(argv: list[str]) -> int:
     surroundings.check(argv)
-    if argv == ["help"] or ((argv[:1] == ["check"] or argv[:2] == ["store", "fill"]) and {"--help", "-h"} & {*argv}):
+    if argv == ["help"] or (argv[:1] == ["check"] and {"--help", "-h"} & {*argv}):
         argv = ["--help"]
     if argv == ["--version"]:
         print(f"kdx {__version__}")
@@ -164,17 +164,15 @@ def _command(name: str, words: list[str]) -> int:
         check(config, folder)
         return 0
     if name == "store":
-        if words[:1] == ["fill"]:
+        if words[:1] == ["fill"] and not {"--help", "-h"} & {*words}:
             configs, _ = _composed(words[1:])
             from kdx.store_commands import fill
 
             fill(configs)
             return 0
-        if words[:1] in (["stat"], ["verify"], ["prune"]):
-            from kdx.store_commands import tend
+        from kdx.store_commands import manage
 
-            return tend(words)
-        raise ConfigError("kdx store", "does one of: fill, stat, verify, prune", "As in: kdx store stat")
+        return manage(words)
     raise _no_command(name)
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from kdx.errors import MachineError
 
+FREE_SHARE = 0.1  # of a disk that is left to others
 MANIFEST = "MANIFEST.json"  # size and xxhash of every other file of a checkpoint
 
 
@@ -46,7 +47,7 @@ def whole_folder(folder: Path, *, is_sealed: bool = False) -> Iterator[Path]:
         path.mkdir(parents=True)
         yield path
         files = [file for file in path.iterdir() if file.is_file()]
-        _open_to_umask(files)
+        open_to_umask(*files)
         if is_sealed:
             manifest = {file.name: {"size": file.stat().st_size, "xxh3": digest_of(file)} for file in sorted(files)}
             (path / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
@@ -169,6 +170,22 @@ def usage_of(path: Path) -> Any:
     return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists()))
 
 
+def room(path: Path) -> tuple[int, int]:
+    """Return the bytes that a cache may take on its disk, a tenth of which is left to others, and the bytes free."""
+    usage = usage_of(path)
+    return max(0, int(usage.free - FREE_SHARE * usage.total)), usage.free
+
+
+def size_of(folder: Path) -> int:
+    """Sum the bytes of all files in a folder, which others may be writing and removing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
+
+
 def in_bytes(number: float) -> str:
     """Format a number of bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -186,7 +203,7 @@ def of_disk(error: OSError, folder: Path | str) -> MachineError:
     return MachineError(where, what, hint)
 
 
-def _open_to_umask(files: list[Path]) -> None:
+def open_to_umask(*files: Path) -> None:
     """Give files the mode of any new file: safetensors creates them private, whatever the umask."""
     umask = os.umask(0)
     os.umask(umask)
