@@ -228,6 +228,8 @@ class TrainConfig:
     """Steps between held-out measures during training; 0 measures at the end only."""
     save_every: int = at_least(0)
     """Steps between checkpoints; 0 is none."""
+    save_minutes: float | None = above(0)
+    """Minutes between checkpoints; null is off."""
     keep_checkpoints: bool
     """Keep checkpoints of a run that is done."""
     early_stopping: EarlyStoppingConfig

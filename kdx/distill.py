@@ -63,7 +63,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         CONSOLE.print(f"{path} is done already", markup=False)
         return Summary(**folder.summary())
     machine.wait_for_everyone()  # all have looked before rank 0 writes
-    with folder.claim(config, record, is_main), StopRequest(path) as stop, logging_to(path / "kdx.log", is_main):
+    with StopRequest(path) as stop, folder.claim(config, record, is_main), logging_to(path / "kdx.log", is_main):
         started = time.time()
         check_names(config)
         tokenizer, max_length = load_tokenizer(config)
@@ -75,10 +75,11 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         objective = build_objective(config, student, teacher, tokenizer)
         training = Training(config, objective, teacher, batches, tokenizer, max_length, machine)
         judge = Judge(data, training, stop)
+        folder.max_steps = training.max_steps
         folder.begin(results.facts(data, training))  # refused if it is another run's
-        if not training.restore(folder):  # else the student has learnt since, and untouched.json is there
+        if not training.restore(folder):
             results.check_room(training, path)
-            folder.keep("untouched.json", judge.before_training())
+            folder.keep("untouched.json", judge.before_training(student))
         with Tracker(folder, config, record, training, is_main=is_main) as tracker:
             tracker.header(report.header(config, record, data, training))
             if not training.is_finished:

@@ -159,7 +159,7 @@ class Judge:
         return {
             "untouched": untouched | {"num_parameters": student.num_parameters()},
             "teacher": self.teacher_measures.means() | sizes,
-            "teacher_samples": self.teacher_samples(),
+            "teacher_samples": teacher_samples(teacher, self.tokenizer, self.prompts),
             "untouched_samples": self.samples(student),
         }
 
@@ -167,18 +167,19 @@ class Judge:
         """Let a model answer the sample prompts."""
         return [answer(model, self.tokenizer, prompt["text"], MAX_NEW_TOKENS) for prompt in self.prompts]
 
-    def teacher_samples(self) -> list[str | None]:
-        """The teacher's answers to the sample prompts, from its store where it has them."""
-        teacher, answers = self.teacher, []
-        for prompt in self.prompts:
-            key = f"{MAX_NEW_TOKENS} tokens: {prompt['text']}"
-            text = teacher.store.load_answer(key) if teacher and teacher.store else None
-            if teacher and text is None:
-                text = answer(teacher.model, self.tokenizer, prompt["text"], MAX_NEW_TOKENS)
-                if teacher.store:
-                    teacher.store.save_answer(key, text)
-            answers.append(text)
-        return answers
+
+def teacher_samples(teacher: Teacher | None, tokenizer: Any, prompts: list[dict[str, Any]]) -> list[str | None]:
+    """Let the teacher answer the sample prompts, or read its answers from its store."""
+    answers = []
+    for prompt in prompts:
+        key = f"{MAX_NEW_TOKENS} tokens: {prompt['text']}"
+        text = teacher.store.load_answer(key) if teacher and teacher.store else None
+        if teacher and text is None:
+            text = answer(teacher.model, tokenizer, prompt["text"], MAX_NEW_TOKENS)
+            if teacher.store:
+                teacher.store.save_answer(key, text)
+        answers.append(text)
+    return answers
 
 
 def score(

@@ -29,7 +29,7 @@ prune                join small shards, drop damaged rows and, with --unused-day
 
 def fill(configs: Sequence[Config]) -> None:
     """Run each teacher of these configs over all rows of their data, and let it answer the sample prompts."""
-    from kdx.prepare import check_names
+    from kdx.build import check_names
     from kdx.run.tracking import logging_to, quiet_libraries
 
     quiet_libraries()
@@ -44,36 +44,42 @@ def fill(configs: Sequence[Config]) -> None:
 
 
 def _fill(config: Config) -> None:
-    from kdx.data.batches import by_length, collate
-    from kdx.evaluate import HeldOut
-    from kdx.measuring import Measurer
-    from kdx.prepare import prepare
+    from kdx.build import build_batches, build_teacher
+    from kdx.data.batches import collate
+    from kdx.data.encode import load_data
+    from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, teacher_samples
     from kdx.run.launch import build_accelerator
     from kdx.run.report import store_line
     from kdx.run.tracking import log, working
+    from kdx.tokenizer import load_tokenizer
 
-    accelerator = build_accelerator(config)
-    run = prepare(config, accelerator, owner=f"fill{os.getpid()}", is_fill=True)
-    assert run.teacher is not None and run.teacher.store is not None
-    store, is_main = run.teacher.store, accelerator.is_main_process
-    log.info("teacher cache: %s", run.store_words)
-    rows = {row.digest: row for row in [*run.held_out_rows, *run.rows]}
-    missing = [rows[digest] for digest in store.missing(list(rows))]
-    size = max(FILL_ROWS, run.batches.micro_batch_size, run.teacher.rows_at_once or 0)
-    groups = by_length(missing, size)[accelerator.process_index :: accelerator.num_processes]
+    machine = build_accelerator(config)
+    is_main = machine.is_main_process
+    tokenizer, max_length = load_tokenizer(config)
+    data = load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS)
+    batches = build_batches(config, data.train, tokenizer, machine)
+    rows, owner = [*data.held_out, *data.train], f"fill{os.getpid()}"
+    teacher = build_teacher(config, tokenizer, machine.device, max_length, rows, is_repeated=True, owner=owner)
+    assert teacher is not None and teacher.store is not None
+    store = teacher.store
+    log.info("teacher cache: %s", teacher.store_words)
+    by_digest = {row.digest: row for row in rows}
+    missing = sorted((by_digest[d] for d in store.missing(list(by_digest))), key=lambda row: -len(row.tokens))
+    size = max(FILL_ROWS, batches.micro_batch_size, teacher.rows_at_once or 0)
+    groups = [missing[i : i + size] for i in range(0, len(missing), size)]
+    groups = groups[machine.process_index :: machine.num_processes]
     try:
         with working("Running teacher", len(groups), is_main) as advance:
             for group in groups:
-                run.teacher.answer(collate([missing[i] for i in group], run.batches.pad_id))
+                teacher.answer(collate(group, batches.pad_id))
                 advance()
         if is_main:
-            held_out = HeldOut.build(run.held_out_rows, run.batches, accelerator.device, run.num_ids)
-            Measurer(run, held_out).teacher_answers()
+            teacher_samples(teacher, tokenizer, data.prompts)
     finally:
         store.close()
     if is_main:
         log.info(store_line(store))
-    accelerator.wait_for_everyone()
+    machine.wait_for_everyone()
     if store.is_full:
         raise MachineError(str(store.folder), "not all rows were stored", "Free space, or raise teacher.store_limit_gb")
 

@@ -111,7 +111,11 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def content_hash(file: Path) -> str:
     """Hash a file. The hash of a big one is kept in $KDX_CACHE until its size or modification time changes."""
     stat = file.stat()
-    known = cache_dir() / "hashes" / xxhash.xxh3_128_hexdigest(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
+    known = (
+        cache_dir()
+        / "hashes"
+        / xxhash.xxh3_128_hexdigest(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode())
+    )
     if stat.st_size > BLOCK and known.is_file():
         return known.read_text()
     content = xxhash.xxh3_128()
@@ -169,7 +173,7 @@ def _plugin_files() -> list[Path]:
 
 
 def _joined(parts: Sequence[str | None]) -> str | None:
-    return xxhash.xxh3_128_hexdigest("\n".join(map(str, parts))) if any(parts) else None
+    return xxhash.xxh3_128_hexdigest("\n".join(map(str, parts)).encode()) if any(parts) else None
 
 
 def _number(text: str) -> int | float:
