@@ -217,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(FAULTS), help="faults, separated by commas")
     parser.add_argument("--all", action="store_true", help="run the whole suite for each")
+    parser.add_argument("--tests", nargs="+", help="run these for each instead, as tests/test_batches.py::test_collate")
     parser.add_argument("--list", action="store_true", help="list the faults and whether their source is there")
     parser.add_argument("--most", type=int, default=1, help="stop after so many failing tests")
     args = parser.parse_args()
@@ -246,7 +247,8 @@ def main() -> None:
         for key in chosen:
             fault, began = FAULTS[key], time.monotonic()
             # A test file may have been renamed or removed: the others still run.
-            tests = [] if args.all else [f"tests/{t}" for t in fault.tests if (copy / "tests" / t).is_file()]
+            files = [f"tests/{test}" for test in fault.tests if (copy / "tests" / test).is_file()]
+            tests = [] if args.all else args.tests or files
             before = plant(copy, fault)
             if before is None:
                 caught = f"NOTHING: {fault.file} no longer has the source to replace"
