@@ -91,16 +91,16 @@ def check_gradients() -> None:
         hidden, weight = (tensor.clone().requires_grad_() for tensor in tensors[:2])
         logits = hidden @ weight.T
         kd = divergence(name, logits, tensors[2] @ tensors[3].T, TEMPERATURE)
-        (ALPHA * kd + (1 - ALPHA) * F.cross_entropy(logits, labels, reduction="none")).mean().backward()
+        total = (ALPHA * kd + (1 - ALPHA) * F.cross_entropy(logits, labels, reduction="none")).mean()
+        exact = torch.autograd.grad(total, (hidden, weight))
         cells = []
         for dtype in (torch.float64, torch.float32):
             h, w, teacher_hidden, teacher_weight = (tensor.to(dtype).clone() for tensor in tensors)
             h.requires_grad_(), w.requires_grad_()
-            teacher = (teacher_hidden, Head(teacher_weight))
             settings: Any = {"name": name, "alpha": ALPHA, "temperature": TEMPERATURE, "chunk_size": 77}
-            distillation_loss(h, Head(w), *teacher, labels, **settings).backward()
-            pairs = ((h.grad, hidden.grad), (w.grad, weight.grad))
-            cells.append(" ".join(f"{((ours - exact).norm() / exact.norm()).item():.0e}" for ours, exact in pairs))
+            total = distillation_loss(h, Head(w), teacher_hidden, Head(teacher_weight), labels, **settings)
+            errors = [(a - b).norm() / b.norm() for a, b in zip(torch.autograd.grad(total, (h, w)), exact, strict=True)]
+            cells.append(" ".join(f"{error.item():.0e}" for error in errors))
         table.add_row(name, *cells)
     Console().print(table)
 
@@ -136,8 +136,8 @@ def loss_contestants(num: int, ids: int, width: int, teacher_width: int, chunk: 
             raise torch.OutOfMemoryError
         with torch.autocast(DEVICE.type, torch.bfloat16):
             student, teacher = hidden @ weight.T, teacher_hidden @ teacher_weight.T
-        logs = [F.log_softmax(logits.float() / TEMPERATURE, -1) for logits in (student, teacher)]
-        kd = F.kl_div(*logs, log_target=True, reduction="batchmean")
+        s, t = (F.log_softmax(logits.float() / TEMPERATURE, -1) for logits in (student, teacher))
+        kd = F.kl_div(s, t, log_target=True, reduction="batchmean")
         (ALPHA * TEMPERATURE**2 * kd + (1 - ALPHA) * F.cross_entropy(student.float(), labels)).backward()
 
     def liger() -> None:

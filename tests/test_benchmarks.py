@@ -1,7 +1,6 @@
 """The benchmarks run: at tiny sizes, or as far as importing them shows."""
 
 import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,10 @@ def test_imports(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("what", "contestants"),
-    [("loss", ("kdx forward_kl", "kdx CE alone", "plain torch")), ("step", ("kdx, teacher live", "kdx, teacher stored"))],
+    [
+        ("loss", ("kdx forward_kl", "kdx CE alone", "plain torch")),
+        ("step", ("kdx, teacher live", "kdx, teacher stored")),
+    ],
 )
 def test_gpu_tables(what: str, contestants: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     importlib.import_module("gpu").main([what, "--tiny"])
