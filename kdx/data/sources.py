@@ -6,10 +6,12 @@ import inspect
 import json
 import os
 import tempfile
+import weakref
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,10 @@ class Conversation:
     messages: list[dict[str, str]]
     where: str
 
-    @property
-    def digest(self) -> bytes:
-        """A digest of the messages, wherever the row stands."""
-        return hashlib.sha256(json.dumps(self.messages, sort_keys=True).encode()).digest()
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the messages, the same wherever the row is."""
+        return hashlib.sha256(json.dumps(self.messages, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Conversations:
         self.dropped, self.changed = Counter[str](), Counter[str]()
         self.notes: list[str] = []  # for the log
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (without a name: nothing is left behind)
+        weakref.finalize(self, self._file.close)
         self._starts = array("q", [0])
         self._content = xxhash.xxh3_128()
 
@@ -69,8 +72,9 @@ class Conversations:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> Conversation:
+        name, where = self.ids[i], self.where[i]
         start, end = self._starts[i : i + 2]
-        return Conversation(self.ids[i], json.loads(os.pread(self._file.fileno(), end - start, start)), self.where[i])
+        return Conversation(name, json.loads(os.pread(self._file.fileno(), end - start, start)), where)
 
     def append(self, conversation: Conversation) -> None:
         text = json.dumps(conversation.messages).encode()
@@ -78,7 +82,7 @@ class Conversations:
         self._starts.append(self._starts[-1] + len(text))
         self.ids.append(conversation.id)
         self.where.append(conversation.where)
-        self.digests.append(conversation.digest)
+        self.digests.append(bytes.fromhex(conversation.digest))
         self._content.update(json.dumps([conversation.id, conversation.where]).encode() + text)
 
     def flush(self) -> None:
@@ -285,7 +289,7 @@ def _conversation(item: Any, where: str) -> tuple[Conversation, bool]:
     whole = Conversation("", messages[: last + 1], where)
     own = item.get("id")
     is_named = isinstance(own, str | int) and not isinstance(own, bool) and str(own)
-    name = str(own).encode(errors="backslashreplace").decode() if is_named else whole.digest.hex()[:32]
+    name = str(own).encode(errors="backslashreplace").decode() if is_named else whole.digest[:32]
     return replace(whole, id=name), last + 1 < len(messages)
 
 
