@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from standins import DIALOGPT_TEMPLATE
 
+from kdx.config import replaced
+from kdx.data import encode
 from kdx.data import sources as kdx_data
+from kdx.data.encode import load_data
 from kdx.data.sources import check_source, raise_faults, read_conversations, register_source, split
 from kdx.errors import ConfigError, DataError, MachineError
 
@@ -480,3 +484,71 @@ def test_a_file_that_is_not_the_chit_chat_data_set_says_what_to_choose(file_of, 
     assert line.endswith(
         "is not the chit-chat data set. Choose the layout that the file has: data=pairs, data=messages or data=sharegpt"
     )
+
+
+@pytest.fixture
+def load(make_tokenizer):
+    """Load the data of a config with a small tokenizer, and a chat template if need be."""
+
+    def run(config, template=DIALOGPT_TEMPLATE, max_length=100):
+        return load_data(config, make_tokenizer(template), max_length, 2, 8)
+
+    return run
+
+
+def unread(*_):
+    raise AssertionError("read or encoded again")
+
+
+def test_a_second_run_maps_what_the_first_has_encoded(file_of, data_config, load, monkeypatch):
+    config = data_config("pairs", path=file_of(numbered(30)), validation=5)
+    first = load(config)
+    with monkeypatch.context() as patched:
+        patched.setattr(encode, "read_conversations", unread)
+        second = load(config)
+        assert (list(first.train), first.prompts) == (list(second.train), second.prompts)
+        assert (first.fingerprint, first.held_out_fingerprint) == (second.fingerprint, second.held_out_fingerprint)
+        assert load(replaced(config, shuffle=False)).fingerprint == first.fingerprint  # the order of epochs is not kept
+        for changed in (
+            lambda: load(replaced(config, seed=1)),
+            lambda: load(config, "{% for m in messages %}{{ m.content }}{% endfor %}"),
+            lambda: load(config, max_length=5),
+            lambda: load(data_config("pairs", path=file_of(numbered(31)), validation=5)),  # the same file, longer
+        ):
+            with pytest.raises(AssertionError, match="read or encoded again"):
+                changed()
+
+
+def test_ones_own_source_is_cached_by_what_it_yields(registry, data_config, load, monkeypatch):
+    rows = numbered(9)
+
+    @register_source
+    def tickets():
+        yield from rows
+
+    config = data_config("custom", name="tickets", path="x")
+    first = load(config)
+    monkeypatch.setattr(encode.Encoder, "encode", unread)
+    assert load(config).fingerprint == first.fingerprint
+    rows.append(numbered(10)[9])
+    with pytest.raises(AssertionError, match="read or encoded again"):
+        load(config)
+
+
+def test_rows_are_as_they_were_encoded_in_one_process_or_in_several(file_of, data_config, load, monkeypatch):
+    texts = [{"source": f"What is {i}?" * (i % 5 + 1), "target": f"It is {i}." * (i % 3 + 1)} for i in range(70)]
+    config = data_config("pairs", path=file_of(texts), validation=3)
+    here = load(config, max_length=30)
+    monkeypatch.setattr(encode, "BATCH", 4)
+    monkeypatch.setattr(encode, "_num_cores", lambda: 2)
+    monkeypatch.setattr(encode, "_digest", lambda config, *_: str(config.validation))
+    apart = load(config, max_length=30)
+    assert list(here.train) == list(apart.train)
+    assert (here.fingerprint, here.dropped, here.changed) == (apart.fingerprint, apart.dropped, apart.changed)
+    rows = here.train
+    assert rows.lengths.tolist() == [len(row.tokens) for row in rows]
+    assert rows.num_counted.tolist() == [row.num_counted for row in rows]
+    assert rows.digests == [row.digest for row in rows]
+    assert rows[2:5] == [rows[2], rows[3], rows[4]]
+    assert rows[-1] == list(rows)[-1]
+    assert len(load(data_config("pairs", path=file_of(texts))).held_out) == 0
