@@ -97,9 +97,9 @@ def write_gpt2(folder: Path, *, layers: int, width: int) -> None:
 
 
 def _chats() -> list[Any]:
-    from kdx.data.sources import load_data
+    from kdx.data.sources import read_conversations
 
-    return load_data(compose([]).data).train
+    return list(read_conversations(compose([]).data))
 
 
 def write_results(name: str, results: dict[str, Any]) -> None:

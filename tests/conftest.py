@@ -104,6 +104,18 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["KDX_STORE"] = str(tmp_path_factory.mktemp("teacher-store"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep tokenised rows out of the user's own cache, but share the dequantised default teacher with it."""
+    from kdx.run.files import cache_dir
+
+    own, ours = cache_dir(), tmp_path_factory.mktemp("cache")
+    for name in ("gguf", "digests"):
+        (own / name).mkdir(parents=True, exist_ok=True)
+        (ours / name).symlink_to(own / name)
+    os.environ["KDX_CACHE"] = str(ours)
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """Build a small GPT-2-like tokenizer: end of text is bos and eos, there is no pad token.

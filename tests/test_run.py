@@ -218,10 +218,10 @@ print(json.dumps({"answers": answers, "ce": total / count, "count": count}))
         samples = json.loads((run_dir / "samples.json").read_text())
         assert len(samples) == 3
         rows = {row["row"] for row in lines(run_dir / "eval_rows.jsonl")}
-        from kdx.data.sources import load_data
+        from kdx.data.sources import read_conversations
 
         config = compose_again(run_dir)
-        held_out = [c.messages for c in load_data(config.data).validation if c.id in rows]
+        held_out = [c.messages for c in read_conversations(config.data) if c.id in rows]
         words = [str(run_dir / "student"), json.dumps([s["prompt"] for s in samples]), json.dumps(held_out)]
         told = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
         answer = json.loads(told.stdout.splitlines()[-1])

@@ -1,5 +1,6 @@
 """Conversations → tokens, and which of them the student must learn; kept under $KDX_CACHE as memory-mapped arrays."""
 
+import gc
 import hashlib
 import json
 import logging
@@ -36,7 +37,7 @@ from kdx.run.files import cache_dir, whole_folder
 log = logging.getLogger(__name__)
 
 BATCH = 512  # conversations given to the tokenizer, or to a process, at once
-MOST_PROCESSES = 16  # each takes some 50 MB of its own
+MOST_PROCESSES = 8  # each takes some 100 MB of its own
 MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template treats it specially
 TEMPLATE = "data.chat_template"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a block in which a template marks what the assistant says
@@ -154,11 +155,13 @@ def _batches(encoder: "Encoder", found: Conversations, numbers: Sequence[int]) -
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read after the fork: each process tokenises alone
     context = multiprocessing.get_context("fork")
+    gc.freeze()  # a collection in a process would copy every page that it shares with this one
     with ProcessPoolExecutor(num_processes, context, _start_worker, (encoder, found)) as pool:
         console = Console(stderr=True)
         done = pool.map(_encode_batch, batches)
         shown = console.is_terminal
         yield from track(done, "Tokenising", len(batches), console=console, transient=True, disable=not shown)
+    gc.unfreeze()
 
 
 def _num_cores() -> int:

@@ -165,7 +165,7 @@ def _read_jsonl(file: Path) -> Iterator[Item]:
         if not line.strip():
             continue
         try:
-            yield f"{file}:{number}", json.loads(line, parse_constant=_no_constant)
+            yield f"{file}:{number}", json.loads(line.rstrip(), parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             is_cut = not line.endswith(("\n", "}"))  # only a file's last line has no line break
             hint = "Was the copy cut short? Copy the file again" if is_cut else "Fix the line: one JSON object a line"

@@ -6,10 +6,12 @@ import inspect
 import json
 import os
 import tempfile
+import weakref
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,10 @@ class Conversation:
     messages: list[dict[str, str]]
     where: str
 
-    @property
-    def digest(self) -> bytes:
-        """A digest of the messages, wherever the row stands."""
-        return hashlib.sha256(json.dumps(self.messages, sort_keys=True).encode()).digest()
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the messages, the same wherever the row is."""
+        return hashlib.sha256(json.dumps(self.messages, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Conversations:
         self.dropped, self.changed = Counter[str](), Counter[str]()
         self.notes: list[str] = []  # for the log
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (without a name: nothing is left behind)
+        weakref.finalize(self, self._file.close)
         self._starts = array("q", [0])
         self._content = xxhash.xxh3_128()
 
@@ -69,8 +72,9 @@ class Conversations:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> Conversation:
+        name, where = self.ids[i], self.where[i]
         start, end = self._starts[i : i + 2]
-        return Conversation(self.ids[i], json.loads(os.pread(self._file.fileno(), end - start, start)), self.where[i])
+        return Conversation(name, json.loads(os.pread(self._file.fileno(), end - start, start)), where)
 
     def append(self, conversation: Conversation) -> None:
         text = json.dumps(conversation.messages).encode()
@@ -78,7 +82,7 @@ class Conversations:
         self._starts.append(self._starts[-1] + len(text))
         self.ids.append(conversation.id)
         self.where.append(conversation.where)
-        self.digests.append(conversation.digest)
+        self.digests.append(bytes.fromhex(conversation.digest))
         self._content.update(json.dumps([conversation.id, conversation.where]).encode() + text)
 
     def flush(self) -> None:
@@ -171,7 +175,7 @@ def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int
         if not held_out:
             raise DataError("data.validation", f"{wanted} has no usable row", "Give another file or split")
     else:
-        number = wanted if isinstance(wanted, int) else max(1, round((wanted or 0) * num_rows)) if wanted else 0
+        number = max(1, round(wanted * num_rows)) if isinstance(wanted, float) else wanted or 0
         if number >= num_rows:
             what = f"is {wanted}: {number} of {num_rows} rows held out leave none to train on"
             raise DataError("data.validation", what, "Hold out fewer rows, or give more data")
@@ -266,16 +270,12 @@ def _conversation(item: Any, where: str) -> tuple[Conversation, bool]:
         raise DataError(where, f"is {kind_of(item)}, expected an object", "Write one JSON object a row")
     where = str(item.get("where", where))
     if "messages" in item:
-        messages = item["messages"]
+        messages = _list_of_messages(item["messages"], "messages", where)
     elif "source" in item and "target" in item:
         messages = [{"role": "user", "content": item["source"]}, {"role": "assistant", "content": item["target"]}]
     else:
         what = f'has neither "messages" nor "source" and "target"; it has: {", ".join(map(str, item)) or "nothing"}'
         raise DataError(where, what, "Map the columns: data.messages_column=, data.source_column=, data.target_column=")
-    if not isinstance(messages, list) or not messages:
-        what = "an empty list" if messages == [] else kind_of(messages)
-        hint = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
-        raise DataError(where, f'"{item.get("column", "messages")}" is {what}, expected a list of messages', hint)
     for i, message in enumerate(messages):
         _check_message(message, f"{where}: messages[{i}]")
     messages = [{"role": m["role"], "content": m["content"]} for m in messages]
@@ -285,7 +285,7 @@ def _conversation(item: Any, where: str) -> tuple[Conversation, bool]:
     whole = Conversation("", messages[: last + 1], where)
     own = item.get("id")
     is_named = isinstance(own, str | int) and not isinstance(own, bool) and str(own)
-    name = str(own).encode(errors="backslashreplace").decode() if is_named else whole.digest.hex()[:32]
+    name = str(own).encode(errors="backslashreplace").decode() if is_named else whole.digest[:32]
     return replace(whole, id=name), last + 1 < len(messages)
 
 
@@ -303,13 +303,20 @@ def _check_message(message: Any, where: str) -> None:
         raise DataError(where, what, "Was the text cut in the middle of an emoji? Fix it") from None
 
 
-def _objects(path: str | list[str], subset: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]] | DataError]:
-    """The rows of files that have columns, and the faults of the others."""
+def _converted(
+    path: str | list[str], subset: str | None, split: str, convert: Callable[[dict[str, Any], str], list[Any]]
+) -> Iterator[Any]:
+    """Yield the rows of files as messages, which `convert` makes of a row and its place, and the faults of the others."""
     for item in read_rows(path, subset, split):
-        if isinstance(item, DataError) or isinstance(item[1], dict):
-            yield item
-        else:
-            yield DataError(item[0], f"is {kind_of(item[1])}, expected an object", "Write one JSON object a row")
+        try:
+            if isinstance(item, DataError):
+                raise item
+            where, row = item
+            if not isinstance(row, dict):
+                raise DataError(where, f"is {kind_of(row)}, expected an object", "Write one JSON object a row")
+            yield {"messages": convert(row, where), "id": row.get("id"), "where": where}
+        except DataError as error:
+            yield error
 
 
 class RowTemplate:
@@ -360,19 +367,15 @@ def pairs(
     templates = {role: RowTemplate(template.get(role), f"data.template.{role}") for role in ("user", "assistant")}
     for key in template.keys() - templates.keys():
         raise ConfigError(f"data.template.{key}", "is not a key of kdx", "Known: user, assistant")
-    for item in _objects(path, subset, split):
-        if isinstance(item, DataError):
-            yield item
-            continue
-        where, row = item
-        chat = [{"role": "system", "content": system}] if system else []
-        try:
-            for role, text in templates.items():
-                own = {name: _column(row, columns[name], name, where) for name in columns if name in text.needs}
-                chat.append({"role": role, "content": text.render(row | own, row, where)})
-            yield {"messages": chat, "id": row.get("id"), "where": where}
-        except DataError as error:
-            yield error
+
+    def chat(row: dict[str, Any], where: str) -> list[Any]:
+        turns = [{"role": "system", "content": system}] if system else []
+        for role, text in templates.items():
+            own = {name: _column(row, columns[name], name, where) for name in columns if name in text.needs}
+            turns.append({"role": role, "content": text.render(row | own, row, where)})
+        return turns
+
+    return _converted(path, subset, split, chat)
 
 
 def _column(row: dict[str, Any], column: str, name: str, where: str) -> str:
@@ -392,28 +395,26 @@ def messages(
     roles: dict[str, str],
 ) -> Iterator[Any]:
     """Chats: a column with a list of messages; `roles` maps the file's role names to system, user and assistant."""
-    for item in _objects(path, subset, split):
-        if isinstance(item, DataError):
-            yield item
-            continue
-        where, row = item
-        try:
-            if messages_column not in row:
-                raise missing(messages_column, "messages", row, where)
-            chat = row[messages_column]
-            if isinstance(chat, list):
-                places = (f"{where}: messages[{i}]" for i in range(len(chat)))
-                chat = [_renamed(m, role_key, content_key, roles, at) for m, at in zip(chat, places, strict=True)]
-            yield {"messages": chat, "id": row.get("id"), "where": where, "column": messages_column}
-        except DataError as error:
-            yield error
+
+    def chat(row: dict[str, Any], where: str) -> list[Any]:
+        if messages_column not in row:
+            raise missing(messages_column, "messages", row, where)
+        turns = _list_of_messages(row[messages_column], messages_column, where)
+        for i, turn in enumerate(turns):
+            if not isinstance(turn, dict) or not {role_key, content_key} <= turn.keys():
+                raise _not_a_message(turn, role_key, content_key, f"{where}: messages[{i}]")
+        given = [(turn[role_key], turn[content_key]) for turn in turns]
+        return [{"role": roles.get(r, r) if isinstance(r, str) else r, "content": text} for r, text in given]
+
+    return _converted(path, subset, split, chat)
 
 
-def _renamed(message: Any, role_key: str, content_key: str, roles: dict[str, str], where: str) -> dict[str, Any]:
-    if not isinstance(message, dict) or not {role_key, content_key} <= message.keys():
-        raise _not_a_message(message, role_key, content_key, where)
-    role = message[role_key]
-    return {"role": roles.get(role, role) if isinstance(role, str) else role, "content": message[content_key]}
+def _list_of_messages(value: Any, column: str, where: str) -> list[Any]:
+    if isinstance(value, list) and value:
+        return value
+    hint = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+    what = "an empty list" if value == [] else kind_of(value)
+    raise DataError(where, f'"{column}" is {what}, expected a list of messages', hint)
 
 
 def _not_a_message(message: Any, role_key: str, content_key: str, where: str) -> DataError:
@@ -430,13 +431,13 @@ def chitchat(path: str, min_turns: int, max_turns: int) -> Iterator[Any]:
     """
     file = Path(resolve_path(path, "data.path"))
     file = file / "dataset.json" if file.is_dir() else file
-    if not file.is_file():
-        raise DataError("data.path", f"{file} does not exist", "Run: pip install --no-deps chitchat-dataset")
     try:
         chats = {
             name: [" ".join(said["text"] for said in turn).strip() for turn in chat["messages"]]
             for name, chat in json.loads(file.read_text(encoding="utf-8")).items()
         }
+    except FileNotFoundError:
+        raise DataError("data.path", f"{file} does not exist", "Run: pip install --no-deps chitchat-dataset") from None
     except (ValueError, AttributeError, KeyError, TypeError):
         hint = "Choose the layout that the file has: data=pairs, data=messages or data=sharegpt"
         raise DataError("data.path", f"{file} is not the chit-chat data set", hint) from None
