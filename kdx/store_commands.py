@@ -1,7 +1,4 @@
-"""What `kdx store …` does: fill the teacher's store ahead of the runs, show it, verify it, compact it.
-
-What imports torch is imported late, so that `kdx store --help` answers at once.
-"""
+"""What `kdx store …` does: fill the teacher's store ahead of the runs, show it, verify it, compact it."""
 
 import argparse
 import os
@@ -12,10 +9,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from rich.markup import escape
+from rich.table import Table
+
+from kdx.build import build_batches, build_teacher, check_names
 from kdx.config import Config, replaced
+from kdx.data.batches import collate
+from kdx.data.encode import load_data
 from kdx.data.files import at_home
 from kdx.errors import ConfigError, MachineError, printable
+from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, teacher_samples
 from kdx.run.files import in_bytes, read_json, size_of
+from kdx.run.launch import build_accelerator
+from kdx.run.report import store_line
+from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries, working
+from kdx.store import compact, count_rows
+from kdx.tokenizer import load_tokenizer
 
 ABANDONED_SECONDS = 3600  # age at which a temporary file is taken for a killed process's
 FILL_ROWS = 8  # at least so many rows in a pass: it needs less memory than training
@@ -29,9 +38,6 @@ prune                join small shards, drop damaged rows and, with --unused-day
 
 def fill(configs: Sequence[Config]) -> None:
     """Run each teacher of these configs over all rows of their data, and let it answer the sample prompts."""
-    from kdx.build import check_names
-    from kdx.run.tracking import logging_to, quiet_libraries
-
     quiet_libraries()
     # What decides the rows; the student may limit their length.
     unique = {repr((config.teacher, config.data, config.student)): config for config in configs}
@@ -44,15 +50,6 @@ def fill(configs: Sequence[Config]) -> None:
 
 
 def _fill(config: Config) -> None:
-    from kdx.build import build_batches, build_teacher
-    from kdx.data.batches import collate
-    from kdx.data.encode import load_data
-    from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, teacher_samples
-    from kdx.run.launch import build_accelerator
-    from kdx.run.report import store_line
-    from kdx.run.tracking import log, working
-    from kdx.tokenizer import load_tokenizer
-
     machine = build_accelerator(config)
     is_main = machine.is_main_process
     tokenizer, max_length = load_tokenizer(config)
@@ -111,31 +108,18 @@ def manage(words: list[str]) -> int:
 
 
 def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from kdx.run.tracking import CONSOLE
-    from kdx.store import count_rows
-
-    table = Table(title=str(root), title_justify="left")
-    for column in ("teacher", "dtype", "rows", "size", "last used", *(["damaged"] if is_verify else [])):
-        table.add_column(column, justify="right" if column in ("rows", "size", "damaged") else "left")
+    table = Table("teacher", "dtype", title=str(root), title_justify="left")
+    for column in ("rows", "size", "last used", *(["damaged"] if is_verify else [])):
+        table.add_column(column, justify="right")
     total_bad = 0
     for folder in teachers:
-        about = read_json(folder / "teacher.json")
-        name, dtype, quantization = (str(about.get(key, "?")) for key in ("name", "dtype", "quantization"))
+        about, used = read_json(folder / "teacher.json"), read_json(folder / "use.json").get("used", "")
+        name, dtype, quantization = (printable(str(about.get(k, "?"))) for k in ("name", "dtype", "quantization"))
         dtype = dtype if quantization == "none" else f"{quantization}, {dtype}"
-        used = str(read_json(folder / "use.json").get("used", ""))[:10]
         num_rows, num_bad = count_rows(folder, is_verify=is_verify)
         total_bad += num_bad
-        cells = [
-            f"{printable(name)}\n{folder.name}",
-            printable(dtype),
-            f"{num_rows:,}",
-            in_bytes(size_of(folder)),
-            used,
-        ]
-        table.add_row(*(escape(cell) for cell in cells), *([f"{num_bad:,}"] if is_verify else []))
+        cells = [f"{name}\n{folder.name}", dtype, f"{num_rows:,}", in_bytes(size_of(folder)), str(used)[:10]]
+        table.add_row(*map(escape, cells), *([f"{num_bad:,}"] if is_verify else []))
     CONSOLE.print(table)
     if is_verify and total_bad:
         hint = "Run kdx store prune to drop them; the teacher computes them again when they are needed"
@@ -143,9 +127,6 @@ def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> None:
 
 
 def _prune(root: Path, teachers: list[Path], unused_days: float | None) -> None:
-    from kdx.run.tracking import CONSOLE
-    from kdx.store import compact
-
     before, now = size_of(root), time.time()
     for folder in teachers:
         used = folder / "use.json"
