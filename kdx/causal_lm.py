@@ -352,7 +352,9 @@ def _load_error(error: Exception, path: str, what: str, key: str) -> KdxError | 
         what = f"the weights in {path} are a pickle of more than tensors, which could run code"
         return ModelError(key, what, "Ask for them as .safetensors")
     if isinstance(error, SafetensorError | EOFError) or "PytorchStreamReader" in text:
-        return ModelError(key, f"the weights in {path} are damaged or truncated", "Copy them again; git: git lfs pull")
+        return ModelError(
+            key, f"the weights in {path} are damaged or truncated", "Copy them again; from git: git lfs pull"
+        )
     if not isinstance(error, OSError | ValueError):
         return None
     if what == "forward pass" or folder.exists():
