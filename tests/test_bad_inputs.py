@@ -525,18 +525,16 @@ def test_disks_that_are_too_small(refused, monkeypatch, words, told):
     ("words", "package", "told"),
     [
         (("optim=adamw_8bit",), "bitsandbytes.optim", "optim.name: bitsandbytes is not installed. Run: pip install bitsandbytes"),
-        (("teacher.quantization=8bit",), "bitsandbytes", "teacher.quantization: the package bitsandbytes is not installed. Run: pip install bitsandbytes"),
-        (("teacher.gguf_file=x.gguf", "teacher.path=gguf"), "gguf", "teacher.gguf_file: the package gguf is not installed. Run: pip install gguf"),
+        (("teacher.quantization=8bit",), "bitsandbytes", "teacher.path: teacher needs a package: *bitsandbytes*. Install it"),
     ],
 )  # fmt: skip
 def test_packages_that_are_not_installed(refused, monkeypatch, words, package, told):
     write_pairs(Path("t.jsonl"))
-    Path("gguf").mkdir()
-    Path("gguf/x.gguf").write_bytes(b"GGUF")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
     monkeypatch.setitem(sys.modules, package, None)
-    assert refused(*words, "data.validation=2", code=3) == [told]
+    (line,) = refused(*words, "data.validation=2", code=3)
+    assert fits(line, told), line
 
 
 def test_a_file_that_may_not_be_read(refused, monkeypatch):
