@@ -6,7 +6,6 @@ N positions, V rows of the head, d width of the model.
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -197,7 +196,7 @@ def load_causal_lm(
     path = locate(config, group)
     extra: dict[str, Any] = {"device_map": device_map} if device_map else {}
     if quantization != "none":
-        extra["quantization_config"] = _quantization(quantization, dtype, group)
+        extra["quantization_config"] = _quantization(quantization, dtype)
     with loading(path, "model", f"{group}.path"):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
@@ -340,7 +339,7 @@ def _load_error(error: Exception, path: str, what: str, key: str) -> KdxError | 
     if memory := out_of_memory(error):
         return memory
     if isinstance(error, ImportError):
-        return MachineError(key, f"{path} needs a package: {text.rstrip('.')}", "Install it")
+        return MachineError(key, f"{path} needs a package: {text[:240].rstrip('.')}", "Install it")
     if "attn_implementation" in text:
         return ModelError(f"{group}.attn_implementation", f"is not supported by {path}", "Use auto, eager or sdpa")
     if "trust_remote_code" in text:
@@ -352,7 +351,9 @@ def _load_error(error: Exception, path: str, what: str, key: str) -> KdxError | 
         what = f"the weights in {path} are a pickle of more than tensors, which could run code"
         return ModelError(key, what, "Ask for them as .safetensors")
     if isinstance(error, SafetensorError | EOFError) or "PytorchStreamReader" in text:
-        return ModelError(key, f"the weights in {path} are damaged or truncated", "Copy them again; git: git lfs pull")
+        return ModelError(
+            key, f"the weights in {path} are damaged or truncated", "Copy them again; from git: git lfs pull"
+        )
     if not isinstance(error, OSError | ValueError):
         return None
     if what == "forward pass" or folder.exists():
@@ -372,8 +373,6 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
     source = folder / gguf_file
     if not source.is_file():
         raise ModelError(f"{group}.gguf_file", f"{source} does not exist", nearby(folder))
-    if importlib.util.find_spec("gguf") is None:
-        raise MachineError(f"{group}.gguf_file", "the package gguf is not installed", "Run: pip install gguf")
     stamp = known_digest(source)[:16]
     cached = cache_dir() / "gguf" / stamp
     if (cached / "config.json").is_file():
@@ -397,10 +396,7 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
     return cached
 
 
-def _quantization(kind: str, dtype: torch.dtype, group: str) -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        what = "the package bitsandbytes is not installed"
-        raise MachineError(f"{group}.quantization", what, "Run: pip install bitsandbytes")
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
     if kind == "8bit":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

@@ -83,16 +83,11 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("optim.name=5",): ["optim.name: is '5'. Allowed: torch.CLASS or bitsandbytes.CLASS"],
     ("teacher.store_dir=''",): ["teacher.store_dir: is ''. Allowed: a folder"],
     ("optim.name=torch.SparseAdam",): ["optim.name: torch has no optimizer SparseAdam that trains a student. *"],
-    ("optim.name=bitsandbytes.LARS", "~optim.betas"): ["optim: bitsandbytes.LARS refuses its options: *"],
-    ("student.attn_implementation=x",): ["student.attn_implementation: student has no attention of that name. Use auto, eager or sdpa"],
+    ("optim.name=bitsandbytes.LARS", "~optim.betas"): ["optim: bitsandbytes.LARS: *. See conf/optim/ for its options"],
+    ("student.attn_implementation=x",): ["student.attn_implementation: is not supported by student. Use auto, eager or sdpa"],
+    ("optim.schedule=polynomial", "+optim.schedule_options.powr=2"): ["optim.schedule_options: polynomial: * unexpected keyword argument 'powr'. Set one with +optim.schedule_options.NAME=..."],
     ("optim.name=torch.SGD",): ["optim.betas: is not an option here. It takes: lr, momentum, *. To leave it out: ~optim.betas"],
     ("optim.name=torch.Muon",): ["optim.name: torch has no optimizer Muon that trains a student. *"],
-    ("+optim.maximize=true",): ["optim.maximize: is true, which makes the loss greater. Take it out"],
-    ("+optim.eps=inf",): ["optim.eps: is inf (float), expected a number. Allowed: such as 1e-08"],
-    ("+optim.differentiable=true",): ["optim: torch.AdamW refuses its options: *"],
-    ("optim.schedule=polynomial", "+optim.schedule_options.power=-1"): ["optim.schedule_options: polynomial: *. Give an option as +optim.schedule_options.NAME=..."],
-    ("optim.schedule=inverse_sqrt", "+optim.schedule_options.timescale=0"): ["optim.schedule_options: inverse_sqrt: division by zero. *"],
-    ("optim.schedule=polynomial", "+optim.schedule_options.lr_end=-1"): ["optim.schedule_options: polynomial: the rate would be negative, or no number. *"],
     ('data.path="~no-such-user/t.jsonl"',): ["data.path: ~no-such-user/t.jsonl names no user of this machine. Give the whole path"],
     ('teacher.store_dir="~no-such-user/store"', "teacher.store=on"): ["teacher.store_dir: ~no-such-user/store names no user of this machine. Give the whole path"],
     ("optim.name=torch.AdmW",): ["optim.name: torch has no optimizer AdmW. Did you mean AdamW? Choices: *"],
@@ -114,11 +109,7 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("data.chat_template=no/such.jinja",): ["data.chat_template: no/such.jinja does not exist. Give a file, or Jinja text with {{ }}"],
     ("data.chat_template='{% for m in messages %}{{ m.content'",): ["data.chat_template: it is not Jinja: * (line 1). Give another: data.chat_template=FILE"],
     ("data.chat_template=notes",): ["data.chat_template: notes is not a file. Give a file, or Jinja text with {{ }}"],
-    ("optim.betas=[0.9]",): ["optim.betas: is [0.9] (list), expected a list of 2 numbers. Allowed: such as [0.9, 0.999]"],
-    ("optim.betas=x", "+optim.amsgrad=3"): [
-        "optim.betas: is 'x' (str), expected a list of 2 numbers. Allowed: such as [0.9, 0.999]",
-        "optim.amsgrad: is 3 (int), expected true or false. Allowed: such as False",
-    ],
+    ("optim.betas=[0.9]",): ["optim.betas: is [0.9] (list), expected a list of 2 numbers. For example [0.9, 0.999]"],
     ("--config-dir=notes", "optim=itself"): ["notes/optim/itself.yaml: names itself in its defaults, maybe through others. Take that out"],
     ("--config-dir=notes", "optim=through"): ["notes/optim/back.yaml: names itself in its defaults, maybe through others. Take that out"],
     ("--config-dir=notes", "optim=list"): ["notes/optim/list.yaml: holds no keys. Write one a line: KEY: VALUE"],
@@ -241,17 +232,17 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "student.path: bad has no weights. bad has: config.json, generation_config.json, merges.txt, *"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "student.path: bad has no config.json. bad has: generation_config.json, *"),
     "no tensor": (no_tensor, "student.path: bad lacks 1 tensors, the first transformer.ln_f.weight. They would be random: use a complete checkpoint"),
-    "adapter": (adapter, "student.path: bad is a LoRA adapter, not a model. Merge it first: from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('bad').merge_and_unload().save_pretrained('bad-merged')"),
+    "adapter": (adapter, "student.path: bad is a LoRA adapter, which kdx would ignore. Merge it first: from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('bad').merge_and_unload().save_pretrained('bad-merged')"),
     "other tokenizer": (other_tokenizer, "tokenizer: teacher and student differ at 2 of * ids, the first is 300: *. Choose a teacher and a student with the same tokenizer"),
-    "damaged": (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64), "student.path: the weights in bad are damaged, or were cut short *. Copy them again; from git: git lfs pull"),
-    "a damaged config": (lambda folder: (folder / "config.json").write_text("{"), "student.path: bad/config.json is damaged, or no JSON object. Copy the model again"),
-    "a pointer of Git LFS": (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), "student.path: the weights in bad are damaged, or were cut short *. Copy them again; from git: git lfs pull"),
-    "cut short": (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "student.path: the weights in bad are damaged, or were cut short *. Copy them again; from git: git lfs pull"),
-    "a damaged index": (lambda folder: (folder / INDEX).write_text("{"), "student.path: bad/model.safetensors.index.json is damaged: it names no weights. Copy the model again"),
-    "an adapter beside": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "student.path: bad has a LoRA adapter beside its weights, and kdx would train without it. Merge it, or take adapter_config.json away"),
-    "a pickle": (pickled, "student.path: bad has weights that hold more than tensors, which could run code. Do not load this checkpoint; ask for its weights as .safetensors"),
-    "no numbers": (no_numbers, "student.path: GPT2LMHeadModel says what is not finite. Give weights that are finite numbers"),
-    "outside": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "../elsewhere/model.safetensors"}}'), "student.path: bad/model.safetensors.index.json names weights outside its folder. Do not load this checkpoint"),
+    "damaged": (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64), "student.path: the weights in bad are damaged or truncated. Copy them again; from git: git lfs pull"),
+    "a damaged config": (lambda folder: (folder / "config.json").write_text("{"), "student.path: bad has a damaged config.json. bad has: *"),
+    "a pointer of Git LFS": (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), "student.path: the weights in bad are damaged or truncated. Copy them again; from git: git lfs pull"),
+    "cut short": (lambda folder: os.truncate(folder / "model.safetensors", 20_000), "student.path: the weights in bad are damaged or truncated. Copy them again; from git: git lfs pull"),
+    "a damaged index": (lambda folder: (folder / INDEX).write_text("{"), "student.path: bad/model.safetensors.index.json is damaged, or names files outside its folder. Copy the model again"),
+    "an adapter beside": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "student.path: bad is a LoRA adapter, which kdx would ignore. Merge it first: *"),
+    "a pickle": (pickled, "student.path: the weights in bad are a pickle of more than tensors, which could run code. Ask for them as .safetensors"),
+    "no numbers": (no_numbers, "student.path: the logits of GPT2LMHeadModel are not finite. Check its weights for NaN and inf"),
+    "outside": (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "../elsewhere/model.safetensors"}}'), "student.path: bad/model.safetensors.index.json is damaged, or names files outside its folder. Copy the model again"),
 }  # fmt: skip
 
 
@@ -269,7 +260,7 @@ def test_models(refused, place, damage, told):
     [
         ("teacher.path=teechr", "teacher.path: teechr does not exist. Did you mean teacher?"),
         ("student.path=./nowhere", "student.path: ./nowhere does not exist. This folder (*) has: outputs/, student/, *"),
-        ("teacher.path=some-org/nothing", "teacher.path: some-org/nothing is no folder here, and the hub could not give its *Check the name and the network, log in for gated models (hf auth login), or give a local folder"),
+        ("teacher.path=some-org/nothing", "teacher.path: some-org/nothing is not a folder, and its tokenizer could not be read from the hub: *Check the name and the network, log in for gated models (hf auth login), or give a local folder"),
         ("teacher.path=pkg:os", "teacher.path: pkg:os is a module without a folder, so it carries no files. Name a package that does, or give a folder"),
         ("teacher.path=pkg:winreg", "teacher.path: pkg:winreg is a module without a folder, so it carries no files. Name a package that does, or give a folder"),
         ("teacher.path=pkg:json/none", "teacher.path: *json/none does not exist. *"),
@@ -304,18 +295,16 @@ def test_disks_that_are_too_small(refused, monkeypatch, words, told):
     ("words", "package", "told"),
     [
         (("optim=adamw_8bit",), "bitsandbytes.optim", "optim.name: bitsandbytes is not installed. Run: pip install bitsandbytes"),
-        (("teacher.quantization=8bit",), "bitsandbytes", "teacher.quantization: the package bitsandbytes is not installed. Run: pip install bitsandbytes"),
-        (("teacher.gguf_file=x.gguf", "teacher.path=gguf"), "gguf", "teacher.gguf_file: the package gguf is not installed. Run: pip install gguf"),
+        (("teacher.quantization=8bit",), "bitsandbytes", "teacher.path: teacher needs a package: *bitsandbytes*. Install it"),
     ],
 )  # fmt: skip
 def test_packages_that_are_not_installed(refused, monkeypatch, words, package, told):
     write_pairs(Path("t.jsonl"))
-    Path("gguf").mkdir()
-    Path("gguf/x.gguf").write_bytes(b"GGUF")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
     monkeypatch.setitem(sys.modules, package, None)
-    assert refused(*words, "data.validation=2", code=3) == [told]
+    (line,) = refused(*words, "data.validation=2", code=3)
+    assert fits(line, told), line
 
 
 # ---- processes of their own
