@@ -52,7 +52,7 @@ def _section(ranking: Ranking) -> dict[str, Any]:
     pictures = [front_picture(ranking, looks), *(curves_picture(ranking, looks, measure) for measure in RANKED_BY)]
     return {
         "ranking": ranking, "looks": looks, "pictures": [picture for picture in pictures if picture],
-        "heat_maps": heat_maps(ranking), "prompts": prompts_of(ranking, looks),
+        "heat_maps": heat_maps(ranking), "prompts": prompts_of(looks),
     }  # fmt: skip
 
 
@@ -141,15 +141,10 @@ def _heat_map(points: dict[Any, Point], measure: str) -> dict[str, Any]:
     return {"title": f"{tables.HEADINGS[measure]} ({better} is better)", "cells": cells}
 
 
-def prompts_of(ranking: Ranking, looks: Looks) -> list[tuple[Any, list[tuple[str, str, str]]]]:
-    """Put the answers of the students with a look beside those of the others: (color and glyph, who, text)."""
-    prompts: dict[Any, dict[Any, None]] = {}
-    for point in ranking.points:
-        for sample in point.runs[0].samples if point in looks else ():  # of several seeds, the first
-            answers = prompts.setdefault(sample["prompt"], {})
-            for who in ("reference", "teacher", "untouched", "student"):
-                if sample.get(who) is not None:
-                    is_own = who == "student"
-                    label = f"#{point.number} {point.label}" if is_own else who
-                    answers[point if is_own else None, label, sample[who]] = None
-    return [(turns, list(answers)) for turns, answers in prompts.items()]
+def prompts_of(looks: Looks) -> dict[Any, list[tuple[Point, dict[str, Any]]]]:
+    """Collect for each prompt the samples of the students with a look; of several seeds, the first's."""
+    prompts: dict[Any, list[tuple[Point, dict[str, Any]]]] = {}
+    for point in sorted(looks, key=lambda point: point.number):
+        for sample in point.runs[0].samples:
+            prompts.setdefault(sample["prompt"], []).append((point, sample))
+    return prompts

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,36 +25,26 @@ SEED_KEY = "train.seed"
 MOST_KEYS = 5  # keys in a label; all that differ are in a table of their own
 GREEK = {"loss.temperature": "τ", "loss.alpha": "α"}
 BASELINE = "baseline (alpha = 0)"
+Interval = tuple[float, float]
 # Keys, or beginnings of keys, that never change the trained student.
 FREE = (
-    "run.", "sweep.", "tracking.", "train.log_every", "train.save_every", "train.save_minutes", "train.keep_checkpoints",
-    "teacher.store",
+    "run.", "sweep.", "tracking.", "train.log_every", "train.save_", "train.keep_checkpoints", "teacher.store",
+    "teacher.license", "teacher.base_model", "student.license", "student.base_model",
 )  # fmt: skip
-Interval = tuple[float, float]
 
 
-def unused_keys(config: dict[str, Any]) -> tuple[str, ...]:
-    """Return the keys of a flat config, or their beginnings, that have no effect on its student."""
-    unused = list(FREE)
-    if config.get("loss.alpha") == 0:
+def used(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a flat config that decide which student comes out."""
+    unused = [*FREE]
+    if config.get("loss.alpha") == 0:  # alpha itself is what makes a baseline
         unused.append("loss.")
     if config.get("student.init") != "cut":
         unused.append("student.layers")
-    if config.get("train.on_nonfinite") != "skip":
+    if config.get("train.keep") == "last" and config.get("train.early_stopping.patience") is None:
+        unused += ["train.eval_every", "train.early_stopping."]
+    if config.get("train.on_nonfinite") == "stop":
         unused.append("train.max_nonfinite")
-    if config.get("train.early_stopping.patience") is None:
-        unused.append("train.early_stopping.")
-        if config.get("train.keep") == "last":
-            unused.append("train.eval_every")
-    return tuple(unused)
-
-
-class Rows(NamedTuple):
-    """A student's sums over the counted positions of each held-out row, ordered by row id."""
-
-    ids: tuple[str, ...]
-    counted: tuple[int, ...]
-    sums: dict[str, np.ndarray]  # measure → [R]
+    return {k: v for k, v in config.items() if k == "loss.alpha" or not k.startswith(tuple(unused))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +58,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)  # dotted key → value
     swept: list[str] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
-    rows: Rows = Rows((), (), {})
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of eval_rows.jsonl, ordered by row id
     curve: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl with held-out measures
     samples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -79,17 +69,15 @@ class Run:
 
     @cached_property
     def used(self) -> dict[str, Any]:
-        """The keys of its config that have an effect; alpha itself is what makes a baseline one."""
-        unused = unused_keys(self.config)
-        return {k: v for k, v in self.config.items() if k == "loss.alpha" or not k.startswith(unused)}
+        return used(self.config)
 
     @property
     def measured_on(self) -> tuple[Any, ...]:
         """The held-out rows, the teacher and its precision: measures compare only where these are equal."""
         environment = self.summary["environment"]
         teacher = environment.get("teacher_digest") or self.config.get("teacher.path")
-        fingerprint = self.summary["data"].get("validation_fingerprint")
-        return fingerprint, teacher, environment.get("teacher_precision"), self.rows.ids, self.rows.counted
+        rows = tuple((row["row"], row["counted"]) for row in self.rows)
+        return rows, self.summary["data"].get("validation_fingerprint"), teacher, environment.get("teacher_precision")
 
     @property
     def identity(self) -> str:
@@ -110,8 +98,8 @@ class Point:
     spread: dict[str, Interval]  # lowest and highest over seeds
     number: int = 0  # its line in the table
     rank: dict[str, int] = field(default_factory=dict)
-    minus_best: dict[str, Interval | None] = field(default_factory=dict)
-    minus_baseline: dict[str, Interval | None] = field(default_factory=dict)
+    minus_best: dict[str, Interval] = field(default_factory=dict)
+    minus_baseline: dict[str, Interval] = field(default_factory=dict)
     pareto_front: bool = False
     other_budget: bool = False  # trained on more or fewer tokens than most of the table
 
@@ -257,7 +245,7 @@ def make_points(runs: Sequence[Run], keys: Sequence[str], names: dict[str, str])
         label += [f"{names[k]} {shown(v)}" for k, v in values.items() if k in names and (k, v) != ("loss.alpha", 0)]
         found = {name: [run.summary["student"].get(name) for run in group] for name in MEASURES}
         found |= {name: [run.summary["run"].get(name) for run in group] for name in COSTS}
-        measures = {name: None if None in values else math.fsum(values) / len(group) for name, values in found.items()}
+        measures = {name: None if None in taken else math.fsum(taken) / len(group) for name, taken in found.items()}
         spread = {m: (min(found[m]), max(found[m])) for m in RANKED_BY if len(group) > 1 and measures[m] is not None}
         points.append(Point(", ".join(label) or first.name, first.is_baseline, values, group, measures, spread))
     labels = [point.label for point in points]
@@ -288,22 +276,17 @@ def rank(points: list[Point]) -> None:
 def _set_intervals(measure: str, points: list[Point]) -> None:
     """Bootstrap the difference of each point to the best and to its baseline, with rows paired."""
     # Seeds are averaged row by row: the counted positions are the same, so means average too.
-    sums = [np.mean([run.rows.sums[measure] for run in point.runs], axis=0) for point in points]
-    counted = np.array(points[0].runs[0].rows.counted)
+    sums = [np.mean([[row[measure] for row in run.rows] for run in point.runs], axis=0) for point in points]
+    counted = np.array([row["counted"] for row in points[0].runs[0].rows])
     means = dict(zip(points, resampled_means(counted, np.column_stack(sums)).T, strict=True))
+    baselines = {_setting(point): point for point in points if point.baseline}
     best = min(points, key=lambda p: (p.rank[measure], p.label))
     for point in points:
-        for differences, other in ((point.minus_best, best), (point.minus_baseline, _baseline_of(point, points))):
-            if other is None or other is point:
-                differences[measure] = None
-            else:
+        for differences, other in ((point.minus_best, best), (point.minus_baseline, baselines.get(_setting(point)))):
+            if other and other is not point:
                 differences[measure] = interval(means[point] - means[other])
 
 
-def _baseline_of(point: Point, points: list[Point]) -> Point | None:
-    """Return the student that was trained without a teacher under the same settings of everything but the loss."""
-
-    def setting(p: Point) -> dict[str, Any]:
-        return {key: value for key, value in p.values.items() if not key.startswith("loss.")}
-
-    return next((p for p in points if p.baseline and setting(p) == setting(point)), None)
+def _setting(point: Point) -> str:
+    """What a student and its baseline, trained without a teacher, have in common: everything but the loss."""
+    return as_text({key: value for key, value in point.values.items() if not key.startswith("loss.")})

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import yaml
 
 from kdx.compare import ranking
-from kdx.compare.ranking import MEASURES, RANKED_BY, Comparison, Ranking, Rows, Run
+from kdx.compare.ranking import MEASURES, Comparison, Ranking, Run
 from kdx.compare.tables import as_csv, as_json, as_markdown, terminal_parts
 from kdx.errors import ConfigError, MachineError
 from kdx.run.files import write_beside
@@ -164,11 +163,8 @@ def _lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
-def _rows(text: str) -> Rows:
-    lines = sorted(_lines(text), key=lambda line: str(line["row"]))
-    taken = [name for name in RANKED_BY if all(line[name] is not None for line in lines)]
-    sums = {name: np.array([line[name] for line in lines], dtype=float) for name in taken}
-    return Rows(tuple(str(line["row"]) for line in lines), tuple(line["counted"] for line in lines), sums)
+def _rows(text: str) -> list[dict[str, Any]]:
+    return sorted(_lines(text), key=lambda line: str(line["row"]))
 
 
 def _samples(text: str) -> list[dict[str, Any]]:

@@ -11,24 +11,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kdx.compare.ranking import (
-    COSTS,
-    DIGITS,
-    NUM_RESAMPLES,
-    RANKED_BY,
-    SEED_KEY,
-    Comparison,
-    Interval,
-    Point,
-    Ranking,
-    Run,
-    shown,
-)  # fmt: skip
+from kdx.compare.ranking import COSTS, DIGITS, NUM_RESAMPLES, RANKED_BY, SEED_KEY, Comparison, Point, Ranking, shown
 
 HEADINGS = {
     "kl": "KL", "ce": "CE", "agreement": "agreement", "reverse_kl": "reverse KL", "accuracy": "accuracy",
     "perplexity": "perplexity", "steps": "steps", "tokens": "tokens", "tokens_per_second": "tokens/s", "seconds": "seconds",
 }  # fmt: skip
+# The fewest and the most decimals; 3 and 4 for other measures.
+DECIMALS = dict.fromkeys(COSTS, (0, 0)) | dict.fromkeys(RANKED_BY, (3, DIGITS)) | {"perplexity": (2, 2)}
 IN_TERMINAL = {"student", "runs", "KL", "CE", "agreement", "front", "steps", "tokens", "seconds"}
 CAVEAT = (
     "* best, or not distinguishable from the best: the 95 % interval of the difference includes 0 (paired bootstrap over "
@@ -43,7 +33,7 @@ def decimals(values: Iterable[float], least: int = 3, most: int = DIGITS) -> int
     return next((d for d in range(least, most) if len({round(v, d) for v in distinct}) == len(distinct)), most)
 
 
-def difference(interval: Interval | None) -> str:
+def difference(interval: tuple[float, float] | None) -> str:
     """Write the interval of a difference with signs; "tied" if there is no difference."""
     if interval is None:
         return ""
@@ -52,18 +42,10 @@ def difference(interval: Interval | None) -> str:
     return "tied" if low == high == 0 else f"{low:+.{places}f} to {high:+.{places}f}"
 
 
-def config_value(run: Run, key: str) -> str:
-    """Write a value of a run's config; a dash if the key has no effect."""
-    return shown(run.used[key]) if key in run.used else "—"
-
-
 def title(ranking: Ranking) -> str:
-    data, teacher = ranking.data, ranking.teacher
-    precision = f" ({teacher['precision']})" if teacher["precision"] else ""
-    rows = (
-        f"{data.get('num_validation_rows')} held-out rows, {data.get('counted_validation_tokens', 0):,} counted tokens"
-    )
-    return f"{rows}, τ = 1; teacher: {teacher['name']}{precision}"
+    num_rows, num_counted = (ranking.data[key] for key in ("num_validation_rows", "counted_validation_tokens"))
+    precision = f" ({ranking.teacher['precision']})" if ranking.teacher["precision"] else ""
+    return f"{num_rows} held-out rows, {num_counted:,} counted tokens, τ = 1; teacher: {ranking.teacher['name']}{precision}"
 
 
 def verdict(ranking: Ranking) -> list[str]:
@@ -111,10 +93,7 @@ def grid(ranking: Ranking) -> list[list[str]]:
 def _column(ranking: Ranking, name: str) -> list[str]:
     """Write one measure or cost of all students and references, with as many digits as tell the students apart."""
     values = [p.measures[name] for p in ranking.points]
-    least, most = (
-        (0, 0) if name in COSTS else (2, 2) if name == "perplexity" else (3, DIGITS if name in RANKED_BY else 4)
-    )
-    places = decimals([value for value in values if value is not None], least, most)
+    places = decimals([value for value in values if value is not None], *DECIMALS.get(name, (3, 4)))
     values += [measures.get(name) for measures in ranking.references.values()]
     texts = ["" if value is None else f"{value:,.{places}f}" for value in values]
     for i, p in enumerate(ranking.points):
@@ -130,7 +109,7 @@ def intervals(ranking: Ranking) -> list[list[str]]:
     for p in ranking.points:
         cells = [f"#{p.number} {p.label}"]
         for m in RANKED_BY:
-            is_best = p.rank.get(m) == 1 and p.minus_best[m] is None
+            is_best = p.rank.get(m) == 1 and m not in p.minus_best
             cells += ["best" if is_best else difference(p.minus_best.get(m)), difference(p.minus_baseline.get(m))]
         rows.append(cells)
     return rows
