@@ -16,18 +16,18 @@ from accelerate.utils import broadcast_object_list
 
 from kdx import nonfinite, plugins
 from kdx.causal_lm import DTYPES
-from kdx.config import Config
+from kdx.config import Config, as_dict
 from kdx.errors import DivergedError, KdxError, MachineError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
 from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import MAX_NEW_TOKENS, Prepared, bytes_on_disk, check_names, check_room, prepare
-from kdx.run import checkpoint, report, typed
+from kdx.run import checkpoint, report
 from kdx.run import identity as drift
 from kdx.run import sharding as shards
 from kdx.run.devices import keep_memory
 from kdx.run.files import digest_of, reserve, usage_of, write_beside
-from kdx.run.folder import RunFolder
+from kdx.run.folder import RunFolder, words_of
 from kdx.run.launch import build_accelerator
 from kdx.run.signals import CutShort, Stopped, StopRequest
 from kdx.run.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
@@ -72,7 +72,7 @@ def distill(config: Config, run_dir: Path, accepted: Callable[[], None] = lambda
     (told,) = broadcast_object_list([str(run_dir)])  # every process works in rank 0's folder
     run_dir = Path(told)
     folder = RunFolder(run_dir)
-    done = folder.done(asdict(config))
+    done = folder.done(as_dict(config))
     if done is not None:
         doubt = _refuse_stale(config, folder, accelerator.device)
         if accelerator.is_main_process:
@@ -81,7 +81,7 @@ def distill(config: Config, run_dir: Path, accepted: Callable[[], None] = lambda
         return Summary(**done)
     is_main = accelerator.is_main_process
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
-    with folder.open(asdict(config), is_main, accepted):
+    with folder.open(as_dict(config), is_main, accepted):
         if is_main:
             plugins.keep(run_dir)
         with StopRequest(run_dir) as stop:
@@ -119,7 +119,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
     prints = {name: origin[name] for name in ("fingerprint", "validation_fingerprint")}
     store = run.teacher.store if run.teacher else None
     versions = drift.versions(**{"teacher.store": "on" if store else "off", "precision": run.precision()})
-    of = drift.digest(asdict(config), origin)
+    of = drift.digest(as_dict(config), origin)
     resumed = folder.resume(run.student, optimizer, schedule, origin, versions, accelerator, of)
     if resumed:
         shards.spread(run.student, run.objective)
@@ -192,7 +192,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         shards.gather(run.objective, run.student)
         kept_step = choose_weights(run, state, folder, lambda: measure(accelerator.autocast())[0].means())
         # Measured as it is saved: without autocast, in the dtype on disk, so that anyone can measure the same.
-        run.student.to(DTYPES[config.student.save_dtype])
+        run.student.to(DTYPES[config.student.save_dtype.replace("auto", "fp32")])
         final, _ = measure(nullcontext())
         measures = final.means()
         check_final(state, measures)
@@ -236,7 +236,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             if store:
                 log.info(report.store_line(store))
             has = {"has_student": run.max_steps > 0, "has_samples": bool(samples)}
-            for line in report.next_commands(folder.path, typed.told(folder.path), **has):
+            for line in report.next_commands(folder.path, words_of(folder.path), **has):
                 log.info(line)
         try:
             accelerator.wait_for_everyone()
@@ -335,7 +335,7 @@ def leave(
         save_student(run.student, run.tokenizer, target)
         num_bytes = sum(file.stat().st_size for file in target.glob("*.safetensors"))
         summary = replace(summary, student=summary.student | {"num_bytes": num_bytes})
-        card = report.model_card(asdict(run.config), asdict(summary))
+        card = report.model_card(as_dict(run.config), asdict(summary))
         write_beside(target / "README.md", card)
     page = report.samples_page(samples, MAX_NEW_TOKENS)
     folder.write_results(asdict(summary), final.rows, samples, page)

@@ -97,6 +97,6 @@ def size_of_teacher(teacher: Teacher | None) -> dict[str, int | None]:
 
 def size(model: Any, save_dtype: str | None = None) -> dict[str, int | None]:
     """Parameters, and the bytes of the weights: as they are in memory, or as they would be saved."""
-    saved = DTYPES[save_dtype].itemsize if save_dtype else None
+    saved = DTYPES[save_dtype.replace("auto", "fp32")].itemsize if save_dtype else None
     num_bytes = sum(p.numel() * (saved or p.element_size()) for p in model.parameters())
     return {"num_parameters": model.num_parameters(), "num_bytes": num_bytes}

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 
 from kdx.config import OptimConfig
 from kdx.errors import ConfigError, MachineError, did_you_mean, out_of_memory, together
-from kdx.validation import Problem, binding_problems, has_type, show, type_words
+from kdx.plugins import option_faults
 
 # Of these one calls the loss again and again, one wants sparse gradients, one trains matrices alone.
 UNFIT = ("Optimizer", "LBFGS", "SparseAdam", "Muon")
@@ -35,31 +35,8 @@ def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
         what = f"{library} has no optimizer {name}" + " that trains a student" * (name in UNFIT)
         raise ConfigError("optim.name", what, did_you_mean(name, list(known)))
     found = known[name]
-    problems = binding_problems(found, {"lr": config.lr, **config.options}, "optim.", skip=1)
-    problems = problems or _unlike_defaults(found, config.options)
-    if problems:
-        raise together([ConfigError(*problem) for problem in problems])
-    return found
-
-
-def _unlike_defaults(kind: Callable[..., Optimizer], options: dict[str, Any]) -> list[Problem]:
-    """The options that are not of their default's kind: optimizers compare before they look, or index without."""
-    found = []
-    for name, parameter in inspect.signature(kind).parameters.items():
-        value, default, shown = options.get(name), parameter.default, parameter.default
-        if name not in options or not isinstance(default, bool | int | float | tuple):
-            continue
-        wanted: Any = bool if isinstance(default, bool) else float
-        fits, words = has_type(value, wanted), type_words(wanted)
-        if isinstance(default, tuple):
-            fits = isinstance(value, list) and has_type(value, list[float | None]) and len(value) == len(default)
-            words, shown = f"a list of {len(default)} numbers", list(default)
-        if name == "maximize" and value is True:
-            found.append(Problem("optim.maximize", "is true, which makes the loss greater", "Take it out"))
-        numbers = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, float)]
-        fits = fits and all(map(math.isfinite, numbers))
-        if not fits:
-            found.append(Problem(f"optim.{name}", f"is {show(value)}, expected {words}", f"Allowed: such as {shown}"))
+    if faults := option_faults(found, {"lr": config.lr, **config.options}, "optim.", num_given=1):
+        raise together(faults)
     return found
 
 

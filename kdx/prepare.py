@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from kdx import causal_lm, loss, plugins
-from kdx.config import Config, LossConfig, StudentConfig, TeacherConfig
+from kdx.config import Config, LossConfig, StudentConfig, TeacherConfig, as_dict
 from kdx.data.batches import Row, StepBatches, fingerprint, pad_id_of
 from kdx.data.encode import Encoder, prepare_tokenizer
 from kdx.data.files import at_home
@@ -18,12 +18,12 @@ from kdx.data.sources import Dataset, check_source, load_data
 from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, together
 from kdx.objective import Objective, StudentObjective
 from kdx.optim import optimizer_class, state_bytes
+from kdx.plugins import option_faults
 from kdx.run import checkpoint
 from kdx.run.tracking import log
 from kdx.store import Identity, TeacherStore, bytes_of, room
 from kdx.student import answer_greedily, load_student
 from kdx.teacher import Teacher, load_teacher, precision_of
-from kdx.validation import binding_problems
 
 CHECKPOINTS = 3  # on disk at once while the third is written
 NUM_SAMPLES, MAX_NEW_TOKENS = 3, 48  # of sample answers; the student's answers too are so long by default
@@ -96,14 +96,14 @@ def _check_loss(config: LossConfig) -> None:
     """Refuse a divergence or options that the registry does not know. Raises ConfigError."""
     own = "One's own: KDX_PLUGINS=module, with the function under @register"
     if config.name == "cross_entropy":
-        problems = binding_problems(lambda: None, config.options, "loss.", skip=0)
+        problems = option_faults(lambda: None, config.options, "loss.")
     elif config.name not in loss.names():
         mend = did_you_mean(config.name, [*loss.names(), "cross_entropy"])
         raise ConfigError("loss.name", f"no divergence is named {config.name!r}", f"{mend}. {own}")
     else:
-        problems = binding_problems(loss.get(config.name), config.options, "loss.", skip=2)
+        problems = option_faults(loss.get(config.name), config.options, "loss.", num_given=2)
     if problems:
-        raise together([ConfigError(*problem) for problem in problems])
+        raise together(problems)
     if config.name != "cross_entropy":
         try:
             loss.check_options(config.name, config.options)  # ranges
@@ -118,7 +118,7 @@ _shared: dict[str, Text] = {}  # of the sweep that this process does, the last o
 
 def read_text(config: Config) -> Text:
     """Read and encode the data; the jobs of a sweep that name the same data and models do it once. Raises KdxError."""
-    if not config.sweep.keys:
+    if not config.sweep.name:
         return _read_text(config)
     key = what_is_read(config)
     if key not in _shared:
@@ -130,7 +130,7 @@ def read_text(config: Config) -> Text:
 
 def what_is_read(config: Config) -> str:
     """What the text of a run, and its teacher, depend on: equal for the jobs of a sweep that can share them."""
-    return json.dumps([asdict(part) for part in (config.teacher, config.student, config.data)], default=str)
+    return json.dumps([as_dict(part) for part in (config.teacher, config.student, config.data)], default=str)
 
 
 def _read_text(config: Config) -> Text:
@@ -201,7 +201,7 @@ def prepare(config: Config, accelerator: Accelerator, owner: str = "run", *, is_
         asked = list(held_out_rows)
         if is_fill or config.loss.alpha > 0:
             asked += rows if is_fill else batches.rows_seen(max_steps)
-        is_repeated = bool(config.sweep.keys) or max_steps * train.batch_size > len(rows)
+        is_repeated = bool(config.sweep.name) or max_steps * train.batch_size > len(rows)
         store, store_words = open_store(config.teacher, identity, asked, is_repeated, owner)
         teacher = load_teacher(config.teacher, device, text.max_length, identity, store)
         if store and store.missing([row.digest for row in asked]):
@@ -284,7 +284,9 @@ def open_store(
 def bytes_on_disk(run: Prepared) -> tuple[int, int, int]:
     """What student, best weights so far and a checkpoint take on disk; 0 for what the run need not save."""
     num, weights = run.student.num_parameters(), run.student.num_parameters() * run.student.dtype.itemsize
-    student = num * causal_lm.DTYPES[run.config.student.save_dtype].itemsize if run.max_steps else 0
+    student = (
+        num * causal_lm.DTYPES[run.config.student.save_dtype.replace("auto", "fp32")].itemsize if run.max_steps else 0
+    )
     best = weights if run.config.train.keep == "best" else 0
     one = 0
     if run.config.train.save_every:

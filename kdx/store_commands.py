@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdx.certificate import certify, words_of
-from kdx.config import Config, DataConfig, StudentConfig, TeacherConfig
+from kdx.config import Config, DataConfig, StudentConfig, TeacherConfig, replaced
 from kdx.data.batches import by_length, collate
 from kdx.data.files import at_home
 from kdx.errors import ConfigError, MachineError, printable
@@ -45,7 +44,7 @@ def fill(configs: Sequence[Config]) -> None:
             if config.teacher.path is None:
                 raise ConfigError("teacher", "is none, so there is nothing to keep", "Choose a teacher")
             check_names(config)
-            _fill(replace(config, teacher=replace(config.teacher, store="on")))
+            _fill(replaced(config, teacher=replaced(config.teacher, store="on")))
 
 
 def _fill(config: Config) -> None:

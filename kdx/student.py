@@ -4,7 +4,6 @@ import copy
 import logging
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from kdx.causal_lm import load_causal_lm, load_config, ready
-from kdx.config import StudentConfig, TeacherConfig
+from kdx.config import StudentConfig, TeacherConfig, replaced
 from kdx.errors import ConfigError, ModelError
 from kdx.loading import loading
 from kdx.run.checkpoint import REFUSALS, not_saved
@@ -41,7 +40,7 @@ def load_student(
         if dtype != torch.float32:
             kept = None  # it is kept in fp32
         if kept is not None and verify(kept) is None:
-            there = replace(teacher, path=str(kept), gguf_file=None, revision=None)
+            there = replaced(teacher, path=str(kept), gguf_file=None, revision=None)
             return load_causal_lm(there, "student", dtype=dtype, attn_implementation=attn_implementation)
         whole = load_causal_lm(teacher, "teacher", dtype=dtype, attn_implementation=attn_implementation)
         smaller = cut(whole, config.layers, teacher.trust_remote_code)

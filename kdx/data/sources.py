@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kdx.config import DataConfig
+from kdx.config import DataConfig, replaced
 from kdx.data.files import kind_of, missing, read_rows, resolve_path, text_in
 from kdx.data.templates import RowTemplate, Unbounded, each
 from kdx.errors import SKIP, ConfigError, DataError, did_you_mean, first_of, same_in_all, together
-from kdx.validation import binding_problems
+from kdx.plugins import option_faults
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +92,9 @@ def check_source(config: DataConfig) -> None:
         raise ConfigError("data.name", f"no source is named {config.name!r}", mend)
     function = _SOURCES[config.name]
     options = {**_given(config, function), **config.options}
-    found = binding_problems(function, options, "data.", skip=0)
+    found = option_faults(function, options, "data.")
     if found:
-        raise together([ConfigError(*problem) for problem in found])
+        raise together(found)
 
 
 def load_data(
@@ -155,8 +155,8 @@ def _others(config: DataConfig, found: _Found) -> list[Conversation] | None:
     if not isinstance(wanted, str):
         return None
     if wanted.startswith("split:"):
-        return _checked(replace(config, split=wanted.removeprefix("split:")), found)
-    return _checked(replace(config, path=wanted), found)
+        return _checked(replaced(config, split=wanted.removeprefix("split:")), found)
+    return _checked(replaced(config, path=wanted), found)
 
 
 def _held_out(config: DataConfig, rows: list[Conversation]) -> list[Conversation]:

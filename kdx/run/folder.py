@@ -4,10 +4,12 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,7 @@ import yaml
 
 from kdx.config import Config
 from kdx.errors import ConfigError, DivergedError, InUseError, KdxError, MachineError, exit_code, out_of_memory
-from kdx.hostile import refuse_foreign, refuse_links
-from kdx.run import checkpoint, owner, typed
+from kdx.run import checkpoint, owner
 from kdx.run import identity as drift
 from kdx.run.files import fsync, local_time, read_json, read_yaml, write_beside, write_over
 from kdx.run.redact import redact
@@ -24,6 +25,36 @@ from kdx.run.signals import Stopped
 from kdx.state import State
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was typed for a run, for this point of a sweep alone."""
+
+    words: list[str]  # without ++
+    swept: list[str]  # the keys that the sweep varies
+    sources: dict[str, str]  # where lr, steps, epochs and max_length came from: "typed", "conf/recipe/cut.yaml"
+    command: list[str]  # argv as typed
+
+
+def keep_record(run_dir: Path, record: Record) -> None:
+    """Write a run's record: overrides.yaml, command.txt and record.json, without secrets. Raises MachineError."""
+    words = yaml.safe_dump(redact(record.words), allow_unicode=True)
+    more = json.dumps({"swept": record.swept, "sources": record.sources}, indent=2) + "\n"
+    command = shlex.join(["python", "-m", "kdx", *redact(record.command)]) + "\n"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name, text in {"overrides.yaml": words, "command.txt": command, "record.json": more}.items():
+            write_beside(run_dir / name, text)
+    except OSError as error:
+        raise MachineError(str(run_dir), f"cannot write there: {error.strerror}", "Choose another folder") from None
+
+
+def words_of(run_dir: Path) -> list[str]:
+    """Read the words of a run; none if they were not kept."""
+    file = run_dir / "overrides.yaml"
+    words = read_yaml(file) if file.is_file() else []
+    return [str(word) for word in words] if isinstance(words, list) else []
 
 
 class RunFolder:
@@ -41,7 +72,6 @@ class RunFolder:
 
     def done(self, config: dict[str, Any]) -> dict[str, Any] | None:
         """The summary of a run that is done with this config, else None. Raises ConfigError if it was another."""
-        refuse_links(self.path)
         state, summary = self.status().get("state"), read_json(self.path / "summary.json")
         if state != "done" and (state or not self._is_summary_of_all(summary)):
             return None
@@ -65,6 +95,12 @@ class RunFolder:
             self.step = self.max_steps = summary["run"]["steps"]
             with self._writing():
                 self.write_status("done", "", is_main=True)
+
+    def holder(self) -> str | None:
+        """Say which other process is running here; None if it is free."""
+        status, by = self.status(), owner.owner_of(self.status())
+        is_held = status.get("state") == "running" and owner.is_another_alive(status, is_locked=False)
+        return f"pid {by.get('pid')} on host {by.get('host')} since {status.get('since')}" if is_held else None
 
     def status(self) -> dict[str, Any]:
         """What status.json says; empty if there is none."""
@@ -96,7 +132,6 @@ class RunFolder:
                 raise InUseError(str(self.path), what, "Nothing is left to do; the same command tells so")
             self.before = status
             is_longer = self._refuse_drift(config)
-            refuse_foreign(self.path)
             self._tidy()
             if not status:
                 with self._writing():
@@ -337,7 +372,7 @@ class RunFolder:
             return self.path.name
         said = [
             w
-            for w in typed.told(self.path)
+            for w in words_of(self.path)
             if not w.lstrip("+~").startswith(("tracking.", "hydra.", "run.", "train.log"))
         ]
         return redact(" ".join(said))[:100] or "default"

@@ -3,7 +3,6 @@
 import platform
 import shlex
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import yaml
 from rich.table import Table
 
 from kdx.causal_lm import device_dtype
+from kdx.config import as_dict
 from kdx.errors import printable
 from kdx.prepare import Prepared, in_bytes
-from kdx.run.typed import told_flags
 from kdx.store import TeacherStore
 from kdx.version import __version__
 
@@ -34,8 +33,8 @@ ROWS = (
 
 def header(run: Prepared) -> list[str]:
     """Say in plain words what will happen."""
-    config, plain = run.config, asdict(run.config)
-    came = {key: f" ({where})" for key, where in config.run.origins.items()}
+    config, plain = run.config, as_dict(run.config)
+    came: dict[str, str] = {}
     layers = run.student.config.get_text_config().num_hidden_layers
     start = {"cut": f"{layers} layers cut from the teacher", "random": "fresh weights"}
     student = start.get(config.student.init, public_name(plain["student"]))
@@ -91,7 +90,7 @@ def next_commands(run_dir: Path, words: list[str], *, has_student: bool, has_sam
     commands += [f"less {folder}/samples.md"] if has_samples else []
     others = ("run.", "sweep.", "hydra.", "loss.temperature=", "loss.alpha=")
     kept = [word for word in words if not word.lstrip("+~").startswith(others)]
-    typed = ["python", "-m", "kdx", "-m", *told_flags(run_dir), *kept, "loss.temperature=1,2,4", "loss.alpha=0.3,0.7"]
+    typed = ["python", "-m", "kdx", "-m", *kept, "loss.temperature=1,2,4", "loss.alpha=0.3,0.7"]
     commands.append(shlex.join(typed))
     return ["next:", *(f"  {command}" for command in commands)]
 

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 from urllib.parse import urlparse
@@ -19,7 +18,7 @@ from urllib.parse import urlparse
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kdx.config import Config, TrackingConfig
+from kdx.config import Config, TrackingConfig, as_dict
 from kdx.errors import printable
 from kdx.run.files import fsync, of_disk, write_beside
 from kdx.run.redact import redact
@@ -210,7 +209,7 @@ class Tracker:
                 "job_type": "baseline" if config.loss.alpha == 0 else "student",
                 "notes": self.config.notes or environment.get("WANDB_NOTES"),
                 "tags": [*self.config.tags, *filter(None, environment.get("WANDB_TAGS", "").split(","))] or None,
-                "config": asdict(config),
+                "config": as_dict(config),
             }
         )
         told["dir"] = str(wandb_dir.parent)
