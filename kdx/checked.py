@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from kdx.config import OPEN_GROUPS, Config, Group, contradictions, dotted
 from kdx.errors import ConfigError, together
-from kdx.words import hint_for, is_near
+from kdx.words import FOREIGN, hint_for, is_mistyped
 
 TYPES = {
     "integer": "a whole number",
@@ -29,7 +29,7 @@ def checked(tree: dict[str, Any], faults: list[ConfigError], typed: set[str], in
     """
     own = [f"{group}.{name}" for group, model in _groups().items() for name in model.model_fields]
     known = list(dict.fromkeys([*own, *(key for key in in_yaml if "." in key)]))
-    faults = [*faults, *_of_options(tree, known), *_of_code(tree, typed)]
+    faults = [*faults, *_of_options(tree, typed, known), *_of_code(tree, typed)]
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -73,7 +73,7 @@ def _of_shape(error: ValidationError, tree: dict[str, Any], known: list[str]) ->
         if kind == "missing":
             missing.setdefault(".".join(path[:-1]), []).append(path[-1])
         elif kind == "extra_forbidden":
-            for name in [f"{key}.{inner}" for inner in dotted(value)] if isinstance(value, dict) and value else [key]:
+            for name in _leaves(key, value):
                 found.setdefault(name, ConfigError(name, "is not a key of kdx", _hint_for(name, known)))
         elif kind == "model_type":
             what = f"is {show(value)}, but has keys of its own"
@@ -93,6 +93,13 @@ def _of_shape(error: ValidationError, tree: dict[str, Any], known: list[str]) ->
     return list(found.values())
 
 
+def _leaves(key: str, value: Any) -> list[str]:
+    """The keys below an unknown one, as they were typed."""
+    if not isinstance(value, dict) or not value or key in ("experiment", "recipe", "pair"):
+        return [key]
+    return [leaf for name, inner in value.items() for leaf in _leaves(f"{key}.{name}", inner)]
+
+
 def _hint_for(key: str, known: list[str]) -> str:
     if key.split(".")[0] in ("experiment", "recipe", "pair"):
         return f'Begin the YAML of that {key.split(".")[0]} with the line "# @package _global_"'
@@ -109,14 +116,15 @@ def _expected(schema: dict[str, Any]) -> str:
     return TYPES[schema["type"]] + (f" ({', '.join(bounds)})" if bounds else "")
 
 
-def _of_options(tree: dict[str, Any], known: list[str]) -> list[ConfigError]:
+def _of_options(tree: dict[str, Any], typed: set[str], known: list[str]) -> list[ConfigError]:
     """Further keys of the open groups that look like a typo of a key, or hold a number that is none."""
     found = []
     for group in OPEN_GROUPS:
         node = tree.get(group)
         for name, value in node.items() if isinstance(node, dict) else ():
             key = f"{group}.{name}"
-            if key not in known and is_near(key, known):
+            is_foreign = name in FOREIGN and f"{group}.name" not in typed  # of one's own function, names are free
+            if key not in known and (is_foreign or is_mistyped(key, known)):
                 found.append(ConfigError(key, "is not a key of kdx", hint_for(key, known)))
             elif name not in _groups()[group].model_fields and not _is_finite(value):
                 found.append(ConfigError(key, f"is {show(value)}", "Set a finite number"))

@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from kdx import sweep
@@ -73,7 +73,7 @@ class Plan:
     launcher: dict[str, Any] = field(default_factory=dict)
     baseline: list[str] = field(default_factory=list)  # words of the baselines' own sweep; none if there is none
     num_baselines: int = 0
-    jobs: list[str] = field(default_factory=list)  # names of the job folders, if kdx names them
+    jobs: dict[str, Config] = field(default_factory=dict)  # by the names of their folders, if kdx names them
 
     @property
     def num_points(self) -> int:
@@ -120,7 +120,7 @@ def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
         made.baseline = [*baseline, *added] if made.num_baselines else []
     if knows_points and is_named:
         jobs = [*(without if made.baseline else []), *configs]
-        made.jobs = list(dict.fromkeys(sweep.job_name(swept, config) for config in jobs))
+        made.jobs = {sweep.job_name(swept, config): config for config in jobs}
     return made
 
 
@@ -246,6 +246,8 @@ class Composer:
             key, options = word.key_or_group, self.groups.get(word.key_or_group)
             if options is None or word.is_delete() or word.package:
                 kept.append(str(word.input_line))
+                if gone := foreign(str(word.input_line)):
+                    faults.append(ConfigError(kept.pop(), "is not there", gone))
                 continue
             values = [str(v) for v in word.sweep_string_iterator()] if word.is_sweep_override() else [str(word.value())]
             values = ["null" if value == "None" else value for value in values]
@@ -349,7 +351,8 @@ def apply(words: list[Override], cfg: DictConfig) -> list[ConfigError]:
     for old, new in RENAMED.items():  # in YAML of one's own
         if (value := OmegaConf.select(cfg, old)) is not None:
             OmegaConf.update(cfg, new, value, force_add=True)
-            del OmegaConf.select(cfg, old.rpartition(".")[0])[old.rpartition(".")[2]]
+            with open_dict(cfg):
+                del OmegaConf.select(cfg, old.rpartition(".")[0])[old.rpartition(".")[2]]
     return faults
 
 

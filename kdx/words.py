@@ -62,6 +62,7 @@ _MEANT = {
     "run.resume": "resume_from_checkpoint ckpt_path",
     "loss.beta, with loss=jsd": "beta",
     "optim=adamw_8bit": "optim=adamw_bnb_8bit optim=paged_adamw_8bit optim=adamw8bit adamw_bnb_8bit",
+    "sweep.workers=2": "hydra/launcher=parallel hydra/launcher=joblib",
     "optim=adamw": "optim=adamw_torch optim=adamw_torch_fused optim=adam",
     "loss=forward_kl": "loss=kl loss=kld loss=kl_div loss=fkl",
     "loss=reverse_kl": "loss=rkl",
@@ -97,28 +98,25 @@ def foreign(word: str) -> str:
 def hint_for(key: str, known: Sequence[str]) -> str:
     """Answer a dotted key that does not exist: another tool's word, the same name in another group, or a typo."""
     last = key.rsplit(".", 1)[-1]
+    same = [k for k in known if k.rsplit(".", 1)[-1] == last]
+    if near := get_close_matches(key, same, n=1, cutoff=0.7):  # the group is mistyped
+        return f"Did you mean {near[0]}?"
     if (meant := foreign(last)) and not FOREIGN[last].startswith(f"{key},"):
         return meant[0].upper() + meant[1:]
     if last in FOREIGN:  # the right key, in an option that does not have it
-        return f"It is {FOREIGN[last]}"
-    near = _named(last, known, key) or get_close_matches(key, known, n=1, cutoff=0.7)
+        return f"Use it {FOREIGN[last].removeprefix(f'{key}, ')}"
+    near = get_close_matches(key, same, n=1) or same or get_close_matches(key, known, n=1, cutoff=0.7)
     if not near:
         names = get_close_matches(last, [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.7)
-        near = _named(names[0], known, key) if names else []
+        near = [k for k in known if k.rsplit(".", 1)[-1] in names]
     return f"Did you mean {' or '.join(near)}?" if near else "See all keys with: python -m kdx --cfg job"
 
 
-def _named(last: str, known: Sequence[str], like: str) -> list[str]:
-    """The keys of this last name; if several, the one most like the key that was typed."""
-    same = [key for key in known if key.rsplit(".", 1)[-1] == last]
-    return get_close_matches(like, same, n=1) or same
-
-
-def is_near(key: str, known: Iterable[str]) -> bool:
-    """Tell whether an option's name looks like a typo of one of these keys, or is another tool's word for one."""
+def is_mistyped(key: str, known: Iterable[str]) -> bool:
+    """Tell whether an option's name looks like a typo of one of these keys of its group."""
     group, _, name = key.partition(".")
     own = [k.removeprefix(f"{group}.") for k in known if k.startswith(f"{group}.")]
-    return name in FOREIGN or bool(get_close_matches(name, own, n=1, cutoff=0.8))
+    return bool(get_close_matches(name, own, n=1, cutoff=0.8))
 
 
 def renamed(words: list[str]) -> list[str]:
