@@ -15,11 +15,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from kdx import causal_lm
-from kdx.causal_lm import Head, check_split, common_ids, counted_hidden, head_of
+from kdx.causal_lm import Head, check_split, common_ids, counted_hidden, head_of, loading
 from kdx.config import ModelConfig
 from kdx.data.batches import Row, collate
 from kdx.errors import MachineError, ModelError
-from kdx.loading import loading
 from kdx.run import files as durable
 
 V, d = 40, 16
@@ -342,7 +341,7 @@ def test_load_tokenizer_by_model_or_by_name(folder, tmp_path):
 @pytest.mark.parametrize("name", ["/elsewhere/model.safetensors", "C:\\elsewhere\\model.safetensors"])
 def test_weights_outside_of_their_folder(folder, name):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    with pytest.raises(ModelError, match="names weights outside its folder"):
+    with pytest.raises(ModelError, match="names files outside its folder"):
         load(folder)
 
 

@@ -1,133 +1,134 @@
-"""Signals to a process that joblib started: born with them held back, which what it starts must not be."""
+"""A signal asks a run to stop: at once while there is nothing to save, else after the step."""
 
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kdx.errors import MachineError
 from kdx.run import signals
-
-BORN = """
-import multiprocessing, os, signal, subprocess, time
-from pathlib import Path
-from kdx.run import signals
-signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOPS)  # as it is born
-"""
+from kdx.run.signals import Stopped, StopRequest
 
 
-def told(script: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", BORN + script], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+@pytest.fixture
+def send() -> Callable[[int], None]:
+    return lambda number: os.kill(os.getpid(), number)
 
 
-def test_what_it_starts_ends_by_them() -> None:
-    """One that it executes, and one that it forks."""
-    assert (
-        told("""
-signals.note()
-executed = subprocess.Popen(["sleep", "600"])
-executed.terminate()
-forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
-forked.start()
-forked.terminate()
-forked.join()
-print(executed.wait(), forked.exitcode)
-""")
-        == "-15 -15"
-    )
-
-
-def test_one_from_before_its_first_run_ends_that_and_not_the_process() -> None:
-    assert (
-        told("""
-os.kill(os.getpid(), signal.SIGINT)
-signals.note()
-signals.note()  # with every job
-for _ in range(2):
-    try:
-        with signals.StopRequest(Path("run")):
-            print("never")
-    except SystemExit as error:
-        print(error.code)
-os.kill(os.getpid(), signal.SIGTERM)  # between two jobs
-""")
-        == "130\n130"
-    )
-
-
-def test_while_it_runs_they_come_once() -> None:
-    """From who tells all processes, and from the command, however much later."""
-    assert (
-        told("""
-signals.note()
-with signals.StopRequest(Path("run")) as stop:
-    stop.is_deferred, signals.SAME = True, 0.0
-    for number in (signal.SIGTERM, signal.SIGINT):
-        os.kill(os.getpid(), number)
-    print(stop.exit_code)
-""")
-        == "143"
-    )
-
-
-def test_in_a_run_of_its_own_the_second_ends_at_once_but_not_one_said_twice() -> None:
-    """`timeout` tells a command and then all its group."""
-    assert (
-        told("""
-signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOPS)
-signals.note()
-try:
-    with signals.StopRequest(Path("run")) as stop:
-        stop.is_deferred = True
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-        print("goes on", stop.exit_code)
-        time.sleep(2 * signals.SAME)
-        os.kill(os.getpid(), signal.SIGINT)
-        print("never")
-except SystemExit as error:
-    print(error.code)
-""")
-        == "goes on 143\n130"
-    )
+def run(work: Callable[[StopRequest], None]) -> None:
+    """A run that does this before it sees that it should stop."""
+    with StopRequest(Path("run")) as stop:
+        work(stop)
+        raise stop.stopped()
 
 
 @pytest.mark.parametrize(
-    ("is_deferred", "number", "lost"),
-    [(False, 1, "nothing is lost"), (True, 2, "what was done since the newest checkpoint is lost")],
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 143)],
 )
-def test_what_a_stop_costs_is_said(
-    capfd: pytest.CaptureFixture[str], is_deferred: bool, number: int, lost: str
+def test_the_step_is_finished_and_the_exit_code_names_the_signal(
+    number: int, code: int, send: Callable[[int], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Before the first step, and where a second one would not wait for the save."""
+    before = [signal.getsignal(n) for n in signals.STOPS]
 
-    def tell(stop: signals.StopRequest) -> None:
-        stop.is_deferred = is_deferred
-        for _ in range(number):
-            os.kill(os.getpid(), signal.SIGTERM)
-            stop.since = 0.0  # a while ago
+    def work(stop: StopRequest) -> None:
+        assert not stop.is_asked
+        send(number)
+        send(number)  # `timeout` sends it to a command, and then to its group
+        assert stop.is_asked
 
-    with signals.StopRequest(Path("run")) as stop, pytest.raises(signals.Stopped):
-        tell(stop)
-    (*_, said) = capfd.readouterr().err.splitlines()
-    assert said == f"kdx: stopped at once: {lost}; to go on: the same call of distill, in run"
+    with pytest.raises(Stopped) as stopped:
+        run(work)
+    assert stopped.value.code == code
+    assert capfd.readouterr().err.splitlines() == [
+        "",
+        "kdx: stopping after this step and saving. Press Ctrl-C again to quit now",
+        "kdx: stopped. Resume with: python -m kdx run.resume=run",
+    ]
+    assert [signal.getsignal(n) for n in signals.STOPS] == before
 
 
-def test_what_nohup_ignores_stays_ignored() -> None:
-    assert (
-        told("""
-signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOPS)
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_before_the_first_step_it_stops_at_once(send: Callable[[int], None]) -> None:
+    def load(_: StopRequest) -> None:
+        send(signal.SIGTERM)
+        raise AssertionError("it loads a model")
+
+    with pytest.raises(Stopped) as stopped:
+        run(load)
+    assert stopped.value.code == 143
+
+
+def test_measuring_is_left_unless_other_processes_would_wait(
+    send: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(stop: StopRequest) -> None:
+        stop.check()
+        send(signal.SIGTERM)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        stop.check()
+        assert not stop.is_asked  # until the reduction of a step says so in all processes
+        stop.is_agreed = True
+        assert stop.is_asked
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        stop.check()
+        raise AssertionError("it measures the next batch")
+
+    with pytest.raises(Stopped):
+        run(measure)
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    script = """
+import os, signal
+from pathlib import Path
+from kdx.run import signals
+signals.SAME = 0.0
 with signals.StopRequest(Path("run")) as stop:
-    stop.is_deferred = True
-    os.kill(os.getpid(), signal.SIGHUP)
-    print(stop.signal)
-""")
-        == "None"
-    )
+    stop.check()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.endswith("kdx: quit; steps since the last checkpoint are lost\n")
+
+
+def test_what_nohup_ignores_stays_ignored(send: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(Path("run")) as stop:
+            stop.check()
+            send(signal.SIGHUP)
+            assert not stop.is_asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_submitits_handler_is_called_when_all_is_saved(send: Callable[[int], None]) -> None:
+    calls: list[str] = []
+
+    def requeue(number: int, _: Any) -> None:
+        calls.append("requeued")
+        raise RuntimeError("timed-out too many times")
+
+    def work(stop: StopRequest) -> None:
+        stop.check()
+        send(signal.SIGTERM)  # as Slurm does a moment before
+        assert not stop.is_asked
+        send(signal.SIGUSR2)
+        assert stop.is_asked
+        calls.append("saved")
+
+    before = [signal.signal(signal.SIGUSR2, requeue), signal.signal(signal.SIGTERM, lambda *_: calls.append("passed"))]
+    try:
+        with pytest.raises(MachineError, match="timed-out too many times"):
+            run(work)
+    finally:
+        signal.signal(signal.SIGUSR2, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert calls == ["passed", "saved", "requeued"]

@@ -1,6 +1,5 @@
 """A teacher's folder in the store, and the teacher that reads from it."""
 
-import json
 import logging
 import os
 import stat
@@ -22,7 +21,6 @@ from kdx.certificate import certify
 from kdx.cli import compose
 from kdx.data.batches import MicroBatch, Row, collate, dummy
 from kdx.store import Identity, Kept, TeacherStore, bytes_of, room, size_of
-from kdx.student import load_student
 from kdx.teacher import Teacher
 
 WHO = Identity("weights", "tokenizer", "fp32", "none")
@@ -440,61 +438,3 @@ class TestCertificate:
         assert certificate["stored_to_live"]["1"] > 100 * certificate["live_to_live"]["1"]
         store.certify({"rows": 1})
         assert certify(teacher, rows, 0) == {"rows": 1}
-
-
-class TestKeptStudents:
-    def load(self, folder: Path, kept: Path | None, layers: Any = 1, dtype: torch.dtype = torch.float32) -> Any:
-        config = compose(["teacher=hf", f"teacher.path={folder}", "student=cut", f"student.layers={layers}"])
-        return load_student(config.student, config.teacher, dtype=dtype, attn_implementation="eager", seed=0, kept=kept)
-
-    def test_cut_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        folder, kept = write_llama(tmp_path / "llama"), tmp_path / "students" / "one"
-        live, first = self.load(folder, None), self.load(folder, kept)
-        read: list[str] = []
-        real = causal_lm.load_causal_lm
-        monkeypatch.setattr(
-            "kdx.student.load_causal_lm", lambda config, *a, **k: read.append(config.path) or real(config, *a, **k)
-        )
-        second = self.load(folder, kept)
-        assert read == [str(kept)]
-        assert not list(kept.parent.glob(".tmp-*"))
-        for other in (first, second):
-            for (name, one), (again, two) in zip(live.state_dict().items(), other.state_dict().items(), strict=True):
-                assert name == again and torch.equal(one, two)
-            ignored = ("_name_or_path", "transformers_version", "dtype", "architectures")
-            told = [{k: v for k, v in m.config.to_dict().items() if k not in ignored} for m in (live, other)]
-            assert told[0] == told[1]
-            assert other.generation_config.to_dict().keys() == live.generation_config.to_dict().keys()
-        damage(kept / "model.safetensors")
-        self.load(folder, kept)
-        assert read == [str(kept), str(folder)]
-        self.load(folder, kept)
-        assert read[2:] == [str(kept)], "what was damaged is kept anew"
-        self.load(folder, kept, dtype=torch.float64)
-        assert read[3:] == [str(folder)], "it is kept in fp32, so only for fp32"
-
-    def test_another_run_was_quicker(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What it keeps is not taken away from under it."""
-        folder, kept = write_llama(tmp_path / "llama"), tmp_path / "students" / "one"
-        self.load(folder, kept)
-        inode = (kept / "model.safetensors").stat().st_ino
-        real = __import__("kdx.run.files").run.files.verify
-        calls = {"left": 1}
-
-        def late(path: Path) -> str | None:
-            calls["left"] -= 1
-            return "is missing" if calls["left"] == 0 else real(path)
-
-        monkeypatch.setattr("kdx.student.verify", late)
-        self.load(folder, kept)
-        assert (kept / "model.safetensors").stat().st_ino == inode
-        assert [p.name for p in kept.parent.iterdir()] == ["one"]
-
-    def test_where(self, opened: Open) -> None:
-        store = opened()
-        places = {store.student_folder(layers) for layers in (3, [0, 1, 5], [0, 2, 5])}
-        assert len(places) == 3 and all(place.parent == store.root / "students" for place in places)
-        other = opened(replace(WHO, dtype="bf16"))
-        assert other.student_folder(3) == store.student_folder(3), "a cut has the weights of the files"
-        assert opened(replace(WHO, weights="w2")).student_folder(3) != store.student_folder(3)
-        assert json.dumps(sorted(map(str, places)))

@@ -1,9 +1,10 @@
-"""A comparison as tables: for the terminal, and as CSV, JSON and Markdown."""
+"""Write a comparison as tables: for the terminal, and as CSV, JSON and Markdown."""
 
 import csv
 import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich import box
@@ -11,72 +12,55 @@ from rich.table import Table
 from rich.text import Text
 
 from kdx.compare.ranking import (
-    BASELINE_LABEL,
-    COSTS,
-    MEASURES,
-    NUM_RESAMPLES,
-    RANKED_BY,
-    SEED_KEY,
-    Comparison,
-    Interval,
-    Point,
-    Ranking,
-    Run,
-    idle,
-    shown,
-)
+    COSTS, DIGITS, MEASURES, NUM_RESAMPLES, RANKED_BY, SEED_KEY, Comparison, Interval, Point, Ranking, Run,
+    as_text, shown,
+)  # fmt: skip
 
 HEADINGS = {
-    "kl": "KL", "reverse_kl": "reverse KL", "agreement": "agreement", "ce": "CE", "perplexity": "perplexity",
-    "accuracy": "accuracy", "tokens_per_second": "tokens/s", "seconds": "seconds",
+    "kl": "KL", "ce": "CE", "agreement": "agreement", "reverse_kl": "reverse KL", "accuracy": "accuracy",
+    "perplexity": "perplexity", "steps": "steps", "tokens": "tokens", "tokens_per_second": "tokens/s", "seconds": "seconds",
 }  # fmt: skip
-FORMS = {"perplexity": ",.5g", "tokens_per_second": ",.0f", "seconds": ",.0f"}
+IN_TERMINAL = {"student", "runs", "KL", "CE", "agreement", "front", "steps", "tokens", "seconds"}
+DECIMALS = {"perplexity": 2}  # the fewest that are shown; 3 for other measures
 CAVEAT = (
-    f"* best, or not distinguishable from it: the 95 % interval of the difference to the best holds 0 (paired bootstrap "
-    f"over held-out rows, {NUM_RESAMPLES:,} resamples). Intervals are over rows for these trained students, not over "
-    "training seeds, and not corrected for picking the best of n."
+    "* best, or not distinguishable from the best: the 95 % interval of the difference includes 0 (paired bootstrap over "
+    f"held-out rows, {NUM_RESAMPLES:,} resamples). Intervals do not cover the training seed and are not corrected for "
+    "choosing the best of many. ● on the Pareto front."
 )
 
 
-def number(name: str, value: float | None) -> str:
-    """A measure as it is shown; empty where it was not taken."""
-    return "" if value is None else format(value, FORMS.get(name, ".4f"))
+def decimals(values: Iterable[float], least: int = 3) -> int:
+    """Return the fewest decimals, from `least` to DIGITS, that show values as different which are."""
+    distinct = {round(value, DIGITS) for value in values}
+    enough = (d for d in range(least, DIGITS) if len({round(value, d) for value in distinct}) == len(distinct))
+    return next(enough, DIGITS)
 
 
-def place(point: Point, measure: str) -> str:
-    """A rank, starred if the point is the best or not distinguishable from it."""
-    return f"{point.rank[measure]}{' *' * point.is_best(measure)}" if measure in point.rank else ""
-
-
-def spread(point: Point, name: str) -> str:
-    """The lowest and highest of several seeds."""
-    return "" if name not in point.spread else "–".join(number(name, value) for value in point.spread[name])
-
-
-def difference(found: Interval | None) -> str:
-    """An interval of a difference, signed."""
-    return "" if found is None else f"{found[0]:+.4f} to {found[1]:+.4f}"
+def difference(interval: Interval | None) -> str:
+    """Write the interval of a difference with signs; "tied" if there is none."""
+    if interval is None:
+        return ""
+    places = decimals([0.0, *interval])
+    low, high = (round(end, places) + 0.0 for end in interval)  # + 0.0: never -0.000
+    return "tied" if low == high == 0 else f"{low:+.{places}f} to {high:+.{places}f}"
 
 
 def to_best(point: Point, measure: str) -> str:
-    """The difference to the best, or why there is none."""
+    """Write the difference to the best, or why there is none."""
     if measure not in point.rank:
         return ""
-    return "best" if point.rank[measure] == 1 else difference(point.to_best[measure]) or "no interval"
+    is_best = point.rank[measure] == 1 and point.to_best[measure] is None
+    return "best" if is_best else difference(point.to_best[measure]) or "no interval"
 
 
 def config_value(run: Run, key: str) -> str:
-    """A value of a run's config; a dash where the key says nothing."""
-    return "—" if key not in run.config or idle(run, key) else shown(run.config[key])
-
-
-def kind(point: Point) -> str:
-    return BASELINE_LABEL if point.is_baseline else "student"
+    """Write a value of a run's config; a dash if the key has no effect."""
+    return shown(run.config[key]) if key in run.config and run.uses(key) else "—"
 
 
 def title(ranking: Ranking) -> str:
-    counted = "" if ranking.num_counted is None else f", {ranking.num_counted:,} counted tokens"
     precision = f" ({ranking.precision})" if ranking.precision else ""
+    counted = f", {ranking.num_counted:,} counted tokens" if ranking.num_counted else ""
     return f"{ranking.num_rows} held-out rows{counted}, τ = 1; teacher: {ranking.teacher}{precision}"
 
 
@@ -84,76 +68,73 @@ def has_seeds(ranking: Ranking) -> bool:
     return any(len(point.runs) > 1 for point in ranking.points)
 
 
-def header(comparison: Comparison, ranking: Ranking) -> list[str]:
-    """The headings of a table for people."""
-    seeds = ["runs"] if has_seeds(ranking) else []
-    ranks = [f"by {HEADINGS[m]}" for m in RANKED_BY]
-    return [
-        "",
-        *comparison.columns.values(),
-        *seeds,
-        *ranks,
-        "front",
-        *(HEADINGS[name] for name in (*MEASURES, *COSTS)),
-    ]
+def grid(ranking: Ranking) -> list[list[str]]:
+    """Lay out the table for people: a header, the students, then the teacher and the untouched student."""
+    columns = [_column(ranking, name) for name in HEADINGS]
+    front = ["front", *("●" * p.on_front for p in ranking.points), *[""] * len(ranking.references)]
+    columns.insert(2, front)
+    if has_seeds(ranking):
+        columns.insert(0, ["runs", *(str(len(p.runs)) for p in ranking.points), *[""] * len(ranking.references)])
+    students = [f"{p.number} {p.label}" for p in ranking.points]
+    return [list(row) for row in zip(["student", *students, *ranking.references], *columns, strict=True)]
 
 
-def lines(comparison: Comparison, ranking: Ranking) -> list[list[str]]:
-    """The cells under `header`: students, then teacher and untouched student."""
-    seeded = has_seeds(ranking)
-    found = []
+def _column(ranking: Ranking, name: str) -> list[str]:
+    """One measure or cost of all students and references, with as many digits as tell them apart."""
+    references = [measures.get(name) for measures in ranking.references.values()]
+    values = [p.measures[name] for p in ranking.points]
+    places = 0 if name in COSTS else decimals([v for v in values if v is not None], DECIMALS.get(name, 3))
+    texts = ["" if value is None else f"{value:,.{places}f}" for value in [*values, *references]]
+    for i, p in enumerate(ranking.points):
+        texts[i] = f"* {texts[i]}" if p.is_best(name) else texts[i]
+        if name in p.spread and name in RANKED_BY:
+            texts[i] += " ({:.{places}f}–{:.{places}f})".format(*p.spread[name], places=places)
+        if name == "tokens" and p.other_budget:
+            texts[i] = f"† {texts[i]}"
+    return [HEADINGS[name], *texts]
+
+
+def intervals(ranking: Ranking) -> list[list[str]]:
+    """Lay out the differences to the best and to the baseline."""
+    header = ["95 % intervals", *(f"{HEADINGS[m]} − {of}" for m in RANKED_BY for of in ("best", "baseline"))]
+    rows = []
     for p in ranking.points:
-        point = [config_value(p.runs[0], key) for key in comparison.columns]
-        seeds = [str(len(p.runs))] if seeded else []
-        ranks = [place(p, measure) for measure in RANKED_BY]
-        measures = [
-            number(name, p.measures[name]) + (f" ({spread(p, name)})" if name in RANKED_BY and name in p.spread else "")
-            for name in (*MEASURES, *COSTS)
-        ]
-        found.append(
-            [
-                f"{p.number} {kind(p) if comparison.columns else p.label}",
-                *point,
-                *seeds,
-                *ranks,
-                "●" * p.on_front,
-                *measures,
-            ]
-        )
-    blank = [""] * (len(comparison.columns) + seeded + len(RANKED_BY) + 1)
-    for label, measured in ranking.references:
-        found.append([label, *blank, *(number(name, measured.get(name)) for name in (*MEASURES, *COSTS))])
-    return found
+        cells = [text for m in RANKED_BY for text in (to_best(p, m), difference(p.to_baseline.get(m)))]
+        rows.append([f"{p.number} {p.label}", *cells])
+    return [header, *rows]
 
 
-def terminal_tables(comparison: Comparison) -> Iterator[Table | str]:
-    """What `kdx compare` prints."""
+def terminal_parts(comparison: Comparison) -> Iterator[Table | str]:
+    """Yield what `kdx compare` prints: the columns that matter most, and sentences."""
     yield from comparison.why_apart
     for ranking in comparison.rankings:
+        header, *rows = grid(ranking)
+        keep = [i for i, heading in enumerate(header) if heading in IN_TERMINAL]
         table = Table(title=Text(title(ranking)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for i, heading in enumerate(header(comparison, ranking)):
-            table.add_column(Text(heading), justify="left" if i == 0 else "right", no_wrap=True)
-        for cells in lines(comparison, ranking):
-            table.add_row(*map(Text, cells), style="bold" if any("1 *" in cell[:3] for cell in cells) else None)
+        for i in keep:
+            table.add_column(header[i], justify="left" if i == 0 else "right", overflow="fold")
+        for number, row in enumerate(rows):
+            is_best = number < len(ranking.points) and 1 in ranking.points[number].rank.values()
+            table.add_row(*(Text(row[i]) for i in keep), style="bold" if is_best else None)
         yield table
         yield from ranking.verdict
         yield CAVEAT
-    for run in comparison.not_ranked:
-        yield f"not ranked: {run.name}: {run.state}: {run.reason}"
+    yield from (f"not ranked: {run.name}: {run.state}: {run.reason}" for run in comparison.not_ranked)
     yield from comparison.notes
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One line a student, teacher, untouched student or run that is not ranked; plain numbers at full precision."""
-    intervals = [f"{m}_minus_{of}_{end}" for m in RANKED_BY for of in ("best", "baseline") for end in ("low", "high")]
+    """One line a student, teacher, untouched student or run that is not ranked, with plain numbers at full precision."""
+    ends = [f"{m}_minus_{of}_{end}" for m in RANKED_BY for of in ("best", "baseline") for end in ("low", "high")]
     names = ["table", "kind", "label", "runs", "num_runs", *comparison.differing, *MEASURES, *COSTS]
     names += [f"{m}_{end}" for m in RANKED_BY for end in ("min", "max")]
-    names += [f"rank_{m}" for m in RANKED_BY] + [f"best_{m}" for m in RANKED_BY] + ["pareto_front", *intervals]
-    names += ["state", "reason"]
+    names += [f"rank_{m}" for m in RANKED_BY] + [f"best_{m}" for m in RANKED_BY]
+    names += ["pareto_front", "other_budget", *ends, "state", "reason"]
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    for row in ({name: name for name in names}, *_csv_rows(comparison)):
-        writer.writerow({name: _cell(value) for name, value in row.items()})
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for row in _csv_rows(comparison):
+        writer.writerow({k: as_text(v) if isinstance(v, list) else v for k, v in row.items()})
     return text.getvalue()
 
 
@@ -161,73 +142,51 @@ def _csv_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
     for table, ranking in enumerate(comparison.rankings, 1):
         for p in ranking.points:
             row: dict[str, Any] = {"table": table, "kind": "baseline" if p.is_baseline else "student", "label": p.label}
-            row |= {"runs": " ".join(run.name for run in p.runs), "num_runs": len(p.runs), "pareto_front": p.on_front}
-            row |= {"state": "done", **p.measures, **p.values}
+            row |= {"runs": " ".join(run.name for run in p.runs), "num_runs": len(p.runs), "state": "done"}
+            row |= {"pareto_front": p.on_front, "other_budget": p.other_budget, **p.measures, **p.values}
             if SEED_KEY in comparison.differing:
                 row[SEED_KEY] = " ".join(shown(run.config.get(SEED_KEY)) for run in p.runs)
             for m in RANKED_BY:
                 row |= {f"rank_{m}": p.rank.get(m), f"best_{m}": p.is_best(m)}
-                row |= _ends(m, ("min", "max"), p.spread.get(m))
-                row |= _ends(f"{m}_minus_best", ("low", "high"), p.to_best.get(m))
-                row |= _ends(f"{m}_minus_baseline", ("low", "high"), p.to_baseline.get(m))
+                row |= zip((f"{m}_min", f"{m}_max"), p.spread.get(m, ()), strict=False)
+                for of, found in (("best", p.to_best.get(m)), ("baseline", p.to_baseline.get(m))):
+                    row |= zip((f"{m}_minus_{of}_low", f"{m}_minus_{of}_high"), found or (), strict=False)
             yield row
-        for label, measured in ranking.references:
-            who = "teacher" if label == "teacher" else "untouched"
-            yield {"table": table, "kind": who, "label": label, **measured}
+        for label, measures in ranking.references.items():
+            yield {"table": table, "kind": label.split(" ")[0], "label": label, **measures}
     for run in comparison.not_ranked:
-        values = {key: run.config[key] for key in comparison.differing if key in run.config and not idle(run, key)}
+        values = {key: run.config[key] for key in comparison.differing if key in run.config and run.uses(key)}
         row = {"kind": "not ranked", "label": run.name, "runs": run.name, "num_runs": 1, **values}
         yield row | {"state": run.state, "reason": run.reason}
 
 
-def _ends(name: str, ends: tuple[str, str], found: Interval | None) -> dict[str, float]:
-    return {} if found is None else {f"{name}_{end}": value for end, value in zip(ends, found, strict=True)}
-
-
-def _cell(value: Any) -> Any:
-    """A value for a spreadsheet, which would obey text that begins like a formula."""
-    if isinstance(value, list | dict):
-        value = json.dumps(value)
-    if isinstance(value, str):
-        value = " ".join(value.split())
-        return f"'{value}" if value.startswith(("=", "+", "-", "@")) else value
-    return "" if value is None else value
-
-
 def as_json(comparison: Comparison) -> str:
-    """All of the comparison but curves and samples, which are in the run folders."""
+    """Everything but curves and samples, which are in the run folders."""
     tree = {
         "tables": [_ranking_tree(ranking) for ranking in comparison.rankings],
         "why_apart": comparison.why_apart,
         "not_ranked": [{"run": r.name, "state": r.state, "reason": r.reason} for r in comparison.not_ranked],
         "differs": {
-            run.name: {key: run.config.get(key) for key in comparison.differing if not idle(run, key)}
+            run.name: {key: run.config.get(key) for key in comparison.differing if run.uses(key)}
             for run in comparison.runs
         },
         "notes": comparison.notes,
         "intervals": {"level": 0.95, "method": "paired bootstrap over held-out rows", "resamples": NUM_RESAMPLES},
     }
-    return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    return json.dumps(tree, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def _ranking_tree(ranking: Ranking) -> dict[str, Any]:
     points = [
         {
-            "number": p.number,
-            "label": p.label,
-            "baseline": p.is_baseline,
-            "runs": [run.name for run in p.runs],
-            "values": p.values,
-            "measures": p.measures,
-            "spread": p.spread,
-            "rank": p.rank,
+            "number": p.number, "label": p.label, "baseline": p.is_baseline, "runs": [run.name for run in p.runs],
+            "values": p.values, "measures": p.measures, "spread": p.spread, "rank": p.rank,
             "best_or_not_distinguishable": {m: p.is_best(m) for m in p.rank},
-            "minus_best": p.to_best,
-            "minus_baseline": p.to_baseline,
-            "pareto_front": p.on_front,
+            "minus_best": p.to_best, "minus_baseline": p.to_baseline,
+            "pareto_front": p.on_front, "other_budget": p.other_budget,
         }
         for p in ranking.points
-    ]
+    ]  # fmt: skip
     return {
         "validation_fingerprint": ranking.fingerprint,
         "teacher": {"name": ranking.teacher, "digest": ranking.digest, "precision": ranking.precision},
@@ -235,9 +194,9 @@ def _ranking_tree(ranking: Ranking) -> dict[str, Any]:
         "counted_validation_tokens": ranking.num_counted,
         "verdict": ranking.verdict,
         "best": {m: order[0].label for m in RANKED_BY if (order := ranking.by(m))},
-        "pareto_front": ranking.front_labels,
+        "pareto_front": [point.label for point in ranking.front],
         "students": points,
-        "references": dict(ranking.references),
+        "references": ranking.references,
     }
 
 
@@ -246,32 +205,19 @@ def as_markdown(comparison: Comparison) -> str:
     parts = ["# Comparison", *map(_escaped, comparison.why_apart)]
     for i, ranking in enumerate(comparison.rankings, 1):
         parts.append(f"## {f'Table {i}: ' if len(comparison.rankings) > 1 else ''}{_escaped(title(ranking))}")
-        parts.append(_grid(header(comparison, ranking), lines(comparison, ranking)))
-        parts += [_escaped(line) for line in ranking.verdict]
-        ends = [f"{HEADINGS[m]} − {of}" for m in RANKED_BY for of in ("best", "baseline")]
-        rows = [
-            [
-                f"{p.number} {p.label}",
-                *(text for m in RANKED_BY for text in (to_best(p, m), difference(p.to_baseline.get(m)))),
-            ]
-            for p in ranking.points
-        ]
-        parts += [_grid(["95 % intervals", *ends], rows), _escaped(CAVEAT)]
+        parts += [_markdown(grid(ranking)), *map(_escaped, ranking.verdict)]
+        parts += [_markdown(intervals(ranking)), _escaped(CAVEAT)]
     if comparison.not_ranked:
         rows = [[run.name, run.state, run.reason] for run in comparison.not_ranked]
-        parts += ["## Not ranked", _grid(["run", "state", "reason"], rows)]
-    parts += [_escaped(note) for note in comparison.notes]
-    return "\n\n".join(parts) + "\n"
+        parts += ["## Not ranked", _markdown([["run", "state", "reason"], *rows])]
+    return "\n\n".join([*parts, *map(_escaped, comparison.notes)]) + "\n"
 
 
-def _grid(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(
-        "| " + " | ".join(cells if i == 1 else map(_escaped, cells)) + " |" for i, cells in enumerate(lines)
-    )
+def _markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in rows]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
 
 
 def _escaped(text: str) -> str:
-    """Text that no Markdown is made of."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return "".join(f"\\{c}" if c in "\\`*_[]|#~" else c for c in text)
+    """Escape what Markdown would read as markup."""
+    return re.sub(r"([\\`*_\[\]|<~#])", r"\\\1", " ".join(text.split()))

@@ -1,111 +1,181 @@
-"""What may differ when a run goes on: nothing that can change the student."""
+"""What decides which student comes out of a run: its config and the contents of the files it reads. Imports no torch.
 
+One definition serves job folders, "done already", resuming and ranking.
+"""
+
+import glob
 import hashlib
 import json
-import logging
-from collections.abc import Iterator
-from importlib.metadata import version
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib.machinery import PathFinder
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-log = logging.getLogger("kdx")
+import xxhash
 
-# Keys, and what begins so, that cannot change the student.
+from kdx import plugins
+from kdx.config import COMMIT, Config, ModelConfig, as_dict
+from kdx.data.files import resolve_path
+from kdx.run.files import cache_dir, write_beside
+
+# Keys, or groups of keys, that cannot change the student.
 FREE = (
-    "run.",
-    "sweep.",
-    "tracking.",
-    "train.log_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "teacher.store",  # to the last bits of what it says: `mark` tells
-)
-LIBRARIES = ("kdx", "torch", "transformers", "accelerate", "tokenizers", "bitsandbytes")
+    "run.", "sweep.", "tracking.", "train.log_every", "train.save_", "train.keep_checkpoints", "teacher.store",
+    "teacher.license", "teacher.base_model", "student.license", "student.base_model",
+)  # fmt: skip
+CONTENTS = ("data", "teacher", "student", "tokenizer", "chat_template", "plugins")
+ROWS = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow)(\.\w+)?$")  # files of a folder that may hold rows
+WEIGHTS = ("config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin")
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+BLOCK = 2**20  # bytes; a file that is smaller is hashed each time
 
-Drift = list[tuple[str, Any, Any]]  # key, was, now
-
-
-def drift(was: dict[str, Any], now: dict[str, Any]) -> Drift:
-    """The keys of two configs that differ and matter."""
-    free = tuple(key for key in _free(now) if key in _free(was))
-    return [d for d in differences(was, now) if not d[0].startswith(free) and not _is_more_lenient(*d)]
+Differences = list[tuple[str, Any, Any]]  # key, was, now
 
 
-def _free(config: dict[str, Any]) -> tuple[str, ...]:
-    """The keys that cannot change this config's student: a teacher, or measures, may decide nothing."""
-    loss, train = (node if isinstance(node := config.get(name), dict) else {} for name in ("loss", "train"))
-    stopping = train.get("early_stopping")
-    is_measured = train.get("keep") != "last" or not isinstance(stopping, dict) or stopping.get("patience") is not None
-    return (*FREE, *(["loss."] if loss.get("alpha") == 0 else []), *([] if is_measured else ["train.eval_every"]))
+def identity(config: Config) -> dict[str, Any]:
+    """Describe what decides the student: config_identity, and a digest of each of CONTENTS.
+
+    A digest is None where there is nothing, or nothing yet, such as a model that will be downloaded.
+    """
+    template = config.data.chat_template or ""
+    return config_identity(config) | {
+        "data": _data(config),
+        "teacher": _model(config.teacher, WEIGHTS),
+        "student": _model(config.student, WEIGHTS[:1] if config.student.init == "random" else WEIGHTS),
+        "tokenizer": _joined([_model(model, TOKENIZER, model.tokenizer) for model in (config.teacher, config.student)]),
+        "chat_template": content_hash(Path(template)) if os.path.isfile(template) else None,
+        "plugins": _joined([content_hash(file) for file in _plugin_files()]),
+    }
 
 
-def _is_more_lenient(key: str, was: Any, now: Any) -> bool:
-    """Whether a run that stopped at a number that is not finite may pass over it now: all before is the same."""
-    return (key, was, now) == ("train.on_nonfinite", "stop", "skip") or (
-        key == "train.max_nonfinite" and _is_above(now, was)
-    )
+def config_identity(config: Config) -> dict[str, Any]:
+    """Describe what decides the student as far as the config says it: dotted keys, without those that are not used."""
+    unused = [*FREE]
+    if config.loss.alpha == 0:
+        unused.append("loss.")
+    if config.student.init != "cut":
+        unused.append("student.layers")
+    if config.train.keep == "last" and config.train.early_stopping.patience is None:
+        unused += ["train.eval_every", "train.early_stopping."]
+    if config.train.on_nonfinite == "stop":
+        unused.append("train.max_nonfinite")
+    used = {key: value for key, value in leaves(as_dict(config)) if not key.startswith(tuple(unused))}
+    return used | {"loss.alpha": config.loss.alpha}
 
 
-def _is_above(now: Any, was: Any) -> bool:
-    """Whether both are numbers, which a damaged config need not have, and the first is greater."""
-    return isinstance(now, int | float) and isinstance(was, int | float) and now > was
+def digest(identity: dict[str, Any]) -> str:
+    """Return six hex digits, the same for equal identities on any day; 1 and 1.0 are equal."""
+    plain = json.loads(json.dumps(identity, default=str), parse_float=_number)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:6]
 
 
-def differences(was: Any, now: Any, prefix: str = "") -> Drift:
-    """Every leaf in which two trees differ."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*was, *now])
-        return [d for k in keys for d in differences(was.get(k), now.get(k), f"{prefix}.{k}" if prefix else str(k))]
-    return [] if was == now else [(prefix, was, now)]
+def differences(was: dict[str, Any], now: dict[str, Any]) -> Differences:
+    """Return what differs between two identities; a content that one of them does not know is no difference."""
+    unknown = [key for key in CONTENTS if was.get(key) is None or now.get(key) is None]
+    keys = [key for key in {**was, **now} if key not in unknown]
+    return [(key, was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)]
 
 
-def digest(config: dict[str, Any], origin: dict[str, Any]) -> str:
-    """What a checkpoint is of: all that may not differ when a run goes on, of its config and beside it."""
-    lenient = ("train.max_steps", "train.epochs", "train.on_nonfinite", "train.max_nonfinite")
-    free = (*_free(config), *lenient)
-    fixed = sorted((key, value) for key, value in _leaves(config) if not key.startswith(free))
-    return hashlib.sha256(json.dumps([fixed, origin], default=str, sort_keys=True).encode()).hexdigest()[:16]
+def may_differ(key: str, was: Any, now: Any, config: Config) -> bool:
+    """Whether a run can be resumed with this difference: its steps so far are those of the new config, too."""
+    if key in ("train.max_steps", "train.epochs"):
+        name, warmup = config.optim.schedule, config.optim.warmup_steps
+        is_constant = name == "constant" or (name == "constant_with_warmup" and (warmup >= 1 or warmup == 0))
+        return is_constant and was is not None and now is not None and now > was
+    if key == "train.max_nonfinite":
+        return was is None or (now is not None and now > was)
+    return key == "train.on_nonfinite" and now == "skip"
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def only_longer(found: Drift, config: dict[str, Any]) -> bool:
-    """Whether a run only has more steps to do, under a rate that does not know how many: the first are the same."""
-    if len(found) != 1 or found[0][0] not in ("train.max_steps", "train.epochs"):
-        return False
-    _, was, now = found[0]
-    optim = config["optim"]
-    warmup = optim["warmup_steps"]
-    is_constant = optim["schedule"] == "constant" or (
-        optim["schedule"] == "constant_with_warmup" and not 0 < (warmup or 0) < 1
-    )
-    return bool(is_constant and _is_above(now, was))
-
-
-def table(found: Drift) -> list[str]:
-    """Key, was and now in three columns."""
+def table(found: Differences) -> list[str]:
+    """Lay out key, was and now in three columns."""
     rows = [("key", "was", "now"), *((key, _short(was), _short(now)) for key, was, now in found)]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return [f"  {key:{widths[0]}}  {was:{widths[1]}}  {now}" for key, was, now in rows]
 
 
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of a nested tree with its dotted key."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, prefix if name == "options" else f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def content_hash(file: Path) -> str:
+    """Hash a file. The hash of a big one is kept in $KDX_CACHE until its size or modification time changes."""
+    stat = file.stat()
+    known = cache_dir() / "hashes" / xxhash.xxh3_128_hexdigest(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
+    if stat.st_size > BLOCK and known.is_file():
+        return known.read_text()
+    content = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            content.update(block)
+    if stat.st_size > BLOCK:
+        with suppress(OSError):  # it only saves time
+            write_beside(known, content.hexdigest())
+    return content.hexdigest()
+
+
+def _data(config: Config) -> str | None:
+    """Hash the files that hold rows, or name the commit of a hub data set."""
+    paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path or []
+    validation = config.data.validation
+    found = []
+    for path in [*paths, *([validation] if isinstance(validation, str) and validation[:6] != "split:" else [])]:
+        here = resolve_path(path, "data.path")
+        files = [str(file) for file in Path(here).iterdir() if ROWS.search(file.name)] if os.path.isdir(here) else []
+        files = sorted(files or ([here] if os.path.exists(here) else glob.glob(here, recursive=True)))
+        hashes = [content_hash(Path(file)) for file in files if os.path.isfile(file)]
+        found += hashes or [_commit("datasets", path, None)]
+    return _joined(found)
+
+
+def _model(model: ModelConfig, patterns: Sequence[str], place: str | None = None) -> str | None:
+    """Hash the files of a local model that match these patterns, or name a hub model's commit."""
+    if not (path := place or model.path):
+        return None
+    folder = Path(resolve_path(path, "path"))
+    if not folder.is_dir():
+        return _commit("models", path, None if place else model.revision)
+    patterns = [*patterns, *([model.gguf_file] if model.gguf_file else []), *["*.py"] * model.trust_remote_code]
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    return _joined([f"{file.name}:{content_hash(file)}" for file in files])
+
+
+def _commit(kind: str, repo: str, revision: str | None) -> str | None:
+    """Find the commit of a hub repository that was downloaded last, without asking the network."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    kept = Path(HF_HUB_CACHE, f"{kind}--{repo.replace('/', '--')}", "refs", revision or "main")
+    return revision if COMMIT.fullmatch(revision or "") else kept.read_text().strip() if kept.is_file() else None
+
+
+def _plugin_files() -> list[Path]:
+    """Find the files of the user's modules, of a package all, without importing them."""
+    names = {
+        name.partition(".")[0] for name in (*plugins.named(), *(e.module for e in entry_points(group="kdx.plugins")))
+    }
+    specs = [find_spec(name) or PathFinder.find_spec(name, [os.getcwd()]) for name in sorted(names)]
+    files = [Path(spec.origin) for spec in specs if spec and spec.origin]
+    return [f for file in files for f in (sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file])]
+
+
+def _joined(parts: Sequence[str | None]) -> str | None:
+    return xxhash.xxh3_128_hexdigest("\n".join(map(str, parts))) if any(parts) else None
+
+
+def _number(text: str) -> int | float:
+    return int(float(text)) if float(text).is_integer() else float(text)
+
+
 def _short(value: Any) -> str:
     text = "null" if value is None else " ".join(str(value).split())
     return text if len(text) <= 60 else text[:28] + " … " + text[-28:]
-
-
-def versions(**more: str) -> dict[str, str]:
-    """The libraries whose arithmetic a run repeats exactly, and no other version's; and what else decides last bits."""
-    return {name: version(name) for name in LIBRARIES} | more
-
-
-def mark(marks: list[str], why: list[str]) -> None:
-    """Note, and tell, that a run does not go on to the last bit as it would have."""
-    marks += why
-    if why:
-        log.warning("this run is no longer exact: %s", "; ".join(marks))

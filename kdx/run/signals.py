@@ -1,202 +1,106 @@
-"""SIGTERM, SIGINT and SIGHUP: who heeds them, and when, so that nothing is lost. The door imports this: torch comes late.
+"""SIGTERM, Ctrl-C, a closed terminal and a cluster's warnings: finish the step, save, and end. Imports no torch."""
 
-They reach one process or, from Ctrl-C, Slurm or a container, all of a command at once. A run heeds them at a safe
-point (`StopRequest`). Of joblib's processes none may end of itself, since joblib then kills the others: they are born
-with both signals held back (`held_back`), and note them from their first job on (`note`) where no run heeds them.
-"""
-
-import logging
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing import active_children, resource_tracker
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from kdx.errors import MachineError
 
-log = logging.getLogger("kdx")
-STOPS = (signal.SIGTERM, signal.SIGINT)
-HANGUPS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # the terminal was closed; Windows says no such thing
-SAME = 0.25  # seconds
-
-_noted: list[int] = []
-_mask = threading.local()  # what was held back before a thread forked
+# A closed terminal sends SIGHUP (Windows has none); `sbatch --signal=USR1@120` warns before the time limit.
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+SAME = 0.5  # seconds within which a second signal is the first one, sent to the process and to its group
 
 
-@contextmanager
-def held_back(heed: Callable[[int], None]) -> Iterator[None]:
-    """Have processes that are started meanwhile be born with the signals held back; `heed` is for this process."""
-    resource_tracker.ensure_running()  # when it starts it lets the signals through again
-    found = {number: signal.signal(number, lambda number, _: heed(number)) for number in STOPS}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    over = threading.Event()
-    # One thread takes them in; Python's handler runs in the main thread all the same.
-    receiver = threading.Thread(target=lambda: (signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS), over.wait()))
-    receiver.start()
-    try:
-        yield
-    finally:
-        over.set()
-        receiver.join()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for number, handler in found.items():
-            signal.signal(number, handler)
-
-
-def note() -> None:
-    """Where the signals are held back, let them through and note them: what is started here must be able to end by them."""
-    if not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {*STOPS}:
-        return
-    for number in STOPS:
-        signal.signal(number, _note)
-    # An executed program forgets handlers by itself; one that is forked must, before a signal finds it.
-    os.register_at_fork(before=_hold_back, after_in_parent=_as_before, after_in_child=_forget)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-
-
-def _note(number: int, _: Any) -> None:
-    _noted.append(number)
-
-
-def _hold_back() -> None:
-    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-
-
-def _as_before() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
-
-
-def _forget() -> None:
-    for number in STOPS:
-        signal.signal(number, signal.SIG_DFL)
-    _as_before()
-
-
-def is_same(since: float) -> bool:
-    """Whether a signal is still the first, of that time: `timeout` tells a command, and then all its group."""
-    return time.monotonic() - since < SAME
-
-
-def tell(text: str) -> None:
-    """Say a line on stderr from a handler: past buffers that may be in use, and if there is nobody left to hear it."""
-    with suppress(OSError):
+def say(text: str) -> None:
+    """Write a line to stderr from a signal handler: not through buffers that may be in use."""
+    with suppress(OSError):  # the terminal may be gone
         os.write(2, f"{text}\n".encode())
 
 
-def end_if_noted() -> None:
-    """End what is being done if a signal was noted. Raises Stopped."""
-    if _noted:
-        raise Stopped(128 + _noted[0])
-
-
-def hand_on(number: int) -> None:
-    """Send a signal to all children that multiprocessing knows of."""
-    for process in active_children():
-        if process.pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, number)
-
-
 class Stopped(SystemExit):
-    """A signal ends the process; any other SystemExit is somebody's own."""
-
-
-class CutShort(Exception):
-    """What was being done, and can be done again, was left for a stop."""
+    """A run stopped because of a signal. All that it should save is saved."""
 
 
 class StopRequest:
-    """While training, finish the step and save; before and after, stop at once; twice, too.
+    """While this is open, a signal only asks the run to stop; a second one ends the process at once.
 
-    In a process of joblib but once: who told all processes, and the command, which hands on what it was told, mean the
-    same; told twice, the command ends all.
+    Until the run first looks whether it is asked to stop, there is nothing to save: the first signal stops it there.
 
-    Where submitit runs the job, it has set a handler that queues it again at its time limit and ends it: that signal
-    does the same here, and its handler is called when all is saved and closed. submitit lets SIGTERM pass, which Slurm
-    sends a moment before; so does kdx then.
+    A job of submitit is requeued at its time limit by a handler that submitit has set. Here its signal stops the run as
+    any other does, and its handler is called at the end. Open this around the claim of a folder, so that the folder is
+    free when the job starts again.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.signal: int | None = None
-        self.is_deferred = False
-        self.kept = ""  # what there is to go on from
-        self.found: dict[int, Any] = {}
-        self.since = 0.0
-        self.is_joblibs = signal.getsignal(signal.SIGTERM) is _note
-        self.requeue = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"), signal.SIGTERM)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.signal: int | None = None  # that this process got
+        self.is_agreed = False  # whether any process of the run got one, as the last step's reduction says
+        self._is_checked = False
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+        self._requeue = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"), signal.SIGTERM)
 
     @property
-    def exit_code(self) -> int:
-        return 128 + (self.signal or signal.SIGTERM)
+    def is_asked(self) -> bool:
+        """Whether the run should stop here. All processes answer alike, if all look after the same step."""
+        self._is_checked = True
+        return self.is_agreed if _num_processes() > 1 else self.signal is not None
+
+    def stopped(self) -> Stopped:
+        """Return what ends the run: 143, 130 or 129 becomes the exit code."""
+        return Stopped(128 + (self.signal or signal.SIGTERM))
+
+    def check(self) -> None:
+        """Raise Stopped if the run should stop; never where other processes would wait for this one."""
+        if _num_processes() == 1 and self.is_asked:
+            raise self.stopped()
 
     def __enter__(self) -> "StopRequest":
-        is_queued = callable(signal.getsignal(self.requeue))
-        hangups = [number for number in HANGUPS if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores it
-        for number in (self.requeue if is_queued else signal.SIGTERM, signal.SIGINT, *hangups):
-            try:
-                self.found[number] = signal.signal(number, self._handle)
-            except ValueError:  # not the main thread: whoever owns it handles signals
-                break
-        if _noted:
-            self.__exit__(None, None, None)
-        end_if_noted()
+        numbers = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        if callable(signal.getsignal(self._requeue)):
+            # Slurm sends SIGTERM a moment before; submitit lets it pass.
+            numbers = [self._requeue, *(number for number in numbers if number != signal.SIGTERM)]
+        with suppress(ValueError):  # not the main thread: whoever owns that handles signals
+            for number in numbers:
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        for number, handler in self.found.items():
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-        if isinstance(error, Stopped) and self.signal == self.requeue and callable(self.found[self.requeue]):
-            try:
-                self.found[self.requeue](self.signal, None)
-            except Exception as refusal:  # such as: timed out too many times
-                what = " ".join(str(refusal).split()).rstrip(".")
-                mend = "The same command goes on; hydra.launcher.max_num_timeout=... says how often by itself"
-                raise MachineError("time limit", what, mend) from None
+        if isinstance(error, Stopped):
+            _say_once(f"kdx: stopped. Resume with: python -m kdx run.resume={self.path}")
+            if self.signal == self._requeue and callable(requeue := self._before[self._requeue]):
+                _call(requeue, self.signal)
 
     def _handle(self, number: int, _: Any) -> None:
-        again = self.signal is not None
-        if again and (self.is_joblibs or number in HANGUPS or is_same(self.since)):  # shell and kernel both say it
-            return
-        self.signal, self.since = number, time.monotonic()
-        if again or not self.is_deferred:
-            self._tell_cost()
-            raise Stopped(self.exit_code)
-        tell("\nstopping at the next safe point; once more to stop at once")
+        if self.signal is None:
+            self.signal = signal.SIGTERM if number == getattr(signal, "SIGUSR1", None) else number
+            self._since = time.monotonic()
+            if not self._is_checked:
+                raise self.stopped()
+            _say_once("\nkdx: stopping after this step and saving. Press Ctrl-C again to quit now")
+        elif time.monotonic() - self._since > SAME:
+            _say_once("kdx: quit; steps since the last checkpoint are lost")
+            os._exit(128 + number)
 
-    def agreed(self, accelerator: Any) -> bool:
-        """Whether any process was asked to stop: all must stop at the same step."""
-        if accelerator.num_processes == 1:
-            return self.signal is not None
-        import torch
 
-        asked = torch.tensor([int(self.signal or 0)], device=accelerator.device)
-        self.signal = int(accelerator.gather(asked).max().item()) or self.signal
-        return self.signal is not None
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    def check(self) -> None:
-        """Leave, if asked to stop, what can be done again. Raises CutShort; not where other processes would wait."""
-        if self.signal is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise CutShort
 
-    def _tell_cost(self) -> None:
-        """Say what a stop at once costs, where one process speaks for all."""
-        lost = "what was done since the newest checkpoint is lost" if self.is_deferred else "nothing is lost"
-        if os.environ.get("RANK", "0") == "0":
-            tell(f"\nkdx: {self.kept or f'stopped at once: {lost}; to go on: {self._how()}'}")
+def _say_once(text: str) -> None:
+    """Say a line, of several processes in the first."""
+    if os.environ.get("RANK", "0") == "0":
+        say(text)
 
-    def _how(self) -> str:
-        if (self.run_dir / "overrides.yaml").exists():  # it was typed
-            return f"python -m kdx run.resume={self.run_dir}"
-        return f"the same call of distill, in {self.run_dir}"
 
-    def saved(self, step: int, accelerator: Any) -> None:
-        """From here on stop at once, as all is saved, and say how to go on. Raises Stopped if asked to already."""
-        self.kept, self.is_deferred = f"stopped after step {step}; to go on: {self._how()}", False
-        if self.agreed(accelerator):
-            log.warning(self.kept)
-            raise Stopped(self.exit_code)
+def _call(requeue: Any, number: int) -> None:
+    try:
+        requeue(number, None)
+    except Exception as error:  # the job timed out too many times
+        hint = "Type the same command again; hydra.launcher.max_num_timeout=... sets how often it is requeued"
+        raise MachineError("time limit", " ".join(str(error).split()).rstrip("."), hint) from None

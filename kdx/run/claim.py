@@ -1,0 +1,123 @@
+"""One process at a time works in a folder: a lock file, and a heartbeat for file systems and hosts that no lock reaches.
+
+A folder is held if its lock cannot be taken, or if its heartbeat is fresh and comes from another host or from a living
+process of this one. Everything else is free at once.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kdx.errors import InUseError
+
+LOCK, BEAT = ".lock", "heartbeat.json"
+HEARTBEAT = 30.0  # seconds between two heartbeats
+STALE = 300.0  # seconds after which a heartbeat counts as that of a dead process
+_held: weakref.WeakSet[Any] = weakref.WeakSet()
+# A forked worker that outlives its killed parent would go on holding the folder.
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(_held)])
+
+
+def holder(folder: Path) -> str | None:
+    """Describe the process that holds a folder ("pid 12 on host a"); None if the folder is free."""
+    is_free = True
+    with suppress(FileNotFoundError), open(folder / LOCK, "r+b") as lock:
+        is_free = _take(lock)
+    return None if is_free and not _is_fresh(folder / BEAT) else _describe(folder / BEAT)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Hold a folder while this is open; make it if it is missing. Raises InUseError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    beat, done = folder / BEAT, threading.Event()
+    with open(folder / LOCK, "ab") as lock:
+        _held.add(lock)
+        if not _take(lock) or _is_fresh(beat) or not _write(beat):
+            raise InUseError(str(folder), f"in use by {_describe(beat)}", "Wait for it, or choose another folder")
+        thread = threading.Thread(target=_keep_beating, args=(beat, done), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            beat.unlink(missing_ok=True)
+
+
+def _take(lock: Any) -> bool:
+    """Take a lock; True as well where the file system has none and the heartbeat alone decides."""
+    for _ in range(5):  # another process may hold it for a moment, only to see whether it is free
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:  # NFS or Lustre, mounted without locks
+            return True
+        else:
+            return True
+    return False
+
+
+def _write(beat: Path) -> bool:
+    """Write the first heartbeat, in place of a dead process's; False if another process was faster."""
+    with suppress(FileNotFoundError, FileExistsError):
+        if beat.exists():
+            dead, aside = _owner(beat), beat.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{beat.name}")
+            beat.rename(aside)  # without locks two may try: the second finds none, or has moved the first one's
+            if _owner(aside) != dead:
+                aside.rename(beat)
+                return False
+            aside.unlink()
+        with beat.open("x") as file:
+            json.dump({"pid": os.getpid(), "started": _started(os.getpid()), "host": platform.node()}, file)
+            return True
+    return False
+
+
+def _keep_beating(beat: Path, done: threading.Event) -> None:
+    while not done.wait(HEARTBEAT):
+        with suppress(OSError):  # a file server that is away for a moment
+            os.utime(beat)
+
+
+def _owner(beat: Path) -> dict[str, Any]:
+    """Read who wrote a heartbeat; empty if there is none, or it is being written."""
+    with suppress(FileNotFoundError, ValueError):
+        return dict(json.loads(beat.read_text()))
+    return {}
+
+
+def _is_fresh(beat: Path) -> bool:
+    """Whether a heartbeat is that of a process that still runs, as far as this host can tell."""
+    with suppress(FileNotFoundError):
+        owner, age = _owner(beat), time.time() - beat.stat().st_mtime
+        if age > STALE or owner.get("host") != platform.node():
+            return age <= STALE
+        started = _started(owner["pid"])
+        return started is not None and abs(started - owner["started"]) < 2  # seconds: clocks are corrected
+    return False
+
+
+def _started(pid: int) -> float | None:
+    """When a process of this host started, in seconds since 1970; None if it has ended."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    return None
+
+
+def _describe(beat: Path) -> str:
+    owner = _owner(beat)
+    return f"pid {owner['pid']} on host {owner['host']}" if owner else "another process"
