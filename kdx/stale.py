@@ -65,7 +65,7 @@ def _now(config: Config, device: Any) -> dict[str, Any]:
     from kdx.run.tracking import logging_to
 
     key = what_is_read(config)
-    if key not in _known or not config.sweep.keys:  # from one single run to the next, files may change
+    if key not in _known or not config.sweep.name:  # from one single run to the next, files may change
         with logging_to(None, is_main=False):  # what there is to say is said when the job starts
             text, device = read_text(config), device or build_accelerator(config).device
         _known[key] = origin(text, identity_of(config.teacher, text.tokenizer, device), config.student)

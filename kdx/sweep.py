@@ -5,12 +5,11 @@ import itertools
 import json
 import math
 import re
-from dataclasses import asdict
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from kdx.config import Config
+from kdx.config import Config, as_dict
 from kdx.errors import ConfigError
 
 # What cannot change the student is not part of a job's or a sweep's identity.
@@ -69,7 +68,7 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
 
 def job_name(keys: list[str], config: Config) -> str:
     """A job's name: its point and a short hash of its typed config, as temperature-2_alpha-0.7_1a2b3c."""
-    tree = asdict(config)
+    tree = as_dict(config)
     parts = ["baseline"] if config.loss.alpha == 0 and "loss.alpha" not in keys else []
     for key in keys:
         if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
@@ -101,7 +100,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def _identity(config: Config) -> dict[str, Any]:
-    tree = {k: v for k, v in asdict(config).items() if k not in NOT_IDENTITY}
+    tree = {k: v for k, v in as_dict(config).items() if k not in NOT_IDENTITY}
     for group, keys in NOT_IDENTITY_IN.items():
         tree[group] = {k: v for k, v in tree[group].items() if k not in keys}
     return tree
