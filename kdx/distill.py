@@ -1,6 +1,7 @@
 """One run, from config to saved student: the architecture as code."""
 
 import hashlib
+import json
 import math
 import statistics
 import time
@@ -17,21 +18,20 @@ from accelerate.utils import broadcast_object_list
 from kdx import nonfinite, plugins
 from kdx.causal_lm import DTYPES
 from kdx.config import Config
-from kdx.errors import DivergedError, KdxError, MachineError
+from kdx.errors import DivergedError, MachineError
 from kdx.evaluate import MEASURES, HeldOut, Measures, peak_memory
 from kdx.measuring import Measurer, size
 from kdx.optim import build_optimizer, build_schedule
 from kdx.prepare import MAX_NEW_TOKENS, Prepared, bytes_on_disk, check_names, check_room, prepare
-from kdx.run import checkpoint, report, typed
-from kdx.run import drift
+from kdx.run import checkpoint, drift, report, typed
 from kdx.run import sharding as shards
 from kdx.run.devices import keep_memory
 from kdx.run.files import digest_of, reserve, usage_of, write_beside
-from kdx.run.folder import RunFolder
+from kdx.run.folder import Record, RunFolder
+from kdx.run.identity import identity
 from kdx.run.launch import build_accelerator
-from kdx.run.signals import CutShort, Stopped, StopRequest
+from kdx.run.signals import Stopped, StopRequest
 from kdx.run.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
-from kdx.stale import changes
 from kdx.state import State
 from kdx.student import describe, save_student
 from kdx.train import keep_best, train
@@ -59,7 +59,7 @@ class Summary:
         return math.inf if value is None else float(value)
 
 
-def distill(config: Config, run_dir: Path, accepted: Callable[[], None] = lambda: None) -> Summary:
+def distill(config: Config, run_dir: Path, record: Record | None = None) -> Summary:
     """Run one distillation in a folder of its own, or go on with the one that is there.
 
     accepted: called in the process that writes there, once config, data and models are found to be that run's.
@@ -74,35 +74,24 @@ def distill(config: Config, run_dir: Path, accepted: Callable[[], None] = lambda
     folder = RunFolder(run_dir)
     done = folder.done(asdict(config))
     if done is not None:
-        doubt = _refuse_stale(config, folder, accelerator.device)
         if accelerator.is_main_process:
             folder.say_done(done)
-            CONSOLE.print(f"{run_dir} is done already; nothing is run{doubt}", markup=False)
         return Summary(**done)
     is_main = accelerator.is_main_process
     accelerator.wait_for_everyone()  # all have looked before rank 0 writes
-    with folder.open(asdict(config), is_main, accepted):
+    with StopRequest(run_dir) as stop, folder.open(asdict(config), is_main):
         if is_main:
             plugins.keep(run_dir)
-        with StopRequest(run_dir) as stop:
+            write_beside(run_dir / "identity.json", json.dumps(identity(config)))
+            if record:
+                typed.keep(run_dir, record.words, record.command)
+        if True:
             with logging_to(run_dir / "kdx.log", is_main), folder.reporting(is_main):
                 check_names(config)
                 summary = _run(config, folder, accelerator, stop)
             if stop.signal is not None:  # it came while the results were written: no other job begins
-                raise Stopped(stop.exit_code)
+                raise stop.stopped()
     return summary
-
-
-def _refuse_stale(config: Config, folder: RunFolder, device: torch.device) -> str:
-    """Refuse a done run that would be another now. Why that cannot be told, if so: nothing is lost then."""
-    try:
-        found = changes(config, folder.path, device)
-    except (Exception, SystemExit) as error:  # a source of one's own may raise anything
-        why = error.lines[0] if isinstance(error, KdxError) else f"{type(error).__name__}: {error}"
-        return f" (whether its data, teacher or plug-ins have changed since cannot be told: {why})"
-    if found:
-        raise folder.drifted(found)
-    return ""
 
 
 def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: StopRequest) -> Summary:
@@ -156,16 +145,18 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
 
         def stop_asked() -> bool:
             folder.at(state.step, is_main)
-            return stop.agreed(accelerator)
+            stop.is_agreed = bool(
+                accelerator.gather(torch.tensor([int(stop.signal or 0)], device=accelerator.device)).max()
+            )
+            return stop.is_asked
 
         def measured_on_the_way() -> dict[str, float | None] | None:
             try:
                 return measure(accelerator.autocast(), stop.check)[0].means()
-            except CutShort:
+            except Stopped:
                 return None
 
         keep_memory(accelerator.device.type)
-        stop.is_deferred = True  # from here on a signal loses nothing: the step is finished, or the run
         with tracker.training():
             state = train(
                 config.train,
@@ -186,8 +177,9 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
                 describe=lambda beside: describe(run.student, run.tokenizer, beside),
             )
         (is_kept,) = broadcast_object_list([checkpoint.is_at(folder.path, state.step)])  # others may see it late
-        if is_kept or state.stopped_by == "signal":
-            stop.saved(state.step, accelerator)
+        if (is_kept or state.stopped_by == "signal") and stop.is_asked:
+            log.warning("stopped after step %d", state.step)
+            raise stop.stopped()
 
         shards.gather(run.objective, run.student)
         kept_step = choose_weights(run, state, folder, lambda: measure(accelerator.autocast())[0].means())
@@ -221,7 +213,6 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             data=run.counts() | prints,
             environment=report.environment(run, folder.path),
         )
-        stop.is_deferred = True  # what is left takes no time
         if is_main:
             room.close()  # for what now takes it
             tracker.keep_lines()
@@ -229,7 +220,6 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
             folder.write_status("done", "", is_main)
             if not config.train.keep_checkpoints:
                 checkpoint.remove(folder.path)
-            stop.kept, stop.is_deferred = f"stopped when all was written to {folder.path}", False
             tracker.samples(samples)
             tracker.summary(asdict(summary))
             CONSOLE.print(report.closing_table(asdict(summary)))
@@ -247,7 +237,7 @@ def _run(config: Config, folder: RunFolder, accelerator: Accelerator, stop: Stop
         exit_code = 0
         return summary
     except Stopped:
-        exit_code = stop.exit_code
+        exit_code = 143
         raise
     finally:
         room.close()

@@ -24,7 +24,6 @@ from kdx.errors import ConfigError, MachineError, printable, together
 from kdx.run.files import write_beside
 from kdx.run.redact import redact
 from kdx.run.tracking import CONSOLE
-from kdx.stale import newest
 
 MARKS = ("status.json", "summary.json", "metrics.jsonl")  # a folder with one of these is a run's
 WIDEST = 240  # letters of a line of the terminal's table
@@ -110,10 +109,6 @@ def find(paths: Sequence[Path]) -> tuple[list[tuple[str, Path]], list[str]]:
         raise together(missing)
     if not found:
         raise ConfigError(" ".join(map(str, paths)), "no run in it (a run has a status.json)", EXAMPLE)
-    for folder in [*found]:
-        if newest(folder) in found and newest(folder) != folder:
-            notes.append(f"{folder.name} is stale: {newest(folder).name} took its place")
-            del found[folder]
     shared = os.path.commonpath([folder.parent for folder in found])
     return [(printable(str(folder.relative_to(shared))), found[folder]) for folder in sorted(found)], notes
 

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,25 @@ import yaml
 from kdx.config import Config
 from kdx.errors import ConfigError, DivergedError, InUseError, KdxError, MachineError, exit_code, out_of_memory
 from kdx.hostile import refuse_foreign, refuse_links
-from kdx.run import checkpoint, owner, typed
-from kdx.run import drift
+from kdx.run import checkpoint, drift, typed
+from kdx.run.claim import claim, holder
 from kdx.run.files import fsync, local_time, read_json, read_yaml, write_beside, write_over
+from kdx.run.identity import differences, identity, table
 from kdx.run.redact import redact
 from kdx.run.signals import Stopped
 from kdx.state import State
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run was started with, beside its config."""
+
+    words: list[str] = field(default_factory=list)
+    swept: list[str] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
 
 
 class RunFolder:
@@ -38,6 +50,22 @@ class RunFolder:
         self.before: dict[str, Any] = {}  # what the status told when this process began
         self.accept: Callable[[], None] = lambda: None
         self.is_accepted = False
+
+    def is_done(self, config: Config) -> bool:
+        """Return whether this run is done. Raises ConfigError, with a diff, if the folder has another run."""
+        if self.status().get("state") != "done":
+            return False
+        if found := differences(read_json(self.path / "identity.json"), identity(config)):
+            keys = ", ".join(key for key, _, _ in found)
+            hint = "Use another folder (hydra.run.dir=..., in a sweep sweep.name=...)"
+            error = ConfigError(str(self.path), f"holds a run with another {keys}", hint)
+            error.lines += table(found)
+            raise error
+        return True
+
+    def holder(self) -> str | None:
+        """Name the process that is running in this folder, if there is one."""
+        return holder(self.path)
 
     def done(self, config: dict[str, Any]) -> dict[str, Any] | None:
         """The summary of a run that is done with this config, else None. Raises ConfigError if it was another."""
@@ -86,11 +114,8 @@ class RunFolder:
             for above in self.path.absolute().parents[:3]:  # outputs/DATE/TIME may all be new
                 with suppress(PermissionError):
                     fsync(above)
-        with owner.locked(self.path) as is_free:
+        with claim(self.path):
             status = self.status()
-            is_known = owner.is_another_alive(status, is_locked=is_free is True)
-            if is_free is False or (is_known and status.get("state") == "running"):
-                raise self._in_use(status if is_known else {}, is_free is not False)
             if self.done(config) is not None:
                 what = "another process has done this run just now"
                 raise InUseError(str(self.path), what, "Nothing is left to do; the same command tells so")
@@ -132,15 +157,6 @@ class RunFolder:
         except OSError as error:
             what = f"cannot write there: {error.strerror}"
             raise MachineError(str(self.path), what, "Choose another folder with hydra.run.dir=...") from None
-
-    def _in_use(self, status: dict[str, Any], is_free: bool) -> InUseError:
-        """What to say where another process runs; one that has just begun has written no status yet."""
-        by = owner.owner_of(status)
-        who = f"pid {by.get('pid')} on host {by.get('host')} since {status.get('since')}" if by else "another process"
-        mend = "Wait for it, or choose another folder"
-        if is_free:  # only status.json says so
-            mend = "Wait for it, choose another folder, or, if that process is gone, remove status.json there"
-        return InUseError(str(self.path), f"in use by {who}", mend)
 
     def _refuse_drift(self, config: dict[str, Any]) -> bool:
         """Refuse to go on under another config than the run began with, but for what cannot change the student.
@@ -244,7 +260,6 @@ class RunFolder:
             "max_steps": self.max_steps,
             "updated": local_time(),
             "since": self.since,
-            "owner": owner.this_process(),
         }
         if code is not None:
             status["exit_code"] = code
