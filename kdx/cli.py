@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,18 +21,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx import jobs, plugins, surroundings
+from kdx import plugins, surroundings, sweep
 from kdx.compose import Plan, compose, compose_points, preflight
 from kdx.config import Config
 from kdx.errors import MACHINE, ConfigError, KdxError, out_of_memory, printable
 from kdx.folders import Source, groups_in, origins, roots_of, spelt
 from kdx.hostile import refuse_foreign, refuse_links, refuse_typed_secrets
 from kdx.resolve import as_tree, to_config
-from kdx.run import signals, typed
-from kdx.run.devices import one_device
+from kdx.run import typed
 from kdx.run.files import of_disk
+from kdx.run.folder import Record
 from kdx.run.redact import redact
-from kdx.stale import place
 from kdx.version import __version__
 
 __all__ = ["compose", "main"]
@@ -56,7 +55,6 @@ conf/ has a comment on every key; `--cfg job` prints them with this run's values
 
 Flags of Hydra: --hydra-help. Exit codes: 0 ok, 1 a bug, 2 config or data, 3 machine, 4 diverged,
 5 jobs of a sweep failed, 129, 130 or 143 stopped by a signal (the run can go on)."""
-SIGNALS = (129, 130, 143)
 PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # typing one replaces the other
 
 
@@ -119,16 +117,16 @@ def _main(argv: list[str]) -> int:
         _hydra([*_flags(args), *words], argv=argv)
         return 0
     parts = [[*_flags(args), *part] for part in (plan.baseline, words) if part]
-    return jobs.run(plan, parts, partial(_hydra, argv=argv), partial(_compare, is_told=True))
+    since = sweep.started()
+    launch = partial(_hydra, argv=argv, since=since, is_shared=bool(plan.jobs))
+    return sweep.run(plan.sweep_dir, plan.jobs, parts, launch, since=since, workers=plan.workers, argv=argv)
 
 
-def _hydra(
-    words: list[str], passed_over: Collection[str] = (), notes: jobs.Notes | None = None, *, argv: list[str]
-) -> None:
-    """Have Hydra run one job, or all of a sweep but those passed over."""
+def _hydra(words: list[str], *, argv: list[str], since: float = 0.0, is_shared: bool = False) -> None:
+    """Have Hydra run one job, or all of a sweep."""
 
     def job(cfg: DictConfig) -> float:  # launchers carry it, and what it holds, to other processes
-        return run_job(cfg, argv, passed_over, notes)
+        return run_job(cfg, argv, since, is_shared)
 
     sys.argv = [sys.argv[0], *words]
     try:
@@ -137,18 +135,7 @@ def _hydra(
         if error.filename is None:  # it prints, too
             raise
         own = HydraConfig.get().run.dir if HydraConfig.initialized() else "outputs"
-        raise of_disk(error, notes.folder.parent if notes else own) from None
-
-
-def _compare(sweep_dir: Path, *, is_told: bool) -> None:
-    """Write the comparison of a sweep as far as it has come; what goes wrong there is not the sweep's."""
-    from kdx.compare.read import compare
-    from kdx.compare.read import main as tell
-
-    try:
-        _ = tell([str(sweep_dir)]) if is_told else compare([sweep_dir], sweep_dir)
-    except Exception as error:
-        print(f"kdx: no comparison of {sweep_dir} yet: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        raise of_disk(error, own) from None
 
 
 def _command(name: str, words: list[str]) -> int:
@@ -194,70 +181,31 @@ def _no_command(word: str) -> ConfigError:
     return ConfigError(word or "''", "is not a command of kdx, and not KEY=VALUE either", mend)
 
 
-def run_job(
-    cfg: DictConfig, argv: list[str], passed_over: Collection[str] = (), notes: jobs.Notes | None = None
-) -> float:
-    """Do one run, of its own or of a sweep, which has notes → the measure a sweep compares.
-
-    In a sweep a failing job counts as +inf and its folder says why, so that the others go on; not so on several ranks,
-    where the others would wait for it.
-    """
+def run_job(cfg: DictConfig, argv: list[str], since: float, is_shared: bool) -> float:
+    """Do one run, of its own or of a sweep → the measure that a sweep compares."""
     hydra_config = HydraConfig.get()
-    is_sweep = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
-    is_parallel = is_sweep and jobs.is_parallel(hydra_config.launcher)
-    run_dir = Path(hydra_config.runtime.output_dir)
-    if is_parallel:  # in a process of its own, beside others on one terminal: lines, not bars
-        signals.note()
-        sys.argv, os.environ["TTY_COMPATIBLE"] = ["kdx", *argv], "0"
-    if run_dir.name in passed_over or (notes and notes.stopped_by):
-        return float("inf")
-    measure, was_done = float("inf"), False
+    folder = Path(hydra_config.runtime.output_dir)
+    words = list(hydra_config.overrides.task)
+    sources = [f"{source.schema}://{source.path}" for source in hydra_config.runtime.config_sources]
+    tree = as_tree(cfg)
+    tree["run"]["origins"] = origins(words, hydra_config.runtime.choices, roots_of(sources))
+    config = to_config(tree)
+    record = Record(words, config.sweep.keys, tree["run"]["origins"], argv)
+    if hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN":
+        is_own_gpu = not str(hydra_config.launcher.get("_target_")).endswith(".BasicLauncher")
+        return sweep.do_job(config, record, folder, guarded, since=since, is_shared=is_shared, is_own_gpu=is_own_gpu)
+    measure = 0.0
 
-    def job() -> int:
-        nonlocal measure, run_dir, was_done
-        words = list(hydra_config.overrides.task)
-        sources = [f"{source.schema}://{source.path}" for source in hydra_config.runtime.config_sources]
-        tree = as_tree(cfg)
-        tree["run"]["origins"] = origins(words, hydra_config.runtime.choices, roots_of(sources))
-        config = to_config(tree)
-        is_main = os.environ.get("RANK", "0") == "0"
-        if is_main and is_sweep and (run_dir / "data.json").exists():
-            run_dir = place(config, run_dir, is_parallel)
-        if is_main:
-            refuse_foreign(run_dir)
-            refuse_links(run_dir, run_dir.parent if is_sweep else None)
-            typed.keep(run_dir, words, argv)
-        try:
-            plugins.load()
-        except ConfigError as error:
-            if is_main:
-                jobs.note_failure(run_dir, str(error))
-            raise
-        if not sys.stderr.isatty():
-            os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; read when they are imported
-        if is_sweep and is_main:
-            print(f"\nkdx: job {hydra_config.job.num + 1}: {run_dir}", flush=True)
-        with one_device(is_parallel):
-            if notes and notes.stopped_by:  # it may have waited for one
-                return 128 + notes.stopped_by
-            from kdx.distill import distill
-
-            was_done = jobs.is_done(run_dir)
-            measure = distill(config, run_dir, partial(typed.renew, run_dir, words, argv)).measure
+    def work() -> int:
+        nonlocal measure
+        if os.environ.get("RANK", "0") == "0":
+            refuse_foreign(folder)
+            refuse_links(folder, None)
+        measure = sweep.start_run(config, record, folder)
         return 0
 
-    folder = run_dir
-    try:
-        code = guarded(lambda: notes.keeping(folder, job) if notes else job(), folder)
-        if code and (not is_sweep or code in SIGNALS or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-            sys.exit(code)
-    except SystemExit as error:
-        if not (notes and jobs.is_joblib(hydra_config.launcher) and error.code in SIGNALS):
-            raise
-        notes.stop(int(error.code) - 128)  # joblib would kill the others, which may still be saving
-        return measure
-    if is_sweep and os.environ.get("RANK", "0") == "0" and not was_done:
-        _compare(run_dir.parent, is_told=False)
+    if code := guarded(work, folder):
+        sys.exit(code)
     return measure
 
 

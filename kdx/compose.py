@@ -78,8 +78,8 @@ class Plan:
     baseline: list[str] = field(default_factory=list)  # all words of the baseline's own sweep; none if there is none
     num_baselines: int = 0
     sweep_dir: Path | None = None
-    jobs: list[str] = field(default_factory=list)  # the folders in it, as far as their names are known
-    launcher: dict[str, Any] = field(default_factory=dict)
+    jobs: dict[Path, Config] = field(default_factory=dict)  # by their folders, as far as their names are known
+    workers: int = 1
 
 
 def preflight(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
@@ -112,8 +112,7 @@ def preflight(words: list[str], source: Source, is_multirun: bool = False) -> Pl
     name = [] if named else [f"sweep.name={sweep.sweep_name(keys, configs)}"]
     added = [*freed, *name, f"sweep.keys=[{','.join(keys)}]"]
     place = composer.hydra_part([*typed, *composer.parsed(name)]).sweep
-    launcher: Any = OmegaConf.to_container(hydra_part.launcher)
-    plan = Plan(added, len(points), sweep_dir=Path(str(place.dir)), launcher=launcher)
+    plan = Plan(added, len(points), sweep_dir=Path(str(place.dir)), workers=configs[0].sweep.workers)
     own = str(hydra_part.sweeper.get("_target_", "")).endswith(".BasicSweeper")
     is_named = own and "kdx_job" in str(OmegaConf.to_container(place)["subdir"])  # type: ignore[index, call-overload]
     without: list[Config] = []
@@ -125,7 +124,7 @@ def preflight(words: list[str], source: Source, is_multirun: bool = False) -> Pl
             plan.baseline = [*baseline, *(["hydra.sweeper.params=null"] if params else []), *added]
     if is_named:
         jobs = [*(without if plan.baseline else []), *configs]
-        plan.jobs = list(dict.fromkeys(sweep.job_name(keys, config) for config in jobs))
+        plan.jobs = {Path(str(place.dir)) / sweep.job_name(keys, config): config for config in jobs}
     return plan
 
 

@@ -275,6 +275,8 @@ class SweepConfig:
     """Name of the sweep; null is made of the swept keys and a short hash of the rest."""
     baseline: bool
     """Run alpha = 0 too, once for each setting of what is swept besides the loss."""
+    workers: int = at_least(1)
+    """Jobs that run at once on this machine, each on a GPU of its own or its share of the cores."""
     keys: list[str]
     """The swept keys; filled in by kdx."""
 
