@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,7 @@ from kdx.words import CONF, groups_in
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from kdx import jobs
-    from kdx.compose import Plan, Point, Source
+    from kdx.compose import Plan, Source
     from kdx.config import Config
 
 __all__ = ["compose", "main"]
@@ -47,11 +46,11 @@ USAGE = {
     "check": "python -m kdx check [-m] KEY=VALUE ...\n\nRead config, data and models as the run would, and print what "
     "it would train, its memory, disk and time.\nWith -m: for every point of the sweep.",
     "store": "python -m kdx store fill [-m] KEY=VALUE ...   run the teacher over the data of these runs, once\n"
-    "python -m kdx store stat [FOLDER]              what the cache holds\n"
-    "python -m kdx store verify [FOLDER]            read every row and check it\n"
-    "python -m kdx store prune [FOLDER]             remove what is damaged or unused",
+    "python -m kdx store stat [FOLDER]              list the teachers, their rows and sizes\n"
+    "python -m kdx store verify [FOLDER]            compare the checksum of every row\n"
+    "python -m kdx store prune [FOLDER]             join small shards, remove what is damaged, with --unused-days what "
+    "is unused",
 }
-SIGNALS = (129, 130, 143)
 
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> "Config":
@@ -104,9 +103,9 @@ def _command(name: str, words: list[str]) -> int:
     if name == "store" and words[:1] != ["fill"]:
         if words[:1] not in (["stat"], ["verify"], ["prune"]):
             raise ConfigError("kdx store", "needs one of fill, stat, verify, prune", "See python -m kdx store --help")
-        from kdx.store_commands import tend
+        from kdx.store_commands import manage
 
-        return tend(words)
+        return manage(words)
     plan = _planned(_parsed(words[name == "store" :]))
     plugins.load()
     if name == "store":
@@ -146,56 +145,46 @@ def _run(argv: list[str]) -> int:
 
         print(yaml.safe_dump(redact(as_dict(plan.points[0].config)), sort_keys=False, allow_unicode=True), end="")
         return 0
+    from kdx import sweep
+    from kdx.run.folder import Record
+
     if plan.sweep_dir is None:
         (point,) = plan.points
-        return guarded(lambda: _run_one(point, plan.run_dir, [], argv)[1], plan.run_dir)
-    from kdx import jobs
+        record = Record(point.words, [], point.sources, argv)
 
+        def run() -> int:
+            sweep.start_run(point.config, record, plan.run_dir)
+            return 0
+
+        return guarded(run, plan.run_dir)
     if plan.baseline and _is_main():
         baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
         print(f"kdx: {plan.num_points} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
-    flags = [
-        flag
-        for name, value in vars(args).items()
-        if name.startswith("config_") and value
-        for flag in _flag(name, value)
-    ]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(_source(args)).items() if value]
     parts = [[*flags, "--multirun", *part] for part in (plan.baseline, plan.words) if part]
-    launch = partial(_launch, swept=plan.swept, argv=argv)
-    return jobs.run(plan, parts, launch, partial(_compare, is_told=True))
+    since = sweep.started()
+    launch = partial(_launch, swept=plan.swept, argv=argv, since=since, is_shared=bool(plan.jobs))
+    workers = plan.points[0].config.sweep.workers
+    return sweep.run(plan.sweep_dir, plan.jobs, parts, launch, since=since, workers=workers, argv=argv)
 
 
-def _run_one(
-    point: "Point", run_dir: Path, swept: list[str], argv: list[str], is_sweep: bool = False, is_parallel: bool = False
-) -> tuple[float, int]:
-    """Do one run in its folder → its measure and exit code. Raises KdxError."""
-    from kdx.run.devices import one_device
-    from kdx.run.folder import Record, keep_record
-
-    record = Record(point.words, swept, point.sources, argv)
-    if _is_main():
-        keep_record(run_dir, record)
-    plugins.load()
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; read when they are imported
-    with one_device(is_parallel):
-        from kdx.distill import distill
-
-        return distill(point.config, run_dir).measure, 0
-
-
-def _launch(
-    words: list[str],
-    passed_over: Collection[str] = (),
-    notes: "jobs.Notes | None" = None,
-    *,
-    swept: list[str],
-    argv: list[str],
-) -> None:
-    """Have Hydra sweep over these words, but for the jobs passed over."""
+def _launch(words: list[str], *, swept: list[str], argv: list[str], since: float, is_shared: bool) -> None:
+    """Have Hydra sweep over these words and do a job for each point."""
 
     def job(cfg: "DictConfig") -> float:  # launchers carry it, and what it holds, to other processes
-        return run_job(cfg, swept, argv, passed_over, notes)
+        from hydra.core.hydra_config import HydraConfig
+
+        from kdx import sweep
+        from kdx.compose import point_of
+        from kdx.run.folder import Record
+
+        hydra_config = HydraConfig.get()
+        point = point_of(hydra_config)
+        record = Record(point.words, swept, point.sources, argv)
+        folder = Path(hydra_config.runtime.output_dir)
+        is_alone = str(hydra_config.launcher.get("_target_")).endswith(".BasicLauncher")
+        shared = {"since": since, "is_shared": is_shared, "is_own_gpu": not is_alone}
+        return sweep.do_job(point.config, record, folder, guarded, **shared)
 
     _hydra(words, job)
 
@@ -213,67 +202,6 @@ def _hydra(words: list[str], job: Any = lambda cfg: None) -> int:
         what = " ".join(str(error).split())[:300].rstrip(".")
         raise ConfigError("hydra", what, "See python -m kdx --hydra-help") from None
     return 0
-
-
-def run_job(
-    cfg: "DictConfig", swept: list[str], argv: list[str], passed_over: Collection[str], notes: "jobs.Notes | None"
-) -> float:
-    """Do one job of a sweep → the measure that the sweep compares; +inf if it fails, so that the others run."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from kdx import jobs
-    from kdx.compose import point_of
-    from kdx.run import signals
-    from kdx.stale import place
-
-    hydra_config = HydraConfig.get()
-    run_dir, is_parallel = Path(hydra_config.runtime.output_dir), jobs.is_parallel(hydra_config.launcher)
-    if is_parallel:  # in a process of its own, beside others on one terminal: lines, not bars
-        signals.note()
-        os.environ["TTY_COMPATIBLE"] = "0"
-    if run_dir.name in passed_over or (notes and notes.stopped_by):
-        return float("inf")
-    measure, folder = float("inf"), run_dir
-
-    def job() -> int:
-        nonlocal measure, run_dir
-        point = point_of(hydra_config)
-        if _is_main():
-            if (run_dir / "data.json").exists():
-                run_dir = place(point.config, run_dir, is_parallel)
-            print(f"\nkdx: job {hydra_config.job.num + 1}: {run_dir}", flush=True)
-        try:
-            measure, code = _run_one(point, run_dir, swept, argv, True, is_parallel)
-        except ConfigError as error:
-            if _is_main():
-                jobs.note_failure(run_dir, str(error))
-            raise
-        return code
-
-    was_done = jobs.is_done(run_dir)
-    try:
-        code = guarded(lambda: notes.keeping(folder, job) if notes else job(), folder)
-        if code in SIGNALS or (code and int(os.environ.get("WORLD_SIZE", "1")) > 1):
-            sys.exit(code)
-    except SystemExit as error:
-        if not (notes and jobs.is_joblib(hydra_config.launcher) and error.code in SIGNALS):
-            raise
-        notes.stop(int(error.code or 0) - 128)
-        return measure
-    if _is_main() and not was_done:
-        _compare(run_dir.parent, is_told=False)
-    return measure
-
-
-def _compare(sweep_dir: Path, *, is_told: bool) -> None:
-    """Write the comparison of a sweep so far; an error there must not end the sweep."""
-    from kdx.compare.read import compare
-    from kdx.compare.read import main as print_comparison
-
-    try:
-        _ = print_comparison([str(sweep_dir)]) if is_told else compare([sweep_dir], sweep_dir)
-    except Exception as error:
-        print(f"kdx: no comparison of {sweep_dir} yet: {' '.join(str(error).split())[:200]}", file=sys.stderr)
 
 
 def _planned(args: argparse.Namespace) -> "Plan":
@@ -301,7 +229,8 @@ def _planned(args: argparse.Namespace) -> "Plan":
 def _source(args: argparse.Namespace) -> "Source":
     from kdx.compose import Source
 
-    return Source(args.config_dir, args.config_path, args.config_name)
+    folders = (str(Path(path).resolve()) if path else None for path in (args.config_dir, args.config_path))
+    return Source(*folders, args.config_name)
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
@@ -318,11 +247,6 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     if args.experimental_rerun is not None:
         raise ConfigError("--experimental-rerun", "reads a pickle, which could run code", "Use run.like=FOLDER")
     return args
-
-
-def _flag(name: str, value: str) -> list[str]:
-    value = value if name == "config_name" else str(Path(value).resolve())
-    return [f"--{name.replace('_', '-')}={value}"]
 
 
 def _is_main() -> bool:
