@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from kdx import causal_lm
-from kdx.causal_lm import Head, check_split, common_ids, counted_hidden, head_of
+from kdx.causal_lm import Head, check_split, common_ids, counted_hidden, head_of, needs_attention_mask
 from kdx.config import ModelConfig
 from kdx.data.batches import Row, collate
 from kdx.errors import ModelError
@@ -334,3 +334,55 @@ def test_gelu_in_one_kernel_is_the_same_function(name):
     for one, two in zip(*told, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)  # gelu_fast has ten digits of sqrt(2/π)
     assert model.config.activation_function == name
+
+
+# ---- rows padded on the right, without an attention mask
+
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+CAUSAL = {
+    **{kind: CONFIGS[kind] for kind in ("llama, tied", "gpt2", "qwen2", "gpt-neox")},
+    "gemma2": lambda: hf.Gemma2Config(**SHAPE | WINDOWS, head_dim=8),
+    "gemma3": lambda: hf.Gemma3TextConfig(**SHAPE | WINDOWS, head_dim=8),
+    "opt": lambda: hf.OPTConfig(
+        vocab_size=V, hidden_size=d, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=d
+    ),
+    "mixtral": lambda: hf.MixtralConfig(**SHAPE, num_local_experts=3),
+    "mamba": lambda: hf.MambaConfig(vocab_size=V, hidden_size=d, num_hidden_layers=2, state_size=4),
+}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_without_a_mask_real_positions_are_the_same(kind, attention):
+    if attention == "sdpa" and kind in ("gemma2", "mamba"):
+        pytest.skip("has no sdpa")
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(CAUSAL[kind](), attn_implementation=attention).eval()
+    rows = [Row(str(n), list(range(3, 3 + n)), [False] + [True] * (n - 1)) for n in (12, 5, 2)]
+    batch = collate(rows, pad_id=0)
+    check_split(model, "student")
+    assert not needs_attention_mask(model)
+    hidden, gradients = [], []
+    for model.needs_attention_mask in (True, False):
+        hidden.append(counted_hidden(model, batch))
+        loss = hidden[-1].square().mul(torch.linspace(0, 1, hidden[-1].numel()).view_as(hidden[-1])).mean()
+        gradients.append(torch.autograd.grad(loss, list(model.base_model.parameters()), allow_unused=True))
+    if kind == "mixtral":  # experts round by how many tokens they are given
+        torch.testing.assert_close(*hidden, rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(*hidden)
+    for one, two in zip(*gradients, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_stays_where_it_is_needed(dtype):
+    torch.manual_seed(0)
+    both_ways = hf.Gemma3TextConfig(**SHAPE, head_dim=8, use_bidirectional_attention=True)
+    router = hf.MixtralConfig(**SHAPE, num_local_experts=3, output_router_logits=True)
+    for config in (both_ways, router):
+        model = hf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        check_split(model, "student")
+        assert needs_attention_mask(model)
+    assert needs_attention_mask(build("qwen2")), "as long as nothing is known"
