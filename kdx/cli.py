@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,7 @@ from kdx.version import __version__
 from kdx.words import CONF, groups_in
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from kdx import jobs
-    from kdx.compose import Plan, Point, Source
+    from kdx.compose import Plan, Source
     from kdx.config import Config
 
 __all__ = ["compose", "main"]
@@ -43,15 +40,10 @@ conf/ has a comment on every key; `--cfg job` prints them with this run's values
 
 Flags of Hydra: --hydra-help. Exit codes: 0 ok, 1 a bug, 2 config or data, 3 machine, 4 diverged,
 5 jobs of a sweep failed, 129, 130 or 143 stopped by a signal (the run can be resumed)."""
-USAGE = {
-    "check": "python -m kdx check [-m] KEY=VALUE ...\n\nRead config, data and models as the run would, and print what "
-    "it would train, its memory, disk and time.\nWith -m: for every point of the sweep.",
-    "store": "python -m kdx store fill [-m] KEY=VALUE ...   run the teacher over the data of these runs, once\n"
-    "python -m kdx store stat [FOLDER]              what the cache holds\n"
-    "python -m kdx store verify [FOLDER]            read every row and check it\n"
-    "python -m kdx store prune [FOLDER]             remove what is damaged or unused",
-}
-SIGNALS = (129, 130, 143)
+CHECK_HELP = """python -m kdx check [-m] KEY=VALUE ...
+
+Read config, data and models as the run would, and print what it would train, its memory, disk and time.
+With -m: for every point of the sweep."""
 
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> "Config":
@@ -78,9 +70,6 @@ def _main(argv: list[str]) -> int:
         return 0
     if argv in (["help"], ["--help"], ["-h"]):
         return _help([CONF])
-    if name in USAGE and {"--help", "-h"} & {*argv}:
-        print(USAGE[name])
-        return 0
     if name in ("check", "store", "compare"):
         return _command(name, argv[1:])
     if name and "=" not in name and name[0] not in "+~-":
@@ -97,37 +86,39 @@ def _help(roots: list[Path]) -> int:
 
 def _command(name: str, words: list[str]) -> int:
     """Run `kdx check`, `kdx store` or `kdx compare`. Raises KdxError."""
+    is_help = bool({"--help", "-h"} & {*words})
     if name == "compare":
         from kdx.compare.read import main as compare
 
         return compare(words)
-    if name == "store" and words[:1] != ["fill"]:
-        if words[:1] not in (["stat"], ["verify"], ["prune"]):
-            raise ConfigError("kdx store", "needs one of fill, stat, verify, prune", "See python -m kdx store --help")
-        from kdx.store_commands import tend
+    if name == "store" and (words[:1] != ["fill"] or is_help):
+        from kdx.store_commands import manage
 
-        return tend(words)
+        return manage(words)
+    if is_help:
+        print(CHECK_HELP)
+        return 0
     plan = _planned(_parsed(words[name == "store" :]))
-    plugins.load()
     if name == "store":
+        plugins.load()
         from kdx.store_commands import fill
 
         fill([point.config for point in plan.points])
         return 0
     from kdx.check import check
+    from kdx.compose import key_of
+    from kdx.config import replaced
+    from kdx.run.folder import Record
 
-    shared: dict[str, list[str]] = {}  # what alpha and temperature change needs no second look
-    for point in plan.points:
-        swept = [word for word in point.words if word.partition("=")[0] in plan.swept]
-        loss = point.config.loss.model_copy(update={"alpha": point.config.loss.alpha > 0, "temperature": 1})
-        looks = shared.setdefault(repr(point.config.model_copy(update={"loss": loss})), [])
-        looks.append(" ".join(swept))
-        if len(looks) == 1:
-            print("\n" + looks[0] if looks[0] else "", end="\n" if looks[0] else "", flush=True)
-            check(point.config, plan.sweep_dir or plan.run_dir)
-    for first, *others in shared.values():
-        if others:
-            print(f"\n{'; '.join(others)}: data, memory and time as {first}")
+    seen: list[Config] = []
+    for point in plan.points:  # alpha and temperature change neither data nor memory nor time
+        loss = replaced(point.config.loss, alpha=point.config.loss.alpha > 0, temperature=1.0)
+        title = " ".join(word for word in point.words if key_of(word) in plan.swept)
+        is_new = (same := replaced(point.config, loss=loss)) not in seen
+        print(f"\n{title}" + ("" if is_new else ": as a point above") if title else "", flush=True)
+        if is_new:
+            seen.append(same)
+            check(point.config, plan.sweep_dir or plan.run_dir, Record(point.words, plan.swept, point.sources))
     return 0
 
 
@@ -137,7 +128,8 @@ def _run(argv: list[str]) -> int:
     if args.help:
         return _help(_source(args).roots())
     if args.hydra_help or args.info or args.shell_completion or (args.cfg and (args.cfg != "job" or args.package)):
-        return _hydra(argv)
+        _hydra(argv)
+        return 0
     plan = _planned(args)
     if args.cfg:
         import yaml
@@ -146,61 +138,60 @@ def _run(argv: list[str]) -> int:
 
         print(yaml.safe_dump(redact(as_dict(plan.points[0].config)), sort_keys=False, allow_unicode=True), end="")
         return 0
-    if plan.sweep_dir is None:
-        (point,) = plan.points
-        return guarded(lambda: _run_one(point, plan.run_dir, [], argv)[1], plan.run_dir)
-    from kdx import jobs
+    return _sweep(plan, args, argv) if plan.sweep_dir else _run_one(plan, argv)
 
-    if plan.baseline and _is_main():
+
+def _run_one(plan: "Plan", argv: list[str]) -> int:
+    from kdx import sweep
+    from kdx.run.folder import Record
+
+    (point,) = plan.points
+    record = Record(point.words, [], point.sources, argv)
+
+    def work() -> int:
+        sweep.start_run(point.config, record, plan.run_dir)
+        return 0
+
+    return guarded(work, plan.run_dir)
+
+
+def _sweep(plan: "Plan", args: argparse.Namespace, argv: list[str]) -> int:
+    """Have Hydra go through the points of a sweep; a job that another process does is passed over."""
+    from kdx import sweep
+
+    assert plan.sweep_dir
+    if plan.baseline and os.environ.get("RANK", "0") == "0":
         baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
-        print(f"kdx: {plan.num_points} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
-    flags = [
-        flag
-        for name, value in vars(args).items()
-        if name.startswith("config_") and value
-        for flag in _flag(name, value)
-    ]
-    parts = [[*flags, "--multirun", *part] for part in (plan.baseline, plan.words) if part]
-    launch = partial(_launch, swept=plan.swept, argv=argv)
-    return jobs.run(plan, parts, launch, partial(_compare, is_told=True))
+        print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
+    flags = ["--multirun"]
+    for name in ("config_dir", "config_path", "config_name"):
+        if value := getattr(args, name):
+            value = value if name == "config_name" else Path(value).resolve()
+            flags.append(f"--{name.replace('_', '-')}={value}")
+    since = sweep.started()
+    job = partial(run_job, swept=plan.swept, argv=argv, since=since, is_shared=bool(plan.jobs))
+    parts = [[*flags, *part] for part in (plan.baseline, plan.words) if part]
+    workers = plan.points[0].config.sweep.workers
+    launch = partial(_hydra, job=job)
+    return sweep.run(plan.sweep_dir, plan.jobs, parts, launch, since=since, workers=workers, argv=argv)
 
 
-def _run_one(
-    point: "Point", run_dir: Path, swept: list[str], argv: list[str], is_sweep: bool = False, is_parallel: bool = False
-) -> tuple[float, int]:
-    """Do one run in its folder → its measure and exit code. Raises KdxError."""
-    from kdx.run.devices import one_device
-    from kdx.run.folder import Record, keep_record
+def run_job(cfg: Any, *, swept: list[str], argv: list[str], since: float, is_shared: bool) -> float:
+    """Do one job of a sweep, in whatever process Hydra's launcher runs it → the measure that the sweep compares."""
+    from hydra.core.hydra_config import HydraConfig
 
+    from kdx import sweep
+    from kdx.compose import point_of
+    from kdx.run.folder import Record
+
+    hydra_part = HydraConfig.get()
+    point, folder = point_of(hydra_part), Path(hydra_part.runtime.output_dir)
     record = Record(point.words, swept, point.sources, argv)
-    if _is_main():
-        keep_record(run_dir, record)
-    plugins.load()
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; read when they are imported
-    with one_device(is_parallel):
-        from kdx.distill import distill
-
-        return distill(point.config, run_dir).measure, 0
+    is_own_gpu = not str(hydra_part.launcher.get("_target_")).endswith(".BasicLauncher")
+    return sweep.do_job(point.config, record, folder, guarded, since=since, is_shared=is_shared, is_own_gpu=is_own_gpu)
 
 
-def _launch(
-    words: list[str],
-    passed_over: Collection[str] = (),
-    notes: "jobs.Notes | None" = None,
-    *,
-    swept: list[str],
-    argv: list[str],
-) -> None:
-    """Have Hydra sweep over these words, but for the jobs passed over."""
-
-    def job(cfg: "DictConfig") -> float:  # launchers carry it, and what it holds, to other processes
-        return run_job(cfg, swept, argv, passed_over, notes)
-
-    _hydra(words, job)
-
-
-def _hydra(words: list[str], job: Any = lambda cfg: None) -> int:
+def _hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
     """Run Hydra's own command line on these words. Raises ConfigError."""
     import hydra
     from hydra.errors import HydraException
@@ -212,68 +203,6 @@ def _hydra(words: list[str], job: Any = lambda cfg: None) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         what = " ".join(str(error).split())[:300].rstrip(".")
         raise ConfigError("hydra", what, "See python -m kdx --hydra-help") from None
-    return 0
-
-
-def run_job(
-    cfg: "DictConfig", swept: list[str], argv: list[str], passed_over: Collection[str], notes: "jobs.Notes | None"
-) -> float:
-    """Do one job of a sweep → the measure that the sweep compares; +inf if it fails, so that the others run."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from kdx import jobs
-    from kdx.compose import point_of
-    from kdx.run import signals
-    from kdx.stale import place
-
-    hydra_config = HydraConfig.get()
-    run_dir, is_parallel = Path(hydra_config.runtime.output_dir), jobs.is_parallel(hydra_config.launcher)
-    if is_parallel:  # in a process of its own, beside others on one terminal: lines, not bars
-        signals.note()
-        os.environ["TTY_COMPATIBLE"] = "0"
-    if run_dir.name in passed_over or (notes and notes.stopped_by):
-        return float("inf")
-    measure, folder = float("inf"), run_dir
-
-    def job() -> int:
-        nonlocal measure, run_dir
-        point = point_of(hydra_config)
-        if _is_main():
-            if (run_dir / "data.json").exists():
-                run_dir = place(point.config, run_dir, is_parallel)
-            print(f"\nkdx: job {hydra_config.job.num + 1}: {run_dir}", flush=True)
-        try:
-            measure, code = _run_one(point, run_dir, swept, argv, True, is_parallel)
-        except ConfigError as error:
-            if _is_main():
-                jobs.note_failure(run_dir, str(error))
-            raise
-        return code
-
-    was_done = jobs.is_done(run_dir)
-    try:
-        code = guarded(lambda: notes.keeping(folder, job) if notes else job(), folder)
-        if code in SIGNALS or (code and int(os.environ.get("WORLD_SIZE", "1")) > 1):
-            sys.exit(code)
-    except SystemExit as error:
-        if not (notes and jobs.is_joblib(hydra_config.launcher) and error.code in SIGNALS):
-            raise
-        notes.stop(int(error.code or 0) - 128)
-        return measure
-    if _is_main() and not was_done:
-        _compare(run_dir.parent, is_told=False)
-    return measure
-
-
-def _compare(sweep_dir: Path, *, is_told: bool) -> None:
-    """Write the comparison of a sweep so far; an error there must not end the sweep."""
-    from kdx.compare.read import compare
-    from kdx.compare.read import main as print_comparison
-
-    try:
-        _ = print_comparison([str(sweep_dir)]) if is_told else compare([sweep_dir], sweep_dir)
-    except Exception as error:
-        print(f"kdx: no comparison of {sweep_dir} yet: {' '.join(str(error).split())[:200]}", file=sys.stderr)
 
 
 def _planned(args: argparse.Namespace) -> "Plan":
@@ -318,15 +247,6 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     if args.experimental_rerun is not None:
         raise ConfigError("--experimental-rerun", "reads a pickle, which could run code", "Use run.like=FOLDER")
     return args
-
-
-def _flag(name: str, value: str) -> list[str]:
-    value = value if name == "config_name" else str(Path(value).resolve())
-    return [f"--{name.replace('_', '-')}={value}"]
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:

@@ -70,14 +70,9 @@ class Plan:
     words: list[str] = field(default_factory=list)  # for Hydra's sweeper
     swept: list[str] = field(default_factory=list)
     sweep_dir: Path | None = None
-    launcher: dict[str, Any] = field(default_factory=dict)
     baseline: list[str] = field(default_factory=list)  # words of the baselines' own sweep; none if there is none
     num_baselines: int = 0
-    jobs: dict[str, Config] = field(default_factory=dict)  # by the names of their folders, if kdx names them
-
-    @property
-    def num_points(self) -> int:
-        return len(self.points)
+    jobs: dict[Path, Config] = field(default_factory=dict)  # by their folders, if kdx names them
 
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
@@ -105,8 +100,7 @@ def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
     hydra_part = composer.hydra_part([*typed, *composer.parsed(added)])
     is_named = "kdx_job" in str(plain(hydra_part.sweep)["subdir"])
     added += [f"hydra.sweep.subdir='${{kdx_job:\"{','.join(swept)}\"}}'"] if is_named else []
-    launcher = plain(hydra_part.launcher)
-    made = Plan(points, Path(), [*map(_spelled, typed), *added], swept, Path(str(hydra_part.sweep.dir)), launcher)
+    made = Plan(points, Path(), [*map(_spelled, typed), *added], swept, Path(str(hydra_part.sweep.dir)))
     knows_points = str(hydra_part.sweeper.get("_target_")).endswith(".BasicSweeper")  # Optuna chooses as it goes
     without: list[Config] = []
     if (
@@ -120,7 +114,7 @@ def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
         made.baseline = [*baseline, *added] if made.num_baselines else []
     if knows_points and is_named:
         jobs = [*(without if made.baseline else []), *configs]
-        made.jobs = {sweep.job_name(swept, config): config for config in jobs}
+        made.jobs = {Path(str(hydra_part.sweep.dir)) / sweep.job_name(swept, config): config for config in jobs}
     return made
 
 

@@ -338,6 +338,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
         run.save(folder, unless_there=True)
         raise
 
+
 def finish(run: Training, judge: Judge, folder: RunFolder) -> None:
     """Measure the last step if its weights may be the best, and write a last checkpoint if checkpoints are kept."""
     state, config = run.state, run.config.train

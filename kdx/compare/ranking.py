@@ -176,7 +176,9 @@ class Ranking:
             front = listed(p.label for p in self.front)
             lines.append(f"Pareto front (no other student is better in both KL and CE): {front}.")
         if any(p.other_budget for p in self.points):
-            spans = [f"{min(v):,.0f} to {max(v):,.0f} {name}" for name in ("steps", "tokens") if (v := self.costs(name))]
+            spans = [
+                f"{min(v):,.0f} to {max(v):,.0f} {name}" for name in ("steps", "tokens") if (v := self.costs(name))
+            ]
             lines.append(
                 f"These students were not trained equally long ({', '.join(spans)}): † marks those with another budget "
                 "than most, and a difference to them may come from the length of training alone."

@@ -12,8 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from kdx.compare.ranking import (
-    COSTS, DIGITS, MEASURES, NUM_RESAMPLES, RANKED_BY, SEED_KEY, Comparison, Interval, Point, Ranking, Run,
-    as_text, shown,
+    COSTS,
+    DIGITS,
+    MEASURES,
+    NUM_RESAMPLES,
+    RANKED_BY,
+    SEED_KEY,
+    Comparison,
+    Interval,
+    Point,
+    Ranking,
+    Run,
+    as_text,
+    shown,
 )  # fmt: skip
 
 HEADINGS = {

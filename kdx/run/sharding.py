@@ -58,7 +58,9 @@ def plugin(config: Config) -> FullyShardedDataParallelPlugin | None:
     os.environ[ASKED] = "true"  # the only spelling that accelerate reads
     # The arithmetic of any run: autocast over fp32 weights, gradients summed in fp32. Every process loads the models
     # itself: accelerate would leave all but the first without weights, the teacher's too.
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False)
+    return FullyShardedDataParallelPlugin(
+        mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False
+    )
 
 
 def prepare(machine: Accelerator, objective: Objective, optimizer: Any) -> tuple[Any, Any, Any]:
