@@ -1,10 +1,10 @@
-"""The loss's own memory: kdx's chunks, the same loss written plainly in torch, and Liger's chunked JSD.
+"""How much memory the loss takes: kdx, the same loss in plain torch, and Liger's chunked JSD.
 
     python benchmarks/memory.py
 
-For counted positions N and vocabulary V, on random weights: how far the peak resident memory of a process rises in one
-forward and backward of the loss, from the hidden states to gradients of hidden states and head. Each figure is a
-process of its own. Writes benchmarks/results/memory.json.
+By how much the peak resident memory of a process rises in one forward and backward pass of the loss, from hidden states
+to the gradients of hidden states and head, for N counted positions and a vocabulary of V. Weights are random; each
+figure is measured in its own process. Writes benchmarks/results/memory.json.
 """
 
 import argparse
@@ -27,11 +27,11 @@ POSITIONS = (1024, 4096, 16384)
 VOCABULARIES = (50257, 151936)
 WIDTH, TEACHER_WIDTH = 576, 1024
 TEMPERATURE, ALPHA = 2.0, 0.7
-LARGEST = 14e9  # bytes: what would need more is not tried
+LARGEST = 14e9  # bytes; shapes that need more are not tried
 
 
 def measure(contestant: str, num_positions: int, num_ids: int) -> int:
-    """Run the loss once in this process → bytes by which the peak resident memory rose."""
+    """Run the loss once in this process → the rise of its peak resident memory, in bytes."""
     torch.manual_seed(0)
     hidden = torch.randn(num_positions, WIDTH, requires_grad=True)
     weight = torch.nn.Parameter(torch.randn(num_ids, WIDTH) * 0.02)
@@ -40,7 +40,7 @@ def measure(contestant: str, num_positions: int, num_ids: int) -> int:
         torch.randn(num_ids, TEACHER_WIDTH) * 0.02,
     )
     labels = torch.randint(0, num_ids, (num_positions,))
-    # The gradients themselves are everyone's. Written to: memory that is only promised is not resident.
+    # Every contestant needs the gradients themselves. They are written to, so that their memory is resident.
     weight.grad = torch.full_like(weight, 1e-6)
     hidden.grad = torch.full_like(hidden, 1e-6)
     before = _resident()
@@ -80,7 +80,7 @@ def main() -> None:
         print(json.dumps(measure(args.one[0], int(args.one[1]), int(args.one[2]))))
         return
     results: list[dict[str, Any]] = []
-    table = Table(title="MB by which the loss raises the peak")
+    table = Table(title="rise of the peak memory, MB")
     for column in ("V", "N", "kdx", "plain torch", "Liger JSD"):
         table.add_column(column, justify="right")
     for num_ids in VOCABULARIES:
@@ -90,8 +90,8 @@ def main() -> None:
                 peak, cell = None, "not tried"
                 if contestant != "plain torch" or num_positions * num_ids * 4 * 5 < LARGEST:
                     command = [sys.executable, __file__, "--one", contestant, str(num_positions), str(num_ids)]
-                    told = subprocess.run(command, capture_output=True, text=True, check=False)
-                    peak = json.loads(told.stdout.splitlines()[-1]) if told.returncode == 0 else None
+                    done = subprocess.run(command, capture_output=True, text=True, check=False)
+                    peak = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
                     cell = "failed" if peak is None else f"{peak / 1e6:,.0f}"
                 results.append({"contestant": contestant, "positions": num_positions, "ids": num_ids, "bytes": peak})
                 cells.append(cell)

@@ -1,7 +1,7 @@
-"""The same work done by others, one process each: python benchmarks/peers.py hf|trl WORK.json
+"""The same work with Hugging Face's Trainer or TRL: python benchmarks/peers.py hf|trl WORK.json
 
-WORK.json names model folders, rows (tokens and labels), batch size and precision. Prints one JSON line: seconds of
-each step. Both are given what they do by default; only lengths, rows, batch size and precision are set.
+WORK.json names model folders, rows (tokens and labels), batch size and precision; everything else is the library's
+default. Prints one JSON line with the seconds of each step.
 """
 
 import json
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step, from its first micro-batch to the optimizer's end."""
+    """Seconds of each optimizer step, from its first micro-batch to the end of the optimizer's step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

@@ -1,9 +1,9 @@
-"""The price of a step: kdx without a teacher, with a live one and with a stored one, beside Hugging Face and TRL.
+"""What a step costs: kdx without a teacher, with a live and with a stored one, beside Hugging Face and TRL.
 
     python benchmarks/step.py [--pair smollm2 dialogpt] [--steps 5] [--repeats 3]
 
-Every contestant is a process of its own on the same rows; order alternates between repeats; figures are medians over
-steps (the first is left out) and then over repeats. Writes benchmarks/results/step.json.
+Each contestant runs in its own process, on the same rows; the order alternates between repeats. Figures are medians
+over steps (without the first) and then over repeats. Writes benchmarks/results/step.json.
 """
 
 import argparse
@@ -24,10 +24,13 @@ CONTESTANTS = ("kdx plain CE", "kdx live", "kdx stored", "HF Trainer CE", "TRL G
 
 
 def run(work: Work, contestant: str, folder: Path) -> dict[str, float]:
-    """One contestant once → median seconds a step, and the peak resident memory of its process."""
+    """Run one contestant once → median seconds per step, and the peak resident memory of its process."""
     if contestant.startswith("kdx"):
         words = {
-            "kdx plain CE": ["loss=cross_entropy", "teacher.store=on"],  # the store answers for the held-out rows
+            "kdx plain CE": [
+                "loss=cross_entropy",
+                "teacher.store=on",
+            ],  # the teacher's held-out answers come from the store
             "kdx live": ["teacher.store=off"],
             "kdx stored": ["teacher.store=on"],
         }[contestant]

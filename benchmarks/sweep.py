@@ -1,9 +1,9 @@
-"""The documented sweep: kdx's six runs with one store, its baseline too, against six runs of TRL's GKDTrainer.
+"""The documented sweep: kdx's six runs with one store, and its baseline, beside six runs of TRL's GKDTrainer.
 
     python benchmarks/sweep.py [--steps 24]
 
-Whole commands, from start to saved result, on the same rows: `python -m kdx -m loss.temperature=1,2,4
-loss.alpha=0.3,0.7` with an empty store, without the baseline and with it; one run of the peer, times six. Writes
+Times whole commands, from start to saved student, on the same rows: `python -m kdx -m loss.temperature=1,2,4
+loss.alpha=0.3,0.7` starting with an empty store, without and with the baseline; and one run of TRL, times six. Writes
 benchmarks/results/sweep.json.
 """
 
@@ -22,13 +22,13 @@ from work import prepare_work, write_results
 
 
 def seconds_of(command: list[str], environment: dict[str, str]) -> float:
-    """Run a command → its seconds of wall time."""
+    """Run a command → its wall time in seconds."""
     began = time.perf_counter()
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, check=False
     )
-    if told.returncode:
-        raise SystemExit(f"{command} failed:\n{told.stdout[-2000:]}\n{told.stderr[-2000:]}")
+    if done.returncode:
+        raise SystemExit(f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return time.perf_counter() - began
 
 
@@ -40,7 +40,7 @@ def main() -> None:
         folder = Path(name)
         work = prepare_work("smollm2", folder, steps=args.steps)
         sweep = ["-m", "kdx", "-m", "loss.temperature=1,2,4", "loss.alpha=0.3,0.7", *work.words]
-        shutil.rmtree(folder / "store")  # the sweep fills it itself
+        shutil.rmtree(folder / "store")  # the sweep fills its own
         six = seconds_of([*sweep, "sweep.baseline=false", f"hydra.sweep.dir={folder}/six"], work.environment)
         baseline = seconds_of([*sweep, f"hydra.sweep.dir={folder}/six"], work.environment)  # the six are done by now
         one = seconds_of([str(Path(__file__).with_name("peers.py")), "trl", str(work.file)], work.environment)

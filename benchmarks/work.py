@@ -1,4 +1,4 @@
-"""The work that contestants share: models on disk, rows tokenised by kdx, and where results go."""
+"""What the contestants share: models on disk, rows tokenised by kdx, and the folder for results."""
 
 import json
 import os
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Work:
-    """What one contestant is given: the words of a kdx run, and the same as a file for the others."""
+    """The input of a contestant: the words of a kdx run, and the same work as a file for the others."""
 
     words: list[str]
     file: Path
@@ -36,7 +36,7 @@ class Work:
 
 
 def prepare_work(pair: str, folder: Path, *, steps: int) -> Work:
-    """Write models and rows of a pair, and fill the teacher's store."""
+    """Write the models and rows of a pair, and fill the teacher's store."""
     quiet_libraries()
     os.environ["KDX_STORE"] = str(folder / "store")
     words = ["data.validation=8", f"data.take={steps * BATCH_SIZE}", "data.max_length=192", "tracking.mode=disabled"]
@@ -54,7 +54,7 @@ def prepare_work(pair: str, folder: Path, *, steps: int) -> Work:
     fill([compose(words)])
     config = compose(words)
     run = prepare(config, build_accelerator(config))
-    if pair == "smollm2":  # the others read model folders: the cut student as it is kept, the teacher dequantised
+    if pair == "smollm2":  # the others read model folders
         run.student.save_pretrained(folder / "student")
         run.tokenizer.save_pretrained(folder / "student")
         assert run.teacher is not None
@@ -79,7 +79,7 @@ def labelled(row: Row) -> tuple[list[int], list[int]]:
 
 
 def write_gpt2(folder: Path, *, layers: int, width: int) -> None:
-    """A GPT-2 of this shape with fresh weights, and a tokenizer of 50,257 ids: $GPT2_TOKENIZER, or one learnt here."""
+    """A GPT-2 of this shape with fresh weights, and a tokenizer of 50,257 ids: $GPT2_TOKENIZER, or one trained here."""
     torch.manual_seed(layers)
     shape = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, n_positions=1024, vocab_size=50257)
     GPT2LMHeadModel(shape).save_pretrained(folder)
@@ -97,13 +97,13 @@ def write_gpt2(folder: Path, *, layers: int, width: int) -> None:
 
 
 def _chats() -> list[Any]:
-    from kdx.data.sources import load_data
+    from kdx.data.sources import read_conversations
 
-    return load_data(compose([]).data).train
+    return list(read_conversations(compose([]).data))
 
 
 def write_results(name: str, results: dict[str, Any]) -> None:
-    """Write results with the machine they are from."""
+    """Write the results and the machine they were measured on."""
     RESULTS.mkdir(exist_ok=True)
     machine = {
         "processor": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,

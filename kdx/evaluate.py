@@ -7,23 +7,27 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import GenerationConfig
 
 from kdx import loss
 from kdx.causal_lm import Head, counted_hidden, head_of
-from kdx.data.batches import MicroBatch, Row, StepBatches, by_length, collate
+from kdx.data.batches import Batches, MicroBatch, Row, by_length, collate
 from kdx.objective import blocks_of, chunk_size_of, chunks_of
-from kdx.teacher import Teacher
+from kdx.run.signals import StopRequest
+from kdx.run.tracking import log, working
+from kdx.teacher import Answer, Teacher
 
 MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
-SAMPLE = 128  # positions at which it is looked for what the teacher says past the ids
-MIN_ROWS = 8  # measuring needs less memory than training
+MIN_ROWS = 8  # rows at once: measuring needs less memory than training
+NUM_SAMPLES, MAX_NEW_TOKENS = 3, 48  # of the sample answers
+PADDING_SAMPLE = 128  # positions at which the teacher's mass on padding rows of its head is measured
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,18 @@ class Measures:
         return sum(row["counted"] for row in self.rows)
 
     def mean(self, name: str) -> float | None:
-        """The mean of a measure per counted position, or None where it was not taken."""
+        """Return the mean of a measure per counted position, or None where it was not taken."""
         if not self.rows or any(row[name] is None for row in self.rows):
             return None
         return math.fsum(row[name] for row in self.rows) / self.num_counted
 
+    def named(self) -> dict[str, float | None]:
+        """Return the mean of each measure that is logged."""
+        return {name: self.mean(name) for name in MEASURES}
+
     def means(self) -> dict[str, float | None]:
-        """All measures, with the perplexity that belongs to ce."""
-        means = {name: self.mean(name) for name in MEASURES}
+        """Return all measures, and the perplexity that belongs to ce."""
+        means = self.named()
         ce = means["ce"]
         perplexity = None if ce is None else math.exp(min(ce, 700.0))
         return {"ce": ce, "perplexity": perplexity, **{k: v for k, v in means.items() if k != "ce"}}
@@ -60,26 +68,17 @@ class HeldOut:
     batches: list[MicroBatch]
     device: torch.device
     num_ids: int
-    teacher_head: Head | None = None
-    teacher_hidden: list[Tensor] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)  # in main memory, by batch
 
     @classmethod
-    def build(cls, rows: Sequence[Row], like: StepBatches, device: torch.device, num_ids: int) -> "HeldOut":
-        """Share the rows out as the training batches are; rows of like length stand together."""
+    def build(cls, rows: Sequence[Row], like: Batches, device: torch.device, num_ids: int) -> "HeldOut":
+        """Share rows out as the training batches are, rows of similar length together."""
         groups = by_length(rows, max(like.micro_batch_size, MIN_ROWS))[like.rank :: like.num_processes]
         return cls([collate([rows[i] for i in group], like.pad_id) for group in groups], device, num_ids)
 
-    def ask(self, teacher: Teacher, advance: Callable[[], None] = lambda: None) -> None:
-        """Take the teacher's hidden states at every counted position, once. They are kept in main memory."""
-        self.teacher_head = teacher.head.cut(self.num_ids)
-        self.teacher_hidden = []
-        for batch in self.batches:
-            self.teacher_hidden.append(teacher.settled(batch).cpu())
-            advance()
-
     @torch.no_grad()
     def measure(
-        self, model: Any, precision: AbstractContextManager[Any], advance: Callable[[], None] = lambda: None
+        self, model: Any, precision: AbstractContextManager[Any], after_each: Callable[[], None] = lambda: None
     ) -> tuple[Measures, Measures]:
         """Measure a student → its own measures, and the teacher's from the same pass (empty without a teacher)."""
         was_training = model.training
@@ -87,22 +86,104 @@ class HeldOut:
         head = head_of(model).cut(self.num_ids)
         student_rows: list[dict[str, Any]] = []
         teacher_rows: list[dict[str, Any]] = []
-        with precision:
-            chunk_head = head.in_compute_dtype()
-            for i, batch in enumerate(self.batches):
-                batch = batch.to(self.device)
-                hidden = counted_hidden(model, batch)
-                answers = self.teacher_hidden[i] if self.teacher_head is not None else None
-                ours, theirs = score(hidden, chunk_head, answers, self.teacher_head, batch.counted_labels)
-                student_rows += _by_row(ours, batch)
-                teacher_rows += _by_row(theirs, batch) if theirs else []
-                advance()
-        model.train(was_training)
+        try:
+            with precision:
+                chunk_head = head.in_compute_dtype()
+                for i, batch in enumerate(self.batches):
+                    batch = batch.to(self.device)
+                    hidden = counted_hidden(model, batch)
+                    answer = self.answers[i] if self.answers else None
+                    ours, theirs = score(hidden, chunk_head, answer, batch.counted_labels)
+                    student_rows += _by_row(ours, batch)
+                    teacher_rows += _by_row(theirs, batch) if theirs else []
+                    after_each()
+        finally:
+            model.train(was_training)
         return Measures(gather_object(student_rows)), Measures(gather_object(teacher_rows))
 
 
+class Judge:
+    """Takes the same measures and sample answers of every model of a run.
+
+    training: whose student and teacher are judged. stop: asked between two batches, where nothing is lost.
+    """
+
+    def __init__(self, data: Any, training: Any, stop: StopRequest) -> None:
+        batches, self.machine, self.num_ids = training.batches, training.machine, training.objective.num_ids
+        self.held_out = HeldOut.build(data.held_out, batches, self.machine.device, self.num_ids)
+        self.num_rows = len(data.held_out)
+        self.prompts: list[dict[str, Any]] = data.prompts if training.config.tracking.samples else []
+        self.teacher: Teacher | None = training.teacher
+        self.tokenizer, self.stop = training.tokenizer, stop
+        self.teacher_measures = Measures([])
+
+    def __call__(self, model: Any, *, as_saved: bool = False) -> Measures:
+        """Measure a student in the precision it trains in, or, with its weights cast, as anyone would who loads it."""
+        if not self.num_rows:
+            return Measures([])
+        self.ask_teacher()
+        precision = nullcontext() if as_saved else self.machine.autocast()
+        with working("Evaluating student", len(self.held_out.batches), self.machine.is_main_process) as advance:
+
+            def after_each() -> None:
+                advance()
+                self.stop.check()
+
+            measures, self.teacher_measures = self.held_out.measure(model, precision, after_each)
+        return measures
+
+    def ask_teacher(self) -> None:
+        """Take the teacher's answers to the held-out rows, once."""
+        teacher, held_out = self.teacher, self.held_out
+        if teacher is None or held_out.answers or not held_out.batches:
+            return
+        head = teacher.head.cut(self.num_ids)
+        answers = []
+        with working("Evaluating teacher", len(held_out.batches), self.machine.is_main_process) as advance:
+            for batch in held_out.batches:
+                answers.append(Answer(teacher.answer(batch).hidden.cpu(), head))
+                advance()
+                self.stop.check()
+        held_out.answers = answers
+        padding = teacher.head.num_ids - self.num_ids
+        if padding > 0:
+            logits = teacher.head.logits(answers[0].hidden[:PADDING_SAMPLE])
+            mass = loss.log_probabilities(logits).exp()[:, self.num_ids :].sum(-1).mean().item()
+            log.info("the teacher's head has %d rows of padding, which are cut: %.2g of its mass", padding, mass)
+
+    def before_training(self, student: Any) -> dict[str, Any]:
+        """Measure and sample the teacher and the untouched student: untouched.json."""
+        untouched = self(student).means()
+        teacher = self.teacher
+        sizes = {"num_parameters": None} if teacher is None else {"num_parameters": teacher.num_parameters}
+        return {
+            "untouched": untouched | {"num_parameters": student.num_parameters()},
+            "teacher": self.teacher_measures.means() | sizes,
+            "teacher_samples": teacher_samples(teacher, self.tokenizer, self.prompts),
+            "untouched_samples": self.samples(student),
+        }
+
+    def samples(self, model: Any) -> list[str]:
+        """Let a model answer the sample prompts."""
+        return [answer(model, self.tokenizer, prompt["text"], MAX_NEW_TOKENS) for prompt in self.prompts]
+
+
+def teacher_samples(teacher: Teacher | None, tokenizer: Any, prompts: list[dict[str, Any]]) -> list[str | None]:
+    """Let the teacher answer the sample prompts, or read its answers from its store."""
+    answers = []
+    for prompt in prompts:
+        key = f"{MAX_NEW_TOKENS} tokens: {prompt['text']}"
+        text = teacher.store.load_answer(key) if teacher and teacher.store else None
+        if teacher and text is None:
+            text = answer(teacher.model, tokenizer, prompt["text"], MAX_NEW_TOKENS)
+            if teacher.store:
+                teacher.store.save_answer(key, text)
+        answers.append(text)
+    return answers
+
+
 def score(
-    hidden: Tensor, head: Head, teacher_hidden: Tensor | None, teacher_head: Head | None, labels: Tensor
+    hidden: Tensor, head: Head, answer: Answer | None, labels: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Measure N positions, a chunk at a time → each measure [N] of the student, and ce and accuracy of the teacher."""
     parts: list[dict[str, Tensor]] = []
@@ -110,15 +191,15 @@ def score(
     for chunk in chunks_of(len(labels), chunk_size_of(head)):
         product = head.product(hidden[chunk])
         teacher_product = None
-        if teacher_hidden is not None and teacher_head is not None:
-            teacher_product = teacher_head.product(teacher_hidden[chunk]).to(product.device)
+        if answer is not None:
+            teacher_product = answer.head.product(answer.hidden[chunk]).to(product.device)
         for block in blocks_of(product):
             label = labels[chunk][block].unsqueeze(-1)
             s = loss.log_probabilities(head.finish(product[block]))
             choice = s.argmax(-1, keepdim=True)
             part = {"ce": -s.gather(-1, label), "accuracy": (choice == label).float()}
-            if teacher_head is not None and teacher_product is not None:
-                t = loss.log_probabilities(teacher_head.finish(teacher_product[block]))
+            if answer is not None and teacher_product is not None:
+                t = loss.log_probabilities(answer.head.finish(teacher_product[block]))
                 teacher_choice = t.argmax(-1, keepdim=True)
                 part["kl"] = loss.forward_kl(s, t)
                 part["reverse_kl"] = loss.reverse_kl(s, t)
@@ -126,14 +207,6 @@ def score(
                 teacher_parts.append({"ce": -t.gather(-1, label), "accuracy": (teacher_choice == label).float()})
             parts.append(part)
     return _joined(parts), _joined(teacher_parts)
-
-
-def mass_past(num_ids: int, head: Head, hidden: list[Tensor]) -> float:
-    """The teacher's mean probability of the head rows past the tokenizer's real ids, on the first batch."""
-    if not hidden:  # a process without held-out rows
-        return 0.0
-    probabilities = loss.log_probabilities(head.logits(hidden[0][:SAMPLE])).exp()
-    return probabilities[:, num_ids:].sum(-1).mean().item() if len(probabilities) else 0.0
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -158,14 +231,22 @@ def _by_row(values: dict[str, Tensor], batch: MicroBatch) -> list[dict[str, Any]
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """Let a model go on with a rendered conversation greedily, as `pipeline("text-generation", …)` would."""
+    """Continue a rendered conversation greedily, whatever the model's own generation config prefers."""
     inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-    was_training = model.training
+    own, was_training = model.generation_config, model.training
+    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    pad = next((i for i in (own.pad_token_id, tokenizer.pad_token_id) if i is not None), eos)
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos,
+        pad_token_id=pad[0] if isinstance(pad, list) else pad,
+    )  # fmt: skip
     model.eval()
-    pad = model.generation_config.pad_token_id
-    pad = pad if pad is not None else tokenizer.eos_token_id
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad)
-    model.train(was_training)
+    model.generation_config = greedy  # else unset values are taken from the model's own
+    try:
+        output = model.generate(**inputs)
+    finally:
+        model.generation_config = own
+        model.train(was_training)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

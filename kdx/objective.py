@@ -19,17 +19,21 @@ from torch.autograd.function import once_differentiable
 
 from kdx import loss
 from kdx.causal_lm import Head, counted_hidden, head_of
+from kdx.config import LossConfig
 from kdx.data.batches import IGNORED, MicroBatch
+from kdx.errors import ConfigError, did_you_mean, together
+from kdx.teacher import Answer
+from kdx.plugins import option_faults
 
-CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: the more rows, the fewer passes over the gradient of the head
-CACHE_BYTES = 2**19  # of one float32 tensor of a block on a CPU, for each thread
-HEAD_ROWS = 2**14  # of the head's gradient at once: summed in float32 without a second matrix of the head's size
-BLOCK_BYTES = 2**26  # of one elsewhere: large enough to fill a GPU, small beside the chunk's several such tensors
+CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: larger chunks mean fewer passes over the head's gradient
+CACHE_BYTES = 2**19  # of one float32 tensor of a block on a CPU, per thread: what stays in its cache
+BLOCK_BYTES = 2**26  # of one elsewhere: large enough to fill a GPU, small beside the chunk
+HEAD_ROWS = 2**14  # rows of the head's gradient summed at once in float32, without a second matrix of the head's size
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What is minimised: the numbers of the formula above."""
+class Mix:
+    """The numbers of the formula above: which divergence, its weight and its temperature."""
 
     name: str = "forward_kl"
     alpha: float = 0.5
@@ -37,8 +41,17 @@ class Objective:
     scale_by_temperature: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term in the loss; `kd` includes the temperature's square already."""
+        return {"kd": self.alpha, "ce": 1 - self.alpha}
+
+    def loss(self, terms: dict[str, float]) -> float:
+        """Combine the terms as the loss does."""
+        return sum(weight * terms[name] for name, weight in self.weights.items())
+
     def formula(self) -> str:
-        """The loss as one would write it down, with this run's numbers."""
+        """Write the loss down with this run's numbers."""
         if self.alpha == 0:
             return "loss = CE(student, labels)"
         options = "".join(f", {key}={value}" for key, value in self.options.items())
@@ -47,6 +60,59 @@ class Objective:
         kd = "".join(f"{factor:g}·" for factor in factors if factor != 1) + at
         ce = f" + {1 - self.alpha:g}·CE(student, labels)" if self.alpha < 1 else ""
         return f"loss = {kd}{ce}"
+
+
+def mix_of(config: LossConfig) -> Mix:
+    """Build the mix that a config describes."""
+    return Mix(
+        name=config.name,
+        alpha=config.alpha,
+        temperature=config.temperature,
+        scale_by_temperature=config.scale_by_temperature,
+        options=config.options,
+    )
+
+
+def check_loss(config: LossConfig) -> None:
+    """Refuse a divergence or options that the registry does not know. Raises ConfigError."""
+    if config.name == "cross_entropy":
+        faults = option_faults(lambda: None, config.options, "loss.")
+    elif config.name not in loss.names():
+        hint = f"{did_you_mean(config.name, [*loss.names(), 'cross_entropy'])}. Your own: KDX_PLUGINS=module"
+        raise ConfigError("loss.name", f"no divergence is named {config.name!r}", hint)
+    else:
+        faults = option_faults(loss.get(config.name), config.options, "loss.", num_given=2)
+    if faults:
+        raise together(faults)
+    if config.name != "cross_entropy":
+        try:
+            loss.check_options(config.name, config.options)  # ranges, and what the function returns
+        except ValueError as error:
+            raise ConfigError("loss", str(error), f"See the divergence {config.name} for its options") from None
+
+
+class Objective(nn.Module):
+    """The student and its loss as one module: what accelerate wraps, so that the hooks of DDP and FSDP fire.
+
+    model: the student. num_ids: the tokenizer's real ids; rows of the head past them are padding and are left out.
+    """
+
+    def __init__(self, model: nn.Module, num_ids: int, mix: Mix, chunk_size: int | None = None) -> None:
+        super().__init__()
+        self.model, self.num_ids, self.mix, self.chunk_size = model, num_ids, mix, chunk_size
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # where accelerate's FSDP wraps
+
+    def forward(
+        self, batch: MicroBatch, answer: Answer | None, factor: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum the loss over the batch's counted positions → factor · total, and each term's sum without the factor.
+
+        answer: the teacher's hidden states at the same positions; None trains on the labels alone (alpha 0).
+        """
+        hidden = counted_hidden(self.model, batch)
+        head = head_of(self.model).cut(self.num_ids)
+        size = self.chunk_size or chunk_size_of(head)
+        return summed_loss(hidden, head, answer, batch.counted_labels, self.mix, size, factor, batch.weights)
 
 
 def distillation_loss(
@@ -84,45 +150,37 @@ def distillation_loss(
         student_hidden, labels = student_hidden[counted], labels[counted]
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden[counted.to(teacher_hidden.device)]
-    objective = Objective(
+    answer = None if teacher_hidden is None or teacher_head is None else Answer(teacher_hidden, teacher_head)
+    mix = Mix(
         name=name, alpha=alpha, temperature=temperature, scale_by_temperature=scale_by_temperature, options=options
     )
-    factor = 1 / max(num_tokens, 1)
-    total, _, _ = summed_loss(
-        student_hidden, student_head, teacher_hidden, teacher_head, labels, objective, chunk_size, factor
-    )
+    total, _ = summed_loss(student_hidden, student_head, answer, labels, mix, chunk_size, 1 / max(num_tokens, 1))
     return total
 
 
 def summed_loss(
-    student_hidden: Tensor,
-    student_head: Head,
-    teacher_hidden: Tensor | None,
-    teacher_head: Head | None,
+    hidden: Tensor,
+    head: Head,
+    answer: Answer | None,
     labels: Tensor,
-    objective: Objective,
+    mix: Mix,
     chunk_size: int = 256,
     factor: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum the loss over positions that all count → factor · total, and without gradient its terms kd (with τ²) and ce."""
-    if teacher_head is not None:  # one tokenizer, heads padded differently: the ids they share
-        num_ids = min(student_head.num_ids, teacher_head.num_ids)
-        student_head, teacher_head = student_head.cut(num_ids), teacher_head.cut(num_ids)
+    weights: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum the loss over positions that all count → factor · total, and without gradient each term (kd includes τ²).
+
+    weights: by term, a factor [N] for each position: the student's own words, say, have no cross-entropy.
+    """
+    if answer is not None:  # one tokenizer, heads padded differently: keep the ids that both have
+        num_ids = min(head.num_ids, answer.head.num_ids)
+        head, answer = head.cut(num_ids), Answer(answer.hidden, answer.head.cut(num_ids))
     # In float16 a gradient times 1/num_tokens would underflow: the scaler's own factor has to come first.
-    outside, inside = (factor, 1.0) if student_hidden.dtype == torch.float16 else (1.0, factor)
+    outside, inside = (factor, 1.0) if hidden.dtype == torch.float16 else (1.0, factor)
     total, kd, ce = _ChunkedSum.apply(
-        student_hidden,
-        student_head.weight,
-        student_head.bias,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        labels,
-        objective,
-        chunk_size,
-        inside,
+        hidden, head.weight, head.bias, head, answer, labels, mix, chunk_size, inside, weights or {}
     )
-    return total * outside, kd, ce
+    return total * outside, {"kd": kd, "ce": ce}
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -135,12 +193,12 @@ class _ChunkedSum(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: Head,
-        teacher_hidden: Tensor | None,
-        teacher_head: Head | None,
+        answer: Answer | None,
         labels: Tensor,
-        objective: Objective,
+        mix: Mix,
         chunk_size: int,
         factor: float,
+        weights: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = head.detached(weight, bias).in_compute_dtype()
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -153,22 +211,23 @@ class _ChunkedSum(torch.autograd.Function):
         for rows in chunks_of(len(labels), chunk_size):
             product = head.product(hidden[rows])
             teacher_product = None
-            if objective.alpha > 0 and teacher_head is not None and teacher_hidden is not None:
-                teacher_product = teacher_head.product(teacher_hidden[rows]).to(product.device)
-            # The softmaxes pass over [n, V] many times: a few rows at once, so that they stay in the processor's cache.
+            if mix.alpha > 0 and answer is not None:
+                teacher_product = answer.head.product(answer.hidden[rows]).to(product.device)
+            # The softmaxes pass over [n, V] many times: a few rows at once stay in the processor's cache.
             for block in blocks_of(product):
                 logits = head.finish(product[block])
                 teacher_logits = None
-                if teacher_head is not None and teacher_product is not None:
-                    teacher_logits = teacher_head.finish(teacher_product[block])
-                kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[rows][block], objective)
+                if answer is not None and teacher_product is not None:
+                    teacher_logits = answer.head.finish(teacher_product[block])
+                weighted = {name: weight[rows][block] for name, weight in weights.items()}
+                kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[rows][block], mix, weighted)
                 kd_sum += kd
                 ce_sum += ce
                 grad = head.through(logits, grad)
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
-                product[block] = grad  # what was the product is the gradient by it from here on
-            del teacher_product  # the peak of a step is about here: activations wait, gradients come
+                product[block] = grad  # the product is no longer needed: its memory holds its gradient
+            del teacher_product  # the peak of a step's memory is about here
             if grad_hidden is not None:
                 grad_hidden[rows] = (product @ head.weight).to(hidden.dtype).mul_(factor)
             if grad_weight is not None:
@@ -185,36 +244,35 @@ class _ChunkedSum(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(kd_sum, ce_sum)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        total = factor * (objective.alpha * kd_sum + (1 - objective.alpha) * ce_sum)
+        total = factor * (mix.alpha * kd_sum + (1 - mix.alpha) * ce_sum)
         return total.to(grad_dtype), kd_sum, ce_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:
         grads = ctx.saved_tensors
-        # As a rule the factor is 1, and a gradient of the head is as large as the head: no copy of it. To look is free
-        # on a CPU; a GPU would be waited for.
+        # The factor is 1 as a rule, and a gradient of the head is as large as the head: avoid the copy. Looking costs
+        # nothing on a CPU; a GPU would have to be waited for.
         if grad_total.device.type != "cpu" or grad_total.item() != 1:
-            grads = [None if grad is None else grad * grad_total for grad in grads]  # it is not rounded to bf16
+            grads = [None if grad is None else grad * grad_total for grad in grads]  # before it is rounded to bf16
         by_inputs = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
         return *by_inputs, *[None] * 7
 
 
 def chunk_size_of(head: Head) -> int:
-    """How many positions a chunk has, by what their logits weigh."""
+    """Choose how many positions a chunk has by the size of their logits."""
     return max(1, CHUNK_BYTES // (head.compute_dtype.itemsize * head.num_ids))
 
 
 def chunks_of(num_rows: int, size: int) -> Iterator[slice]:
-    """Cut rows into as few parts of at most `size` as can be, all of nearly one length."""
+    """Split rows into the fewest parts of at most `size`, of nearly equal length."""
     num_chunks = -(-num_rows // size)
     for i in range(num_chunks):
         yield slice(i * num_rows // num_chunks, (i + 1) * num_rows // num_chunks)
 
 
 def blocks_of(product: Tensor) -> Iterator[slice]:
-    """Cut the rows of a chunk [n, V], of which the softmaxes need several float32 copies: on a CPU into what its
-    caches hold, as many for each thread, elsewhere into what is small beside the chunk."""
+    """Split the rows of a chunk [n, V] for the softmaxes, which need several float32 copies of what they work on."""
     num_rows, row_bytes = product.shape[0], 4 * product.shape[1]
     if product.device.type == "cpu":
         size = max(1, CACHE_BYTES // row_bytes) * torch.get_num_threads()
@@ -225,53 +283,35 @@ def blocks_of(product: Tensor) -> Iterator[slice]:
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of sums over positions: float64, but where the device has none (Apple's MPS)."""
+    """Return the dtype of sums over positions: float64, except on Apple's MPS, which has none."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _loss_and_gradient(
-    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, objective: Objective
+    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, mix: Mix, weights: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum one chunk: kd (τ² included), ce, and the gradient [n, V] of alpha·kd + (1−alpha)·ce by the logits."""
-    alpha, temperature = objective.alpha, objective.temperature
+    """Sum one block: kd (τ² included), ce, and the gradient [n, V] of alpha·kd + (1−alpha)·ce by the logits."""
     s1 = loss.log_probabilities(logits)
     rows = torch.arange(len(labels), device=labels.device)
-    ce = -s1[rows, labels].sum(dtype=_sum_dtype(logits))
-    if teacher_logits is None:
-        kd, grad = ce.new_zeros(()), None
-    else:
-        t = loss.log_probabilities(teacher_logits, temperature)
-        s = s1 if temperature == 1 else loss.log_probabilities(logits, temperature)
-        value, grad = loss.value_and_gradient(objective.name, s, t, objective.options)
-        factor = temperature**2 if objective.scale_by_temperature else 1.0
-        kd = factor * value.sum(dtype=_sum_dtype(logits))
-        grad.mul_(alpha * factor / temperature)  # the logits are divided by τ on the way in
-    if alpha < 1:
-        probabilities = s1.exp_()
-        probabilities[rows, labels] -= 1
-        grad = probabilities if grad is None else grad
-        grad = grad.mul_(1 - alpha) if grad is probabilities else grad.add_(probabilities, alpha=1 - alpha)
+    ce = -s1[rows, labels]
+    kd, grad = ce.new_zeros(()), None
+    if teacher_logits is not None:
+        t = loss.log_probabilities(teacher_logits, mix.temperature)
+        s = s1 if mix.temperature == 1 else loss.log_probabilities(logits, mix.temperature)
+        kd, grad = loss.value_and_gradient(mix.name, s, t, mix.options)
+        factor = mix.temperature**2 if mix.scale_by_temperature else 1.0
+        grad.mul_(mix.alpha * factor / mix.temperature)  # the logits are divided by τ on the way in
+        if "kd" in weights:
+            kd = kd * weights["kd"]
+            grad.mul_(weights["kd"].unsqueeze(-1))
+        kd = factor * kd.sum(dtype=_sum_dtype(logits))
+    if mix.alpha < 1:
+        by_label = s1.exp_()
+        by_label[rows, labels] -= 1
+        if "ce" in weights:
+            by_label.mul_(weights["ce"].unsqueeze(-1))
+        grad = by_label.mul_(1 - mix.alpha) if grad is None else grad.add_(by_label, alpha=1 - mix.alpha)
+    if "ce" in weights:
+        ce = ce * weights["ce"]
     assert grad is not None
-    return kd, ce, grad
-
-
-class StudentObjective(nn.Module):
-    """The student and its loss as one module: what accelerate wraps, so that DDP's and FSDP's hooks fire."""
-
-    def __init__(self, model: nn.Module, num_ids: int, objective: Objective, chunk_size: int | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.num_ids = num_ids
-        self.objective = objective
-        self.chunk_size = chunk_size
-        self._no_split_modules = getattr(model, "_no_split_modules", None)  # by which accelerate makes shards
-
-    def forward(
-        self, batch: MicroBatch, teacher_hidden: Tensor | None, teacher_head: Head | None, factor: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum the loss over the batch's counted positions → factor · total, and kd and ce without the factor."""
-        hidden = counted_hidden(self.model, batch)
-        head = head_of(self.model).cut(self.num_ids)
-        labels = batch.counted_labels
-        chunk_size = self.chunk_size or chunk_size_of(head)
-        return summed_loss(hidden, head, teacher_hidden, teacher_head, labels, self.objective, chunk_size, factor)
+    return kd, ce.sum(dtype=_sum_dtype(logits)), grad

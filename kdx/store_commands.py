@@ -1,4 +1,4 @@
-"""What `kdx store …` does: fill the teacher's store ahead of the runs, show it, verify it, tidy it."""
+"""What `kdx store …` does: fill the teacher's store ahead of the runs, show it, verify it, compact it."""
 
 import argparse
 import os
@@ -6,169 +6,139 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from rich.markup import escape
 from rich.table import Table
 
-from kdx.certificate import certify, words_of
-from kdx.config import Config, DataConfig, StudentConfig, TeacherConfig
-from kdx.data.batches import by_length, collate
+from kdx.build import build_batches, build_teacher, check_names
+from kdx.config import Config, replaced
+from kdx.data.batches import collate
+from kdx.data.encode import load_data
 from kdx.data.files import at_home
 from kdx.errors import ConfigError, MachineError, printable
-from kdx.evaluate import HeldOut
-from kdx.measuring import Measurer
-from kdx.prepare import check_names, in_bytes, prepare
-from kdx.run.files import read_json, verify
+from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, teacher_samples
+from kdx.run.files import in_bytes, read_json, size_of
 from kdx.run.launch import build_accelerator
 from kdx.run.report import store_line
 from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries, working
-from kdx.segments import compact, survey
-from kdx.store import head_is_whole, size_of
+from kdx.store import compact, count_rows
+from kdx.tokenizer import load_tokenizer
 
-LEFT_BEHIND = 3600  # seconds after which a file half written is no one's
-FILL_ROWS = 8  # at least so many rows at once: the teacher's pass needs less memory than training
+ABANDONED_SECONDS = 3600  # age at which a temporary file is taken for a killed process's
+FILL_ROWS = 8  # at least so many rows in a pass: it needs less memory than training
+HELP = """
+fill KEY=VALUE ...   run the teacher over all rows of a run or sweep (words as for the run), so that its jobs need not
+stat                 list the teachers, their rows and sizes, and when each was last used
+verify               compare the checksum of every row; exit code 3 if one is damaged
+prune                join small shards, drop damaged rows and, with --unused-days, teachers that no run used lately
+"""
 
 
 def fill(configs: Sequence[Config]) -> None:
-    """Ask each teacher of these runs for every row of their data, and for its answers to the sample prompts."""
+    """Run each teacher of these configs over all rows of their data, and let it answer the sample prompts."""
     quiet_libraries()
+    # What decides the rows; the student may limit their length.
+    unique = {repr((config.teacher, config.data, config.student)): config for config in configs}
     with logging_to(None, is_main=os.environ.get("RANK", "0") == "0"):
-        done: list[tuple[TeacherConfig, DataConfig, StudentConfig]] = []
-        for config in configs:
-            asks = (config.teacher, config.data, config.student)  # the student decides too how long rows may be
-            if asks in done:
-                continue
-            done.append(asks)
+        for config in unique.values():
             if config.teacher.path is None:
-                raise ConfigError("teacher", "is none, so there is nothing to keep", "Choose a teacher")
+                raise ConfigError("teacher", "is none, so there is nothing to store", "Choose a teacher")
             check_names(config)
-            _fill(replace(config, teacher=replace(config.teacher, store="on")))
+            _fill(replaced(config, teacher=replaced(config.teacher, store="on")))
 
 
 def _fill(config: Config) -> None:
-    accelerator = build_accelerator(config)
-    run = prepare(config, accelerator, owner=f"fill{os.getpid()}", is_fill=True)
-    assert run.teacher is not None and run.teacher.store is not None
-    store, is_main = run.teacher.store, accelerator.is_main_process
-    log.info("the teacher's store: %s", run.store_words)
-    rows = {row.digest: row for row in [*run.held_out_rows, *run.rows]}
-    wanted = store.missing(list(rows))
-    missing = [rows[digest] for digest in wanted]
-    size = max(FILL_ROWS, run.batches.micro_batch_size, run.teacher.rows_at_once or 0)
-    groups = by_length(missing, size)[accelerator.process_index :: accelerator.num_processes]
+    machine = build_accelerator(config)
+    is_main = machine.is_main_process
+    tokenizer, max_length = load_tokenizer(config)
+    data = load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS)
+    batches = build_batches(config, data.train, tokenizer, machine)
+    rows, owner = [*data.held_out, *data.train], f"fill{os.getpid()}"
+    teacher = build_teacher(config, tokenizer, machine.device, max_length, rows, is_repeated=True, owner=owner)
+    assert teacher is not None and teacher.store is not None
+    store = teacher.store
+    log.info("teacher cache: %s", teacher.store_words)
+    by_digest = {row.digest: row for row in rows}
+    missing = sorted((by_digest[d] for d in store.missing(list(by_digest))), key=lambda row: -len(row.tokens))
+    size = max(FILL_ROWS, batches.micro_batch_size, teacher.rows_at_once or 0)
+    groups = [missing[i : i + size] for i in range(0, len(missing), size)]
+    groups = groups[machine.process_index :: machine.num_processes]
     try:
-        with working("the teacher reads", len(groups), is_main) as advance:
+        with working("Running teacher", len(groups), is_main) as advance:
             for group in groups:
-                run.teacher.hidden(collate([missing[i] for i in group], run.batches.pad_id))
+                teacher.answer(collate(group, batches.pad_id))
                 advance()
         if is_main:
-            held_out = HeldOut.build(run.held_out_rows, run.batches, accelerator.device, run.num_ids)
-            Measurer(run, held_out).teacher_answers()
-            certificate = certify(run.teacher, run.held_out_rows or run.rows, run.batches.pad_id)
-            if certificate:
-                log.info(words_of(certificate))
-            log.info(store_line(store))
+            teacher_samples(teacher, tokenizer, data.prompts)
     finally:
         store.close()
-    accelerator.wait_for_everyone()
+    if is_main:
+        log.info(store_line(store))
+    machine.wait_for_everyone()
     if store.is_full:
-        raise MachineError(str(store.folder), "took not all rows", "Make room, or raise teacher.store_limit_gb")
+        raise MachineError(str(store.folder), "not all rows were stored", "Free space, or raise teacher.store_limit_gb")
 
 
-def tend(words: list[str]) -> int:
-    """Run `kdx store stat | verify | prune` → the exit code. Raises ConfigError or MachineError."""
-    parser = argparse.ArgumentParser(prog="kdx store")
+def manage(words: list[str]) -> int:
+    """Run `kdx store stat | verify | prune`, or answer --help → the exit code. Raises ConfigError or MachineError."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("kdx store", description=HELP.strip(), formatter_class=layout)
+    parser.add_argument("command", choices=("fill", "stat", "verify", "prune"))
+    where = "the store's folder; default: $KDX_STORE, else outputs/teacher-store"
+    parser.add_argument("folder", nargs="?", default="", metavar="teacher.store_dir=FOLDER", help=where)
+    parser.add_argument("--unused-days", type=float, metavar="N", help="prune: remove teachers unused for N days")
 
     def refuse(message: str) -> NoReturn:
-        raise ConfigError("kdx store", message, "As in: kdx store stat teacher.store_dir=FOLDER")
+        raise ConfigError("kdx store", message, "See kdx store --help")
 
     parser.error = refuse  # type: ignore[method-assign]
-    parser.add_argument("what", choices=("stat", "verify", "prune"))
-    parser.add_argument("place", nargs="?", default="", metavar="teacher.store_dir=FOLDER")
-    parser.add_argument("--unused-days", type=float, help="prune: remove teachers that no run asked for so long")
     args = parser.parse_args(words)
-    place = args.place.removeprefix("teacher.store_dir=") or os.environ.get("KDX_STORE") or "outputs/teacher-store"
-    root = at_home(place, "teacher.store_dir").resolve()
+    folder = args.folder.removeprefix("teacher.store_dir=") or os.environ.get("KDX_STORE") or "outputs/teacher-store"
+    root = at_home(folder, "teacher.store_dir").resolve()
     if not root.is_dir():
         raise ConfigError("teacher.store_dir", f"{root} does not exist", "Name the store's folder, or set KDX_STORE")
-    teachers = sorted(folder for folder in root.glob("[0-9a-f]" * 16) if folder.is_dir())
-    if args.what == "prune":
-        if args.unused_days is not None and not args.unused_days >= 0:  # not-a-number is no number of days
-            raise ConfigError("--unused-days", f"is {args.unused_days:g}", "Give a number of days, 0 or more")
-        return _prune(root, teachers, args.unused_days)
-    return _show(root, teachers, is_verify=args.what == "verify")
-
-
-def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> int:
-    table = Table(title=str(root), title_justify="left")
-    for column in ("teacher", "dtype", "rows", "size", "last used", "certificate", *(["damaged"] if is_verify else [])):
-        table.add_column(column, justify="right" if column in ("rows", "size", "damaged") else "left")
-    num_bad = 0
-    for folder in teachers:
-        about = read_json(folder / "teacher.json")
-        found = survey(folder / "rows", is_verify=is_verify)
-        bad = found.num_bad + bool(found.num_stray_bytes) + (is_verify and _has_damaged_head(folder))
-        num_bad += bad if is_verify else 0
-        certificate = read_json(folder / "certificate.json").get("stored_to_live")
-        exact = f"KL ≤ {max(certificate.values()):.2g}" if certificate else ""
-        quantised = about.get("quantization", "none")
-        dtype = escape(printable(str(about.get("dtype", "")))) + ("" if quantised == "none" else f", {quantised}")
-        cells = [
-            f"{escape(printable(str(about.get('name', '?'))))}\n{folder.name}",
-            dtype,
-            f"{found.num_rows:,}",
-            in_bytes(size_of(folder)),
-        ]
-        cells += [str(read_json(folder / "use.json").get("used", ""))[:10], exact, *([f"{bad:,}"] if is_verify else [])]
-        table.add_row(*cells)
-    for folder in sorted((root / "students").glob("[!.]*")):
-        fault = verify(folder) if is_verify else None
-        num_bad += fault is not None
-        table.add_row(f"student {folder.name}", "", "", in_bytes(size_of(folder)), "", "", fault or "")
-    CONSOLE.print(table)
-    if num_bad:
-        mend = "Run: kdx store prune; what is damaged is then computed again when it is asked for"
-        raise MachineError(str(root), f"{num_bad} damaged", mend)
+    teachers = sorted(path for path in root.glob("[0-9a-f]" * 16) if path.is_dir())
+    if args.command == "prune":
+        _prune(root, teachers, args.unused_days)
+    else:
+        _show(root, teachers, is_verify=args.command == "verify")
     return 0
 
 
-def _has_damaged_head(folder: Path) -> bool:
-    return (folder / "teacher.json").exists() and not head_is_whole(folder)
+def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> None:
+    table = Table("teacher", "dtype", title=str(root), title_justify="left")
+    for column in ("rows", "size", "last used", *(["damaged"] if is_verify else [])):
+        table.add_column(column, justify="right")
+    total_bad = 0
+    for folder in teachers:
+        about, used = read_json(folder / "teacher.json"), read_json(folder / "use.json").get("used", "")
+        name, dtype, quantization = (printable(str(about.get(k, "?"))) for k in ("name", "dtype", "quantization"))
+        dtype = dtype if quantization == "none" else f"{quantization}, {dtype}"
+        num_rows, num_bad = count_rows(folder, is_verify=is_verify)
+        total_bad += num_bad
+        cells = [f"{name}\n{folder.name}", dtype, f"{num_rows:,}", in_bytes(size_of(folder)), str(used)[:10]]
+        table.add_row(*map(escape, cells), *([f"{num_bad:,}"] if is_verify else []))
+    CONSOLE.print(table)
+    if is_verify and total_bad:
+        hint = "Run kdx store prune to drop them; the teacher computes them again when they are needed"
+        raise MachineError(str(root), f"{total_bad:,} damaged", hint)
 
 
-def _prune(root: Path, teachers: list[Path], unused_days: float | None) -> int:
-    freed = 0
+def _prune(root: Path, teachers: list[Path], unused_days: float | None) -> None:
+    before, now = size_of(root), time.time()
     for folder in teachers:
         used = folder / "use.json"
-        age = (time.time() - (used if used.exists() else folder).stat().st_mtime) / 86400
-        if unused_days is not None and age > unused_days:
-            name = read_json(folder / "teacher.json").get("name", folder.name)
-            freed += _remove(folder)
-            CONSOLE.print(f"removed {name}, unused for {age:.0f} days", markup=False)
+        days = (now - (used if used.exists() else folder).stat().st_mtime) / 86400
+        if unused_days is None or days <= unused_days:
+            compact(folder)
             continue
-        freed += compact(folder / "rows")
-        if _has_damaged_head(folder):
-            freed += _remove(folder / "head.safetensors") + _remove(folder / "teacher.json")
-    for folder in sorted((root / "students").glob("[!.]*")):
-        if verify(folder) is not None:
-            freed += _remove(folder)
-    for left in list(root.rglob(".tmp-*")):
-        with suppress(FileNotFoundError):  # whoever was writing it is done
-            if time.time() - left.stat().st_mtime > LEFT_BEHIND:
-                freed += _remove(left)
-    CONSOLE.print(f"{in_bytes(freed)} freed in {root}", markup=False)
-    return 0
-
-
-def _remove(path: Path) -> int:
-    """Remove a file or folder → its bytes."""
-    if path.is_dir():
-        freed = size_of(path)
-        shutil.rmtree(path, ignore_errors=True)
-        return freed
-    freed = path.stat().st_size if path.exists() else 0
-    path.unlink(missing_ok=True)
-    return freed
+        name = read_json(folder / "teacher.json").get("name", folder.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        CONSOLE.print(f"removed {name}, unused for {days:.0f} days", markup=False)
+    for left in root.rglob(".tmp-*"):
+        with suppress(FileNotFoundError):  # its writer has finished meanwhile
+            if now - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
+    CONSOLE.print(f"{in_bytes(before - size_of(root))} freed in {root}", markup=False)

@@ -1,61 +1,63 @@
-"""Load the student, cut it from the teacher, or make a fresh one; save it as an ordinary model folder."""
+"""Load the student, cut it from the teacher's layers, or initialise it; save it as an ordinary model folder."""
 
+import collections
+import contextlib
 import copy
+import json
 import logging
 import re
-import shutil
-from dataclasses import replace
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
 
-from kdx.causal_lm import load_causal_lm, load_config, ready
-from kdx.config import StudentConfig, TeacherConfig
+from kdx.causal_lm import DTYPES, load_causal_lm, load_config, loading, locate, ready
+from kdx.config import ModelConfig, StudentConfig, TeacherConfig
 from kdx.errors import ConfigError, ModelError
-from kdx.loading import loading
 from kdx.run.checkpoint import REFUSALS, not_saved
-from kdx.run.files import open_to_umask, put, seal, temporary, verify, whole_folder
+from kdx.run.files import whole_folder
 
 log = logging.getLogger(__name__)
 
+INDEX = "model.safetensors.index.json"
+PER_LAYER = re.compile("layer|block|pattern|^intermediate_size$|^num_.*heads$")  # config lists with a value per layer
+
 
 def load_student(
-    config: StudentConfig,
-    teacher: TeacherConfig,
-    *,
-    dtype: torch.dtype,
-    attn_implementation: str | None,
-    seed: int,
-    kept: Path | None = None,
+    config: StudentConfig, teacher: TeacherConfig, *, dtype: torch.dtype, attn_implementation: str | None, seed: int
 ) -> PreTrainedModel:
-    """Return the student with master weights in `dtype`, whatever the file holds. Raises ConfigError or ModelError.
+    """Return the student in eval mode, its master weights in `dtype`. Raises ConfigError or ModelError.
 
-    kept: where a cut student is kept, so that the teacher is cut once.
+    Its generation config is left as its model's, or as that of the teacher it is cut from.
     """
+    source, group = _source(config, teacher)
+    shape = load_config(source, group)
+    if config.init != "random" and getattr(shape, "quantization_config", None):
+        raise ModelError(f"{group}.path", f"{source.path} is quantised and cannot be trained", "Use its full weights")
     if config.init == "pretrained":
-        return load_causal_lm(config, "student", dtype=dtype, attn_implementation=attn_implementation)
-    if config.init == "cut":
-        if dtype != torch.float32:
-            kept = None  # it is kept in fp32
-        if kept is not None and verify(kept) is None:
-            there = replace(teacher, path=str(kept), gguf_file=None, revision=None)
-            return load_causal_lm(there, "student", dtype=dtype, attn_implementation=attn_implementation)
-        whole = load_causal_lm(teacher, "teacher", dtype=dtype, attn_implementation=attn_implementation)
-        smaller = cut(whole, config.layers, teacher.trust_remote_code)
-        if kept is not None and not teacher.trust_remote_code:
-            _keep(smaller, kept)
-        return smaller
-    shape = load_config(config, "student")
-    torch.manual_seed(seed)
-    mend = "Give the path of a causal language model"
-    with loading(str(config.path), "shape", "student.path", mend):
-        model = AutoModelForCausalLM.from_config(
-            shape, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=config.trust_remote_code
-        )
-    return ready(model, "student")
+        model = load_causal_lm(config, "student", dtype=dtype, attn_implementation=attn_implementation)
+    elif config.init == "cut":
+        model = cut(teacher, config.layers, dtype=dtype, attn_implementation=attn_implementation)
+    else:
+        torch.manual_seed(seed)
+        with loading(str(config.path), "shape", "student.path"):
+            model = AutoModelForCausalLM.from_config(
+                shape, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=config.trust_remote_code
+            )
+        _take_generation_config(model, source, group)
+        ready(model, "student")
+    with tempfile.TemporaryDirectory() as folder:  # after hours of training it would be too late
+        try:
+            model.generation_config.save_pretrained(folder)
+        except (TypeError, ValueError) as error:
+            what = f"transformers refuses to save its generation_config.json: {' '.join(str(error).split())[:240]}"
+            raise ModelError(f"{group}.path", what, "Correct that file, or remove it") from None
+    return model
 
 
 def evenly_spread(num_layers: int, num_kept: int) -> list[int]:
@@ -65,81 +67,133 @@ def evenly_spread(num_layers: int, num_kept: int) -> list[int]:
     return [round(i * (num_layers - 1) / (num_kept - 1)) for i in range(num_kept)]
 
 
-def cut(model: PreTrainedModel, layers: int | list[int], trust_remote_code: bool = False) -> PreTrainedModel:
-    """Make an ordinary smaller model from some layers of a model, with its embeddings, norms and head.
+def cut(
+    teacher: TeacherConfig, layers: int | list[int], *, dtype: torch.dtype, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Build a smaller model from some of the teacher's layers, and its embeddings, norms and head.
 
-    layers: how many (evenly spread), or which. Raises ConfigError if the model has no such layers.
+    Only these tensors are read from the teacher's files. layers: how many (evenly spread), or which.
+    Raises ConfigError or ModelError.
     """
-    total = model.config.get_text_config().num_hidden_layers
-    if isinstance(layers, int):
-        if layers > total:
-            raise ConfigError("student.layers", f"is {layers}, but the teacher has {total}", f"Allowed: 1 to {total}")
-        kept = evenly_spread(total, layers)
-    else:
-        kept = list(layers)
-        wrong = [i for i in kept if i >= total]
-        if wrong or len(set(kept)) != len(kept):
-            what = f"is {kept}; the teacher's layers are 0 to {total - 1}, each at most once"
-            raise ConfigError("student.layers", what, "Choose among them")
-    stacks = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total]
-    if len(stacks) != 1:
-        what = f"cannot cut {type(model).__name__}: it has {len(stacks)} stacks of {total} layers"
-        raise ConfigError("student", what, "Choose another teacher, or student=hf")
-    config = copy.deepcopy(model.config)
+    config, path = load_config(teacher, "teacher"), locate(teacher, "teacher")
     text = config.get_text_config()
-    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):  # per-layer lists must be cut with the layers
-        if isinstance(getattr(text, name, None), list | tuple) and len(getattr(text, name)) == total:
-            setattr(text, name, [getattr(text, name)[i] for i in kept])
+    total = text.num_hidden_layers
+    kept = evenly_spread(total, layers) if isinstance(layers, int) else list(layers)
+    if max(kept) >= total or len(set(kept)) != len(kept):
+        what = f"is {layers}; the teacher's layers are 0 to {total - 1}, each at most once"
+        raise ConfigError("student.layers", what, f"Choose at most {total} of them")
+    for name, value in list(vars(text).items()):
+        if PER_LAYER.search(name) and isinstance(value, list | tuple) and len(value) == total:
+            setattr(text, name, [value[i] for i in kept])
     text.num_hidden_layers = len(kept)
-    smaller = AutoModelForCausalLM.from_config(
-        config,
-        dtype=model.dtype,
-        attn_implementation=model.config._attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )
-    place = {old: new for new, old in enumerate(kept)}
-    pattern = re.compile(rf"^{re.escape(stacks[0])}\.(\d+)\.")
+    with loading(path, "model", "teacher.path"):
+        weights = _layers_of(StoredTensors(path, teacher.revision), total, kept)
+        with torch.device("meta"):  # to learn its class, which may be code of the model's own
+            like = AutoModelForCausalLM.from_config(config, trust_remote_code=teacher.trust_remote_code)
+        model, report = type(like).from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )  # fmt: skip
+    if wrong := sorted(report["missing_keys"]):
+        what = f"{path} lacks {len(wrong)} tensors of the student, the first {wrong[0]}"
+        raise ModelError("teacher.path", what, "Choose other layers, or another teacher")
+    model.config.name_or_path = path
+    _take_generation_config(model, teacher, "teacher")
+    return ready(model, "student")
+
+
+def _layers_of(stored: "StoredTensors", total: int, kept: list[int]) -> dict[str, Tensor]:
+    """Read everything but the layers that are not kept; those that are get their new numbers."""
+    layer_of = {name: re.match(r"(.*?)\.(\d+)(\..*)", name) for name in stored.names}
+    numbers = collections.defaultdict(set)
+    for found in filter(None, layer_of.values()):
+        numbers[found[1]].add(int(found[2]))
+    stacks = [stack for stack, of in numbers.items() if of == set(range(total))]
+    if len(stacks) != 1:
+        what = f"cannot be cut from this teacher: its weights have {len(stacks)} stacks of {total} layers"
+        raise ConfigError("student", what, "Choose another teacher, or student=hf")
     weights = {}
-    for name, tensor in model.state_dict().items():
-        layer = pattern.match(name)
-        if layer is None:
-            weights[name] = tensor
-        elif int(layer[1]) in place:
-            weights[pattern.sub(f"{stacks[0]}.{place[int(layer[1])]}.", name)] = tensor
-    smaller.load_state_dict(weights, strict=True)
-    smaller.tie_weights()
-    smaller.generation_config = copy.deepcopy(model.generation_config)
-    return ready(smaller, "student")
+    for name, match in layer_of.items():
+        if match is None or match[1] != stacks[0]:
+            weights[name] = stored[name]
+        elif int(match[2]) in kept:
+            weights[f"{match[1]}.{kept.index(int(match[2]))}{match[3]}"] = stored[name]
+    return weights
 
 
-def _keep(model: PreTrainedModel, folder: Path) -> None:
-    """Keep a cut student as a model folder, whole or not at all; a full disk costs only that."""
-    beside = temporary(folder)
-    try:
-        model.save_pretrained(beside)
-        open_to_umask(*beside.iterdir())
-        seal(beside)
-        if verify(folder) is not None:  # another run may have been as quick, and reads its own already
-            put(beside, folder)
-    except (OSError, SafetensorError) as error:
-        if verify(folder) is not None:
-            log.warning("the cut student is not kept in the store: %s", error)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+class StoredTensors:
+    """The tensors in a model's weight files, read one by one; a file is fetched from the hub when first needed."""
+
+    def __init__(self, path: str, revision: str | None) -> None:
+        self.path, self.revision = path, revision
+        self._files: dict[str, Any] = {}
+        for name in ("model.safetensors", INDEX, "pytorch_model.bin.index.json", "pytorch_model.bin"):
+            if file := cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False):
+                break
+        if file and name.endswith(".json"):
+            self.names: dict[str, str] = json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"]
+        else:
+            self.names = dict.fromkeys(self._open(name), name)  # tensor → file
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._open(self.names[name])[name][...]
+
+    def _open(self, name: str) -> dict[str, Any]:
+        """Open a file → its tensors: of safetensors slices that are not read yet, of a pickle the tensors themselves."""
+        if name not in self._files:
+            file = cached_file(self.path, name, revision=self.revision)
+            if name.endswith(".safetensors"):
+                opened = safe_open(file, "pt")
+                self._files[name] = {tensor: opened.get_slice(tensor) for tensor in opened.keys()}  # noqa: SIM118
+            else:
+                self._files[name] = torch.load(file, map_location="cpu", weights_only=True)
+        return self._files[name]
+
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of most weights in the first file; bfloat16 if it is not fp32, bf16 or fp16."""
+        parts = self._open(next(iter(self.names.values()))).items()
+        num = collections.Counter(part[:0].dtype for name, part in parts if name.endswith("weight"))
+        dtype = num.most_common(1)[0][0]
+        return dtype if dtype in (torch.float32, torch.float16) else torch.bfloat16
+
+
+def saved_dtype(config: StudentConfig, teacher: TeacherConfig) -> tuple[torch.dtype, str]:
+    """Return the dtype that the student is saved in, and the choice in words. Raises ModelError."""
+    if config.save_dtype != "auto":
+        return DTYPES[config.save_dtype], config.save_dtype
+    source, group = _source(config, teacher)
+    if config.init == "random" or source.gguf_file:
+        return torch.bfloat16, f"bf16 ({'fresh weights' if config.init == 'random' else 'from GGUF'})"
+    path = locate(source, group)
+    with loading(path, "model", f"{group}.path"):
+        dtype = StoredTensors(path, source.revision).dtype()
+    return dtype, f"{next(name for name, known in DTYPES.items() if known == dtype)} (as in {source.path})"
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
+    """Cast a student's weights to the dtype it is saved in, or to bfloat16 if float16 would overflow → that dtype."""
+    weights = [tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()]
+    if dtype == torch.float16 and any(weight.detach().half().isinf().any() for weight in weights):
+        log.warning("the student is saved as bf16: some of its weights are too large for fp16")
+        dtype = torch.bfloat16
+    for weight in weights:  # buffers that are not saved, such as rotary frequencies, stay in float32 as when loaded
+        weight.grad = None
+        weight.data = weight.data.to(dtype)
+    return dtype
 
 
 def describe(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write what makes a folder with weights a model's: config, generation config, tokenizer with chat template."""
     config = copy.deepcopy(model.config)
-    config.use_cache = True  # off while it is trained
+    config.use_cache = True  # off during training
     for part in (config, model.generation_config, tokenizer):
         part.save_pretrained(folder)
 
 
 def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Write config, weights as they are, tokenizer with chat template and generation config as one model folder.
+    """Write weights as they are, config, generation config and tokenizer as one model folder, whole or not at all.
 
-    Whole or not at all, and kept by the disk. Raises MachineError if it is full or refuses.
+    Raises MachineError if the disk is full or cannot be written.
     """
     model.config.use_cache = True
     try:
@@ -150,19 +204,13 @@ def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         raise not_saved(folder, "the student", error) from error
 
 
-def answer_greedily(model: PreTrainedModel, max_new_tokens: int) -> None:
-    """Give the model a generation config of its own special tokens, greedy and short, which is saved with it.
+def _source(config: StudentConfig, teacher: TeacherConfig) -> tuple[ModelConfig, str]:
+    """Return the model that the student comes from, and its group in the config."""
+    return (teacher, "teacher") if config.init == "cut" else (config, "student")
 
-    So `pipeline("text-generation", …)` without further words answers as the run's samples do. Raises ModelError.
-    """
-    known = model.generation_config
-    ids = {name: getattr(known, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    for name, value in ids.items():
-        told = value if isinstance(value, list) and value else [value]
-        if value is not None and not all(type(i) is int and i >= 0 for i in told):
-            what = f"its generation_config.json has {name}: {value!r}, expected an id"
-            raise ModelError("student.path", what, "Mend that file, or remove it")
-    if ids["pad_token_id"] is None:
-        eos = ids["eos_token_id"]
-        ids["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **ids)
+
+def _take_generation_config(model: PreTrainedModel, source: ModelConfig, group: str) -> None:
+    """Give a model the generation config of the folder it comes from; without one it keeps its config's ids."""
+    path = locate(source, group, needs_weights=False)
+    with loading(path, "generation config", f"{group}.path"), contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(path, revision=source.revision)

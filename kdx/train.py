@@ -1,11 +1,11 @@
-"""The training loop: plain accelerate, read top to bottom."""
+"""What is trained, how far it has come, and the loop: plain accelerate, read top to bottom."""
 
 import logging
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -13,181 +13,371 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
 
-from kdx import nonfinite
-from kdx.config import TrainConfig
-from kdx.data.batches import StepBatch, StepBatches, ahead
-from kdx.errors import MachineError
-from kdx.evaluate import MEASURES, peak_memory
-from kdx.objective import StudentObjective
-from kdx.run import checkpoint
-from kdx.run import sharding as shards
-from kdx.run.files import digest_of
+from kdx.build import num_steps
+from kdx.config import Config, TrainConfig
+from kdx.data.batches import Batches, StepBatch
+from kdx.errors import ConfigError, DivergedError, MachineError
+from kdx.evaluate import Judge, Measures, peak_memory
+from kdx.objective import Objective
+from kdx.optim import build_optimizer, build_schedule
+from kdx.run import checkpoint, sharding
+from kdx.run.files import fsync
+from kdx.run.folder import RunFolder
+from kdx.run.signals import Stopped, StopRequest
 from kdx.run.tracking import Tracker
-from kdx.state import State
+from kdx.student import describe, saved_dtype
 from kdx.teacher import Teacher
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("kdx")
+
+LIBRARIES = ("kdx", "torch", "transformers", "accelerate", "tokenizers", "bitsandbytes")
+HINT = "Lower optim.lr, raise optim.warmup_steps, use train.precision=fp32, or train.on_nonfinite=skip"
 
 
-def train(
-    config: TrainConfig,
-    *,
-    accelerator: Accelerator,
-    objective: StudentObjective,
-    module: Any,
-    optimizer: Any,
-    student: Any,
-    schedule: Any,
-    batches: StepBatches,
-    teacher: Teacher | None,
-    max_steps: int,
-    state: State,
-    tracker: Tracker,
-    measure: Callable[[], dict[str, float | None] | None],
-    stop_asked: Callable[[], bool],
-    run_dir: Path,
-    describe: Callable[[Path], None],
-) -> State:
-    """Train to max_steps, or until stopped early or asked to stop. Weights end up in `objective.model`.
+@dataclass
+class State:
+    """Everything the loop must remember to resume, beside weights, optimizer and random numbers."""
 
-    module, optimizer, student: of shards.prepare. measure: takes the held-out measures of the student as it is; None
-    if it was asked to stop meanwhile. describe: writes beside the weights what makes a folder with them a model's.
-    Raises DivergedError before a step that would write a loss or gradient that is not finite into the weights.
+    step: int = 0
+    tokens: int = 0  # input tokens without padding
+    counted_tokens: int = 0  # those in the loss
+    best: float = math.inf  # held-out measure
+    best_step: int = 0
+    num_worse: int = 0  # held-out measures in a row without improvement
+    measured: int = 0  # the last step with held-out measures
+    saved: int = 0  # the last step with a checkpoint
+    lines: int = 0  # bytes of metrics.jsonl
+    stopped_by: str = "max_steps"
+    kept_step: int = 0  # whose weights became the student
+    seconds: float = 0.0  # spent in steps, without measuring and saving
+    step_seconds: list[float] = field(default_factory=list)
+    window: list[dict[str, Any]] = field(default_factory=list)  # steps since the last line of metrics
+    store: list[str] = field(default_factory=list)  # the shards that this run has written to the teacher's store
+    num_nonfinite: int = 0  # steps that were skipped
+    versions: dict[str, str] = field(default_factory=dict)
+    other_versions: list[str] = field(default_factory=list)  # with which a part of the run was made
+
+    def count(self, batch: StepBatch, values: dict[str, float], lr: float, seconds: float, *, is_skipped: bool) -> None:
+        """Count one finished step. values: its terms and grad_norm; those of a skipped step count in no mean."""
+        self.step += 1
+        self.tokens += batch.num_input_tokens
+        self.counted_tokens += batch.num_tokens
+        self.seconds += seconds
+        self.step_seconds = [*self.step_seconds[-199:], seconds]  # enough for a median
+        part = {"counted": batch.num_tokens, "tokens": batch.num_input_tokens, "seconds": seconds, **values}
+        if is_skipped:
+            part = dict.fromkeys(part, 0) | {"grad_norm": None}
+        self.window.append(part | {"lr": lr, "epoch": batch.epoch})
+
+    def is_out_of_patience(self, config: TrainConfig) -> bool:
+        """Return whether the held-out measure has not improved for `train.early_stopping.patience` measures."""
+        patience = config.early_stopping.patience
+        return patience is not None and self.num_worse >= patience
+
+
+class Training:
+    """The student with its optimizer, schedule and batches, and the state of its training.
+
+    student: the whole model, to be measured and saved; the same as objective.model, but under FSDP.
+    versions: of what decides the last bits of a run; a run that is resumed with others says so.
+    is_finished: whether the student was trained, and saved, before this process started.
     """
-    best_file = checkpoint.folder_of(run_dir) / "best.safetensors"
-    alpha = objective.objective.alpha
-    asked = teacher if alpha > 0 else None
-    objective.train()
 
-    def evaluate() -> bool:
-        """Take the held-out measures if they are due, and remember the best → False if there was no time for it."""
-        due = config.eval_every and state.step % config.eval_every == 0 and state.measured < state.step < max_steps
-        if due:
-            with shards.whole(objective, student):
-                measures = measure()
-                if measures is None:
-                    return False
-                keep_best(config, state, measures, accelerator, student, best_file)
-            state.measured = state.step
-            tracker.log(state, {f"eval/{name}": measures[name] for name in MEASURES})
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        teacher: Teacher | None,
+        batches: Batches,
+        tokenizer: Any,
+        max_length: int,
+        machine: Accelerator,
+    ) -> None:
+        self.config, self.objective, self.teacher, self.batches = config, objective, teacher, batches
+        self.tokenizer, self.max_length, self.machine = tokenizer, max_length, machine
+        self.max_steps = num_steps(config.train, batches)
+        optimizer = build_optimizer(config.optim, objective)
+        self.schedule = build_schedule(config.optim, optimizer, self.max_steps)
+        self.module, self.optimizer, self.student = sharding.prepare(machine, objective, optimizer)
+        torch.manual_seed(config.train.seed + machine.process_index)  # dropout; fresh weights are drawn by now
+        stored = "on" if teacher and teacher.store else "off"
+        self.versions = {name: version(name) for name in LIBRARIES}
+        self.versions |= {"teacher.store": stored, "precision": precision_of(config, machine)}
+        self.save_dtype, self.save_words = saved_dtype(config.student, config.teacher)
+        self.state = State(versions=self.versions)
+        self.is_finished = False
+        self.is_save_due = False  # by train.save_minutes
+        self._saved_at = time.monotonic()
+
+    def restore(self, folder: RunFolder) -> bool:
+        """Load a finished training, or the newest whole checkpoint → False at step 0. Raises KdxError."""
+        trained = folder.kept("trained.json")
+        newest, skipped = checkpoint.newest(folder.path)
+        for fault in skipped:
+            log.warning("skipped a damaged checkpoint, %s", fault)
+        if trained and trained["max_steps"] == self.max_steps and (folder.path / "student").is_dir():
+            self.state, self.is_finished = self._read_state(trained["state"], folder.path / "trained.json"), True
+            checkpoint.load_weights(sorted((folder.path / "student").glob("*.safetensors")), self.student)
+            log.info("training is finished: %s", folder.path / "student")
+        elif newest is not None:
+            self._resume(folder, newest)
+        elif trained:
+            what = f"has trained to step {trained['state']['step']} and kept no checkpoint to train on from"
+            raise ConfigError(str(folder.path), what, "Type the same train.max_steps, or start again elsewhere")
+        else:
+            folder.begin_again()
+            return False
+        sharding.spread(self.student, self.objective)
+        folder.step = self.state.step
         return True
 
-    def save(is_needed: bool) -> None:
+    def _resume(self, folder: RunFolder, newest: Path) -> None:
+        def set_state(state: Any) -> None:
+            sharding.set_optimizer_state(self.objective, self.optimizer, state)
+
+        rank, scaler = self.machine.process_index, self.machine.scaler
+        kept = checkpoint.load(newest, self.student, set_state, self.schedule, rank=rank, scaler=scaler)
+        self.state = state = self._read_state(kept, newest / "state.json")
+        notes = [
+            f"{name} {was} up to step {state.step}, then {self.versions[name]}"
+            for name, was in state.versions.items()
+            if was != self.versions.get(name)
+        ]
+        store = self.teacher.store if self.teacher else None
+        if store and (lost := store.lost(state.store)):
+            notes.append(f"the teacher's store lacks {', '.join(lost)}, which this run wrote up to step {state.step}")
+        if notes:
+            log.warning("this run no longer repeats bit for bit: %s", "; ".join(notes))
+        state.other_versions += notes
+        state.versions, state.stopped_by = self.versions, "max_steps"
+        best = newest / "best.safetensors"
+        if best.is_file() and self.machine.is_main_process:
+            checkpoint.restore_best(best, folder.path)
+        log.info("resuming from %s", newest)
+
+    def _read_state(self, kept: dict[str, Any], file: Path) -> State:
+        if kept.keys() != asdict(State()).keys():
+            raise MachineError(str(file), "was written by another version of kdx", "Resume with that version")
+        return State(**kept)
+
+    def save(self, folder: RunFolder, *, unless_there: bool = False) -> None:
+        """Write a checkpoint of this step. All processes must call it. Raises MachineError."""
+        if unless_there and checkpoint.is_at(folder.path, self.state.step):
+            return
+        store = self.teacher.store if self.teacher else None
+        if store:
+            store.flush()
         random_states = gather_object([checkpoint.random_state()])
-        state.store = teacher.position() if teacher else {}
-        moments = shards.state_of(optimizer, accelerator.is_main_process)
-        with shards.whole(objective, student):
-            if accelerator.is_main_process:
-                kept = {"best": best_file if config.keep == "best" else None, "scaler": accelerator.scaler}
-                try:
-                    state.lines = tracker.keep_lines()
-                    checkpoint.save(run_dir, student, moments, schedule, asdict(state), random_states, describe, **kept)
-                except MachineError as error:
-                    if is_needed:
-                        raise
-                    log.warning("%s. A stop while the last measures are taken would lose the run", error.args[1])
+        self.state.store = store.position() if store else []
+        self.state.saved = self.state.step
+        optimizer = sharding.optimizer_state(self.objective, self.optimizer)
+        with sharding.whole(self.objective, self.student):
+            if self.machine.is_main_process:
+                self.state.lines = _num_bytes(folder.path / "metrics.jsonl")
+                checkpoint.save(
+                    folder.path,
+                    self.student,
+                    optimizer,
+                    self.schedule,
+                    asdict(self.state),
+                    random_states,
+                    lambda path: describe(self.student, self.tokenizer, path),
+                    scaler=self.machine.scaler,
+                    with_best=self.config.train.keep == "best",
+                )
+        self.machine.wait_for_everyone()
+        self._saved_at, self.is_save_due = time.monotonic(), False
 
-    # A stop may have cut measures short, and the end of a run that is longer now has left them out.
-    is_interrupted = not evaluate()
-    is_over = state.step == max_steps or state.is_worn_out(config)
-    for batch in ahead(batches.steps(state.step, state.step if is_over or is_interrupted else max_steps)):
-        # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
-        started = time.perf_counter()
-        sums = forward_backward(accelerator, module, batch, asked)
-        norm = shards.plain(accelerator.clip_grad_norm_(objective.parameters(), config.max_grad_norm or math.inf))
-        kd, ce, grad_norm = torch.stack([*(sums / max(batch.num_tokens, 1)), norm.to(sums)]).tolist()  # the one read
-        is_finite = nonfinite.is_finite(accelerator, kd, ce, grad_norm)
-        if not is_finite:  # before the optimizer writes it into the weights
-            with shards.whole(objective, student):
-                step = (batch, asked, (kd, ce), batches.rows)
-                nonfinite.stop_or_skip(config, state, accelerator, student, objective, *step)
-        lr = schedule.get_last_lr()[0]
-        if is_finite:
-            optimizer.step()
-        if not (is_finite and accelerator.optimizer_step_was_skipped):
-            schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - started
-        state.add(batch, seconds)
-        part = {"kd": kd, "ce": ce, "counted": batch.num_tokens, "tokens": batch.num_input_tokens, "s": seconds}
-        skipped = dict.fromkeys(part, 0)
-        about = {"lr": lr, "epoch": batch.epoch, "grad_norm": grad_norm if is_finite else None}
-        state.window.append((part if is_finite else skipped) | about)
-        tracker.advance(state.step, alpha * kd + (1 - alpha) * ce, batch.num_input_tokens / seconds)
+    def measure(self, judge: Judge) -> Measures:
+        """Take the held-out measures of the student as it is."""
+        with sharding.whole(self.objective, self.student):
+            return judge(self.student)
 
-        # Log once in a while: means over the steps since the last line, weighted by their counted tokens.
-        if state.step % config.log_every == 0:
-            tracker.log(state, means(state.window, alpha, peak_memory(accelerator.device)))
-            state.window.clear()
+    def keep_if_best(self, measures: Measures, folder: RunFolder) -> None:
+        """Note whether the held-out measure improved, and keep the weights if they may become the student."""
+        means, state, config = measures.means(), self.state, self.config.train
+        value = means["kl"] if means["kl"] is not None else means["ce"]
+        if value is not None and value < state.best - config.early_stopping.min_delta:
+            state.best, state.best_step, state.num_worse = value, state.step, 0
+            if config.keep == "best":
+                with sharding.whole(self.objective, self.student):
+                    if self.machine.is_main_process:
+                        checkpoint.save_weights(checkpoint.best_file(folder.path), self.student)
+        else:
+            state.num_worse += 1
 
-        # Evaluate once in a while; stop when it no longer gets better. Save once in a while, at the end, since the
-        # last measures take their time, and when asked to stop, at a whole step.
-        is_interrupted = not evaluate() or stop_asked()
-        is_over = state.step == max_steps or state.is_worn_out(config)
-        is_due = config.save_every and state.step % config.save_every == 0
-        if is_due or is_over or is_interrupted:
-            save(is_needed=is_interrupted or not is_over)
-        accelerator.wait_for_everyone()
-        if is_over or is_interrupted:
-            break
+    def forward_backward(self, batch: StepBatch, stop: StopRequest) -> tuple[dict[str, float], float]:
+        """Accumulate one step's gradient and clip it → each term's mean over the step's counted positions, and the norm.
 
-    if is_interrupted:
-        state.stopped_by = "signal"
-    elif is_over and state.step < max_steps:
+        One reduction over processes carries the terms and whether any process was asked to stop; one read waits for it.
+        """
+        machine, config = self.machine, self.config.train
+        factor = machine.num_processes / max(batch.num_tokens, 1)  # DDP and FSDP average gradients over processes
+        asks = self.teacher is not None and self.objective.mix.alpha > 0
+        answers = self.teacher.answers(batch.micro_batches) if self.teacher and asks else repeat(None)
+        sums, names = [], []
+        for i, (micro_batch, answer) in enumerate(zip(batch.micro_batches, answers, strict=False), 1):
+            # FSDP reduces each time: it would keep whole gradients otherwise, and saving memory is what it is for.
+            is_reduced = i == len(batch.micro_batches) or machine.is_fsdp2
+            with nullcontext() if is_reduced else machine.no_sync(self.module):
+                total, terms = self.module(micro_batch.to(machine.device), answer, factor)
+                machine.backward(total)
+            names = [*terms]
+            sums.append(torch.stack([*terms.values()]))
+        self._sums = torch.stack(sums)  # [micro-batches, terms]
+        is_late = bool(config.save_minutes) and time.monotonic() - self._saved_at > 60 * config.save_minutes
+        flags = sums[0].new_tensor([stop.signal is not None, is_late and machine.is_main_process])
+        reduced = machine.reduce(torch.cat([self._sums.sum(0), flags]), reduction="sum")
+        clipped = machine.clip_grad_norm_(self.objective.parameters(), config.max_grad_norm or math.inf)
+        *values, asked, is_late, norm = torch.cat([reduced, sharding.plain(clipped).to(reduced)[None]]).tolist()
+        stop.is_agreed = bool(asked)
+        self.is_save_due = bool(is_late)
+        return {name: value / max(batch.num_tokens, 1) for name, value in zip(names, values, strict=True)}, norm
+
+    def is_finite(self, terms: dict[str, float], norm: float) -> bool:
+        """Return whether a step may change the weights. The scaler of fp16 skips gradients that overflow by itself."""
+        return all(map(math.isfinite, terms.values())) and (self.machine.scaler is not None or math.isfinite(norm))
+
+    def update(self) -> None:
+        """Step the optimizer and the schedule."""
+        self.optimizer.step()
+        if not self.machine.optimizer_step_was_skipped:
+            self.schedule.step()
+
+    def skip_or_stop(self, batch: StepBatch, terms: dict[str, float]) -> None:
+        """Skip a step that is not finite, and say which rows it had. Raises DivergedError unless steps may be skipped."""
+        state, config = self.state, self.config.train
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        names = {"kd": "the distillation term", "ce": "the cross-entropy"}
+        what = names.get(bad[0], bad[0]) if bad else "the gradient"
+        rows = batch.where
+        if bad:  # name the rows of the micro-batches whose sum is not finite
+            is_bad = (~self._sums[:, [*terms].index(bad[0])].isfinite()).tolist()
+            parts = zip(batch.micro_batches, is_bad, strict=True)
+            rows = [where for micro_batch, is_one in parts if is_one for where in micro_batch.where if where]
+        rows = gather_object(rows)
+        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        what += f" is not finite; the weights are still those of step {state.step} (rows: {', '.join(rows[:8])}{more})"
+        if config.on_nonfinite == "stop" or state.num_nonfinite >= config.max_nonfinite:
+            if config.on_nonfinite == "skip":
+                what += f"; {state.num_nonfinite} steps were skipped before (train.max_nonfinite)"
+            raise DivergedError(f"step {state.step + 1}", what, HINT)
+        state.num_nonfinite += 1
+        if self.machine.scaler is not None:  # it has unscaled the gradients, and waits for the step
+            self.machine.scaler.update()
+        self.schedule.step()
+        log.warning("step %d is skipped: %s", state.step + 1, what)
+
+    def choose_weights(self, folder: RunFolder) -> None:
+        """Leave the last or the best weights in the whole student. Raises DivergedError if no measure was finite."""
+        sharding.gather(self.objective, self.student)
+        state = self.state
+        state.kept_step = state.step
+        if self.config.train.keep == "last" or state.step == 0:
+            return
+        state.kept_step = state.best_step
+        if state.best_step == 0:
+            hint = "Lower optim.lr, or set train.keep=last"
+            raise DivergedError(f"step {state.step}", "no held-out measure was finite, so there is no best step", hint)
+        if state.best_step != state.step:
+            checkpoint.load_weights([checkpoint.best_file(folder.path)], self.student)
+
+
+def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop: StopRequest) -> None:
+    """Train until the last step, early stopping or a signal. Raises Stopped once a checkpoint is written.
+
+    The loop runs once more than there are steps, so that the last step is logged and measured like any other.
+    """
+    state, config = run.state, run.config.train
+    run.objective.train()
+    try:
+        for batch in run.batches.steps(state.step, run.max_steps):
+            # Log once in a while.
+            if state.window and state.step % config.log_every == 0:
+                tracker.log(state, means(run))
+
+            # A stop comes before any measuring: the time until the process is killed may be short.
+            if stop.is_asked:
+                raise stop.stopped()
+
+            # Measure once in a while. The end of the run is measured after the student is saved.
+            is_due = config.eval_every and state.step % config.eval_every == 0
+            if is_due and state.measured < state.step < run.max_steps:
+                measures = run.measure(judge)
+                run.keep_if_best(measures, folder)
+                state.measured = state.step
+                tracker.log(state, {f"eval/{name}": value for name, value in measures.named().items()})
+
+            # Save once in a while.
+            is_due = config.save_every and state.step % config.save_every == 0
+            if (is_due or run.is_save_due) and state.saved < state.step < run.max_steps:
+                run.save(folder)
+
+            # Stop at the end, or when the held-out measure no longer improves.
+            if batch is None or state.is_out_of_patience(config):
+                break
+
+            # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
+            started, lr = time.perf_counter(), run.schedule.get_last_lr()[0]
+            terms, norm = run.forward_backward(batch, stop)
+            is_finite = run.is_finite(terms, norm)
+            if is_finite:
+                run.update()
+            else:
+                run.skip_or_stop(batch, terms)
+            run.optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - started
+            state.count(batch, terms | {"grad_norm": norm}, lr, seconds, is_skipped=not is_finite)
+            tracker.advance(state.step, run.objective.mix.loss(terms), batch.num_input_tokens / seconds)
+            folder.at(state.step)
+        if state.window:
+            tracker.log(state, means(run))
+        finish(run, judge, folder)
+    except Stopped:
+        run.save(folder, unless_there=True)
+        raise
+
+
+def finish(run: Training, judge: Judge, folder: RunFolder) -> None:
+    """Measure the last step if its weights may be the best, and write a last checkpoint if checkpoints are kept."""
+    state, config = run.state, run.config.train
+    if state.step < run.max_steps:
         state.stopped_by = "early_stopping"
-    if state.window and not is_interrupted:  # not in the checkpoint: a longer run would log at other steps
-        tracker.log(state, means(state.window, alpha, peak_memory(accelerator.device)))
-        state.window.clear()
-    return state
+    elif config.keep == "best" and state.step > 0:
+        run.save(folder, unless_there=True)  # nothing is lost if measuring fails
+        run.keep_if_best(run.measure(judge), folder)
+    if config.keep_checkpoints:
+        run.save(folder, unless_there=True)
 
 
-def keep_best(
-    config: TrainConfig,
-    state: State,
-    measures: dict[str, float | None],
-    accelerator: Accelerator,
-    student: Any,
-    best_file: Path,
-) -> None:
-    """Note whether the held-out measure improved, and keep the weights if they may become the student."""
-    value = measures["kl"] if measures["kl"] is not None else measures["ce"]
-    if value is not None and value < state.best - config.early_stopping.min_delta:
-        state.best, state.best_step, state.num_worse = value, state.step, 0
-        if config.keep == "best" and accelerator.is_main_process:
-            checkpoint.save_weights(best_file, student)
-            state.best_digest = digest_of(best_file)
-    else:
-        state.num_worse += 1
-
-
-def forward_backward(accelerator: Accelerator, module: Any, batch: StepBatch, teacher: Teacher | None) -> Tensor:
-    """Accumulate one step's gradient → the sums [2] of kd and ce over its counted positions, of all processes."""
-    sums = []
-    # DDP and FSDP average gradients over processes: undone here, once.
-    factor = accelerator.num_processes / max(batch.num_tokens, 1)
-    answers = teacher.answers(batch.micro_batches) if teacher else repeat(None)
-    for i, (micro_batch, hidden) in enumerate(zip(batch.micro_batches, answers, strict=False), 1):
-        micro_batch = micro_batch.to(accelerator.device)
-        # FSDP sums up in shards every time: it would keep whole gradients else, and memory is what it is for.
-        is_synced = i == len(batch.micro_batches) or accelerator.is_fsdp2
-        with nullcontext() if is_synced else accelerator.no_sync(module):
-            total, kd, ce = module(micro_batch, hidden, teacher.head if teacher else None, factor)
-            accelerator.backward(total)
-        sums.append(torch.stack([kd, ce]))
-    return accelerator.reduce(torch.stack(sums).sum(0), reduction="sum")
-
-
-def means(window: list[dict[str, Any]], alpha: float, peak_bytes: int) -> dict[str, float | None]:
-    """What is logged of the steps since the last line; those that were skipped count in none of the means."""
-    counted, seconds = (sum(part[name] for part in window) for name in ("counted", "s"))
-    kd, ce = (sum(part[name] * part["counted"] for part in window) / max(counted, 1) for name in ("kd", "ce"))
+def means(run: Training) -> dict[str, float | None]:
+    """Average the steps since the last line of metrics, weighted by their counted tokens, and start anew."""
+    window, mix = run.state.window, run.objective.mix
+    counted, seconds = (sum(part[name] for part in window) for name in ("counted", "seconds"))
+    terms = {name: sum(part[name] * part["counted"] for part in window) / max(counted, 1) for name in mix.weights}
+    is_used = {name: bool(counted) and (name == "ce" or weight > 0) for name, weight in mix.weights.items()}
+    tokens, last = sum(part["tokens"] for part in window), window[-1]
+    window.clear()
     return {
-        "train/loss": alpha * kd + (1 - alpha) * ce if counted else None,
-        "train/kd": kd if alpha > 0 and counted else None,
-        "train/ce": ce if counted else None,
-        "speed/tokens_per_second": sum(part["tokens"] for part in window) / seconds if counted else None,
-        **{f"train/{name}": window[-1][name] for name in ("lr", "grad_norm", "epoch")},
-        "memory/peak_bytes": peak_bytes,
+        "train/loss": mix.loss(terms) if counted else None,
+        **{f"train/{name}": value if is_used[name] else None for name, value in terms.items()},
+        "speed/tokens_per_second": tokens / seconds if counted else None,
+        **{f"train/{name}": last[name] for name in ("lr", "grad_norm", "epoch")},
+        "memory/peak_bytes": peak_memory(run.machine.device),
     }
+
+
+def precision_of(config: Config, machine: Accelerator) -> str:
+    """Say what the student computes in."""
+    if machine.mixed_precision in ("bf16", "fp16"):
+        return f"{machine.mixed_precision} autocast over fp32 weights"
+    return "fp64" if config.train.precision == "fp64" else "fp32"
+
+
+def _num_bytes(file: Path) -> int:
+    """Return the size of a file whose content is on the disk."""
+    if not file.exists():
+        return 0
+    fsync(file)
+    return file.stat().st_size

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,6 +103,18 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["KDX_STORE"] = str(tmp_path_factory.mktemp("teacher-store"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep tokenised rows out of the user's own cache, but share the dequantised default teacher with it."""
+    from kdx.run.files import cache_dir
+
+    own, ours = cache_dir(), tmp_path_factory.mktemp("cache")
+    for name in ("gguf", "digests"):
+        (own / name).mkdir(parents=True, exist_ok=True)
+        (ours / name).symlink_to(own / name)
+    os.environ["KDX_CACHE"] = str(ours)
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """Build a small GPT-2-like tokenizer: end of text is bos and eos, there is no pad token.
@@ -146,9 +157,7 @@ def data_config() -> Callable[..., DataConfig]:
 
     def make(choice: str, **changes: Any) -> DataConfig:
         values = _data_group(choice) | {"validation": None} | changes
-        known = {field.name for field in fields(DataConfig)} - {"options"}
-        options = {name: value for name, value in values.items() if name not in known}
-        return DataConfig(**{name: values[name] for name in known}, options=options)
+        return DataConfig(**values)
 
     return make
 

@@ -6,13 +6,13 @@ import plain
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_batches import CHATML_TOKENS, TEMPLATES
 from test_loss import NAMES, logits, pairs
+from test_templates import CHATML_TOKENS, TEMPLATES
 
 from kdx import loss
-from kdx.data.batches import collate
+from kdx.data.batches import Row, collate
 from kdx.data.encode import Encoder
-from kdx.data.sources import Conversation, load_data
+from kdx.data.sources import Conversation, raise_faults, read_conversations
 from kdx.errors import DataError
 
 quick = settings(
@@ -39,16 +39,19 @@ def test_any_row_is_a_conversation_or_a_fault_with_its_place(tmp_path, data_conf
     good = {"source": "a", "target": "b", "messages": [{"role": "assistant", "content": "b"}], "id": "good"}
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
+    config = data_config(choice, path=str(file))
+    found = read_conversations(config)
     try:
-        _, second = load_data(data_config(choice, path=str(file))).train
+        raise_faults(config, found, [])
+        _, second = found
     except DataError as error:
         (line,) = error.lines
         assert line.isprintable()
         where, rest = line.split(": ", 1)
         assert where == f"{file}:2"
-        assert rest.count(". ") >= 1  # what, and the mend
-        skipped = load_data(data_config(choice, path=str(file), on_bad_row="skip", max_bad_rows=None))
-        assert skipped.dropped.total() == len(skipped.train) == 1
+        assert rest.count(". ") >= 1  # what, and the hint
+        skipped = read_conversations(data_config(choice, path=str(file), on_bad_row="skip", max_bad_rows=None))
+        assert skipped.dropped.total() == len(skipped) == 1
         return
     assert second.where == f"{file}:2"
     assert second.messages[-1]["role"] == "assistant"
@@ -74,14 +77,11 @@ def test_encoded_rows_keep_their_bounds(make_tokenizer, turns, last, name, max_l
     tokenizer = make_tokenizer(template, special or CHATML_TOKENS)
     told = [{"role": role, "content": content} for role, content in [*turns, ("assistant", last)]]
     encoder = Encoder(tokenizer, max_length, on_long, assistant_only)
-    try:
-        (rows,) = encoder.encode([Conversation("r", told, "t.jsonl:1")])
-    except DataError as error:
-        (line,) = error.lines
+    (outcome,), _ = encoder.encode([Conversation("r", told, "t.jsonl:1")])
+    if isinstance(outcome, DataError):
+        (line,) = outcome.lines
         assert line.startswith("t.jsonl:1: ")
-        return
-    assert len(rows) + encoder.dropped.total() == 1
-    for row in rows:
+    for row in [outcome] if isinstance(outcome, Row) else []:
         assert 1 <= len(row.tokens) == len(row.counted) <= max_length
         assert row.num_counted >= 1
         assert max(row.tokens) < len(tokenizer)

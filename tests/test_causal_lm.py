@@ -18,9 +18,7 @@ from kdx import causal_lm
 from kdx.causal_lm import Head, check_split, common_ids, counted_hidden, head_of
 from kdx.config import ModelConfig
 from kdx.data.batches import Row, collate
-from kdx.errors import MachineError, ModelError
-from kdx.loading import loading
-from kdx.run import files as durable
+from kdx.errors import ModelError
 
 V, d = 40, 16
 SHAPE = {
@@ -130,16 +128,14 @@ def test_through_is_the_derivative_of_the_head(how):
     torch.testing.assert_close(head.through(logits.detach(), grad.clone()), expected)
 
 
-def test_cut_keeps_the_first_rows_as_views():
+def test_cut_and_detached_share_the_weight():
     head, hidden = random_head(scale=0.3, softcap=5.0)
-    cut = head.cut(30)
-    assert cut.num_ids == 30
+    cut, copy = head.cut(30), head.detached(head.weight.clone().requires_grad_(), None)
     torch.testing.assert_close(cut.logits(hidden), head.logits(hidden)[:, :30])
-    assert cut.weight.data_ptr() == head.weight.data_ptr()
-    assert cut.bias.data_ptr() == head.bias.data_ptr()
-    assert (cut.scale, cut.softcap) == (0.3, 5.0)
+    assert (cut.weight.data_ptr(), cut.bias.data_ptr()) == (head.weight.data_ptr(), head.bias.data_ptr())
+    assert (cut.num_ids, cut.scale, cut.softcap) == (30, 0.3, 5.0)
     assert head.cut(V) is head
-    assert Head(head.weight).cut(30).bias is None
+    assert (copy.weight.requires_grad, copy.bias, copy.scale) == (False, None, 0.3)
 
 
 def test_logits_are_float32_at_least():
@@ -163,15 +159,6 @@ def test_compute_dtype_is_autocasts_where_it_is_on():
         assert head.logits(hidden).dtype == torch.float32  # autocast is off inside of it
         exact, _ = random_head(torch.float64)
         assert exact.in_compute_dtype() is exact
-
-
-def test_detached_shares_the_numbers_without_gradient():
-    head, hidden = random_head(scale=0.5)
-    weight = head.weight.clone().requires_grad_()
-    copy = head.detached(weight, None)
-    assert not copy.weight.requires_grad
-    assert (copy.bias, copy.scale) == (None, 0.5)
-    assert torch.equal(copy.logits(hidden), 0.5 * (hidden @ head.weight.T))
 
 
 @pytest.mark.parametrize("kind", ["llama, tied", "gpt2"])
@@ -220,37 +207,13 @@ def test_a_model_that_does_more_is_refused_by_name(more):
     assert "off by" in str(error.value)
 
 
-def test_a_plain_subclass_is_taken():
-    check_split(changed(lambda z: z), "student")
-
-
-def test_a_forgotten_soft_cap_is_seen_in_float32():
-    model = build("gemma2, soft-capped", torch.float32, spread=1.0)
-    check_split(model, "teacher")
-    model.get_output_embeddings().weight = torch.nn.Parameter(model.get_output_embeddings().weight * 3)
-    model.config.final_logit_softcapping = 30.0
-    check_split(model, "teacher")
-    own = model.forward
-
-    def forward(*args, **kwargs):  # the model keeps its cap, its configuration no longer says so
-        model.config.final_logit_softcapping = 2.0
-        output = own(*args, **kwargs)
-        model.config.final_logit_softcapping = None
-        return output
-
-    model.forward = forward
-    model.config.final_logit_softcapping = None
-    with pytest.raises(ModelError, match="does more to its logits"):
-        check_split(model, "teacher")
-
-
 @pytest.mark.parametrize("size", [1e-6, 1e4])
 def test_the_proof_is_relative_to_the_spread_of_the_logits(size):
     with torch.no_grad():
         honest, doubled = (changed(more).float() for more in (lambda z: z, lambda z: 2 * z))
         for model in (honest, doubled):
             model.lm_head.weight = torch.nn.Parameter(size * model.lm_head.weight)
-    check_split(honest, "student")  # rounding of large logits is not held against it
+    check_split(honest, "student")  # large logits round more
     with pytest.raises(ModelError, match="does more to its logits"):
         check_split(doubled, "student")  # small logits hide nothing
 
@@ -342,21 +305,8 @@ def test_load_tokenizer_by_model_or_by_name(folder, tmp_path):
 @pytest.mark.parametrize("name", ["/elsewhere/model.safetensors", "C:\\elsewhere\\model.safetensors"])
 def test_weights_outside_of_their_folder(folder, name):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    with pytest.raises(ModelError, match="names weights outside its folder"):
+    with pytest.raises(ModelError, match="names files outside its folder"):
         load(folder)
-
-
-def test_a_missing_package_is_the_machines_fault():
-    with pytest.raises(MachineError, match="needs a package"), loading("somewhere", "model", "student.path"):
-        raise ImportError("No module named 'somepackage'")
-
-
-def test_bugs_of_kdx_are_not_dressed_up(folder):
-    with pytest.raises(KeyboardInterrupt), loading(str(folder), "model", "student.path"):
-        raise KeyboardInterrupt
-    mine = ModelError("student.path", "is known", "Leave it")
-    with pytest.raises(ModelError, match="is known"), loading(str(folder), "model", "student.path"):
-        raise mine
 
 
 # ---- devices
@@ -371,18 +321,6 @@ def test_cpu_choices():
     assert causal_lm.attention_for(auto, cpu, 256) == "eager"
     assert causal_lm.attention_for(auto, cpu, 257) is None
     assert causal_lm.attention_for(sdpa, cpu, 10) == "sdpa"
-
-
-def test_cache_dir_is_where_the_environment_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("KDX_CACHE", str(tmp_path / "mine"))
-    assert durable.cache_dir() == tmp_path / "mine"
-    monkeypatch.delenv("KDX_CACHE")
-    assert durable.cache_dir().parts[-2:] == (".cache", "kdx")
-
-
-def test_digest_of_is_sha256(tmp_path):
-    (tmp_path / "x").write_bytes(b"abc")
-    assert durable.digest_of(tmp_path / "x").startswith("ba7816bf8f01cfea")
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from standins import DIALOGPT_TEMPLATE
 
+from kdx.config import replaced
+from kdx.data import encode
 from kdx.data import sources as kdx_data
-from kdx.data.sources import check_source, load_data, register_source
+from kdx.data.encode import load_data
+from kdx.data.sources import check_source, raise_faults, read_conversations, register_source, split
 from kdx.errors import ConfigError, DataError, MachineError
 
 
@@ -47,9 +51,19 @@ def said(conversation):
     return [(message["role"], message["content"]) for message in conversation.messages]
 
 
+def read(config):
+    """Read, check and split → the conversations to train on and those held out, and how many fell to which rule."""
+    found = read_conversations(config)
+    raise_faults(config, found, [])
+    train, held_out = ([found[i] for i in part] for part in split(config, found))
+    return types.SimpleNamespace(
+        train=train, held_out=held_out, dropped=found.dropped, changed=+found.changed, notes=found.notes
+    )
+
+
 def faults(config, kind=DataError):
     with pytest.raises(kind) as caught:
-        load_data(config)
+        read(config)
     assert caught.value.exit_code == 2
     return str(caught.value).splitlines()
 
@@ -61,7 +75,7 @@ TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 def test_bad_rows_may_be_skipped_and_are_counted(file_of, data_config):
     rows = [GOOD, {"source": "a"}] * 15
     path = file_of("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n" * 15)
-    dataset = load_data(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=None))
+    dataset = read(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=None))
     assert len(dataset.train) == 15
     assert dataset.dropped == {"bad row (data.on_bad_row=skip)": 30}
 
@@ -71,10 +85,10 @@ def test_more_bad_rows_than_may_be_skipped_stop_the_run(file_of, data_config, mo
     """Of 20 rows a tenth is 2."""
     path = file_of([{"source": "a"}] * num_bad + numbered(20 - num_bad))
     lines = faults(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=most))
-    assert lines[0].startswith(f"data: {num_bad} of 20 rows are bad, and data.max_bad_rows is {most}. Mend them")
+    assert lines[0].startswith(f"data: {num_bad} of 20 rows are bad, and data.max_bad_rows is {most}. Fix them")
     assert lines[1].startswith(f"{path}:1: ")
     path = file_of([{"source": "a"}] * (num_bad - 1) + numbered(21 - num_bad))
-    assert len(load_data(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=most)).train) == 21 - num_bad
+    assert len(read(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=most)).train) == 21 - num_bad
 
 
 def test_a_file_that_cannot_be_read_stops_even_when_bad_rows_are_skipped(file_of, data_config, tmp_path):
@@ -84,7 +98,7 @@ def test_a_file_that_cannot_be_read_stops_even_when_bad_rows_are_skipped(file_of
     for on_bad_row in ("stop", "skip"):
         lines = faults(data_config("pairs", path=str(tmp_path), on_bad_row=on_bad_row, max_bad_rows=None))
         assert [Path(line.split(": ")[0]).name for line in lines[:-1]] == ["rows.jsonl:2", "latin.jsonl:1", "u.jsonl:1"]
-        assert lines[-1] == "data: 3 faults. Mend them"
+        assert lines[-1] == "data: 3 faults. Fix them"
 
 
 def test_when_no_row_is_left_each_rule_has_its_number(file_of, data_config):
@@ -103,16 +117,16 @@ def test_any_bytes_are_rows_or_a_fault_of_the_data(tmp_path, data_config, conten
     for name in ("t.jsonl", "t.json", "t.csv", "t.parquet"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError) as caught:
-            load_data(data_config("pairs", path=str(tmp_path / name)))
+            read(data_config("pairs", path=str(tmp_path / name)))
         assert str(caught.value)
 
 
 def test_pairs_are_one_user_and_one_assistant_turn(file_of, data_config):
     path = file_of([{"source": "a\u2028b", "target": " caf\u00e9 \n", "id": 7}])
-    (row,) = load_data(data_config("pairs", path=path)).train
+    (row,) = read(data_config("pairs", path=path)).train
     assert said(row) == [("user", "a\u2028b"), ("assistant", " caf\u00e9 \n")]
     assert (row.id, row.where) == ("7", f"{path}:1")
-    (row,) = load_data(data_config("pairs", path=path, system="Be brief.")).train
+    (row,) = read(data_config("pairs", path=path, system="Be brief.")).train
     assert said(row)[0] == ("system", "Be brief.")
     assert len(row.messages) == 3
 
@@ -129,14 +143,14 @@ def test_pairs_take_their_columns_and_templates_over_all_columns(file_of, data_c
             "assistant": "{% if n > 2 %}It is {{ target }}.{% endif %}",
         },
     )
-    (row,) = load_data(config).train
+    (row,) = read(config).train
     assert said(row) == [("user", "[sums 3] 2+2 2+2 x/y\n"), ("assistant", "It is 4.")]
 
 
 def test_a_template_needs_only_the_columns_it_names(file_of, data_config):
     path = file_of([{"prompt": "a {{ b }}", "reply": "c", "source": 5}])
     config = data_config("pairs", path=path, template={"user": "{{ prompt }}", "assistant": "{{ reply }}"})
-    assert said(load_data(config).train[0]) == [("user", "a {{ b }}"), ("assistant", "c")]
+    assert said(read(config).train[0]) == [("user", "a {{ b }}"), ("assistant", "c")]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +202,7 @@ def test_messages_by_other_names_and_roles(file_of, data_config):
         content_key="text",
         roles={"sys": "system", "me": "user", "bot": "assistant"},
     )
-    (row,) = load_data(config).train
+    (row,) = read(config).train
     expected = ["system", "user", "assistant", "user", "assistant"]
     assert said(row) == [(role, text) for role, (_, text) in zip(expected, turns, strict=True)]
     assert row.id == "x"
@@ -197,22 +211,22 @@ def test_messages_by_other_names_and_roles(file_of, data_config):
 def test_sharegpt_is_a_layout_of_its_own(file_of, data_config):
     turns = [("system", "Be kind."), ("human", "hi"), ("gpt", "hello")]
     path = file_of([{"conversations": [{"from": who, "value": text} for who, text in turns]}])
-    (row,) = load_data(data_config("sharegpt", path=path)).train
+    (row,) = read(data_config("sharegpt", path=path)).train
     assert said(row) == [("system", "Be kind."), ("user", "hi"), ("assistant", "hello")]
 
 
 def test_an_unanswered_turn_is_cut_off_and_its_row_counted_once(file_of, data_config):
     more = [{"role": "user", "content": "c"}, {"role": "user", "content": "d"}]
     path = file_of([{"messages": TALK + more}, {"messages": [*TALK, *more, TALK[1], more[0]]}, {"messages": TALK}])
-    dataset = load_data(data_config("messages", path=path))
+    dataset = read(data_config("messages", path=path))
     assert [len(row.messages) for row in dataset.train] == [2, 5, 2]
     assert dataset.changed == {"unanswered last turn cut off": 2}
 
 
 def test_chitchat_has_3240_conversations_that_end_with_the_assistant(data_config):
-    dataset = load_data(data_config("chitchat", validation=128))
-    rows = dataset.train + dataset.validation
-    assert (len(rows), len(dataset.validation)) == (3240, 128)
+    dataset = read(data_config("chitchat", validation=128))
+    rows = dataset.train + dataset.held_out
+    assert (len(rows), len(dataset.held_out)) == (3240, 128)
     assert {len(row.messages) for row in rows} <= set(range(4, 13))
     assert all(row.messages[-1]["role"] == "assistant" for row in rows)
     assert all([m["role"] for m in row.messages] == ["user", "assistant"] * (len(row.messages) // 2) for row in rows)
@@ -227,7 +241,7 @@ def test_chitchat_that_is_not_there_names_the_command(tmp_path, data_config):
     (line,) = faults(data_config("chitchat", path=str(tmp_path)))
     assert line.endswith("Run: pip install --no-deps chitchat-dataset")
     with pytest.raises(MachineError, match="Run: pip install nosuch"):
-        load_data(data_config("chitchat", path="pkg:nosuch"))
+        read(data_config("chitchat", path="pkg:nosuch"))
 
 
 def test_ones_own_source_yields_either_shape_and_takes_options(registry, data_config):
@@ -237,11 +251,11 @@ def test_ones_own_source_yields_either_shape_and_takes_options(registry, data_co
         yield {"source": "q", "target": "a"}
 
     config = data_config("custom", name="tickets", path="t.db")
-    first, second = load_data(config).train
+    first, second = read(config).train
     assert (first.id, first.where, len(first.messages)) == ("t.db", "ticket 1", 4)
     assert (said(second), second.where) == ([("user", "q"), ("assistant", "a")], "tickets[1]")
     more = data_config("custom", name="tickets", path="t.db", min_turns=3)
-    assert len(load_data(more).train[0].messages) == 6
+    assert len(read(more).train[0].messages) == 6
 
 
 @pytest.mark.parametrize(
@@ -322,26 +336,26 @@ def test_held_out_rows_have_the_smallest_digest_of_seed_and_id(file_of, data_con
     rows = numbered(50)
     order = by_rank([row["id"] for row in rows], seed)
     for validation, number in ((7, 7), (0.1, 5), (0.001, 1), (49, 49)):
-        dataset = load_data(data_config("pairs", path=file_of(rows), validation=validation, seed=seed))
-        assert ids(dataset.validation) == order[:number]
+        dataset = read(data_config("pairs", path=file_of(rows), validation=validation, seed=seed))
+        assert ids(dataset.held_out) == order[:number]
         assert ids(dataset.train) == [row["id"] for row in rows if row["id"] not in order[:number]]
     random.Random(0).shuffle(rows)
-    again = load_data(data_config("pairs", path=file_of(rows), validation=7, seed=seed, take=3, shuffle=False))
-    assert ids(again.validation) == order[:7]
+    again = read(data_config("pairs", path=file_of(rows), validation=7, seed=seed, take=3, shuffle=False))
+    assert ids(again.held_out) == order[:7]
 
 
 def test_rows_without_id_are_held_out_by_their_text(file_of, data_config):
     rows = [{"source": row["source"], "target": row["target"]} for row in numbered(40)]
     config = data_config("pairs", path=file_of(rows), validation=9)
-    first = load_data(config)
-    again = load_data(data_config("pairs", path=file_of(rows[::-1]), validation=9))
-    assert ids(first.validation) == ids(again.validation) == by_rank(ids(first.train + first.validation), 0)[:9]
-    assert [said(row) for row in first.validation] == [said(row) for row in again.validation]
+    first = read(config)
+    again = read(data_config("pairs", path=file_of(rows[::-1]), validation=9))
+    assert ids(first.held_out) == ids(again.held_out) == by_rank(ids(first.train + first.held_out), 0)[:9]
+    assert [said(row) for row in first.held_out] == [said(row) for row in again.held_out]
 
 
 def test_added_rows_push_out_held_out_rows_only_by_a_smaller_digest(file_of, data_config):
-    before = load_data(data_config("pairs", path=file_of(numbered(60)), validation=12)).validation
-    after = load_data(data_config("pairs", path=file_of(numbered(90)), validation=12)).validation
+    before = read(data_config("pairs", path=file_of(numbered(60)), validation=12)).held_out
+    after = read(data_config("pairs", path=file_of(numbered(90)), validation=12)).held_out
     newcomers = {f"r{i}" for i in range(60, 90)}
     stayed = [name for name in ids(after) if name not in newcomers]
     assert 0 < len(stayed) < 12
@@ -351,21 +365,21 @@ def test_added_rows_push_out_held_out_rows_only_by_a_smaller_digest(file_of, dat
 @pytest.mark.parametrize("shared", ["lang", 0, ""])
 def test_rows_that_share_an_id_are_told_apart_wherever_they_stand(file_of, data_config, shared):
     rows = [{**row, "id": shared} for row in numbered(30)] + [GOOD, GOOD, GOOD]
-    first = load_data(data_config("pairs", path=file_of(rows), validation=8))
-    again = load_data(data_config("pairs", path=file_of(rows[::-1]), validation=8))
-    everything = load_data(data_config("pairs", path=file_of(rows)))
+    first = read(data_config("pairs", path=file_of(rows), validation=8))
+    again = read(data_config("pairs", path=file_of(rows[::-1]), validation=8))
+    everything = read(data_config("pairs", path=file_of(rows)))
     assert len(set(ids(everything.train))) == 33
-    assert ids(first.validation) == ids(again.validation)
-    assert [said(row) for row in first.validation] == [said(row) for row in again.validation]
-    other = load_data(data_config("pairs", path=file_of(rows), validation=8, seed=1))
-    assert ids(other.validation) != ids(first.validation)
+    assert ids(first.held_out) == ids(again.held_out)
+    assert [said(row) for row in first.held_out] == [said(row) for row in again.held_out]
+    other = read(data_config("pairs", path=file_of(rows), validation=8, seed=1))
+    assert ids(other.held_out) != ids(first.held_out)
 
 
 def test_training_rows_equal_to_a_held_out_row_are_dropped_and_counted(file_of, data_config):
     rows = numbered(20)
     copies = [{**row, "id": f"copy of {row['id']}"} for row in rows]
-    dataset = load_data(data_config("pairs", path=file_of(rows + copies), validation=6))
-    held_out = {row.digest for row in dataset.validation}
+    dataset = read(data_config("pairs", path=file_of(rows + copies), validation=6))
+    held_out = {row.digest for row in dataset.held_out}
     assert not held_out & {row.digest for row in dataset.train}
     assert dataset.dropped["equal to a held-out row"] == 2 * len(held_out) - 6
     assert len(dataset.train) == 40 - 2 * len(held_out)
@@ -373,32 +387,32 @@ def test_training_rows_equal_to_a_held_out_row_are_dropped_and_counted(file_of, 
 
 def test_a_held_out_file_is_taken_whole_and_equal_rows_leave_training(file_of, data_config):
     other = file_of([*numbered(3, start=100), numbered(1)[0]], "held.jsonl")
-    dataset = load_data(data_config("pairs", path=file_of(numbered(10)), validation=other))
-    assert ids(dataset.validation) == ["r100", "r101", "r102", "r0"]
+    dataset = read(data_config("pairs", path=file_of(numbered(10)), validation=other))
+    assert ids(dataset.held_out) == ["r100", "r101", "r102", "r0"]
     assert ids(dataset.train) == [f"r{i}" for i in range(1, 10)]
     assert dataset.dropped == {"equal to a held-out row": 1}
     same_ids = file_of([{**row, "target": "another answer"} for row in numbered(10)], "other.jsonl")
-    assert len(load_data(data_config("pairs", path=file_of(numbered(10)), validation=same_ids)).train) == 10
+    assert len(read(data_config("pairs", path=file_of(numbered(10)), validation=same_ids)).train) == 10
 
 
 def test_a_held_out_split_is_read_by_its_name(file_of, data_config, tmp_path, registry):
     file_of(numbered(10), "train.jsonl")
     file_of(numbered(4, start=100), "test-00000.jsonl")
-    dataset = load_data(data_config("pairs", path=str(tmp_path), validation="split:test"))
-    assert ids(dataset.validation) == ["r100", "r101", "r102", "r103"]
+    dataset = read(data_config("pairs", path=str(tmp_path), validation="split:test"))
+    assert ids(dataset.held_out) == ["r100", "r101", "r102", "r103"]
     assert ids(dataset.train) == [f"r{i}" for i in range(10)]
 
     @register_source
     def tickets(split):
         yield from numbered(3, start=10 if split == "test" else 0)
 
-    dataset = load_data(data_config("custom", name="tickets", path="x", validation="split:test"))
-    assert (ids(dataset.validation), ids(dataset.train)) == (["r10", "r11", "r12"], ["r0", "r1", "r2"])
+    dataset = read(data_config("custom", name="tickets", path="x", validation="split:test"))
+    assert (ids(dataset.held_out), ids(dataset.train)) == (["r10", "r11", "r12"], ["r0", "r1", "r2"])
 
 
 def test_nothing_is_held_out_when_none_is_asked_for(file_of, data_config):
-    dataset = load_data(data_config("pairs", path=file_of(numbered(5)), validation=None))
-    assert (len(dataset.train), dataset.validation) == (5, [])
+    dataset = read(data_config("pairs", path=file_of(numbered(5)), validation=None))
+    assert (len(dataset.train), dataset.held_out) == (5, [])
 
 
 @pytest.mark.parametrize("validation", [5, 6, 0.95])
@@ -415,22 +429,22 @@ def test_held_out_rows_equal_to_all_others_leave_nothing_to_train_on(file_of, da
     assert "has no usable row" in line
 
 
-def test_take_counts_training_rows_and_is_nested(file_of, data_config, caplog):
+def test_take_counts_training_rows_and_is_nested(file_of, data_config):
     path = file_of(numbered(60))
 
     def train(take, **changes):
-        return load_data(data_config("pairs", path=path, validation=10, take=take, **changes))
+        return read(data_config("pairs", path=path, validation=10, take=take, **changes))
 
     whole, ten, twenty = train(None), train(10), train(20)
     assert [len(dataset.train) for dataset in (whole, ten, twenty)] == [50, 10, 20]
-    assert ids(ten.validation) == ids(twenty.validation) == ids(whole.validation)
+    assert ids(ten.held_out) == ids(twenty.held_out) == ids(whole.held_out)
     assert set(ids(ten.train)) < set(ids(twenty.train)) < set(ids(whole.train))
     assert ids(twenty.train) == [name for name in ids(whole.train) if name in ids(twenty.train)]
     assert set(ids(ten.train)) != set(ids(whole.train)[:10])
     assert ids(train(10, seed=1).train) != ids(ten.train)
-    assert not caplog.records
+    assert not whole.notes
     assert len(train(51).train) == 50
-    assert "data.take=51, but there are 50 training rows" in caplog.text
+    assert train(51).notes == ["data.take=51, but there are 50 training rows: all are used"]
 
 
 def test_the_same_rows_come_from_every_format(data_config, file_of, tmp_path):
@@ -448,17 +462,17 @@ def test_the_same_rows_come_from_every_format(data_config, file_of, tmp_path):
         file_of(csv, "t.csv"),
         str(tmp_path / "t.parquet"),
     ]
-    datasets = [load_data(data_config("pairs", path=path, validation=3)) for path in paths]
-    assert all(ids(dataset.validation) == ids(datasets[0].validation) for dataset in datasets)
+    datasets = [read(data_config("pairs", path=path, validation=3)) for path in paths]
+    assert all(ids(dataset.held_out) == ids(datasets[0].held_out) for dataset in datasets)
     assert all([said(r) for r in d.train] == [said(r) for r in datasets[0].train] for d in datasets)
-    (row,) = load_data(data_config("messages", path=str(tmp_path / "m.parquet"))).train
+    (row,) = read(data_config("messages", path=str(tmp_path / "m.parquet"))).train
     assert said(row) == [("user", "a"), ("assistant", "b")]
 
 
 def test_an_id_with_half_of_a_surrogate_pair_is_an_id(file_of, data_config):
     path = file_of([row | {"id": f"\ud83d{i}"} for i, row in enumerate(numbered(4))])
-    data = load_data(data_config("pairs", path=path, validation=1))
-    told = ids(data.train + data.validation)
+    data = read(data_config("pairs", path=path, validation=1))
+    told = ids(data.train + data.held_out)
     assert sorted(told) == [f"\\ud83d{i}" for i in range(4)]
 
 
@@ -467,4 +481,74 @@ def test_an_id_with_half_of_a_surrogate_pair_is_an_id(file_of, data_config):
 )
 def test_a_file_that_is_not_the_chit_chat_data_set_says_what_to_choose(file_of, data_config, text):
     (line,) = faults(data_config("chitchat", path=file_of(text)))
-    assert line.endswith("is not the chit-chat data set. Say what it holds: data=pairs, data=messages or data=sharegpt")
+    assert line.endswith(
+        "is not the chit-chat data set. Choose the layout that the file has: data=pairs, data=messages or data=sharegpt"
+    )
+
+
+@pytest.fixture
+def load(make_tokenizer):
+    """Load the data of a config with a small tokenizer, and a chat template if need be."""
+
+    def run(config, template=DIALOGPT_TEMPLATE, max_length=100):
+        return load_data(config, make_tokenizer(template), max_length, 2, 8)
+
+    return run
+
+
+def unread(*_):
+    raise AssertionError("read or encoded again")
+
+
+def test_a_second_run_maps_what_the_first_has_encoded(file_of, data_config, load, monkeypatch):
+    config = data_config("pairs", path=file_of(numbered(30)), validation=5)
+    first = load(config)
+    with monkeypatch.context() as patched:
+        patched.setattr(encode, "read_conversations", unread)
+        second = load(config)
+        assert (list(first.train), first.prompts) == (list(second.train), second.prompts)
+        assert (first.fingerprint, first.held_out_fingerprint) == (second.fingerprint, second.held_out_fingerprint)
+        assert load(replaced(config, shuffle=False)).fingerprint == first.fingerprint  # the order of epochs is not kept
+        for changed in (
+            lambda: load(replaced(config, seed=1)),
+            lambda: load(config, "{% for m in messages %}{{ m.content }}{% endfor %}"),
+            lambda: load(config, max_length=5),
+            lambda: load(data_config("pairs", path=file_of(numbered(31)), validation=5)),  # the same file, longer
+        ):
+            with pytest.raises(AssertionError, match="read or encoded again"):
+                changed()
+
+
+def test_ones_own_source_is_cached_by_what_it_yields(registry, data_config, load, monkeypatch):
+    rows = numbered(9)
+
+    @register_source
+    def tickets():
+        yield from rows
+
+    config = data_config("custom", name="tickets", path="x")
+    first = load(config)
+    monkeypatch.setattr(encode.Encoder, "encode", unread)
+    assert load(config).fingerprint == first.fingerprint
+    rows.append(numbered(10)[9])
+    with pytest.raises(AssertionError, match="read or encoded again"):
+        load(config)
+
+
+def test_rows_are_as_they_were_encoded_in_one_process_or_in_several(file_of, data_config, load, monkeypatch):
+    texts = [{"source": f"What is {i}?" * (i % 5 + 1), "target": f"It is {i}." * (i % 3 + 1)} for i in range(70)]
+    config = data_config("pairs", path=file_of(texts), validation=3)
+    here = load(config, max_length=30)
+    monkeypatch.setattr(encode, "BATCH", 4)
+    monkeypatch.setattr(encode, "_num_cores", lambda: 2)
+    monkeypatch.setattr(encode, "_digest", lambda config, *_: str(config.validation))
+    apart = load(config, max_length=30)
+    assert list(here.train) == list(apart.train)
+    assert (here.fingerprint, here.dropped, here.changed) == (apart.fingerprint, apart.dropped, apart.changed)
+    rows = here.train
+    assert rows.lengths.tolist() == [len(row.tokens) for row in rows]
+    assert rows.num_counted.tolist() == [row.num_counted for row in rows]
+    assert rows.digests == [row.digest for row in rows]
+    assert rows[2:5] == [rows[2], rows[3], rows[4]]
+    assert rows[-1] == list(rows)[-1]
+    assert len(load(data_config("pairs", path=file_of(texts))).held_out) == 0

@@ -606,7 +606,7 @@ def test_a_mean_per_micro_batch_would_be_another_gradient(accelerator, teacher):
     model = student_model()
     module = StudentObjective(model, NUM_IDS, Objective(alpha=0.6, temperature=2.0))
     for batch in step_of(ROWS, 4).micro_batches:
-        total, _, _ = module(batch, teacher.hidden(batch), teacher.head)
+        total, _, _ = module(batch, teacher.answer(batch).hidden, teacher.head)
         (total / len(batch.counted_labels) / 2).backward()
     off = max((a - b).abs().max() / b.abs().max() for a, b in zip(gradients(model), expected, strict=True))
     assert off > 0.05
@@ -622,7 +622,7 @@ def test_any_share_of_processes_gives_the_same_gradient(teacher, num_processes):
     for rank in range(num_processes):
         step = step_of(rows, 2, rank, num_processes)
         for batch in step.micro_batches:
-            total, _, _ = module(batch, teacher.hidden(batch), teacher.head)
+            total, _, _ = module(batch, teacher.answer(batch).hidden, teacher.head)
             (total / step.num_tokens).backward()  # gradients add up, as over processes
     assert_close(gradients(model), expected, 1e-9)
 
@@ -672,7 +672,9 @@ def test_padding_of_a_row_changes_nothing(teacher):
     )  # fmt: skip
     module = StudentObjective(student_model(), NUM_IDS, Objective(temperature=2.0))
     assert_close(
-        module(more, teacher.hidden(more), teacher.head), module(batch, teacher.hidden(batch), teacher.head), 1e-9
+        module(more, teacher.answer(more).hidden, teacher.head),
+        module(batch, teacher.answer(batch).hidden, teacher.head),
+        1e-9,
     )
 
 
@@ -695,7 +697,7 @@ def test_hooks_of_the_wrapper_see_every_gradient(tmp_path, teacher):
 
         module.register_comm_hook(None, halve)
         batch = collate(ROWS, END)
-        total, _, _ = module(batch, teacher.hidden(batch), teacher.head)
+        total, _, _ = module(batch, teacher.answer(batch).hidden, teacher.head)
         (total / len(batch.counted_labels)).backward()
         assert {id(p) for p in seen} == {id(p) for p in model.parameters()}
         assert_close(gradients(model), [g / 2 for g in expected], 1e-9)
@@ -706,7 +708,7 @@ def test_hooks_of_the_wrapper_see_every_gradient(tmp_path, teacher):
 def test_the_teacher_gets_no_gradient(teacher):
     batch = collate(ROWS, END)
     module = StudentObjective(student_model(), NUM_IDS, Objective(alpha=0.6))
-    hidden = teacher.hidden(batch)
+    hidden = teacher.answer(batch).hidden
     assert not hidden.requires_grad
     module(batch, hidden, teacher.head)[0].backward()
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
@@ -792,6 +794,6 @@ def test_merged_micro_batches_are_one_batch_of_all_rows(teacher):
     assert together.num_counted == [n for part in parts for n in part.num_counted] == whole.num_counted
     assert torch.equal(together.counted_labels, whole.counted_labels)
     assert torch.equal(together.positions, whole.positions)
-    torch.testing.assert_close(teacher.hidden(together), teacher.hidden(whole), rtol=0, atol=0)
-    one_by_one = torch.cat([teacher.hidden(part) for part in parts])
-    torch.testing.assert_close(teacher.hidden(together), one_by_one, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(teacher.answer(together).hidden, teacher.answer(whole).hidden, rtol=0, atol=0)
+    one_by_one = torch.cat([teacher.answer(part).hidden for part in parts])
+    torch.testing.assert_close(teacher.answer(together).hidden, one_by_one, rtol=1e-9, atol=1e-12)

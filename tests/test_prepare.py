@@ -7,12 +7,12 @@ import pytest
 import torch
 from standins import write_dialogpt
 
-from kdx import prepare
+from kdx import prepare, store
 from kdx.causal_lm import Head
 from kdx.cli import compose
 from kdx.data.batches import Row
 from kdx.errors import ConfigError, MachineError
-from kdx.store import Identity, Kept, TeacherStore, bytes_of
+from kdx.store import ROW_OVERHEAD, Identity, StoredHead, TeacherStore, open_store
 
 
 @pytest.mark.parametrize(
@@ -42,18 +42,18 @@ def test_the_store_needs_room_for_its_rows_and_the_head_that_is_to_come(tmp_path
     vocabulary = json.loads((tmp_path / "teacher/config.json").read_text())["vocab_size"]
     head = vocabulary * 16 * 4
     if has_head:
-        TeacherStore(tmp_path / "store", identity, name="", owner="a").keep(
-            Kept(Head(torch.zeros(vocabulary, 16)), 1, 1)
+        TeacherStore(tmp_path / "store", identity, name="", owner="a").save_head(
+            StoredHead(Head(torch.zeros(vocabulary, 16)), 1, 1)
         )
     rows = [Row("a", [1, 2, 3], [False, True, True]), Row("b", [1, 2], [False, True])]
-    needed = bytes_of(3, 2, 16, 4) + (0 if has_head else head)
+    needed = 3 * 16 * 4 + 2 * ROW_OVERHEAD + (0 if has_head else head)
     for room, is_enough in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr(prepare, "room", lambda _, room=room: (room, room))
+        monkeypatch.setattr(store, "room", lambda _, room=room: (room, room))
         if is_enough:
-            assert prepare.open_store(teacher, identity, rows, True, "a")[0] is not None
+            assert open_store(teacher, identity, rows, is_repeated=True, owner="a")[0] is not None
         else:
             with pytest.raises(MachineError, match=f"teacher.store: needs {needed:,} bytes"):
-                prepare.open_store(teacher, identity, rows, True, "a")
+                open_store(teacher, identity, rows, is_repeated=True, owner="a")
 
 
 def test_a_batch_is_shared_out_evenly():

@@ -17,7 +17,7 @@ from kdx.optim import state_bytes
 from kdx.prepare import bytes_on_disk, prepare
 from kdx.run import checkpoint, typed
 from kdx.run.launch import build_accelerator
-from kdx.segments import survey
+from kdx.store import count_rows
 from kdx.teacher import Teacher
 
 
@@ -140,7 +140,7 @@ def test_the_live_teacher_is_timed_and_no_row_is_kept(
     assert in_process(capfd, "check", *words)[0] == 0
     assert len(asked) == 2
     (folder,) = (file.parent for file in tmp_path.glob("store/*/teacher.json"))
-    assert survey(folder / "rows").num_rows == 0
+    assert count_rows(folder, is_verify=True) == (0, 0)
     assert in_process(capfd, "store", "fill", *words)[0] == 0
     asked.clear()
     assert in_process(capfd, "check", *words)[0] == 0

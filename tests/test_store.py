@@ -5,273 +5,300 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from standins import write_llama, write_tokenizer
+from safetensors import SafetensorError
+from standins import write_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from kdx import causal_lm
+from kdx import store as store_module
 from kdx.causal_lm import Head, head_of
-from kdx.certificate import certify
-from kdx.cli import compose
 from kdx.data.batches import MicroBatch, Row, collate, dummy
-from kdx.store import Identity, Kept, TeacherStore, bytes_of, room, size_of
-from kdx.student import load_student
+from kdx.run.files import room, size_of
+from kdx.store import ROW_OVERHEAD, Identity, StoredHead, TeacherStore, compact, count_rows, load_head
 from kdx.teacher import Teacher
 
 WHO = Identity("weights", "tokenizer", "fp32", "none")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("KDX_CACHE", str(tmp_path / "cache"))
+Open = Callable[..., TeacherStore]
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Callable[..., TeacherStore]]:
-    """Open the store of this test; it is closed at the end."""
-    stores: list[TeacherStore] = []
+def opened(tmp_path: Path) -> Open:
+    def open_(identity: Identity = WHO, **more: Any) -> TeacherStore:
+        return TeacherStore(tmp_path / "store", identity, name="org/name", **more)
 
-    def open_(identity: Identity = WHO, owner: str = "run", limit_bytes: float | None = None) -> TeacherStore:
-        stores.append(TeacherStore(tmp_path / "store", identity, name="org/name", owner=owner, limit_bytes=limit_bytes))
-        return stores[-1]
-
-    yield open_
-    for store in stores:
-        store.close()
-
-
-Open = Callable[..., TeacherStore]
+    return open_
 
 
 def digest(i: int) -> str:
     return f"{i:032x}"
 
 
-def damage(file: Path, at: int = -1) -> None:
+def written(store: TeacherStore, *numbers: int, flush: bool = True) -> dict[str, Tensor]:
+    """Store rows of 3 positions, width 4 → them."""
+    rows = {digest(i): torch.full((3, 4), float(i)) for i in numbers}
+    store.write(list(rows), list(rows.values()), 1.0)
+    if flush:
+        store.flush()
+    return rows
+
+
+def shards(store: TeacherStore) -> list[Path]:
+    return sorted(store.rows.glob("[!.]*"))
+
+
+def flip(file: Path, bit: int) -> None:
     content = bytearray(file.read_bytes())
-    content[at] ^= 1
+    content[bit // 8] ^= 1 << bit % 8
     file.write_bytes(content)
 
 
-def damage_rows(folder: Path, at: int = -1) -> None:
-    """Flip a bit of the last row of each segment below a folder."""
-    for file in folder.rglob("*.rows"):
-        damage(file, at)
-
-
-class TestFolder:
+class TestRows:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-    @pytest.mark.parametrize("softcap", [None, 30.0])
-    @pytest.mark.parametrize("has_bias", [True, False])
-    def test_head_round_trip(self, opened: Open, dtype: torch.dtype, softcap: float | None, has_bias: bool) -> None:
-        head = Head(torch.randn(7, 5).to(dtype), torch.randn(7).to(dtype) if has_bias else None, 1 / 3, softcap)
-        store = opened()
-        assert store.kept() is None and not store.has_head()
-        store.keep(Kept(head, 35, 70))
-        kept = opened().kept()
-        assert kept is not None and store.has_head()
-        assert (kept.num_parameters, kept.num_bytes) == (35, 70)
-        assert (kept.head.scale, kept.head.softcap, kept.head.weight.dtype) == (1 / 3, softcap, dtype)
-        assert torch.equal(kept.head.weight, head.weight)
-        assert (kept.head.bias is None) == (head.bias is None)
-        hidden = torch.randn(3, 5).to(dtype)
-        assert torch.equal(kept.head.logits(hidden), head.logits(hidden))
-        assert not list(store.folder.glob(".tmp-*"))
+    def test_round_trip(self, opened: Open, dtype: torch.dtype) -> None:
+        """Every bit pattern, NaNs included; a row without positions; from the buffer and from the disk."""
+        bits = torch.randint(0, 256, (6, 40 * dtype.itemsize), dtype=torch.uint8)
+        rows = [bits.view(dtype)[:5], bits.view(dtype)[5:], torch.empty(0, 40, dtype=dtype)]
+        names, store = [digest(i) for i in range(3)], opened()
+        store.write(names, rows, 1.0)
+        assert opened().read(names) is None, "not flushed yet"
+        kept = [row.clone() for row in rows]
+        rows[0].zero_()  # what the caller does with its tensor afterwards
+        buffered = store.read(names)
+        store.flush()
+        for found in (buffered, store.read(names), opened().read(names)):
+            assert found is not None
+            for row, known in zip(found, kept, strict=True):
+                assert (row.dtype, row.shape) == (dtype, known.shape)
+                assert torch.equal(row.view(torch.uint8), known.view(torch.uint8))
+        assert not list(store.folder.rglob(".tmp-*"))
 
-    def test_what_is_kept_follows_the_umask(self, opened: Open) -> None:
-        umask = os.umask(0o027)
-        try:
-            store = opened()
-            store.keep(Kept(Head(torch.randn(7, 5)), 35, 70))
-        finally:
-            os.umask(umask)
-        for name in ("head.safetensors", "teacher.json"):
-            assert stat.S_IMODE((store.folder / name).stat().st_mode) == 0o640
-
-    @pytest.mark.parametrize("name", ["head.safetensors", "teacher.json"])
-    @pytest.mark.parametrize("how", ["any bit", "cut", "emptied", "zeros", "removed", "a list"])
-    def test_a_damaged_head_is_as_if_absent(self, opened: Open, name: str, how: str) -> None:
-        """Or it is read as it was, where the damage is in what is only shown. Never a head that is not the teacher's."""
-        head = Head(torch.randn(7, 5), torch.randn(7), 1 / 3, 30.0)
-        store = opened()
-        store.keep(Kept(head, 35, 70))
-        file = store.folder / name
-        content = file.read_bytes()
-        damages = [content[: len(content) // 2], b"", bytes(len(content)), b"[]"]
-        if how == "removed":
-            file.unlink()
-            assert store.kept() is None
-            return
-        if how == "any bit":
-            damages = []
-            for bit in range(0, 8 * len(content), 3):
-                damaged = bytearray(content)
-                damaged[bit // 8] ^= 1 << bit % 8
-                damages.append(bytes(damaged))
-        else:
-            damages = [damages[["cut", "emptied", "zeros", "a list"].index(how)]]
-        absent = 0
-        for damaged in damages:
-            file.write_bytes(damaged)
-            kept = store.kept()
-            absent += kept is None
-            if kept is not None:
-                assert torch.equal(kept.head.weight, head.weight) and kept.head.bias is not None
-                assert (kept.head.scale, kept.head.softcap) == (1 / 3, 30.0)
-                assert (kept.num_parameters, kept.num_bytes) == (35, 70)
-        assert absent == len(damages) or (name == "teacher.json" and how == "any bit" and absent > len(damages) / 4)
-
-    def test_answers(self, opened: Open) -> None:
-        store = opened()
-        assert store.answer("What is it?") is None
-        store.keep_answer("What is it?", "It is … blue.\n")
-        assert opened().answer("What is it?") == "It is … blue.\n"
-        assert store.answer("What is it") is None
-        (file,) = (store.folder / "answers").iterdir()
+    def test_any_damage_is_a_missing_row_never_a_wrong_one(self, opened: Open) -> None:
+        rows = written(first := opened(), 1, 2)
+        (file,) = shards(first)
         whole = file.read_bytes()
-        for at in range(len(whole)):
-            content = bytearray(whole)
-            content[at] ^= 1
-            file.write_bytes(content)
-            assert store.answer("What is it?") in (None, "It is … blue.\n"), at
-        for content in (b"", b"[]", b"null", b'{"answer": 5, "sha256": ""}', whole[:-9]):
-            file.write_bytes(content)
-            assert store.answer("What is it?") is None
+        missing = 0
+        for bit in range(0, 8 * len(whole), 29):
+            flip(file, bit)
+            store = opened()
+            for name, row in rows.items():
+                found = store.read([name])
+                missing += found is None
+                assert found is None or torch.equal(found[0], row), bit
+            file.write_bytes(whole)
+        assert missing > len(whole) / 29, "most bits matter"
 
-    def test_a_damaged_certificate_is_taken_again(self, opened: Open) -> None:
+    @pytest.mark.parametrize("size", [0, 5, 100, -1])
+    def test_a_shard_that_was_cut_is_skipped_with_one_warning(
+        self, opened: Open, size: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        written(first := opened(), 1)
+        (file,) = shards(first)
+        rows = written(first, 2)
+        file.write_bytes(file.read_bytes()[:size])
         store = opened()
-        store.certify({"rows": 8})
-        assert opened().certificate() == {"rows": 8}
-        for content in (b"", b"[]", b"{", b"\xff"):
-            (store.folder / "certificate.json").write_bytes(content)
-            assert store.certificate() is None
+        for _ in range(3):
+            assert store.read([digest(1)]) is None
+        assert torch.equal((store.read([digest(2)]) or [])[0], rows[digest(2)])
+        assert [r.getMessage().split(" (")[0] for r in caplog.records] == [
+            f"teacher cache: skipping the damaged file {file}"
+        ]
 
-    def test_the_limit_is_said_once_and_kept(self, opened: Open, caplog: pytest.LogCaptureFixture) -> None:
-        store = opened(limit_bytes=10_000)
-        with caplog.at_level(logging.WARNING):
-            for i in range(30):
-                store.write([digest(i)], [torch.full((10, 16), float(i))], 0.1)
-        said = [r.getMessage() for r in caplog.records]
-        assert len(said) == 1 and "teacher.store_limit_gb=1e-05 is reached" in said[0]
+    def test_a_damaged_row_is_written_again_and_then_read(self, opened: Open) -> None:
+        written(first := opened(), 1, 2)
+        flip(shards(first)[0], -1)
+        store = opened(owner="other")
+        damaged = next(i for i in (1, 2) if store.read([digest(i)]) is None)
+        assert store.counts.bad == 1 and store.missing([digest(1), digest(2)]) == [digest(damaged)]
+        rows = written(store, damaged)
+        for owner in ("run", "other", "third"):
+            found = opened(owner=owner).read([digest(damaged)])
+            assert found is not None and torch.equal(found[0], rows[digest(damaged)])
+
+    def test_a_stored_row_keeps_its_bits(self, opened: Open) -> None:
+        """Computed again in another batch, and twice in one batch: what is used is what a resumed run will find."""
+        rows = written(store := opened(), 1)
+        names = [digest(1), digest(2), digest(2)]
+        given = [torch.zeros(3, 4), torch.ones(3, 4), torch.full((3, 4), 1.5)]
+        used = store.write(names, given, 1.0)
+        assert torch.equal(used[0], rows[digest(1)]) and used[1] is given[1] and torch.equal(used[2], given[1])
+        store.close()
+        for row, now in zip(used, opened().read(names) or [], strict=True):
+            assert torch.equal(row, now)
+
+    def test_flushed_by_size_and_by_time(self, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(store_module, "SHARD_BYTES", 100)
+        store = opened()
+        written(store, 1, 2, flush=False)
+        assert shards(store) == []
+        written(store, 3, flush=False)
+        assert len(shards(store)) == 1 and opened().missing([digest(3)]) == []
+        written(store, 4, flush=False)
+        store.read([digest(4)])
+        assert opened().missing([digest(4)]) == [digest(4)]
+        now = time.monotonic() + 31
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        store.read([digest(4)])
+        assert opened().missing([digest(4)]) == []
+
+    def test_the_limit(self, opened: Open, caplog: pytest.LogCaptureFixture) -> None:
+        limit = 10 * (48 + ROW_OVERHEAD)
+        store = opened(limit_bytes=limit)
+        for i in range(30):
+            written(store, i)
+        assert len(caplog.records) == 1 and "teacher.store_limit_gb=2.48e-06 is reached" in caplog.text
         assert store.is_full and store.counts.computed == 30
-        kept = [i for i in range(30) if digest(i) in [d for d in map(digest, range(30)) if not store.missing([d])]]
-        assert 10 < len(kept) < 30
-        assert 9_000 < size_of(store.root) <= 10_000
+        kept = 30 - len(opened().missing([digest(i) for i in range(30)]))
+        assert 5 < kept < 15 and size_of(store.root) <= limit
         assert store.read([digest(0)]) is not None
 
-    def test_a_full_disk_is_said_once(
-        self, opened: Open, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("os error 28")])
+    def test_a_full_disk(
+        self, opened: Open, error: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        def full(rows: Any, file: Path, metadata: Any) -> None:
+            file.write_bytes(b"some of it fits")
+            raise error
+
         store = opened()
-        store.write([digest(0)], [torch.zeros(1, 4)], 0.1)
-        real = os.write
-
-        def full(descriptor: int, data: Any) -> int:
-            if len(data) > 50:  # some of it fits
-                return real(descriptor, data[:50])
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "write", full)
-        with caplog.at_level(logging.WARNING):
-            for i in range(1, 9):
-                store.write([digest(i)], [torch.ones(10, 16)], 0.1)
-        monkeypatch.undo()
-        said = [r.getMessage() for r in caplog.records]
-        assert len(said) == 1 and "No space left on device" in said[0] and "goes on with the live teacher" in said[0]
-        other = opened(owner="other")
-        assert other.missing([digest(i) for i in range(9)]) == [digest(i) for i in range(1, 9)]
+        written(store, 0)
+        monkeypatch.setattr(store_module, "save_file", full)
+        rows = written(store, 1)
+        written(store, 2)
+        store.close()
+        assert len(caplog.records) == 1 and "no more rows are written" in caplog.text and " free)" in caplog.text
+        assert torch.equal((store.read([digest(1)]) or [])[0], rows[digest(1)]), "still in the buffer"
+        assert opened().missing([digest(i) for i in range(3)]) == [digest(1), digest(2)]
+        assert len(shards(store)) == 1 and not list(store.rows.glob(".tmp-*"))
 
     def test_counts(self, opened: Open) -> None:
         one, other = opened(owner="one"), opened(owner="other")
-        one.write([digest(1), digest(2)], [torch.zeros(3, 4), torch.ones(1, 4)], 2.0)
+        written(one, 1, 2)
         assert one.read([digest(1), digest(2)]) is not None
         assert other.read([digest(1), digest(3)]) is None
         assert other.read([digest(1)]) is not None
         assert (one.counts.computed, one.counts.hits, one.counts.from_others) == (2, 2, 0)
-        assert one.counts.bytes_read == 64 and one.counts.bytes_written == size_of(one.root)
-        assert one.counts.seconds_saved == pytest.approx(2.0)  # half a second a position
+        assert one.counts.bytes_read == one.counts.bytes_written == 96
+        assert one.counts.seconds_saved == pytest.approx(1.0)  # a sixth of a second a position
         assert (other.counts.computed, other.counts.hits, other.counts.from_others) == (0, 1, 1)
-        assert bytes_of(4, 2, 4, 4) == one.counts.bytes_written
+        assert 96 < size_of(one.root) < 96 + 2 * ROW_OVERHEAD
+        assert not (one.folder / "use.json").exists()
+        opened().close()
+        assert not (one.folder / "use.json").exists(), "it was not used"
         one.close()
-        assert opened().seconds_per_position == 0.5
+        assert opened().seconds_per_position == pytest.approx(1 / 6)
 
-    def test_use_is_noted_by_those_who_only_read(self, opened: Open) -> None:
-        one = opened()
-        one.write([digest(1)], [torch.zeros(3, 4)], 1.0)
-        one.close()
-        note = one.folder / "use.json"
-        os.utime(note, (0, 0))
-        idle = opened()
-        idle.close()
-        assert note.stat().st_mtime == 0
-        reader = opened()
-        reader.read([digest(1)])
-        reader.close()
-        assert note.stat().st_mtime > time.time() - 100
+
+class TestCompaction:
+    def test_rows_keep_their_bits_while_others_read_and_write(
+        self, opened: Open, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(store_module, "SHARD_BYTES", 1000)
+        one, reader, late = opened(owner="one"), opened(owner="two"), opened(owner="three")
+        rows: dict[str, Tensor] = {}
+        flipped = emptied = ""
+        for i in range(0, 20, 2):
+            before = one.position()
+            rows |= written(one, i, i + 1)
+            flipped = one.position()[0] if i == 0 else flipped
+            (emptied,) = set(one.position()) - set(before) if i == 4 else [emptied]
+        written(late, 3)  # it had not looked again: a copy
+        names, position = list(rows), one.position()
+        assert len(position) == 10 and reader.read(names) is not None
+        flip(one.rows / flipped, -1)
+        (one.rows / emptied).write_bytes(b"")
+        compact(one.folder)
+        rows |= written(reader, 30)
+        compact(one.folder)
+        there = opened(owner="one")
+        assert 1 < len(shards(there)) < 4 and count_rows(there.folder, is_verify=True) == (20 - 1 - 2 + 1, 0)
+        for name in set(rows) - set(there.missing(list(rows))):
+            assert torch.equal((there.read([name]) or [])[0], rows[name])
+        assert reader.read([name for name in names if not there.missing([name])]) is not None
+        assert there.lost(position) == [emptied], "a checkpoint finds its rows, but for the shard that was emptied"
+        compact(one.folder)
+        again = shards(there)
+        compact(one.folder)
+        assert shards(there) == again, "nothing to do"
+
+    def test_position_is_of_the_own_shards(self, opened: Open) -> None:
+        one, other = opened(owner="one"), opened(owner="other")
+        written(one, 1)
+        written(other, 2)
+        (name,) = one.position()
+        assert name.startswith("one-") and opened(owner="other").lost([name]) == []
+        (one.rows / name).unlink()
+        assert opened(owner="one").lost([name]) == [name]
+
+
+class TestBesideTheRows:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize(("softcap", "has_bias"), [(None, True), (30.0, False)])
+    def test_head(self, opened: Open, dtype: torch.dtype, softcap: float | None, has_bias: bool) -> None:
+        head = Head(torch.randn(7, 5).to(dtype), torch.randn(7).to(dtype) if has_bias else None, 1 / 3, softcap)
+        store = opened()
+        assert load_head(store.folder) is None
+        umask = os.umask(0o027)
+        store.save_head(StoredHead(head, 35, 2**40))
+        os.umask(umask)
+        for name in ("head.safetensors", "teacher.json"):
+            assert stat.S_IMODE((store.folder / name).stat().st_mode) == 0o640
+        stored = load_head(store.folder)
+        assert stored is not None and (stored.num_parameters, stored.num_bytes) == (35, 2**40)
+        assert (stored.head.scale, stored.head.softcap, stored.head.weight.dtype) == (1 / 3, softcap, dtype)
+        assert torch.equal(stored.head.weight, head.weight) and (stored.head.bias is None) == (head.bias is None)
+        hidden = torch.randn(3, 5).to(dtype)
+        assert torch.equal(stored.head.logits(hidden), head.logits(hidden))
+        assert json.loads((store.folder / "teacher.json").read_text())["dtype"] == "fp32"
+
+    def test_a_damaged_head_is_as_if_absent(self, opened: Open) -> None:
+        head = Head(torch.randn(7, 5), torch.randn(7), 1 / 3, 30.0)
+        opened().save_head(StoredHead(head, 35, 70))
+        file = opened().folder / "head.safetensors"
+        whole = file.read_bytes()
+        for bit in range(0, 8 * len(whole), 37):
+            flip(file, bit)
+            stored = load_head(file.parent)
+            if stored is not None:  # a bit that changes nothing, such as white space
+                assert torch.equal(stored.head.weight, head.weight) and stored.head.bias is not None
+                assert (stored.head.scale, stored.head.softcap, stored.num_parameters) == (1 / 3, 30.0, 35)
+            file.write_bytes(whole)
+        for content in (whole[:-1], whole[:40], b"", bytes(len(whole))):
+            file.write_bytes(content)
+            assert load_head(file.parent) is None and count_rows(file.parent, is_verify=True) == (0, 1)
+        compact(file.parent)
+        assert not file.exists()
+
+    def test_answers(self, opened: Open) -> None:
+        store = opened()
+        assert store.load_answer("What is it?") is None
+        store.save_answer("What is it?", "It is … blue.\n")
+        assert opened().load_answer("What is it?") == "It is … blue.\n" and store.load_answer("What is it") is None
+        (file,) = (store.folder / "answers").iterdir()
+        whole = file.read_bytes()
+        for at in range(len(whole)):
+            flip(file, 8 * at)
+            assert store.load_answer("What is it?") in (None, "It is … blue.\n"), at
+            file.write_bytes(whole)
+        for content in (b"", b"[]", b'{"answer": 5}', whole[:-9]):
+            file.write_bytes(content)
+            assert store.load_answer("What is it?") is None
+
+    def test_each_part_of_the_identity_decides(self, opened: Open) -> None:
+        others = [{"weights": "x"}, {"tokenizer": "x"}, {"dtype": "bf16"}, {"quantization": "8bit"}]
+        assert len({WHO.key, *(replace(WHO, **other).key for other in others)}) == 5
+        written(opened(), 1)
+        assert opened(replace(WHO, dtype="bf16")).missing([digest(1)]) == [digest(1)]
 
     def test_room_leaves_a_tenth(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"total": 1000, "free": 300})())
         assert room(tmp_path / "not" / "yet") == (200, 300)
-
-
-class TestIdentity:
-    def test_each_part_decides(self, tmp_path: Path) -> None:
-        others = [{"weights": "x"}, {"tokenizer": "x"}, {"dtype": "bf16"}, {"quantization": "8bit"}]
-        keys = {WHO.key, *(replace(WHO, **other).key for other in others)}
-        assert len(keys) == 5 and replace(WHO).key == WHO.key
-
-    def test_rows_of_another_identity_are_not_seen(self, opened: Open) -> None:
-        opened().write([digest(1)], [torch.zeros(3, 4)], 1.0)
-        assert opened(replace(WHO, dtype="bf16")).missing([digest(1)]) == [digest(1)]
-
-    def test_a_file_swapped_in_place(self, tmp_path: Path) -> None:
-        """Same size, and the time put back as it was: the digest is another."""
-        folder = write_llama(tmp_path / "llama")
-        config = replace(compose(["teacher=hf", f"teacher.path={folder}"]).teacher)
-        file = folder / "model.safetensors"
-        before, was = causal_lm.weights_digest(config, "teacher"), file.stat()
-        assert causal_lm.weights_digest(config, "teacher") == before
-        content = bytearray(file.read_bytes())
-        content[-7] ^= 64
-        while file.stat().st_ctime_ns == was.st_ctime_ns:  # clocks of file systems tick every few milliseconds
-            with file.open("r+b") as stream:
-                stream.write(content)
-            os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
-        now = file.stat()
-        assert (now.st_size, now.st_mtime_ns, now.st_ino) == (was.st_size, was.st_mtime_ns, was.st_ino)
-        assert causal_lm.weights_digest(config, "teacher") != before
-        content[-7] ^= 64
-        file.write_bytes(content)
-        assert causal_lm.weights_digest(config, "teacher") == before
-
-    def test_tokenizers(self, tmp_path: Path) -> None:
-        write_tokenizer(tmp_path / "one")
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
-        before = causal_lm.tokenizer_digest(tokenizer)
-        assert causal_lm.tokenizer_digest(AutoTokenizer.from_pretrained(tmp_path / "one")) == before
-        tokenizer.add_tokens(["<new>"])
-        assert causal_lm.tokenizer_digest(tokenizer) != before
-
-    def test_a_row_is_its_tokens_and_what_counts(self) -> None:
-        base = Row("a", [1, 2, 3], [False, False, True])
-        assert Row("other", [1, 2, 3], [False, False, True]).digest == base.digest
-        assert Row("a", [1, 2, 3], [True, False, True]).digest == base.digest, "nothing predicts the first token"
-        others = [
-            Row("a", [1, 2, 4], [False, False, True]),
-            Row("a", [1, 2, 3], [False, True, True]),
-            Row("a", [1, 2, 3], [False, True, False]),
-            Row("a", [1, 3, 2], [False, False, True]),
-            Row("a", [1, 2, 3, 0], [False, False, True, False]),
-            Row("a", [2, 3], [False, True]),
-        ]
-        assert len({base.digest, *(row.digest for row in others)}) == 7
 
 
 @pytest.fixture(scope="module")
@@ -279,222 +306,97 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(tmp_path_factory.mktemp("models") / "llama", layers=2)
 
 
-def rows_of(num: int, seed: int = 0) -> list[Row]:
-    generator = torch.Generator().manual_seed(seed)
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    draw = torch.Generator().manual_seed(0)
     rows = []
-    for i in range(num):
-        length = int(torch.randint(4, 20, (1,), generator=generator))
-        tokens = torch.randint(3, 250, (length,), generator=generator).tolist()
+    for i in range(9):
+        length = int(torch.randint(4, 20, (1,), generator=draw))
+        tokens = torch.randint(3, 250, (length,), generator=draw).tolist()
         rows.append(Row(f"row{i}", tokens, [t >= length // 2 for t in range(length)]))
     return rows
 
 
-class Loader:
-    """Loads a model, and counts how often."""
+class Counting(Teacher):
+    """A teacher that notes how often its body is loaded, and the rows of each pass."""
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.path, self.dtype, self.calls = path, dtype, 0
+    def __init__(self, path: Path, store: TeacherStore | None, dtype: torch.dtype = torch.float32, **more: Any) -> None:
+        self.loads, self.passes = 0, list[int]()
 
-    def __call__(self) -> Any:
-        self.calls += 1
-        return AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype)
+        def load() -> Any:
+            self.loads += 1
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
+        super().__init__(load, "", WHO, store=store, **more)
 
-def teacher_of(load: Loader, store: TeacherStore | None, rows_at_once: int | None = None) -> Teacher:
-    return Teacher(load, "fp32", WHO, store=store, rows_at_once=rows_at_once)
+    def live(self, batch: MicroBatch) -> Tensor:
+        self.passes.append(len(batch.row_ids))
+        return super().live(batch)
 
 
 class TestTeacher:
-    def test_a_hit_is_live_bitwise(self, llama: Path, opened: Open) -> None:
-        live = teacher_of(Loader(llama), None)
-        batch = collate([*rows_of(4), dummy(0)], 0)
-        first = teacher_of(Loader(llama), opened())
-        assert torch.equal(first.hidden(batch), live.hidden(batch))
-        load = Loader(llama)
-        second = teacher_of(load, opened())
-        assert torch.equal(second.hidden(batch), live.hidden(batch))
-        assert torch.equal(second.head.logits(second.hidden(batch)), live.head.logits(live.hidden(batch)))
-        assert load.calls == 0 and not second.is_loaded
+    def test_stored_is_live_bitwise(self, llama: Path, rows: list[Row], opened: Open) -> None:
+        live = Counting(llama, None)
+        batch = collate([*rows[:4], dummy(0)], 0)
+        expected = live.answer(batch)
+        first, other = Counting(llama, opened()), collate(rows[3:6], 0)
+        assert torch.equal(first.answer(batch).hidden, expected.hidden)
+        assert first.store is not None
+        first.store.close()
+        second = Counting(llama, opened())
+        answer = second.answer(batch)
+        assert torch.equal(answer.hidden, expected.hidden) and answer.head is second.head
+        assert torch.equal(answer.head.logits(answer.hidden), expected.head.logits(expected.hidden))
+        assert second.loads == 0 and not second.is_loaded
         assert (second.num_parameters, second.num_bytes) == (live.num_parameters, live.num_bytes)
+        assert torch.equal(second.head.weight, head_of(AutoModelForCausalLM.from_pretrained(llama)).weight)
+        second.answer(other)
+        assert second.loads == 1 and second.is_loaded
+        second.free()
+        assert not second.is_loaded and second.head.weight is not None
+        assert Counting(llama, opened(), device=torch.device("meta")).head.weight.is_meta
 
-    def test_the_body_is_loaded_when_a_row_is_missing_and_once(self, llama: Path, opened: Open) -> None:
-        rows = rows_of(4)
-        teacher_of(Loader(llama), opened()).hidden(collate(rows[:3], 0))
-        load = Loader(llama)
-        teacher = teacher_of(load, opened())
-        teacher.hidden(collate(rows[:3], 0))
-        assert load.calls == 0
-        teacher.hidden(collate(rows[2:], 0))
-        teacher.hidden(collate(rows_of(2, seed=1), 0))
-        assert load.calls == 1
-
-    def test_a_batch_with_one_missing_row_is_live_as_a_whole(self, llama: Path, opened: Open) -> None:
-        """The rows that are there are marked, so that it shows whether they were used."""
-        rows, store = rows_of(4), opened()
-        teacher = teacher_of(Loader(llama), store)
-        batch = collate(rows, 0)
-        store.write([rows[1].digest], [torch.full((rows[1].num_counted, 32), 7.0)], 1.0)
-        live = teacher.live(batch)
-        assert torch.equal(teacher.hidden(batch), live)
-        assert (store.counts.hits, store.counts.computed) == (0, 5)
-        again = teacher.hidden(batch)
-        of_row = torch.cat([torch.full((row.num_counted,), i) for i, row in enumerate(rows)])
-        assert (again[of_row == 1] == 7).all()
-        assert torch.equal(again[of_row != 1], live[of_row != 1])
-
-    def test_what_is_settled_stays_so(self, llama: Path, opened: Open) -> None:
-        """A run that stops and goes on measures with the same bits, though it finds rows kept that were missing."""
-        rows, store = rows_of(4), opened()
-        teacher = teacher_of(Loader(llama), store)
-        store.write([rows[1].digest], [torch.full((rows[1].num_counted, 32), 7.0)], 1.0)
-        batch = collate(rows, 0)
-        settled = teacher.settled(batch)
-        assert torch.equal(settled, teacher_of(Loader(llama), opened()).settled(batch))
-        assert (settled == 7).any()
-        assert torch.equal(teacher_of(Loader(llama), None).settled(batch), teacher.live(batch))
-
-    def test_a_damaged_row_is_computed_again(self, llama: Path, opened: Open) -> None:
-        batch = collate(rows_of(3), 0)
-        first = opened()
-        kept = teacher_of(Loader(llama), first).hidden(batch)
-        damage_rows(first.root)
-        store = opened(owner="second")
-        teacher = teacher_of(Loader(llama), store)
-        assert torch.equal(teacher.hidden(batch), kept)
-        assert (store.rows.num_bad, store.counts.hits, store.counts.computed) == (1, 0, 3)
-        assert torch.equal(teacher.hidden(batch), kept)
-        assert store.counts.hits == 3 and store.rows.num_bad == 1
-
-    @pytest.mark.parametrize("rows_at_once", [None, 1, 2, 4, 5, 100])
-    @pytest.mark.parametrize("is_stored", [True, False])
-    def test_larger_passes_say_the_same(
-        self, llama: Path, opened: Open, rows_at_once: int | None, is_stored: bool
+    def test_a_batch_with_a_missing_row_is_computed_as_a_whole(
+        self, llama: Path, rows: list[Row], opened: Open
     ) -> None:
-        rows = sorted(rows_of(9), key=lambda row: len(row.tokens), reverse=True)
-        micro_batches = [collate(rows[i : i + 2], 0) for i in range(0, 8, 2)]
-        micro_batches.append(collate([rows[8], dummy(0)], 0))
-        sizes: list[int] = []
+        """The row that was there is marked: it keeps its bits, in this answer and in the next."""
+        store, batch = opened(), collate(rows[:4], 0)
+        teacher = Counting(llama, store)
+        store.write([rows[1].digest], [torch.full((rows[1].num_counted, 32), 7.0)], 1.0)
+        answer = teacher.answer(batch).hidden
+        assert teacher.passes == [4] and (store.counts.hits, store.counts.computed) == (0, 5)
+        is_marked, live = batch.row_of == 1, Teacher.live(teacher, batch)
+        assert (answer[is_marked] == 7).all() and torch.equal(answer[~is_marked], live[~is_marked])
+        assert torch.equal(teacher.answer(batch).hidden, answer) and teacher.passes == [4]
+        store.close()
+        assert torch.equal(Counting(llama, opened()).answer(batch).hidden, answer)
 
-        class Watched(Teacher):
-            def live(self, batch: MicroBatch) -> Tensor:
-                sizes.append(len(batch.row_ids))
-                return super().live(batch)
-
-        one_by_one = [teacher_of(Loader(llama, torch.float64), None).live(batch) for batch in micro_batches]
+    @pytest.mark.parametrize(
+        ("rows_at_once", "passes"),
+        [(None, [2] * 5), (1, [2] * 5), (4, [4, 4, 2]), (5, [4, 4, 2]), (100, [10])],
+    )
+    @pytest.mark.parametrize("is_stored", [True, False])
+    def test_larger_passes(
+        self, llama: Path, rows: list[Row], opened: Open, rows_at_once: int | None, passes: list[int], is_stored: bool
+    ) -> None:
+        rows = sorted(rows, key=lambda row: len(row.tokens), reverse=True)
+        batches = [*(collate(rows[i : i + 2], 0) for i in range(0, 8, 2)), collate([rows[8], dummy(0)], 0)]
+        alone = [Counting(llama, None, torch.float64).live(batch) for batch in batches]
         store = opened() if is_stored else None
-        load = Loader(llama, torch.float64)
-        teacher = Watched(load, "fp64", WHO, store=store, rows_at_once=rows_at_once)
+        teacher = Counting(llama, store, torch.float64, rows_at_once=rows_at_once)
         for _ in range(2):
-            answers = list(teacher.answers(micro_batches))
-            assert [len(a) for a in answers] == [len(batch.counted_labels) for batch in micro_batches]
-            for answer, one in zip(answers, one_by_one, strict=True):
-                torch.testing.assert_close(answer, one, rtol=1e-12, atol=1e-12)
-        assert max(sizes) == {None: 2, 1: 2, 2: 2, 4: 4, 5: 4, 100: 10}[rows_at_once]
-        assert len(sizes) == {None: 5, 1: 5, 2: 5, 4: 3, 5: 3, 100: 1}[rows_at_once] * (1 if is_stored else 2)
+            for answer, one in zip(teacher.answers(batches), alone, strict=True):
+                torch.testing.assert_close(answer.hidden, one, rtol=1e-12, atol=1e-12)
+        assert teacher.passes == passes * (1 if is_stored else 2)
 
-    def test_the_kept_head_works_where_the_run_does(self, llama: Path, opened: Open) -> None:
-        teacher_of(Loader(llama), opened())
-        store = opened()
-        assert Teacher(Loader(llama), "", WHO, store=store, device=torch.device("meta")).head.weight.is_meta
-        whole = AutoModelForCausalLM.from_pretrained(llama)
-        assert torch.equal(teacher_of(Loader(llama), store).head.weight, head_of(whole).weight)
-
-    def test_a_store_that_breaks_down_leaves_the_live_teacher(
-        self, llama: Path, opened: Open, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    def test_a_store_that_cannot_be_written_leaves_the_live_teacher(
+        self, llama: Path, rows: list[Row], opened: Open, caplog: pytest.LogCaptureFixture, tmp_path: Path
     ) -> None:
         (tmp_path / "store").write_text("a file where the folder should be")
-        store = opened()
+        store, batch = opened(), collate(rows[:3], 0)
         with caplog.at_level(logging.WARNING):
-            teacher = teacher_of(Loader(llama), store)
-            batch = collate(rows_of(3), 0)
-            assert torch.equal(teacher.hidden(batch), teacher.live(batch))
-            store.keep_answer("a", "b")
+            teacher = Counting(llama, store)
+            assert torch.equal(teacher.answer(batch).hidden, Teacher.live(teacher, batch))
+            store.save_answer("a", "b")
             store.close()
         assert len(caplog.records) == 1
-
-
-class TestCertificate:
-    def test_a_bf16_teacher_of_some_width(self, tmp_path: Path, opened: Open) -> None:
-        folder = write_llama(tmp_path / "wide", layers=4, width=128)
-        rows, store = rows_of(16), opened()
-        teacher = Teacher(Loader(folder, torch.bfloat16), "bf16", WHO, store=store)
-        assert certify(teacher, rows, 0) is None, "nothing is kept yet"
-        for start in range(0, 16, 4):
-            teacher.hidden(collate(rows[start : start + 4], 0))
-        certificate = certify(teacher, rows, 0)
-        assert certificate is not None and certificate == opened().certificate()
-        assert certificate["rows"] == 8 and certificate["positions"] > 30
-        for temperature in ("1", "2", "4"):
-            kept, live = (certificate[which][temperature] for which in ("stored_to_live", "live_to_live"))
-            assert 0 <= kept <= live + 1e-4
-        assert max(certificate["live_to_live"].values()) > 0, "bf16 wanders with the layout: else this tests nothing"
-
-    def test_it_is_measured_once_and_tells_wrong_rows(self, llama: Path, opened: Open) -> None:
-        rows, store = rows_of(8), opened()
-        teacher = teacher_of(Loader(llama), store)
-        for row in rows:
-            wrong = teacher.live(collate([row], 0)) + 1
-            store.write([row.digest], [wrong], 1.0)
-        certificate = certify(teacher, rows, 0)
-        assert certificate is not None
-        assert certificate["stored_to_live"]["1"] > 100 * certificate["live_to_live"]["1"]
-        store.certify({"rows": 1})
-        assert certify(teacher, rows, 0) == {"rows": 1}
-
-
-class TestKeptStudents:
-    def load(self, folder: Path, kept: Path | None, layers: Any = 1, dtype: torch.dtype = torch.float32) -> Any:
-        config = compose(["teacher=hf", f"teacher.path={folder}", "student=cut", f"student.layers={layers}"])
-        return load_student(config.student, config.teacher, dtype=dtype, attn_implementation="eager", seed=0, kept=kept)
-
-    def test_cut_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        folder, kept = write_llama(tmp_path / "llama"), tmp_path / "students" / "one"
-        live, first = self.load(folder, None), self.load(folder, kept)
-        read: list[str] = []
-        real = causal_lm.load_causal_lm
-        monkeypatch.setattr(
-            "kdx.student.load_causal_lm", lambda config, *a, **k: read.append(config.path) or real(config, *a, **k)
-        )
-        second = self.load(folder, kept)
-        assert read == [str(kept)]
-        assert not list(kept.parent.glob(".tmp-*"))
-        for other in (first, second):
-            for (name, one), (again, two) in zip(live.state_dict().items(), other.state_dict().items(), strict=True):
-                assert name == again and torch.equal(one, two)
-            ignored = ("_name_or_path", "transformers_version", "dtype", "architectures")
-            told = [{k: v for k, v in m.config.to_dict().items() if k not in ignored} for m in (live, other)]
-            assert told[0] == told[1]
-            assert other.generation_config.to_dict().keys() == live.generation_config.to_dict().keys()
-        damage(kept / "model.safetensors")
-        self.load(folder, kept)
-        assert read == [str(kept), str(folder)]
-        self.load(folder, kept)
-        assert read[2:] == [str(kept)], "what was damaged is kept anew"
-        self.load(folder, kept, dtype=torch.float64)
-        assert read[3:] == [str(folder)], "it is kept in fp32, so only for fp32"
-
-    def test_another_run_was_quicker(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What it keeps is not taken away from under it."""
-        folder, kept = write_llama(tmp_path / "llama"), tmp_path / "students" / "one"
-        self.load(folder, kept)
-        inode = (kept / "model.safetensors").stat().st_ino
-        real = __import__("kdx.run.files").run.files.verify
-        calls = {"left": 1}
-
-        def late(path: Path) -> str | None:
-            calls["left"] -= 1
-            return "is missing" if calls["left"] == 0 else real(path)
-
-        monkeypatch.setattr("kdx.student.verify", late)
-        self.load(folder, kept)
-        assert (kept / "model.safetensors").stat().st_ino == inode
-        assert [p.name for p in kept.parent.iterdir()] == ["one"]
-
-    def test_where(self, opened: Open) -> None:
-        store = opened()
-        places = {store.student_folder(layers) for layers in (3, [0, 1, 5], [0, 2, 5])}
-        assert len(places) == 3 and all(place.parent == store.root / "students" for place in places)
-        other = opened(replace(WHO, dtype="bf16"))
-        assert other.student_folder(3) == store.student_folder(3), "a cut has the weights of the files"
-        assert opened(replace(WHO, weights="w2")).student_folder(3) != store.student_folder(3)
-        assert json.dumps(sorted(map(str, places)))

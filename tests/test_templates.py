@@ -1,413 +1,346 @@
-"""Templates without end in time or size: one line, within seconds, and in bounded memory, on whichever row it comes."""
+"""Which tokens count under the chat templates of the field, and which rows are truncated, dropped or refused."""
 
-import json
-import os
-import resource
-import signal
-import subprocess
-import sys
-import threading
-import time
-from types import SimpleNamespace
+from itertools import groupby
 
 import pytest
-from processes import environment, forked, needs_glibc, wait
-from standins import write_dialogpt
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
 
-from kdx.data import templates
+from kdx.data.batches import Row, collate, pad_id_of
 from kdx.data.encode import Encoder, prepare_tokenizer
-from kdx.data.sources import Conversation, load_data
-from kdx.data.templates import RowTemplate, Unbounded, each, fault_of, is_plain
-from kdx.errors import ConfigError, DataError, KdxError, together
+from kdx.data.sources import Conversation, read_conversations
+from kdx.errors import DataError
 
-LONG = "takes more than 0.5 s"
-BIG = "writes more than 10,000,000 characters, or takes more than 512 MB,"
-BOMBS = {
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": LONG,
-    "{{ 9 ** (9 ** 9) }}": LONG,  # when it is compiled, and without coming back to Python
-    "{% if false %}{{ 9 ** (9 ** 9) }}{% endif %}": LONG,
-    "{{ 'a' * 10 ** 10 }}": BIG,
-    "{% if false %}{{ 'a' * 10 ** 10 }}{% endif %}": BIG,
-    "{{ 'a' | center(10 ** 10) }}": BIG,
-    "{% for i in range(99999) %}{{ 'a' * 10 ** 6 }}{% endfor %}": BIG,
-    "{{ 'a' * 2 * 10 ** 7 }}": BIG,
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML_WITHOUT_PROMPT = CHATML[: CHATML.index("{% if")]
+GENERATION = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}"
+    "{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set about = '<<SYS>>' + messages[0]['content'] + '<</SYS>> ' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set about = '' %}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('turns must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
+    "{{ '<s>[INST] ' + (about if loop.first else '') + m['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'].strip() + ' </s>' }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ '<bos>' }}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + (m['content'] | trim) + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set about = messages[0]['content'] | trim %}"
+    "{%- set messages = messages[1:] %}{%- else %}{%- set about = '' %}{%- endif %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\nToday: ' + strftime_now('%d %b %Y') + '\n\n' + about }}"
+    "{{- '<|eot_id|>' }}{%- for m in messages %}{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- m['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+QWEN25 = (
+    "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{%- endif %}"
+    + CHATML
+)
+# Its block holds the header and the end of the turn, as SmolLM3's does: the template's word counts.
+GENERATION_OF_ALL = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ '<|im_start|>assistant\n' + m['content'] + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ 'Human' if m['role'] == 'user' else 'Bot' }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Bot:{% endif %}"
+)
+# Two habits of templates that make a shorter conversation differ from the beginning of a longer one.
+ENDS_ONCE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% if loop.last and m['role'] == 'assistant' %}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+QWEN3 = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% set thought = '' %}{% set said = m['content'] %}"
+    "{% if '</think>' in said %}{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.index0 > ns.last %}{{ '<think>\n' + thought + '\n</think>\n\n' + said }}{% else %}{{ said }}{% endif %}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DIALOGPT = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+# template → special tokens, and what surrounds the assistant's words among the counted tokens
+TEMPLATES = {
+    "chatml": (CHATML, CHATML_TOKENS, "{}<|im_end|>"),
+    "chatml without a prompt": (CHATML_WITHOUT_PROMPT, CHATML_TOKENS, "{}<|im_end|>"),
+    "generation": (GENERATION, CHATML_TOKENS, "{}<|im_end|>"),
+    "llama 2": (LLAMA2, ("<s>", "</s>"), " {} </s>"),
+    "llama 3": (LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "{}<|eot_id|>"),
+    "qwen 2.5": (QWEN25, CHATML_TOKENS, "{}<|im_end|>"),
+    "gemma": (GEMMA, ("<bos>", "<start_of_turn>", "<end_of_turn>"), "{}<end_of_turn>"),
+    "no end token": (PLAIN, (), " {}\n"),
+    "dialogpt": (DIALOGPT, (), "{}<|endoftext|>"),
 }
-WHEN_FILLED = {bomb for bomb in BOMBS if "in range" in bomb}  # the others are computed when they are compiled
-TALK = [{"role": role, "content": "a"} for role in ("user", "assistant") * 3]
-SPEAK = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-LATER = {  # templates that are well until a conversation is longer than any that they are tried on
-    "an endless loop": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", LONG),
-    "a gigabyte": ("{% set ns = namespace(x='a' * 10) %}{% for i in range(27) %}{% set ns.x = ns.x * 2 %}{% endfor %}", BIG),
-    "twenty million letters": ("{{ 'a' * messages | length * 2 * 10 ** 6 }}", BIG),
-}  # fmt: skip
 
 
-def later(bomb):
-    return "{% if messages | length > 5 %}" + bomb + "{% endif %}" + SPEAK
+def chat(*contents, system=None, where="chat.jsonl:1"):
+    """A conversation that the user opens."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return Conversation("row", messages, where)
 
 
-@pytest.fixture(autouse=True)
-def forgetful_and_impatient(request, monkeypatch):
-    """Impatient with what takes long; what grows may be slow to grow where memory is."""
-    told = getattr(request.node, "callspec", None)
-    grows = told is not None and BIG in (told.params.get("says"), *LATER.get(told.params.get("kind"), ()))
-    monkeypatch.setattr(templates, "_passed", set())
-    monkeypatch.setattr(templates, "SECONDS", 20 if grows else 0.5)
+def counted_runs(tokenizer, row):
+    """The text of each unbroken run of counted tokens."""
+    runs = groupby(zip(row.tokens, row.counted, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in run]) for counted, run in runs if counted]
 
 
-@pytest.fixture
-def peak():
-    """Bytes by which this process grew at its peak."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return lambda: (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+def encode(tokenizer, *conversations, max_length=1000, on_long="error", assistant_only=True):
+    """Encode, raising the first fault → the rows, the rules that dropped others, and how many were truncated."""
+    outcomes, num_truncated = Encoder(tokenizer, max_length, on_long, assistant_only).encode(conversations)
+    for fault in outcomes:
+        if isinstance(fault, DataError):
+            raise fault
+    return [row for row in outcomes if isinstance(row, Row)], [r for r in outcomes if isinstance(r, str)], num_truncated
 
 
-@pytest.fixture
-def filled(tmp_path, data_config):
-    """Fill a template with rows, as the source `pairs` does → what the user is told."""
-
-    def fill(text, *sources):
-        file = tmp_path / "t.jsonl"
-        file.write_text("".join(json.dumps({"source": source, "target": "b"}) + "\n" for source in sources))
-        config = data_config("pairs", path=str(file), template={"user": text, "assistant": "{{ target }}"})
-        with pytest.raises(KdxError) as caught:
-            load_data(config)
-        (line,) = caught.value.lines
-        return line.removeprefix(f"{tmp_path}/")
-
-    return fill
+def row_of(tokenizer, conversation, **options):
+    ((row,), _, _) = encode(tokenizer, conversation, **options)
+    return row
 
 
-@pytest.mark.parametrize(("text", "says"), BOMBS.items())
-def test_row_templates(peak, filled, text, says):
-    compiled = f"data.template.user: {says} for one short row. Mend the template"
-    rendered = f"t.jsonl:1: data.template {says} for this row. Mend the template"
-    assert filled(text, "a") == (rendered if text in WHEN_FILLED else compiled)
-    assert peak() < 100e6
-
-
-@pytest.mark.parametrize(("text", "says"), BOMBS.items())
-def test_chat_templates(peak, make_tokenizer, data_config, text, says):
-    for whose, tokenizer, config in (
-        ("it", make_tokenizer(), data_config("custom", chat_template=text)),
-        ("the chat template that the tokenizer brings", make_tokenizer(text), data_config("custom")),
-    )[: 1 if says == LONG else 2]:  # the same way for both
-        with pytest.raises(DataError) as caught:
-            prepare_tokenizer(tokenizer, config)
-        what = f"{whose} {says} for one short row"
-        assert caught.value.lines == [f"data.chat_template: {what}. Give another: data.chat_template=FILE"]
-    assert peak() < 100e6
-
-
-def test_what_a_later_row_makes_of_a_row_template(peak, filled):
-    loops = "{{ source }}{% for a in source %}{% for b in source %}{% endfor %}{% endfor %}"
-    told = f"t.jsonl:3: data.template {LONG} for this row. Mend the template"
-    assert filled(loops, "a", "bb", "a" * 30_000, "c") == told
-    grows = "{{ source * 10 ** (source | length) }}"
-    told = f"t.jsonl:2: data.template {BIG} for this row. Mend the template"
-    assert filled(grows, "a", "b" * 9) == told
-    assert peak() < 100e6
-
-
+@pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize(
-    ("kind", "ask"), [*((kind, "encode") for kind in LATER), ("a gigabyte", "faults"), ("a gigabyte", "refused")]
-)
-def test_what_a_later_row_makes_of_a_chat_template(peak, make_tokenizer, data_config, kind, ask):
-    bomb, says = LATER[kind]
-    tokenizer = make_tokenizer()
-    prepare_tokenizer(tokenizer, data_config("custom", chat_template=later(bomb)))
-    rows = [Conversation(str(i), TALK[: 6 if i == 7 else 4], f"c.jsonl:{i}") for i in range(9)]
-    with pytest.raises(DataError) as caught:
-        getattr(Encoder(tokenizer, 100, "error", True), ask)(rows)
-    what = f"c.jsonl:7: the chat template {says} for this row"
-    assert caught.value.lines == [f"{what}. Give another: data.chat_template=FILE"]
-    assert peak() < 100e6
-
-
-def test_what_the_generation_prompt_of_a_row_makes_of_a_chat_template(make_tokenizer):
-    bomb, _ = LATER["an endless loop"]
-    template = "{% if add_generation_prompt and messages[0].content == 'boom' %}" + bomb + "{% endif %}" + SPEAK
-    talks = [[{"role": "user", "content": content}, TALK[1]] for content in ("Hello", "boom")]
-    rows = [Conversation(str(i), talk, f"c.jsonl:{i}") for i, talk in enumerate(talks)]
-    encoder = Encoder(make_tokenizer(template), 100, "error", True)
-    assert [len(part) for part in encoder.encode(rows)] == [2]
-    with pytest.raises(DataError, match=f"c.jsonl:1: the chat template {LONG} for this row"):
-        encoder.prompts(rows, 3, 10)
-    prompts = encoder.prompts(rows, 1, 10)
-    assert prompts == [{"messages": talks[0][:1], "text": "Hello<|endoftext|>", "reference": "a"}]
-
-
-@pytest.mark.parametrize("kind", LATER)
-def test_a_run_whose_template_explodes_on_a_later_row(tmp_path, kind):
-    """The real command: its line, its exit code, and neither it nor a child of it ever large or long."""
-    bomb, says = LATER[kind]
-    write_dialogpt(tmp_path / "small", 1, 16, pickled=False)
-    (tmp_path / "bomb.jinja").write_text(later(bomb))
-    talks = [TALK[: 6 if i == 17 else 4] for i in range(1, 41)]
-    rows = [
-        json.dumps({"messages": [{**m, "content": f"{m['content']}{i}"} for m in talk]}) for i, talk in enumerate(talks)
-    ]
-    (tmp_path / "t.jsonl").write_text("\n".join(rows))
-    words = [
-        "teacher=none",
-        "loss=cross_entropy",
-        "student=hf",
-        "student.path=small",
-        "data=messages",
-        "data.path=t.jsonl",
-    ]
-    words += ["data.chat_template=bomb.jinja", "data.max_length=100", "data.on_bad_row=skip", "tracking.mode=disabled"]
-    limited = f"ulimit -v {12 * 2**20}; exec {sys.executable} -m kdx {' '.join(words)}"
-    done = subprocess.run(
-        ["sh", "-c", limited], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
-    )
-    says = says.replace("0.5 s", "2 s")  # in a process of its own
-    told = f"kdx: error: t.jsonl:17: the chat template {says} for this row. Give another: data.chat_template=FILE\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20  # kilobytes, of the largest so far
-
-
-def test_a_template_is_tried_once_and_a_plain_one_never(monkeypatch, make_tokenizer, data_config):
-    forks = []
-    fork = templates.os.fork
-    monkeypatch.setattr(templates.os, "fork", lambda: forks.append(1) or fork())
-    for _ in range(3):
-        assert RowTemplate("{{ source }}\n{{ more }}", "k").render({"source": "a", "more": "b"}, [], "w") == "a\nb"
-        tokenizer = make_tokenizer(SPEAK)
-        prepare_tokenizer(tokenizer, data_config("custom"))
-        assert len(Encoder(tokenizer, 100, "error", True).encode([Conversation("", TALK, "w")])[0]) == 1
-    assert not forks
-    for _ in range(3):
-        RowTemplate("{{ source | capitalize }}", "k")
-    assert len(forks) == 1
-
-
-def test_each_row_is_rendered_once_where_bad_ones_are_skipped(tmp_path, monkeypatch, make_tokenizer, data_config):
-    rendered = []
-    render = Encoder._render
-    monkeypatch.setattr(Encoder, "_render", lambda self, row: rendered.append(row.where) or render(self, row))
-    encoder = Encoder(
-        make_tokenizer("{{ messages[1].content / 2 if 'no' in messages[0].content }}" + SPEAK), 9, "drop", True
-    )
-    (tmp_path / "t.jsonl").write_text(
-        "".join(json.dumps({"source": f"{'no' * (i == 3)}{i % 5}", "target": f"{i % 7}"}) + "\n" for i in range(12))
-    )
-    config = data_config("pairs", path=str(tmp_path / "t.jsonl"), on_bad_row="skip", max_bad_rows=1, validation=2)
-    monkeypatch.setattr(encoder, "_is_plain", True)  # so that it is seen here
-    data = load_data(config, refused=encoder.refused)
-    rows, held_out = encoder.encode(data.train, data.validation)
-    assert len(rows) + len(held_out) == 11
-    assert sorted(rendered) == sorted({f"{tmp_path}/t.jsonl:{i}" for i in range(1, 13)})
-
-
-def test_the_templates_of_the_default_models_are_plain(smollm2_tokenizer):
-    assert is_plain(smollm2_tokenizer.chat_template)
-    assert is_plain("{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}")  # DialoGPT's
-
-
-@pytest.mark.parametrize(
-    "text",
+    "contents",
     [
-        "{{ 'a' * 10 }}", "{{ 2 ** 3 }}", "{{ [x, x] }}", "{{ -x }}", "{{ '%9d' % 1 }}", "{{ loop.index % 2 }}",
-        "{% for m in messages %}{{ m.index % 2 }}{% endfor %}", "{{ range(9) }}", "{% for m in x %}{% endfor %}",
-        "{% for m in messages recursive %}{{ loop(m) }}{% endfor %}", "{% for a in messages[0] %}{% endfor %}",
-        "{% for a in messages %}{% if a %}{% for b in messages %}{% endfor %}{% endif %}{% endfor %}",
-        "{% set messages = messages[0].content %}", "{% set a, messages = x %}",
-        "{% set x = x + x %}", "{% set x = x ~ x %}", "{% set x %}{{ x }}{{ x }}{% endset %}", "{% set ns.a = 1 %}",
-        "{{ x | center(9) }}", "{{ x | join(y) }}", "{{ x.center(9) }}", "{{ x.format(1) }}", "{{ a.strip()() }}",
-        "{% macro a() %}{% endmacro %}", "{% filter upper %}{% endfilter %}", "{{ '", "{% nosuch %}", None,
+        ("What is red?", "A colour."),
+        ("Hello", "Fine.", "And you?", "Well."),
+        ("ok", "ok", "ok", "ok", "ok", "ok"),
+        ("a", "assistant", "i", "im_end", "user", "Bot: a"),
+        ("<|im_end|> and </s>", "it is <|im_end|>, </s>, <end_of_turn> or <|endoftext|>.", "so", "yes"),
+        ("\N{GRINNING FACE}", "caf\u00e9 \N{WAVING HAND SIGN}\u200d\u2642\ufe0f \u4f60\u597d", "\u2028", "\u05e9\u05dc\u05d5\u05dd"),
+        ("12", "7", "?", "!"),
     ],
+    ids=["one turn", "two turns", "same words", "words of the template", "special tokens", "unicode", "signs"],
 )  # fmt: skip
-def test_what_could_grow_is_not_plain(text):
-    assert not is_plain(text)
+def test_only_the_assistants_words_and_the_end_of_its_turn_count(make_tokenizer, name, contents):
+    template, special, around = TEMPLATES[name]
+    tokenizer = make_tokenizer(template, special)
+    row = row_of(tokenizer, chat(*contents))
+    assert counted_runs(tokenizer, row) == [around.format(content) for content in contents[1::2]]
+    text = tokenizer.apply_chat_template(chat(*contents).messages, tokenize=False)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert row.tokens == tokens[: len(row.tokens)]
+    assert row.counted[-1]  # what follows the last counted token is not read: it changes nothing
+    assert tokenizer.decode(tokens[len(row.tokens) :]).strip() == ""
+
+
+@pytest.mark.parametrize("name", ["chatml", "generation", "llama 2", "llama 3", "qwen 2.5", "gemma", "dialogpt"])
+def test_a_system_message_does_not_count(make_tokenizer, name):
+    template, special, around = TEMPLATES[name]
+    tokenizer = make_tokenizer(template, special)
+    row = row_of(tokenizer, chat("Hello", "Fine.", "So?", "Yes.", system="Fine."))
+    assert counted_runs(tokenizer, row) == [around.format("Fine."), around.format("Yes.")]
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["{% for m in messages[1:] %}{% if loop.index % 2 %}{{ m.content.strip() | trim }}{% endif %}{% endfor %}", SPEAK],
-)
-def test_loops_over_messages_are_plain_where_there_are_messages(text):
-    assert is_plain(text)
-    assert not is_plain(text, may_loop=False)
-
-
-def test_what_each_item_makes(tmp_path):
-    """In order, over the border of what one process does, and with the faults of items and of what they come from."""
-
-    def double(number):
-        if number % 1000 == 3:
-            raise DataError(f"row {number}", "is odd", "Mend it")
-        return 2 * number
-
-    def numbers():
-        yield from range(9000)
-        raise DataError("t.jsonl", "breaks off", "Copy it again")
-
-    for is_plain_ in (False, True):
-        told = []
-        with pytest.raises(DataError, match="breaks off"):
-            told.extend(each(double, numbers(), is_plain=is_plain_))
-        assert [item for item, _ in told] == list(range(9000))
-        assert [item for item, value in told if isinstance(value, DataError)] == list(range(3, 9000, 1000))
-        assert all(value == 2 * item for item, value in told if item % 1000 != 3)
-        assert told[3][1].lines == ["row 3: is odd. Mend it"]
-
-
-def test_a_bug_in_what_is_called_is_raised_here():
-    with pytest.raises(ZeroDivisionError):
-        list(each(lambda number: 1 / number, [1, 0]))
-
-
-def test_an_item_that_ends_its_process_is_named():
-    def work(number):
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    with pytest.raises(Unbounded, match=rf"ends the process that renders it \(signal {signal.SIGUSR1}\)") as caught:
-        list(each(work, [1, 2, 3]))
-    assert caught.value.item == 2
-
-
-@pytest.mark.parametrize(
-    ("number", "says"),
+    ("name", "expected"),
     [
-        (signal.SIGXCPU, r"takes more than 0.5 s"),
-        (signal.SIGKILL, r"was killed, as when memory runs out,"),
-        (signal.SIGALRM, r"waits for more than 600 s"),
+        ("chatml", "  well \n<|im_end|>"),
+        ("generation", "  well \n<|im_end|>"),
+        ("llama 2", " well </s>"),
+        ("gemma", "well<end_of_turn>"),
+        ("dialogpt", "  well \n<|endoftext|>"),
     ],
 )
-def test_what_ended_the_process_is_told(number, says):
-    with pytest.raises(Unbounded, match=f"^{says}$"):
-        list(each(lambda _: os.kill(os.getpid(), number), [1]))
+def test_spaces_around_the_words_stay_as_the_template_leaves_them(make_tokenizer, name, expected):
+    template, special, _ = TEMPLATES[name]
+    tokenizer = make_tokenizer(template, special)
+    row = row_of(tokenizer, chat(" a  ", "  well \n", "\n b", "  well \n"))
+    assert counted_runs(tokenizer, row) == [expected, expected]
 
 
-def test_what_is_not_done_there_is_done_here():
-    """A fault of the process alone, and a value that is none of JSON; those after it are done there."""
-    here = os.getpid()
-
-    def work(kind):
-        if kind == "fails there" and os.getpid() != here:
-            raise OSError("no room")
-        return {1j} if kind == "no JSON" else os.getpid() == here
-
-    told = list(each(work, ["fails there", "no JSON", "well"]))
-    assert told == [("fails there", True), ("no JSON", {1j}), ("well", False)]
+def test_an_assistant_that_speaks_first_or_twice_counts_each_time(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML, CHATML_TOKENS)
+    roles = ["assistant", "user", "assistant", "assistant"]
+    talk = Conversation("1", [{"role": role, "content": f"I am {role}."} for role in roles], "x:1")
+    row = row_of(tokenizer, talk)
+    assert counted_runs(tokenizer, row) == ["I am assistant.<|im_end|>"] * 3
 
 
-def test_a_fault_of_several_lines_has_them_all():
-    def work(_):
-        raise together([DataError(f"row {i}", "is odd", "Mend it") for i in (1, 2)])
-
-    ((_, fault),) = each(work, [1])
-    assert fault.lines == ["row 1: is odd. Mend it", "row 2: is odd. Mend it"]
+def test_a_template_that_ends_only_the_last_turn(make_tokenizer):
+    tokenizer = make_tokenizer(ENDS_ONCE)
+    row = row_of(tokenizer, chat("a", "Blue.", "b", "Red."))
+    assert counted_runs(tokenizer, row) == [" Blue.\n", " Red.\n<|endoftext|>"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_meant_for_the_run_is_not_the_templates(monkeypatch, number):
-    """From its first moment on, when it still has the run's handlers."""
-    work = templates._work
-    monkeypatch.setattr(templates, "_work", lambda *given: os.kill(os.getpid(), number) or work(*given))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-
-    def ignores(_):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
-        os.kill(os.getpid(), number)
-        return signal.getsignal(number) == signal.SIG_IGN
-
-    assert list(each(ignores, [1])) == [(1, True)]
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
-
-
-KEPT = """
-import ctypes
-from kdx.data import templates
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-assert libc.mallopt(-1, 2**30) and libc.mallopt(-3, 2**30)  # gives back nothing, and takes all from one heap
-libc.free(libc.malloc(2**28))
-templates.MEMORY = 2**26
-told = []
-for size in (2**25, 2**27):
-    try:
-        told += templates.each(lambda _: len(bytes(size)), [size])
-    except templates.Unbounded as fault:
-        print([value for _, value in told], fault)
-"""
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (("Blue.", "Red."), ["Blue.", "<think>\n\n</think>\n\nRed."]),
+        (("ok", "ok"), ["ok", "<think>\n\n</think>\n\nok"]),
+        (("a", "think"), ["a", "<think>\n\n</think>\n\nthink"]),
+        (("<think>\nhm\n</think>\n\nBlue.", "Red."), ["Blue.", "<think>\n\n</think>\n\nRed."]),
+        (
+            ("<think>hm</think>Blue.", "<think>\nwhy not, so\n</think>\n\nRed."),
+            ["Blue.", "<think>\nwhy not, so\n</think>\n\nRed."],
+        ),
+        (("Blue.", "<think>x</think>"), ["Blue.", "<think>\nx\n</think>\n\n"]),
+    ],
+)
+def test_a_template_that_rewrites_earlier_turns(make_tokenizer, said, expected):
+    tokenizer = make_tokenizer(QWEN3, CHATML_TOKENS)
+    row = row_of(tokenizer, chat("a colour", said[0], "another", said[1]))
+    assert counted_runs(tokenizer, row) == [text + "<|im_end|>" for text in expected]
 
 
-@needs_glibc
-def test_what_the_allocator_keeps_is_no_room_for_a_template():
-    done = subprocess.run([sys.executable, "-c", KEPT], env=environment(), capture_output=True, text=True, check=True)
-    assert done.stdout == f"[{2**25}] {BIG.replace('512', '64')}\n"
+def test_a_template_that_marks_headers_too_is_taken_at_its_word(make_tokenizer):
+    tokenizer = make_tokenizer(GENERATION_OF_ALL, CHATML_TOKENS)
+    row = row_of(tokenizer, chat("a colour", "Blue.", "more", "Red."))
+    expected = ["<|im_start|>assistant\nBlue.<|im_end|>\n", "<|im_start|>assistant\nRed.<|im_end|>\n"]
+    assert counted_runs(tokenizer, row) == expected
 
 
-@pytest.mark.parametrize("said", ["{{ messages }}", "{{ messages[0].content }}"])
-def test_a_plain_template_that_grows_with_what_is_said_is_bounded_too(peak, monkeypatch, make_tokenizer, said):
-    template = "{% for m in messages %}" + said + "{% endfor %}"
-    assert is_plain(template)
-    forks = []
-    fork = templates.os.fork
-    monkeypatch.setattr(templates.os, "fork", lambda: forks.append(1) or fork())
-    encoder = Encoder(make_tokenizer(template), 100, "error", False)
-    talk = [{"role": "user", "content": "a" * 9000}, *({"role": "assistant", "content": "hi"} for _ in range(2499))]
-    assert encoder.refused([Conversation("", TALK, "c.jsonl:1")]) == [None]
-    assert not forks
-    with pytest.raises(DataError, match=f"c.jsonl:2: the chat template ({BIG}|{LONG}) for this row"):
-        encoder.refused([Conversation("", TALK, "c.jsonl:1"), Conversation("", talk, "c.jsonl:2")])
-    assert forks
-    assert peak() < 100e6
+def test_a_token_that_reaches_into_the_turn_counts(make_tokenizer):
+    """A prompt that ends in a space gives it to the first word's token."""
+    tokenizer = make_tokenizer(PLAIN.replace("Bot:{% endif", "Bot: {% endif"))
+    row = row_of(tokenizer, chat("name it", "The capital", "so", "The colour"))
+    assert counted_runs(tokenizer, row) == [" The capital\n", " The colour\n"]
 
 
-def test_what_is_left_early_leaves_no_process(monkeypatch):
-    fork, pids = os.fork, []
-    monkeypatch.setattr(templates.os, "fork", lambda: pids.append(fork()) or pids[-1])
-    told = each(lambda _: time.sleep(60) if _ else 1, [0, 1])
-    assert next(told) == (0, 1)
-    began = time.monotonic()
-    told.close()
-    assert time.monotonic() - began < 30
-    with pytest.raises(ChildProcessError):
-        os.waitpid(pids[0], os.WNOHANG)
+def test_an_end_token_that_swallows_the_space_before_it_still_ends_the_turn(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML, ("<|im_start|>",))
+    tokenizer.add_tokens(AddedToken("<|im_end|>", lstrip=True, special=True), special_tokens=True)
+    row = row_of(tokenizer, chat("a", "Blue. ", "b", "Red.\n"))
+    assert [run.replace(" ", "") for run in counted_runs(tokenizer, row)] == ["Blue.<|im_end|>", "Red.<|im_end|>"]
 
 
-def test_what_is_forked_later_can_tokenise(monkeypatch, smollm2_tokenizer):
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    many = ["Good morning. And how are you?"] * 100
-    smollm2_tokenizer(many)  # in several threads, which a fork leaves behind
-    list(each(str, [1, 2]))
-
-    def tokenise():
-        signal.alarm(60)  # it may wait for a thread that is not there
-        smollm2_tokenizer(many)
-
-    assert wait(forked(tokenise)) == 0
+def test_smollm2_counts_every_turn_of_real_conversations(smollm2_tokenizer, data_config):
+    conversations = list(read_conversations(data_config("chitchat")))[:200]
+    rows, _, _ = encode(smollm2_tokenizer, *conversations, max_length=10_000)
+    for row, conversation in zip(rows, conversations, strict=True):
+        said = [m["content"] + "<|im_end|>" for m in conversation.messages if m["role"] == "assistant"]
+        assert counted_runs(smollm2_tokenizer, row) == said
 
 
-def test_in_a_thread_it_is_the_same():
-    """A parallel launcher's job, or somebody's notebook, need not be in the main thread."""
-    found = []
-
-    def work():
-        try:
-            list(each(lambda _: [0 for _ in range(10**10)], [1]))
-        except Unbounded as fault:
-            found.append(str(fault))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found in ([LONG], [BIG])
+def test_assistant_only_false_counts_every_token_but_the_first(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML, CHATML_TOKENS)
+    row = row_of(tokenizer, chat("Hello", "Fine."), assistant_only=False)
+    assert all(row.counted)
+    assert row.num_counted == len(row.tokens) - 1
+    assert collate([row], 0).counted_labels.tolist() == row.tokens[1:]
 
 
-def test_what_a_template_refuses_is_no_fault_of_its_size(make_tokenizer, data_config):
-    template = "{% macro a() %}{% endmacro %}{{ raise_exception('turns must alternate') }}"
-    prepare_tokenizer(make_tokenizer(), data_config("custom", chat_template=template))
+def test_end_of_text_counts_though_it_is_the_pad_token_too(make_tokenizer):
+    tokenizer = make_tokenizer(DIALOGPT, pad_token="<|endoftext|>")
+    rows, _, _ = encode(tokenizer, chat("Hello there", "Fine.", "And?", "Well."), chat("a", "b"))
+    batch = collate(rows, pad_id_of(tokenizer))
+    end = tokenizer.eos_token_id
+    assert tokenizer.pad_token_id == end
+    assert batch.attention_mask.sum(1).tolist() == [len(row.tokens) for row in rows]
+    assert (batch.counted_labels == end).sum() == 3
+    ends = [[i for i, token in enumerate(row.tokens) if token == end] for row in rows]
+    assert [[row.counted[i] for i in at] for row, at in zip(rows, ends, strict=True)] == [
+        [False, True, False, True],
+        [False, True],
+    ]
 
 
-def test_without_fork_all_is_done_in_place(monkeypatch):
-    monkeypatch.setattr(templates, "os", SimpleNamespace())
-    assert list(each(lambda number: 2 * number, [1, 2])) == [(1, 2), (2, 4)]
-    assert fault_of("x", lambda: None) is None
-    assert fault_of("x", lambda: pytest.fail("tried again")) is None
-    with pytest.raises(ConfigError, match="is not Jinja"):
-        RowTemplate("{{ a | nosuch }}", "k")
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=2, max_size=6
+    ).filter(lambda contents: len(contents) % 2 == 0)
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_is_counted_and_collated(make_tokenizer, contents):
+    tokenizer = make_tokenizer(CHATML, CHATML_TOKENS)
+    (row, short), _, _ = encode(tokenizer, chat(*contents), chat("a", "b"), max_length=10_000)
+    runs = counted_runs(tokenizer, row)
+    # white space that opens the words may share a token with the line break before them
+    assert [run.lstrip() for run in runs] == [(said + "<|im_end|>").lstrip() for said in contents[1::2]]
+    batch = collate([row, short], 0)
+    flat = batch.input_ids.flatten()
+    assert torch.equal(flat[batch.positions + 1], batch.counted_labels)
+    assert batch.attention_mask.flatten()[batch.positions + 1].all()
+    assert len(batch.positions) == row.num_counted + short.num_counted
+
+
+@pytest.mark.parametrize("assistant_only", [True, False])
+def test_long_rows_are_truncated_dropped_or_refused(make_tokenizer, assistant_only):
+    tokenizer = make_tokenizer(DIALOGPT)
+    long, short = chat("Hello there", "Fine, thank you. And you?", where="c.jsonl:7"), chat("a", "b")
+    (whole, _), _, _ = encode(tokenizer, long, short, assistant_only=assistant_only)
+    limit = len(whole.tokens) - 2
+    options = {"max_length": limit, "assistant_only": assistant_only}
+
+    rows, dropped, num_truncated = encode(tokenizer, long, short, on_long="truncate", **options)
+    assert [len(row.tokens) for row in rows] == [limit, 4]
+    assert (rows[0].tokens, rows[0].counted) == (whole.tokens[:limit], whole.counted[:limit])
+    assert (dropped, num_truncated) == ([], 1)
+
+    rows, dropped, num_truncated = encode(tokenizer, long, short, on_long="drop", **options)
+    assert [len(row.tokens) for row in rows] == [4]
+    assert (dropped, num_truncated) == (["longer than data.max_length"], 0)
+
+    with pytest.raises(DataError) as caught:
+        encode(tokenizer, long, short, long, on_long="error", **options)
+    assert f"c.jsonl:7: the row has {limit + 2} tokens, data.max_length is {limit}" in str(caught.value)
+    assert "data.on_long=truncate" in str(caught.value)
+
+
+def test_rows_left_without_a_counted_token_are_dropped(make_tokenizer):
+    talks = chat("Hello there", "Fine."), chat("a", "b")
+    rows, dropped, num_truncated = encode(make_tokenizer(DIALOGPT), *talks, max_length=3, on_long="truncate")
+    assert (len(rows), dropped, num_truncated) == (1, ["no counted token left"], 2)
+
+
+def test_a_row_that_the_template_refuses_is_named_and_the_others_are_encoded(make_tokenizer):
+    tokenizer = make_tokenizer(LLAMA2, ("<s>", "</s>"))
+    bad = Conversation("x", [{"role": role, "content": "x"} for role in ("user", "user", "assistant")], "chat.jsonl:7")
+    (first, fault, last), _ = Encoder(tokenizer, 100, "error", True).encode([chat("a", "b"), bad, chat("c", "d")])
+    assert str(fault).startswith("chat.jsonl:7: the chat template refuses the conversation: turns must alternate")
+    assert [counted_runs(tokenizer, row) for row in (first, last)] == [[" b </s>"], [" d </s>"]]
+
+
+def test_a_template_that_leaves_the_assistant_out_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
+    with pytest.raises(DataError, match=r"chat\.jsonl:1: the chat template leaves out.*data\.assistant_only=false"):
+        encode(tokenizer, chat("a", "b"))
+    row = row_of(tokenizer, chat("what is it", "b"), assistant_only=False)
+    assert tokenizer.decode(row.tokens) == "what is it"
+
+
+def test_the_chat_template_comes_from_the_config_the_tokenizer_or_the_end_of_text(
+    make_tokenizer, data_config, tmp_path
+):
+    tokenizer = make_tokenizer(PLAIN)
+    assert prepare_tokenizer(tokenizer, data_config("custom")) == "the tokenizer's own"
+    assert tokenizer.chat_template == PLAIN
+    assert prepare_tokenizer(tokenizer, data_config("custom", chat_template=DIALOGPT)) == "data.chat_template"
+    assert tokenizer.chat_template == DIALOGPT
+    file = tmp_path / "chat.jinja"
+    file.write_text(CHATML, encoding="utf-8")
+    prepare_tokenizer(tokenizer, data_config("custom", chat_template=str(file)))
+    assert tokenizer.chat_template == CHATML
+
+    bare = make_tokenizer()
+    assert prepare_tokenizer(bare, data_config("custom")) == "turns joined by the end-of-text token"
+    row = row_of(bare, chat("a", "b"))
+    assert bare.decode(row.tokens) == "a<|endoftext|>b<|endoftext|>"
+    prepare_tokenizer(make_tokenizer(), data_config("custom", chat_template=LLAMA2))
+
+
+def test_a_tokenizer_without_template_and_end_of_text_is_refused(make_tokenizer, data_config):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"data\.chat_template: .* neither a template nor an end-of-text"):
+        prepare_tokenizer(tokenizer, data_config("custom"))

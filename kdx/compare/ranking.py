@@ -1,4 +1,4 @@
-"""Which of many students is best, by what, and how sure that is: plain numbers, no files.
+"""Rank students: which is best, by which measure, and how sure that is. Plain numbers, no files.
 
 R held-out rows, N students, B resamples.
 """
@@ -7,195 +7,162 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdx.run.drift import FREE
-
-RANKED_BY = ("kl", "ce")  # both are better when lower
+RANKED_BY = ("kl", "ce")  # lower is better
 MEASURES = ("kl", "reverse_kl", "agreement", "ce", "perplexity", "accuracy")
-COSTS = ("tokens_per_second", "seconds")
+COSTS = ("steps", "tokens", "tokens_per_second", "seconds")
 NUM_RESAMPLES = 4000
-LONGEST_TAG = 32
-BLOCK = 2**22  # drawn rows held in memory at once
+BLOCK = 2**22  # resampled rows held in memory at once
 SEED = 0  # the same runs give the same intervals
+DIGITS = 6  # values that agree to so many decimals are tied
+SAME_BUDGET = 0.05  # relative difference in trained tokens; the order of rows alone changes a few percent
 SEED_KEY = "train.seed"
-BASELINE_LABEL = "baseline (alpha = 0)"
+MOST_KEYS = 5  # keys in a label; all that differ are in a table of their own
+GREEK = {"loss.temperature": "τ", "loss.alpha": "α"}
+BASELINE = "baseline (alpha = 0)"
 Interval = tuple[float, float]
+# Keys, or beginnings of keys, that never change the trained student.
+FREE = (
+    "run.", "sweep.", "tracking.", "train.log_every", "train.save_", "train.keep_checkpoints", "teacher.store",
+    "teacher.license", "teacher.base_model", "student.license", "student.base_model",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A student's sums over the counted positions of each held-out row; rows in the order of their ids."""
+def used(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a flat config that decide which student comes out."""
+    unused = [*FREE]
+    if config.get("loss.alpha") == 0:  # alpha itself is what makes a baseline
+        unused.append("loss.")
+    if config.get("student.init") != "cut":
+        unused.append("student.layers")
+    if config.get("train.keep") == "last" and config.get("train.early_stopping.patience") is None:
+        unused += ["train.eval_every", "train.early_stopping."]
+    if config.get("train.on_nonfinite") == "stop":
+        unused.append("train.max_nonfinite")
+    return {k: v for k, v in config.items() if k == "loss.alpha" or not k.startswith(tuple(unused))}
 
-    ids: tuple[str, ...]
-    counted: np.ndarray  # [R]
-    sums: dict[str, np.ndarray]  # measure → [R]
 
-    def pairs_with(self, other: "Rows") -> bool:
-        """Whether both are of the same rows, counted alike."""
-        return self.ids == other.ids and bool(np.array_equal(self.counted, other.counted))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """One run folder as it was found; `reason` says why it is not ranked, and is empty if it is."""
+    """One run folder; `reason` says why it is not ranked and is empty if it is."""
 
     name: str
     path: Path
     state: str
-    reason: str = ""
-    faults: tuple[str, ...] = ()  # what is missing of a run that is ranked all the same
+    reason: str
     config: dict[str, Any] = field(default_factory=dict)  # dotted key → value
+    swept: list[str] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
-    rows: Rows | None = None
-    curve: tuple[dict[str, Any], ...] = ()  # the lines of metrics.jsonl that have held-out measures
-    samples: tuple[dict[str, Any], ...] = ()
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of eval_rows.jsonl, ordered by row id
+    curve: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl with held-out measures
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it learnt without a teacher."""
+        """Whether it was trained without a teacher."""
         return self.config.get("loss.alpha") == 0
 
+    @cached_property
+    def used(self) -> dict[str, Any]:
+        return used(self.config)
+
     @property
-    def comparable_with(self) -> tuple[Any, ...]:
-        """What must be equal for two runs' measures to be comparable: the held-out rows and the teacher."""
+    def measured_on(self) -> tuple[Any, ...]:
+        """The held-out rows, the teacher and its precision: measures compare only where these are equal."""
         environment = self.summary["environment"]
-        digest, precision = environment.get("teacher_digest"), environment.get("teacher_precision")
-        # A run that did not write its teacher's digest is known by what its config names.
-        named = () if digest else tuple(said(self.config.get(f"teacher.{key}")) for key in ("path", "gguf_file"))
-        return said(self.summary["data"].get("validation_fingerprint")), said(digest), said(precision), *named
+        teacher = environment.get("teacher_digest") or self.config.get("teacher.path")
+        rows = tuple((row["row"], row["counted"]) for row in self.rows)
+        return rows, self.summary["data"].get("validation_fingerprint"), teacher, environment.get("teacher_precision")
 
     @property
-    def point(self) -> str:
-        """What makes a student, but for the seed: runs with the same point are averaged."""
-        config = {key: said(value) for key, value in self.config.items() if not key.startswith((*FREE, SEED_KEY))}
-        config = {key: value for key, value in config.items() if value != "null"}  # as if it were not there
-        if self.is_baseline:
-            config = {key: value for key, value in config.items() if not key.startswith("loss.")}
-        rows = self.summary.get("data", {}).get("fingerprint")
-        return json.dumps([self.is_baseline, rows, config], sort_keys=True)
+    def identity(self) -> str:
+        """What decides the student apart from the seed: runs that agree in it are averaged."""
+        config = {k: v for k, v in self.used.items() if k != SEED_KEY and v is not None}
+        return as_text([self.summary["data"].get("fingerprint"), config])
 
 
-@dataclass
+@dataclass(eq=False)
 class Point:
-    """A line of the table: one student, or several that differ in train.seed alone."""
+    """A line of the table: one student, or the average of several that differ only in train.seed."""
 
     label: str
-    values: dict[str, Any]  # the keys that differ between points
+    baseline: bool
+    values: dict[str, Any]  # the keys that differ between students
     runs: list[Run]
-    measures: dict[str, float | None]
-    spread: dict[str, Interval]  # lowest and highest of several seeds
+    measures: dict[str, float | None]  # costs too
+    spread: dict[str, Interval]  # lowest and highest over seeds
+    number: int = 0  # its line in the table
     rank: dict[str, int] = field(default_factory=dict)
-    to_best: dict[str, Interval | None] = field(default_factory=dict)
-    to_baseline: dict[str, Interval | None] = field(default_factory=dict)
-    on_front: bool = False
-    number: int = 0  # its line of the table
-
-    @property
-    def tag(self) -> str:
-        """What it is called in a list: its label, or of a long one the line of the table."""
-        return self.label if len(self.label) <= LONGEST_TAG else f"#{self.number}"
-
-    @property
-    def is_baseline(self) -> bool:
-        return self.runs[0].is_baseline
-
-    @property
-    def kl_and_ce(self) -> tuple[float, float] | None:
-        kl, ce = self.measures["kl"], self.measures["ce"]
-        return None if kl is None or ce is None else (kl, ce)
+    minus_best: dict[str, Interval] = field(default_factory=dict)
+    minus_baseline: dict[str, Interval] = field(default_factory=dict)
+    pareto_front: bool = False
+    other_budget: bool = False  # trained on more or fewer tokens than most of the table
 
     def is_best(self, measure: str) -> bool:
-        """Whether it is the best, or not distinguishable from it."""
-        interval = self.to_best.get(measure)
+        """Tell whether it is the best by a measure, or not distinguishable from the best."""
+        interval = self.minus_best.get(measure)
         return self.rank.get(measure) == 1 or (interval is not None and interval[0] <= 0 <= interval[1])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ranking:
-    """Students measured on the same held-out rows beside the same teacher."""
+    """Students that were measured on the same held-out rows with the same teacher."""
 
-    fingerprint: str | None
-    teacher: str
-    digest: str | None
-    precision: str | None
-    num_rows: int | None
-    num_counted: int | None
-    points: list[Point]  # by KL, or by CE where there is no teacher
-    references: list[tuple[str, dict[str, float | None]]]  # the teacher, the untouched student
+    data: dict[str, Any]  # of a run's summary
+    teacher: dict[str, Any]  # name, digest, precision
+    names: dict[str, str]  # the keys that label students → their short names
+    points: list[Point]  # by KL, or by CE without a teacher
+    references: dict[str, dict[str, Any]]  # measures of the teacher and the untouched students
 
     def by(self, measure: str) -> list[Point]:
-        """The points that have a rank by a measure, best first."""
+        """Return the points that have a measure, best first."""
         return sorted((p for p in self.points if measure in p.rank), key=lambda p: p.rank[measure])
 
     @property
     def front(self) -> list[Point]:
-        return [point for point in self.points if point.on_front]
+        return [point for point in self.points if point.pareto_front]
 
     @property
-    def verdict(self) -> list[str]:
-        """What the table says, in sentences."""
-        orders = {measure: self.by(measure) for measure in RANKED_BY}
-        if not orders["kl"]:
-            orders.pop("kl")
-        if len(self.points) == 1:
-            return ["One student: there is nothing to compare it with."]
-        lines = []
-        for measure, order in orders.items():
-            close = [p.tag for p in order[1:] if p.is_best(measure)]
-            beside = f"; not distinguishable from it: {listed(close)}" if close else ""
-            lines.append(f"Best by {measure.upper()}: {order[0].label}{beside}.")
-        if len({order[0].label for order in orders.values()}) > 1:
-            lines.append(
-                "No single best: KL, how near the student is to the teacher, favours a larger alpha and forward_kl; "
-                "CE, how well it tells the held-out text, a smaller alpha. Choose by what the student is for."
-            )
-        if "kl" in orders:
-            lines.append(
-                f"Pareto front (no other student is better in both KL and CE): {listed([p.tag for p in self.front])}."
-            )
-        return lines
-
-    @property
-    def front_labels(self) -> list[str]:
-        return [point.label for point in self.front]
+    def has_seeds(self) -> bool:
+        return any(len(point.runs) > 1 for point in self.points)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A ranking for each set of runs that may be compared, and what is in none."""
+    """A ranking for each set of comparable runs, and what is in none."""
 
     rankings: list[Ranking]
     not_ranked: list[Run]
     runs: list[Run]
     differing: list[str]  # all keys that differ
-    columns: dict[str, str]  # those that stand in the tables → their short names
     why_apart: list[str]  # why there are several tables
-    notes: list[str]  # what was passed over, or is without intervals
     out: Path
 
 
-def listed(names: Sequence[str], most: int = 10) -> str:
-    """Names in a sentence; of many, the first few and how many more there are."""
-    shown = "; ".join(names[:most])
-    return f"{shown}; and {len(names) - most} more" if len(names) > most else shown
+def as_text(value: Any) -> str:
+    """Write a config's value as text, to compare it by."""
+    return json.dumps(value, sort_keys=True, default=str)
 
 
-def said(value: Any) -> str:
-    """A value of a config as a key to compare by; 1 and 1.0 are one value."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps(value, sort_keys=True)
+def shown(value: Any) -> str:
+    """Write a config's value as people do; cut long ones."""
+    text = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else as_text(value)
+    return text if len(text) <= 28 else f"…{text[-27:]}"
+
+
+# Statistics
 
 
 def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMPLES, seed: int = SEED) -> np.ndarray:
-    """Draw R of the R rows with replacement, num times → the students' means per counted position [B, N].
+    """Draw R of R rows with replacement, `num` times, and return each student's mean per counted position, [B, N].
 
-    counted: [R]; sums: [R, N]. A mean is a ratio of sums, and a draw is the same rows for all students: what makes a
-    row hard for all of them cancels in their differences.
+    counted: [R]; sums: [R, N]. A mean is a ratio of sums, and a draw takes the same rows for all students: rows that are
+    hard for all of them cancel in the differences.
     """
     generator = np.random.default_rng(seed)
     num_rows = len(counted)
@@ -212,166 +179,114 @@ def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMP
 
 
 def interval(differences: np.ndarray) -> Interval:
-    """The middle 95 % of resampled differences."""
+    """Return the middle 95 % of resampled differences."""
     low, high = np.percentile(differences, (2.5, 97.5))
     return round(float(low), 10), round(float(high), 10)  # further digits vary with the number of threads
 
 
 def pareto(pairs: Sequence[tuple[float, float]]) -> list[bool]:
-    """Whether no other pair is as low in both and lower in one."""
+    """Tell for each pair whether no other is as low in both and lower in one."""
     return [not any(x <= a and y <= b and (x, y) != (a, b) for x, y in pairs) for a, b in pairs]
 
 
+# Ranking
+
+
 def differing(runs: Sequence[Run]) -> list[str]:
-    """The keys of the configs that differ and can change the student, those of a sweep first.
-
-    Without a distillation term the rest of `loss` says nothing.
-    """
+    """Return the keys with an effect in which the configs differ, those of a sweep first."""
     values: dict[str, set[str]] = {}
-    with_config = [run for run in runs if run.config]
-    keys = dict.fromkeys(key for run in with_config for key in run.config)
-    for key in keys:
-        if not key.startswith(FREE):
-            values[key] = {said(run.config.get(key)) for run in with_config if not idle(run, key)}
-    first = [*swept(runs), "loss.temperature", "loss.alpha", *(key for key in values if key.startswith("loss."))]
-    order = dict.fromkeys([*(key for key in first if key in values), *values])
-    return [key for key in order if len(values[key]) > 1]
-
-
-def swept(runs: Sequence[Run]) -> list[str]:
-    """The keys that a sweep of these runs varied."""
-    lists = [run.config.get("sweep.keys") for run in runs]
-    return list(dict.fromkeys(str(key) for keys in lists if isinstance(keys, list) for key in keys))
-
-
-def idle(run: Run, key: str) -> bool:
-    """Whether a key says nothing in this run: the loss of a baseline."""
-    return run.is_baseline and key.startswith("loss.") and key != "loss.alpha"
-
-
-def make_points(runs: Sequence[Run], keys: Sequence[str], names: dict[str, str]) -> list[Point]:
-    """Group runs that differ in the seed alone; keys: those that differ, names: as they are shown."""
-    groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.point, []).append(run)
-    points = []
-    for group in groups.values():
-        first = group[0]
-        values = {k: first.config[k] for k in keys if k in first.config and k != SEED_KEY and not idle(first, k)}
-        told = [BASELINE_LABEL] if first.is_baseline else []
-        said_by_name = [k for k in values if k in names and not (first.is_baseline and k == "loss.alpha")]
-        told += [f"{names[k]} {shown(values[k])}" for k in said_by_name]
-        per_run = {name: [run.summary["student"].get(name) for run in group] for name in MEASURES}
-        per_run |= {name: [run.summary["run"].get(name) for run in group] for name in COSTS}
-        points.append(
-            Point(
-                label=", ".join(told) or first.name,
-                values=values,
-                runs=group,
-                measures={name: mean(found) for name, found in per_run.items()},
-                spread={k: (min(v), max(v)) for k, v in per_run.items() if len(group) > 1 and mean(v) is not None},
-            )
-        )
-    for point in points:
-        if sum(other.label == point.label for other in points) > 1:
-            point.label = f"{point.label} [{point.runs[0].name}]"
-    return points
+        for key, value in run.used.items():
+            values.setdefault(key, set()).add(as_text(value))
+    swept = [key for run in runs for key in run.swept]
+    first = [*swept, "loss.temperature", "loss.alpha", *(key for key in values if key.startswith("loss."))]
+    return [key for key in dict.fromkeys([*first, *values]) if len(values.get(key, ())) > 1]
 
 
-def make_ranking(runs: Sequence[Run], keys: Sequence[str], names: dict[str, str]) -> Ranking:
-    """Rank runs that were measured on the same rows beside the same teacher."""
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Name keys for people: τ, α, else the last part, or the whole key if that is not unique."""
+    short = {}
+    for key in keys:
+        group, _, last = key.rpartition(".")
+        short[key] = GREEK.get(key) or (group if last in ("name", "path", "init") and group else last)
+    return {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
+
+
+def make_ranking(runs: Sequence[Run]) -> Ranking:
+    """Rank runs that were measured on the same rows with the same teacher."""
+    keys = [key for key in differing(runs) if key != SEED_KEY]
+    names = short_names(keys[:MOST_KEYS])
     points = make_points(runs, keys, names)
-    rank(points, keys)
+    rank(points)
     points.sort(key=lambda p: (p.rank.get("kl", len(points)), p.rank["ce"], p.label))
     for number, point in enumerate(points, 1):
         point.number = number
-    first = runs[0]
-    config, data, environment = first.config, first.summary["data"], first.summary["environment"]
-    name = str(config.get("teacher.base_model") or config.get("teacher.path") or "none")
-    references = [("teacher", _measures(runs, "teacher"))]
-    by_student: dict[tuple[str, ...], list[Run]] = {}
-    own = [key for key in keys if key.startswith("student.")]
+    config, environment = runs[0].config, runs[0].summary["environment"]
+    name = config.get("teacher.base_model") or config.get("teacher.path") or "none"
+    teacher = {"name": name} | {key: environment.get(f"teacher_{key}") for key in ("digest", "precision")}
+    references = {"teacher": runs[0].summary["teacher"]}
     for run in runs:
-        told = [f"{names.get(key, key)} {shown(run.config[key])}" for key in own if key in run.config]
-        by_student.setdefault(tuple(told), []).append(run)
-    for setting, group in by_student.items():
-        references.append((", ".join(["untouched student", *setting]), _measures(group, "untouched")))
-    return Ranking(
-        fingerprint=_text(data.get("validation_fingerprint")),
-        teacher=name if not name.startswith(("/", ".", "~")) else name.rstrip("/").rsplit("/", 1)[-1],
-        digest=_text(environment.get("teacher_digest")),
-        precision=_text(environment.get("teacher_precision")),
-        num_rows=_count(data.get("num_validation_rows")),
-        num_counted=_count(data.get("counted_validation_tokens")),
-        points=points,
-        references=[(label, found) for label, found in references if found["ce"] is not None],
-    )
+        own = [f"{names.get(k, k)} {shown(run.used[k])}" for k in keys if k.startswith("student.") and k in run.used]
+        references.setdefault(", ".join(["untouched student", *own]), run.summary["untouched"])
+    references = {label: measures for label, measures in references.items() if measures.get("ce") is not None}
+    return Ranking(runs[0].summary["data"], teacher, names, points, references)
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+def make_points(runs: Sequence[Run], keys: Sequence[str], names: dict[str, str]) -> list[Point]:
+    """Average runs that differ only in the seed. keys: those that differ; names: those in labels → how they are shown."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.identity, []).append(run)
+    points = []
+    for group in groups.values():
+        first = group[0]
+        values = {key: first.used[key] for key in keys if key in first.used}
+        label = [BASELINE] * first.is_baseline
+        label += [f"{names[k]} {shown(v)}" for k, v in values.items() if k in names and (k, v) != ("loss.alpha", 0)]
+        found = {name: [run.summary["student"].get(name) for run in group] for name in MEASURES}
+        found |= {name: [run.summary["run"].get(name) for run in group] for name in COSTS}
+        measures = {name: None if None in taken else math.fsum(taken) / len(group) for name, taken in found.items()}
+        spread = {m: (min(found[m]), max(found[m])) for m in RANKED_BY if len(group) > 1 and measures[m] is not None}
+        points.append(Point(", ".join(label) or first.name, first.is_baseline, values, group, measures, spread))
+    labels = [point.label for point in points]
+    for point in points:
+        if labels.count(point.label) > 1:
+            point.label += f" [{point.runs[0].name}]"
+    return points
 
 
-def _count(value: Any) -> int | None:
-    return value if type(value) is int else None
+def rank(points: list[Point]) -> None:
+    """Set ranks, intervals, the Pareto front and the marks of other budgets."""
+    rounded = {m: {p: round(v, DIGITS) for p in points if (v := p.measures[m]) is not None} for m in RANKED_BY}
+    for measure, values in rounded.items():
+        for point, value in values.items():
+            point.rank[measure] = 1 + sum(other < value for other in values.values())
+        if values:
+            _set_intervals(measure, [*values])
+    both = [point for point in points if all(point in values for values in rounded.values())]
+    for point, is_on in zip(both, pareto([(rounded["kl"][p], rounded["ce"][p]) for p in both]), strict=True):
+        point.pareto_front = is_on
+    budgets = [point.measures["tokens"] or 0 for point in points]
+    same = [[math.isclose(a, b, rel_tol=SAME_BUDGET) for b in budgets] for a in budgets]
+    usual = max(range(len(points)), key=lambda i: (sum(same[i]), budgets[i]))
+    for point, is_usual in zip(points, same[usual], strict=True):
+        point.other_budget = not is_usual
 
 
-def _measures(runs: Sequence[Run], who: str) -> dict[str, float | None]:
-    return {name: mean([run.summary[who].get(name) for run in runs]) for name in MEASURES}
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """The mean, or None where any is missing or not finite."""
-    finite = [value for value in values if value is not None and math.isfinite(value)]
-    return math.fsum(finite) / len(finite) if finite and len(finite) == len(values) else None
-
-
-def shown(value: Any) -> str:
-    """A config's value as people write it, long ones cut."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 28 else f"…{text[-27:]}"
-
-
-def rank(points: list[Point], keys: Sequence[str]) -> None:
-    """Fill in ranks, intervals and the front."""
-    for measure in RANKED_BY:
-        having = [(value, point) for point in points if (value := point.measures[measure]) is not None]
-        for value, point in having:
-            point.rank[measure] = 1 + sum(other < value for other, _ in having)
-        if having:
-            _intervals(measure, [point for _, point in having], keys)
-    both = [(pair, point) for point in points if (pair := point.kl_and_ce)]
-    for (_, point), is_on in zip(both, pareto([pair for pair, _ in both]), strict=True):
-        point.on_front = is_on
-
-
-def _intervals(measure: str, points: list[Point], keys: Sequence[str]) -> None:
-    """Bootstrap each point's difference to the best and to its baseline, rows paired."""
+def _set_intervals(measure: str, points: list[Point]) -> None:
+    """Bootstrap the difference of each point to the best and to its baseline, with rows paired."""
+    # Seeds are averaged row by row: the counted positions are the same, so means average too.
+    sums = [np.mean([[row[measure] for row in run.rows] for run in point.runs], axis=0) for point in points]
+    counted = np.array([row["counted"] for row in points[0].runs[0].rows])
+    means = dict(zip(points, resampled_means(counted, np.column_stack(sums)).T, strict=True))
+    baselines = {_setting(point): point for point in points if point.baseline}
     best = min(points, key=lambda p: (p.rank[measure], p.label))
     for point in points:
-        point.to_best[measure] = point.to_baseline[measure] = None
-    whole = (p.runs[0].rows for p in points if all(run.rows is not None for run in p.runs))
-    like = next(whole, None)
-    if like is None:
-        return
-    with_rows = [p for p in points if all(run.rows is not None and run.rows.pairs_with(like) for run in p.runs)]
-    # Seeds are averaged row by row: the counted positions are the same, so means average too.
-    sums = [np.mean([run.rows.sums[measure] for run in p.runs if run.rows is not None], axis=0) for p in with_rows]
-    means = resampled_means(like.counted, np.column_stack(sums))
-    column = {id(point): means[:, i] for i, point in enumerate(with_rows)}
-    for point in with_rows:
-        if id(best) in column and point is not best:
-            point.to_best[measure] = interval(column[id(point)] - column[id(best)])
-        baseline = _baseline_of(point, points, keys)
-        if baseline is not None and baseline is not point and id(baseline) in column:
-            point.to_baseline[measure] = interval(column[id(point)] - column[id(baseline)])
+        for differences, other in ((point.minus_best, best), (point.minus_baseline, baselines.get(_setting(point)))):
+            if other and other is not point:
+                differences[measure] = interval(means[point] - means[other])
 
 
-def _baseline_of(point: Point, points: list[Point], keys: Sequence[str]) -> Point | None:
-    """The student that learnt without a teacher under the same setting of all but the loss."""
-    rest = [key for key in keys if not key.startswith("loss.") and key != SEED_KEY]
-    setting = [said(point.values.get(key)) for key in rest]
-    found = [p for p in points if p.is_baseline and [said(p.values.get(key)) for key in rest] == setting]
-    return found[0] if found else None
+def _setting(point: Point) -> str:
+    """What a student and its baseline, trained without a teacher, have in common: everything but the loss."""
+    return as_text({key: value for key, value in point.values.items() if not key.startswith("loss.")})

@@ -1,4 +1,4 @@
-"""Many runs → one comparison: find run folders, read them, rank the students, write the tables and the page.
+"""Compare runs: find their folders, read them, rank the students, write the tables and the page.
 
 No torch: it reads JSON and YAML, and runs after every job of a sweep.
 """
@@ -12,34 +12,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import yaml
-from rich.console import Console
 
 from kdx.compare import ranking
-from kdx.compare.ranking import COSTS, MEASURES, RANKED_BY, Comparison, Ranking, Rows, Run
-from kdx.compare.tables import as_csv, as_json, as_markdown, terminal_tables
-from kdx.data.files import nearby
-from kdx.errors import ConfigError, MachineError, printable, together
+from kdx.compare.ranking import MEASURES, Comparison, Ranking, Run
+from kdx.compare.tables import as_csv, as_json, as_markdown, terminal_parts
+from kdx.errors import ConfigError, MachineError
 from kdx.run.files import write_beside
-from kdx.run.redact import redact
 from kdx.run.tracking import CONSOLE
 
-MARKS = ("status.json", "summary.json", "metrics.jsonl")  # a folder with one of these is a run's
-WIDEST = 240  # letters of a line of the terminal's table
-MOST_COLUMNS = 5  # keys that stand in the table; all that differ stand in a table of their own
-GREEK = {"loss.temperature": "τ", "loss.alpha": "α"}
+MARK = "status.json"  # a folder with it is a run's
+NARROWEST = 100  # columns of the terminal's table; less would break every line
 FILES = ("compare.csv", "compare.json", "compare.md", "compare.html")
-EXAMPLE = "As in: kdx compare outputs/sweeps/NAME"
+EXAMPLE = "Example: kdx compare outputs/sweeps/NAME"
 
 
 def main(words: list[str]) -> int:
-    """Do `kdx compare PATH… [--out DIR] [--wandb]` → the exit code."""
+    """Run `kdx compare PATH… [--out DIR] [--wandb]` and return the exit code."""
     parser = argparse.ArgumentParser("kdx compare", description="Compare runs, sweeps and globs of them.")
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument("paths", nargs="*", metavar="PATH", help="a run folder, a sweep's folder, or a glob")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go; else into the one sweep's folder")
-    parser.add_argument("--wandb", action="store_true", help="also save a dashboard of these runs at W&B")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; by default the sweep's own folder")
+    parser.add_argument("--wandb", action="store_true", help="also save a W&B dashboard of these runs")
     args = parser.parse_intermixed_args(words)
     paths = [Path(word) for word in args.paths]
     if args.wandb:
@@ -47,297 +41,162 @@ def main(words: list[str]) -> int:
 
         workspace.check()
     comparison = compare(paths, args.out or default_out(paths))
-    wide = Console(width=max(CONSOLE.width, WIDEST))  # whole figures, though a narrow terminal wraps the lines
-    for part in terminal_tables(comparison):
-        if isinstance(part, str):
-            CONSOLE.print(part, markup=False)
-        else:
-            wide.print(part)
-    for name in FILES:
-        CONSOLE.print(f"  {comparison.out / name}", markup=False)
+    for part in terminal_parts(comparison):
+        CONSOLE.print(part, markup=False, soft_wrap=False, width=max(CONSOLE.width, NARROWEST))
+    CONSOLE.print(f"Wrote {comparison.out / 'compare.html'}, .csv, .json and .md", markup=False)
     if args.wandb:
-        CONSOLE.print(f"  {workspace.save(comparison)}", markup=False)
+        CONSOLE.print(f"Saved {workspace.save(comparison)}", markup=False)
     return 0
 
 
-def _refuse(message: str) -> NoReturn:
+def _usage_error(message: str) -> NoReturn:
     raise ConfigError("kdx compare", message, "Usage: kdx compare PATH... [--out DIR] [--wandb]")
 
 
 def default_out(paths: Sequence[Path]) -> Path:
-    """The folder of the one sweep that is compared, else ./comparison."""
-    if len(paths) == 1 and paths[0].is_dir() and any(_is_run(f) for f in paths[0].iterdir() if f.is_dir()):
-        return paths[0]
-    return Path("comparison")
+    """Return the folder of the one sweep that is compared, else ./comparison."""
+    is_sweep = len(paths) == 1 and paths[0].is_dir() and any(paths[0].glob(f"*/{MARK}"))
+    return paths[0] if is_sweep else Path("comparison")
 
 
 def compare(paths: list[Path], out: Path) -> Comparison:
-    """Read the runs in these folders and globs, rank them, and write compare.csv, .json, .md and .html into `out`.
+    """Rank the runs in these folders and globs, and write compare.csv, .json, .md and .html into `out`.
 
-    Raises KdxError where there is nothing to compare; a damaged run is listed.
+    Raises KdxError if there is nothing to compare. A run that cannot be read is listed with the reason.
     """
-    comparison = compared(*find(paths), out)
-    from kdx.compare.page import page  # matplotlib takes a while to import
+    comparison = compared(find(paths), out)
+    from kdx.compare.page import page  # matplotlib is slow to import
 
     texts = (as_csv(comparison), as_json(comparison), as_markdown(comparison), page(comparison))
     for name, text in zip(FILES, texts, strict=True):
-        _write(out / name, text)
+        try:
+            write_beside(out / name, text)
+        except OSError as error:
+            what = f"cannot be written: {error.strerror}"
+            raise MachineError(str(out / name), what, "Choose another folder with --out") from None
     return comparison
 
 
 # Finding
 
 
-def find(paths: Sequence[Path]) -> tuple[list[tuple[str, Path]], list[str]]:
-    """The run folders in these folders and globs, each once and with a name → and what was passed over.
+def find(paths: Sequence[Path]) -> dict[str, Path]:
+    """Return the run folders in these folders and globs by name, the path below their common parent.
 
-    Raises ConfigError. A name is the path below the folder that all share.
+    Raises ConfigError if a path does not exist or there is no run at all.
     """
-    if not paths:
-        raise ConfigError("kdx compare", "names no runs", EXAMPLE)
-    found: dict[Path, Path] = {}
-    notes, missing = [], []
+    folders: dict[Path, Path] = {}  # each once, however it is reached
     for path in paths:
-        places = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        places = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
         if not places:
-            missing.append(_missing(path))
-        here = [run for place in places if place.is_dir() for run in _runs_in(place)]
-        if places and not here and path.is_dir():
-            notes.append(f"no run in {path}")
-        found.update((run.resolve(), run) for run in here)
-    if missing:
-        raise together(missing)
-    if not found:
-        raise ConfigError(" ".join(map(str, paths)), "no run in it (a run has a status.json)", EXAMPLE)
-    shared = os.path.commonpath([folder.parent for folder in found])
-    return [(printable(str(folder.relative_to(shared))), found[folder]) for folder in sorted(found)], notes
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in MARKS)
-
-
-def _runs_in(place: Path) -> list[Path]:
-    """A folder if it is a run's, else the runs anywhere below it."""
-    runs = []
-    for here, folders, _ in os.walk(place):
-        if _is_run(Path(here)):
-            runs.append(Path(here))
-            folders.clear()
-        folders[:] = [name for name in folders if not name.startswith(".")]
-    return runs
-
-
-def _missing(path: Path) -> ConfigError:
-    if glob.has_magic(str(path)):
-        return ConfigError(str(path), "matches nothing", EXAMPLE)
-    return ConfigError(str(path), "does not exist", nearby(path))
+            raise ConfigError(str(path), "matches nothing" if glob.has_magic(str(path)) else "does not exist", EXAMPLE)
+        folders |= {mark.parent.resolve(): mark.parent for place in places for mark in place.rglob(MARK)}
+    if not folders:
+        raise ConfigError(" ".join(map(str, paths)) or "kdx compare", "no runs found", EXAMPLE)
+    shared = os.path.commonpath([folder.parent for folder in folders])
+    return {str(folder.relative_to(shared)): folders[folder] for folder in sorted(folders)}
 
 
 # Reading
 
 
 def read_run(name: str, folder: Path) -> Run:
-    """Read a run folder. What is missing or damaged is said, and keeps it out of the ranking where it matters."""
-    faults: dict[str, str] = {}
+    """Read a run folder. One in which a file is missing or does not parse is not ranked, for this reason."""
 
-    def read(file: str, reader: Callable[[Path], Any], empty: Any) -> Any:
+    def read(file: str, parse: Callable[[str], Any]) -> Any:
         try:
-            if (folder / file).exists() and not (folder / file).is_file():  # a pipe would be waited for
-                raise ValueError("it is no file")
-            return reader(folder / file)
+            return parse((folder / file).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            faults[file] = f"{file} is missing"
-        except (OSError, ValueError, ArithmeticError, RecursionError, yaml.YAMLError) as error:
-            faults[file] = f"{file} is damaged: {' '.join(printable(str(error)).split())[:100]}"
-        return empty
+            raise ValueError(f"{file} is missing") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+            raise ValueError(f"{file} cannot be read: {what}") from None
 
-    status = read("status.json", _object, {})
-    state = str(status.get("state", "unknown"))
-    config = read("config.yaml", _config, {})
-    summary = read("summary.json", _summary, {}) if state == "done" else {}
-    rows = read("eval_rows.jsonl", lambda file: _rows(file, summary), None) if summary else None
-    curve = read("metrics.jsonl", _curve, ()) if summary else ()
-    samples = read("samples.json", _samples, ()) if summary else ()
-    serious = [faults.pop(file) for file in ("status.json", "summary.json", "config.yaml") if file in faults]
-    reason = _why_not(status, summary, serious)
-    return Run(name, folder, state, reason, tuple(faults.values()), config, summary, rows, curve, samples)
+    state = "unknown"
+    config: dict[str, Any] = {}
+    swept: list[str] = []
+    try:
+        status = read("status.json", lambda text: dict(json.loads(text)))
+        state = str(status.get("state"))
+        config = read("config.yaml", lambda text: flat(yaml.safe_load(text)))
+        swept = config.get("sweep.keys") or []
+        if (folder / "record.json").exists():
+            swept = read("record.json", lambda text: list(json.loads(text)["swept"]))
+        if state != "done":
+            step = f"step {status.get('step')} of {status.get('max_steps')}, written {status.get('updated')}"
+            return Run(name, folder, state, str(status.get("reason") or step), config, swept)
+        summary = read("summary.json", _summary)
+        rows = read("eval_rows.jsonl", _rows)
+        curve = read("metrics.jsonl", lambda text: [line for line in _lines(text) if "eval/ce" in line])
+        samples = read("samples.json", _samples) if (folder / "samples.json").exists() else []
+    except ValueError as error:
+        return Run(name, folder, state, str(error), config, swept)
+    return Run(name, folder, state, _why_not(summary["student"]), config, swept, summary, rows, curve, samples)
 
 
-def _why_not(status: dict[str, Any], summary: dict[str, Any], faults: list[str]) -> str:
-    """Why a run is not ranked; empty if it is."""
-    if status.get("state") != "done" and (status or not faults):
-        step = f"step {status.get('step')} of {status.get('max_steps')}, written {status.get('updated')}"
-        return str(redact(str(status.get("reason") or step)))
-    if faults:
-        return "; ".join(faults)
-    student = summary["student"]
-    if student.get("ce") is None:
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a config to dotted keys as they are typed; older runs keep a group's own keys under `options`."""
+    keys: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            keys |= flat(value, prefix if key == "options" else f"{prefix}{key}.")
+        else:
+            is_whole = isinstance(value, float) and value.is_integer()  # 1.0 and 1 are the same value
+            keys[f"{prefix}{key}"] = int(value) if is_whole else value
+    return keys
+
+
+def _summary(text: str) -> dict[str, Any]:
+    tree = json.loads(text)
+    return {part: dict(tree[part]) for part in ("student", "untouched", "teacher", "run", "data", "environment")}
+
+
+def _why_not(measures: dict[str, Any]) -> str:
+    """Say why a finished student is not ranked; empty if it is."""
+    if measures.get("ce") is None:
         return "nothing was held out"
-    bad = [name for name in MEASURES if student.get(name) is not None and not math.isfinite(student[name])]
+    bad = [name for name in MEASURES if (value := measures.get(name)) is not None and not math.isfinite(value)]
     return f"not finite: {', '.join(bad)}" if bad else ""
 
 
-def _clean(value: Any) -> Any:
-    """Strip control characters from all text: a run folder may be somebody else's."""
-    if isinstance(value, dict):
-        return {printable(str(key)): _clean(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_clean(item) for item in value]
-    return printable(value) if isinstance(value, str) else value
+def _lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
-def _object(file: Path) -> dict[str, Any]:
-    return _as_object(json.loads(file.read_text(encoding="utf-8")))
+def _rows(text: str) -> list[dict[str, Any]]:
+    return sorted(_lines(text), key=lambda line: str(line["row"]))
 
 
-def _as_object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("expected an object")
-    cleaned: dict[str, Any] = _clean(value)
-    return cleaned
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file."""
-    with file.open(encoding="utf-8") as stream:
-        return [_as_object(json.loads(line)) for line in stream if line.strip()]
-
-
-class _NoAliases(yaml.SafeLoader):
-    """YAML as kdx writes it: nested aliases would grow without bound when they are walked."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("has an alias")
-        return super().compose_node(parent, index)
-
-
-def _config(file: Path) -> dict[str, Any]:
-    """The config as dotted keys, as they are typed: what stands in `options` stands beside its node's keys."""
-    flat: dict[str, Any] = {}
-
-    def walk(node: dict[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                walk(value, prefix if key == "options" else f"{prefix}{key}.")
-            else:
-                plain = json.loads(json.dumps(value, default=str), parse_constant=str)  # a date or NaN becomes text
-                flat[f"{prefix}{key}"] = redact(plain, key)
-
-    walk(_as_object(yaml.load(file.read_text(encoding="utf-8"), _NoAliases)), "")
-    return flat
-
-
-def _summary(file: Path) -> dict[str, Any]:
-    summary = _object(file)
-    for part in ("student", "untouched", "teacher", "run", "data"):
-        if not isinstance(summary.get(part), dict):
-            raise ValueError(f"{part} is not there")
-        for name in (*MEASURES, *COSTS):
-            value = summary[part].get(name)
-            if value is not None:
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise ValueError(f"{part}.{name} is not a number")
-                summary[part][name] = float(value)
-    return summary
-
-
-def _rows(file: Path, summary: dict[str, Any]) -> Rows:
-    """The measures of each held-out row. Raises ValueError unless they add up to the summary's."""
-    lines = sorted(_lines(file), key=lambda line: str(line.get("row")))
-    ids = tuple(str(line.get("row")) for line in lines)
-    if not lines or len(set(ids)) < len(ids):
-        raise ValueError("a row stands there twice" if lines else "no rows")
-    taken = [name for name in MEASURES if all(line.get(name) is not None for line in lines)]
-    values = [[line.get(name) for name in ("counted", *taken)] for line in lines]
-    if not all(type(value) in (int, float) for sums in values for value in sums):
-        raise ValueError("a sum is not a number")
-    counted, *columns = np.array(values, dtype=float).T
-    if not (counted > 0).all():
-        raise ValueError("a row without counted tokens")
-    sums = dict(zip(taken, columns, strict=True))
-    for name in RANKED_BY:
-        mean, told = (sums[name].sum() / counted.sum() if name in sums else None), summary["student"].get(name)
-        if (mean is None) != (told is None) or (mean is not None and not math.isclose(mean, told, rel_tol=1e-6)):
-            raise ValueError(f"its {name} is not that of summary.json")
-    return Rows(ids, counted, sums)
-
-
-def _curve(file: Path) -> tuple[dict[str, Any], ...]:
-    """The held-out measures over training; what is not a finite number is left out."""
-    return tuple(
-        {k: v for k, v in line.items() if type(v) in (int, float) and math.isfinite(v)}
-        for line in _lines(file)
-        if line.get("eval/ce") is not None
-    )
-
-
-def _samples(file: Path) -> tuple[dict[str, Any], ...]:
-    """Prompts and answers as text."""
-    found = json.loads(file.read_text(encoding="utf-8"))
-    samples = []
-    for sample in map(_as_object, found if isinstance(found, list) else [found]):
-        turns = [_as_object(turn) for turn in sample.pop("prompt", None) or []]
-        prompt = tuple((str(turn.get("role")), str(turn.get("content"))) for turn in turns)
-        samples.append({"prompt": prompt} | {who: str(text) for who, text in sample.items() if text is not None})
-    return tuple(samples)
+def _samples(text: str) -> list[dict[str, Any]]:
+    """Return prompts, as (role, content) pairs, and the answers of each model."""
+    samples = json.loads(text)
+    for sample in samples:
+        sample["prompt"] = tuple((turn["role"], turn["content"]) for turn in sample["prompt"] or [])
+    return list(samples)
 
 
 # Ranking
 
 
-def compared(found: Sequence[tuple[str, Path]], notes: list[str], out: Path) -> Comparison:
-    """Read the named run folders and rank those that may be ranked, in as many tables as it takes."""
-    runs = [read_run(name, folder) for name, folder in found]
-    keys = ranking.differing(runs)
-    ranked = [run for run in runs if not run.reason]
-    apart = set(ranking.differing(ranked)) | {key for key in keys if key in ranking.swept(runs)}
-    columns = short_names([key for key in keys if key in apart and key != ranking.SEED_KEY][:MOST_COLUMNS])
+def compared(found: dict[str, Path], out: Path) -> Comparison:
+    """Read run folders and rank the finished ones, in as many tables as it takes."""
+    runs = [read_run(name, folder) for name, folder in found.items()]
     groups: dict[tuple[Any, ...], list[Run]] = {}
-    for run in ranked:
-        groups.setdefault(run.comparable_with, []).append(run)
-        notes += [f"{run.name}: {fault}" for fault in run.faults]
-    rankings = [ranking.make_ranking(group, keys, columns) for group in groups.values()]
+    for run in runs:
+        if not run.reason:
+            groups.setdefault(run.measured_on, []).append(run)
+    rankings = [ranking.make_ranking(group) for group in groups.values()]
     not_ranked = [run for run in runs if run.reason]
-    return Comparison(rankings, not_ranked, runs, keys, columns, _why_apart(rankings), notes, out)
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Headings for keys: τ, α, else the last part, or the whole key where that is not clear."""
-    short = {}
-    for key in keys:
-        group, _, last = key.rpartition(".")
-        short[key] = GREEK.get(key) or (group if last in ("name", "path", "init") and group else last)
-    return {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
+    return Comparison(rankings, not_ranked, runs, ranking.differing(runs), _why_apart(rankings), out)
 
 
 def _why_apart(rankings: Sequence[Ranking]) -> list[str]:
-    """Why there are several tables: which runs differ in what."""
-    if len(rankings) < 2:
-        return []
-    number = len(rankings)
-    lines = [f"Measures compare only on the same held-out rows beside the same teacher, so there are {number} tables."]
-    parts = (
-        ("held-out rows", [r.fingerprint for r in rankings]),
-        ("teachers", [r.digest or r.teacher for r in rankings]),
-        ("precisions of the teacher", [r.precision for r in rankings]),
-    )
-    for what, values in parts:
-        if len(set(values)) > 1:
-            told = []
-            for i, (value, table) in enumerate(zip(values, rankings, strict=True), 1):
-                names = [run.name for point in table.points for run in point.runs]
-                told.append(f"table {i} {(value or 'not recorded')[:40]} ({ranking.listed(names, 3)})")
-            lines.append(f"Different {what}: {', '.join(told)}.")
-    return lines
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a whole file or none, though other jobs of the sweep may write it at the same time."""
-    try:
-        write_beside(file, text)
-    except OSError as error:
-        raise MachineError(
-            str(file), f"cannot be written: {error.strerror}", "Choose another folder with --out"
-        ) from None
+    """Say what the tables differ in."""
+    parts = {
+        "held-out rows": {table.data.get("validation_fingerprint") for table in rankings},
+        "teacher": {table.teacher["digest"] or table.teacher["name"] for table in rankings},
+        "precision of the teacher": {table.teacher["precision"] for table in rankings},
+    }
+    different = " and ".join(name for name, values in parts.items() if len(values) > 1)
+    what = f"Measures compare only on the same held-out rows and with the same teacher. These {len(rankings)} tables"
+    return [f"{what} differ in: {different}."] if different else []

@@ -1,277 +1,216 @@
-"""A comparison as tables: for the terminal, and as CSV, JSON and Markdown."""
+"""Write a comparison as tables: for the terminal, and as CSV, JSON and Markdown."""
 
 import csv
 import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kdx.compare.ranking import (
-    BASELINE_LABEL,
-    COSTS,
-    MEASURES,
-    NUM_RESAMPLES,
-    RANKED_BY,
-    SEED_KEY,
-    Comparison,
-    Interval,
-    Point,
-    Ranking,
-    Run,
-    idle,
-    shown,
-)
+from kdx.compare.ranking import COSTS, DIGITS, NUM_RESAMPLES, RANKED_BY, SEED_KEY, Comparison, Point, Ranking, shown
 
 HEADINGS = {
-    "kl": "KL", "reverse_kl": "reverse KL", "agreement": "agreement", "ce": "CE", "perplexity": "perplexity",
-    "accuracy": "accuracy", "tokens_per_second": "tokens/s", "seconds": "seconds",
+    "kl": "KL", "ce": "CE", "agreement": "agreement", "reverse_kl": "reverse KL", "accuracy": "accuracy",
+    "perplexity": "perplexity", "steps": "steps", "tokens": "tokens", "tokens_per_second": "tokens/s", "seconds": "seconds",
 }  # fmt: skip
-FORMS = {"perplexity": ",.5g", "tokens_per_second": ",.0f", "seconds": ",.0f"}
+# The fewest and the most decimals; 3 and 4 for other measures.
+DECIMALS = dict.fromkeys(COSTS, (0, 0)) | dict.fromkeys(RANKED_BY, (3, DIGITS)) | {"perplexity": (2, 2)}
+IN_TERMINAL = {"student", "runs", "KL", "CE", "agreement", "front", "steps", "tokens", "seconds"}
 CAVEAT = (
-    f"* best, or not distinguishable from it: the 95 % interval of the difference to the best holds 0 (paired bootstrap "
-    f"over held-out rows, {NUM_RESAMPLES:,} resamples). Intervals are over rows for these trained students, not over "
-    "training seeds, and not corrected for picking the best of n."
+    "* best, or not distinguishable from the best: the 95 % interval of the difference includes 0 (paired bootstrap over "
+    f"held-out rows, {NUM_RESAMPLES:,} resamples; seeds and the choice of the best of many are not accounted for). "
+    "● on the Pareto front: no other student is better in both KL and CE."
 )
 
 
-def number(name: str, value: float | None) -> str:
-    """A measure as it is shown; empty where it was not taken."""
-    return "" if value is None else format(value, FORMS.get(name, ".4f"))
+def decimals(values: Iterable[float], least: int = 3, most: int = DIGITS) -> int:
+    """Return the fewest decimals that show values as different which are."""
+    distinct = {round(value, most) for value in values}
+    return next((d for d in range(least, most) if len({round(v, d) for v in distinct}) == len(distinct)), most)
 
 
-def place(point: Point, measure: str) -> str:
-    """A rank, starred if the point is the best or not distinguishable from it."""
-    return f"{point.rank[measure]}{' *' * point.is_best(measure)}" if measure in point.rank else ""
-
-
-def spread(point: Point, name: str) -> str:
-    """The lowest and highest of several seeds."""
-    return "" if name not in point.spread else "–".join(number(name, value) for value in point.spread[name])
-
-
-def difference(found: Interval | None) -> str:
-    """An interval of a difference, signed."""
-    return "" if found is None else f"{found[0]:+.4f} to {found[1]:+.4f}"
-
-
-def to_best(point: Point, measure: str) -> str:
-    """The difference to the best, or why there is none."""
-    if measure not in point.rank:
+def difference(interval: tuple[float, float] | None) -> str:
+    """Write the interval of a difference with signs; "tied" if there is no difference."""
+    if interval is None:
         return ""
-    return "best" if point.rank[measure] == 1 else difference(point.to_best[measure]) or "no interval"
-
-
-def config_value(run: Run, key: str) -> str:
-    """A value of a run's config; a dash where the key says nothing."""
-    return "—" if key not in run.config or idle(run, key) else shown(run.config[key])
-
-
-def kind(point: Point) -> str:
-    return BASELINE_LABEL if point.is_baseline else "student"
+    places = decimals([0.0, *interval])
+    low, high = (round(end, places) + 0.0 for end in interval)  # + 0.0: never -0.000
+    return "tied" if low == high == 0 else f"{low:+.{places}f} to {high:+.{places}f}"
 
 
 def title(ranking: Ranking) -> str:
-    counted = "" if ranking.num_counted is None else f", {ranking.num_counted:,} counted tokens"
-    precision = f" ({ranking.precision})" if ranking.precision else ""
-    return f"{ranking.num_rows} held-out rows{counted}, τ = 1; teacher: {ranking.teacher}{precision}"
+    num_rows, num_counted = (ranking.data[key] for key in ("num_validation_rows", "counted_validation_tokens"))
+    precision = f" ({ranking.teacher['precision']})" if ranking.teacher["precision"] else ""
+    return f"{num_rows} held-out rows, {num_counted:,} counted tokens, τ = 1; teacher: {ranking.teacher['name']}{precision}"
 
 
-def has_seeds(ranking: Ranking) -> bool:
-    return any(len(point.runs) > 1 for point in ranking.points)
-
-
-def header(comparison: Comparison, ranking: Ranking) -> list[str]:
-    """The headings of a table for people."""
-    seeds = ["runs"] if has_seeds(ranking) else []
-    ranks = [f"by {HEADINGS[m]}" for m in RANKED_BY]
-    return [
-        "",
-        *comparison.columns.values(),
-        *seeds,
-        *ranks,
-        "front",
-        *(HEADINGS[name] for name in (*MEASURES, *COSTS)),
-    ]
-
-
-def lines(comparison: Comparison, ranking: Ranking) -> list[list[str]]:
-    """The cells under `header`: students, then teacher and untouched student."""
-    seeded = has_seeds(ranking)
-    found = []
-    for p in ranking.points:
-        point = [config_value(p.runs[0], key) for key in comparison.columns]
-        seeds = [str(len(p.runs))] if seeded else []
-        ranks = [place(p, measure) for measure in RANKED_BY]
-        measures = [
-            number(name, p.measures[name]) + (f" ({spread(p, name)})" if name in RANKED_BY and name in p.spread else "")
-            for name in (*MEASURES, *COSTS)
-        ]
-        found.append(
-            [
-                f"{p.number} {kind(p) if comparison.columns else p.label}",
-                *point,
-                *seeds,
-                *ranks,
-                "●" * p.on_front,
-                *measures,
-            ]
+def verdict(ranking: Ranking) -> list[str]:
+    """Say in sentences what the table shows."""
+    if len(ranking.points) == 1:
+        return ["Only one student: there is nothing to compare it with."]
+    lines, best = [], []
+    for measure in RANKED_BY:
+        order = ranking.by(measure)
+        if order and order[-1].rank[measure] == 1:
+            lines.append(f"All students are tied in {HEADINGS[measure]}.")
+        elif order:
+            best.append(order[0])
+            close = [point for point in order[1:] if point.is_best(measure)]
+            also = f"; not distinguishable from it: {_numbers(close)}" if close else ""
+            lines.append(f"Best by {HEADINGS[measure]}: #{order[0].number} ({order[0].label}){also}.")
+    if len(best) > 1 and best[0] is not best[1]:
+        lines.append(
+            "There is no single best. KL measures how close a student is to the teacher and favors a larger alpha and "
+            "forward_kl; CE measures how well it predicts the held-out text and favors a smaller alpha."
         )
-    blank = [""] * (len(comparison.columns) + seeded + len(RANKED_BY) + 1)
-    for label, measured in ranking.references:
-        found.append([label, *blank, *(number(name, measured.get(name)) for name in (*MEASURES, *COSTS))])
-    return found
+    others = [point for point in ranking.points if point.other_budget]
+    if others:
+        lines.append(
+            f"Not trained equally long (†): {_numbers(others)}. A difference between them and the others may come from the "
+            "number of steps and tokens alone."
+        )
+    return lines
 
 
-def terminal_tables(comparison: Comparison) -> Iterator[Table | str]:
-    """What `kdx compare` prints."""
+def _numbers(points: Sequence[Point]) -> str:
+    return ", ".join(f"#{point.number}" for point in points)
+
+
+def grid(ranking: Ranking) -> list[list[str]]:
+    """Lay out the table for people: a header, the students, then the teacher and the untouched student."""
+    columns = [_column(ranking, name) for name in HEADINGS]
+    columns.insert(2, ["front", *("●" * p.pareto_front for p in ranking.points)])
+    if ranking.has_seeds:
+        columns.insert(0, ["runs", *(str(len(p.runs)) for p in ranking.points)])
+    names = ["student", *(f"#{p.number} {p.label}" for p in ranking.points), *ranking.references]
+    return [[name, *("".join(column[i : i + 1]) for column in columns)] for i, name in enumerate(names)]
+
+
+def _column(ranking: Ranking, name: str) -> list[str]:
+    """Write one measure or cost of all students and references, with as many digits as tell the students apart."""
+    values = [p.measures[name] for p in ranking.points]
+    places = decimals([value for value in values if value is not None], *DECIMALS.get(name, (3, 4)))
+    values += [measures.get(name) for measures in ranking.references.values()]
+    texts = ["" if value is None else f"{value:,.{places}f}" for value in values]
+    for i, p in enumerate(ranking.points):
+        mark = "* " if p.is_best(name) else "† " if p.other_budget and name in ("steps", "tokens") else ""
+        seeds = " ({:.{d}f}–{:.{d}f})".format(*p.spread[name], d=places) if name in p.spread else ""
+        texts[i] = mark + texts[i] + seeds
+    return [HEADINGS[name], *texts]
+
+
+def intervals(ranking: Ranking) -> list[list[str]]:
+    """Lay out the differences to the best and to the baseline."""
+    rows = [["95 % intervals", *(f"{HEADINGS[m]} − {of}" for m in RANKED_BY for of in ("best", "baseline"))]]
+    for p in ranking.points:
+        cells = [f"#{p.number} {p.label}"]
+        for m in RANKED_BY:
+            is_best = p.rank.get(m) == 1 and m not in p.minus_best
+            cells += ["best" if is_best else difference(p.minus_best.get(m)), difference(p.minus_baseline.get(m))]
+        rows.append(cells)
+    return rows
+
+
+def terminal_parts(comparison: Comparison) -> Iterator[Table | str]:
+    """Yield what `kdx compare` prints: the columns that matter most, and sentences."""
     yield from comparison.why_apart
     for ranking in comparison.rankings:
-        table = Table(title=Text(title(ranking)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for i, heading in enumerate(header(comparison, ranking)):
-            table.add_column(Text(heading), justify="left" if i == 0 else "right", no_wrap=True)
-        for cells in lines(comparison, ranking):
-            table.add_row(*map(Text, cells), style="bold" if any("1 *" in cell[:3] for cell in cells) else None)
+        yield title(ranking)
+        header, *rows = grid(ranking)
+        keep = [i for i, heading in enumerate(header) if heading in IN_TERMINAL]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for i in keep:
+            table.add_column(header[i], justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(row[i].partition(" (")[0] if i else row[i]) for i in keep))
         yield table
-        yield from ranking.verdict
+        yield from verdict(ranking)
         yield CAVEAT
-    for run in comparison.not_ranked:
-        yield f"not ranked: {run.name}: {run.state}: {run.reason}"
-    yield from comparison.notes
+    yield from (f"not ranked: {run.name}: {run.state}: {run.reason}" for run in comparison.not_ranked)
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One line a student, teacher, untouched student or run that is not ranked; plain numbers at full precision."""
-    intervals = [f"{m}_minus_{of}_{end}" for m in RANKED_BY for of in ("best", "baseline") for end in ("low", "high")]
-    names = ["table", "kind", "label", "runs", "num_runs", *comparison.differing, *MEASURES, *COSTS]
-    names += [f"{m}_{end}" for m in RANKED_BY for end in ("min", "max")]
-    names += [f"rank_{m}" for m in RANKED_BY] + [f"best_{m}" for m in RANKED_BY] + ["pareto_front", *intervals]
-    names += ["state", "reason"]
+    """Write a line a student, teacher, untouched student and run that is not ranked, at full precision."""
+    rows: list[dict[str, Any]] = []
+    for table, ranking in enumerate(comparison.rankings, 1):
+        rows += [{"table": table, **_csv_row(point, comparison.differing)} for point in ranking.points]
+        for label, measures in ranking.references.items():
+            rows.append({"table": table, "kind": label.split(" ")[0], "label": label, **measures})
+    for run in comparison.not_ranked:
+        row = {"kind": "not ranked", "label": run.name, "runs": run.name, "num_runs": 1, "state": run.state}
+        rows.append(row | {"reason": run.reason} | {key: run.used.get(key) for key in comparison.differing})
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    for row in ({name: name for name in names}, *_csv_rows(comparison)):
-        writer.writerow({name: _cell(value) for name, value in row.items()})
+    writer = csv.DictWriter(text, list(dict.fromkeys([*rows[0], "reason"])), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 
-def _csv_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    for table, ranking in enumerate(comparison.rankings, 1):
-        for p in ranking.points:
-            row: dict[str, Any] = {"table": table, "kind": "baseline" if p.is_baseline else "student", "label": p.label}
-            row |= {"runs": " ".join(run.name for run in p.runs), "num_runs": len(p.runs), "pareto_front": p.on_front}
-            row |= {"state": "done", **p.measures, **p.values}
-            if SEED_KEY in comparison.differing:
-                row[SEED_KEY] = " ".join(shown(run.config.get(SEED_KEY)) for run in p.runs)
-            for m in RANKED_BY:
-                row |= {f"rank_{m}": p.rank.get(m), f"best_{m}": p.is_best(m)}
-                row |= _ends(m, ("min", "max"), p.spread.get(m))
-                row |= _ends(f"{m}_minus_best", ("low", "high"), p.to_best.get(m))
-                row |= _ends(f"{m}_minus_baseline", ("low", "high"), p.to_baseline.get(m))
-            yield row
-        for label, measured in ranking.references:
-            who = "teacher" if label == "teacher" else "untouched"
-            yield {"table": table, "kind": who, "label": label, **measured}
-    for run in comparison.not_ranked:
-        values = {key: run.config[key] for key in comparison.differing if key in run.config and not idle(run, key)}
-        row = {"kind": "not ranked", "label": run.name, "runs": run.name, "num_runs": 1, **values}
-        yield row | {"state": run.state, "reason": run.reason}
-
-
-def _ends(name: str, ends: tuple[str, str], found: Interval | None) -> dict[str, float]:
-    return {} if found is None else {f"{name}_{end}": value for end, value in zip(ends, found, strict=True)}
-
-
-def _cell(value: Any) -> Any:
-    """A value for a spreadsheet, which would obey text that begins like a formula."""
-    if isinstance(value, list | dict):
-        value = json.dumps(value)
-    if isinstance(value, str):
-        value = " ".join(value.split())
-        return f"'{value}" if value.startswith(("=", "+", "-", "@")) else value
-    return "" if value is None else value
+def _csv_row(point: Point, keys: Sequence[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"kind": "baseline" if point.baseline else "student", "label": point.label}
+    row |= {"runs": " ".join(run.name for run in point.runs), "num_runs": len(point.runs)}
+    row |= {key: point.runs[0].used.get(key) for key in keys} | point.measures
+    if SEED_KEY in keys:
+        row[SEED_KEY] = " ".join(shown(run.used[SEED_KEY]) for run in point.runs)
+    for m in RANKED_BY:
+        row |= {f"rank_{m}": point.rank.get(m), f"best_{m}": point.is_best(m)}
+        row[f"{m}_min"], row[f"{m}_max"] = point.spread.get(m, (None, None))
+        for name, found in (("best", point.minus_best), ("baseline", point.minus_baseline)):
+            row[f"{m}_minus_{name}_low"], row[f"{m}_minus_{name}_high"] = found.get(m) or (None, None)
+    return row | {"pareto_front": point.pareto_front, "other_budget": point.other_budget, "state": "done"}
 
 
 def as_json(comparison: Comparison) -> str:
-    """All of the comparison but curves and samples, which are in the run folders."""
+    """Write everything but curves and samples, which are in the run folders."""
+    differing = comparison.differing
     tree = {
         "tables": [_ranking_tree(ranking) for ranking in comparison.rankings],
         "why_apart": comparison.why_apart,
-        "not_ranked": [{"run": r.name, "state": r.state, "reason": r.reason} for r in comparison.not_ranked],
-        "differs": {
-            run.name: {key: run.config.get(key) for key in comparison.differing if not idle(run, key)}
-            for run in comparison.runs
-        },
-        "notes": comparison.notes,
+        "not_ranked": [{"run": run.name, "state": run.state, "reason": run.reason} for run in comparison.not_ranked],
+        "differs": {run.name: {k: run.used[k] for k in differing if k in run.used} for run in comparison.runs},
         "intervals": {"level": 0.95, "method": "paired bootstrap over held-out rows", "resamples": NUM_RESAMPLES},
     }
-    return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    return json.dumps(tree, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def _ranking_tree(ranking: Ranking) -> dict[str, Any]:
-    points = [
-        {
-            "number": p.number,
-            "label": p.label,
-            "baseline": p.is_baseline,
-            "runs": [run.name for run in p.runs],
-            "values": p.values,
-            "measures": p.measures,
-            "spread": p.spread,
-            "rank": p.rank,
-            "best_or_not_distinguishable": {m: p.is_best(m) for m in p.rank},
-            "minus_best": p.to_best,
-            "minus_baseline": p.to_baseline,
-            "pareto_front": p.on_front,
-        }
-        for p in ranking.points
-    ]
-    return {
-        "validation_fingerprint": ranking.fingerprint,
-        "teacher": {"name": ranking.teacher, "digest": ranking.digest, "precision": ranking.precision},
-        "num_validation_rows": ranking.num_rows,
-        "counted_validation_tokens": ranking.num_counted,
-        "verdict": ranking.verdict,
+    names = ("validation_fingerprint", "num_validation_rows", "counted_validation_tokens")
+    return {name: ranking.data.get(name) for name in names} | {
+        "teacher": ranking.teacher,
+        "verdict": verdict(ranking),
         "best": {m: order[0].label for m in RANKED_BY if (order := ranking.by(m))},
-        "pareto_front": ranking.front_labels,
-        "students": points,
-        "references": dict(ranking.references),
+        "pareto_front": [point.label for point in ranking.front],
+        "students": [
+            vars(p)
+            | {"runs": [run.name for run in p.runs], "best_or_not_distinguishable": {m: p.is_best(m) for m in p.rank}}
+            for p in ranking.points
+        ],
+        "references": ranking.references,
     }
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """The tables for an issue or a pull request."""
+    """Write the tables for an issue or a pull request."""
     parts = ["# Comparison", *map(_escaped, comparison.why_apart)]
     for i, ranking in enumerate(comparison.rankings, 1):
         parts.append(f"## {f'Table {i}: ' if len(comparison.rankings) > 1 else ''}{_escaped(title(ranking))}")
-        parts.append(_grid(header(comparison, ranking), lines(comparison, ranking)))
-        parts += [_escaped(line) for line in ranking.verdict]
-        ends = [f"{HEADINGS[m]} − {of}" for m in RANKED_BY for of in ("best", "baseline")]
-        rows = [
-            [
-                f"{p.number} {p.label}",
-                *(text for m in RANKED_BY for text in (to_best(p, m), difference(p.to_baseline.get(m)))),
-            ]
-            for p in ranking.points
-        ]
-        parts += [_grid(["95 % intervals", *ends], rows), _escaped(CAVEAT)]
+        parts += [_markdown(grid(ranking)), *map(_escaped, verdict(ranking))]
+        parts += [_markdown(intervals(ranking)), _escaped(CAVEAT)]
     if comparison.not_ranked:
         rows = [[run.name, run.state, run.reason] for run in comparison.not_ranked]
-        parts += ["## Not ranked", _grid(["run", "state", "reason"], rows)]
-    parts += [_escaped(note) for note in comparison.notes]
+        parts += ["## Not ranked", _markdown([["run", "state", "reason"], *rows])]
     return "\n\n".join(parts) + "\n"
 
 
-def _grid(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(
-        "| " + " | ".join(cells if i == 1 else map(_escaped, cells)) + " |" for i, cells in enumerate(lines)
-    )
+def _markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in rows]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
 
 
 def _escaped(text: str) -> str:
-    """Text that no Markdown is made of."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return "".join(f"\\{c}" if c in "\\`*_[]|#~" else c for c in text)
+    """Escape what Markdown would read as markup."""
+    return re.sub(r"([\\`*_\[\]|<~#])", r"\\\1", " ".join(text.split()))

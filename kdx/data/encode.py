@@ -1,37 +1,195 @@
-"""Conversations → tokens, and which of them the student must learn to say."""
+"""Conversations → tokens, and which of them the student must learn; kept under $KDX_CACHE as memory-mapped arrays."""
 
+import gc
+import hashlib
+import json
 import logging
+import multiprocessing
+import os
 import re
+import signal
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from itertools import takewhile
 from os.path import commonprefix
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import xxhash
+from filelock import FileLock
 from jinja2 import TemplateSyntaxError
+from rich.console import Console
+from rich.progress import track
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from kdx.config import DataConfig
-from kdx.data.batches import Row
-from kdx.data.files import at_home
-from kdx.data.sources import Conversation
-from kdx.data.templates import LONGEST, Unbounded, bounded, each, fault_of, is_plain
-from kdx.errors import SKIP, DataError, first_of
+from kdx.config import DataConfig, as_dict
+from kdx.data.batches import Row, Rows, write_rows
+from kdx.data.files import at_home, source_files
+from kdx.data.sources import Conversation, Conversations, check_source, raise_faults, read_conversations, split
+from kdx.errors import DataError
+from kdx.run.files import cache_dir, whole_folder
 
 log = logging.getLogger(__name__)
 
-TOKENISED_TOGETHER = 512  # conversations given to the tokenizer at once: its threads share them
-ROUND = 50  # characters of a message, written as a dict, besides its content
-MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template takes it for anything
+BATCH = 512  # conversations given to the tokenizer, or to a process, at once
+MOST_PROCESSES = 8  # each takes some 100 MB of its own
+MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template treats it specially
 TEMPLATE = "data.chat_template"
-Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of what is said, end
-TALK = [
-    {"role": role, "content": content}
-    for role, content in zip(
-        ("system", *("user", "assistant") * 2), ("Be brief.", "Hello", "Hi!", "So?", "Yes."), strict=True
-    )
-]
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a block in which a template marks what the assistant says
 JOINED_BY_END_OF_TEXT = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+FALLBACK = "turns joined by the end-of-text token"
+
+Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of its words, end
+Outcome = Row | DataError | str  # a row, what is wrong with it, or the rule by which it is dropped
+
+
+@dataclass
+class Data:
+    """The rows of a run."""
+
+    train: Rows
+    held_out: Rows
+    prompts: list[dict[str, Any]]  # of the sample answers: {"messages", "text", "reference"}
+    dropped: Counter[str]  # rule → number of rows
+    changed: Counter[str]
+    fingerprint: str  # of the training rows as the models see them
+    held_out_fingerprint: str
+    template: str  # where the chat template is from
+
+
+def load_data(
+    config: DataConfig, tokenizer: Any, max_length: int, num_prompts: int = 0, answer_length: int = 0
+) -> Data:
+    """Read, check and tokenise the data of a run, or map what a run with the same data has left in the cache.
+
+    Gives the tokenizer the run's chat template. Processes that ask for the same data at once wait for the first one.
+    num_prompts: conversations whose opening leaves room for an answer of `answer_length` tokens. Raises DataError with
+    all faults.
+    """
+    check_source(config)
+    template = prepare_tokenizer(tokenizer, config)
+    encoder = Encoder(tokenizer, max_length, config.on_long, config.assistant_only)
+    root = cache_dir() / "data"
+    root.mkdir(parents=True, exist_ok=True)
+    about = _digest(config, tokenizer, max_length, num_prompts, answer_length)
+    with FileLock(root / f"{about}.lock"):
+        files = source_files(config)
+        found = read_conversations(config, root, encoder.refusal) if files is None else None
+        content = found.content() if found else "".join(map(_file_digest, files or []))
+        folder = root / xxhash.xxh3_128_hexdigest((about + content).encode())
+        if not folder.is_dir():
+            found = found or read_conversations(config, root, encoder.refusal)
+            with whole_folder(folder) as beside:
+                _encode_all(config, found, encoder, beside, num_prompts, answer_length)
+    known = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    for note in known.pop("notes"):
+        log.warning("%s", note)
+    known |= {name: Counter(known[name]) for name in ("dropped", "changed")}
+    return Data(Rows(folder / "train"), Rows(folder / "held_out"), **known, template=template)
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+
+
+def _digest(config: DataConfig, tokenizer: Any, *numbers: int) -> str:
+    """All that decides the rows but the content of the data: keys, tokenizer, template and the code itself."""
+    elsewhere = ("shuffle", "max_length", "chat_template")  # not of the rows, or resolved in the arguments
+    keys = {name: value for name, value in as_dict(config).items() if name not in elsewhere}
+    code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
+    words = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()]
+    made = [version("transformers"), version("tokenizers"), code, words, keys, numbers]
+    return xxhash.xxh3_128_hexdigest(json.dumps(made, sort_keys=True, default=str).encode())
+
+
+def _encode_all(
+    config: DataConfig, found: Conversations, encoder: "Encoder", folder: Path, num_prompts: int, answer_length: int
+) -> None:
+    """Tokenise the rows of a run and write them into a folder. Raises DataError."""
+    faults: list[DataError] = []
+    dropped, changed = Counter[str](), Counter[str]()
+
+    def rows_of(numbers: Sequence[int]) -> Iterator[Row]:
+        for outcomes, num_truncated in _batches(encoder, found, numbers):
+            changed["longer than data.max_length"] += num_truncated
+            for outcome in outcomes:
+                if isinstance(outcome, Row):
+                    yield outcome
+                elif isinstance(outcome, DataError):
+                    faults.append(outcome)
+                else:
+                    dropped[outcome] += 1
+
+    if found.faults:  # the others' faults are shown along with them
+        for _ in rows_of(range(len(found))):
+            pass
+        raise_faults(config, found, faults)
+    train, held_out = split(config, found)
+    known: dict[str, Any] = {"fingerprint": write_rows(folder / "train", rows_of(train))}
+    known["held_out_fingerprint"] = write_rows(folder / "held_out", rows_of(held_out))
+    raise_faults(config, found, faults)
+    for what, part, numbers in (("training", "train", train), ("held-out", "held_out", held_out)):
+        if numbers and not len(Rows(folder / part)):
+            rules = "; ".join(f"{number} {rule}" for rule, number in dropped.items())
+            raise DataError("data", f"no {what} row is left ({rules})", "Raise data.max_length, or give other data")
+    known["prompts"] = encoder.prompts((found[i] for i in held_out or train), num_prompts, answer_length)
+    known |= {"dropped": found.dropped + dropped, "changed": found.changed + changed, "notes": found.notes}
+    (folder / "data.json").write_text(json.dumps(known), encoding="utf-8")
+
+
+_work: tuple["Encoder", Conversations] | None = None  # of a process that encodes
+
+
+def _batches(encoder: "Encoder", found: Conversations, numbers: Sequence[int]) -> Iterator[tuple[list[Outcome], int]]:
+    """Encode these conversations on all cores, or here if they are few. Elsewhere than on Linux forking is not safe."""
+    batches = [numbers[i : i + BATCH] for i in range(0, len(numbers), BATCH)]
+    num_processes = min(_num_cores(), MOST_PROCESSES, len(batches) // 8)
+    if num_processes < 2 or sys.platform != "linux":
+        yield from (encoder.encode([found[i] for i in batch]) for batch in batches)
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read after the fork: each process tokenises alone
+    context = multiprocessing.get_context("fork")
+    gc.freeze()  # a collection in a process would copy every page that it shares with this one
+    with ProcessPoolExecutor(num_processes, context, _start_worker, (encoder, found)) as pool:
+        console = Console(stderr=True)
+        done = pool.map(_encode_batch, batches)
+        shown = console.is_terminal
+        yield from track(done, "Tokenising", len(batches), console=console, transient=True, disable=not shown)
+    gc.unfreeze()
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_worker(encoder: "Encoder", found: Conversations) -> None:
+    global _work
+    _work = encoder, found
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the run ends its processes itself
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _encode_batch(numbers: Sequence[int]) -> tuple[list[Outcome], int]:
+    assert _work is not None
+    encoder, found = _work
+    outcomes, num_truncated = encoder.encode([found[i] for i in numbers])
+    return [_packed(outcome) for outcome in outcomes], num_truncated
+
+
+def _packed(outcome: Outcome) -> Outcome:
+    """A row as arrays, with what is computed from its lists: less to send to the other process, and to do there."""
+    if not isinstance(outcome, Row):
+        return outcome
+    arrays: dict[str, Any] = {"tokens": np.array(outcome.tokens, np.int32), "counted": np.array(outcome.counted, bool)}
+    packed = replace(outcome, **arrays)
+    vars(packed).update(num_counted=outcome.num_counted, digest=outcome.digest)
+    return packed
 
 
 @dataclass(frozen=True)
@@ -47,133 +205,106 @@ class Frame:
     edges: dict[int, tuple[int, int]]  # message → (lead, tail)
 
 
-@dataclass
 class Encoder:
-    """Turns a conversation into a Row under one tokenizer and chat template."""
+    """Turns conversations into rows under one tokenizer and chat template."""
 
-    tokenizer: Any
-    max_length: int
-    on_long: str
-    assistant_only: bool
-
-    def __post_init__(self) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, on_long: str, assistant_only: bool) -> None:
+        self.tokenizer, self.max_length, self.on_long = tokenizer, max_length, on_long
+        self.assistant_only = assistant_only
         # The end of a turn is a special token in most templates; ids, not text, so that content cannot fake one.
-        self.end_ids = set(self.tokenizer.all_special_ids) | {
-            i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special
-        }
-        self.dropped, self.truncated = Counter[str](), Counter[str]()
+        special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.end_ids, self.ends = set(tokenizer.all_special_ids) | set(special), tuple(special.values())
+        self.marks_generation = bool(GENERATION.search(tokenizer.chat_template or ""))
         self._frames: dict[tuple[str, ...], Frame] = {}
-        self._kept: dict[int, tuple[list[dict[str, str]], Any]] = {}  # messages, by their id, and what became of them
-        self._is_plain = is_plain(self.tokenizer.chat_template)
-        # What a template writes for each message: its own text, and as often as it may a special token or all of a row.
-        template = str(self.tokenizer.chat_template)
-        self._often = len(re.findall(r"\{\{|[+~]", template))
-        self._always = len(template) + self._often * len(str(self.tokenizer.special_tokens_map))
 
-    def encode(self, *parts: Sequence[Conversation]) -> list[list[Row]]:
-        """Tokenise, and count what was dropped or truncated under which rule. Raises DataError with all faults."""
-        encoded = [self._encoded(conversations) for conversations in parts]
-        refused = _of_template([fault for _, found, _ in encoded for fault in found], sum(map(len, parts)))
-        faults = refused + [fault for _, _, found in encoded for fault in found]
-        if faults:
-            raise first_of(faults, SKIP if refused else "Mend them")
-        return [rows for rows, _, _ in encoded]
+    def encode(self, conversations: Iterable[Conversation]) -> tuple[list[Outcome], int]:
+        """Tokenise → for each conversation its row, fault, or the rule that drops it; and how many were truncated."""
+        rendered = [self._rendered(conversation) for conversation in conversations]
+        texts = [given[1] for given in rendered if not isinstance(given, DataError)]
+        encoding = self.tokenizer(texts or [""], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        tokenised = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        outcomes: list[Outcome] = []
+        num_truncated = 0
+        for given in rendered:
+            if isinstance(given, DataError):
+                outcomes.append(given)
+                continue
+            conversation, _, spans = given
+            tokens, offsets = next(tokenised)
+            counted = self._count(tokens, offsets, spans)
+            is_long = len(tokens) > self.max_length
+            if is_long and self.on_long == "error":
+                what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
+                outcomes.append(DataError(conversation.where, what, "Raise it, or set data.on_long=truncate"))
+                continue
+            if is_long and self.on_long == "drop":
+                outcomes.append("longer than data.max_length")
+                continue
+            num_truncated += is_long
+            # What comes after the last counted token changes nothing in a causal model, and costs time.
+            end = max((i + 1 for i, counts in enumerate(counted[: self.max_length]) if counts), default=0)
+            if end < 2:  # nothing predicts the first token
+                outcomes.append("no counted token left")
+            else:
+                outcomes.append(Row(conversation.id, tokens[:end], counted[:end], conversation.where))
+        return outcomes, num_truncated
 
-    def faults(self, conversations: Sequence[Conversation]) -> list[DataError]:
-        """What encode would refuse."""
-        _, refused, long = self._encoded(conversations)
-        return [*_of_template(refused, len(conversations)), *long]
+    def refusal(self, conversation: Conversation) -> DataError | None:
+        """Why the chat template refuses a conversation, or None."""
+        rendered = self._rendered(conversation)
+        return rendered if isinstance(rendered, DataError) else None
 
-    def refused(self, conversations: Sequence[Conversation]) -> list[DataError | None]:
-        """Why the chat template refuses each conversation, or None; encode renders none of them again."""
-        told = list(self._each(self._render, conversations))
-        self._kept |= {id(conversation.messages): (conversation.messages, text) for conversation, text in told}
-        refused = [text if isinstance(text, DataError) else None for _, text in told]
-        for fault in _of_template([fault for fault in refused if fault], len(refused)):
-            if fault.args[0] == TEMPLATE:
-                raise fault
-        return refused
-
-    def prompts(self, conversations: Sequence[Conversation], number: int, room: int) -> list[dict[str, Any]]:
-        """The first conversations up to the assistant's first turn that leave room for an answer, and what was said."""
-
-        def text_of(conversation: Conversation) -> str | None:
-            messages = _opening(conversation)
-            has_user = any(m["role"] == "user" for m in messages)
-            return self._template(conversation, messages, add_generation_prompt=True) if has_user else None
-
+    def prompts(self, conversations: Iterable[Conversation], number: int, room: int) -> list[dict[str, Any]]:
+        """The first conversations up to the assistant's first turn that leave room for an answer, and that turn."""
         found: list[dict[str, Any]] = []
-        for conversation, text in self._each(text_of, conversations):
-            if isinstance(text, str) and self._length(text) + room <= self.max_length:
-                messages = _opening(conversation)
-                said = conversation.messages[len(messages)]["content"]
-                found.append({"messages": messages, "text": text, "reference": said})
+        for conversation in conversations if number else ():
+            messages = list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
+            if not any(m["role"] == "user" for m in messages):
+                continue
+            text = self._prefix(conversation, messages, add_generation_prompt=True)
+            length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if text and length + room <= self.max_length:
+                reference = conversation.messages[len(messages)]["content"]
+                found.append({"messages": messages, "text": text, "reference": reference})
             if len(found) == number:
                 break
         return found
 
-    def _length(self, text: str) -> int:
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _each(
-        self, function: Callable[[Conversation], Any], conversations: Sequence[Conversation]
-    ) -> Iterator[tuple[Conversation, Any]]:
-        """Each conversation and what the template makes of it, or why it refuses it. Raises DataError if that has no end."""
+    def _rendered(self, conversation: Conversation) -> tuple[Conversation, str, list[Span]] | DataError:
+        """The text under the chat template and each assistant turn in it, or why the template refuses it."""
         try:
-            yield from each(function, conversations, is_plain=self._is_plain and self._is_small)
-        except Unbounded as fault:
-            what = f"the chat template {fault} for this row"
-            raise DataError(fault.item.where, what, "Give another: data.chat_template=FILE") from None
+            if self.assistant_only and self.marks_generation:
+                return conversation, *self._generated(conversation)
+            text = self._template(conversation, conversation.messages)
+            if not self.assistant_only:
+                return conversation, text, [(0, len(text), len(text))]
+            frame = self._frame(conversation)
+            places = _places(text, frame, conversation.messages) or self._rewritten(conversation, text, frame)
+            spans = []
+            for i, (lead, tail) in frame.edges.items():
+                start, end = places[i][0] - lead, places[i][1]
+                spans.append((start, start + len(text[start:end].rstrip()), end + tail))
+            return conversation, text, spans
+        except DataError as error:
+            return error
 
-    def _is_small(self, conversation: Conversation) -> bool:
-        """Whether a plain template cannot make too much of it, even if it writes all messages for each message."""
-        size = sum(len(message["content"]) + ROUND for message in conversation.messages)
-        return len(conversation.messages) * (self._always + self._often * size) <= LONGEST
-
-    def _encoded(self, conversations: Sequence[Conversation]) -> tuple[list[Row], list[DataError], list[DataError]]:
-        """The rows, what the chat template refuses, and what is too long where that is an error."""
-        rows: list[Row] = []
-        refused: list[DataError] = []
-        long: list[DataError] = []
-        for rendered in _together(self._rendered(conversations), refused):
-            texts = [text for _, text, _ in rendered]
-            encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            tokenised = zip(rendered, encoding["input_ids"], encoding["offset_mapping"], strict=True)
-            for (conversation, _, spans), tokens, offsets in tokenised:
-                row = Row(conversation.id, tokens, self._count(tokens, offsets, spans), conversation.where)
-                is_long = len(tokens) > self.max_length
-                if is_long and self.on_long == "error":
-                    what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
-                    long.append(DataError(conversation.where, what, "Raise it, or set data.on_long=truncate"))
-                    continue
-                if is_long and self.on_long == "truncate":
-                    row = row.up_to(self.max_length)
-                    self.truncated["longer than data.max_length"] += 1
-                if is_long and self.on_long == "drop":
-                    self.dropped["longer than data.max_length"] += 1
-                elif row.num_counted == 0:
-                    self.dropped["no counted token left"] += 1
-                else:
-                    rows.append(row.without_tail())
-        return rows, refused, long
-
-    def _rendered(self, conversations: Sequence[Conversation]) -> Iterator[tuple[Conversation, Any]]:
-        """Each conversation and its rendering, or why the template refuses it."""
-        if all(id(conversation.messages) in self._kept for conversation in conversations):
-            return ((c, self._kept.pop(id(c.messages))[1]) for c in conversations)
-        return self._each(self._render, conversations)
-
-    def _render(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The text under the chat template, and each assistant turn in it."""
-        text = self._template(conversation, conversation.messages)
-        if not self.assistant_only:
-            return text, [(0, len(text), len(text))]
-        frame = self._frame(conversation)
-        places = _places(text, frame, conversation.messages) or self._rewritten(conversation, text, frame)
+    def _generated(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The text, and the turns that the template's own {% generation %} marks, each with the token that ends it."""
+        try:
+            (text,), (marked,) = render_jinja_template(
+                conversations=[conversation.messages],
+                chat_template=self.tokenizer.chat_template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:
+            raise _refused(conversation, error) from None
         spans = []
-        for i, (lead, tail) in frame.edges.items():
-            start, end = places[i][0] - lead, places[i][1]
-            spans.append((start, start + len(text[start:end].rstrip()), end + tail))
+        for start, end in marked:
+            words = text[start:end].rstrip()
+            if not words.endswith(self.ends):
+                end += next((len(token) for token in self.ends if text.startswith(token, end)), 0)
+            spans.append((start, start + len(words), end))
         return text, spans
 
     def _frame(self, conversation: Conversation) -> Frame:
@@ -185,17 +316,17 @@ class Encoder:
         text = self._template(conversation, marked)
         pieces = re.split(MARK.format(r"(\d+)"), text)
         literals, order = pieces[0::2], [int(number) for number in pieces[1::2]]
-        said = [i for i, role in enumerate(roles) if role == "assistant"]
-        if [i for i in order if i in said] != said:
+        turns = [i for i, role in enumerate(roles) if role == "assistant"]
+        if [i for i in order if i in turns] != turns:
             raise _unfit(conversation)
         edges = {}
-        for i in said:
+        for i in turns:
             start = text.index(marked[i]["content"])
             end = start + len(marked[i]["content"])
             prompt = self._prefix(conversation, marked[:i], add_generation_prompt=True)
             ignored = prompt == self._prefix(conversation, marked[:i])  # add_generation_prompt: then a header, or space
             has_prompt = text.startswith(prompt) and not (ignored and text[len(prompt) : start].strip())
-            # The turn ends where the conversation, stopped here, ends or goes on differently; under a template that
+            # The turn ends where the conversation, stopped here, ends or continues differently; under a template that
             # writes a last turn in another way, before the next content.
             stopped = self._prefix(conversation, marked[: i + 1])
             same = len(commonprefix([text, stopped]))  # noqa: RUF071 (characters, not parts of a path)
@@ -219,16 +350,12 @@ class Encoder:
 
     def _template(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-            return bounded(text, (message["content"] for message in messages))
-        except MemoryError:
-            raise
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except Exception as error:  # its own raise_exception, or anything that a template can do wrong
-            what = f"the chat template refuses the conversation: {str(error).rstrip('.') or type(error).__name__}"
-            raise DataError(conversation.where, what, "Mend the row, or give a data.chat_template") from None
+            raise _refused(conversation, error) from None
 
     def _prefix(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
-        """The first messages of a conversation alone; some templates refuse such a part."""
+        """The first messages of a conversation alone; empty if the template refuses them."""
         try:
             return self._template(conversation, messages, **options) if messages else ""
         except DataError:
@@ -237,58 +364,30 @@ class Encoder:
     def _count(self, tokens: list[int], offsets: list[tuple[int, int]], spans: list[Span]) -> list[bool]:
         """Mark each assistant turn's tokens up to and with the special token that ends it.
 
-        A turn that no special token ends is counted whole: its last characters are what ends it. A token that reaches
-        into the turn holds its first letters, and counts.
+        A turn that no special token ends counts as a whole: its last characters are what ends it. A token that reaches
+        into the turn has its first letters, and counts.
         """
         counted = [False] * len(tokens)
         at = 0
-        for start, content_end, end in spans:
+        for start, words_end, end in spans:
             while at < len(tokens) and offsets[at][0] < start and offsets[at][1] <= start:
                 at += 1
             first = at
             while at < len(tokens) and offsets[at][0] < end:
                 at += 1
-                if self.assistant_only and offsets[at - 1][0] >= content_end and tokens[at - 1] in self.end_ids:
+                if self.assistant_only and offsets[at - 1][0] >= words_end and tokens[at - 1] in self.end_ids:
                     break
             counted[first:at] = [True] * (at - first)
         return counted
 
 
-def _of_template(refused: list[DataError], num_rows: int) -> list[DataError]:
-    """What a template refuses; where that is every row, for one reason, the fault is its own."""
-    reasons = {fault.args[1] for fault in refused}
-    if len(reasons) != 1 or not 1 < len(refused) == num_rows:
-        return refused
-    what = reasons.pop().replace("the conversation", f"all {num_rows} rows", 1)
-    return [DataError(TEMPLATE, what, "Mend it, or give another: data.chat_template=FILE")]
-
-
-def _together(
-    told: Iterator[tuple[Conversation, Any]], refused: list[DataError]
-) -> Iterator[list[tuple[Conversation, str, list[Span]]]]:
-    """Lists of many rendered conversations, or of fewer long ones; what is refused goes to a list of its own."""
-    group: list[tuple[Conversation, str, list[Span]]] = []
-    size = 0
-    for conversation, rendered in told:
-        if isinstance(rendered, DataError):
-            refused.append(rendered)
-            continue
-        group.append((conversation, *rendered))
-        size += len(rendered[0])
-        if len(group) == TOKENISED_TOGETHER or size > LONGEST:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def _opening(conversation: Conversation) -> list[dict[str, str]]:
-    """What is said before the assistant's first turn."""
-    return list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
+def _refused(conversation: Conversation, error: Exception) -> DataError:
+    what = f"the chat template refuses the conversation: {str(error).rstrip('.') or type(error).__name__}"
+    return DataError(conversation.where, what, "Fix the row, or give a data.chat_template")
 
 
 def _unfit(conversation: Conversation) -> DataError:
-    what = "the chat template leaves out, repeats or rewrites what the assistant says"
+    what = "the chat template leaves out, repeats or rewrites the assistant's words"
     return DataError(conversation.where, what, "Set data.assistant_only=false, or give a data.chat_template")
 
 
@@ -307,46 +406,27 @@ def _places(text: str, frame: Frame, messages: list[dict[str, str]]) -> dict[int
 
 
 def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
-    """Give the tokenizer the chat template of the run, so that it is saved with the student; say where it is from."""
+    """Give the tokenizer the run's chat template, so that it is saved with the student → where it is from, in words.
+
+    Raises DataError if there is none, or it is not Jinja.
+    """
+    where = "the tokenizer's own"
     if config.chat_template:
-        path = at_home(config.chat_template, TEMPLATE)
-        is_file = "{" not in config.chat_template
-        if is_file and not path.is_file():
-            what = f"{path} is not a file" if path.exists() else f"{path} does not exist"
-            raise DataError(TEMPLATE, what, "Give a file, or Jinja text with {{ }}")
-        try:
-            tokenizer.chat_template = path.read_text(encoding="utf-8") if is_file else config.chat_template
-        except UnicodeDecodeError as error:
-            raise DataError(str(path), f"is not UTF-8 (byte {error.start})", "Save it as UTF-8") from None
-        _try_out(tokenizer, "it")
-        return "data.chat_template"
-    if tokenizer.chat_template:
-        _try_out(tokenizer, "the chat template that the tokenizer brings")
-        return "the tokenizer's own"
-    if tokenizer.eos_token is None:
-        raise DataError(TEMPLATE, "the tokenizer has neither template nor end-of-text token", "Give one")
-    tokenizer.chat_template = JOINED_BY_END_OF_TEXT
-    return "turns joined by the end-of-text token"
-
-
-def _try_out(tokenizer: Any, whose: str) -> None:
-    """Refuse a chat template that is not Jinja, or without end in time or size. Raises DataError."""
-
-    def write() -> str | None:
-        for messages in (TALK, TALK[1:], TALK[1:3], TALK[1:2]):  # some refuse a system message, or to end so
-            for is_asked in (False, True):
-                try:
-                    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_asked)
-                    bounded(text, ())
-                except TemplateSyntaxError as error:
-                    return f"is not Jinja: {error} (line {error.lineno})"
-                except MemoryError:
-                    raise
-                except Exception:
-                    pass  # it is Jinja, made for other conversations than this one
-        return None
-
-    template = tokenizer.chat_template
-    fault = None if is_plain(template) else fault_of(f"chat {template} {tokenizer.special_tokens_map}", write)
-    if fault:
-        raise DataError(TEMPLATE, f"{whose} {fault}", "Give another: data.chat_template=FILE")
+        where = TEMPLATE
+        tokenizer.chat_template = config.chat_template
+        if "{" not in config.chat_template:
+            path = at_home(config.chat_template, TEMPLATE)
+            if not path.is_file():
+                raise DataError(TEMPLATE, f"{path} is not a file", "Give a file, or Jinja text with {{ }}")
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+    elif not tokenizer.chat_template:
+        if tokenizer.eos_token is None:
+            raise DataError(TEMPLATE, "the tokenizer has neither a template nor an end-of-text token", "Give one")
+        where, tokenizer.chat_template = FALLBACK, JOINED_BY_END_OF_TEXT
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise DataError(TEMPLATE, f"is not Jinja: {error} (line {error.lineno})", "Fix it, or give another") from None
+    except Exception:  # it is Jinja, written for other conversations than this one
+        pass
+    return where

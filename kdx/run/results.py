@@ -1,0 +1,172 @@
+"""What a run leaves: first the student, then its measures, samples, summary and model card."""
+
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kdx.causal_lm import DTYPES
+from kdx.config import as_dict
+from kdx.data.encode import Data
+from kdx.errors import DivergedError, MachineError
+from kdx.evaluate import MAX_NEW_TOKENS, MEASURES, Judge
+from kdx.optim import state_bytes
+from kdx.run import checkpoint, report
+from kdx.run.files import in_bytes, usage_of, write_beside, write_json
+from kdx.run.folder import RunFolder
+from kdx.run.tracking import CONSOLE, Tracker, log, run_name
+from kdx.student import cast, save_student
+from kdx.train import HINT, Training
+
+FEW_TOKENS = 2000  # below so many counted held-out tokens, measures vary more than most choices move them
+
+
+def facts(data: Data, training: Training) -> dict[str, Any]:
+    """Return what a started run knows of itself beside its identity; a resumed run must have the same."""
+    teacher, machine = training.teacher, training.machine
+    return {
+        "fingerprint": data.fingerprint,
+        "validation_fingerprint": data.held_out_fingerprint,
+        "teacher_precision": teacher.identity.precision if teacher else None,
+        "processes": machine.num_processes,
+        "shards": "FSDP" if machine.is_fsdp2 else None,
+    }
+
+
+def bytes_on_disk(training: Training) -> tuple[int, int, int]:
+    """Estimate the bytes of the student, of the best weights so far, and of a checkpoint; 0 for what is not saved."""
+    student, config = training.student, training.config
+    num, itemsize = student.num_parameters(), student.dtype.itemsize
+    saved = DTYPES.get(config.student.save_dtype, DTYPES["bf16"]).itemsize
+    best = num * itemsize if config.train.keep == "best" else 0
+    is_saved = config.train.save_every or config.train.save_minutes
+    moments = round(num * state_bytes(config.optim, next(student.parameters()))) if is_saved else 0
+    return num * saved if training.max_steps else 0, best, num * itemsize + best + moments if is_saved else 0
+
+
+def check_room(training: Training, path: Path) -> None:
+    """Refuse a run whose student and checkpoints do not fit on its disk. Raises MachineError."""
+    config = training.config.train
+    student, best, one = bytes_on_disk(training)
+    num_saves = (training.max_steps - 1) // config.save_every if config.save_every else 0
+    needed = student + best + min(checkpoint.KEPT + 1, num_saves) * one
+    free = usage_of(path).free
+    if training.max_steps and needed > free:
+        what = f"the student and its checkpoints need {in_bytes(needed)}, and {in_bytes(free)} are free"
+        hint = "Free some space, or choose another disk with hydra.run.dir=..."
+        raise MachineError(str(path), what, f"{hint}; train.save_every=0 writes fewer checkpoints" if one else hint)
+
+
+def warn_about(untouched: dict[str, Any], data: Data) -> None:
+    """Warn about what makes the measures, or the distillation, doubtful."""
+    counted = int(data.held_out.num_counted.sum())
+    if not len(data.held_out):
+        log.warning("nothing is held out (data.validation=null): this run cannot be compared with others")
+    elif counted < FEW_TOKENS:
+        log.warning("only %d counted held-out tokens: measures are uncertain; raise data.validation", counted)
+    teacher, student = untouched["teacher"]["ce"], untouched["untouched"]["ce"]
+    if teacher is not None and student is not None and teacher > student:
+        log.warning(
+            "the teacher's held-out CE (%.3f) is above the untouched student's (%.3f): distillation will pull towards "
+            "a worse model on these rows; a wrong chat template is the usual cause",
+            teacher,
+            student,
+        )
+
+
+def keep_student(training: Training, folder: RunFolder) -> None:
+    """Save the student in the dtype it is measured in, and note that its training is finished.
+
+    With student/ and trained.json the same command goes straight to measuring, whatever happens there.
+    """
+    if not training.is_finished:
+        training.choose_weights(folder)
+    cast(training.student, training.save_dtype)
+    if training.is_finished or training.max_steps == 0:
+        return
+    if training.machine.is_main_process:
+        save_student(training.student, training.tokenizer, folder.path / "student")
+        folder.keep("trained.json", {"max_steps": training.max_steps, "state": asdict(training.state)})
+    training.machine.wait_for_everyone()
+
+
+def finish(
+    training: Training, judge: Judge, data: Data, folder: RunFolder, tracker: Tracker, started: float
+) -> dict[str, Any]:
+    """Measure the student as it was saved, and write what the run leaves → the summary. Raises DivergedError."""
+    config, state, student = training.config, training.state, training.student
+    final = judge(student, as_saved=True)
+    measures = final.means()
+    _check_finite(training, measures)
+    tracker.log(state, {f"eval/{name}": value for name, value in final.named().items()})
+    answers = judge.samples(student)
+    if not training.machine.is_main_process:
+        return {}
+    before = folder.kept("untouched.json")
+    samples = _joined(judge.prompts, before, answers)
+    store = training.teacher.store if training.teacher else None
+    summary = {
+        "student": measures | {"num_parameters": student.num_parameters()},
+        "untouched": before["untouched"],
+        "teacher": before["teacher"],
+        "run": {
+            "name": run_name(folder, config, tracker.record),
+            "formula": training.objective.mix.formula(),
+            "steps": state.step,
+            "kept_step": state.kept_step,
+            "stopped_by": state.stopped_by,
+            "num_nonfinite": state.num_nonfinite,
+            "other_versions": state.other_versions,
+            "tokens": state.tokens,
+            "counted_tokens": state.counted_tokens,
+            "seconds": time.time() - started,
+            "seconds_per_step": statistics.median(state.step_seconds) if state.step_seconds else None,
+            "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+            "peak_memory_bytes": report.peak_memory(training.machine.device),
+            "store": asdict(store.counts) if store else None,
+        },
+        "data": report.counts(data) | {k: v for k, v in facts(data, training).items() if "fingerprint" in k},
+        "environment": report.environment(training, folder.path),
+    }
+    if (folder.path / "student").is_dir():
+        write_beside(folder.path / "student" / "README.md", report.model_card(as_dict(config), summary))
+    write_beside(folder.path / "eval_rows.jsonl", "".join(json.dumps(row) + "\n" for row in final.rows))
+    write_json(folder.path / "samples.json", samples)
+    write_beside(folder.path / "samples.md", report.samples_page(samples, MAX_NEW_TOKENS))
+    write_json(folder.path / "summary.json", summary)
+    folder.write_status("done")
+    if not config.train.keep_checkpoints:
+        checkpoint.remove_all(folder.path)
+    tracker.samples(samples)
+    tracker.summary(summary)
+    CONSOLE.print(report.closing_table(summary))
+    if store:
+        log.info(report.store_line(store))
+    for line in report.next_commands(folder.path, config, tracker.record, has_samples=bool(samples)):
+        log.info(line)
+    return summary
+
+
+def _check_finite(training: Training, measures: dict[str, float | None]) -> None:
+    """Refuse to call a run done whose measures could rank anywhere. Raises DivergedError."""
+    state = training.state
+    if 0 < state.step == state.num_nonfinite:
+        raise DivergedError(f"step {state.step}", "every step was skipped: the student learnt nothing", HINT)
+    wrong = [name for name in MEASURES if measures[name] is not None and not math.isfinite(measures[name] or 0.0)]
+    if wrong:
+        what = f"the student's held-out {', '.join(wrong)} are not finite; it is never ranked"
+        raise DivergedError(f"step {state.step}", what, "Lower optim.lr, or set train.keep=best with train.eval_every")
+
+
+def _joined(prompts: list[dict[str, Any]], before: dict[str, Any], student: list[str]) -> list[dict[str, Any]]:
+    """Join the sample answers of all models, prompt by prompt."""
+    nothing = [None] * len(prompts)  # tracking.samples was off when the run began
+    columns = [before[name] if len(before[name]) == len(prompts) else nothing for name in
+               ("teacher_samples", "untouched_samples")]  # fmt: skip
+    return [
+        {"prompt": p["messages"], "reference": p["reference"], "teacher": t, "untouched": u, "student": s}
+        for p, t, u, s in zip(prompts, *columns, student, strict=True)
+    ]
