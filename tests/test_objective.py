@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from kdx import loss, objective
 from kdx.causal_lm import Head
-from kdx.data.batches import Batches, MicroBatch, Row, collate, merged
+from kdx.data.batches import Batches, Row, collate, merged
 from kdx.objective import Mix, Objective, chunks_of, distillation_loss, summed_loss
 from kdx.store import Identity
 from kdx.teacher import Answer, Teacher
