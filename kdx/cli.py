@@ -1,52 +1,38 @@
-"""The command line: from the words typed to runs, their records and exit codes. Torch is imported when a run starts."""
+"""The command line: words → run, sweep, check, store, compare; exit codes. Torch is imported when a run starts."""
 
 import argparse
-import atexit
-import errno
 import os
-import shutil
 import sys
-import tempfile
 import traceback
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import hydra
-from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
-from kdx import jobs, plugins, surroundings
-from kdx.compose import Plan, compose, compose_points, preflight
-from kdx.config import Config
+from kdx import plugins
 from kdx.errors import MACHINE, ConfigError, KdxError, out_of_memory, printable
-from kdx.folders import Source, groups_in, origins, roots_of, spelt
-from kdx.hostile import refuse_foreign, refuse_links, refuse_typed_secrets
-from kdx.resolve import as_tree, to_config
-from kdx.run import signals, typed
-from kdx.run.devices import one_device
-from kdx.run.files import of_disk
 from kdx.run.redact import redact
-from kdx.stale import place
 from kdx.version import __version__
+from kdx.words import CONF, groups_in
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from kdx.compose import Plan, Source
+    from kdx.config import Config
 
 __all__ = ["compose", "main"]
 
 HELP = """kdx distils a large causal language model into a small one.
 
 python -m kdx                                    the default run: SmolLM2-135M to 10 of its layers
-python -m kdx teacher=NAME student=NAME          choose from the groups below
-python -m kdx -m loss.temperature=1,2,4          a sweep: commas make a run each
-python -m kdx --cfg job                          show the composed configuration and train nothing
-python -m kdx check KEY=VALUE ...                what such a run would be: data, memory, time; trains nothing
-python -m kdx store fill KEY=VALUE ...           ask the teacher once, for all runs; store stat | verify | prune
+python -m kdx teacher=NAME student=NAME          choose from the groups below; org/name is any model of the hub
+python -m kdx -m loss.temperature=1,2,4          a sweep: one run for each combination of the values
+python -m kdx --cfg job                          print the composed configuration
+python -m kdx check KEY=VALUE ...                what such a run would be: data, memory, time
+python -m kdx store fill KEY=VALUE ...           fill the teacher's cache for all runs; store stat | verify | prune
 python -m kdx compare PATH ...                   rank runs and sweeps: a table and a page
-python -m kdx run.resume=FOLDER                  go on with a run; run.like=FOLDER starts one from its words
+python -m kdx run.resume=FOLDER                  resume a run; run.like=FOLDER starts a new one from its words
 
 == Groups (group=option) ==
 {groups}
@@ -55,259 +41,202 @@ python -m kdx run.resume=FOLDER                  go on with a run; run.like=FOLD
 conf/ has a comment on every key; `--cfg job` prints them with this run's values.
 
 Flags of Hydra: --hydra-help. Exit codes: 0 ok, 1 a bug, 2 config or data, 3 machine, 4 diverged,
-5 jobs of a sweep failed, 129, 130 or 143 stopped by a signal (the run can go on)."""
-SIGNALS = (129, 130, 143)
-PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # typing one replaces the other
+5 jobs of a sweep failed, 129, 130 or 143 stopped by a signal (the run can be resumed)."""
+USAGE = {
+    "check": "python -m kdx check [-m] KEY=VALUE ...\n\nRead config, data and models as the run would, and print what "
+    "it would train, its memory, disk and time.\nWith -m: for every point of the sweep.",
+    "store": "python -m kdx store fill [-m] KEY=VALUE ...   run the teacher over the data of these runs, once\n"
+    "python -m kdx store stat [FOLDER]              list the teachers, their rows and sizes\n"
+    "python -m kdx store verify [FOLDER]            compare the checksum of every row\n"
+    "python -m kdx store prune [FOLDER]             join small shards, remove what is damaged, with --unused-days what "
+    "is unused",
+}
+
+
+def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> "Config":
+    """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
+    from kdx.compose import compose
+
+    return compose(overrides, config_dir)
 
 
 def main() -> None:
     """Run `python -m kdx …`. Exits with the codes of errors.py."""
     os.environ.setdefault("KDX_DEBUG", os.environ.get("HYDRA_FULL_ERROR", "0"))
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and kdx says it in its one line
-    surroundings.open_streams()
-    try:
-        code = guarded(lambda: _main(sys.argv[1:]))
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and kdx prints one line
+    code = guarded(lambda: _main(sys.argv[1:]))
     if code and os.environ.get("WORLD_SIZE", "1") not in ("0", "1"):
-        print(f"kdx: exit code {code}, whatever the launcher's own is", file=sys.stderr, flush=True)
+        print(f"kdx: exit code {code}, whatever the launcher reports", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def _main(argv: list[str]) -> int:
-    surroundings.check(argv)
-    if argv == ["help"] or (argv[:1] == ["check"] and {"--help", "-h"} & {*argv}):
-        argv = ["--help"]
-    if argv == ["--version"]:
+    name = argv[0] if argv else ""
+    if name in ("version", "--version"):
         print(f"kdx {__version__}")
         return 0
-    if argv and "=" not in argv[0] and argv[0][:1] not in ("+", "~", "-"):
-        return _command(argv[0], argv[1:])
-    args = _parsed(argv)
-    words = list(args.overrides)
-    if words and "=" not in words[0] and words[0][:1] not in ("+", "~") and not args.shell_completion:
-        raise _no_command(words[0])
-    words = spelt(_recalled(words, args))
-    source = Source(args.config_dir, args.config_path, args.config_name)
-    only_shows = args.help or args.hydra_help or args.info or args.cfg
-    plan = Plan([])
-    if not args.shell_completion and (words or source != Source() or not only_shows):
-        plan = preflight(words, source, args.multirun)
-        words += [word for word in plan.added if word not in words]
-    if plan.sweep_dir:
-        parsed = OverridesParser.create().parse_overrides(words)
-        refuse_typed_secrets((word.get_key_element(), word.value()) for word in parsed)
-    if args.help:
-        groups = sorted(groups_in(source.roots()).items())
-        print(HELP.format(groups="\n".join(f"{group}: {', '.join(options)}" for group, options in groups)))
+    if argv in (["help"], ["--help"], ["-h"]):
+        return _help([CONF])
+    if name in USAGE and {"--help", "-h"} & {*argv}:
+        print(USAGE[name])
         return 0
-    if os.environ.get("RANK", "0") != "0" and not only_shows:
-        words.append(f"hydra.run.dir={_scratch()}")  # rank 0's folder is the run's; distill tells the others
-    is_main = os.environ.get("RANK", "0") == "0" and not only_shows
-    if plan.baseline and is_main:
-        baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
-        print(f"kdx: {plan.num_points} points + {baselines}; sweep.baseline=false leaves it out", flush=True)
-    if only_shows or args.shell_completion:
-        try:
-            _hydra([*_flags(args), *words], argv=argv)
-        except ValueError as error:  # flags that Hydra finds do not go together
-            raise ConfigError("command line", str(error).rstrip("."), "See python -m kdx --hydra-help") from None
-        except SystemExit as error:  # it has said why on stderr
-            return 2 if error.code else 0
-        return 0
-    if not plan.sweep_dir:
-        _hydra([*_flags(args), *words], argv=argv)
-        return 0
-    parts = [[*_flags(args), *part] for part in (plan.baseline, words) if part]
-    return jobs.run(plan, parts, partial(_hydra, argv=argv), partial(_compare, is_told=True))
+    if name in ("check", "store", "compare"):
+        return _command(name, argv[1:])
+    if name and "=" not in name and name[0] not in "+~-":
+        raise ConfigError(name, "is not a command, and not KEY=VALUE either", "See python -m kdx --help")
+    return _run(argv)
 
 
-def _hydra(
-    words: list[str], passed_over: Collection[str] = (), notes: jobs.Notes | None = None, *, argv: list[str]
-) -> None:
-    """Have Hydra run one job, or all of a sweep but those passed over."""
-
-    def job(cfg: DictConfig) -> float:  # launchers carry it, and what it holds, to other processes
-        return run_job(cfg, argv, passed_over, notes)
-
-    sys.argv = [sys.argv[0], *words]
-    try:
-        hydra.main(config_path="pkg://kdx.conf", config_name="config", version_base="1.3")(job)()
-    except OSError as error:  # Hydra makes the folders of runs and sweeps; what happens in a job is caught there
-        if error.filename is None:  # it prints, too
-            raise
-        own = HydraConfig.get().run.dir if HydraConfig.initialized() else "outputs"
-        raise of_disk(error, notes.folder.parent if notes else own) from None
-
-
-def _compare(sweep_dir: Path, *, is_told: bool) -> None:
-    """Write the comparison of a sweep as far as it has come; what goes wrong there is not the sweep's."""
-    from kdx.compare.read import compare
-    from kdx.compare.read import main as tell
-
-    try:
-        _ = tell([str(sweep_dir)]) if is_told else compare([sweep_dir], sweep_dir)
-    except Exception as error:
-        print(f"kdx: no comparison of {sweep_dir} yet: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+def _help(roots: list[Path]) -> int:
+    print(
+        HELP.format(groups="\n".join(f"{group}: {', '.join(options)}" for group, options in groups_in(roots).items()))
+    )
+    return 0
 
 
 def _command(name: str, words: list[str]) -> int:
-    """Run `kdx NAME …` → its exit code. Raises KdxError."""
+    """Run `kdx check`, `kdx store` or `kdx compare`. Raises KdxError."""
     if name == "compare":
         from kdx.compare.read import main as compare
 
         return compare(words)
-    if name == "check":
-        (config, *_), folder = _composed(words)  # of a sweep its first point
-        from kdx.check import check
-
-        check(config, folder)
-        return 0
-    if name == "store":
-        if words[:1] == ["fill"] and not {"--help", "-h"} & {*words}:
-            configs, _ = _composed(words[1:])
-            from kdx.store_commands import fill
-
-            fill(configs)
-            return 0
+    if name == "store" and words[:1] != ["fill"]:
+        if words[:1] not in (["stat"], ["verify"], ["prune"]):
+            raise ConfigError("kdx store", "needs one of fill, stat, verify, prune", "See python -m kdx store --help")
         from kdx.store_commands import manage
 
         return manage(words)
-    raise _no_command(name)
-
-
-def _composed(words: list[str]) -> tuple[list[Config], Path]:
-    """What the words of a run or sweep amount to, checked as its own would be, and its folder; plug-ins are loaded."""
-    args = _parsed(words)
-    if args.help or args.cfg or args.info or args.hydra_help:
-        raise ConfigError("command line", "asks to show the configuration", "Leave out check or store fill")
-    words = _recalled(list(args.overrides), args)
-    made = compose_points(words, Source(args.config_dir, args.config_path, args.config_name))
+    plan = _planned(_parsed(words[name == "store" :]))
     plugins.load()
-    return made
+    if name == "store":
+        from kdx.store_commands import fill
 
-
-def _no_command(word: str) -> ConfigError:
-    mend = "A run is python -m kdx KEY=VALUE ...; see python -m kdx --help"
-    return ConfigError(word or "''", "is not a command of kdx, and not KEY=VALUE either", mend)
-
-
-def run_job(
-    cfg: DictConfig, argv: list[str], passed_over: Collection[str] = (), notes: jobs.Notes | None = None
-) -> float:
-    """Do one run, of its own or of a sweep, which has notes → the measure a sweep compares.
-
-    In a sweep a failing job counts as +inf and its folder says why, so that the others go on; not so on several ranks,
-    where the others would wait for it.
-    """
-    hydra_config = HydraConfig.get()
-    is_sweep = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
-    is_parallel = is_sweep and jobs.is_parallel(hydra_config.launcher)
-    run_dir = Path(hydra_config.runtime.output_dir)
-    if is_parallel:  # in a process of its own, beside others on one terminal: lines, not bars
-        signals.note()
-        sys.argv, os.environ["TTY_COMPATIBLE"] = ["kdx", *argv], "0"
-    if run_dir.name in passed_over or (notes and notes.stopped_by):
-        return float("inf")
-    measure, was_done = float("inf"), False
-
-    def job() -> int:
-        nonlocal measure, run_dir, was_done
-        words = list(hydra_config.overrides.task)
-        sources = [f"{source.schema}://{source.path}" for source in hydra_config.runtime.config_sources]
-        tree = as_tree(cfg)
-        tree["run"]["origins"] = origins(words, hydra_config.runtime.choices, roots_of(sources))
-        config = to_config(tree)
-        is_main = os.environ.get("RANK", "0") == "0"
-        if is_main and is_sweep and (run_dir / "data.json").exists():
-            run_dir = place(config, run_dir, is_parallel)
-        if is_main:
-            refuse_foreign(run_dir)
-            refuse_links(run_dir, run_dir.parent if is_sweep else None)
-            typed.keep(run_dir, words, argv)
-        try:
-            plugins.load()
-        except ConfigError as error:
-            if is_main:
-                jobs.note_failure(run_dir, str(error))
-            raise
-        if not sys.stderr.isatty():
-            os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; read when they are imported
-        if is_sweep and is_main:
-            print(f"\nkdx: job {hydra_config.job.num + 1}: {run_dir}", flush=True)
-        with one_device(is_parallel):
-            if notes and notes.stopped_by:  # it may have waited for one
-                return 128 + notes.stopped_by
-            from kdx.distill import distill
-
-            was_done = jobs.is_done(run_dir)
-            measure = distill(config, run_dir, partial(typed.renew, run_dir, words, argv)).measure
+        fill([point.config for point in plan.points])
         return 0
+    from kdx.check import check
 
-    folder = run_dir
+    shared: dict[str, list[str]] = {}  # what alpha and temperature change needs no second look
+    for point in plan.points:
+        swept = [word for word in point.words if word.partition("=")[0] in plan.swept]
+        loss = point.config.loss.model_copy(update={"alpha": point.config.loss.alpha > 0, "temperature": 1})
+        looks = shared.setdefault(repr(point.config.model_copy(update={"loss": loss})), [])
+        looks.append(" ".join(swept))
+        if len(looks) == 1:
+            print("\n" + looks[0] if looks[0] else "", end="\n" if looks[0] else "", flush=True)
+            check(point.config, plan.sweep_dir or plan.run_dir)
+    for first, *others in shared.values():
+        if others:
+            print(f"\n{'; '.join(others)}: data, memory and time as {first}")
+    return 0
+
+
+def _run(argv: list[str]) -> int:
+    """Run what `python -m kdx KEY=VALUE …` asks for: show the config, one run, or a sweep. Raises KdxError."""
+    args = _parsed(argv)
+    if args.help:
+        return _help(_source(args).roots())
+    if args.hydra_help or args.info or args.shell_completion or (args.cfg and (args.cfg != "job" or args.package)):
+        return _hydra(argv)
+    plan = _planned(args)
+    if args.cfg:
+        import yaml
+
+        from kdx.config import as_dict
+
+        print(yaml.safe_dump(redact(as_dict(plan.points[0].config)), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    from kdx import sweep
+    from kdx.run.folder import Record
+
+    if plan.sweep_dir is None:
+        (point,) = plan.points
+        record = Record(point.words, [], point.sources, argv)
+
+        def run() -> int:
+            sweep.start_run(point.config, record, plan.run_dir)
+            return 0
+
+        return guarded(run, plan.run_dir)
+    if plan.baseline and _is_main():
+        baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
+        print(f"kdx: {plan.num_points} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(_source(args)).items() if value]
+    parts = [[*flags, "--multirun", *part] for part in (plan.baseline, plan.words) if part]
+    since = sweep.started()
+    launch = partial(_launch, swept=plan.swept, argv=argv, since=since, is_shared=bool(plan.jobs))
+    workers = plan.points[0].config.sweep.workers
+    return sweep.run(plan.sweep_dir, plan.jobs, parts, launch, since=since, workers=workers, argv=argv)
+
+
+def _launch(words: list[str], *, swept: list[str], argv: list[str], since: float, is_shared: bool) -> None:
+    """Have Hydra sweep over these words and do a job for each point."""
+
+    def job(cfg: "DictConfig") -> float:  # launchers carry it, and what it holds, to other processes
+        from hydra.core.hydra_config import HydraConfig
+
+        from kdx import sweep
+        from kdx.compose import point_of
+        from kdx.run.folder import Record
+
+        hydra_config = HydraConfig.get()
+        point = point_of(hydra_config)
+        record = Record(point.words, swept, point.sources, argv)
+        folder = Path(hydra_config.runtime.output_dir)
+        is_alone = str(hydra_config.launcher.get("_target_")).endswith(".BasicLauncher")
+        shared = {"since": since, "is_shared": is_shared, "is_own_gpu": not is_alone}
+        return sweep.do_job(point.config, record, folder, guarded, **shared)
+
+    _hydra(words, job)
+
+
+def _hydra(words: list[str], job: Any = lambda cfg: None) -> int:
+    """Run Hydra's own command line on these words. Raises ConfigError."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    sys.argv = [sys.argv[0], *words]
     try:
-        code = guarded(lambda: notes.keeping(folder, job) if notes else job(), folder)
-        if code and (not is_sweep or code in SIGNALS or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-            sys.exit(code)
-    except SystemExit as error:
-        if not (notes and jobs.is_joblib(hydra_config.launcher) and error.code in SIGNALS):
-            raise
-        notes.stop(int(error.code) - 128)  # joblib would kill the others, which may still be saving
-        return measure
-    if is_sweep and os.environ.get("RANK", "0") == "0" and not was_done:
-        _compare(run_dir.parent, is_told=False)
-    return measure
-
-
-def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
-    """Run something → its exit code; a user's error is one line each, a bug is a traceback."""
-    try:
-        return work()
-    except KdxError as error:
-        return _say(error)
-    except (HydraException, OmegaConfBaseException) as error:  # from a flag of Hydra's own: all else is checked before
+        hydra.main(config_path="pkg://kdx.conf", config_name="config", version_base="1.3")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
         what = " ".join(str(error).split())[:300].rstrip(".")
-        return _say(ConfigError("hydra", what, "See python -m kdx --hydra-help"))
-    except KeyboardInterrupt:
-        print("kdx: interrupted", file=sys.stderr, flush=True)
-        return 130
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return _say(ConfigError(f"{error.filename!s:.60} …", "is longer than a name may be", "Check the path"))
-        if isinstance(error, BrokenPipeError) and surroundings.is_unread():
-            return surroundings.BROKEN_PIPE
-        if error.errno not in MACHINE:
-            memory = out_of_memory(error)
-            return _say(memory) if memory else _bug()
-        return _say(of_disk(error, folder))
-    except Exception as error:
-        memory = out_of_memory(error)
-        return _say(memory) if memory else _bug()
+        raise ConfigError("hydra", what, "See python -m kdx --hydra-help") from None
+    return 0
 
 
-def _say(error: KdxError) -> int:
-    if os.environ.get("KDX_DEBUG") == "1":
-        traceback.print_exc()
-    for line in error.lines:
-        with suppress(OSError):  # nobody may be there to read it
-            print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
-    return error.exit_code
+def _planned(args: argparse.Namespace) -> "Plan":
+    """Compose everything that a command line asks for. Raises ConfigError."""
+    from kdx.compose import key_of, plan
+
+    words, source = list(args.overrides), _source(args)
+    asked = {key_of(word): word.partition("=")[2].strip("'\"") for word in words}
+    resume, like = (asked.get(key, "null") for key in ("run.resume", "run.like"))
+    if resume != "null":
+        from kdx.resume import resumed
+
+        if like != "null" or args.multirun:
+            beside = "run.like" if like != "null" else "-m"
+            raise ConfigError("run.resume", f"resumes one run, and {beside} is given too", f"Leave out {beside}")
+        return resumed(resume, words, source)
+    if like != "null":
+        from kdx.resume import alike
+
+        words, of_run = alike(like, words, _parsed)
+        source = of_run if not any(vars(source).values()) else source
+    return plan(words, source, args.multirun)
 
 
-def _bug() -> int:
-    """Print a traceback, and whose it is: kdx's, or that of the user's own loss or source."""
-    traceback.print_exc()
-    *_, last = traceback.extract_tb(sys.exc_info()[2])
-    own = [getattr(sys.modules.get(name), "__file__", None) for name in plugins.named()]
-    is_users = last.filename in own
-    whose = f"raised in {last.filename}:{last.lineno}, your own code" if is_users else "this is a bug in kdx"
-    mend = "mend it there" if is_users else "please report it with the lines above"
-    print(f"kdx: {whose}; {mend}", file=sys.stderr, flush=True)
-    return 1
+def _source(args: argparse.Namespace) -> "Source":
+    from kdx.compose import Source
+
+    folders = (str(Path(path).resolve()) if path else None for path in (args.config_dir, args.config_path))
+    return Source(*folders, args.config_name)
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
     """Read Hydra's flags, anywhere among the words. Raises ConfigError."""
+    from hydra._internal.utils import get_args_parser
+
     parser = get_args_parser()
 
     def refuse(message: str) -> None:
@@ -315,63 +244,54 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
     args = parser.parse_intermixed_args(argv)
-    if sum(map(bool, (args.run, args.multirun, args.cfg, args.info, args.shell_completion))) > 1:
-        raise ConfigError("command line", "asks for several things at once", "Give one of --multirun, --cfg, --info")
-    if args.resolve and not (args.cfg or args.help):
-        raise ConfigError("--resolve", "belongs to --cfg", "As in: python -m kdx --cfg job --resolve")
-    for name in ("config_path", "config_dir", "config_name"):
-        if getattr(args, name) == "":
-            raise ConfigError(f"--{name.replace('_', '-')}", "is empty", "Give it a value, or leave it out")
     if args.experimental_rerun is not None:
         raise ConfigError("--experimental-rerun", "reads a pickle, which could run code", "Use run.like=FOLDER")
     return args
 
 
-def _flags(args: argparse.Namespace) -> list[str]:
-    """The flags that were typed, to hand on to Hydra before the words."""
-    flags = []
-    for name, value in vars(args).items():
-        if name in ("overrides", "experimental_rerun") or value is None or value is False:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        value = str(Path(value).resolve()) if name in ("config_path", "config_dir") else value
-        flags.append(flag if value is True else f"{flag}={value}")
-    return flags
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
-def _recalled(words: list[str], args: argparse.Namespace) -> list[str]:
-    """Put the words of the run that run.resume or run.like names before those typed now. Raises ConfigError."""
-    asked = {
-        key: value for key, _, value in (word.partition("=") for word in words) if key in ("run.resume", "run.like")
-    }
-    asked = {key: value.strip("'\"") for key, value in asked.items() if value != "null"}
-    if not asked:
-        return words
-    if len(asked) > 1:
-        raise ConfigError("run.resume and run.like", "are both given", "Choose one: go on in a folder, or start anew")
-    ((key, name),) = asked.items()
-    if key == "run.resume" and args.multirun:
-        raise ConfigError(key, "goes on with one run, and -m is a sweep", "For a sweep, type the same command again")
-    folder = typed.last_run() if name == "last" else Path(name)
-    was = typed.recalled(folder, f"{key}={name}")
-    recalled = [word for word in was if key == "run.resume" or "sweep." not in word[:7]]
-    flags = _parsed(typed.flags(folder))
-    for flag in ("config_dir", "config_path", "config_name"):  # those of the run, where none is typed now
-        setattr(args, flag, getattr(args, flag) or getattr(flags, flag))
-    said = [word for word in words if word.split("=", 1)[0] not in ("run.resume", "run.like")]
-    replaced = {word.lstrip("+~").split("=", 1)[0] for word in said}
-    replaced |= {PAIRS[one] for one in replaced & PAIRS.keys()}
-    kept = [word for word in recalled if word.lstrip("+~").split("=", 1)[0] not in replaced]
-    secret = next((word for word in kept if "[redacted]" in word), None)
-    if secret:
-        raise ConfigError(secret.split("=", 1)[0], "was kept without its secret", "Type it again beside run.resume")
-    here = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    in_place = [f"hydra.run.dir='{here}'", "hydra.mode=RUN"]  # one run, though its experiment may be a sweep
-    return [*kept, *said, *(in_place if key == "run.resume" else [])]
+def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
+    """Run something → its exit code; a user's error is one line each, a bug is a traceback."""
+    try:
+        return work()
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(bool(error.code))
+    except KdxError as error:
+        return _print(error)
+    except KeyboardInterrupt:
+        print("kdx: interrupted", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:  # as in `kdx compare … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Exception as error:
+        if memory := out_of_memory(error):
+            return _print(memory)
+        if isinstance(error, OSError) and error.errno in MACHINE:
+            from kdx.run.files import of_disk
+
+            return _print(of_disk(error, folder))
+        return _bug()
 
 
-def _scratch() -> str:
-    """A folder for what Hydra makes on ranks that have no run folder of their own; removed at the end."""
-    folder = tempfile.mkdtemp(prefix="kdx-rank-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def _print(error: KdxError) -> int:
+    if os.environ.get("KDX_DEBUG") == "1":
+        traceback.print_exc()
+    for line in error.lines:
+        print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _bug() -> int:
+    """Print a traceback, and whether it is the user's own loss or source that raised."""
+    traceback.print_exc()
+    *_, last = traceback.extract_tb(sys.exc_info()[2])
+    own = [getattr(sys.modules.get(name), "__file__", None) for name in plugins.named()]
+    where = (
+        f"raised in your own code, {last.filename}:{last.lineno}" if last.filename in own else "this is a bug in kdx"
+    )
+    print(f"kdx: {where}{'' if last.filename in own else '; please report it with the lines above'}", file=sys.stderr)
+    return 1

@@ -1,9 +1,11 @@
-"""From words to a checked Config: composed by Hydra, with all that is wrong said at once, and no torch."""
+"""From the words typed to checked Configs: Hydra composes, pydantic checks, every fault is reported at once."""
 
 import copy
+import functools
+import math
 import re
 import shlex
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,133 +19,133 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from kdx import hostile, sweep
-from kdx.config import Config
+from kdx import sweep
+from kdx.checked import checked
+from kdx.config import Config, dotted
 from kdx.errors import ConfigError, did_you_mean, together
-from kdx.folders import (
-    ORIGINS,
-    Source,
-    circular,
-    contents,
-    groups_in,
-    no_keys,
-    origins,
-    refuse_strange,
-    refuse_unread,
-    spelt,
-)
-from kdx.resolve import OPEN_GROUPS, one_line, resolved, to_config
-from kdx.validation import ALIASES, contradictions, dotted, has_near_name, nearest_key, problems
+from kdx.words import CONF, RENAMED, foreign, groups_in, renamed
 
-LAYERS = ("typed", "experiment/", "recipe/", "")  # what wins comes first
+SOURCES = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")  # the header says where these came from
+PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # setting one frees the other
+OPTIONAL = ("experiment", "recipe", "pair")  # groups of which nothing may be chosen
+MODELS = ("teacher", "student")
+HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Source:
+    """Where YAML is read: kdx's conf/ and what Hydra's flags of these names add."""
+
+    config_dir: str | None = None
+    config_path: str | None = None
+    config_name: str | None = None
+
+    def roots(self) -> list[Path]:
+        """List the folders that hold groups. Raises ConfigError."""
+        for flag, folder in (("--config-dir", self.config_dir), ("--config-path", self.config_path)):
+            if folder and not Path(folder).is_dir():
+                raise ConfigError(flag, f"{folder} is not a folder", "Name the folder that holds teacher/, data/, …")
+        return [Path(folder) for folder in (self.config_path or CONF, self.config_dir) if folder]
+
+
+@dataclass(frozen=True)
 class Point:
-    """One run as composed: what is wrong with it, its values, and the words that free max_steps or epochs."""
+    """One run: the words typed for it, its config, and where values that depend on the student came from."""
 
-    faults: list[ConfigError]
-    tree: dict[str, Any] = field(default_factory=dict)
-    freed: list[str] = field(default_factory=list)
-
-    def config(self) -> Config:
-        """The typed config of a point without faults."""
-        return to_config(self.tree)
-
-
-def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
-    """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
-    source = Source(config_dir=config_dir)
-    _refuse_sweep(Composer(source).parsed(list(overrides or [])))
-    return compose_points(list(overrides or []), source)[0][0]
-
-
-def compose_points(words: list[str], source: Source) -> tuple[list[Config], Path]:
-    """Compose every point of a sweep, or the one run of these words, and name its folder. Raises ConfigError."""
-    composer = Composer(source)
-    typed = composer.parsed(words)
-    configs, hydra_part = [point.config() for point in _checked(composer, typed)], composer.hydra_part(typed)
-    return configs, Path(str((hydra_part.sweep if configs[1:] else hydra_part.run).dir))
+    words: list[str]
+    config: Config
+    sources: dict[str, str]
 
 
 @dataclass
 class Plan:
-    """What a command line amounts to: the words to add to those typed, and for a sweep what is run."""
+    """A command line: its points and, of a sweep, the words for Hydra."""
 
-    added: list[str]
-    num_points: int = 1
-    baseline: list[str] = field(default_factory=list)  # all words of the baseline's own sweep; none if there is none
-    num_baselines: int = 0
+    points: list[Point]
+    run_dir: Path  # of a single run
+    words: list[str] = field(default_factory=list)  # for Hydra's sweeper
+    swept: list[str] = field(default_factory=list)
     sweep_dir: Path | None = None
-    jobs: list[str] = field(default_factory=list)  # the folders in it, as far as their names are known
-    launcher: dict[str, Any] = field(default_factory=dict)
+    baseline: list[str] = field(default_factory=list)  # words of the baselines' own sweep; none if there is none
+    num_baselines: int = 0
+    jobs: dict[Path, Config] = field(default_factory=dict)  # by their folders, if kdx names them
+
+    @property
+    def num_points(self) -> int:
+        return len(self.points)
 
 
-def preflight(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
-    """Check every word and every point of a sweep before anything runs → what is to be run.
+def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
+    """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
+    return plan(list(overrides or []), Source(config_dir=config_dir)).points[0].config
 
-    Raises one ConfigError with a line for each thing that is wrong.
-    """
+
+def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
+    """Compose and check every run that a command line asks for. Raises one ConfigError with a line per fault."""
     composer = Composer(source)
     typed = composer.parsed(words)
     hydra_part = composer.hydra_part(typed)
-    is_sweep = is_multirun or (hydra_part.mode is not None and hydra_part.mode.name == "MULTIRUN")
-    params: dict[Any, Any] = {}
-    if is_sweep:
-        params = dict(OmegaConf.to_container(hydra_part.sweeper.get("params") or OmegaConf.create({})))  # type: ignore[arg-type]
-        hostile.refuse_swept(params)
-        typed = composer.parsed([*(f"{key}={value}" for key, value in params.items()), *words])
-    else:
-        _refuse_sweep(typed)
-    points = _checked(composer, typed)
-    freed = sorted({word for point in points for word in point.freed})
-    nulls = [word.removeprefix("train.").removesuffix("=null") for word in freed]
-    if any(point.tree["train"][name] is not None for point in points for name in nulls):
-        raise ConfigError("train.max_steps and train.epochs", "some points of the sweep set one, some both", "Type one")
-    if not is_sweep:
-        return Plan(freed)
-    for cfg in composer.composed():
-        hostile.refuse_secrets(OmegaConf.to_container(cfg), OmegaConf.to_container(hydra_part.launcher))
-    keys, configs = sweep.swept_keys(typed), [point.config() for point in points]
-    named = any(override.key_or_group == "sweep.name" for override in typed)
-    name = [] if named else [f"sweep.name={sweep.sweep_name(keys, configs)}"]
-    added = [*freed, *name, f"sweep.keys=[{','.join(keys)}]"]
-    place = composer.hydra_part([*typed, *composer.parsed(name)]).sweep
-    launcher: Any = OmegaConf.to_container(hydra_part.launcher)
-    plan = Plan(added, len(points), sweep_dir=Path(str(place.dir)), launcher=launcher)
-    own = str(hydra_part.sweeper.get("_target_", "")).endswith(".BasicSweeper")
-    is_named = own and "kdx_job" in str(OmegaConf.to_container(place)["subdir"])  # type: ignore[index, call-overload]
-    without: list[Config] = []
-    if own and all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha > 0 for c in configs):
-        baseline = sweep.baseline_words(typed)
-        without = [point.config() for point in _checked(composer, composer.parsed(baseline))]
-        plan.num_baselines = sweep.missing_baselines(configs, without)
-        if plan.num_baselines:
-            plan.baseline = [*baseline, *(["hydra.sweeper.params=null"] if params else []), *added]
-    if is_named:
-        jobs = [*(without if plan.baseline else []), *configs]
-        plan.jobs = list(dict.fromkeys(sweep.job_name(keys, config) for config in jobs))
-    return plan
-
-
-def _checked(composer: "Composer", words: list[Override]) -> list[Point]:
-    """Compose every point of a sweep, or the one run that the words describe. Raises ConfigError with all faults."""
-    try:
-        points = [composer.point(composer.parsed(point)) for point in sweep.points(words)]
-    except HydraException as error:
-        raise ConfigError("command line", one_line(error), "Quote lists: 'key=[a,b]'") from None
-    faults = [fault for point in points for fault in point.faults]
-    if faults:
-        raise together(faults)
-    return points
-
-
-def _refuse_sweep(words: list[Override]) -> None:
-    for key in sweep.swept_keys(words):
+    is_sweep = is_multirun or getattr(hydra_part.mode, "name", "") == "MULTIRUN"
+    for key in [] if is_sweep else sweep.swept_keys(typed):
         raise ConfigError(key, "has several values, which is a sweep", "Add -m: python -m kdx -m ...")
+    if not is_sweep:
+        return Plan([composer.point(words)], Path(str(hydra_part.run.dir)))
+    if params := plain(hydra_part.sweeper.get("params") or {}):
+        # Hydra would sweep over these besides the words: merged, a typed word takes the place of the same key.
+        words = [*(f"{key}={value}" for key, value in params.items()), *words, "hydra.sweeper.params=null"]
+        typed = composer.parsed(words)
+    points, swept = composer.points(typed), sweep.swept_keys(typed)
+    configs = [point.config for point in points]
+    added = [] if configs[0].sweep.name else [f"++sweep.name={sweep.sweep_name(swept, configs)}"]
+    hydra_part = composer.hydra_part([*typed, *composer.parsed(added)])
+    is_named = "kdx_job" in str(plain(hydra_part.sweep)["subdir"])
+    added += [f"hydra.sweep.subdir='${{kdx_job:\"{','.join(swept)}\"}}'"] if is_named else []
+    made = Plan(points, Path(), [*map(_spelled, typed), *added], swept, Path(str(hydra_part.sweep.dir)))
+    knows_points = str(hydra_part.sweeper.get("_target_")).endswith(".BasicSweeper")  # Optuna chooses as it goes
+    without: list[Config] = []
+    if (
+        knows_points
+        and all(c.sweep.baseline and c.teacher.path for c in configs)
+        and any(c.loss.alpha for c in configs)
+    ):
+        baseline = sweep.baseline_words(typed)
+        without = [point.config for point in composer.points(composer.parsed(baseline))]
+        made.num_baselines = sweep.missing_baselines(configs, without)
+        made.baseline = [*baseline, *added] if made.num_baselines else []
+    if knows_points and is_named:
+        jobs = [*(without if made.baseline else []), *configs]
+        made.jobs = {Path(str(hydra_part.sweep.dir)) / sweep.job_name(swept, config): config for config in jobs}
+    return made
+
+
+def point_of(hydra_part: Any) -> Point:
+    """Compose a job of a sweep from what Hydra says of it, in whatever process a launcher runs it."""
+    searched = {info.provider: info for info in hydra_part.runtime.config_sources}
+    main, own = searched["main"], searched.get("command-line")
+    path = main.path if main.schema == "file" else None
+    source = Source(own and own.path, path, hydra_part.job.config_name)
+    return _composer(source).point(list(hydra_part.overrides.task))
+
+
+def _job_name(swept: str, *, _root_: DictConfig) -> str:
+    return sweep.job_name([key for key in swept.split(",") if key], point_of(_root_.hydra).config)
+
+
+# hydra.sweep.subdir asks for it, also in a launcher's processes: they import this before anything is called.
+OmegaConf.register_new_resolver("kdx_job", _job_name, replace=True)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What the YAML says under some choices, before any value is typed."""
+
+    cfg: DictConfig
+    keys: list[str]
+    sources: dict[str, tuple[float, str]]  # of the keys in SOURCES: which layer set it last, and that file
 
 
 class Composer:
@@ -151,238 +153,242 @@ class Composer:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.roots = refuse_strange(source.roots())
-        self.groups = groups_in(self.roots)
+        self.groups = groups_in(source.roots())
         self._parser = OverridesParser.create(config_loader=self)  # type: ignore[arg-type]
-        self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._bases: dict[tuple[str, ...], _Base] = {}
 
     def get_group_options(self, group_name: str, *_: Any, **__: Any) -> list[str]:
-        """What Hydra's parser asks for `loss=glob(*)`."""
+        """Answer Hydra's parser, which asks for `loss=glob(*)`."""
         return self.groups.get(group_name, [])
 
     def parsed(self, words: list[str]) -> list[Override]:
-        """Read words as Hydra does. Raises ConfigError."""
-        found: list[ConfigError] = []
-        overrides: list[Override] = []
-        for word in spelt(words):
-            key, _, value = word.partition("=")
+        """Read words as Hydra does; values become ++KEY=VALUE, so that every key reaches the check. Raises ConfigError."""
+        faults, overrides = [], []
+        for word in (hydras for typed in renamed(words) for hydras in self._spelt(typed)):
             try:
-                overrides += self._parser.parse_overrides([word])
-                if sweep.is_empty(overrides[-1]):
-                    found.append(ConfigError(key, f"names no value ({value})", "Give at least one"))
-                if overrides[-1].key_or_group in ("", "hydra"):
-                    mend = "Type KEY=VALUE, of Hydra's hydra.KEY"
-                    found.append(ConfigError(repr(word), "is not a key of kdx", mend))
-                if overrides[-1].key_or_group == "hydra.searchpath":  # run.resume would not find it again
-                    found.append(ConfigError("hydra.searchpath", "may not be typed", "Use --config-dir FOLDER"))
+                (override,) = self._parser.parse_overrides([word])
+                if not override.key_or_group:
+                    raise HydraException("it has no key")
+                if (
+                    override.is_sweep_override()
+                    and override.is_discrete_sweep()
+                    and not any(True for _ in override.sweep_string_iterator())
+                ):
+                    raise HydraException("it has no value")
+                overrides.append(override)
             except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
-                mend = self._quoted(key, value)
-                what = one_line(error).removeprefix(f"Error parsing override '{word}' ")
-                found.append(ConfigError(key or repr(word), f"cannot be read ({what})", mend))
-        if found:
-            raise together(found)
+                what = _one_line(error).removeprefix(f"Error parsing override '{word}' ")
+                key, _, value = word.removeprefix("++").partition("=")
+                quoted = shlex.quote(f'{key}="{value}"')
+                faults.append(ConfigError(key or repr(word), f"cannot be read ({what})", f"Quote the value: {quoted}"))
+        if faults:
+            raise together(faults)
         return overrides
 
-    def _quoted(self, key: str, value: str) -> str:
-        """The mend for a word that Hydra cannot read: how to type its value as text, if that is what it is."""
-        word = f'{key}="' + value.replace('"', '\\"') + '"'
-        is_text = not value.startswith(("[", "{", "'", '"')) or value.startswith(("{{", "{%"))
-        with suppress(HydraException, ValueError):
-            if key and is_text and self._parser.parse_overrides([word])[0].value() == value:
-                return f"Quote it for the shell and for Hydra: {shlex.quote(word)}"
-        return "Quote what the shell or Hydra would take apart, as in 'data.path=[a.jsonl,b.jsonl]'"
+    def _spelt(self, word: str) -> list[str]:
+        """Spell a typed word as Hydra needs it."""
+        key, is_assigned, value = word.lstrip("+").partition("=")
+        if word.startswith("~") or not is_assigned or key.startswith(("hydra.", "hydra/")) or "@" in key:
+            return [word]
+        if key in OPTIONAL and value == "null":
+            return [f"~{key}"]
+        if key in MODELS and "/" in value and not {*value.split(",")} & {*self.groups[key]}:
+            return [f"{key}=hf", f"++{key}.path={value}"]
+        return [word] if key in self.groups else [f"++{key}={value}"]
 
     def hydra_part(self, words: list[Override]) -> DictConfig:
-        """Hydra's own part of the config, and what it reads of `sweep`, for the first values of a sweep."""
-        choices, _ = self._choices(words)
-        cfg = copy.deepcopy(self._base(choices))
-        for word in words:
-            if word.key_or_group.startswith(("hydra.", "sweep.")) and not self._is_choice(word):
-                _apply(word, cfg, [])
-        for name in ("sweeper", "launcher", "run", "sweep", "job"):
-            if not isinstance(cfg.hydra.get(name), DictConfig):
-                raise ConfigError(
-                    f"hydra.{name}", "is no group of keys", "Set a key of it, or choose hydra/launcher=..."
-                )
-        for name in ("run", "sweep"):  # else the folder one is in would be the run's
-            if not OmegaConf.to_container(cfg.hydra[name]).get("dir"):  # type: ignore[union-attr]
-                raise ConfigError(f"hydra.{name}.dir", "is empty", "Name a folder, or leave it out")
-        if cfg.hydra.job.chdir:
-            what = "would have every path that is typed or printed mean another one"
-            raise ConfigError("hydra.job.chdir", what, "Leave it out")
+        """Compose Hydra's own part of the config, and what it reads of `sweep`. Raises ConfigError."""
+        cfg = copy.deepcopy(self._base(self._choices(words)[0]).cfg)
+        own = [w for w in words if w.key_or_group.startswith(("hydra.", "sweep.")) and not w.is_sweep_override()]
+        if faults := apply(own, cfg):
+            raise together(faults)
         return cfg.hydra
 
-    def point(self, words: list[Override]) -> Point:
-        """Compose and check one run. What is wrong is left out of what is checked next, so that all is said at once."""
-        choices, wrong = self._choices(words)
-        faults = list(wrong.values())
-        try:
-            base = self._base(choices)
-            cfg = copy.deepcopy(base)
-            known = dotted(OmegaConf.to_container(base))
-            for word in words:
-                doubtful = word.key_or_group.split(".")[0] in wrong and word.key_or_group not in known
-                if not self._is_choice(word) and not doubtful:
-                    faults += _apply(word, cfg, known)
-            hostile.refuse_code(OmegaConf.to_container(cfg))
-            typed = [str(word.input_line) for word in words]
-            where = origins(typed, base.hydra.runtime.choices, self.roots)
-            freed = _free(cfg, where)
-            tree, unresolved = resolved(cfg)
-            hostile.refuse_models_code(tree, typed)
-        except ConfigError as error:
-            return Point([*faults, error])
-        faults += unresolved.values()
-        faults += [ConfigError(*p) for p in problems(tree) if p.key not in unresolved]
-        faults += [] if faults else [ConfigError(*problem) for problem in contradictions(tree)]
-        if not faults and base.hydra.runtime.choices.get("teacher") == "none" and tree["teacher"]["path"]:
-            what = f"is {tree['teacher']['path']}, beside teacher=none"
-            faults.append(ConfigError("teacher.path", what, "Choose another teacher, or teacher.path=null"))
-        if not faults:
-            tree["run"]["origins"] = where
-        return Point(faults, tree, freed)
+    def points(self, words: list[Override]) -> list[Point]:
+        """Compose every point of a sweep. Raises ConfigError with the faults of all."""
+        points, faults = [], []
+        for point in sweep.points(words):
+            try:
+                points.append(self.point(point))
+            except ConfigError as error:
+                faults.append(error)
+        if faults:
+            raise together(faults)
+        return points
+
+    def point(self, words: list[str]) -> Point:
+        """Compose and check one run. Raises ConfigError with all that is wrong."""
+        typed = self.parsed(words)
+        choices, faults = self._choices(typed)
+        base = self._base(choices)
+        cfg = copy.deepcopy(base.cfg)
+        values = [word for word in typed if not self._is_choice(word) and not word.key_or_group.startswith("hydra.")]
+        faults += apply(values, cfg)
+        keys = {word.key_or_group for word in typed}
+        rank = {key: (math.inf, "typed") if key in keys else base.sources[key] for key in SOURCES}
+        _free(cfg, {key: at for key, (at, _) in rank.items()})
+        tree = _resolved(cfg, faults)
+        is_default_data = "data" not in keys and tree["data"].get("name") == "chitchat"
+        if is_default_data and "data.path" in keys and not str(tree["data"].get("path")).startswith("pkg:"):
+            hint = "Choose the format: data=pairs or data=messages"
+            faults.append(ConfigError("data.path", "is given, but data=chitchat has its own data", hint))
+        return Point(words_typed(words), checked(tree, faults, keys, base.keys), {k: v for k, (_, v) in rank.items()})
 
     def _is_choice(self, word: Override) -> bool:
-        key = word.key_or_group
-        return key in self.groups or key.startswith("hydra/")
+        return word.key_or_group in self.groups or word.key_or_group.startswith("hydra/")
 
-    def _choices(self, words: list[Override]) -> tuple[list[str], dict[str, ConfigError]]:
-        """The words that choose from groups (of several values the first), and what is wrong with them by group."""
-        kept: list[str] = []
-        wrong: dict[str, ConfigError] = {}
+    def _choices(self, words: list[Override]) -> tuple[tuple[str, ...], list[ConfigError]]:
+        """Split off the words that choose from groups, of several values the first, and what is wrong with them."""
+        kept, faults = [], []
         for word in filter(self._is_choice, words):
-            key = word.key_or_group
-            if key not in self.groups or word.is_delete() or word.package:
+            key, options = word.key_or_group, self.groups.get(word.key_or_group)
+            if options is None or word.is_delete() or word.package:
                 kept.append(str(word.input_line))
+                if gone := foreign(str(word.input_line)):
+                    faults.append(ConfigError(kept.pop(), "is not there", gone))
                 continue
-            values = list(word.sweep_string_iterator()) if word.is_sweep_override() else [word.value()]
-            bad = [v for v in ("null" if v is None else v for v in values) if str(v) not in self.groups[key]]
-            for value in bad:
-                alias = ALIASES.get(f"{key}={value}")
-                mend = f"Did you mean {alias}?" if alias else did_you_mean(str(value), self.groups[key])
-                misnamed = [
-                    file for root in self.roots for file in root.glob(f"{key}/*.yml") if file.stem == str(value)
-                ]
-                mend = f"Rename {misnamed[0]} to .yaml" if misnamed else mend
-                what = "names no option" if value == "" else f"{key} has no option {value}"
-                wrong[key] = ConfigError(f"{key}={value}", what, mend)
-            if not bad:
-                kept.append(f"{key}={values[0]}" if word.is_sweep_override() else str(word.input_line))
-        return kept, wrong
+            values = [str(v) for v in word.sweep_string_iterator()] if word.is_sweep_override() else [str(word.value())]
+            values = ["null" if value == "None" else value for value in values]
+            wrong = [value for value in values if value not in options]
+            for value in wrong:
+                hints = [foreign(f"{key}={value}") or did_you_mean(value, options) + "."]
+                hints += [f"Any other model: {key}=hf {key}.path=org/name."] if key in MODELS else []
+                hint = " ".join([*hints, "Your own options: --config-dir FOLDER"])
+                faults.append(ConfigError(f"{key}={value}", f"{key} has no option {value or repr(value)}", hint))
+            kept += [] if wrong else [f"{key}={values[0]}"]
+        return tuple(kept), faults
 
-    def composed(self) -> list[DictConfig]:
-        """All that the YAML says under the choices asked for so far."""
-        return list(self._composed.values())
+    def _base(self, choices: tuple[str, ...]) -> _Base:
+        if choices not in self._bases:
+            self._bases[choices] = self._compose(list(choices))
+        return self._bases[choices]
 
-    def _base(self, choices: list[str]) -> DictConfig:
-        """What the YAML says under these choices, before any value is typed. Raises ConfigError."""
-        key = tuple(choices)
-        if key not in self._composed:
-            cfg = _compose(choices, self.source, self.roots)
-            chosen = [f"{group}/{option}" for group, option in cfg.hydra.runtime.choices.items()]
-            refuse_unread([self.source.main, *chosen], self.roots)
-            hostile.refuse_untyped(OmegaConf.to_container(cfg.hydra))
-            self._composed[key] = cfg
-        return self._composed[key]
-
-
-def _compose(words: list[str], source: Source, roots: list[Path]) -> DictConfig:
-    """Compose with Hydra, leaving its global state as it was; its errors become one line. Raises ConfigError."""
-    where, own = source.config_path and str(Path(source.config_path).resolve()), source.main_file()
-    hydra_state = GlobalHydra.instance()
-    before = hydra_state.hydra
-    hydra_state.clear()
-    try:
-        if own:
-            hostile.refuse_packages(own, OmegaConf.to_container(OmegaConf.load(own)))
-        module = "kdx.conf"
-        with initialize_config_dir(where, "kdx", "1.3") if where else initialize_config_module(module, "kdx", "1.3"):
-            if source.config_dir:  # as Hydra's own command line does: what is checked must be what is run
-                loader: Any = hydra_state.config_loader()
-                folder, before_schema = f"file://{Path(source.config_dir).resolve()}", SearchPathQuery("schema", None)
-                loader.get_search_path().prepend("command-line", folder, before_schema)
-                loader.repository.initialize_sources(loader.get_search_path())
-            return hydra_compose(source.config_name or "config", words, return_hydra_config=True)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        files = [Path(mark.name)] if mark and Path(mark.name).is_file() else _chosen_first(words, roots)
-        raise _unreadable(files) or ConfigError("YAML", one_line(error), "Mend the YAML") from None
-    except RecursionError:
-        found = _unreadable(_chosen_first(words, roots)) or circular(roots)
-        raise found or ConfigError("config", "its defaults never end", "Mend the YAML") from None
-    except (HydraException, OmegaConfBaseException) as error:
-        package = re.search(r"'hydra/launcher/(joblib|submitit)\w*'", str(error))
-        if package:
-            what = f"needs the package hydra-{package[1]}-launcher, which is not installed"
-            mend = f"pip install hydra-{package[1]}-launcher"
-            raise ConfigError("hydra/launcher", what, mend) from None
-        mend = "See the options in conf/ and your own folder; `python -m kdx --info defaults` lists what was chosen"
-        raise ConfigError("config", one_line(error), mend) from None
-    except (ValueError, OSError, AssertionError) as error:  # a defaults list that is none; a file that holds no keys
-        if getattr(error, "errno", None) is not None:
-            raise
-        found = _unreadable(_chosen_first(words, roots))
-        raise found or ConfigError("config", one_line(error), "Mend the YAML") from None
-    finally:
-        GlobalHydra.instance().hydra = before
-
-
-def _chosen_first(words: list[str], roots: list[Path]) -> list[Path]:
-    """Where to look for what is broken: the files that were chosen, then all beside them."""
-    files = [root / f"{word.replace('=', '/')}.yaml" for word in words for root in roots]
-    return [*(file for file in files if file.is_file()), *roots]
-
-
-def _unreadable(paths: list[Path]) -> ConfigError | None:
-    """The first YAML file, in these or below them, that does not parse, with its line."""
-    for file in (file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.yaml")))):
+    def _compose(self, choices: list[str]) -> _Base:
+        """Compose with Hydra, leaving its global state as it was. Raises ConfigError."""
+        state, name = GlobalHydra.instance(), self.source.config_name or "config"
+        before, path = state.hydra, self.source.config_path
+        state.clear()
         try:
-            OmegaConf.load(file)
-            _ = contents(file)
-        except ConfigError as error:
-            return error
-        except OSError as error:  # OmegaConf's, for a number or text, has no errno
-            if error.errno is not None:
-                raise
-            return no_keys(file)
-        except UnicodeDecodeError as error:
-            return ConfigError(str(file), f"is not UTF-8 (byte {error.start})", "Save it as UTF-8")
-        except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: thousands of digits
+            start = initialize_config_dir(str(Path(path).resolve()), "kdx", "1.3") if path else None
+            with start or initialize_config_module("kdx.conf", "kdx", "1.3"):
+                loader: Any = state.config_loader()
+                if self.source.config_dir:  # as Hydra's own command line adds it
+                    folder = f"file://{Path(self.source.config_dir).resolve()}"
+                    loader.get_search_path().prepend("command-line", folder, SearchPathQuery("schema", None))
+                    loader.repository.initialize_sources(loader.get_search_path())
+                cfg = hydra_compose(name, choices, return_hydra_config=True)
+                keys = dotted(plain(cfg))
+                return _Base(
+                    cfg, [key for key in keys if not key.startswith("hydra")], self._layers(loader, name, choices)
+                )
+        except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
-            place = f"{file}:{mark.line + 1}" if mark else str(file)
-            return ConfigError(place, f"does not parse: {getattr(error, 'problem', None) or error}", "Mend the YAML")
-    return None
+            place = f"{mark.name}:{mark.line + 1}" if mark else "YAML"
+            raise ConfigError(place, f"does not parse: {getattr(error, 'problem', error)}", "Fix the YAML") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError("YAML", f"a file is not UTF-8: {error}", "Save it as UTF-8") from None
+        except (*HYDRA_ERRORS, ValueError, AssertionError, RecursionError) as error:
+            if package := re.search(r"'hydra/launcher/(joblib|submitit)\w*'", str(error)):
+                what, fix = f"needs hydra-{package[1]}-launcher", f"pip install hydra-{package[1]}-launcher"
+                raise ConfigError("hydra/launcher", what, fix) from None
+            hint = "`python -m kdx --info defaults` lists what is composed"
+            raise ConfigError("config", _one_line(error) or "its defaults never end", hint) from None
+        finally:
+            GlobalHydra.instance().hydra = before
+
+    def _layers(self, loader: Any, name: str, choices: list[str]) -> dict[str, tuple[float, str]]:
+        """Find which file set each key of SOURCES last, among all that Hydra merges. Raises ConfigError."""
+        found: dict[str, tuple[float, str]] = {}
+        for at, layer in enumerate(loader.compute_defaults_list(name, choices, RunMode.RUN).defaults):
+            if layer.config_path.startswith("hydra"):
+                continue
+            loaded = loader.repository.load_config(layer.config_path)
+            file, own = f"{layer.config_path}.yaml", self.source.config_dir
+            if own and loaded.path == "pkg://kdx.conf" and (Path(own) / file).is_file():
+                raise ConfigError(f"{own}/{file}", f"is not read: kdx's conf/{file} has the same name", "Rename it")
+            place = "conf" if loaded.path == "pkg://kdx.conf" else loaded.path.removeprefix("file://")
+            place = str(Path(place).relative_to(Path.cwd())) if Path(place).is_relative_to(Path.cwd()) else place
+            prefix = f"{layer.package}." if layer.package else ""
+            keys = dotted(plain(loaded.config), prefix)
+            found |= {key: (at, f"{place}/{file}") for key in SOURCES if key in keys}
+        return found
 
 
-def _apply(word: Override, cfg: DictConfig, known: list[str]) -> list[ConfigError]:
-    """Set one typed value as Hydra will → what is wrong with it, if anything."""
-    key = word.key_or_group
-    is_added = word.is_add() or word.is_force_add()
-    if is_added and (key.split(".")[0] not in cfg or "." not in key):
-        return [ConfigError(f"+{key}", "is not a key of kdx", nearest_key(key, known))]
-    try:
-        ConfigLoaderImpl._apply_overrides_to_config([word], cfg)
-    except (HydraException, OmegaConfBaseException) as error:
-        if is_added and key in known:
-            return [ConfigError(f"+{key}", "is there already", f"Type it without the +: {key}=...")]
-        if key in known or key.startswith("hydra."):
-            return [ConfigError(key, one_line(error), "See `python -m kdx --cfg all`")]
-        group, mend = key.split(".")[0], nearest_key(key, known)
-        if group in OPEN_GROUPS and "." in key and not has_near_name(key, known):
-            mend = f"For an option of what {group}.name names: +{key}=..."
-        return [ConfigError(key, "is not a key of kdx", mend)]
-    return []
+_composer: Callable[[Source], Composer] = functools.cache(Composer)
 
 
-def _free(cfg: DictConfig, where: dict[str, str]) -> list[str]:
-    """Setting one of max_steps and epochs frees the other, where it comes from a layer below → the word for that."""
-    values = [OmegaConf.select(cfg, key, throw_on_missing=False) for key in ("train.max_steps", "train.epochs")]
-    if None in values:
-        return []
-    rank = {key: next(i for i, layer in enumerate(LAYERS) if layer in where[key]) for key in ORIGINS}
-    steps, epochs = rank["train.max_steps"], rank["train.epochs"]
-    if steps == epochs:
-        return []
-    loser = "epochs" if steps < epochs else "max_steps"
-    cfg.train[loser] = None
-    return [f"train.{loser}=null"]
+def words_typed(words: list[str]) -> list[str]:
+    """The words of a run as a person would type them."""
+    return [word.removeprefix("++") for word in words if not word.startswith("hydra.")]
+
+
+def plain(node: Any) -> dict[str, Any]:
+    """A node of a composed config as plain values, unresolved."""
+    return {str(k): v for k, v in OmegaConf.to_container(OmegaConf.create(node)).items()}  # type: ignore[union-attr]
+
+
+def key_of(word: str) -> str:
+    """The key of a word as typed."""
+    return word.lstrip("+~").partition("=")[0]
+
+
+def _spelled(word: Override) -> str:
+    return str(word.input_line)
+
+
+def apply(words: list[Override], cfg: DictConfig) -> list[ConfigError]:
+    """Set typed values as Hydra does → what is wrong with them."""
+    faults = []
+    for word in words:
+        try:
+            ConfigLoaderImpl._apply_overrides_to_config([word], cfg)
+        except HYDRA_ERRORS as error:
+            faults.append(
+                ConfigError(word.key_or_group, _one_line(error), "See all keys with: python -m kdx --cfg all")
+            )
+    for old, new in RENAMED.items():  # in YAML of one's own
+        if (value := OmegaConf.select(cfg, old)) is not None:
+            OmegaConf.update(cfg, new, value, force_add=True)
+            with open_dict(cfg):
+                del OmegaConf.select(cfg, old.rpartition(".")[0])[old.rpartition(".")[2]]
+    return faults
+
+
+def _free(cfg: DictConfig, rank: dict[str, float]) -> None:
+    """Let the later of max_steps and epochs win: the other is null, unless both were set in one place."""
+    for key, other in PAIRS.items():
+        if OmegaConf.select(cfg, key) is not None and rank[key] > rank[other]:
+            OmegaConf.update(cfg, other, None)
+
+
+def _resolved(cfg: DictConfig, faults: list[ConfigError]) -> dict[str, Any]:
+    """Return a composed config as plain values. What is missing or cannot be resolved is left out and reported."""
+
+    def values_of(node: Any, key: str) -> Any:
+        if isinstance(node, ListConfig):
+            return [values_of(item, f"{key}[{i}]") for i, item in enumerate(node)]
+        if not isinstance(node, DictConfig):
+            return node
+        values = {}
+        for name in node:
+            here = f"{key}.{name!s}".lstrip(".")
+            try:
+                if OmegaConf.is_missing(node, name):
+                    faults.append(ConfigError(here, "is missing", f"Set it: {here}=..."))
+                elif here != "hydra":
+                    values[str(name)] = values_of(node[name], here)
+            except OmegaConfBaseException as error:
+                variable = re.search(r"Environment variable '(\w+)'", str(error))
+                what = f"environment variable {variable[1]} is not set" if variable else _one_line(error)
+                faults.append(
+                    ConfigError(here, what, f"Run: export {variable[1]}=..." if variable else "Fix the value")
+                )
+        return values
+
+    tree: dict[str, Any] = values_of(cfg, "")
+    return tree
+
+
+def _one_line(error: Exception) -> str:
+    text = re.split(r"\nSee https|\n\s+full_key:|\n\s*Config search path", str(error))[0]
+    return " ".join(text.split()).rstrip(".")[:300]

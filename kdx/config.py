@@ -1,288 +1,232 @@
-"""The shape of a run: every knob's name, type, range and meaning. Values live in conf/, never here.
+"""The shape of a run: every key's name, type, range and meaning. Values live in conf/, never here."""
 
-A field's range stands in its metadata and is checked by `kdx.check`, before torch is imported.
-`Any` marks a key that takes one or several types (OmegaConf has no `str | list`); `allows` says which.
-"""
-
-import dataclasses
-import math
+import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a name that kdx puts into a path
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a name that becomes part of a path
 COMMIT = re.compile(r"[0-9a-f]{40}")
+OPEN_GROUPS = ("data", "loss", "optim")  # their further keys are options of the source, divergence or optimizer
+
+Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
+"""Text. YAML reads a name such as 2026 as a number; it is taken as text."""
+Path = Annotated[Text, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Above0 = Annotated[float, Field(gt=0)]
+Dtype = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
+Schedule = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts",
+    "cosine_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
 
 
-def one_of(*choices: str) -> Any:
-    return field(metadata={"test": lambda v: v in choices, "range": "one of " + ", ".join(choices), "choices": choices})
+class Group(BaseModel):
+    """A group of keys. Docstrings below a key are its meaning, and part of the hint when a value does not fit."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
-def above(low: float, most: float = math.inf) -> Any:
-    words = f"above {low:g}" + (f", at most {most:g}" if most < math.inf else "")
-    return field(metadata={"test": lambda v: low < v <= most, "range": words})
+class OpenGroup(Group):
+    """A group whose further keys are options of the function or class that `name` chooses."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Text
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The further keys, checked against the function's signature once plug-ins are imported."""
+        return dict(self.model_extra or {})
 
 
-def at_least(low: float, most: float = math.inf) -> Any:
-    words = f"{low:g} or more" + (f", at most {most:g}" if most < math.inf else "")
-    return field(metadata={"test": lambda v: low <= v <= most, "range": words})
-
-
-def between(low: float, high: float) -> Any:
-    return field(metadata={"test": lambda v: low <= v <= high, "range": f"between {low:g} and {high:g}"})
-
-
-def seed() -> Any:
-    return field(metadata={"test": lambda v: 0 <= v < 2**63, "range": "0 or more, and below 2^63"})
-
-
-def matching(pattern: re.Pattern[str], words: str) -> Any:
-    return field(metadata={"test": lambda v: pattern.fullmatch(v) is not None, "range": words})
-
-
-def allows(*kinds: Any, test: Callable[[Any], bool] = lambda v: True, words: str) -> Any:
-    return field(metadata={"kinds": kinds, "test": test, "range": words})
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    path: str | None
+class ModelConfig(Group):
+    path: Path | None
     """Hub id, local folder, or pkg:NAME, a folder inside an installed package."""
-    gguf_file: str | None
+    gguf_file: Text | None
     """A GGUF file inside `path`; it is dequantised once and kept under $KDX_CACHE."""
-    revision: str | None
+    revision: Text | None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool
     """Run the model's own Python code; needs a `revision` that is a commit."""
-    attn_implementation: str
+    attn_implementation: Text
     """auto, or any name transformers knows (eager, sdpa, flash_attention_2)."""
-    tokenizer: str | None
+    tokenizer: Path | None
     """Where the tokenizer is, if not with the model."""
-    base_model: str | None
+    base_model: Text | None
     """What the student's model card names as base_model; null is `path`."""
-    license: str | None
+    license: Text | None
     """The licence for the student's model card."""
 
 
-@dataclass(kw_only=True)
 class TeacherConfig(ModelConfig):
-    precision: str = one_of("auto", "fp32", "bf16", "fp16", "fp64")
+    precision: Dtype
     """Dtype of the frozen weights; auto takes bf16 where the processor has it."""
-    quantization: str = one_of("none", "8bit", "4bit")
+    quantization: Literal["none", "8bit", "4bit"]
     """bitsandbytes quantisation of the frozen weights."""
-    device_map: str | None = one_of("auto")
+    device_map: Literal["auto"] | None
     """auto spreads the teacher over all devices (accelerate)."""
-    micro_batch_size: Any = allows(
-        int, str, test=lambda v: v == "auto" if isinstance(v, str) else v >= 1, words="auto or a number of rows"
-    )
-    """Rows at once in the teacher's pass, which needs less memory than training; auto is the student's."""
-    store: str = one_of("auto", "on", "off")
-    """Keep its hidden states on disk for every run that can use them; auto: if rows are seen more than once."""
-    store_dir: str = matching(re.compile(r".*\S.*", re.DOTALL), "a folder")
-    """Where; runs and sweeps that share a folder share what the teacher said."""
-    store_limit_gb: float | None = above(0)
-    """Most the store may grow to, in 10⁹ bytes; null is what the disk holds, less a tenth."""
+    micro_batch_size: Positive | Literal["auto"]
+    """Rows per forward pass of the teacher, which needs less memory than training; auto is the student's."""
+    store: Literal["auto", "on", "off"]
+    """Cache its final hidden states on disk; auto: if rows are seen more than once."""
+    store_dir: Path
+    """Folder of that cache; runs and sweeps that name the same folder share it."""
+    store_limit_gb: Above0 | None
+    """Largest size of the cache, in 10⁹ bytes; null is what the disk holds, less a tenth."""
 
 
-@dataclass(kw_only=True)
 class StudentConfig(ModelConfig):
-    init: str = one_of("pretrained", "cut", "random")
+    init: Literal["pretrained", "cut", "random"]
     """Where the weights come from: `path`, the teacher's own layers, or fresh ones in the shape of `path`."""
-    layers: Any = allows(
-        int,
-        list,
-        None,
-        test=lambda v: v > 0 if isinstance(v, int) else bool(v) and all(type(i) is int and i >= 0 for i in v),
-        words="a number of layers above 0, or a list of the teacher's layer numbers such as [0,3,29]",
-    )
-    """For init=cut: how many of the teacher's layers (evenly spread, first and last kept), or which."""
-    save_dtype: str = one_of("auto", "fp32", "bf16", "fp16")
-    """Dtype of the saved student; auto is that of the weights it starts from. Training holds fp32 master weights."""
+    layers: Positive | Annotated[list[Count], Field(min_length=1)] | None
+    """For init=cut: how many of the teacher's layers (evenly spread, first and last kept), or which: [0,3,29]."""
+    save_dtype: Literal["auto", "fp32", "bf16", "fp16"]
+    """Dtype of the saved student; auto is the dtype of the weights it started from. Training uses fp32 weights."""
 
 
-@dataclass(kw_only=True)
-class DataConfig:
-    name: str
+class DataConfig(OpenGroup):
+    name: Text
     """The registered source that turns files into conversations."""
-    path: Any = allows(
-        str,
-        list,
-        None,
-        test=lambda v: bool(v) and (isinstance(v, str) or all(isinstance(p, str) and p for p in v)),
-        words="a file, glob, folder, hub data set, or a list of them",
-    )
+    path: Path | Annotated[list[Path], Field(min_length=1)] | None
     """A file (jsonl, json, csv, parquet), glob, folder, a list of them, or a hub data set."""
-    subset: str | None
+    subset: Text | None
     """The hub data set's configuration."""
-    split: str
+    split: Text
     """The hub data set's split to train on."""
-    validation: Any = allows(
-        int,
-        float,
-        str,
-        None,
-        test=lambda v: bool(v) if isinstance(v, str) else v > 0 and (isinstance(v, int) or v < 1),
-        words="a number of rows, a share below 1, a file, split:NAME, or null",
-    )
-    """Held-out rows: rows (int), a share (below 1), a file, `split:NAME`, or null for none."""
-    seed: int = seed()
-    """Chooses the held-out rows and shuffles the rest before `take`; never follows train.seed."""
-    take: int | None = at_least(1)
+    validation: Positive | Share | Annotated[str, Field(min_length=1)] | None
+    """Held-out rows: a number of rows, a share below 1, a file, `split:NAME`, or null for none."""
+    seed: Seed
+    """Chooses the held-out rows and shuffles the rest before `take`; independent of train.seed."""
+    take: Positive | None
     """Train on this many rows of the shuffled rest."""
     shuffle: bool
-    """Shuffle rows anew each epoch (grouped by length); false keeps the file's order."""
-    max_length: int | None = at_least(2)
+    """Shuffle rows each epoch (grouped by length); false keeps the file's order."""
+    max_length: Annotated[int, Field(ge=2)] | None
     """Longest row in tokens; null is what the models can read."""
-    on_long: str = one_of("truncate", "drop", "error")
-    """What becomes of a longer row."""
-    on_bad_row: str = one_of("stop", "skip")
-    """What becomes of a row that is not as the source or the chat template expects; skipped rows are counted."""
-    max_bad_rows: Any = allows(
-        int,
-        float,
-        None,
-        test=lambda v: v >= 0 and (isinstance(v, int) or v < 1),
-        words="a number of rows, a share below 1, or null",
-    )
-    """Most rows that on_bad_row=skip leaves out: rows (int), a share of all rows (below 1), or null for any number."""
+    on_long: Literal["truncate", "drop", "error"]
+    """What to do with a longer row."""
+    on_bad_row: Literal["stop", "skip"]
+    """What to do with a row that the source or the chat template refuses; skipped rows are counted."""
+    max_bad_rows: Count | Annotated[float, Field(ge=0, lt=1)] | None
+    """Most rows that on_bad_row=skip leaves out: a number of rows, a share of all below 1, or null for any number."""
     assistant_only: bool
     """Count only the assistant's tokens and the token that ends its turn in the loss."""
-    chat_template: str | None
+    chat_template: Text | None
     """Jinja text or a file with it, instead of the tokenizer's own template."""
-    options: dict[str, Any]
-    """What the named source takes besides; on the command line and in YAML these stand beside the keys above."""
 
 
-@dataclass(kw_only=True)
-class LossConfig:
-    name: str
+class LossConfig(OpenGroup):
+    name: Text
     """A registered divergence, or cross_entropy (alpha 0)."""
-    alpha: float = between(0, 1)
+    alpha: Annotated[float, Field(ge=0, le=1)]
     """Weight of the distillation term: alpha·KD + (1−alpha)·CE."""
-    temperature: float = above(0, most=1e6)
+    temperature: Annotated[float, Field(gt=0, le=1e6)]
     """Softens both distributions in the distillation term; CE is always at 1."""
     scale_by_temperature: bool
     """Multiply the distillation term by temperature² (Hinton et al., 2015)."""
-    options: dict[str, Any]
-    """The divergence's own options; on the command line they stand beside the keys above (loss.beta=0.3)."""
 
 
-@dataclass(kw_only=True)
-class OptimConfig:
-    name: str = matching(re.compile(r"(torch|bitsandbytes)\.[A-Za-z]\w*"), "torch.CLASS or bitsandbytes.CLASS")
-    """An optimizer class of torch.optim or bitsandbytes.optim."""
-    lr: float = above(0)
+class OptimConfig(OpenGroup):
+    name: Annotated[Text, Field(pattern=r"^(torch|bitsandbytes)\.[A-Za-z]\w*$")]
+    """An optimizer class of torch.optim or bitsandbytes.optim: torch.CLASS or bitsandbytes.CLASS."""
+    lr: Above0
     """Peak learning rate."""
-    weight_decay: float = at_least(0)
+    weight_decay: Annotated[float, Field(ge=0)]
     """Decay of matrices; norms and biases have none."""
-    schedule: str = one_of(
-        "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts",
-        "cosine_with_min_lr", "warmup_stable_decay",
-    )  # fmt: skip
+    schedule: Schedule
     """Learning-rate schedule (transformers' get_scheduler)."""
     schedule_options: dict[str, Any]
-    """What that schedule takes besides (scheduler_specific_kwargs)."""
-    warmup_steps: Any = allows(
-        int,
-        float,
-        test=lambda v: v >= 0 and (isinstance(v, int) or v < 1),
-        words="a number of steps, or a share of all steps below 1",
-    )
+    """Further arguments of that schedule (scheduler_specific_kwargs)."""
+    warmup_steps: Count | Annotated[float, Field(ge=0, lt=1)]
     """Steps of linear warm-up; below 1, a share of all steps."""
-    options: dict[str, Any]
-    """What the optimizer class takes besides; on the command line they stand beside the keys above (optim.eps=1e-6)."""
 
 
-@dataclass(kw_only=True)
-class EarlyStoppingConfig:
-    patience: int | None = at_least(1)
+class EarlyStoppingConfig(Group):
+    patience: Positive | None
     """Evaluations without improvement before stopping; null is off."""
-    min_delta: float = at_least(0)
+    min_delta: Annotated[float, Field(ge=0)]
     """What counts as improvement of the held-out measure."""
 
 
-@dataclass(kw_only=True)
-class TrainConfig:
-    batch_size: int = at_least(1)
+class TrainConfig(Group):
+    batch_size: Positive
     """Rows in one optimizer step, over all processes."""
-    micro_batch_size: Any = allows(
-        int, str, test=lambda v: v == "auto" if isinstance(v, str) else v >= 1, words="auto or a number of rows"
-    )
-    """Rows at once on one device; auto is batch_size ÷ processes. Accumulation is derived."""
-    max_steps: int | None = at_least(0, most=1e9)
+    micro_batch_size: Positive | Literal["auto"]
+    """Rows per forward pass on one device; auto is batch_size ÷ processes. Accumulation is derived."""
+    max_steps: Annotated[int, Field(ge=0, le=10**9)] | None
     """Optimizer steps; exactly one of max_steps and epochs. 0 measures and trains nothing."""
-    epochs: float | None = above(0, most=1e9)
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None
     """Passes over the training rows; exactly one of max_steps and epochs."""
-    max_grad_norm: float | None = above(0)
+    max_grad_norm: Above0 | None
     """Gradients are clipped to this norm; null is off."""
-    precision: str = one_of("auto", "fp32", "bf16", "fp16", "fp64")
+    precision: Dtype
     """Compute precision over fp32 weights; auto takes accelerate's config, else what the hardware has."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: less memory, about a third slower."""
     compile: bool
     """torch.compile the student."""
-    log_every: int = at_least(1)
+    log_every: Positive
     """Steps between log lines."""
-    eval_every: int = at_least(0)
+    eval_every: Count
     """Steps between held-out measures during training; 0 measures at the end only."""
-    save_every: int = at_least(0)
-    """Steps between checkpoints; 0 is none."""
-    save_minutes: float | None = above(0)
-    """Minutes between checkpoints; null is off."""
+    save_every: Count
+    """Steps between checkpoints; 0 leaves it to save_minutes."""
+    save_minutes: Annotated[float, Field(ge=0)] | None
+    """Minutes between checkpoints, besides save_every; null or 0 is off."""
     keep_checkpoints: bool
-    """Keep checkpoints of a run that is done."""
+    """Keep the checkpoints of a finished run, and write one at its last step."""
     early_stopping: EarlyStoppingConfig
-    keep: str = one_of("last", "best")
+    keep: Literal["last", "best"]
     """Which weights become the student: the last step's, or the best held-out measure's."""
-    on_nonfinite: str = one_of("stop", "skip")
-    """What becomes of a step whose loss or gradient is not finite: the run stops before it, or leaves it out."""
-    max_nonfinite: int = at_least(1)
-    """Most steps that on_nonfinite=skip leaves out; one more stops the run."""
-    seed: int = seed()
+    on_nonfinite: Literal["stop", "skip"]
+    """What to do with a step whose loss or gradient is not finite: stop the run before it, or skip it."""
+    max_nonfinite: Positive
+    """Most steps that on_nonfinite=skip skips; one more stops the run."""
+    seed: Seed
     """Order of rows, dropout, fresh weights."""
 
 
-@dataclass(kw_only=True)
-class TrackingConfig:
-    mode: str = one_of("auto", "online", "offline", "disabled")
+class TrackingConfig(Group):
+    mode: Literal["auto", "online", "offline", "disabled"]
     """W&B: auto is WANDB_MODE, then online with a login, else offline."""
-    project: str | None
+    project: Text | None
     """W&B project; null takes WANDB_PROJECT, then kdx."""
-    entity: str | None
+    entity: Text | None
     """W&B entity; null takes WANDB_ENTITY."""
-    name: str | None
-    """Name of the run; null takes WANDB_NAME, then what was typed."""
-    tags: list[str]
+    name: Text | None
+    """Name of the run; null takes WANDB_NAME, then the words typed."""
+    tags: list[Text]
     """W&B tags, besides WANDB_TAGS."""
-    notes: str | None
+    notes: Text | None
     """W&B notes; null takes WANDB_NOTES."""
     samples: bool
-    """Let teacher, untouched student and student answer a few held-out prompts."""
+    """Have teacher, untouched student and student answer a few held-out prompts."""
 
 
-@dataclass(kw_only=True)
-class RunConfig:
-    resume: str | None
-    """A run folder, or `last`: go on in that folder, with its own words and what is typed now."""
-    like: str | None
-    """A run folder: start a new run with its words and what is typed now."""
-    origins: dict[str, str]
-    """Where lr, steps and max_length came from; filled in by kdx for the header."""
+class RunConfig(Group):
+    resume: Text | None
+    """A run folder, or `last`: resume that run with its own config and what is typed now."""
+    like: Text | None
+    """A run folder: start a new run from its words and what is typed now."""
 
 
-@dataclass(kw_only=True)
-class SweepConfig:
-    name: str | None = matching(SAFE_NAME, "letters, digits and . _ -, beginning with a letter or digit")
-    """Name of the sweep; null is made of the swept keys and a short hash of the rest."""
+class SweepConfig(Group):
+    name: Annotated[Text, Field(pattern=f"^{SAFE_NAME.pattern}$")] | None
+    """Name of the sweep: letters, digits and . _ -; null is made of the swept keys and a short hash of the rest."""
     baseline: bool
-    """Run alpha = 0 too, once for each setting of what is swept besides the loss."""
-    keys: list[str]
-    """The swept keys; filled in by kdx."""
+    """Also run alpha=0, once for each setting of what is swept besides the loss."""
+    workers: Positive
+    """Jobs that run at once on this machine, each on a GPU of its own or its share of the cores."""
 
 
-@dataclass(kw_only=True)
-class Config:
+class Config(Group):
     teacher: TeacherConfig
     student: StudentConfig
     data: DataConfig
@@ -294,11 +238,69 @@ class Config:
     sweep: SweepConfig
 
 
-def as_dict(config: Any) -> dict[str, Any]:
-    """A config, or one of its groups, as plain nested values."""
-    return dataclasses.asdict(config)
+def as_dict(config: BaseModel) -> dict[str, Any]:
+    """Return a config, or one of its groups, as plain nested values; options stand beside their group's own keys."""
+    return config.model_dump()
 
 
 def replaced(config: Any, **changes: Any) -> Any:
-    """A copy of a config, or of one of its groups, with some fields changed."""
-    return dataclasses.replace(config, **changes)
+    """Return a copy of a config, or of one of its groups, with some fields changed."""
+    return config.model_copy(update=changes)
+
+
+def dotted(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """List every key of a nested dict, as in optim and optim.lr."""
+    keys = []
+    for name, value in tree.items():
+        keys += [f"{prefix}{name}", *(dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [])]
+    return keys
+
+
+def short_key(key: str, keys: list[str]) -> str:
+    """Return the shortest tail of a dotted key that no other of these keys ends in: `temperature`, but `train.seed`."""
+    parts = key.split(".")
+    tails = (".".join(parts[-n:]) for n in range(1, len(parts)))
+    return next((t for t in tails if sum(k == t or k.endswith(f".{t}") for k in {*keys, key}) == 1), key)
+
+
+def contradictions(config: Config) -> list[tuple[str, str, str]]:
+    """Find values that are fine alone and wrong together → where, what, hint for each."""
+    found = []
+    teacher, student, data, loss, train, optim = (
+        config.teacher, config.student, config.data, config.loss, config.train, config.optim,
+    )  # fmt: skip
+    for group, model in (("teacher", teacher), ("student", student)):
+        path = model.path or ""
+        is_local = not path or path.startswith("pkg:") or os.path.isdir(path)
+        if model.trust_remote_code and not is_local and not COMMIT.fullmatch(model.revision or ""):
+            what = "runs code from the hub, so it needs a revision that is a commit (40 hex digits)"
+            found.append((f"{group}.trust_remote_code", what, f"Pin it: {group}.revision=COMMIT"))
+    if student.init == "cut":
+        if teacher.path is None:
+            found.append(("student", "is cut from the teacher, and there is none", "Choose student=hf"))
+        if student.layers is None:
+            found.append(("student.layers", "is null", "Set how many or which: student.layers=10"))
+    elif student.path is None:
+        found.append(("student.path", "is null", "Set the model: student.path=FOLDER or a hub id"))
+    if teacher.path is None and loss.alpha > 0:
+        what = f"is {loss.alpha:g}, but without a teacher there is nothing to distil from"
+        found.append(("loss.alpha", what, "Choose loss=cross_entropy, or a teacher"))
+    if loss.name == "cross_entropy" and loss.alpha > 0:
+        found.append(("loss.alpha", f"is {loss.alpha:g}, but cross_entropy is alpha 0", "Set loss.alpha=0"))
+    if (train.max_steps is None) == (train.epochs is None):
+        both = "are both set" if train.epochs else "are both null"
+        found.append(("train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"))
+    micro = train.micro_batch_size
+    if isinstance(micro, int) and train.batch_size % micro:
+        what = f"is {train.batch_size}, not a multiple of train.micro_batch_size={micro}"
+        found.append(("train.batch_size", what, f"Try {max(micro, train.batch_size // micro * micro)}"))
+    if train.max_steps and optim.warmup_steps > train.max_steps:
+        what = f"is {optim.warmup_steps}, more than train.max_steps={train.max_steps}"
+        found.append(("optim.warmup_steps", what, f"Expected 0 to {train.max_steps}, or a share below 1"))
+    for key, is_on in (
+        ("train.keep=best", train.keep == "best"),
+        ("train.early_stopping.patience", train.early_stopping.patience is not None),
+    ):
+        if is_on and (data.validation is None or not train.eval_every):
+            found.append((key, "needs held-out measures during training", "Set train.eval_every and data.validation"))
+    return found

@@ -23,7 +23,7 @@ from kdx.config import LossConfig
 from kdx.data.batches import IGNORED, MicroBatch
 from kdx.errors import ConfigError, did_you_mean, together
 from kdx.teacher import Answer
-from kdx.validation import binding_problems
+from kdx.plugins import option_faults
 
 CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: larger chunks mean fewer passes over the head's gradient
 CACHE_BYTES = 2**19  # of one float32 tensor of a block on a CPU, per thread: what stays in its cache
@@ -76,14 +76,14 @@ def mix_of(config: LossConfig) -> Mix:
 def check_loss(config: LossConfig) -> None:
     """Refuse a divergence or options that the registry does not know. Raises ConfigError."""
     if config.name == "cross_entropy":
-        problems = binding_problems(lambda: None, config.options, "loss.", skip=0)
+        faults = option_faults(lambda: None, config.options, "loss.")
     elif config.name not in loss.names():
         hint = f"{did_you_mean(config.name, [*loss.names(), 'cross_entropy'])}. Your own: KDX_PLUGINS=module"
         raise ConfigError("loss.name", f"no divergence is named {config.name!r}", hint)
     else:
-        problems = binding_problems(loss.get(config.name), config.options, "loss.", skip=2)
-    if problems:
-        raise together([ConfigError(*problem) for problem in problems])
+        faults = option_faults(loss.get(config.name), config.options, "loss.", num_given=2)
+    if faults:
+        raise together(faults)
     if config.name != "cross_entropy":
         try:
             loss.check_options(config.name, config.options)  # ranges, and what the function returns

@@ -13,7 +13,7 @@ from transformers import get_scheduler
 
 from kdx.config import OptimConfig
 from kdx.errors import ConfigError, MachineError, did_you_mean, together
-from kdx.validation import binding_problems, show
+from kdx.plugins import option_faults
 
 # The base class; one that calls the loss several times a step; one for sparse gradients; one for matrices only.
 UNFIT = ("Optimizer", "LBFGS", "SparseAdam", "Muon")
@@ -32,13 +32,12 @@ def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
     if name not in known:
         what = f"{library} has no optimizer {name}" + " that trains a student" * (name in UNFIT)
         raise ConfigError("optim.name", what, did_you_mean(name, list(known)))
-    problems = binding_problems(known[name], {"lr": config.lr, **config.options}, "optim.", skip=1)
-    if problems:
-        raise together([ConfigError(*problem) for problem in problems])
+    if faults := option_faults(known[name], {"lr": config.lr, **config.options}, "optim.", num_given=1):
+        raise together(faults)
     for option, value in config.options.items():  # torch would index into these before it checks them
         default = inspect.signature(known[name]).parameters[option].default
         if isinstance(default, tuple) and not (isinstance(value, list) and len(value) == len(default)):
-            what = f"is {show(value)}, expected a list of {len(default)} numbers"
+            what = f"is {value!r}, expected a list of {len(default)} numbers"
             raise ConfigError(f"optim.{option}", what, f"For example {list(default)}")
     return known[name]
 

@@ -1,44 +1,58 @@
-"""The points of a sweep: what they are, and the names of their folders."""
+"""A sweep: its points and their names, and how processes that typed the same command share its jobs.
 
-import hashlib
+A job's lock is the queue. Every process goes through the points once and does those that are neither done nor held.
+"""
+
 import itertools
-import json
 import math
+import os
 import re
-from dataclasses import asdict
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from kdx.config import Config
-from kdx.errors import ConfigError
+from kdx import plugins
+from kdx.config import Config, as_dict
+from kdx.errors import ConfigError, InUseError, KdxError, printable
+from kdx.run.claim import claim
+from kdx.run.devices import share_cores, take_gpu
+from kdx.run.folder import Record, RunFolder
+from kdx.run.identity import config_identity, digest
+from kdx.run.signals import STOPS
 
-# What cannot change the student is not part of a job's or a sweep's identity.
-NOT_IDENTITY = ("run", "sweep", "tracking")
-NOT_IDENTITY_IN = {
-    "train": ("log_every", "save_every", "keep_checkpoints"),
-    "teacher": ("store", "store_dir", "store_limit_gb"),
-}
-MOST_POINTS = 10_000
-LONGEST_PART = 60  # letters of a value in a folder's name; the hash tells long ones apart
+MAX_POINTS = 10_000
+MAX_LETTERS = 60  # of a value in a folder's name; the hash tells long ones apart
+STARTED = "KDX_SWEEP_STARTED"  # in the environment of a worker: when its command started
+Guarded = Callable[[Callable[[], int], Path], int]  # call a function and report its error → the exit code
+
+
+# Points and names
 
 
 def swept_keys(words: list[Override]) -> list[str]:
-    """The keys that have several values, in the order typed; of a key typed twice the last counts."""
-    last = {word.get_key_element(): word for word in words}
-    return [key.lstrip("+~") for key, word in last.items() if word.is_sweep_override()]
+    """Return the keys that have several values, in the order typed; of a key typed twice the last counts."""
+    last = {word.get_key_element().lstrip("+~"): word for word in words}
+    return [key for key, word in last.items() if word.is_sweep_override()]
 
 
 def is_empty(word: Override) -> bool:
-    """Whether a word sweeps over nothing, as a pattern that no option fits."""
-    is_some = not word.is_sweep_override() or isinstance(word.value(), IntervalSweep)
-    return not is_some and next(word.sweep_string_iterator(), None) is None
+    """Whether a word sweeps over nothing, such as a glob that no option matches."""
+    has_values = not word.is_sweep_override() or isinstance(word.value(), IntervalSweep)
+    return not has_values and next(word.sweep_string_iterator(), None) is None
 
 
 def points(words: list[Override]) -> list[list[str]]:
-    """Every combination of the swept values as the words of a single run; of an interval, its ends.
+    """Return every combination of the swept values as the words of a single run; of an interval, its two ends.
 
-    Raises ConfigError if they are more than anybody runs.
+    Raises ConfigError if there are more than anybody runs.
     """
     values: dict[str, list[str]] = {}
     for word in words:
@@ -46,107 +60,273 @@ def points(words: list[Override]) -> list[list[str]]:
         if isinstance(interval := word.value(), IntervalSweep):
             values[key] = [f"{key}={interval.start}", f"{key}={interval.end}"]
         elif word.is_sweep_override():
-            some = itertools.islice(word.sweep_string_iterator(), MOST_POINTS + 1)
+            some = itertools.islice(word.sweep_string_iterator(), MAX_POINTS + 1)
             values[key] = [f"{key}={value}" for value in some]
         else:
             values[key] = [str(word.input_line)]
-    if math.prod(map(len, values.values())) > MOST_POINTS:
-        what = f"has more than {MOST_POINTS:,} points"
+    if math.prod(map(len, values.values())) > MAX_POINTS:
+        what = f"has more than {MAX_POINTS:,} points"
         raise ConfigError("sweep", what, "Sweep over fewer values, or in parts under one sweep.name")
     return [list(point) for point in itertools.product(*values.values())]
 
 
-def sweep_name(keys: list[str], configs: list[Config]) -> str:
-    """A sweep's name: its keys and a short hash of what its points have in common, the same on any day."""
-    common = _identity(configs[0])
-    for config in configs[1:]:
-        common = _common(common, _identity(config))
-    for key in keys:  # a swept group's options differ by themselves
-        if "." in key:
-            _drop(common, key.split("."))
-    return "-".join([*(_safe(_short(key)) for key in keys), _digest(common)])
-
-
-def job_name(keys: list[str], config: Config) -> str:
-    """A job's name: its point and a short hash of its typed config, as temperature-2_alpha-0.7_1a2b3c."""
-    tree = asdict(config)
-    parts = ["baseline"] if config.loss.alpha == 0 and "loss.alpha" not in keys else []
-    for key in keys:
-        if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
-            continue  # without a distillation term the rest of `loss` says nothing
-        value = _find(tree, key.split("."))
-        if isinstance(value, dict):  # a group: named by what sets its options apart
-            value = next((value[k] for k in ("name", "path", "init") if value.get(k)), key)
-        is_part = key.split(".")[0] in tree  # an experiment is told by the hash
-        parts.append(f"{_short(key)}-{_safe(str(_whole(value)))}" if is_part else _safe(key))
-    return "_".join([*parts, _digest(identity(config))])
-
-
 def baseline_words(words: list[Override]) -> list[str]:
-    """The same sweep without a teacher: what is typed of the loss gives way to alpha = 0."""
+    """Return the words of the same sweep without distillation: alpha = 0 in place of all that is typed of the loss."""
     return [*(str(w.input_line) for w in words if w.key_or_group.split(".")[0] != "loss"), "loss.alpha=0"]
 
 
-def missing_baselines(points: list[Config], baselines: list[Config]) -> int:
-    """How many distinct baselines are not among the points themselves."""
-    return len({_digest(identity(config)) for config in baselines} - {_digest(identity(c)) for c in points})
+def missing_baselines(configs: list[Config], baselines: list[Config]) -> int:
+    """Count the distinct baselines that are not among the points themselves."""
+    own, wanted = ({digest(config_identity(c)) for c in group} for group in (configs, baselines))
+    return len(wanted - own)
 
 
-def identity(config: Config) -> dict[str, Any]:
-    """The part of a config that decides which student comes out."""
-    tree = _identity(config)
-    if tree["loss"]["alpha"] == 0:  # whatever the rest of `loss` says
-        tree["loss"] = "cross_entropy"
-    return tree
+def sweep_name(keys: list[str], configs: list[Config]) -> str:
+    """Name a sweep by its keys and a hash of what its points have in common, the same on any day."""
+    values: dict[str, list[Any]] = {}
+    for config in configs:
+        for key, value in config_identity(config).items():
+            values.setdefault(key, []).append(value)
+    common = {k: some[0] for k, some in values.items() if k not in keys and all(v == some[0] for v in some)}
+    return "-".join([*(_safe(_short(key, keys)) for key in keys), digest(common)])
 
 
-def _identity(config: Config) -> dict[str, Any]:
-    tree = {k: v for k, v in asdict(config).items() if k not in NOT_IDENTITY}
-    for group, keys in NOT_IDENTITY_IN.items():
-        tree[group] = {k: v for k, v in tree[group].items() if k not in keys}
-    return tree
+def job_name(keys: list[str], config: Config) -> str:
+    """Name a job by its point and a hash of its config: temperature-2_alpha-0.7_1a2b3c."""
+    tree = as_dict(config)
+    parts = ["baseline"] if config.loss.alpha == 0 and "loss.alpha" not in keys else []
+    for key in keys:
+        if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
+            continue  # the rest of the loss is not used
+        value = _find(tree, key.split("."))
+        if isinstance(value, dict):  # a group
+            value = next((value[k] for k in ("name", "path", "init") if value.get(k)), key)
+        is_typed = key.split(".")[0] in tree  # not an experiment
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
+        parts.append(f"{_short(key, keys)}-{_safe(str(value))}" if is_typed else _safe(key))
+    return "_".join([*parts, digest(config_identity(config))])
 
 
 def _find(node: Any, parts: list[str]) -> Any:
-    """A value of a config as a tree; an option of an open group stands in its `options`."""
     for part in parts:
-        if not isinstance(node, dict):
-            return None
-        node = node[part] if part in node else node.get("options", {}).get(part)
+        node = {**node, **node.get("options", {})}.get(part) if isinstance(node, dict) else None
     return node
 
 
-def _drop(node: dict[str, Any], parts: list[str]) -> None:
-    for part in parts[:-1]:
-        node = node.get(part, {})
-    for holder in (node, node.get("options", {})):
-        holder.pop(parts[-1], None)
-
-
-def _common(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What two trees agree on."""
-    both = {k: (v, other[k]) for k, v in one.items() if k in other}
-    nested = {k: _common(v, w) for k, (v, w) in both.items() if isinstance(v, dict) and isinstance(w, dict)}
-    return {k: v for k, (v, w) in both.items() if v == w} | nested
-
-
-def _short(key: str) -> str:
-    return key.rsplit(".", 1)[-1]
+def _short(key: str, keys: Sequence[str]) -> str:
+    """Return the shortest tail of a key that no other of these keys ends in."""
+    tails = [key.split(".", n)[-1] for n in range(key.count("."), -1, -1)]
+    return next(tail for tail in tails if sum(f".{other}".endswith(f".{tail}") for other in keys) <= 1)
 
 
 def _safe(text: str) -> str:
-    """A part of a folder's name: letters, digits, . and -."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", text)[:LONGEST_PART].strip("-.") or "x"
+    """Make a part of a folder's name: letters, digits, . and -."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text)[:MAX_LETTERS].strip("-.") or "x"
 
 
-def _digest(tree: Any) -> str:
-    """Six hex digits, the same for equal trees; 1 and 1.0 are equal."""
-    return hashlib.sha256(json.dumps(_whole(tree), sort_keys=True, default=str).encode()).hexdigest()[:6]
+# Jobs
+
+_failed: set[Path] = set()  # in this process
+_round = 0  # of decisions that the ranks have agreed on
 
 
-def _whole(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: _whole(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_whole(value) for value in node]
-    return int(node) if isinstance(node, float) and node.is_integer() else node
+def started() -> float:
+    """Return when this command started, in seconds since 1970; its workers share it."""
+    return float(os.environ.get(STARTED) or time.time())
+
+
+def run(
+    folder: Path,
+    jobs: dict[Path, Config],
+    parts: list[list[str]],
+    launch: Callable[[list[str]], None],
+    *,
+    since: float,
+    workers: int = 1,
+    argv: Sequence[str] = (),
+) -> int:
+    """Do what is left of a sweep, in `workers` processes, and compare → the exit code. Raises ConfigError.
+
+    jobs: by their folders; empty where a sweeper chooses the points as it goes. parts: the words of the baselines' sweep
+    and of the points'. launch: has Hydra sweep over such words and call do_job for each point. argv: what was typed.
+    """
+    _failed.clear()
+    if workers > 1 and not _is_worker():
+        if not jobs or _num_ranks() > 1:
+            what = f"is {workers}, but workers share only points that are known in advance, without torchrun"
+            raise ConfigError("sweep.workers", what, "Leave it out")
+        code = _run_workers(min(workers, len(jobs)), argv, since)
+        if code not in (0, 5):
+            return code
+    else:
+        for words in parts:
+            launch(words)
+    if _is_worker() or not _is_main():  # the parent, or rank 0, reports
+        return 5 if _failed else 0
+    return _report(folder, jobs, since)
+
+
+def do_job(
+    config: Config, record: Record, folder: Path, guarded: Guarded, *, since: float, is_shared: bool, is_own_gpu: bool
+) -> float:
+    """Do one job of a sweep → its measure; infinity if it failed or was passed over. Exits after a signal.
+
+    A job is passed over if it is done, held by another process, or failed since the command started. One that fails
+    does not stop the others.
+
+    is_shared: whether jobs may be passed over; a sweeper that chooses points by their measures needs every one.
+    is_own_gpu: whether the job needs a GPU for itself, because others run beside it.
+    """
+    measure, is_tried = math.inf, False
+
+    def work() -> int:
+        nonlocal measure, is_tried
+        reason = _agreed(lambda: _why_not(config, folder, since)) if is_shared else ""
+        if _is_main():
+            print(f"kdx: {folder}{reason and f': {reason}'}", flush=True)
+        if reason:
+            return 0
+        is_tried = True
+        try:
+            measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or _is_worker())
+        except InUseError as error:  # another process was faster
+            if not is_shared or _num_ranks() > 1:
+                raise
+            print(f"kdx: {error}", flush=True)
+        return 0
+
+    code = guarded(work, folder)
+    if code > 128 or (code and _num_ranks() > 1):  # a signal, or an error for which the other ranks would wait
+        sys.exit(code)
+    if code:
+        _failed.add(folder)
+    if is_tried and _is_main():
+        _write_page(folder.parent)
+    return measure
+
+
+def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool = False) -> float:
+    """Start or resume one run → the measure that a sweep compares. Raises KdxError, Stopped. Imports torch."""
+    plugins.load()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries; read when they are imported
+    take_gpu(is_own=is_own_gpu)
+    from kdx.distill import distill
+
+    return distill(config, folder, record).measure
+
+
+def _why_not(config: Config, folder: Path, since: float) -> str:
+    """Say why a job is not to be done now; empty if it is. Raises ConfigError if the folder has another run."""
+    run = RunFolder(folder)
+    if run.is_done(config):
+        return "done already"
+    if holder := run.holder():
+        return f"in use by {holder}, passed over"
+    return "failed since this command started, not tried again" if _has_failed(run, since) else ""
+
+
+def _has_failed(run: RunFolder, since: float) -> bool:
+    is_failed = run.status().get("state") in ("failed", "diverged")
+    return is_failed and (run.path / "status.json").stat().st_mtime >= since
+
+
+def _agreed(decide: Callable[[], str]) -> str:
+    """Decide in rank 0 and return that in every rank."""
+    if _num_ranks() == 1:
+        return decide()
+    from torch.distributed import PrefixStore, rendezvous
+
+    global _round
+    _round += 1
+    store, rank, _ = next(rendezvous("env://"))
+    store = PrefixStore("kdx", store)
+    store.set_timeout(timedelta(days=1))  # rank 0 may have to hash the weights of a large teacher
+    if rank == 0:
+        store.set(str(_round), decide())
+    return str(store.get(str(_round)).decode())
+
+
+def _run_workers(number: int, argv: Sequence[str], since: float) -> int:
+    """Run the same command in several processes and forward signals to them → the worst exit code."""
+    workers: list[subprocess.Popen[bytes]] = []
+    noted: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        noted.append(number)
+        for worker in workers:
+            worker.send_signal(number)
+
+    before = {n: signal.signal(n, forward) for n in STOPS if signal.getsignal(n) != signal.SIG_IGN}
+    share_cores(number)
+    environment = os.environ | {STARTED: repr(since), "TTY_COMPATIBLE": "0"}  # lines, not bars: they share a terminal
+    while len(workers) < number and not noted:
+        workers.append(subprocess.Popen([sys.executable, "-m", "kdx", *argv], env=environment))
+    if noted:  # by whom the last one was not there yet
+        forward(noted[0], None)
+    codes = [worker.wait() for worker in workers]
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return max(128 - code if code < 0 else code for code in codes)
+
+
+def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
+    """Say what failed, what others hold and what is left; if nothing is, compare → the exit code."""
+    failed, held, left = {}, {}, {}
+    known = jobs or dict.fromkeys(sorted(file.parent for file in folder.glob("*/status.json")))
+    for path, config in known.items():
+        run = RunFolder(path)
+        status = run.status()
+        state, reason = status.get("state", "not started"), status.get("reason", "")
+        try:
+            if state == "done" and (config is None or run.is_done(config)):
+                continue
+        except KdxError as error:
+            failed[path] = str(error).splitlines()[0].removeprefix(f"{path}: ")
+        else:
+            if holder := run.holder():
+                held[path] = holder
+            elif path in _failed or _has_failed(run, since):
+                failed[path] = f"{state}: {reason}" if reason else "see its error above"
+            else:
+                left[path] = state
+    if not held and not left:
+        _print_comparison(folder, since)
+    for what, found in (("failed", failed), ("held by other processes", held), ("left", left)):
+        if found:
+            rows = [f"  {path}  {printable(why)}" for path, why in found.items()]
+            print(f"kdx: {len(found)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
+    if left:
+        print("kdx: type the same command again to do what is left", file=sys.stderr)
+    return 5 if failed else 0
+
+
+def _print_comparison(folder: Path, since: float) -> None:
+    """Write and print the comparison, unless another process has done so since this command started."""
+    mark = folder / ".compared"
+    with suppress(InUseError), claim(folder):
+        if not mark.exists() or mark.stat().st_mtime < since:
+            _write_page(folder, is_printed=True)
+            mark.touch()
+
+
+def _write_page(folder: Path, *, is_printed: bool = False) -> None:
+    """Compare the sweep so far. An error there must not end the sweep."""
+    from kdx.compare import compare, main
+
+    try:
+        _ = main([str(folder)]) if is_printed else compare([folder], folder)
+    except Exception as error:
+        print(f"kdx: no comparison of {folder}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+
+
+def _is_worker() -> bool:
+    return STARTED in os.environ
+
+
+def _num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"

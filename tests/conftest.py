@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,9 +157,7 @@ def data_config() -> Callable[..., DataConfig]:
 
     def make(choice: str, **changes: Any) -> DataConfig:
         values = _data_group(choice) | {"validation": None} | changes
-        known = {field.name for field in fields(DataConfig)} - {"options"}
-        options = {name: value for name, value in values.items() if name not in known}
-        return DataConfig(**{name: values[name] for name in known}, options=options)
+        return DataConfig(**values)
 
     return make
 

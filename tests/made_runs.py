@@ -25,14 +25,17 @@ BASE: dict[str, Any] = {  # config.yaml of the default run
     "student": MODEL | {"init": "cut", "layers": 10, "save_dtype": "fp32"},
     "data": {
         "name": "chitchat", "path": "pkg:chitchat_dataset", "split": "train", "validation": 128, "seed": 0,
-        "max_length": 192, "assistant_only": True, "options": {"min_turns": 4, "max_turns": 12},
+        "max_length": 192, "assistant_only": True, "min_turns": 4, "max_turns": 12,
     },
-    "loss": {"name": "forward_kl", "alpha": 0.7, "temperature": 2.0, "scale_by_temperature": True, "options": {}},
-    "optim": {"name": "torch.AdamW", "lr": 0.0015, "schedule": "cosine", "options": {"betas": [0.9, 0.999]}},
-    "train": {"batch_size": 4, "max_steps": 208, "log_every": 10, "eval_every": 26, "keep": "last", "seed": 0},
+    "loss": {"name": "forward_kl", "alpha": 0.7, "temperature": 2.0, "scale_by_temperature": True},
+    "optim": {"name": "torch.AdamW", "lr": 0.0015, "schedule": "cosine", "betas": [0.9, 0.999]},
+    "train": {
+        "batch_size": 4, "max_steps": 208, "log_every": 10, "eval_every": 26, "keep": "last", "seed": 0,
+        "early_stopping": {"patience": None, "min_delta": 0.0}, "on_nonfinite": "stop", "max_nonfinite": 10,
+    },
     "tracking": {"mode": "auto", "name": None, "samples": True},
-    "run": {"resume": None, "like": None, "origins": {"optim.lr": "conf/recipe/cut.yaml"}},
-    "sweep": {"name": None, "keys": []},
+    "run": {"resume": None, "like": None},
+    "sweep": {"name": None},
 }  # fmt: skip
 
 
@@ -72,18 +75,22 @@ def write_run(
     noise: float = 0.03,
     curve: int = 8,
     say: str = "I am fine, thank you.",
+    steps: int = 208,
+    swept: Sequence[str] = (),
     **keys: Any,
 ) -> Path:
-    """Write a run folder: config, status and, of a run that is done, all the rest."""
+    """Write a run folder: config, status, record and, of a run that is done, all the rest."""
     folder.mkdir(parents=True)
     tree = config(**keys)
     _write_json(folder / "status.json", {
-        "state": state, "reason": reason, "step": 208 if state == "done" else 57, "max_steps": 208,
+        "state": state, "reason": reason, "step": steps if state == "done" else 57, "max_steps": steps,
         "updated": "2026-11-24T02:45:09+0000", "owner": {"pid": 1, "host": "here", "boot_id": ""},
     })  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    _write_json(folder / "record.json", {"swept": list(swept), "sources": {"optim.lr": "conf/recipe/cut.yaml"}})
     if state != "done":
         return folder
+    tokens = 151_000 * steps // 208
     rows = make_rows(levels(tree) | (means or {}), noise, seed=_own_seed(folder.name))
     write_lines(folder / "eval_rows.jsonl", rows)
     student = means_of(rows)
@@ -95,8 +102,8 @@ def write_run(
         "student": student | {"num_parameters": 64_000_000, "num_bytes": 256_000_000},
         "untouched": untouched,
         "teacher": teacher,
-        "run": {"name": folder.name, "steps": 208, "kept_step": 208, "stopped_by": "max_steps", "tokens": 151_000,
-                "counted_tokens": 61_000, "seconds": 151_000 / speed + 20, "tokens_per_second": speed},
+        "run": {"name": folder.name, "steps": steps, "kept_step": steps, "stopped_by": "max_steps", "tokens": tokens,
+                "counted_tokens": 61_000, "seconds": tokens / speed + 20, "tokens_per_second": speed},
         "data": {"num_rows": 832, "num_validation_rows": NUM_ROWS, "fingerprint": "aa00aa00aa00aa00",
                  "counted_validation_tokens": sum(row["counted"] for row in rows),
                  "validation_fingerprint": fingerprint},
@@ -105,7 +112,7 @@ def write_run(
     points = []
     for i in range(1, curve + 1):
         share = i / curve
-        points.append({"step": 26 * i, "tokens": int(151_000 * share), "counted_tokens": int(61_000 * share)})
+        points.append({"step": 26 * i, "tokens": int(tokens * share), "counted_tokens": int(61_000 * share)})
         fall = 1 + 1.6 * math.exp(-4 * share) - 1.6 * math.exp(-4)
         for name in ("ce", "kl"):
             points[-1][f"eval/{name}"] = None if student[name] is None else student[name] * fall
@@ -153,7 +160,7 @@ def write_sweep(
     folder: Path, temperatures: Sequence[float], alphas: Sequence[float], *, baseline: bool = True, **keys: Any
 ) -> Path:
     """A sweep of temperature and alpha as it lies on disk."""
-    keys |= {"sweep__name": folder.name, "sweep__keys": ["loss.temperature", "loss.alpha"]}
+    keys |= {"sweep__name": folder.name, "swept": ["loss.temperature", "loss.alpha"]}
     for temperature in temperatures:
         for alpha in alphas:
             place = folder / f"temperature-{temperature:g}_alpha-{alpha:g}_1a2b3c"

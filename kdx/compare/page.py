@@ -5,7 +5,6 @@ Jinja escapes all text; pictures are SVG images that hold no text of the runs.
 
 import base64
 import io
-from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,18 @@ from typing import Any
 import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from kdx.compare import tables
-from kdx.compare.ranking import RANKED_BY, Comparison, Point, Ranking, as_text, listed, shown
+from kdx.compare.ranking import RANKED_BY, Comparison, Point, Ranking, shown
 
 # Okabe and Ito's colors, which color-blind people can tell apart, and shapes: one look each for a few students.
 LOOKS = [
     ("#0072B2", "o", "●"), ("#D55E00", "s", "■"), ("#009E73", "^", "▲"),
     ("#CC79A7", "D", "◆"), ("#56B4E9", "v", "▼"), ("#E69F00", "P", "✚"),
 ]  # fmt: skip
-BASELINE, OTHER = ("#000000", "X", "✖"), ("#b4b9c0", ".", "·")
+BASELINE, OTHER = ("#000000", "X", "✖"), ("#b4b9c0", ".", "●")
 HEAT_MAPS = {"kl": "lower", "ce": "lower", "agreement": "higher"}  # measure → which is better
 MOST_HEAT_MAPS = 4  # settings of everything but τ and α that get heat maps of their own
 STYLE: dict[Any, Any] = {
@@ -43,33 +41,33 @@ def page(comparison: Comparison) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     with matplotlib.rc_context(STYLE):
-        sections = [_section(ranking, comparison.names) for ranking in comparison.rankings]
+        sections = [_section(ranking) for ranking in comparison.rankings]
     template = environment.get_template("page.html.j2")
     return template.render(c=comparison, sections=sections, t=tables, OTHER=OTHER, zip_longest=zip_longest)
 
 
-def _section(ranking: Ranking, names: dict[str, str]) -> dict[str, Any]:
+def _section(ranking: Ranking) -> dict[str, Any]:
     """Collect what the template needs of one ranking."""
     looks = looks_of(ranking)
     pictures = [front_picture(ranking, looks), *(curves_picture(ranking, looks, measure) for measure in RANKED_BY)]
     return {
         "ranking": ranking, "looks": looks, "pictures": [picture for picture in pictures if picture],
-        "heat_maps": heat_maps(ranking, names), "prompts": prompts_of(ranking),
+        "heat_maps": heat_maps(ranking), "prompts": prompts_of(looks),
     }  # fmt: skip
 
 
 def looks_of(ranking: Ranking) -> Looks:
     """Give colors and shapes to a few students: the best, those on the front, and the first baseline; the rest are gray."""
     ordered = [order[0] for measure in RANKED_BY if (order := ranking.by(measure))] + ranking.front + ranking.points
-    students = dict.fromkeys(point for point in ordered if not point.is_baseline)
+    students = dict.fromkeys(point for point in ordered if not point.baseline)
     looks = dict(zip(students, LOOKS, strict=False))
-    baseline = next((point for point in ranking.points if point.is_baseline), None)
+    baseline = next((point for point in ranking.points if point.baseline), None)
     return looks | ({baseline: BASELINE} if baseline else {})
 
 
 def front_picture(ranking: Ranking, looks: Looks) -> dict[str, str] | None:
     """Draw CE against KL with the Pareto front; None for fewer than two students."""
-    pairs = {p: (p.measures["kl"], p.measures["ce"]) for p in ranking.points if {"kl", "ce"} <= p.rank.keys()}
+    pairs: dict[Point, Any] = {p: (p.measures["kl"], p.measures["ce"]) for p in ranking.by("kl")}
     if len(pairs) < 2:
         return None
     figure, axes = _figure("CE against KL; the line is the Pareto front", "KL to the teacher", "CE of the labels")
@@ -78,37 +76,33 @@ def front_picture(ranking: Ranking, looks: Looks) -> dict[str, str] | None:
     for point, (kl, ce) in reversed(pairs.items()):
         color, marker, _ = looks.get(point, OTHER)
         axes.scatter(kl, ce, s=50 if point in looks else 30, color=color, marker=marker, zorder=2 + (point in looks))
-    return _image(figure, f"CE against KL. On the Pareto front: {listed(p.label for p in ranking.front)}")
+    return _image(figure, f"CE against KL. On the Pareto front: {'; '.join(p.label for p in ranking.front)}")
 
 
 def curves_picture(ranking: Ranking, looks: Looks, measure: str) -> dict[str, str] | None:
-    """Draw a held-out measure over tokens, one line a run; None if no run was measured while training."""
-    curves = [
-        (point, [(line["tokens"], line[f"eval/{measure}"]) for line in run.curve if line.get(f"eval/{measure}")])
-        for point in ranking.points
-        for run in point.runs
-    ]
-    curves = [(point, curve) for point, curve in curves if len(curve) > 1]
-    if not curves:
-        return None
-    name = tables.HEADINGS[measure]
+    """Draw a held-out measure over tokens, one line a run; None if no run was measured during training."""
+    name, key = tables.HEADINGS[measure], f"eval/{measure}"
     figure, axes = _figure(f"Held-out {name} over training", "tokens", "")
-    for point, curve in curves:
+    late = []
+    for point in ranking.points:
         color, marker, _ = looks.get(point, OTHER)
-        is_named = point in looks
-        axes.plot(*zip(*curve, strict=True), color=color, marker=marker if is_named else "", markevery=[-1],
-                  linestyle="--" if point.is_baseline else "-", linewidth=1.5 if is_named else 0.7,
-                  zorder=2 + is_named)  # fmt: skip
-    late = [value for _, curve in curves for _, value in curve[len(curve) // 3 :]]
-    margin = 0.06 * (max(late) - min(late)) or None
-    if margin:  # the steep start would flatten what tells the runs apart
+        style = {"marker": marker, "linewidth": 1.5, "zorder": 3} if point in looks else {"linewidth": 0.7}
+        for run in point.runs:
+            curve = [(line["tokens"], line[key]) for line in run.curve if line[key] is not None]
+            if len(curve) > 1:
+                dashes = "--" if point.baseline else "-"
+                axes.plot(*zip(*curve, strict=True), color=color, linestyle=dashes, markevery=[-1], **style)
+                late += [value for _, value in curve[len(curve) // 3 :]]
+    if not late:
+        return None
+    if margin := 0.06 * (max(late) - min(late)):  # the steep start would flatten what tells the runs apart
         axes.set_ylim(min(late) - margin, max(late) + margin)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     return _image(figure, f"Held-out {name} over tokens, one line for each run")
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.8, 3.3), layout="constrained")
+    figure = Figure(figsize=(4.2, 3.0), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel=x, ylabel=y)
     return figure, axes
 
@@ -120,61 +114,37 @@ def _image(figure: Figure, alt: str) -> dict[str, str]:
     return {"src": f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}", "alt": alt}
 
 
-def heat_maps(ranking: Ranking, names: dict[str, str]) -> list[dict[str, Any]]:
-    """Lay out measures over τ and α as colored cells, for each setting of the other keys under which both vary."""
+def heat_maps(ranking: Ranking) -> list[dict[str, Any]]:
+    """Lay out measures over τ and α, for each setting of the other keys under which both vary."""
     axes = ("loss.temperature", "loss.alpha")
-    groups: dict[str, dict[Any, Point]] = {}
-    settings: dict[str, str] = {}
+    settings: dict[str, dict[Any, Point]] = {}
     for point in ranking.points:
-        at = tuple(point.runs[0].config.get(axis) for axis in axes)
-        if not point.is_baseline and None not in at:
-            rest = {key: value for key, value in point.values.items() if key not in axes}
-            groups.setdefault(as_text(rest), {})[at] = point
-            settings[as_text(rest)] = ", ".join(f"{names.get(key, key)} {shown(value)}" for key, value in rest.items())
-    maps = []
-    for setting, points in groups.items():
+        if not point.baseline:
+            rest = [f"{ranking.names.get(k, k)} {shown(v)}" for k, v in point.values.items() if k not in axes]
+            settings.setdefault(", ".join(rest), {})[tuple(point.runs[0].config.get(axis) for axis in axes)] = point
+    maps: list[dict[str, Any]] = []
+    for setting, points in settings.items():
         temperatures, alphas = (sorted({at[i] for at in points}) for i in (0, 1))
-        if len(temperatures) > 1 and len(alphas) > 1 and len(maps) < MOST_HEAT_MAPS:
-            parts = [_heat_map(points, measure, temperatures, alphas) for measure in HEAT_MAPS]
-            maps.append({"setting": settings[setting], "alphas": alphas, "parts": [part for part in parts if part]})
+        if min(len(temperatures), len(alphas)) > 1 and len(maps) < MOST_HEAT_MAPS:
+            parts = [_heat_map(points, measure) for measure in HEAT_MAPS]
+            maps.append({"setting": setting, "temperatures": temperatures[::-1], "alphas": alphas, "parts": parts})
     return maps
 
 
-def _heat_map(
-    points: dict[Any, Point], measure: str, temperatures: Sequence[float], alphas: Sequence[float]
-) -> dict[str, Any] | None:
-    values = {at: value for at, point in points.items() if (value := point.measures[measure]) is not None}
-    if not values:
-        return None
-    low, high = min(values.values()), max(values.values())
+def _heat_map(points: dict[Any, Point], measure: str) -> dict[str, Any]:
+    """Return the cells of a heat map: (τ, α) → text and how good it is, from 0, the worst, to 1, the best."""
     better = HEAT_MAPS[measure]
-    colors = matplotlib.colormaps["cividis" if better == "higher" else "cividis_r"]
-    places = tables.decimals(values.values())
-    rows = []
-    for temperature in reversed(temperatures):
-        cells = []
-        for alpha in alphas:
-            value = values.get((temperature, alpha))
-            share = 0.5 if value is None or low == high else (value - low) / (high - low)
-            is_light = (share if better == "higher" else 1 - share) > 0.5
-            cells.append({
-                "text": "" if value is None else f"{value:.{places}f}", "color": "#000" if is_light else "#fff",
-                "background": "none" if value is None else to_hex(colors(share)),
-                "is_best": value == (high if better == "higher" else low),
-            })  # fmt: skip
-        rows.append((temperature, cells))
-    return {"title": f"{tables.HEADINGS[measure]} ({better} is better)", "rows": rows}
+    values = {at: value for at, point in points.items() if (value := point.measures[measure]) is not None}
+    ordered = sorted(values.values(), reverse=better == "lower") or [0.0]
+    span, places = ordered[-1] - ordered[0] or 1.0, tables.decimals(ordered, most=4)
+    cells = {at: (f"{value:.{places}f}", (value - ordered[0]) / span) for at, value in values.items()}
+    return {"title": f"{tables.HEADINGS[measure]} ({better} is better)", "cells": cells}
 
 
-def prompts_of(ranking: Ranking) -> list[dict[str, Any]]:
-    """Put the answers to each prompt side by side: (point or None, who, text). Of several seeds, the first's."""
-    prompts: dict[Any, dict[Any, None]] = {}
-    for point in ranking.points:
+def prompts_of(looks: Looks) -> dict[Any, list[tuple[Point, dict[str, Any]]]]:
+    """Collect for each prompt the samples of the students with a look; of several seeds, the first's."""
+    prompts: dict[Any, list[tuple[Point, dict[str, Any]]]] = {}
+    for point in sorted(looks, key=lambda point: point.number):
         for sample in point.runs[0].samples:
-            answers = prompts.setdefault(sample["prompt"], {})
-            for who in ("reference", "teacher", "untouched"):
-                if sample.get(who) is not None:
-                    answers[None, who, sample[who]] = None
-            if sample.get("student") is not None:
-                answers[point, f"{point.number} {point.label}", sample["student"]] = None
-    return [{"turns": turns, "answers": list(answers)} for turns, answers in prompts.items()]
+            prompts.setdefault(sample["prompt"], []).append((point, sample))
+    return prompts

@@ -12,20 +12,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import yaml
 
 from kdx.compare import ranking
-from kdx.compare.ranking import MEASURES, RANKED_BY, Comparison, Ranking, Rows, Run
+from kdx.compare.ranking import MEASURES, Comparison, Ranking, Run
 from kdx.compare.tables import as_csv, as_json, as_markdown, terminal_parts
 from kdx.errors import ConfigError, MachineError
 from kdx.run.files import write_beside
 from kdx.run.tracking import CONSOLE
 
-MARKS = ("status.json", "summary.json")  # a folder with one of these is a run's
+MARK = "status.json"  # a folder with it is a run's
 NARROWEST = 100  # columns of the terminal's table; less would break every line
-MOST_KEYS = 5  # keys in a student's label; all that differ are in a table of their own
-GREEK = {"loss.temperature": "τ", "loss.alpha": "α"}
 FILES = ("compare.csv", "compare.json", "compare.md", "compare.html")
 EXAMPLE = "Example: kdx compare outputs/sweeps/NAME"
 
@@ -58,7 +55,7 @@ def _usage_error(message: str) -> NoReturn:
 
 def default_out(paths: Sequence[Path]) -> Path:
     """Return the folder of the one sweep that is compared, else ./comparison."""
-    is_sweep = len(paths) == 1 and paths[0].is_dir() and any(_is_run(folder) for folder in paths[0].iterdir())
+    is_sweep = len(paths) == 1 and paths[0].is_dir() and any(paths[0].glob(f"*/{MARK}"))
     return paths[0] if is_sweep else Path("comparison")
 
 
@@ -88,67 +85,53 @@ def find(paths: Sequence[Path]) -> dict[str, Path]:
 
     Raises ConfigError if a path does not exist or there is no run at all.
     """
-    folders = set()
+    folders: dict[Path, Path] = {}  # each once, however it is reached
     for path in paths:
         places = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
         if not places:
             raise ConfigError(str(path), "matches nothing" if glob.has_magic(str(path)) else "does not exist", EXAMPLE)
-        folders |= {folder.resolve() for place in places for folder in _runs_in(place)}
+        folders |= {mark.parent.resolve(): mark.parent for place in places for mark in place.rglob(MARK)}
     if not folders:
         raise ConfigError(" ".join(map(str, paths)) or "kdx compare", "no runs found", EXAMPLE)
     shared = os.path.commonpath([folder.parent for folder in folders])
-    return {str(folder.relative_to(shared)): folder for folder in sorted(folders)}
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in MARKS)
-
-
-def _runs_in(place: Path) -> list[Path]:
-    """Return a folder if it is a run's, else the runs anywhere below it."""
-    runs = []
-    for here, folders, _ in os.walk(place):
-        if _is_run(Path(here)):
-            runs.append(Path(here))
-            folders.clear()
-        folders[:] = [name for name in folders if not name.startswith(".")]
-    return runs
+    return {str(folder.relative_to(shared)): folders[folder] for folder in sorted(folders)}
 
 
 # Reading
 
 
-def read_run(name: str, folder: Path, notes: list[str]) -> Run:
-    """Read a run folder. A file that is missing or does not parse is noted, and one that ranks it excludes the run."""
-    faults: dict[str, str] = {}
+def read_run(name: str, folder: Path) -> Run:
+    """Read a run folder. One in which a file is missing or does not parse is not ranked, for this reason."""
 
-    def read(file: str, parse: Callable[[str], Any], default: Any) -> Any:
+    def read(file: str, parse: Callable[[str], Any]) -> Any:
         try:
             return parse((folder / file).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            faults[file] = f"{file} is missing"
+            raise ValueError(f"{file} is missing") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-            faults[file] = f"{file} cannot be read: {' '.join(f'{type(error).__name__}: {error}'.split())[:100]}"
-        return default
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+            raise ValueError(f"{file} cannot be read: {what}") from None
 
-    status = read("status.json", lambda text: dict(json.loads(text)), {})
-    state = str(status.get("state", "unknown"))
-    config = read("config.yaml", lambda text: flat(yaml.safe_load(text)), {})
-    summary = read("summary.json", _summary, {}) if state == "done" else {}
-    if state != "done" and status:
-        step = f"step {status.get('step')} of {status.get('max_steps')}, written {status.get('updated')}"
-        reason = str(status.get("reason") or step)
-    else:
-        reason = "; ".join(faults.values()) or _why_not(summary["student"])
-    swept, rows, curve, samples = config.get("sweep.keys") or [], None, [], []
-    if (folder / "record.json").exists():
-        swept = read("record.json", lambda text: list(json.loads(text)["swept"]), swept)
-    if not reason:
-        rows = read("eval_rows.jsonl", _rows, None)
-        curve = read("metrics.jsonl", lambda text: [line for line in _lines(text) if "eval/ce" in line], [])
-        samples = read("samples.json", _samples, [])
-        notes += [f"{name}: {fault}" for fault in faults.values()]
-    return Run(name, folder, state, reason, config, swept, summary, rows, curve, samples)
+    state = "unknown"
+    config: dict[str, Any] = {}
+    swept: list[str] = []
+    try:
+        status = read("status.json", lambda text: dict(json.loads(text)))
+        state = str(status.get("state"))
+        config = read("config.yaml", lambda text: flat(yaml.safe_load(text)))
+        swept = config.get("sweep.keys") or []
+        if (folder / "record.json").exists():
+            swept = read("record.json", lambda text: list(json.loads(text)["swept"]))
+        if state != "done":
+            step = f"step {status.get('step')} of {status.get('max_steps')}, written {status.get('updated')}"
+            return Run(name, folder, state, str(status.get("reason") or step), config, swept)
+        summary = read("summary.json", _summary)
+        rows = read("eval_rows.jsonl", _rows)
+        curve = read("metrics.jsonl", lambda text: [line for line in _lines(text) if "eval/ce" in line])
+        samples = read("samples.json", _samples) if (folder / "samples.json").exists() else []
+    except ValueError as error:
+        return Run(name, folder, state, str(error), config, swept)
+    return Run(name, folder, state, _why_not(summary["student"]), config, swept, summary, rows, curve, samples)
 
 
 def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -180,11 +163,8 @@ def _lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
-def _rows(text: str) -> Rows:
-    lines = sorted(_lines(text), key=lambda line: str(line["row"]))
-    taken = [name for name in RANKED_BY if all(line[name] is not None for line in lines)]
-    sums = {name: np.array([line[name] for line in lines], dtype=float) for name in taken}
-    return Rows(tuple(str(line["row"]) for line in lines), np.array([line["counted"] for line in lines], float), sums)
+def _rows(text: str) -> list[dict[str, Any]]:
+    return sorted(_lines(text), key=lambda line: str(line["row"]))
 
 
 def _samples(text: str) -> list[dict[str, Any]]:
@@ -200,35 +180,22 @@ def _samples(text: str) -> list[dict[str, Any]]:
 
 def compared(found: dict[str, Path], out: Path) -> Comparison:
     """Read run folders and rank the finished ones, in as many tables as it takes."""
-    notes: list[str] = []
-    runs = [read_run(name, folder, notes) for name, folder in found.items()]
-    ranked = [run for run in runs if not run.reason]
-    keys = ranking.differing(runs)
-    telling = {*ranking.differing(ranked), *ranking.swept(runs)} - {ranking.SEED_KEY}
-    names = short_names([key for key in keys if key in telling][:MOST_KEYS])
+    runs = [read_run(name, folder) for name, folder in found.items()]
     groups: dict[tuple[Any, ...], list[Run]] = {}
-    for run in ranked:
-        groups.setdefault(run.measured_on, []).append(run)
-    rankings = [ranking.make_ranking(group, keys, names) for group in groups.values()]
+    for run in runs:
+        if not run.reason:
+            groups.setdefault(run.measured_on, []).append(run)
+    rankings = [ranking.make_ranking(group) for group in groups.values()]
     not_ranked = [run for run in runs if run.reason]
-    return Comparison(rankings, not_ranked, runs, keys, names, _why_apart(rankings), notes, out)
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Name keys for people: τ, α, else the last part, or the whole key if that is not unique."""
-    short = {}
-    for key in keys:
-        group, _, last = key.rpartition(".")
-        short[key] = GREEK.get(key) or (group if last in ("name", "path", "init") and group else last)
-    return {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
+    return Comparison(rankings, not_ranked, runs, ranking.differing(runs), _why_apart(rankings), out)
 
 
 def _why_apart(rankings: Sequence[Ranking]) -> list[str]:
     """Say what the tables differ in."""
     parts = {
-        "held-out rows": {table.fingerprint for table in rankings},
-        "teacher": {table.digest or table.teacher for table in rankings},
-        "precision of the teacher": {table.precision for table in rankings},
+        "held-out rows": {table.data.get("validation_fingerprint") for table in rankings},
+        "teacher": {table.teacher["digest"] or table.teacher["name"] for table in rankings},
+        "precision of the teacher": {table.teacher["precision"] for table in rankings},
     }
     different = " and ".join(name for name, values in parts.items() if len(values) > 1)
     what = f"Measures compare only on the same held-out rows and with the same teacher. These {len(rankings)} tables"

@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from kdx.config import DataConfig, replaced
 from kdx.data.files import kind_of, missing, read_rows, resolve_path, text_in
 from kdx.errors import ConfigError, DataError, did_you_mean, first_of, same_in_all, together
-from kdx.validation import binding_problems
+from kdx.plugins import option_faults
 
 ROLES = ("system", "user", "assistant")
 
@@ -122,9 +122,8 @@ def check_source(config: DataConfig) -> None:
         raise ConfigError("data.name", f"no source is named {config.name!r}", hint)
     function = _SOURCES[config.name]
     options = {**_given(config, function), **config.options}
-    found = binding_problems(function, options, "data.", skip=0)
-    if found:
-        raise together([ConfigError(*problem) for problem in found])
+    if faults := option_faults(function, options, "data."):
+        raise together(faults)
 
 
 def read_conversations(config: DataConfig, folder: Path | None = None, refuses: Refuses | None = None) -> Conversations:

@@ -111,11 +111,8 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def content_hash(file: Path) -> str:
     """Hash a file. The hash of a big one is kept in $KDX_CACHE until its size or modification time changes."""
     stat = file.stat()
-    known = (
-        cache_dir()
-        / "hashes"
-        / xxhash.xxh3_128_hexdigest(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode())
-    )
+    about = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    known = cache_dir() / "hashes" / xxhash.xxh3_128_hexdigest(about.encode())
     if stat.st_size > BLOCK and known.is_file():
         return known.read_text()
     content = xxhash.xxh3_128()
@@ -132,7 +129,7 @@ def _data(config: Config) -> str | None:
     """Hash the files that hold rows, or name the commit of a hub data set."""
     paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path or []
     validation = config.data.validation
-    found = []
+    found: list[str | None] = []
     for path in [*paths, *([validation] if isinstance(validation, str) and validation[:6] != "split:" else [])]:
         here = resolve_path(path, "data.path")
         files = [str(file) for file in Path(here).iterdir() if ROWS.search(file.name)] if os.path.isdir(here) else []

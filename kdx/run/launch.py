@@ -20,7 +20,7 @@ def build_accelerator(config: Config) -> Accelerator:
             raise MachineError(f"ACCELERATE_USE_{name}", what, "Start without it, or with ACCELERATE_USE_FSDP")
     fsdp = sharding.plugin(config)
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    precision = config.train.precision
+    precision: str = config.train.precision
     if precision == "auto":
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "")  # accelerate's config; "no" is fp32
         if precision not in ("", "bf16", "fp16", "no"):

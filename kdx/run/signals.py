@@ -74,7 +74,7 @@ class StopRequest:
         if isinstance(error, Stopped):
             _say_once(f"kdx: stopped. Resume with: python -m kdx run.resume={self.path}")
             if self.signal == self._requeue and callable(requeue := self._before[self._requeue]):
-                _call(requeue, self.signal)
+                _call(requeue, self._requeue)
 
     def _handle(self, number: int, _: Any) -> None:
         if self.signal is None:

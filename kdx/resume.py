@@ -1,0 +1,117 @@
+"""run.resume and run.like: from the folder of an earlier run to a checked Config."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from kdx.checked import checked
+from kdx.compose import PAIRS, Composer, Plan, Point, Source, apply, key_of, plain
+from kdx.config import dotted
+from kdx.errors import ConfigError
+from kdx.run.redact import HIDDEN
+
+
+def resumed(name: str, words: list[str], source: Source) -> Plan:
+    """Resume a run in its own folder, under its own config with what is typed laid over it. Raises ConfigError."""
+    folder = newest() if name == "last" else Path(name)
+    where = f"run.resume={name}"
+    tree, recorded = _read(folder / "config.yaml", where), _read(folder / "overrides.yaml", where)
+    if not isinstance(tree, dict) or not isinstance(recorded, list):
+        raise ConfigError(where, f"{folder}/config.yaml or overrides.yaml is damaged", "Start a new run")
+    if not is_resumable(folder):
+        hint = f"Start a new run from its words: run.like={folder}"
+        raise ConfigError(where, "has no checkpoint to resume from", hint)
+    new = [word for word in words if word not in recorded and key_of(word) != "run.resume"]
+    composer = Composer(source)
+    overrides = [o for o in composer.parsed(new) if not o.key_or_group.startswith("hydra")]
+    for override in overrides:
+        if override.key_or_group in composer.groups:
+            hint = f"Set single keys, or start a new run from its words: run.like={folder}"
+            raise ConfigError(str(override.input_line), "is another choice than the run's", hint)
+    cfg = OmegaConf.create(tree)
+    keys = {override.key_or_group for override in overrides}
+    faults = apply(overrides, cfg)
+    for key, other in PAIRS.items():
+        if key in keys and other not in keys:
+            OmegaConf.update(cfg, other, None)
+    tree = plain(cfg)
+    for key in dotted(tree):
+        if HIDDEN in str(value := OmegaConf.select(cfg, key)) and not OmegaConf.is_config(value):
+            faults.append(ConfigError(key, "was recorded without its secret", f"Type it again: {key}=..."))
+    tree["run"]["resume"] = str(folder)
+    config = checked(tree, faults, keys, dotted(tree))
+    known = _sources(folder) | dict.fromkeys(keys, "typed")
+    kept = [word for word in recorded if key_of(word) not in keys]
+    return Plan([Point([*kept, *new], config, known)], folder)
+
+
+def alike(name: str, words: list[str], parse: Callable[[list[str]], argparse.Namespace]) -> tuple[list[str], Source]:
+    """Return the words of an earlier run, those typed now laid over them, and where it read its YAML. Raises ConfigError."""
+    where, folder = f"run.like={name}", Path(name)
+    recorded = _read(folder / "overrides.yaml", where)
+    if not isinstance(recorded, list) or not all(isinstance(word, str) for word in recorded):
+        raise ConfigError(where, f"{folder}/overrides.yaml does not hold a run's words", "Name another run")
+    typed = {key_of(word) for word in words}
+    typed |= {PAIRS[key] for key in typed & PAIRS.keys()}
+    kept = []
+    for word in recorded:
+        if key_of(word) in typed or word.startswith("sweep."):
+            continue
+        if HIDDEN in word:
+            raise ConfigError(key_of(word), "was recorded without its secret", f"Type it again: {key_of(word)}=...")
+        if "trust_remote_code" in word:
+            print(f"kdx: {word} is not taken from {folder}: type it if that code may run", file=sys.stderr)
+            continue
+        kept.append(word)
+    command = folder / "command.txt"
+    argv = shlex.split(command.read_text(encoding="utf-8"))[3:] if command.is_file() else []
+    args = parse([*argv])
+    return [*kept, *(w for w in words if key_of(w) != "run.like")], Source(
+        args.config_dir, args.config_path, args.config_name
+    )
+
+
+def newest() -> Path:
+    """Find the run under outputs/ that stopped last and can be resumed. Raises ConfigError."""
+    files = [file for depth in ("*/*", "sweeps/*/*") for file in Path("outputs").glob(f"{depth}/status.json")]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        state = json.loads(file.read_text(encoding="utf-8")).get("state")
+        if state in ("interrupted", "failed", "running") and is_resumable(file.parent) and not _is_held(file.parent):
+            return file.parent
+    raise ConfigError("run.resume=last", "no run under outputs/ can be resumed", "Name a run folder")
+
+
+def is_resumable(folder: Path) -> bool:
+    """Tell whether a run has something to resume from, or is done."""
+    has_some = any((folder / "checkpoints").glob("step-*")) or (folder / "trained.json").is_file()
+    return has_some or (folder / "summary.json").is_file()
+
+
+def _is_held(folder: Path) -> bool:
+    from kdx.run.folder import RunFolder
+
+    return RunFolder(folder).holder() is not None
+
+
+def _read(file: Path, where: str) -> Any:
+    if not file.is_file():
+        hint = "Name a folder that kdx made, as outputs/2026-11-24/02-45-09-123456"
+        raise ConfigError(where, f"{file.parent} is not a run folder: it has no {file.name}", hint)
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            str(file), f"does not parse: {' '.join(str(error).split())}", "Restore it, or start a new run"
+        ) from None
+
+
+def _sources(folder: Path) -> dict[str, str]:
+    file = folder / "record.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))["sources"]) if file.is_file() else {}
