@@ -6,10 +6,13 @@ N positions, V vocabulary, d width. The tests of the losses hold kdx to these in
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdx.data.batches import Row
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -61,17 +64,42 @@ def divergence(name: str, student: Tensor, teacher: Tensor, temperature: float =
 
 
 def loss(
-    logits: Tensor, teacher_logits: Tensor, labels: Tensor, name: str, alpha: float, temperature: float, **options: Any
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    name: str,
+    alpha: float,
+    temperature: float,
+    weights: dict[str, Tensor] | None = None,
+    **options: Any,
 ) -> Tensor:
-    """The loss of the counted positions, divided by their number: one position after the other."""
+    """The loss of the counted positions, divided by their number: one position after the other.
+
+    weights: by term (kd, ce), a factor [N] for each position.
+    """
+    ones = torch.ones(len(labels))
+    kd_weights, ce_weights = ((weights or {}).get(term, ones).tolist() for term in ("kd", "ce"))
     total, counted = logits.sum() * 0, 0
-    for z_s, z_t, label in zip(logits, teacher_logits, labels.tolist(), strict=True):
+    for i, (z_s, z_t, label) in enumerate(zip(logits, teacher_logits, labels.tolist(), strict=True)):
         if label == -100:
             continue
         kd = divergence(name, z_s[None], z_t[None], temperature, **options)[0] if alpha > 0 else 0.0
-        total = total + alpha * kd - (1 - alpha) * z_s.log_softmax(0)[label]
+        ce = -z_s.log_softmax(0)[label]
+        total = total + alpha * kd_weights[i] * kd + (1 - alpha) * ce_weights[i] * ce
         counted += 1
     return total / counted
+
+
+class Rows(list[Row]):
+    """Rows in memory, with the columns that kdx.data.batches.Rows has in its files."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row.tokens) for row in self], np.int64)
+
+    @property
+    def num_counted(self) -> np.ndarray:
+        return np.array([row.num_counted for row in self], np.int64)
 
 
 class PeakBytes(TorchDispatchMode):

@@ -4,12 +4,14 @@ import json
 import random
 from types import SimpleNamespace
 
+import plain
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdx.data.batches import Row, StepBatches, by_length, collate, epoch_batches, fingerprint, pad_id_of
+from kdx.data.batches import Batches, Row, Rows, by_length, collate, epoch_batches, write_rows
+from kdx.tokenizer import pad_id_of
 
 
 def make_rows(count, seed=0, longest=40):
@@ -85,9 +87,9 @@ def padding_of(lengths, batches):
 def test_rows_of_like_length_stand_together_and_long_ones_do_not_come_first():
     lengths = [len(row.tokens) for row in make_rows(2000, longest=200)]
     batches = epoch_batches(lengths, 8, seed=0, epoch=0, shuffle=True)
-    plain = epoch_batches(lengths, 8, seed=0, epoch=0, shuffle=False)
+    unsorted = epoch_batches(lengths, 8, seed=0, epoch=0, shuffle=False)
     assert padding_of(lengths, batches) < 0.08
-    assert padding_of(lengths, plain) > 0.3
+    assert padding_of(lengths, unsorted) > 0.3
     means = [sum(lengths[i] for i in batch) / 8 for batch in batches]
     halves = sum(means[:125]) / 125, sum(means[125:]) / 125
     assert abs(halves[0] - halves[1]) < 10
@@ -96,7 +98,14 @@ def test_rows_of_like_length_stand_together_and_long_ones_do_not_come_first():
 
 def step_batches(rows, **changes):
     options = {"batch_size": 8, "micro_batch_size": 4, "seed": 3, "shuffle": True, "pad_id": 0} | changes
-    return StepBatches(rows, **options)
+    return Batches(plain.Rows(rows), **options)
+
+
+def steps(batches, first, last):
+    """The batches of these steps, without the None that ends them."""
+    *found, end = batches.steps(first, last)
+    assert end is None
+    return found
 
 
 def plain_rows(batch):
@@ -113,10 +122,10 @@ def plain_rows(batch):
 def test_any_step_can_be_reached_directly(shuffle):
     batches = step_batches(make_rows(29), shuffle=shuffle)
     assert batches.steps_per_epoch == 4
-    straight = list(batches.steps(0, 11))
+    straight = steps(batches, 0, 11)
     assert [batch.epoch for batch in straight] == [(step + 1) / 4 for step in range(11)]
     for first in range(12):
-        direct = list(step_batches(make_rows(29), shuffle=shuffle).steps(first, 11))
+        direct = steps(step_batches(make_rows(29), shuffle=shuffle), first, 11)
         assert len(direct) == 11 - first
         for one, other in zip(direct, straight[first:], strict=True):
             assert one.epoch == other.epoch
@@ -129,9 +138,9 @@ def test_any_step_can_be_reached_directly(shuffle):
 @pytest.mark.parametrize(("processes", "micro"), [(1, 8), (1, 3), (2, 4), (2, 2), (4, 2), (4, 1), (8, 1)])
 def test_processes_share_the_rows_of_a_step(processes, micro):
     rows = make_rows(21)  # the last batch has 5 rows: some of 8 processes go without
-    whole = list(step_batches(rows, micro_batch_size=8).steps(0, 6))
+    whole = steps(step_batches(rows, micro_batch_size=8), 0, 6)
     shares = [
-        list(step_batches(rows, micro_batch_size=micro, rank=rank, num_processes=processes).steps(0, 6))
+        steps(step_batches(rows, micro_batch_size=micro, rank=rank, num_processes=processes), 0, 6)
         for rank in range(processes)
     ]
     for step, everything in enumerate(whole):
@@ -153,7 +162,7 @@ def test_processes_share_the_rows_of_a_step(processes, micro):
 def test_padding_is_the_share_of_positions_without_a_token():
     rows = make_rows(37)
     batches = step_batches(rows)
-    micros = [micro for batch in batches.steps(0, batches.steps_per_epoch) for micro in batch.micro_batches]
+    micros = [micro for batch in steps(batches, 0, batches.steps_per_epoch) for micro in batch.micro_batches]
     real = sum(int(micro.attention_mask.sum()) for micro in micros)
     assert batches.padding(1000) == pytest.approx(1 - real / sum(micro.input_ids.numel() for micro in micros))
     assert batches.padding(0) == 0
@@ -161,7 +170,7 @@ def test_padding_is_the_share_of_positions_without_a_token():
 
 
 def test_by_length_has_every_row_once_longest_first():
-    rows = make_rows(23)
+    rows = plain.Rows(make_rows(23))
     batches = by_length(rows, 4)
     order = [i for batch in batches for i in batch]
     assert sorted(order) == list(range(23))
@@ -171,21 +180,31 @@ def test_by_length_has_every_row_once_longest_first():
 
 def test_the_tokens_of_any_number_of_steps():
     batches = step_batches(make_rows(23), batch_size=4)
-    for steps in (0, 1, 5, 6, 7, 15, 18):
-        read = sum(step.num_input_tokens for step in batches.steps(0, steps))
-        assert batches.num_input_tokens(steps) == read
-    assert batches.num_input_tokens(6 * 10**20) == 10**20 * batches.num_input_tokens(6)  # without going through them
+    for last in (0, 1, 5, 6, 7, 15, 18):
+        read = steps(batches, 0, last)
+        assert batches.num_input_tokens(last) == sum(step.num_input_tokens for step in read)
+        seen = {name for step in read for micro in step.micro_batches for name in micro.row_ids}
+        assert {batches.rows[i].id for i in batches.rows_seen(last)} == seen
+    assert batches.num_input_tokens(6 * 10**9) == 10**9 * batches.num_input_tokens(6)  # without going through them
 
 
-def test_the_fingerprint_sees_ids_tokens_masks_and_order():
-    one, two = Row("a", [1, 2, 3], [False, True, True]), Row("b", [4, 5], [False, True])
-    variants = [
-        [one, two],
+def test_rows_in_files_are_the_rows_that_were_written(tmp_path):
+    """And their fingerprint depends on ids, tokens, what counts and order."""
+    rows = [Row("a", [1, 2, 3], [False, True, True], "f:1"), Row("b", [4, 5], [False, True], "f:2")]
+    one, two = rows
+    digest = write_rows(tmp_path / "rows", rows)
+    kept = Rows(tmp_path / "rows")
+    assert list(kept) == rows == kept[0:2]
+    assert kept.lengths.tolist() == [3, 2] and kept.num_counted.tolist() == [2, 1]
+    assert kept.digests == [row.digest for row in rows]
+    assert collate(kept[:], 0).where == ("f:1", "f:2")
+    others = [
         [two, one],
         [one],
         [Row("c", one.tokens, one.counted), two],
         [Row("a", [1, 2, 4], one.counted), two],
         [Row("a", one.tokens, [False, False, True]), two],
     ]
-    assert len({fingerprint(rows) for rows in variants}) == len(variants)
-    assert fingerprint([one, two]) == fingerprint([Row("a", [1, 2, 3], [False, True, True]), two])
+    assert len({digest, *(write_rows(tmp_path / "other", other) for other in others)}) == 6
+    write_rows(tmp_path / "none", [])
+    assert len(Rows(tmp_path / "none")) == 0

@@ -1,18 +1,6 @@
 """Divergences against their definitions, written out in tests/plain.py, and against torch's own functions.
 
-Mistakes seen in other toolkits, and the test here that such a version fails:
-    cross-entropy called forward KL: not 0 at a match         test_zero_at_a_match, test_forward_kl_is_not_cross_entropy
-    softmax over the time axis                                test_softmax_runs_over_the_vocabulary
-    temperature that never reaches the loss                   test_temperature_changes_the_divergence
-    mean over the vocabulary (or anything but one number      test_one_number_per_position,
-    per position)                                             test_loss_of_another_shape_is_refused
-    estimate clamped at 0: most rows without gradient         test_no_row_near_a_match_loses_its_gradient
-    negative divergences from bf16                            test_bf16_logits_give_no_negative_divergence
-    padding the smaller head with zero logits                 test_padded_heads_are_cut
-    jsd's limits taken from the formula, which is 0 there     test_jsd_at_its_ends
-(those that concern the sum over positions are in test_objective.py)
-
-n / N positions, V vocabulary, B rows, T positions of a row.
+Sums over positions are in test_objective.py. n / N positions, V vocabulary, B rows, T positions of a row.
 """
 
 import math

@@ -1,22 +1,10 @@
 """The loss of a batch and its gradients against plain float64 loops (tests/plain.py), and sums over micro-batches.
 
-Mistakes seen in other toolkits, and the test here that such a version fails:
-    mean over batch × time × vocabulary, padding included     test_not_a_mean_over_vocabulary_and_padding
-    τ² in the value but not in the gradient                   test_finite_difference_over_gradient_is_1
-    temperature that never reaches the loss                   test_temperature_reaches_the_loss
-    mean per micro-batch, or per process                      test_any_split_gives_the_same_gradient,
-                                                              test_any_share_of_processes_gives_the_same_gradient
-    student outside of what is wrapped: no gradient sync      test_hooks_of_the_wrapper_see_every_gradient
-    answers of one temperature used at another                test_one_set_of_hidden_states_serves_every_temperature
-    chunks that autograd keeps alive: no memory saved         test_memory_does_not_grow_with_positions_times_vocabulary
-    mask made from the pad id, labels shifted twice or never  test_the_end_of_a_turn_counts_though_it_pads
-    padding with zero logits, or the other model's            test_padding_rows_change_nothing
-(those that concern single positions are in test_loss.py)
-
-N counted positions, V vocabulary, d / D width of student / teacher.
+Single positions are in test_loss.py. N counted positions, V vocabulary, d / D width of student / teacher.
 """
 
 import math
+from types import SimpleNamespace
 
 import plain
 import pytest
@@ -30,11 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from kdx import loss, objective
 from kdx.causal_lm import Head
-from kdx.data.batches import MicroBatch, Row, StepBatches, collate, merged
-from kdx.objective import BLOCK_BYTES, Objective, StudentObjective, blocks_of, chunks_of, distillation_loss
+from kdx.data.batches import Batches, Row, collate, merged
+from kdx.objective import Mix, Objective, chunks_of, distillation_loss, summed_loss
 from kdx.store import Identity
-from kdx.teacher import Teacher
-from kdx.train import forward_backward
+from kdx.teacher import Answer, Teacher
+from kdx.train import Training
 
 N, V, d, D = 7, 13, 5, 4
 IGNORED = -100
@@ -160,24 +148,6 @@ def test_finite_difference_over_gradient_is_1(name, temperature):
     torch.testing.assert_close(grad, temperature**2 * torch.autograd.grad(unscaled, case.hidden)[0])
 
 
-def test_gradient_stays_level_over_temperatures():
-    # small logits: at high temperature τ²·KL has the gradient (z_S − z_T)/V, whatever τ (Hinton et al., 2015)
-    case = Case(spread=0.3)
-    norms = [case.value_and_gradients(case.loss(alpha=1.0, temperature=t))[1].norm().item() for t in (8.0, 64.0)]
-    assert norms[0] / norms[1] == pytest.approx(1, abs=0.05)
-    bare = case.loss(alpha=1.0, temperature=64.0, scale_by_temperature=False)
-    assert case.value_and_gradients(bare)[1].norm().item() < norms[1] / 1000
-
-
-def test_temperature_reaches_the_loss():
-    case = Case()
-    one, two = (case.value_and_gradients(case.loss(temperature=t)) for t in (1.0, 2.0))
-    assert all((a - b).abs().max() > 1e-3 for a, b in zip(one, two, strict=True))
-    # and the distillation term alone: cross-entropy is taken at 1 always
-    one, two = (case.value_and_gradients(case.loss(alpha=0.0, temperature=t)) for t in (1.0, 2.0))
-    assert_close(one, two, 0)
-
-
 def test_cross_entropy_alone_is_torchs():
     case = Case()
     case.labels[[0, 3]] = IGNORED
@@ -197,25 +167,6 @@ def test_one_set_of_hidden_states_serves_every_temperature(name):
     for temperature in (0.5, 1.0, 3.0):
         expected = case.value_and_gradients(case.plain(name, temperature=temperature))
         assert_close(case.value_and_gradients(case.loss(name=name, temperature=temperature)), expected, 1e-9)
-
-
-@each_name
-def test_zero_and_no_gradient_at_a_match(name):
-    case = Case(dtype=torch.float32)
-    case.teacher_hidden = case.hidden.detach()
-    case.teacher_head = Head(case.weight.detach(), case.bias.detach())
-    value, *grads = case.value_and_gradients(case.loss(name=name, alpha=1.0))
-    assert value.abs() < 1e-6
-    assert all(grad.abs().max() < 1e-5 for grad in grads)
-
-
-@each_name
-def test_no_row_near_a_match_loses_its_gradient(name):
-    case = Case(n=64, v=50, dtype=torch.float32)
-    case.teacher_hidden = case.hidden.detach() + 1e-4 * torch.randn(64, d, generator=torch.Generator().manual_seed(1))
-    case.teacher_head = Head(case.weight.detach(), case.bias.detach())
-    grad = case.value_and_gradients(case.loss(name=name, alpha=1.0))[1]
-    assert (grad.abs().amax(-1) > 0).all()
 
 
 @each_name
@@ -296,37 +247,48 @@ def test_no_counted_position_is_exactly_0(name, n, num_tokens):
     assert all((g == 0).all() for g in grads)
 
 
-def test_order_of_positions_changes_nothing():
+# ---- a weight for each position and term
+
+
+@each_name
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+def test_weights_of_positions_are_those_of_the_plain_loop(name, alpha):
     case = Case()
-    value, grad_hidden, *grads = case.value_and_gradients(case.loss(chunk_size=3))
-    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
-    other = case.to(torch.float64)
-    other.hidden = case.hidden.detach()[order].requires_grad_()
-    other.teacher_hidden, other.labels = case.teacher_hidden[order], case.labels[order]
-    got = other.value_and_gradients(other.loss(chunk_size=3))
-    assert_close(got, [value, grad_hidden[order], *grads], 1e-12)
+    weights = {
+        "kd": torch.tensor([1.0, 0, 2, 0.5, 1, 0, 3]).double(),
+        "ce": torch.tensor([0.0, 1, 1, 2, 0, 0, 1]).double(),
+    }
+    expected = case.value_and_gradients(case.plain(name, alpha, weights=weights))
+    for chunk_size in (2, N):
+        got = case.value_and_gradients(weighted(case, weights, chunk_size, name, alpha))
+        assert_close(got, expected, 1e-9)
 
 
-def test_not_a_mean_over_vocabulary_and_padding():
+def test_a_term_without_weights_weighs_1_everywhere():
     case = Case()
-    value = case.loss(alpha=1.0, temperature=1.0).item()
-    student, teacher = case.logits()
-    elements = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
-    assert value == pytest.approx(elements.sum().item() / N)
-    assert value == pytest.approx(V * elements.mean().item())  # what reduction="mean" makes of it is V times less
-    padded = case.to(torch.float64)
-    padded.hidden = F.pad(case.hidden.detach(), (0, 0, 0, 9)).requires_grad_()
-    padded.teacher_hidden, padded.labels = (
-        F.pad(case.teacher_hidden, (0, 0, 0, 9)),
-        F.pad(case.labels, (0, 9), value=IGNORED),
-    )
-    assert padded.loss(alpha=1.0, temperature=1.0).item() == pytest.approx(value)
+    expected = case.value_and_gradients(case.loss(alpha=0.6))
+    assert_close(case.value_and_gradients(weighted(case, {}, N, "forward_kl", 0.6)), expected, 1e-12)
+    half = {"ce": torch.full((N,), 0.5).double()}
+    got = weighted(case, half, 3, "forward_kl", 0.6)
+    torch.testing.assert_close(got, case.plain("forward_kl", 0.6, weights=half))
 
 
-def test_num_tokens_is_the_denominator():
-    case = Case()
-    whole = case.value_and_gradients(case.loss())
-    assert_close([x / 3 for x in whole], case.value_and_gradients(case.loss(num_tokens=3 * N)), 1e-12)
+def test_gradcheck_with_weights():
+    case = Case(n=3, v=6)
+    weights = {"kd": torch.tensor([0.5, 2, 0]).double(), "ce": torch.tensor([1.0, 0, 3]).double()}
+
+    def value(hidden, weight, bias):
+        case.hidden, case.weight, case.bias = hidden, weight, bias
+        return weighted(case, weights, 2, "reverse_kl", 0.6)
+
+    assert torch.autograd.gradcheck(value, case.leaves)
+
+
+def weighted(case, weights, chunk_size, name, alpha):
+    answer = Answer(case.teacher_hidden, case.teacher_head)
+    mix = Mix(name=name, alpha=alpha, temperature=2.0)
+    head = Head(case.weight, case.bias, **case.how)
+    return summed_loss(case.hidden, head, answer, case.labels, mix, chunk_size, 1 / N, weights)[0]
 
 
 # ---- heads
@@ -383,13 +345,6 @@ def test_only_what_asks_for_a_gradient_gets_one():
         assert not case.loss().requires_grad
 
 
-def test_second_derivatives_are_refused_not_wrong():
-    case = Case()
-    (grad,) = torch.autograd.grad(case.loss().square(), case.hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_mixed_precision_matches_heads_in_that_precision():
     case = Case(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -439,42 +394,23 @@ def test_errors_name_what_is_allowed(options, says):
         Case().loss(**options)
 
 
-def test_a_missing_teacher_is_refused():
-    case = Case()
-    case.teacher_head = None
-    with pytest.raises(ValueError, match=r"alpha is 0\.7: it needs the teacher's hidden states"):
-        case.loss()
-
-
 @pytest.mark.parametrize(
-    ("objective", "formula"),
+    ("mix", "formula"),
     [
-        (Objective(alpha=0.0), "loss = CE(student, labels)"),
-        (Objective(alpha=0.25, temperature=2.0), "loss = 0.25·4·forward_kl(teacher, student; τ=2) + 0.75·CE(student, labels)"),
-        (Objective(alpha=1.0, temperature=2.0, scale_by_temperature=False), "loss = forward_kl(teacher, student; τ=2)"),
+        (Mix(alpha=0.0), "loss = CE(student, labels)"),
+        (Mix(alpha=0.25, temperature=2.0), "loss = 0.25·4·forward_kl(teacher, student; τ=2) + 0.75·CE(student, labels)"),
+        (Mix(alpha=1.0, temperature=2.0, scale_by_temperature=False), "loss = forward_kl(teacher, student; τ=2)"),
         (
-            Objective(name="jsd", alpha=1.0, options={"beta": 0.2, "how": "mine"}),
+            Mix(name="jsd", alpha=1.0, options={"beta": 0.2, "how": "mine"}),
             "loss = jsd(teacher, student, beta=0.2, how=mine; τ=1)",
         ),
     ],
 )  # fmt: skip
-def test_formula(objective, formula):
-    assert objective.formula() == formula
+def test_formula(mix, formula):
+    assert mix.formula() == formula
 
 
 # ---- memory
-
-
-def retained_chunks(case, chunk_size):
-    """Chunks by name: each one's logits stay in the graph until backward."""
-    total = 0.0
-    for start in range(0, len(case.labels), chunk_size):
-        rows = slice(start, start + chunk_size)
-        student = case.hidden[rows] @ case.weight.T + case.bias
-        teacher = case.teacher_head.logits(case.teacher_hidden[rows])
-        kd = loss.divergence("forward_kl", student, teacher, 2.0).sum()
-        total = total + 0.7 * kd + 0.3 * F.cross_entropy(student, case.labels[rows], reduction="sum")
-    return total / len(case.labels)
 
 
 def peak(compute):
@@ -494,15 +430,7 @@ def saves_memory(compute):
 @each_name
 def test_memory_does_not_grow_with_positions_times_vocabulary(name):
     assert saves_memory(lambda case: case.loss(name=name, chunk_size=16))
-
-
-def test_the_measure_of_memory_sees_chunks_that_autograd_keeps():
-    case = Case(n=32, v=500)
-    assert_close(
-        case.value_and_gradients(retained_chunks(case, 16)), case.value_and_gradients(case.loss(chunk_size=16)), 1e-9
-    )  # the numbers are right, only
-    assert not saves_memory(lambda case: retained_chunks(case, 16))
-    assert not saves_memory(lambda case: case.loss(chunk_size=512))
+    assert not saves_memory(lambda case: case.loss(name=name, chunk_size=512))  # the measure sees whole chunks
 
 
 # ---- whole models: micro-batches, processes, masks
@@ -554,8 +482,8 @@ def teacher():
 
 
 def step_of(rows, micro_batch_size, rank=0, num_processes=1):
-    batches = StepBatches(
-        rows, batch_size=len(rows), micro_batch_size=micro_batch_size, seed=0, shuffle=False, pad_id=END,
+    batches = Batches(
+        plain.Rows(rows), batch_size=len(rows), micro_batch_size=micro_batch_size, seed=0, shuffle=False, pad_id=END,
         rank=rank, num_processes=num_processes,
     )  # fmt: skip
     return next(iter(batches.steps(0, 1)))
@@ -579,6 +507,15 @@ def naive_step(model, teacher, alpha, temperature, rows=ROWS):
     return [p.grad for p in model.parameters()], (total / counted).item()
 
 
+def forward_backward(accelerator, module, step, teacher):
+    """The terms' means and the gradient's norm of one step, as the training loop takes them."""
+    training = object.__new__(Training)
+    training.machine, training.teacher, training._saved_at = accelerator, teacher, 0.0
+    training.module = training.objective = module
+    training.config = SimpleNamespace(train=SimpleNamespace(max_grad_norm=None, save_minutes=None))
+    return training.forward_backward(step, SimpleNamespace(signal=None))
+
+
 def gradients(model):
     return [p.grad for p in model.parameters()]
 
@@ -589,27 +526,17 @@ def gradients(model):
 def test_any_split_gives_the_same_gradient(accelerator, teacher, kind, alpha, micro_batch_size):
     expected, expected_loss = naive_step(student_model(kind=kind), teacher.model, alpha, 2.0)
     model = student_model(kind=kind)
-    module = StudentObjective(model, NUM_IDS, Objective(alpha=alpha, temperature=2.0), chunk_size=5)
+    module = Objective(model, NUM_IDS, Mix(alpha=alpha, temperature=2.0), chunk_size=5)
     step = step_of(ROWS, micro_batch_size)
     assert step.num_tokens == sum(sum(row.counted[1:]) for row in ROWS)
     assert (
         len({len(batch.counted_labels) for batch in step.micro_batches}) == len(step.micro_batches)
         or micro_batch_size == 1
     )
-    kd, ce = (forward_backward(accelerator, module, step, teacher if alpha > 0 else None) / step.num_tokens).tolist()
-    assert alpha * kd + (1 - alpha) * ce == pytest.approx(expected_loss, rel=1e-9)
+    terms, norm = forward_backward(accelerator, module, step, teacher if alpha > 0 else None)
+    assert module.mix.loss(terms) == pytest.approx(expected_loss, rel=1e-9)
+    assert norm == pytest.approx(torch.cat([g.flatten() for g in expected]).norm().item(), rel=1e-9)
     assert_close(gradients(model), expected, 1e-9)
-
-
-def test_a_mean_per_micro_batch_would_be_another_gradient(accelerator, teacher):
-    expected, _ = naive_step(student_model(), teacher.model, 0.6, 2.0)
-    model = student_model()
-    module = StudentObjective(model, NUM_IDS, Objective(alpha=0.6, temperature=2.0))
-    for batch in step_of(ROWS, 4).micro_batches:
-        total, _, _ = module(batch, teacher.answer(batch).hidden, teacher.head)
-        (total / len(batch.counted_labels) / 2).backward()
-    off = max((a - b).abs().max() / b.abs().max() for a, b in zip(gradients(model), expected, strict=True))
-    assert off > 0.05
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 5])
@@ -618,21 +545,20 @@ def test_any_share_of_processes_gives_the_same_gradient(teacher, num_processes):
     rows = ROWS[:7]
     expected, _ = naive_step(student_model(), teacher.model, 0.6, 2.0, rows)
     model = student_model()
-    module = StudentObjective(model, NUM_IDS, Objective(alpha=0.6, temperature=2.0))
+    module = Objective(model, NUM_IDS, Mix(alpha=0.6, temperature=2.0))
     for rank in range(num_processes):
         step = step_of(rows, 2, rank, num_processes)
         for batch in step.micro_batches:
-            total, _, _ = module(batch, teacher.answer(batch).hidden, teacher.head)
+            total, _ = module(batch, teacher.answer(batch))
             (total / step.num_tokens).backward()  # gradients add up, as over processes
     assert_close(gradients(model), expected, 1e-9)
 
 
 def test_a_batch_without_counted_positions_gives_zero_gradients(accelerator, teacher):
     model = student_model()
-    module = StudentObjective(model, NUM_IDS, Objective())
+    module = Objective(model, NUM_IDS, Mix())
     empty = [Row("x", [5, 6, 7], [True, False, False]), Row("y", [5, 6], [False, False])]
-    sums = forward_backward(accelerator, module, step_of(empty, 1), teacher)
-    assert sums.tolist() == [0.0, 0.0]
+    assert forward_backward(accelerator, module, step_of(empty, 1), teacher) == ({"kd": 0.0, "ce": 0.0}, 0.0)
     assert all((g == 0).all() for g in gradients(model))
 
 
@@ -644,9 +570,9 @@ def test_the_end_of_a_turn_counts_though_it_pads(teacher):
     )
     model = student_model()
     hidden = {}
-    module = StudentObjective(model, NUM_IDS, Objective(alpha=0.0))
+    module = Objective(model, NUM_IDS, Mix(alpha=0.0))
     model.base_model.register_forward_hook(lambda _, __, output: hidden.update(last=output.last_hidden_state))
-    _, _, ce = module(batch, None, None)
+    ce = module(batch, None)[1]["ce"]
     # labels made the other way: shifted by one, −100 where nothing counts, the mask from lengths alone
     labels = torch.full((8, 12), IGNORED)
     for i, row in enumerate(ROWS):
@@ -664,29 +590,13 @@ def test_the_end_of_a_turn_counts_though_it_pads(teacher):
         assert (other - ce).abs() > 0.5
 
 
-def test_padding_of_a_row_changes_nothing(teacher):
-    batch = collate(ROWS[:3], END)
-    more = MicroBatch(
-        F.pad(batch.input_ids, (0, 3), value=7), F.pad(batch.attention_mask, (0, 3)),
-        batch.positions + 3 * batch.row_of, batch.counted_labels, batch.row_of, batch.row_ids, batch.row_digests,
-    )  # fmt: skip
-    module = StudentObjective(student_model(), NUM_IDS, Objective(temperature=2.0))
-    assert_close(
-        module(more, teacher.answer(more).hidden, teacher.head),
-        module(batch, teacher.answer(batch).hidden, teacher.head),
-        1e-9,
-    )
-
-
 def test_hooks_of_the_wrapper_see_every_gradient(tmp_path, teacher):
     # DDP syncs in hooks that fire only if its own forward runs and every parameter is inside of it
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         expected, _ = naive_step(student_model(), teacher.model, 0.6, 2.0)
         model = student_model()
-        module = nn.parallel.DistributedDataParallel(
-            StudentObjective(model, NUM_IDS, Objective(alpha=0.6, temperature=2.0))
-        )
+        module = nn.parallel.DistributedDataParallel(Objective(model, NUM_IDS, Mix(alpha=0.6, temperature=2.0)))
         seen = []
 
         def halve(_, bucket):
@@ -697,7 +607,7 @@ def test_hooks_of_the_wrapper_see_every_gradient(tmp_path, teacher):
 
         module.register_comm_hook(None, halve)
         batch = collate(ROWS, END)
-        total, _, _ = module(batch, teacher.answer(batch).hidden, teacher.head)
+        total, _ = module(batch, teacher.answer(batch))
         (total / len(batch.counted_labels)).backward()
         assert {id(p) for p in seen} == {id(p) for p in model.parameters()}
         assert_close(gradients(model), [g / 2 for g in expected], 1e-9)
@@ -707,10 +617,10 @@ def test_hooks_of_the_wrapper_see_every_gradient(tmp_path, teacher):
 
 def test_the_teacher_gets_no_gradient(teacher):
     batch = collate(ROWS, END)
-    module = StudentObjective(student_model(), NUM_IDS, Objective(alpha=0.6))
-    hidden = teacher.answer(batch).hidden
-    assert not hidden.requires_grad
-    module(batch, hidden, teacher.head)[0].backward()
+    module = Objective(student_model(), NUM_IDS, Mix(alpha=0.6))
+    answer = teacher.answer(batch)
+    assert not answer.hidden.requires_grad
+    module(batch, answer)[0].backward()
     assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
 
 
@@ -755,13 +665,6 @@ def test_chunks_are_all_rows_in_order_and_of_nearly_one_length(num_rows, size):
     assert all(0 < length <= size for length in lengths)
     assert not lengths or max(lengths) - min(lengths) <= 1
     assert len(lengths) == -(-num_rows // size)
-
-
-@pytest.mark.parametrize("vocabulary", [100, 50_257, 10**8])
-def test_a_block_elsewhere_than_on_a_cpu_is_small_beside_the_chunk(vocabulary):
-    lengths = [block.stop - block.start for block in blocks_of(torch.empty(1500, vocabulary, device="meta"))]
-    assert sum(lengths) == 1500
-    assert max(lengths) == max(1, min(1500, BLOCK_BYTES // (4 * vocabulary)))
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
