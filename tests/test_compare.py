@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import yaml
 from made_runs import NUM_ROWS, write_run, write_sweep
 
 from kdx.compare import ranking, tables
-from kdx.compare.page import looks_of
+from kdx.compare.page import heat_maps, looks_of
 from kdx.compare.ranking import Comparison, Ranking, short_names
 from kdx.compare.read import FILES, compare, compared, default_out, find, main
 from kdx.errors import ConfigError, MachineError
@@ -101,15 +100,6 @@ class TestIntervals:
         low, high = table.by("kl")[2].minus_best["kl"]
         assert 0 < low < 0.1 < high < 0.15
         assert tables.verdict(table)[0] == "Best by KL: #1 (lr 0.001); not distinguishable from it: #2."
-
-    def test_an_interval_of_the_difference_to_the_baseline_is_around_the_difference(self, six):
-        table = only(six[0])
-        baseline = point(table, "baseline (alpha = 0)")
-        assert baseline.minus_baseline == {}
-        for p in table.points:
-            if p is not baseline:
-                low, high = p.minus_baseline["kl"]
-                assert low < p.measures["kl"] - baseline.measures["kl"] < high
 
     def test_each_setting_has_its_own_baseline(self, tmp_path):
         for lr, kl in ((1e-3, 0.9), (2e-3, 0.8)):
@@ -229,11 +219,6 @@ class TestRanking:
         assert comparison.differing == ["train.seed"]
         assert [len(p.runs) for p in only(comparison).points] == [2]
 
-    def test_measuring_that_chooses_the_weights_is_a_difference(self, tmp_path):
-        for every in (10, 20):
-            write_run(tmp_path / str(every), train__eval_every=every, train__keep="best")
-        assert {p.label for p in only(ranked(tmp_path)).points} == {"eval_every 10", "eval_every 20"}
-
     def test_older_runs_are_read_the_same(self, tmp_path):
         """Their own keys of a group are under `options`, the swept keys in the config; 1 is 1.0, a missing key null."""
 
@@ -252,20 +237,15 @@ class TestRanking:
         assert {p.label: len(p.runs) for p in only(comparison).points} == {"lr 0.001": 2, "lr 0.002": 1}
         assert {tuple(run.swept) for run in comparison.runs} == {("optim.lr",)}
 
-    def test_config_values_of_all_kinds(self, tmp_path):
-        for i, value in enumerate(([0, 3], None, True, "x" * 60)):
-            write_run(tmp_path / str(i), student__layers=value)
-        labels = {p.label for p in only(compare([tmp_path], tmp_path)).points}
-        assert labels == {"layers [0, 3]", "layers null", "layers true", f"layers …{'x' * 27}"}
-
     def test_without_a_teacher_ce_ranks_alone(self, tmp_path):
         nothing = dict.fromkeys(("kl", "reverse_kl", "agreement"))
         for lr in (1e-3, 2e-3):
             write_run(tmp_path / f"{lr}", means=nothing | {"ce": 3 + lr}, loss__alpha=0.0, optim__lr=lr)
         table = only(compare([tmp_path], tmp_path))
         assert [p.rank for p in table.points] == [{"ce": 1}, {"ce": 2}]
-        assert not any("KL" in line for line in tables.verdict(table))
-        assert "CE against KL" not in (tmp_path / "compare.html").read_text()
+        assert tables.verdict(table) == [
+            "Best by CE: #1 (baseline (alpha = 0), lr 0.001); not distinguishable from it: #2."
+        ]
 
     def test_short_names(self):
         names = short_names(["loss.temperature", "loss.alpha", "loss.name", "optim.lr", "data.seed", "train.seed"])
@@ -285,17 +265,14 @@ class TestBudgets:
         printed = capsys.readouterr().out
         assert "† 416   † 302,000" in printed
         assert all(sentence in text for text in (printed, (tmp_path / "compare.html").read_text()))
-        header, *rows = csv.reader(io.StringIO((tmp_path / "compare.csv").read_text()))
-        columns = [header.index(name) for name in ("steps", "tokens", "other_budget")]
-        assert [rows[0][i] for i in columns] == ["416.0", "302000.0", "True"]
-        assert [rows[1][i] for i in columns] == ["208.0", "151000.0", "False"]
+        long, other, *_ = csv.DictReader(io.StringIO((tmp_path / "compare.csv").read_text()))
+        assert (long["steps"], long["tokens"], long["other_budget"]) == ("416.0", "302000.0", "True")
+        assert (other["steps"], other["tokens"], other["other_budget"]) == ("208.0", "151000.0", "False")
 
-    def test_a_few_tokens_more_or_less_are_the_same_budget(self, tmp_path, six):
+    def test_a_few_tokens_more_or_less_are_the_same_budget(self, tmp_path):
         for seed, steps in enumerate((208, 210)):
             write_run(tmp_path / str(seed), optim__lr=seed + 1.0, steps=steps)
-        for table in (only(ranked(tmp_path)), only(six[0])):
-            assert not any(p.other_budget for p in table.points)
-            assert not any("†" in line for line in tables.verdict(table))
+        assert not any(p.other_budget for p in only(ranked(tmp_path)).points)
 
 
 class TestDigits:
@@ -334,24 +311,20 @@ class TestDigits:
 
 class TestTablesApart:
     @pytest.mark.parametrize(
-        ("other", "why"),
-        [
-            ({"fingerprint": "ffff"}, "held-out rows"),
-            ({"digest": "dddd"}, "teacher"),
-            ({"precision": "bf16"}, "precision of the teacher"),
-        ],
+        ("key", "why"),
+        [("fingerprint", "held-out rows"), ("digest", "teacher"), ("precision", "precision of the teacher")],
     )
-    def test_what_cannot_be_compared_is_not(self, tmp_path, other, why):
+    def test_what_cannot_be_compared_is_not(self, tmp_path, key, why):
         write_run(tmp_path / "a", loss__alpha=0.3)
-        write_run(tmp_path / "b", loss__alpha=0.7, **other)
-        comparison = compare([tmp_path], tmp_path)
+        write_run(tmp_path / "b", loss__alpha=0.7, **{key: "other"})
+        comparison = ranked(tmp_path)
         assert [[p.rank for p in table.points] for table in comparison.rankings] == [[{"kl": 1, "ce": 1}]] * 2
         (line,) = comparison.why_apart
         assert line.endswith(f"These 2 tables differ in: {why}.")
-        page = (tmp_path / "compare.html").read_text()
-        assert "Table 2: " in page
-        assert line in page
-        assert len(json.loads((tmp_path / "compare.json").read_text())["tables"]) == 2
+        text = tables.as_markdown(comparison)
+        assert line in text
+        assert "## Table 2: " in text
+        assert len(json.loads(tables.as_json(comparison))["tables"]) == 2
 
     def test_teachers_without_a_digest_are_identified_by_their_config(self, tmp_path):
         for name, path in (("a", "one"), ("b", "one"), ("c", "two")):
@@ -360,22 +333,23 @@ class TestTablesApart:
 
 
 class TestNeverRanked:
-    @pytest.mark.parametrize("state", ["failed", "diverged", "interrupted", "running"])
-    def test_only_finished_runs_are(self, tmp_path, state):
+    def test_only_finished_runs_are(self, tmp_path):
         """A summary may be there from before: the state decides."""
+        states = ["diverged", "failed", "interrupted"]
         write_run(tmp_path / "good", loss__alpha=0.3)
-        write_run(tmp_path / "bad", loss__alpha=0.7, means={"kl": 0.001})
-        edit(tmp_path / "bad" / "status.json", lambda s: s.update(state=state, reason="step 3: because"))
+        for state in states:
+            write_run(tmp_path / state, loss__alpha=0.7, means={"kl": 0.001})
+            edit(
+                tmp_path / state / "status.json", lambda s, state=state: s.update(state=state, reason="step 3: because")
+            )
+        write_run(tmp_path / "running", state="running")
         comparison = compare([tmp_path], tmp_path)
         assert [p.runs[0].name for p in only(comparison).points] == ["good"]
-        assert [(r.name, r.state, r.reason) for r in comparison.not_ranked] == [("bad", state, "step 3: because")]
+        *stopped, running = comparison.not_ranked
+        assert [(r.name, r.state, r.reason) for r in stopped] == [(s, s, "step 3: because") for s in states]
+        assert running.reason == "step 57 of 208, written 2026-11-24T02:45:09+0000"
         for name in FILES:
-            assert "step 3: because" in (tmp_path / name).read_text(), name
-
-    def test_a_running_run_says_how_far_it_is(self, tmp_path):
-        write_run(tmp_path / "run", state="running")
-        (run,) = compare([tmp_path], tmp_path).not_ranked
-        assert run.reason == "step 57 of 208, written 2026-11-24T02:45:09+0000"
+            assert (tmp_path / name).read_text().count("step 3: because") == 3, name
 
     @pytest.mark.parametrize(("ce", "why"), [(math.nan, "not finite: ce"), (None, "nothing was held out")])
     def test_measures_that_cannot_be_ranked(self, tmp_path, ce, why):
@@ -387,7 +361,6 @@ class TestNeverRanked:
         ("file", "text", "why"),
         [
             ("summary.json", None, "summary.json is missing"),
-            ("summary.json", "{", "summary.json cannot be read: JSONDecodeError: Expecting property name"),
             ("summary.json", "{}", "summary.json cannot be read: KeyError: 'student'"),
             ("config.yaml", "a: [", "config.yaml cannot be read: ParserError: while parsing"),
             ("status.json", "null", "status.json cannot be read: TypeError"),
@@ -405,18 +378,6 @@ class TestNeverRanked:
         assert run.name == "bad"
         assert run.reason.startswith(why)
         assert [p.runs[0].name for p in only(comparison).points] == ["good"]
-
-
-class Tags(HTMLParser):
-    """All elements of a page and their attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
 
 
 class TestFiles:
@@ -439,11 +400,9 @@ class TestFiles:
         (table,) = tree["tables"]
         assert table["best"] == {"kl": "τ 2, α 0.7", "ce": "τ 2, α 0.3"}
         assert table["pareto_front"] == ["τ 2, α 0.7", "τ 2, α 0.3"]
-        assert table["validation_fingerprint"] == "5e1d0a7744bb9c02"
-        assert table["teacher"]["digest"] == "c0ffee0123456789"
+        assert (table["validation_fingerprint"], table["teacher"]["digest"]) == ("5e1d0a7744bb9c02", "c0ffee0123456789")
         assert [s["label"] for s in table["students"]] == [p.label for p in only(comparison).points]
         assert [s["label"] for s in table["students"] if s["baseline"]] == ["baseline (alpha = 0)"]
-        assert {s["measures"]["steps"] for s in table["students"]} == {208}
         assert tree["differs"]["alpha-0_0f0f0f"] == {"loss.alpha": 0.0}
         assert set(tree["differs"]["temperature-2_alpha-0.7_1a2b3c"]) == {"loss.temperature", "loss.alpha"}
 
@@ -467,14 +426,6 @@ class TestFiles:
         assert all(line in words for line in tables.verdict(only(comparison)))
         assert str(folder / "compare.html") in printed
 
-    def test_markup_is_printed_as_text(self, tmp_path, capsys):
-        write_run(tmp_path / "a", state="failed", reason="[red]x[/red]")
-        write_run(tmp_path / "b [bold]x")
-        assert main([str(tmp_path), "--out", str(tmp_path)]) == 0
-        printed = capsys.readouterr().out
-        assert "[red]x[/red]" in printed
-        assert "#1 b [bold]x" in printed
-
     def test_the_same_runs_give_the_same_bytes(self, six, tmp_path, monkeypatch):
         folder = six[1]
         compare([folder], tmp_path / "one")
@@ -493,11 +444,9 @@ class TestFiles:
 class TestPage:
     def test_pictures_heat_maps_and_samples(self, six):
         text = (six[1] / "compare.html").read_text()
-        pictures = [attrs for tag, attrs in Tags(text).found if tag == "img"]
-        front, *curves = [attrs["alt"] for attrs in pictures]
+        front, *curves = re.findall(r'<img src="data:image/svg\+xml;base64,[^"]*" alt="(.*)">', text)
         assert front == "CE against KL. On the Pareto front: τ 2, α 0.7; τ 2, α 0.3"
         assert curves == [f"Held-out {m} over tokens, one line for each run" for m in ("KL", "CE")]
-        assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for attrs in pictures)
         captions = re.findall(r"<caption>(.*)</caption>", text)
         assert captions == ["KL (lower is better)", "CE (lower is better)", "agreement (higher is better)"]
         best = re.findall(r'class="best" style="background:rgba\(0,114,178,0.60\)">([\d.]+)', text)
@@ -512,29 +461,18 @@ class TestPage:
         write_run(tmp_path / "failed", state="failed", reason=hostile)
         compare([tmp_path], tmp_path)
         text = (tmp_path / "compare.html").read_text()
-        tags = Tags(text).found
-        assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "b>0.3"}
+        assert not {*re.findall(r"<(\w+)", text)} & {"script", "link", "iframe", "image"}
         assert text.count("&lt;script&gt;alert(1)&lt;/script&gt; {{ 7*7 }}") > 4
-        policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-        assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in tags
+        assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
         assert "http" not in text.replace("http-equiv", "")
 
     def test_a_heat_map_needs_both_axes_and_there_is_one_for_each_setting(self, tmp_path):
         write_sweep(tmp_path / "line", [2], [0.3, 0.7])
-        compare([tmp_path / "line"], tmp_path)
-        assert "Temperature and alpha" not in (tmp_path / "compare.html").read_text()
-        for name in ("forward_kl", "reverse_kl"):
+        assert heat_maps(only(ranked(tmp_path))) == []
+        for name in ("jsd", "reverse_kl"):
             write_sweep(tmp_path / name, [1, 2], [0.3, 0.7], baseline=False, loss__name=name)
-        compare([tmp_path / "forward_kl", tmp_path / "reverse_kl"], tmp_path)
-        text = (tmp_path / "compare.html").read_text()
-        assert re.findall("Temperature and alpha: (.*)<", text) == ["loss forward_kl", "loss reverse_kl"]
-
-    def test_no_curves_without_evaluations(self, tmp_path):
-        write_run(tmp_path / "run", curve=1)
-        compare([tmp_path], tmp_path)
-        text = (tmp_path / "compare.html").read_text()
-        assert "train.eval_every=N measures every N steps" in text
-        assert "over tokens" not in text
+        settings = [found["setting"] for found in heat_maps(only(ranked(tmp_path)))]
+        assert settings == ["loss jsd", "loss reverse_kl"]
 
     def test_of_forty_few_are_colored(self, tmp_path):
         folder = write_sweep(tmp_path / "s", [0.5, 1, 2, 4, 8], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0], curve=3)
@@ -560,11 +498,6 @@ class TestFinding:
         ):
             assert len(find(paths)) == 7, paths
         assert [*find([one])] == [one.name]
-
-    def test_names_are_short_and_unique(self, tmp_path):
-        for day in ("2026-11-24", "2026-11-25"):
-            write_run(tmp_path / day / "02-45-09-123456")
-        assert [*find([tmp_path])] == ["2026-11-24/02-45-09-123456", "2026-11-25/02-45-09-123456"]
 
     def test_where_the_files_go(self, six, tmp_path):
         folder = six[1]
