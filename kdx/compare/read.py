@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from rich.console import Console
 
 from kdx.compare import ranking
 from kdx.compare.ranking import MEASURES, Comparison, Ranking, Run
@@ -22,7 +23,7 @@ from kdx.run.files import write_beside
 from kdx.run.tracking import CONSOLE
 
 MARK = "status.json"  # a folder with it is a run's
-NARROWEST = 100  # columns of the terminal's table; less would break every line
+NARROWEST = 100  # letters of a line, in a pipe too; less would break every line of the table
 FILES = ("compare.csv", "compare.json", "compare.md", "compare.html")
 EXAMPLE = "Example: kdx compare outputs/sweeps/NAME"
 
@@ -41,8 +42,9 @@ def main(words: list[str]) -> int:
 
         workspace.check()
     comparison = compare(paths, args.out or default_out(paths))
+    console = Console(file=CONSOLE.file, width=max(CONSOLE.width, NARROWEST), highlight=False)
     for part in terminal_parts(comparison):
-        CONSOLE.print(part, markup=False, soft_wrap=False, width=max(CONSOLE.width, NARROWEST))
+        console.print(part, markup=False)
     CONSOLE.print(f"Wrote {comparison.out / 'compare.html'}, .csv, .json and .md", markup=False)
     if args.wandb:
         CONSOLE.print(f"Dashboard: {workspace.save(comparison)}", markup=False)
