@@ -260,7 +260,7 @@ class TestBudgets:
         assert main([str(tmp_path), "--out", str(tmp_path)]) == 0
         table = only(ranked(tmp_path))
         assert [p.other_budget for p in table.points] == [True, False, False]
-        sentence = "Not trained equally long (†): #1."
+        sentence = "Trained longer or shorter than most (†): #1."
         assert any(line.startswith(sentence) for line in tables.verdict(table))
         printed = capsys.readouterr().out
         assert "† 416   † 302,000" in printed
