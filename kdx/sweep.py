@@ -19,11 +19,10 @@ from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from kdx import plugins
 from kdx.config import Config, as_dict
 from kdx.errors import ConfigError, InUseError, KdxError, printable
 from kdx.run.claim import claim
-from kdx.run.devices import share_cores, take_gpu
+from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import config_identity, digest
 from kdx.run.signals import STOPS
@@ -207,7 +206,6 @@ def do_job(
 
 def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool = False) -> float:
     """Start or resume one run → the measure that a sweep compares. Raises KdxError, Stopped. Imports torch."""
-    plugins.load()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries; read when they are imported
     take_gpu(is_own=is_own_gpu)
@@ -258,8 +256,8 @@ def _run_workers(number: int, argv: Sequence[str], since: float) -> int:
             worker.send_signal(number)
 
     before = {n: signal.signal(n, forward) for n in STOPS if signal.getsignal(n) != signal.SIG_IGN}
-    share_cores(number)
-    environment = os.environ | {STARTED: repr(since), "TTY_COMPATIBLE": "0"}  # lines, not bars: they share a terminal
+    environment = {"OMP_NUM_THREADS": str(max(1, num_cores() // number))} | os.environ
+    environment |= {STARTED: repr(since), "TTY_COMPATIBLE": "0"}  # lines, not bars: they share a terminal
     while len(workers) < number and not noted:
         workers.append(subprocess.Popen([sys.executable, "-m", "kdx", *argv], env=environment))
     if noted:  # by whom the last one was not there yet
