@@ -125,7 +125,7 @@ def _safe(text: str) -> str:
 
 # Jobs
 
-_failed: set[Path] = set()  # in this process
+_failed: set[str] = set()  # names of jobs that failed in this process
 _round = 0  # of decisions that the ranks have agreed on
 
 
@@ -182,7 +182,7 @@ def do_job(
         nonlocal measure, is_tried
         reason = _agreed(lambda: _why_not(config, folder, since)) if is_shared else ""
         if _is_main():
-            print(f"kdx: {folder}{reason and f': {reason}'}", flush=True)
+            print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
         if reason:
             return 0
         is_tried = True
@@ -198,7 +198,7 @@ def do_job(
     if code > 128 or (code and _num_ranks() > 1):  # a signal, or an error for which the other ranks would wait
         sys.exit(code)
     if code:
-        _failed.add(folder)
+        _failed.add(folder.name)
     if is_tried and _is_main():
         _write_page(folder.parent)
     return measure
@@ -284,7 +284,7 @@ def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
         else:
             if holder := run.holder():
                 held[path] = holder
-            elif path in _failed or _has_failed(run, since):
+            elif path.name in _failed or _has_failed(run, since):
                 failed[path] = f"{state}: {reason}" if reason else "see its error above"
             else:
                 left[path] = state
@@ -292,7 +292,7 @@ def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
         _print_comparison(folder, since)
     for what, found in (("failed", failed), ("held by other processes", held), ("left", left)):
         if found:
-            rows = [f"  {path}  {printable(why)}" for path, why in found.items()]
+            rows = [f"  {os.path.relpath(path)}  {printable(why)}" for path, why in found.items()]
             print(f"kdx: {len(found)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
     if left:
         print("kdx: type the same command again to do what is left", file=sys.stderr)
