@@ -79,10 +79,10 @@ def load_data(
     with FileLock(root / f"{about}.lock"):
         files = source_files(config)
         found = read_conversations(config, root, encoder.refusal) if files is None else None
-        content = found.content() if found else "".join(map(_file_digest, files or []))
+        content = "".join(map(_file_digest, files or [])) if found is None else found.content()
         folder = root / xxhash.xxh3_128_hexdigest((about + content).encode())
         if not folder.is_dir():
-            found = found or read_conversations(config, root, encoder.refusal)
+            found = read_conversations(config, root, encoder.refusal) if found is None else found
             with whole_folder(folder) as beside:
                 _encode_all(config, found, encoder, beside, num_prompts, answer_length)
     known = json.loads((folder / "data.json").read_text(encoding="utf-8"))
