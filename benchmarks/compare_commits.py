@@ -200,15 +200,14 @@ def run(case: Case, version: Version, other: Version, models: Path, words: list[
 
 
 def numbers(run_dir: Path) -> dict[str, Any]:
-    """What a run computed, by name: `step 3 train/loss`, `row 7 kl` → number, `weights x` → tensor."""
+    """What a run computed, by name: `step 3 train/loss`, `held-out row 7 kl` → number, `weights x` → tensor."""
     found: dict[str, Any] = {}
     for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
         for key, value in line.items():
             if (key in COUNTED or key.startswith("eval/")) and value is not None:
                 found[f"step {line['step']} {key}"] = value
     for i, row in enumerate(map(json.loads, (run_dir / "eval_rows.jsonl").read_text().splitlines())):
-        about = f"held-out {row.get('model', '')} {row.get('row', i)}"
-        found |= {f"{about} {key}": value for key, value in row.items() if isinstance(value, float)}
+        found |= {f"held-out row {i} {key}": value for key, value in row.items() if isinstance(value, float)}
     found |= {f"weights {name}": tensor for name, tensor in load_file(run_dir / "student/model.safetensors").items()}
     return found
 

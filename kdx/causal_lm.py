@@ -134,8 +134,14 @@ def checkpoint_activations(model: Any) -> None:
 
 def counted_hidden(model: Any, batch: MicroBatch) -> Tensor:
     """Run the backbone and keep the last hidden states at the positions whose next token counts → [N, d]."""
-    output = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    mask = batch.attention_mask if needs_attention_mask(model) else None
+    output = model.base_model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)[batch.positions.to(output.last_hidden_state.device)]
+
+
+def needs_attention_mask(model: Any) -> bool:
+    """Whether rows padded on the right need an attention mask: not if check_split found that only the left matters."""
+    return getattr(model, "needs_attention_mask", True)
 
 
 def device_dtype(device: torch.device) -> tuple[torch.dtype, str]:
@@ -232,23 +238,36 @@ def fuse_activations(model: PreTrainedModel) -> None:
 
 
 def check_split(model: PreTrainedModel, group: str) -> None:
-    """Check on a tiny batch that head(backbone(x)) equals the model's own logits. Raises ModelError if not."""
+    """Check on a tiny row that head(backbone(x)) equals the model's own logits. Raises ModelError if not.
+
+    Sets `model.needs_attention_mask`: False if what follows the row, without a mask, does not change it.
+    """
     name = type(model).__name__
     if model.get_output_embeddings() is None or model.base_model is model:
         raise ModelError(f"{group}.path", f"{name} has no backbone and output head", "Use a causal language model")
     head = head_of(model)
-    ids = torch.arange(3, 11, device=model.device).remainder(head.num_ids).unsqueeze(0)
+    row = torch.arange(3, 11, device=model.device).remainder(head.num_ids).unsqueeze(0)
+    rows = [row, torch.cat([row, row], dim=1), torch.cat([row, row.flip(1)], dim=1)]  # alone, and followed by others
     with torch.no_grad(), loading(name, "forward pass", f"{group}.path"):
-        own = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-        ours = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1))
-    # Relative to the spread: with fresh weights a missed soft-cap changes the logits by only 1e-5.
-    off = (own.to(ours) - ours).abs().max() / own.to(ours).std().clamp_min(1e-30)
+        own = model(input_ids=row, use_cache=False).logits
+        alone, *followed = (
+            model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, : row.shape[1]] for ids in rows
+        )
+        ours = head.logits(alone)
+        own = own.to(ours)
+        # Relative to the spread: with fresh weights a missed soft-cap changes the logits by only 1e-5.
+        off, off_followed = (
+            (logits - own).abs().max() / own.std().clamp_min(1e-30) for logits in (ours, head.logits(followed[0]))
+        )
     bar = TOLERANCE.get(head.weight.dtype, 5e-2)
     if not ours.isfinite().all():
         raise ModelError(f"{group}.path", f"the logits of {name} are not finite", "Check its weights for NaN and inf")
     if not off < bar:
         what = f"{name} does more to its logits than kdx knows (off by {off.item():.1e} of their spread)"
         raise ModelError(f"{group}.path", what, "Report the architecture, or choose another model")
+    # A mixture's experts round differently when other tokens are routed; its auxiliary loss must not see padding.
+    is_causal = torch.equal(*followed) and bool(off_followed < bar)
+    model.needs_attention_mask = not is_causal or bool(getattr(model.config, "output_router_logits", False))
 
 
 def common_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:

@@ -16,8 +16,6 @@ from kdx.version import __version__
 from kdx.words import CONF, groups_in
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from kdx.compose import Plan, Source
     from kdx.config import Config
 
@@ -42,15 +40,10 @@ conf/ has a comment on every key; `--cfg job` prints them with this run's values
 
 Flags of Hydra: --hydra-help. Exit codes: 0 ok, 1 a bug, 2 config or data, 3 machine, 4 diverged,
 5 jobs of a sweep failed, 129, 130 or 143 stopped by a signal (the run can be resumed)."""
-USAGE = {
-    "check": "python -m kdx check [-m] KEY=VALUE ...\n\nRead config, data and models as the run would, and print what "
-    "it would train, its memory, disk and time.\nWith -m: for every point of the sweep.",
-    "store": "python -m kdx store fill [-m] KEY=VALUE ...   run the teacher over the data of these runs, once\n"
-    "python -m kdx store stat [FOLDER]              list the teachers, their rows and sizes\n"
-    "python -m kdx store verify [FOLDER]            compare the checksum of every row\n"
-    "python -m kdx store prune [FOLDER]             join small shards, remove what is damaged, with --unused-days what "
-    "is unused",
-}
+CHECK_HELP = """python -m kdx check [-m] KEY=VALUE ...
+
+Read config, data and models as the run would, and print what it would train, its memory, disk and time.
+With -m: for every point of the sweep."""
 
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> "Config":
@@ -77,9 +70,6 @@ def _main(argv: list[str]) -> int:
         return 0
     if argv in (["help"], ["--help"], ["-h"]):
         return _help([CONF])
-    if name in USAGE and {"--help", "-h"} & {*argv}:
-        print(USAGE[name])
-        return 0
     if name in ("check", "store", "compare"):
         return _command(name, argv[1:])
     if name and "=" not in name and name[0] not in "+~-":
@@ -96,37 +86,39 @@ def _help(roots: list[Path]) -> int:
 
 def _command(name: str, words: list[str]) -> int:
     """Run `kdx check`, `kdx store` or `kdx compare`. Raises KdxError."""
+    is_help = bool({"--help", "-h"} & {*words})
     if name == "compare":
         from kdx.compare.read import main as compare
 
         return compare(words)
-    if name == "store" and words[:1] != ["fill"]:
-        if words[:1] not in (["stat"], ["verify"], ["prune"]):
-            raise ConfigError("kdx store", "needs one of fill, stat, verify, prune", "See python -m kdx store --help")
+    if name == "store" and (words[:1] != ["fill"] or is_help):
         from kdx.store_commands import manage
 
         return manage(words)
+    if is_help:
+        print(CHECK_HELP)
+        return 0
     plan = _planned(_parsed(words[name == "store" :]))
-    plugins.load()
     if name == "store":
+        plugins.load()
         from kdx.store_commands import fill
 
         fill([point.config for point in plan.points])
         return 0
     from kdx.check import check
+    from kdx.compose import key_of
+    from kdx.config import replaced
+    from kdx.run.folder import Record
 
-    shared: dict[str, list[str]] = {}  # what alpha and temperature change needs no second look
-    for point in plan.points:
-        swept = [word for word in point.words if word.partition("=")[0] in plan.swept]
-        loss = point.config.loss.model_copy(update={"alpha": point.config.loss.alpha > 0, "temperature": 1})
-        looks = shared.setdefault(repr(point.config.model_copy(update={"loss": loss})), [])
-        looks.append(" ".join(swept))
-        if len(looks) == 1:
-            print("\n" + looks[0] if looks[0] else "", end="\n" if looks[0] else "", flush=True)
-            check(point.config, plan.sweep_dir or plan.run_dir)
-    for first, *others in shared.values():
-        if others:
-            print(f"\n{'; '.join(others)}: data, memory and time as {first}")
+    seen: list[Config] = []
+    for point in plan.points:  # alpha and temperature change neither data nor memory nor time
+        loss = replaced(point.config.loss, alpha=point.config.loss.alpha > 0, temperature=1.0)
+        title = " ".join(word for word in point.words if key_of(word) in plan.swept)
+        is_new = (same := replaced(point.config, loss=loss)) not in seen
+        print(f"\n{title}" + ("" if is_new else ": as a point above") if title else "", flush=True)
+        if is_new:
+            seen.append(same)
+            check(point.config, plan.sweep_dir or plan.run_dir, Record(point.words, plan.swept, point.sources))
     return 0
 
 
@@ -136,7 +128,8 @@ def _run(argv: list[str]) -> int:
     if args.help:
         return _help(_source(args).roots())
     if args.hydra_help or args.info or args.shell_completion or (args.cfg and (args.cfg != "job" or args.package)):
-        return _hydra(argv)
+        _hydra(argv)
+        return 0
     plan = _planned(args)
     if args.cfg:
         import yaml
@@ -145,51 +138,60 @@ def _run(argv: list[str]) -> int:
 
         print(yaml.safe_dump(redact(as_dict(plan.points[0].config)), sort_keys=False, allow_unicode=True), end="")
         return 0
+    return _sweep(plan, args, argv) if plan.sweep_dir else _run_one(plan, argv)
+
+
+def _run_one(plan: "Plan", argv: list[str]) -> int:
     from kdx import sweep
     from kdx.run.folder import Record
 
-    if plan.sweep_dir is None:
-        (point,) = plan.points
-        record = Record(point.words, [], point.sources, argv)
+    (point,) = plan.points
+    record = Record(point.words, [], point.sources, argv)
 
-        def run() -> int:
-            sweep.start_run(point.config, record, plan.run_dir)
-            return 0
+    def work() -> int:
+        sweep.start_run(point.config, record, plan.run_dir)
+        return 0
 
-        return guarded(run, plan.run_dir)
-    if plan.baseline and _is_main():
+    return guarded(work, plan.run_dir)
+
+
+def _sweep(plan: "Plan", args: argparse.Namespace, argv: list[str]) -> int:
+    """Have Hydra go through the points of a sweep; a job that another process does is passed over."""
+    from kdx import sweep
+
+    assert plan.sweep_dir
+    if plan.baseline and os.environ.get("RANK", "0") == "0":
         baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
-        print(f"kdx: {plan.num_points} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(_source(args)).items() if value]
-    parts = [[*flags, "--multirun", *part] for part in (plan.baseline, plan.words) if part]
+        print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
+    flags = ["--multirun"]
+    for name in ("config_dir", "config_path", "config_name"):
+        if value := getattr(args, name):
+            value = value if name == "config_name" else Path(value).resolve()
+            flags.append(f"--{name.replace('_', '-')}={value}")
     since = sweep.started()
-    launch = partial(_launch, swept=plan.swept, argv=argv, since=since, is_shared=bool(plan.jobs))
+    job = partial(run_job, swept=plan.swept, argv=argv, since=since, is_shared=bool(plan.jobs))
+    parts = [[*flags, *part] for part in (plan.baseline, plan.words) if part]
     workers = plan.points[0].config.sweep.workers
+    launch = partial(_hydra, job=job)
     return sweep.run(plan.sweep_dir, plan.jobs, parts, launch, since=since, workers=workers, argv=argv)
 
 
-def _launch(words: list[str], *, swept: list[str], argv: list[str], since: float, is_shared: bool) -> None:
-    """Have Hydra sweep over these words and do a job for each point."""
+def run_job(cfg: Any, *, swept: list[str], argv: list[str], since: float, is_shared: bool) -> float:
+    """Do one job of a sweep, in whatever process Hydra's launcher runs it → the measure that the sweep compares."""
+    from hydra.core.hydra_config import HydraConfig
 
-    def job(cfg: "DictConfig") -> float:  # launchers carry it, and what it holds, to other processes
-        from hydra.core.hydra_config import HydraConfig
+    from kdx import sweep
+    from kdx.compose import point_of
+    from kdx.run.folder import Record
 
-        from kdx import sweep
-        from kdx.compose import point_of
-        from kdx.run.folder import Record
-
-        hydra_config = HydraConfig.get()
-        point = point_of(hydra_config)
-        record = Record(point.words, swept, point.sources, argv)
-        folder = Path(hydra_config.runtime.output_dir)
-        is_alone = str(hydra_config.launcher.get("_target_")).endswith(".BasicLauncher")
-        shared = {"since": since, "is_shared": is_shared, "is_own_gpu": not is_alone}
-        return sweep.do_job(point.config, record, folder, guarded, **shared)
-
-    _hydra(words, job)
+    hydra_part = HydraConfig.get()
+    point, folder = point_of(hydra_part), Path(hydra_part.runtime.output_dir)
+    record = Record(point.words, swept, point.sources, argv)
+    is_own_gpu = not str(hydra_part.launcher.get("_target_")).endswith(".BasicLauncher")
+    return sweep.do_job(point.config, record, folder, guarded, since=since, is_shared=is_shared, is_own_gpu=is_own_gpu)
 
 
-def _hydra(words: list[str], job: Any = lambda cfg: None) -> int:
+def _hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
     """Run Hydra's own command line on these words. Raises ConfigError."""
     import hydra
     from hydra.errors import HydraException
@@ -201,7 +203,6 @@ def _hydra(words: list[str], job: Any = lambda cfg: None) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         what = " ".join(str(error).split())[:300].rstrip(".")
         raise ConfigError("hydra", what, "See python -m kdx --hydra-help") from None
-    return 0
 
 
 def _planned(args: argparse.Namespace) -> "Plan":
@@ -229,8 +230,7 @@ def _planned(args: argparse.Namespace) -> "Plan":
 def _source(args: argparse.Namespace) -> "Source":
     from kdx.compose import Source
 
-    folders = (str(Path(path).resolve()) if path else None for path in (args.config_dir, args.config_path))
-    return Source(*folders, args.config_name)
+    return Source(args.config_dir, args.config_path, args.config_name)
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
@@ -247,10 +247,6 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     if args.experimental_rerun is not None:
         raise ConfigError("--experimental-rerun", "reads a pickle, which could run code", "Use run.like=FOLDER")
     return args
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:

@@ -74,10 +74,6 @@ class Plan:
     num_baselines: int = 0
     jobs: dict[Path, Config] = field(default_factory=dict)  # by their folders, if kdx names them
 
-    @property
-    def num_points(self) -> int:
-        return len(self.points)
-
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
     """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""

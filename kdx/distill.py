@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,10 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         CONSOLE.print(f"{path} is done already", markup=False)
         return Summary(**folder.summary())
     machine.wait_for_everyone()  # all have looked before rank 0 writes
-    with StopRequest(path) as stop, folder.claim(config, record, is_main), logging_to(path / "kdx.log", is_main):
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest(path))
+        stack.enter_context(folder.claim(config, record, is_main))
+        stack.enter_context(logging_to(path / "kdx.log", is_main))
         started = time.time()
         check_names(config)
         tokenizer, max_length = load_tokenizer(config)
@@ -71,6 +75,8 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         batches = build_batches(config, data.train, tokenizer, machine)
         asked, repeats = rows_to_ask(config, data, batches), is_repeated(config, record, batches)
         teacher = build_teacher(config, tokenizer, machine.device, max_length, asked, is_repeated=repeats, owner=path)
+        if teacher is not None:
+            stack.callback(teacher.close)
         student = build_student(config, machine.device, max_length)
         objective = build_objective(config, student, teacher, tokenizer)
         training = Training(config, objective, teacher, batches, tokenizer, max_length, machine)
@@ -79,9 +85,10 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         folder.begin(results.facts(data, training))  # refused if it is another run's
         if not training.restore(folder):
             results.check_room(training, path)
-            folder.keep("untouched.json", judge.before_training(student))
+            folder.keep("untouched.json", training.untouched(judge))
         with Tracker(folder, config, record, training, is_main=is_main) as tracker:
             tracker.header(report.header(config, record, data, training))
+            results.warn_about(folder, data)
             if not training.is_finished:
                 train(training, judge, tracker, folder, stop)
             results.keep_student(training, folder)  # before it is measured: nothing there can cost training

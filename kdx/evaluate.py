@@ -114,6 +114,7 @@ class Judge:
         self.num_rows = len(data.held_out)
         self.prompts: list[dict[str, Any]] = data.prompts if training.config.tracking.samples else []
         self.teacher: Teacher | None = training.teacher
+        self.is_taught = training.objective.mix.alpha > 0  # else the teacher is only measured
         self.tokenizer, self.stop = training.tokenizer, stop
         self.teacher_measures = Measures([])
 
@@ -156,12 +157,15 @@ class Judge:
         untouched = self(student).means()
         teacher = self.teacher
         sizes = {"num_parameters": None} if teacher is None else {"num_parameters": teacher.num_parameters}
-        return {
+        before = {
             "untouched": untouched | {"num_parameters": student.num_parameters()},
             "teacher": self.teacher_measures.means() | sizes,
             "teacher_samples": teacher_samples(teacher, self.tokenizer, self.prompts),
             "untouched_samples": self.samples(student),
         }
+        if teacher is not None and not self.is_taught:
+            teacher.free()
+        return before
 
     def samples(self, model: Any) -> list[str]:
         """Let a model answer the sample prompts."""

@@ -22,8 +22,8 @@ from kdx.causal_lm import Head, counted_hidden, head_of
 from kdx.config import LossConfig
 from kdx.data.batches import IGNORED, MicroBatch
 from kdx.errors import ConfigError, did_you_mean, together
-from kdx.teacher import Answer
 from kdx.plugins import option_faults
+from kdx.teacher import Answer
 
 CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: larger chunks mean fewer passes over the head's gradient
 CACHE_BYTES = 2**19  # of one float32 tensor of a block on a CPU, per thread: what stays in its cache

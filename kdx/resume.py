@@ -95,9 +95,9 @@ def is_resumable(folder: Path) -> bool:
 
 
 def _is_held(folder: Path) -> bool:
-    from kdx.run.folder import RunFolder
+    from kdx.run.claim import holder
 
-    return RunFolder(folder).holder() is not None
+    return holder(folder) is not None
 
 
 def _read(file: Path, where: str) -> Any:

@@ -142,7 +142,7 @@ class TeacherStore:
         rows = [] if self.missing(digests) else [row for d in digests if (row := self._row(d)) is not None]
         if len(rows) < len(digests):
             return None
-        others = [d for d in digests if d not in self._buffer and not self._shard_of[d].path.name.startswith(self._own)]
+        others = [d for d in digests if d in self._shard_of and not self._shard_of[d].path.name.startswith(self._own)]
         self.counts.hits += len(rows)
         self.counts.from_others += len(others)
         self.counts.bytes_read += sum(row.nbytes for row in rows)
@@ -170,17 +170,14 @@ class TeacherStore:
         """Write the buffered rows as a shard; a full disk turns writing off with one warning."""
         if not self._buffer:
             return
-        path = self.rows / f"{self._own}{uuid.uuid4().hex}.safetensors"
         try:
-            write_shard(path, self._buffer)
+            write_shard(self.rows / f"{self._own}{uuid.uuid4().hex}.safetensors", self._buffer)
         except REFUSALS as error:
             self._stop(f"{error}; {in_bytes(room(self.root)[1])} free")
             return
-        if shard := open_shard(path):
-            self._shards[path.name] = shard
-            self._shard_of |= dict.fromkeys(self._buffer, shard)
         self._buffer, self._buffer_bytes = {}, 0
         self._size = size_of(self.root) if self.limit_bytes else 0  # others write too
+        self._refresh()
 
     def close(self) -> None:
         """Flush, and note when the store was used."""
@@ -217,9 +214,10 @@ class TeacherStore:
             self.flush()
 
     def _refresh(self) -> None:
-        """Open shards that were written since the last look, this run's own first: of copies the first is used."""
-        paths = [path for path in paths_in(self.rows) if path.name not in self._shards]
-        for path in sorted(paths, key=lambda path: not path.name.startswith(self._own)):
+        """Open the shards that were written since the last look."""
+        for path in paths_in(self.rows):
+            if path.name in self._shards:
+                continue
             self._shards[path.name] = shard = open_shard(path)
             if shard is not None:
                 for digest in shard.checksums:
@@ -246,6 +244,7 @@ class TeacherStore:
     # Beside the rows
 
     def save_head(self, stored: StoredHead) -> None:
+        """Store the teacher's head and sizes."""
         head, softcap = stored.head, math.nan if stored.head.softcap is None else stored.head.softcap
         parts = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
         parts["scale, softcap"] = torch.tensor([head.scale, softcap], dtype=torch.float64)
@@ -346,8 +345,7 @@ def load_head(folder: Path) -> StoredHead | None:
 
 
 def count_rows(folder: Path, *, is_verify: bool) -> tuple[int, int]:
-    """Count the rows in a teacher's folder and the damaged ones; of these only files that cannot be opened if not
-    is_verify."""
+    """Count a teacher's rows and what is damaged: unless is_verify, only files that cannot be opened are."""
     num_rows = num_bad = 0
     for path in (*paths_in(folder / "rows"), folder / HEAD):
         if shard := open_shard(path):

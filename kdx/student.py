@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def load_student(
     """
     source, group = _source(config, teacher)
     shape = load_config(source, group)
-    if config.init != "random" and getattr(shape, "quantization_config", None):
+    if getattr(shape, "quantization_config", None):
         raise ModelError(f"{group}.path", f"{source.path} is quantised and cannot be trained", "Use its full weights")
     if config.init == "pretrained":
         model = load_causal_lm(config, "student", dtype=dtype, attn_implementation=attn_implementation)
@@ -87,38 +88,42 @@ def cut(
             setattr(text, name, [value[i] for i in kept])
     text.num_hidden_layers = len(kept)
     with loading(path, "model", "teacher.path"):
-        weights = _layers_of(StoredTensors(path, teacher.revision), total, kept)
+        stored = StoredTensors(path, teacher.revision)
+        stack, weights = _stack_of(stored.names, total), {}
+        for name in stored.names:
+            layer = re.match(rf"{re.escape(stack)}\.(\d+)\.", name)
+            if layer is None:
+                weights[name] = stored[name]
+            elif int(layer[1]) in kept:
+                weights[f"{stack}.{kept.index(int(layer[1]))}.{name[layer.end() :]}"] = stored[name]
         with torch.device("meta"):  # to learn its class, which may be code of the model's own
             like = AutoModelForCausalLM.from_config(config, trust_remote_code=teacher.trust_remote_code)
         model, report = type(like).from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attn_implementation,
             output_loading_info=True,
         )  # fmt: skip
-    if wrong := sorted(report["missing_keys"]):
-        what = f"{path} lacks {len(wrong)} tensors of the student, the first {wrong[0]}"
+    left = [name for name in report["unexpected_keys"] if name.startswith(f"{stack}.")]
+    if wrong := sorted(report["missing_keys"]) or left:
+        what = (
+            f"the weights in {path} do not fit the student: {wrong[0]} is {'left over' if wrong is left else 'missing'}"
+        )
         raise ModelError("teacher.path", what, "Choose other layers, or another teacher")
     model.config.name_or_path = path
     _take_generation_config(model, teacher, "teacher")
     return ready(model, "student")
 
 
-def _layers_of(stored: "StoredTensors", total: int, kept: list[int]) -> dict[str, Tensor]:
-    """Read everything but the layers that are not kept; those that are get their new numbers."""
-    layer_of = {name: re.match(r"(.*?)\.(\d+)(\..*)", name) for name in stored.names}
+def _stack_of(names: Iterable[str], total: int) -> str:
+    """Find what the names of all layers begin with, such as model.layers. Raises ConfigError."""
     numbers = collections.defaultdict(set)
-    for found in filter(None, layer_of.values()):
-        numbers[found[1]].add(int(found[2]))
-    stacks = [stack for stack, of in numbers.items() if of == set(range(total))]
+    for name in names:
+        if found := re.match(r"(.*?)\.(\d+)\.", name):
+            numbers[found[1]].add(int(found[2]))
+    stacks = [stack for stack, seen in numbers.items() if seen == set(range(total))]
     if len(stacks) != 1:
         what = f"cannot be cut from this teacher: its weights have {len(stacks)} stacks of {total} layers"
         raise ConfigError("student", what, "Choose another teacher, or student=hf")
-    weights = {}
-    for name, match in layer_of.items():
-        if match is None or match[1] != stacks[0]:
-            weights[name] = stored[name]
-        elif int(match[2]) in kept:
-            weights[f"{match[1]}.{kept.index(int(match[2]))}{match[3]}"] = stored[name]
-    return weights
+    return stacks[0]
 
 
 class StoredTensors:

@@ -47,12 +47,14 @@ class Teacher:
         self._load = load
         self._model: Any = None
         stored = load_head(store.folder) if store else None
-        if stored is None:
+        if stored is not None:
+            self.head = stored.head.to(device)
+        else:
+            self.head = head_of(self.model)  # where the model has it
             num_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            stored = StoredHead(head_of(self.model), self.model.num_parameters(), num_bytes)
+            stored = StoredHead(self.head, self.model.num_parameters(), num_bytes)
             if store:
                 store.save_head(stored)
-        self.head = stored.head.to(device)
         self.num_parameters, self.num_bytes = stored.num_parameters, stored.num_bytes
 
     @property
@@ -73,6 +75,11 @@ class Teacher:
     def free(self) -> None:
         """Let go of the body; the head stays."""
         self._model = None
+
+    def close(self) -> None:
+        """Flush the store."""
+        if self.store is not None:
+            self.store.close()
 
     def answers(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Answer]:
         """Yield the answer to each micro-batch; several are computed in one pass if `rows_at_once` allows."""
@@ -123,7 +130,7 @@ def precision_of(config: TeacherConfig, device: torch.device) -> tuple[str, str]
 def load_teacher(
     config: TeacherConfig, device: torch.device, max_length: int, identity: Identity, store: TeacherStore | None = None
 ) -> Teacher:
-    """Return the frozen teacher on a device, or on all of them. Raises ModelError or MachineError."""
+    """Return the frozen teacher on a device, or spread over all. Raises ModelError or MachineError."""
     name, words = precision_of(config, device)
     quantised = config.quantization != "none"
 

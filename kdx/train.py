@@ -22,6 +22,7 @@ from kdx.evaluate import Judge, Measures, peak_memory
 from kdx.objective import Objective
 from kdx.optim import build_optimizer, build_schedule
 from kdx.run import checkpoint, sharding
+from kdx.run.devices import keep_memory
 from kdx.run.files import fsync
 from kdx.run.folder import RunFolder
 from kdx.run.signals import Stopped, StopRequest
@@ -189,6 +190,11 @@ class Training:
         self.machine.wait_for_everyone()
         self._saved_at, self.is_save_due = time.monotonic(), False
 
+    def untouched(self, judge: Judge) -> dict[str, Any]:
+        """Measure and sample teacher and student before training."""
+        with sharding.whole(self.objective, self.student):
+            return judge.before_training(self.student)
+
     def measure(self, judge: Judge) -> Measures:
         """Take the held-out measures of the student as it is."""
         with sharding.whole(self.objective, self.student):
@@ -290,6 +296,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
     The loop runs once more than there are steps, so that the last step is logged and measured like any other.
     """
     state, config = run.state, run.config.train
+    keep_memory(run.machine.device.type)
     run.objective.train()
     try:
         for batch in run.batches.steps(state.step, run.max_steps):

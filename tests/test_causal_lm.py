@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from kdx import causal_lm
-from kdx.causal_lm import Head, check_split, common_ids, counted_hidden, head_of
+from kdx.causal_lm import Head, check_split, common_ids, counted_hidden, head_of, needs_attention_mask
 from kdx.config import ModelConfig
 from kdx.data.batches import Row, collate
 from kdx.errors import ModelError
@@ -312,14 +312,10 @@ def test_weights_outside_of_their_folder(folder, name):
 # ---- devices
 
 
-def test_cpu_choices():
-    cpu = torch.device("cpu")
-    dtype, why = causal_lm.device_dtype(cpu)
-    assert dtype in (torch.bfloat16, torch.float32)
-    assert "this CPU has" in why
-    auto, sdpa = given(path="x"), given(path="x", attn_implementation="sdpa")
-    assert causal_lm.attention_for(auto, cpu, 256) == "eager"
-    assert causal_lm.attention_for(auto, cpu, 257) is None
+def test_a_cpu_takes_eager_attention_for_short_rows():
+    cpu, auto, sdpa = torch.device("cpu"), given(path="x"), given(path="x", attn_implementation="sdpa")
+    assert causal_lm.device_dtype(cpu)[0] in (torch.bfloat16, torch.float32)
+    assert [causal_lm.attention_for(auto, cpu, length) for length in (256, 257)] == ["eager", None]
     assert causal_lm.attention_for(sdpa, cpu, 10) == "sdpa"
 
 
@@ -340,12 +336,53 @@ def test_gelu_in_one_kernel_is_the_same_function(name):
     assert model.config.activation_function == name
 
 
-def test_an_activation_of_ones_own_stays():
-    class Own(hf.activations.NewGELUActivation):
-        def forward(self, input):
-            return 2 * super().forward(input)
+# ---- rows padded on the right, without an attention mask
 
-    model = hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50))
-    model.transformer.h[0].mlp.act = Own()
-    causal_lm.fuse_activations(model)
-    assert type(model.transformer.h[0].mlp.act) is Own
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+CAUSAL = {
+    **{kind: CONFIGS[kind] for kind in ("llama, tied", "gpt2", "qwen2", "gpt-neox")},
+    "gemma2": lambda: hf.Gemma2Config(**SHAPE | WINDOWS, head_dim=8),
+    "gemma3": lambda: hf.Gemma3TextConfig(**SHAPE | WINDOWS, head_dim=8),
+    "opt": lambda: hf.OPTConfig(
+        vocab_size=V, hidden_size=d, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=d
+    ),
+    "mixtral": lambda: hf.MixtralConfig(**SHAPE, num_local_experts=3),
+    "mamba": lambda: hf.MambaConfig(vocab_size=V, hidden_size=d, num_hidden_layers=2, state_size=4),
+}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_without_a_mask_real_positions_are_the_same(kind, attention):
+    if attention == "sdpa" and kind in ("gemma2", "mamba"):
+        pytest.skip("has no sdpa")
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(CAUSAL[kind](), attn_implementation=attention).eval()
+    rows = [Row(str(n), list(range(3, 3 + n)), [False] + [True] * (n - 1)) for n in (12, 5, 2)]
+    batch = collate(rows, pad_id=0)
+    check_split(model, "student")
+    assert not needs_attention_mask(model)
+    hidden, gradients = [], []
+    for model.needs_attention_mask in (True, False):
+        hidden.append(counted_hidden(model, batch))
+        loss = hidden[-1].square().mul(torch.linspace(0, 1, hidden[-1].numel()).view_as(hidden[-1])).mean()
+        gradients.append(torch.autograd.grad(loss, list(model.base_model.parameters()), allow_unused=True))
+    if kind == "mixtral":  # experts round by how many tokens they are given
+        torch.testing.assert_close(*hidden, rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(*hidden)
+    for one, two in zip(*gradients, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_stays_where_it_is_needed(dtype):
+    torch.manual_seed(0)
+    both_ways = hf.Gemma3TextConfig(**SHAPE, head_dim=8, use_bidirectional_attention=True)
+    router = hf.MixtralConfig(**SHAPE, num_local_experts=3, output_router_logits=True)
+    for config in (both_ways, router):
+        model = hf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        check_split(model, "student")
+        assert needs_attention_mask(model)
+    assert needs_attention_mask(build("qwen2")), "as long as nothing is known"

@@ -8,8 +8,6 @@ import types
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from standins import DIALOGPT_TEMPLATE
 
 from kdx.config import replaced
@@ -17,7 +15,7 @@ from kdx.data import encode
 from kdx.data import sources as kdx_data
 from kdx.data.encode import load_data
 from kdx.data.sources import check_source, raise_faults, read_conversations, register_source, split
-from kdx.errors import ConfigError, DataError, MachineError
+from kdx.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -57,7 +55,7 @@ def read(config):
     raise_faults(config, found, [])
     train, held_out = ([found[i] for i in part] for part in split(config, found))
     return types.SimpleNamespace(
-        train=train, held_out=held_out, dropped=found.dropped, changed=+found.changed, notes=found.notes
+        train=train, held_out=held_out, dropped=+found.dropped, changed=+found.changed, notes=found.notes
     )
 
 
@@ -70,14 +68,6 @@ def faults(config, kind=DataError):
 
 GOOD = {"source": "a", "target": "b"}
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
-
-def test_bad_rows_may_be_skipped_and_are_counted(file_of, data_config):
-    rows = [GOOD, {"source": "a"}] * 15
-    path = file_of("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n" * 15)
-    dataset = read(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=None))
-    assert len(dataset.train) == 15
-    assert dataset.dropped == {"bad row (data.on_bad_row=skip)": 30}
 
 
 @pytest.mark.parametrize(("most", "num_bad"), [(0.1, 3), (2, 3), (0, 1), (0.0, 1)])
@@ -95,10 +85,10 @@ def test_a_file_that_cannot_be_read_stops_even_when_bad_rows_are_skipped(file_of
     (tmp_path / "latin.jsonl").write_bytes(b'{"source": "caf\xe9"}\n')
     file_of([GOOD, {"source": "a"}], "rows.jsonl")
     (tmp_path / "u.jsonl").write_bytes(b"\xff\xfea")
-    for on_bad_row in ("stop", "skip"):
+    for on_bad_row, bad in (("stop", ["rows.jsonl:2"]), ("skip", [])):
         lines = faults(data_config("pairs", path=str(tmp_path), on_bad_row=on_bad_row, max_bad_rows=None))
-        assert [Path(line.split(": ")[0]).name for line in lines[:-1]] == ["rows.jsonl:2", "latin.jsonl:1", "u.jsonl:1"]
-        assert lines[-1] == "data: 3 faults. Fix them"
+        places = [Path(line.split(": ")[0]).name for line in lines]
+        assert places == ["latin.jsonl:1", "u.jsonl:1", *bad, "data"]
 
 
 def test_when_no_row_is_left_each_rule_has_its_number(file_of, data_config):
@@ -106,19 +96,9 @@ def test_when_no_row_is_left_each_rule_has_its_number(file_of, data_config):
     (line,) = faults(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=None))
     assert "no row is left (2 rows: bad row (data.on_bad_row=skip))" in line
     (line,) = faults(data_config("pairs", path=file_of("source,target\n", "t.csv")))
-    assert "t.csv holds no rows" in line
+    assert "t.csv has no rows" in line
     (line,) = faults(data_config("chitchat", min_turns=10_000))
     assert "rows: fewer turns than data.min_turns" in line
-
-
-@given(st.binary(max_size=60))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes_are_rows_or_a_fault_of_the_data(tmp_path, data_config, content):
-    for name in ("t.jsonl", "t.json", "t.csv", "t.parquet"):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError) as caught:
-            read(data_config("pairs", path=str(tmp_path / name)))
-        assert str(caught.value)
 
 
 def test_pairs_are_one_user_and_one_assistant_turn(file_of, data_config):
@@ -147,24 +127,14 @@ def test_pairs_take_their_columns_and_templates_over_all_columns(file_of, data_c
     assert said(row) == [("user", "[sums 3] 2+2 2+2 x/y\n"), ("assistant", "It is 4.")]
 
 
-def test_a_template_needs_only_the_columns_it_names(file_of, data_config):
-    path = file_of([{"prompt": "a {{ b }}", "reply": "c", "source": 5}])
-    config = data_config("pairs", path=path, template={"user": "{{ prompt }}", "assistant": "{{ reply }}"})
-    assert said(read(config).train[0]) == [("user", "a {{ b }}"), ("assistant", "c")]
-
-
 @pytest.mark.parametrize(
     ("template", "says"),
     [
         ("{{ topic }}", ["data.template.user cannot be filled: 'topic' is undefined", "the columns are: source"]),
         ("{{ note }}", ["a value in it is null", "{{ name or '' }}"]),
         ("{{ source.__class__.__mro__ }}", ["data.template.user cannot be filled", "unsafe"]),
-        ("{{ ''.__class__.__base__.__subclasses__() }}", ["cannot be filled", "unsafe"]),
         ("{{ tags.append('x') }}", ["cannot be filled", "unsafe"]),
         ("{{ 1 // 0 }}", ["cannot be filled"]),
-        ("{{ source | int + [] }}", ["cannot be filled"]),
-        ("{{ tags['x'].y }}", ["cannot be filled"]),
-        ("{% for i in range(10 ** 9) %}{% endfor %}", ["cannot be filled", "Range too big"]),
         ("{% if false %}x{% endif %}", ['messages[0]: "content" is empty or blank']),
     ],
 )
@@ -181,8 +151,6 @@ def test_a_template_that_cannot_be_filled_names_row_and_columns(file_of, data_co
     [
         ({"user": "{{ source", "assistant": "x"}, "data.template.user: is not Jinja"),
         ({"user": "{{ source }}", "assistant": None}, "data.template.assistant: is null"),
-        ({"user": 3, "assistant": "x"}, "data.template.user: is a number (3)"),
-        ({"user": "{{ source | nosuch }}", "assistant": "x"}, "data.template.user: is not Jinja"),
         ({"user": "{{ source }}", "assistant": "x", "asistant": "y"}, "data.template.asistant: is not a key"),
     ],
 )
@@ -235,13 +203,6 @@ def test_chitchat_has_3240_conversations_that_end_with_the_assistant(data_config
     assert dataset.dropped["fewer turns than data.min_turns"] > 3000
     assert dataset.changed["unanswered last turn cut off"] > 0
     assert "chitchat_dataset" not in sys.modules  # its files are read, the package is never imported
-
-
-def test_chitchat_that_is_not_there_names_the_command(tmp_path, data_config):
-    (line,) = faults(data_config("chitchat", path=str(tmp_path)))
-    assert line.endswith("Run: pip install --no-deps chitchat-dataset")
-    with pytest.raises(MachineError, match="Run: pip install nosuch"):
-        read(data_config("chitchat", path="pkg:nosuch"))
 
 
 def test_ones_own_source_yields_either_shape_and_takes_options(registry, data_config):
@@ -410,11 +371,6 @@ def test_a_held_out_split_is_read_by_its_name(file_of, data_config, tmp_path, re
     assert (ids(dataset.held_out), ids(dataset.train)) == (["r10", "r11", "r12"], ["r0", "r1", "r2"])
 
 
-def test_nothing_is_held_out_when_none_is_asked_for(file_of, data_config):
-    dataset = read(data_config("pairs", path=file_of(numbered(5)), validation=None))
-    assert (len(dataset.train), dataset.held_out) == (5, [])
-
-
 @pytest.mark.parametrize("validation", [5, 6, 0.95])
 def test_too_many_held_out_rows_leave_nothing_to_train_on(file_of, data_config, validation):
     (line,) = faults(data_config("pairs", path=file_of(numbered(5)), validation=validation))
@@ -447,28 +403,6 @@ def test_take_counts_training_rows_and_is_nested(file_of, data_config):
     assert train(51).notes == ["data.take=51, but there are 50 training rows: all are used"]
 
 
-def test_the_same_rows_come_from_every_format(data_config, file_of, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = numbered(12)
-    table = pyarrow.Table.from_pylist([{"messages": TALK, "id": "x"}])
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
-    pyarrow.parquet.write_table(table, tmp_path / "m.parquet")
-    csv = "id,source,target\n" + "".join(",".join(row.values()) + "\n" for row in rows)
-    paths = [
-        file_of(rows),
-        file_of(json.dumps(rows), "t.json"),
-        file_of(csv, "t.csv"),
-        str(tmp_path / "t.parquet"),
-    ]
-    datasets = [read(data_config("pairs", path=path, validation=3)) for path in paths]
-    assert all(ids(dataset.held_out) == ids(datasets[0].held_out) for dataset in datasets)
-    assert all([said(r) for r in d.train] == [said(r) for r in datasets[0].train] for d in datasets)
-    (row,) = read(data_config("messages", path=str(tmp_path / "m.parquet"))).train
-    assert said(row) == [("user", "a"), ("assistant", "b")]
-
-
 def test_an_id_with_half_of_a_surrogate_pair_is_an_id(file_of, data_config):
     path = file_of([row | {"id": f"\ud83d{i}"} for i, row in enumerate(numbered(4))])
     data = read(data_config("pairs", path=path, validation=1))
@@ -476,14 +410,13 @@ def test_an_id_with_half_of_a_surrogate_pair_is_an_id(file_of, data_config):
     assert sorted(told) == [f"\\ud83d{i}" for i in range(4)]
 
 
-@pytest.mark.parametrize(
-    "text", ['{"source": "a"}\n{"source": "b"}\n', "[1]", '{"a": {}}', '{"a": {"messages": [[1]]}}', "x"]
-)
-def test_a_file_that_is_not_the_chit_chat_data_set_says_what_to_choose(file_of, data_config, text):
-    (line,) = faults(data_config("chitchat", path=file_of(text)))
+def test_a_file_that_is_not_the_chit_chat_data_set_says_what_to_choose(file_of, data_config):
+    (line,) = faults(data_config("chitchat", path=file_of([GOOD, GOOD])))
     assert line.endswith(
         "is not the chit-chat data set. Choose the layout that the file has: data=pairs, data=messages or data=sharegpt"
     )
+    (line,) = faults(data_config("chitchat", path="nowhere"))
+    assert line.endswith("Run: pip install --no-deps chitchat-dataset")
 
 
 @pytest.fixture

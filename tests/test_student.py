@@ -8,11 +8,12 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from standins import put_on_hub
-from test_causal_lm import given
+from test_causal_lm import WORDS, given, tokenizer
 
 from kdx import student
 from kdx.config import StudentConfig, TeacherConfig
 from kdx.errors import ConfigError, ModelError
+from kdx.evaluate import answer
 
 TINY = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2,
@@ -47,8 +48,7 @@ def teacher(path, **more):
 
 
 def load(config, of=None, dtype=torch.float32):
-    of = of or teacher(None)
-    return student.load_student(config, of, dtype=dtype, attn_implementation="eager", seed=0)
+    return student.load_student(config, of or teacher(None), dtype=dtype, attn_implementation="eager", seed=0)
 
 
 def plain_cut(folder, kept):
@@ -119,12 +119,17 @@ def test_layers_that_are_not_there_are_refused(tmp_path, layers):
         load(keys(layers=layers), teacher(tmp_path))
 
 
-def test_a_missing_tensor_is_refused(tmp_path):
+def test_a_tensor_too_few_or_too_many_is_refused(tmp_path):
     save(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks 1 tensors of the student, the first model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ModelError, match=r"do not fit the student: model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+        load(keys(), teacher(tmp_path))
+    for name in ("up_proj.weight", "extra"):
+        tensors[f"model.layers.2.mlp.{name}"] = torch.zeros(24, 16)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"do not fit the student: model\.layers\.1\.mlp\.extra is left over"):
         load(keys(), teacher(tmp_path))
 
 
@@ -167,6 +172,15 @@ def test_a_generation_config_that_cannot_be_saved_is_refused_at_load(tmp_path):
     for init, where in (("pretrained", "student"), ("cut", "teacher"), ("random", "student")):
         with pytest.raises(ModelError, match=rf"{where}\.path: .*num_return_sequences"):
             load(keys(init=init, path=str(tmp_path)), teacher(tmp_path))
+
+
+def test_samples_are_greedy_and_short_whatever_it_says(tmp_path):
+    save(tmp_path)
+    model, words = load(keys(), teacher(tmp_path)), tokenizer([*WORDS, *(f"w{i}" for i in range(35))])
+    first, again = (answer(model, words, "a b c", 6) for _ in range(2))  # warnings would be errors
+    assert first == again
+    assert len(words(first).input_ids) <= 6
+    assert model.generation_config.temperature == 0.7
 
 
 # ---- the dtype it is saved in

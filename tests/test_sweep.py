@@ -1,40 +1,41 @@
-"""The points of a sweep: what they are, and names that are the same on any day and fit for a path."""
+"""The points of a sweep, names that are the same on any day and fit for a path, and who does which job."""
 
+import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from processes import SERVER, ended, free_port
 
 from kdx import sweep
-from kdx.cli import compose
-from kdx.compose import Composer, Point, preflight
-from kdx.config import SAFE_NAME, Config
-from kdx.folders import Source
-
-PARSER = OverridesParser.create()
-
-
-@pytest.fixture(scope="module")
-def composer() -> Composer:
-    return Composer(Source())
+from kdx.cli import compose, guarded
+from kdx.config import SAFE_NAME
+from kdx.errors import ConfigError, InUseError
+from kdx.run.claim import claim
+from kdx.run.folder import Record
 
 
 def parsed(*words: str) -> list[Override]:
-    return PARSER.parse_overrides(list(words))
+    return OverridesParser.create().parse_overrides(list(words))
 
 
-def config(composer: Composer, *words: str) -> Config:
-    point: Point = composer.point(composer.parsed(list(words)))
-    assert point.faults == []
-    return point.config()
+def name(keys: list[str], *words: str) -> str:
+    return sweep.job_name(keys, compose(list(words)))
 
 
-def name(composer: Composer, keys: list[str], *words: str) -> str:
-    return sweep.job_name(keys, config(composer, *words))
+# Points and names
 
 
-def test_points_are_every_combination_in_the_order_typed():
+def test_points_are_every_combination_in_the_order_typed() -> None:
     words = parsed("train.max_steps=5", "loss.temperature=1,2", "loss.alpha=0.3,0.7")
     assert sweep.points(words) == [
         ["train.max_steps=5", f"loss.temperature={t}", f"loss.alpha={a}"] for t in (1, 2) for a in (0.3, 0.7)
@@ -49,53 +50,36 @@ def test_points_are_every_combination_in_the_order_typed():
         ("loss.temperature=choice(1,2)", ["1", "2"]),
         ("train.seed=range(0,3)", ["0", "1", "2"]),
         ("loss=forward_kl,jsd", ["forward_kl", "jsd"]),
-        ("+loss.beta=0.1,0.2", ["0.1", "0.2"]),
+        ("++loss.beta=0.1,0.2", ["0.1", "0.2"]),
         ("data.path=[a,b],[c]", ["[a,b]", "[c]"]),
-        ("loss.alpha=interval(0,1)", ["0.0", "1.0"]),  # of an interval, its ends are checked
+        ("loss.alpha=interval(0,1)", ["0.0", "1.0"]),  # the ends of an interval are checked
     ],
 )
-def test_every_way_to_write_values(word, values):
+def test_every_way_to_write_values(word: str, values: list[str]) -> None:
     key = word.split("=")[0]
     assert sweep.points(parsed(word)) == [[f"{key}={value}"] for value in values]
+    assert sweep.swept_keys(parsed(word)) == [key.lstrip("+")]
 
 
-def test_a_list_is_one_value_and_of_a_key_typed_twice_the_last_counts():
+def test_a_list_is_one_value_and_of_a_key_typed_twice_the_last_counts() -> None:
     assert sweep.swept_keys(parsed("data.path=[a,b]")) == []
     assert sweep.points(parsed("train.seed=1,2", "train.seed=3")) == [["train.seed=3"]]
     assert sweep.swept_keys(parsed("train.seed=1,2", "train.seed=3")) == []
 
 
-def test_a_name_tells_the_point(composer):
-    keys = ["loss.temperature", "loss.alpha"]
-    made = name(composer, keys, "loss.temperature=2", "loss.alpha=0.7")
+def test_a_name_says_the_point_by_the_shortest_unique_part_of_each_key() -> None:
+    made = name(["loss.temperature", "loss.alpha"], "loss.temperature=2", "loss.alpha=0.7")
     assert re.fullmatch(r"temperature-2_alpha-0\.7_[0-9a-f]{6}", made)
+    assert name(["train.seed", "data.seed"]).startswith("train.seed-0_data.seed-0_")
+    assert name(["loss.temperature"], "loss.temperature=1") == name(["loss.temperature"], "loss.temperature=1.0")
 
 
-def test_one_and_one_point_nought_are_one_point(composer):
-    keys = ["loss.temperature"]
-    assert name(composer, keys, "loss.temperature=1") == name(composer, keys, "loss.temperature=1.0")
-    jsd = ["loss=jsd", "train.max_steps=5"]
-    assert name(composer, ["loss.beta"], *jsd, "loss.beta=1") == name(composer, ["loss.beta"], *jsd, "loss.beta=1.0")
-
-
-def test_what_cannot_change_the_student_is_not_in_a_name(composer):
-    keys = ["loss.temperature"]
-    free = ["tracking.mode=disabled", "train.log_every=3", "train.save_every=7", "sweep.name=x"]
-    free += ["teacher.store=on", "teacher.store_dir=x", "train.keep_checkpoints=true"]
-    assert name(composer, keys) == name(composer, keys, *free)
-    other = ["train.seed=1", "data.take=9", "optim.lr=1", "student.layers=3", "+optim.eps=1e-6", "train.precision=bf16"]
-    other += ["teacher.precision=fp32", "teacher.micro_batch_size=4", "train.eval_every=3"]
-    for word in other:
-        assert name(composer, keys) != name(composer, keys, word), word
-
-
-def test_alpha_nought_is_cross_entropy_whatever_the_rest_of_loss_says(composer):
-    plain = sweep.identity(config(composer, "loss=cross_entropy"))
-    assert sweep.identity(config(composer, "loss=jsd", "loss.alpha=0", "loss.temperature=4")) == plain
+def test_a_baseline_is_named_by_what_is_used() -> None:
     keys = ["loss.temperature", "loss.alpha"]
-    one = name(composer, keys, "loss.temperature=1", "loss.alpha=0")
-    assert name(composer, keys, "loss.temperature=4", "loss.alpha=0") == one
+    one = name(keys, "loss.temperature=1", "loss.alpha=0")
+    assert name(keys, "loss.temperature=4", "loss.alpha=0") == one
     assert one.startswith("alpha-0_")
+    assert name(["loss.temperature"], "loss.alpha=0").startswith("baseline_")
 
 
 @pytest.mark.parametrize(
@@ -113,41 +97,201 @@ def test_alpha_nought_is_cross_entropy_whatever_the_rest_of_loss_says(composer):
         ([], []),
     ],
 )
-def test_names_are_fit_for_a_path(composer, keys, words):
-    made = name(composer, keys, *words)
+def test_names_are_fit_for_a_path(keys: list[str], words: list[str]) -> None:
+    made = name(keys, *words)
     assert SAFE_NAME.fullmatch(made)
     assert len(made) < 200
-    assert "None" not in made or "null" in words[0]
 
 
-def test_a_sweeps_name_is_that_of_what_its_points_share(composer):
+def test_a_sweep_is_named_by_what_its_points_have_in_common() -> None:
     keys = ["loss.temperature"]
-    two = [config(composer, f"loss.temperature={t}") for t in (1, 2)]
-    three = [*two, config(composer, "loss.temperature=4")]
-    assert sweep.sweep_name(keys, two) == sweep.sweep_name(keys, three)
-    assert sweep.sweep_name(keys, two) != sweep.sweep_name(keys, [config(composer, "train.seed=1")])
-    assert SAFE_NAME.fullmatch(sweep.sweep_name(keys, two))
-    groups = [[config(composer, f"loss={n}", f"loss.alpha={a}") for n in ("jsd", "tvd")] for a in (0.3, 0.7)]
+    two = [compose([f"loss.temperature={t}"]) for t in (1, 2)]
+    made = sweep.sweep_name(keys, two)
+    assert re.fullmatch(r"temperature-[0-9a-f]{6}", made)
+    assert sweep.sweep_name(keys, [*two, compose(["loss.temperature=4"])]) == made
+    assert sweep.sweep_name(keys, [compose(["train.seed=1"])]) != made
+    groups = [[compose([f"loss={n}", f"loss.alpha={a}"]) for n in ("jsd", "tvd")] for a in (0.3, 0.7)]
     assert sweep.sweep_name(["loss"], groups[0]) != sweep.sweep_name(["loss"], groups[1])
-    betas = [[config(composer, "loss=jsd", f"loss.beta={b}")] for b in (0.3, 0.7)]
-    assert sweep.sweep_name(["loss.beta"], betas[0]) == sweep.sweep_name(["loss.beta"], betas[1])
 
 
-def test_names_are_the_same_on_any_day(composer):
-    """A name that moves would repeat what is done: change this only with what it names."""
-    assert sweep._digest({"a": 1.0, "b": [None, "x"]}) == sweep._digest({"b": [None, "x"], "a": 1}) == "601e57"
-    shared = sweep.sweep_name(["loss.temperature"], [config(composer), config(composer, "loss.temperature=4")])
-    assert shared == sweep.sweep_name(["loss.temperature"], [config(Composer(Source()))])
+# Who does which job
 
 
-def test_a_sweep_as_a_file_is_the_sweep_as_typed():
-    typed = preflight(["loss.temperature=1,2,4", "loss.alpha=0.3,0.7"], Source(), True).added
-    assert preflight(["experiment=temperature_alpha"], Source()).added == typed
-    assert typed[-1] == "sweep.keys=[loss.temperature,loss.alpha]"
-    fewer = preflight(["experiment=temperature_alpha", "loss.temperature=3"], Source()).added
-    assert fewer[-1] == "sweep.keys=[loss.alpha]"
+class Folders:
+    """Stands in for the run folders of jobs 0, 1, …, and for the runs in them."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.runs, self.printed = root, list[str](), list[bool]()
+        self.raises: dict[str, Exception] = {}
+        self.config = compose(["sweep.name=s"])
+        monkeypatch.setattr(sweep, "start_run", self.start)
+        monkeypatch.setattr(sweep.RunFolder, "is_done", self.is_done(self))
+        monkeypatch.setattr(sweep, "_write_page", lambda folder, is_printed=False: self.printed.append(is_printed))
+
+    @staticmethod
+    def is_done(folders: "Folders") -> Callable[[sweep.RunFolder, object], bool]:
+        def is_done(run: sweep.RunFolder, _: object) -> bool:
+            if run.status().get("state") == "done" and run.path.name == "changed":
+                raise ConfigError(str(run.path), "holds a run with another plugins", "Set sweep.name=...")
+            return bool(run.status().get("state") == "done")
+
+        return is_done
+
+    def leave(self, name: str, state: str, reason: str = "", age: float = 0) -> Path:
+        file = self.root / name / "status.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f'{{"state": "{state}", "reason": "{reason}"}}')
+        os.utime(file, (time.time() - age,) * 2)
+        return file.parent
+
+    def start(self, _: object, __: object, folder: Path, *, is_own_gpu: bool) -> float:
+        self.runs.append(folder.name)
+        if error := self.raises.get(folder.name):
+            self.leave(folder.name, "failed", str(error))
+            raise error
+        self.leave(folder.name, "done")
+        return 1.5
+
+    def sweep(self, *names: str) -> int:
+        """One process that goes through these jobs → the exit code."""
+        since = time.time()
+
+        def launch(_: list[str]) -> None:
+            for job in names:
+                options = {"since": since, "is_shared": True, "is_own_gpu": False}
+                measure = sweep.do_job(self.config, Record(), self.root / job, guarded, **options)
+                assert measure == (1.5 if job in self.runs and job not in self.raises else math.inf)
+
+        time.sleep(0.02)  # files have times of a clock that ticks slowly
+        return sweep.run(self.root, {self.root / job: self.config for job in names}, [[]], launch, since=since)
 
 
-def test_a_run_of_a_sweep_composes_in_python():
-    made = compose(["loss.temperature=2", "sweep.name=mine", "sweep.keys=[loss.temperature]"])
-    assert made.sweep.name == "mine"
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
+    return Folders(tmp_path, monkeypatch)
+
+
+def test_a_process_does_what_is_neither_done_nor_held_and_says_which_are(
+    folders: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.leave("old", "done")
+    folders.leave("cut-off", "running")
+    with claim(folders.root / "held"):
+        assert folders.sweep("old", "held", "cut-off", "new") == 0
+    assert folders.runs == ["cut-off", "new"]
+    out, err = capsys.readouterr()
+    assert f"kdx: {folders.root / 'old'}: done already" in out
+    assert f"in use by pid {os.getpid()}" in out
+    assert "kdx: 1 of 4 jobs held by other processes:" in err
+    assert True not in folders.printed  # that process will compare
+
+
+def test_a_failing_job_does_not_stop_the_rest_and_is_tried_again_by_the_next_command(
+    folders: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.raises = {"bad": ConfigError("loss.most", "is too small", "Raise it"), "raced": InUseError("x", "y", "z")}
+    folders.leave("bad", "failed", age=60)
+    assert folders.sweep("bad", "good", "bad") == 5
+    assert folders.runs == ["bad", "good"]  # once by each command
+    err = capsys.readouterr().err
+    assert err.endswith(f"kdx: 1 of 2 jobs failed:\n  {folders.root / 'bad'}  failed: {folders.raises['bad']}\n")
+    assert folders.printed[-1]
+    del folders.raises["bad"]
+    assert folders.sweep("bad", "good") == 0
+    assert folders.runs == ["bad", "good", "bad"]
+
+
+def test_a_job_that_another_process_takes_a_moment_earlier_is_no_failure(folders: Folders) -> None:
+    folders.raises = {"raced": InUseError("raced", "in use by pid 7 on host a", "Wait for it")}
+    with claim(folders.root / "raced"):
+        assert folders.sweep("raced", "good") == 0
+    assert folders.runs == ["raced", "good"]
+
+
+def test_a_job_whose_data_have_changed_is_refused_and_fails(
+    folders: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.leave("changed", "done")
+    assert folders.sweep("changed", "good") == 5
+    assert folders.runs == ["good"]
+    assert "changed  holds a run with another plugins. Set sweep.name=..." in capsys.readouterr().err
+
+
+def test_a_signal_ends_the_sweep_and_what_is_left_is_left(folders: Folders) -> None:
+    folders.raises = {"stopped": SystemExit(143)}  # type: ignore[dict-item]
+    with pytest.raises(SystemExit) as stopped:
+        folders.sweep("stopped", "good")
+    assert stopped.value.code == 143
+    assert folders.runs == ["stopped"]
+
+
+def test_the_last_comparison_is_printed_by_one_process(folders: Folders) -> None:
+    folders.leave("a", "done")
+    since = time.time()
+    time.sleep(0.02)
+    jobs = {folders.root / "a": folders.config}
+    for _ in range(2):  # two terminals that end at the same time
+        assert sweep.run(folders.root, jobs, [], lambda _: None, since=since) == 0
+    assert folders.printed == [True]
+    assert folders.sweep("a") == 0
+    assert folders.printed == [True, True]  # typed again
+
+
+# Several processes
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """Small scripts in place of the command; argv says which."""
+    commands: list[list[str]] = []
+    popen = subprocess.Popen
+
+    def start(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
+        commands.append(command)
+        return popen([sys.executable, "-c", command[-1]], env=env)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return commands
+
+
+def run_workers(folders: Folders, script: str) -> int:
+    jobs = {folders.root / str(i): folders.config for i in range(2)}
+    return sweep.run(folders.root, jobs, [["x"]], lambda _: None, since=7.5, workers=3, argv=[script])
+
+
+def test_workers_run_the_same_command_and_the_worst_exit_code_counts(
+    folders: Folders, workers: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("kdx.run.devices.num_cores", lambda: 8)
+    script = f"import os, sys; sys.exit(3 if os.environ['{sweep.STARTED}'] == '7.5' and os.environ['OMP_NUM_THREADS'] == '4' else 1)"
+    assert run_workers(folders, script) == 3
+    assert workers == [[sys.executable, "-m", "kdx", script]] * 2  # no more than there are jobs
+
+
+def test_a_signal_is_forwarded_to_the_workers(folders: Folders, workers: list[list[str]]) -> None:
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    script = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); time.sleep(60)"
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_workers(folders, script) in (143, 128 + 15)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert folders.printed == []
+
+
+def test_workers_need_points_that_are_known(folders: Folders) -> None:
+    with pytest.raises(ConfigError, match=r"sweep\.workers: is 2"):
+        sweep.run(folders.root, {}, [[]], lambda _: None, since=0, workers=2)
+
+
+def agree(rank: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for i in range(3):
+        assert sweep._agreed(lambda i=i: f"answer {i} of rank {rank}") == f"answer {i} of rank 0"  # type: ignore[misc]
+
+
+def test_rank_0_decides_for_all_ranks() -> None:
+    port = free_port()
+    ranks = [SERVER.Process(target=agree, args=(rank, port)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    assert [ended(process) for process in ranks] == [0, 0]

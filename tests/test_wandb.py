@@ -310,7 +310,7 @@ def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> Non
     told = run(place, *command, **server.environment)
     assert (told.returncode, told.stderr) == (0, "")
     (view,) = server.views
-    assert told.stdout.splitlines()[-1].strip() == f"{server.url}/team/kdx?nw={view['name'][3:-2]}"
+    assert told.stdout.splitlines()[-1] == f"Dashboard: {server.url}/team/kdx?nw={view['name'][3:-2]}"
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("team", "kdx", "kdx: swept")
 
     section = json.loads(view["spec"])["section"]

@@ -45,7 +45,7 @@ def main(words: list[str]) -> int:
         CONSOLE.print(part, markup=False, soft_wrap=False, width=max(CONSOLE.width, NARROWEST))
     CONSOLE.print(f"Wrote {comparison.out / 'compare.html'}, .csv, .json and .md", markup=False)
     if args.wandb:
-        CONSOLE.print(f"Saved {workspace.save(comparison)}", markup=False)
+        CONSOLE.print(f"Dashboard: {workspace.save(comparison)}", markup=False)
     return 0
 
 

@@ -12,14 +12,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import takewhile
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 from filelock import FileLock
 from jinja2 import TemplateSyntaxError
@@ -178,18 +177,7 @@ def _start_worker(encoder: "Encoder", found: Conversations) -> None:
 def _encode_batch(numbers: Sequence[int]) -> tuple[list[Outcome], int]:
     assert _work is not None
     encoder, found = _work
-    outcomes, num_truncated = encoder.encode([found[i] for i in numbers])
-    return [_packed(outcome) for outcome in outcomes], num_truncated
-
-
-def _packed(outcome: Outcome) -> Outcome:
-    """A row as arrays, with what is computed from its lists: less to send to the other process, and to do there."""
-    if not isinstance(outcome, Row):
-        return outcome
-    arrays: dict[str, Any] = {"tokens": np.array(outcome.tokens, np.int32), "counted": np.array(outcome.counted, bool)}
-    packed = replace(outcome, **arrays)
-    vars(packed).update(num_counted=outcome.num_counted, digest=outcome.digest)
-    return packed
+    return encoder.encode([found[i] for i in numbers])
 
 
 @dataclass(frozen=True)

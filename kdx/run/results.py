@@ -60,8 +60,14 @@ def check_room(training: Training, path: Path) -> None:
         raise MachineError(str(path), what, f"{hint}; train.save_every=0 writes fewer checkpoints" if one else hint)
 
 
-def warn_about(untouched: dict[str, Any], data: Data) -> None:
-    """Warn about what makes the measures, or the distillation, doubtful."""
+def warn_about(folder: RunFolder, data: Data) -> None:
+    """Warn about what makes the measures, or the distillation, doubtful. Raises MachineError if a file is missing."""
+    if not folder.is_main:
+        return
+    untouched = folder.kept("untouched.json")
+    if not untouched:
+        what = "is missing or damaged, and the student has been trained since it was written"
+        raise MachineError(str(folder.path / "untouched.json"), what, "Start again in another folder")
     counted = int(data.held_out.num_counted.sum())
     if not len(data.held_out):
         log.warning("nothing is held out (data.validation=null): this run cannot be compared with others")

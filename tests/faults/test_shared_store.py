@@ -4,10 +4,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from standins import write_llama
 from transformers import AutoModelForCausalLM
 
 from kdx import store as store_module
-from kdx.data.batches import MicroBatch, Row, collate
+from kdx.data.batches import Row, collate
 from kdx.store import Identity, TeacherStore, compact, count_rows, load_head
 from kdx.teacher import Teacher
 
@@ -26,13 +23,11 @@ WRONG = 77  # the exit code of a process that was given a wrong row
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher(tmp_path_factory):
     return write_llama(tmp_path_factory.mktemp("llama") / "teacher", layers=4, width=128)
 
 
-def test_some_share_a_store_and_one_is_killed(
-    teacher: Path, tmp_path: Path, full: bool, figure: Callable[[str], None]
-) -> None:
+def test_some_share_a_store_and_one_is_killed(teacher, tmp_path, full, figure):
     """Each asks for the same batches in an order of its own, and compares the answers with the live teacher's."""
     live, batches = Teacher(partial(load, teacher), "bf16", WHO), batches_to_share(60 if full else 24)
     reference = [live.live(batch) for batch in batches]
@@ -63,11 +58,11 @@ def test_some_share_a_store_and_one_is_killed(
     assert (wrong, stuck) == (0, 0) and killed > 0
 
 
-def load(teacher: Path) -> Any:
+def load(teacher):
     return AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16)
 
 
-def batches_to_share(number: int) -> list[MicroBatch]:
+def batches_to_share(number):
     draw = random.Random(0).randrange
     lengths = [[draw(5, 40) for _ in range(4)] for _ in range(number)]
     rows = [
@@ -77,7 +72,7 @@ def batches_to_share(number: int) -> list[MicroBatch]:
     return [collate(four, 0) for four in rows]
 
 
-def share(teacher: Path, root: Path, number: int) -> None:
+def share(teacher, root, number):
     """Ask for every batch twice, with a shard for every few of them."""
     torch.set_num_threads(1)
     store_module.SHARD_BYTES = 50_000
