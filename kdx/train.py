@@ -175,7 +175,7 @@ class Training:
         optimizer = sharding.optimizer_state(self.objective, self.optimizer)
         with sharding.whole(self.objective, self.student):
             if self.machine.is_main_process:
-                self.state.lines = _num_bytes(folder.path / "metrics.jsonl")
+                self.state.lines = num_bytes(folder.path / "metrics.jsonl")
                 checkpoint.save(
                     folder.path,
                     self.student,
@@ -382,7 +382,7 @@ def precision_of(config: Config, machine: Accelerator) -> str:
     return "fp64" if config.train.precision == "fp64" else "fp32"
 
 
-def _num_bytes(file: Path) -> int:
+def num_bytes(file: Path) -> int:
     """Return the size of a file whose content is on the disk."""
     if not file.exists():
         return 0
