@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kdx.config import DataConfig, replaced
 from kdx.data.files import kind_of, missing, read_rows, resolve_path, text_in
-from kdx.errors import SKIP, ConfigError, DataError, did_you_mean, first_of, same_in_all, together
+from kdx.errors import ConfigError, DataError, did_you_mean, first_of, same_in_all, together
 from kdx.validation import binding_problems
 
 ROLES = ("system", "user", "assistant")
@@ -146,7 +146,7 @@ def raise_faults(config: DataConfig, found: Conversations, more: list[DataError]
     faults = [*found.faults, *(same_in_all(more) if len(more) == len(found) else more)]
     if faults:
         may_skip = config.on_bad_row == "stop" and config.on_long != "error"
-        raise first_of(faults, SKIP if may_skip else "Fix them")
+        raise first_of(faults, "Fix them, or set data.on_bad_row=skip" if may_skip else "Fix them")
 
 
 def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int]]:
