@@ -256,7 +256,9 @@ def test_micro_batches_change_nothing(place: Path, tmp_path: Path, micro: int) -
     whole = distill(short(place, *words, "train.micro_batch_size=6"), tmp_path / "whole")
     split = distill(short(place, *words, f"train.micro_batch_size={micro}"), tmp_path / "split")
     for name in ("train/loss", "train/grad_norm"):
-        one, other = ([x[name] for x in lines(tmp_path / run / "metrics.jsonl") if name in x] for run in ("whole", "split"))
+        one, other = (
+            [x[name] for x in lines(tmp_path / run / "metrics.jsonl") if name in x] for run in ("whole", "split")
+        )
         assert one == pytest.approx(other, rel=1e-9)
     assert whole.run["steps"] == 6
     assert whole.student["kl"] == pytest.approx(split.student["kl"], rel=1e-5)
@@ -325,7 +327,9 @@ def test_choices_run(place: Path, tmp_path: Path, words: tuple[str, ...]) -> Non
     assert summary.student["ce"] is None or math.isfinite(summary.student["ce"])
     assert all(x is not None and math.isfinite(x) for x in losses_of(tmp_path))
     saved = load_file(tmp_path / "student/model.safetensors")
-    assert {x.dtype for x in saved.values()} == {torch.bfloat16 if "student.save_dtype=bf16" in words else torch.float16}
+    assert {x.dtype for x in saved.values()} == {
+        torch.bfloat16 if "student.save_dtype=bf16" in words else torch.float16
+    }
 
 
 def test_a_quantised_teacher(place: Path, tmp_path: Path) -> None:

@@ -194,7 +194,9 @@ def test_a_failing_job_does_not_stop_the_rest_and_is_tried_again_by_the_next_com
     assert folders.sweep("bad", "good", "bad") == 5
     assert folders.runs == ["bad", "good"]  # once by each command
     err = capsys.readouterr().err
-    assert err.endswith(f"kdx: 1 of 2 jobs failed:\n  {os.path.relpath(folders.root / 'bad')}  failed: {folders.raises['bad']}\n")
+    assert err.endswith(
+        f"kdx: 1 of 2 jobs failed:\n  {os.path.relpath(folders.root / 'bad')}  failed: {folders.raises['bad']}\n"
+    )
     assert folders.printed[-1]
     del folders.raises["bad"]
     assert folders.sweep("bad", "good") == 0
