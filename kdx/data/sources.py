@@ -22,11 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from kdx.config import DataConfig, replaced
 from kdx.data.files import kind_of, missing, read_rows, resolve_path, text_in
 from kdx.errors import ConfigError, DataError, did_you_mean, first_of, same_in_all, together
-<<<<<<< HEAD
 from kdx.plugins import option_faults
-=======
-from kdx.validation import binding_problems
->>>>>>> data
 
 ROLES = ("system", "user", "assistant")
 
