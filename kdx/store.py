@@ -32,7 +32,6 @@ from xxhash import xxh3_64
 
 from kdx.causal_lm import DTYPES, Head, load_config
 from kdx.config import TeacherConfig
-from kdx.data.batches import Row
 from kdx.data.files import at_home
 from kdx.errors import MachineError
 from kdx.run.files import in_bytes, local_time, open_to_umask, read_json, room, size_of, whole_file, write_beside
@@ -275,11 +274,11 @@ class TeacherStore:
 
 
 def open_store(
-    config: TeacherConfig, identity: Identity, rows: Sequence[Row], *, is_repeated: bool, owner: str
+    config: TeacherConfig, identity: Identity, counted: dict[str, int], *, is_repeated: bool, owner: str
 ) -> tuple[TeacherStore | None, str]:
     """Open the store for the rows that a run will ask for → the store or None, and where it is, or why off, in words.
 
-    is_repeated: whether this run or others of its sweep ask for a row twice. Raises MachineError if the store must be
+    counted: digest → counted positions. is_repeated: whether this run or others of its sweep ask for a row twice. Raises MachineError if the store must be
     on, and there is no room or it cannot be written.
     """
     if config.store == "off" or (config.store == "auto" and not is_repeated):
@@ -287,7 +286,6 @@ def open_store(
     root = at_home(config.store_dir, "teacher.store_dir").resolve()
     limit, name = config.store_limit_gb and config.store_limit_gb * 1e9, config.base_model or config.path or ""
     store = TeacherStore(root, identity, name=name, owner=owner, limit_bytes=limit)
-    counted = {row.digest: row.num_counted for row in rows}
     missing = store.missing(list(counted))
     shape, itemsize = load_config(config, "teacher").get_text_config(), DTYPES[identity.dtype].itemsize
     grows = sum(counted[digest] * shape.hidden_size * itemsize + ROW_OVERHEAD for digest in missing)

@@ -8,10 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from kdx.data.batches import Row, collate, pad_id_of
+from kdx.data.batches import Row, collate
 from kdx.data.encode import Encoder, prepare_tokenizer
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import DataError
+from kdx.tokenizer import pad_id_of
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
