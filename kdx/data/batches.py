@@ -89,7 +89,7 @@ class Rows(Sequence[Row]):
         return int(self._rows.num_rows)
 
     def __getitem__(self, i: Any) -> Any:
-        return Row(**self._rows.take([range(len(self))[i]]).to_pylist()[0])
+        return Row(**self._rows.slice(range(len(self))[i], 1).to_pylist()[0])
 
     @property
     def digests(self) -> list[str]:
@@ -151,17 +151,28 @@ def merged(batches: Sequence[MicroBatch]) -> MicroBatch:
     """Join micro-batches into one, padded to the longest, for the teacher's pass, which needs less memory than training."""
     if len(batches) == 1:
         return batches[0]
-    length, start = max(batch.input_ids.shape[1] for batch in batches), 0
-    parts: list[tuple[Tensor, ...]] = []
-    for batch in batches:
-        pad, within = (0, length - batch.input_ids.shape[1]), batch.positions % batch.input_ids.shape[1]
-        rows = batch.row_of + start
-        inputs = F.pad(batch.input_ids, pad), F.pad(batch.attention_mask, pad)  # masked, so any id does
-        parts.append((*inputs, rows * length + within, batch.counted_labels, rows))
-        start += len(batch.row_ids)
-    names = ("row_ids", "row_digests", "where")
-    words = (tuple(itertools.chain(*(getattr(batch, name) for batch in batches))) for name in names)
-    return MicroBatch(*map(torch.cat, zip(*parts, strict=True)), *words)
+    length = max(batch.input_ids.shape[1] for batch in batches)
+    rows_before = np.cumsum([0, *(len(batch.row_ids) for batch in batches)]).tolist()
+    row_of = [batch.row_of + start for batch, start in zip(batches, rows_before, strict=False)]
+    within = [batch.positions % batch.input_ids.shape[1] for batch in batches]
+
+    def padded(name: str) -> Tensor:  # masked, so any id does
+        parts = (getattr(batch, name) for batch in batches)
+        return torch.cat([F.pad(part, (0, length - part.shape[1])) for part in parts])
+
+    def joined(name: str) -> tuple[str, ...]:
+        return tuple(itertools.chain.from_iterable(getattr(batch, name) for batch in batches))
+
+    return MicroBatch(
+        padded("input_ids"),
+        padded("attention_mask"),
+        torch.cat(row_of) * length + torch.cat(within),
+        torch.cat([batch.counted_labels for batch in batches]),
+        torch.cat(row_of),
+        joined("row_ids"),
+        joined("row_digests"),
+        joined("where"),
+    )
 
 
 def epoch_batches(

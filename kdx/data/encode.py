@@ -130,8 +130,8 @@ def _encode_all(
         "fingerprint": digests[0],
         "held_out_fingerprint": digests[1],
         "prompts": encoder.prompts(opened, num_prompts, answer_length),
-        "dropped": dropped,
-        "changed": changed,
+        "dropped": +dropped,
+        "changed": +changed,
         "notes": found.notes,
     }
     (folder / "data.json").write_text(json.dumps(known), encoding="utf-8")

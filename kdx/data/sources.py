@@ -112,9 +112,7 @@ def check_source(config: DataConfig) -> None:
     if config.name not in _SOURCES:
         hint = did_you_mean(config.name, sorted(_SOURCES)) + ". For your own: KDX_PLUGINS=module"
         raise ConfigError("data.name", f"no source is named {config.name!r}", hint)
-    function = _SOURCES[config.name]
-    options = {**_given(config, function), **config.options}
-    if faults := option_faults(function, options, "data."):
+    if faults := option_faults(_SOURCES[config.name], _options(config), "data."):
         raise together(faults)
 
 
@@ -172,23 +170,18 @@ def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int
     return train, held_out
 
 
-def _given(config: DataConfig, function: Source) -> dict[str, Any]:
-    """Those of path, subset and split that the source has parameters for."""
-    common = {"path": config.path, "subset": config.subset, "split": config.split}
-    return {name: value for name, value in common.items() if name in inspect.signature(function).parameters}
+def _options(config: DataConfig) -> dict[str, Any]:
+    """What the source is given: data's further keys, and those of path, subset and split that it has parameters for."""
+    names = {"path", "subset", "split"} & inspect.signature(_SOURCES[config.name]).parameters.keys()
+    return {name: getattr(config, name) for name in names} | config.options
 
 
 def _read(config: DataConfig, found: Conversations, check: Check | None) -> None:
     """Run the source and check what it yields, all faults in one pass."""
-    function = _SOURCES[config.name]
     faults: list[DataError] = []
     first, before = len(found), found.dropped.total()
-    items = function(**_given(config, function), **config.options)
-    if not isinstance(items, Iterable):
-        what = f"the source {config.name} returns {kind_of(items)}, expected rows"
-        raise DataError("data.name", what, "Let it yield each row, or return a list of them")
     try:
-        for i, item in enumerate(items):
+        for i, item in enumerate(_SOURCES[config.name](**_options(config))):
             if isinstance(item, Dropped):
                 found.dropped[item.rule] += 1
                 continue
@@ -251,9 +244,8 @@ def _conversation(item: Any, where: str) -> tuple[Conversation, bool]:
     if last is None:
         raise DataError(where, "has no message of the assistant", "The student learns the assistant's turns: add one")
     whole = Conversation("", messages[: last + 1], where)
-    own = row.get("id")
-    is_named = isinstance(own, str | int) and not isinstance(own, bool) and str(own)
-    name = str(own).encode(errors="backslashreplace").decode() if is_named else whole.digest[:32]
+    own = str(row["id"]) if isinstance(row.get("id"), str | int) else ""
+    name = own.encode(errors="backslashreplace").decode() or whole.digest[:32]
     return replace(whole, id=name), last + 1 < len(messages)
 
 
