@@ -96,8 +96,7 @@ def read_run(name: str, folder: Path) -> Run:
         if (folder / "record.json").exists():  # older runs have none
             run.swept = _load(folder / "record.json", json.loads)["swept"]
         if run.state != "done":  # only then are all measures finite
-            step = f"step {status.get('step')} of {status.get('max_steps')}, written {status.get('updated')}"
-            raise ValueError(status.get("reason") or step)
+            raise ValueError(status.get("reason") or f"step {status['step']} of {status['max_steps']}")
         run.summary = _load(folder / "summary.json", json.loads)
         if run.summary["student"]["ce"] is None:
             raise ValueError("nothing was held out")

@@ -142,7 +142,7 @@ def as_text(comparison: Comparison) -> str:
         lines = ("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows)
         return "\n".join(lines)
 
-    return "\n".join(_parts(comparison, aligned, str, IN_TERMINAL))
+    return "\n\n".join(_parts(comparison, aligned, str, IN_TERMINAL))
 
 
 def as_markdown(comparison: Comparison) -> str:
