@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -46,47 +45,47 @@ def page(comparison: Comparison) -> str:
 def looks_of(ranking: Ranking) -> dict[Point, tuple[str, str]]:
     """Give a color and a marker to the baselines and a few students, those on the Pareto front first."""
     students = sorted((p for p in ranking.points if not p.baseline), key=lambda p: not p.pareto_front)
-    looks = dict(zip(students, LOOKS, strict=False))
-    return looks | {point: BASELINE for point in ranking.points if point.baseline}
+    baselines = {p: BASELINE for p in ranking.points if p.baseline}
+    return dict(zip(students, LOOKS, strict=False)) | baselines
 
 
 def pictures(ranking: Ranking) -> list[dict[str, str]]:
     """Draw CE against KL with the Pareto front, and held-out measures over tokens, one line a run."""
-    looks, found = looks_of(ranking), []
-    styles: dict[Point, dict[str, Any]] = {}
-    for point in ranking.points:
+    looks, pairs = looks_of(ranking), {p: (p.measures["kl"], p.measures["ce"]) for p in ranking.by("kl")}
+
+    def draw(axes: Any, point: Point, curve: list[Any]) -> None:
         color, marker = looks.get(point, OTHER)
         label = f"#{point.number}" if point in looks else ""
-        styles[point] = {"color": color, "marker": marker, "label": label}
-    if pairs := {point: (point.measures["kl"], point.measures["ce"]) for point in ranking.by("kl")}:
+        axes.plot(*zip(*curve, strict=True), color=color, marker=marker, markevery=[-1], label=label)
+
+    found = []
+    if pairs:
         axes = _axes("CE against KL; the line is the Pareto front", xlabel="KL", ylabel="CE")
-        front = sorted(pair for point, pair in pairs.items() if point.pareto_front)
+        front = sorted(pairs[point] for point in pairs if point.pareto_front)
         axes.step(*zip(*front, strict=True), where="post", color="#888888", linewidth=1)
-        for point, (kl, ce) in pairs.items():
-            axes.plot(kl, ce, linestyle="", **styles[point])
+        for point, pair in pairs.items():
+            draw(axes, point, [pair])
         found.append(_image(axes))
     for measure in RANKED_BY:
         axes = _axes(f"Held-out {HEADINGS[measure]} over tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        for point in ranking.points:
+        for point in ranking.by(measure):
             for run in point.runs:
-                late = run.curve[len(run.curve) // 3 :]  # the steep start would flatten what tells runs apart
-                curve = [(line["tokens"], line[f"eval/{measure}"]) for line in late]
-                axes.plot(*zip(*curve, strict=True), markevery=[-1], **styles[point])
-                styles[point]["label"] = ""
+                late = run.curve[len(run.curve) // 2 :]  # the steep start would flatten what tells runs apart
+                draw(axes, point, [(line["tokens"], line[f"eval/{measure}"]) for line in late])
         if any(len(line.get_xdata()) > 1 for line in axes.lines):
             found.append(_image(axes))
     return found
 
 
-def _axes(title: str, **words: Any) -> Axes:
+def _axes(title: str, **words: Any) -> Any:
     return Figure(figsize=(4.2, 3.0), layout="constrained").add_subplot(title=title, **words)
 
 
-def _image(axes: Axes) -> dict[str, str]:
+def _image(axes: Any) -> dict[str, str]:
     """Encode a figure as the source of an <img>."""
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8, frameon=False)
+    if handles := dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True)):  # seeds of a student once
+        axes.legend([*handles.values()], [*handles], fontsize=8, frameon=False)
     stream = io.BytesIO()
     axes.figure.savefig(stream, format="svg", metadata={"Date": None})
     source = f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"
@@ -107,13 +106,12 @@ def heat_maps(ranking: Ranking) -> list[dict[str, str]]:
         axes.set_yticks(range(len(temperatures)), temperatures)
         axes.grid(False)
         cells = np.full((len(temperatures), len(alphas)), np.nan)
-        for y, x in np.ndindex(cells.shape):
-            at = (temperatures[y], alphas[x])
-            values = [p.measures[measure] for p in points if tuple(p.values[axis] for axis in AXES) == at]
-            if values:
-                cells[y, x] = best(values)
-                axes.text(x, y, f"{cells[y, x]:.3f}", ha="center", va="center", fontsize=8)
-        axes.imshow(cells, cmap="Blues" if best is max else "Blues_r", alpha=0.6, aspect="auto", origin="lower")
+        for p in sorted(points, key=lambda p: p.measures[measure] or 0.0, reverse=best is min):  # the best comes last
+            temperature, alpha = (p.values[axis] for axis in AXES)
+            cells[temperatures.index(temperature), alphas.index(alpha)] = p.measures[measure]
+        for (y, x), value in np.ndenumerate(cells):
+            axes.text(x, y, "" if np.isnan(value) else f"{value:.3f}", ha="center", va="center", fontsize=8)
+        axes.imshow(cells, cmap="Blues" if best is max else "Blues_r", alpha=0.5, aspect="auto", origin="lower")
         found.append(_image(axes))
     return found
 
