@@ -66,6 +66,7 @@ class Plan:
     """A command line: its points and, of a sweep, the words for Hydra."""
 
     points: list[Point]
+    source: Source
     run_dir: Path  # of a single run
     words: list[str] = field(default_factory=list)  # for Hydra's sweeper
     swept: list[str] = field(default_factory=list)
@@ -73,6 +74,7 @@ class Plan:
     baseline: list[str] = field(default_factory=list)  # words of the baselines' own sweep; none if there is none
     num_baselines: int = 0
     jobs: dict[Path, Config] = field(default_factory=dict)  # by their folders, if kdx names them
+    command: list[str] = field(default_factory=list)  # what repeats a run that names another one; else what was typed
 
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
@@ -89,7 +91,7 @@ def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
     for key in [] if is_sweep else sweep.swept_keys(typed):
         raise ConfigError(key, "has several values, which is a sweep", "Add -m: python -m kdx -m ...")
     if not is_sweep:
-        return Plan([composer.point(words)], Path(str(hydra_part.run.dir)))
+        return Plan([composer.point(words)], source, Path(str(hydra_part.run.dir)))
     if params := plain(hydra_part.sweeper.get("params") or {}):
         # Hydra would sweep over these besides the words: merged, a typed word takes the place of the same key.
         words = [*(f"{key}={value}" for key, value in params.items()), *words, "hydra.sweeper.params=null"]
@@ -100,7 +102,7 @@ def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
     hydra_part = composer.hydra_part([*typed, *composer.parsed(added)])
     is_named = "kdx_job" in str(plain(hydra_part.sweep)["subdir"])
     added += [f"hydra.sweep.subdir='${{kdx_job:\"{','.join(swept)}\"}}'"] if is_named else []
-    made = Plan(points, Path(), [*map(_spelled, typed), *added], swept, Path(str(hydra_part.sweep.dir)))
+    made = Plan(points, source, Path(), [*map(_spelled, typed), *added], swept, Path(str(hydra_part.sweep.dir)))
     knows_points = str(hydra_part.sweeper.get("_target_")).endswith(".BasicSweeper")  # Optuna chooses as it goes
     without: list[Config] = []
     if (

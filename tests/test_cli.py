@@ -428,6 +428,7 @@ def test_a_run_is_resumed_from_its_own_config():
     assert (point.config.loss.options, point.config.train.epochs, point.config.optim.lr) == ({"beta": 0.4}, 2, 1e-4)
     assert point.config.tracking.mode == "disabled"
     assert point.sources["train.epochs"] == "typed"
+    assert made.command == ["--config-dir", "mine", "train.seed=0"]
     assert point.words == [
         "loss=jsd",
         "train.epochs=2",
