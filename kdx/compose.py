@@ -285,7 +285,7 @@ class Composer:
             raise ConfigError(place, f"does not parse: {getattr(error, 'problem', error)}", "Fix the YAML") from None
         except UnicodeDecodeError as error:
             raise ConfigError("YAML", f"a file is not UTF-8: {error}", "Save it as UTF-8") from None
-        except (*HYDRA_ERRORS, ValueError, AssertionError, RecursionError) as error:
+        except (*HYDRA_ERRORS, ValueError, OSError, AssertionError, RecursionError) as error:
             if package := re.search(r"'hydra/launcher/(joblib|submitit)\w*'", str(error)):
                 what, fix = f"needs hydra-{package[1]}-launcher", f"pip install hydra-{package[1]}-launcher"
                 raise ConfigError("hydra/launcher", what, fix) from None
