@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kdx.prepare import bytes_on_disk, prepare
 from processes import in_process
 from standins import write_chats, write_dialogpt
 from transformers import AutoTokenizer
@@ -14,7 +15,6 @@ from kdx.data.batches import Row
 from kdx.distill import distill
 from kdx.errors import DataError
 from kdx.optim import state_bytes
-from kdx.prepare import bytes_on_disk, prepare
 from kdx.run import checkpoint, typed
 from kdx.run.launch import build_accelerator
 from kdx.store import count_rows

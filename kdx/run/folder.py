@@ -110,6 +110,7 @@ class RunFolder:
             remove_leftovers(self.path)
             remove_leftovers(self.path / "checkpoints")
             self._write_record(config, record)
+            self.step = self.status().get("step", 0)  # how far it was, until it is resumed
             self.write_status("running")
             with self._reporting():
                 yield
@@ -144,8 +145,9 @@ class RunFolder:
 
     def begin_again(self) -> None:
         """Say that a run which was stopped has nothing to resume from."""
-        if step := self.status().get("step"):
-            log.warning("%s stopped at step %s without a checkpoint: starting again at step 0", self.path, step)
+        if self.step:
+            log.warning("%s stopped at step %s without a checkpoint: starting again at step 0", self.path, self.step)
+        self.step = 0
 
     def at(self, step: int) -> None:
         """Note the step, on disk every few seconds."""

@@ -19,7 +19,7 @@ from kdx.run.files import in_bytes, usage_of, write_beside, write_json
 from kdx.run.folder import RunFolder
 from kdx.run.tracking import CONSOLE, Tracker, log, run_name
 from kdx.student import cast, save_student
-from kdx.train import HINT, Training
+from kdx.train import HINT, Training, num_bytes
 
 FEW_TOKENS = 2000  # below so many counted held-out tokens, measures vary more than most choices move them
 
@@ -95,6 +95,7 @@ def keep_student(training: Training, folder: RunFolder) -> None:
         return
     if training.machine.is_main_process:
         save_student(training.student, training.tokenizer, folder.path / "student")
+        training.state.lines = num_bytes(folder.path / "metrics.jsonl")
         folder.keep("trained.json", {"max_steps": training.max_steps, "state": asdict(training.state)})
     training.machine.wait_for_everyone()
 
