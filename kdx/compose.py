@@ -352,6 +352,16 @@ def apply(words: list[Override], cfg: DictConfig) -> list[ConfigError]:
     return faults
 
 
+def laid_over(tree: dict[str, Any], words: list[Override]) -> tuple[dict[str, Any], list[ConfigError]]:
+    """Set typed values in a config that was composed before → the new one, and what is wrong with the words."""
+    cfg, keys = OmegaConf.create(tree), {word.key_or_group for word in words}
+    faults = apply(words, cfg)
+    for key, other in PAIRS.items():
+        if key in keys and other not in keys:
+            OmegaConf.update(cfg, other, None)
+    return plain(cfg), faults
+
+
 def _free(cfg: DictConfig, rank: dict[str, float]) -> None:
     """Let the later of max_steps and epochs win: the other is null, unless both were set in one place."""
     for key, other in PAIRS.items():

@@ -5,14 +5,14 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
 from kdx.checked import checked
-from kdx.compose import PAIRS, SOURCES, Composer, Plan, Point, Source, apply, key_of, plain
+from kdx.compose import PAIRS, SOURCES, Composer, Plan, Point, Source, key_of, laid_over
 from kdx.config import dotted
 from kdx.errors import ConfigError
 from kdx.run.redact import HIDDEN
@@ -35,15 +35,13 @@ def resumed(name: str, words: list[str], source: Source) -> Plan:
         if override.key_or_group in composer.groups:
             hint = f"Set single keys, or start a new run from its words: run.like={folder}"
             raise ConfigError(str(override.input_line), "is another choice than the run's", hint)
-    cfg = OmegaConf.create(tree)
     keys = {override.key_or_group for override in overrides}
-    faults = apply(overrides, cfg)
-    for key, other in PAIRS.items():
-        if key in keys and other not in keys:
-            OmegaConf.update(cfg, other, None)
-    tree = plain(cfg)
+    tree, faults = laid_over(tree, overrides)
     for key in dotted(tree):
-        if HIDDEN in str(value := OmegaConf.select(cfg, key)) and not OmegaConf.is_config(value):
+        if (
+            HIDDEN in str(value := reduce(lambda node, part: node[part], key.split("."), tree))
+            and type(value) is not dict
+        ):
             faults.append(ConfigError(key, "was recorded without its secret", f"Type it again: {key}=..."))
     tree["run"]["resume"] = str(folder)
     config = checked(tree, faults, keys, dotted(tree))
