@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -180,18 +180,13 @@ def do_job(
 
     def work() -> int:
         nonlocal measure, is_tried
-        reason = _agreed(lambda: _why_not(config, folder, since)) if is_shared else ""
-        if _is_main():
-            print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
-        if reason:
-            return 0
-        is_tried = True
-        try:
-            measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or _is_worker())
-        except InUseError as error:  # another process was faster
-            if not is_shared or _num_ranks() > 1:
-                raise
-            print(f"kdx: {error}", flush=True)
+        with ExitStack() as held:
+            reason = _agreed(lambda: _claim(config, folder, since, held)) if is_shared else ""
+            if _is_main():
+                print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
+            if not reason:
+                is_tried = True
+                measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or _is_worker())
         return 0
 
     code = guarded(work, folder)
@@ -214,14 +209,19 @@ def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool 
     return distill(config, folder, record).measure
 
 
-def _why_not(config: Config, folder: Path, since: float) -> str:
-    """Say why a job is not to be done now; empty if it is. Raises ConfigError if the folder has another run."""
+def _claim(config: Config, folder: Path, since: float, held: ExitStack) -> str:
+    """Claim a job, or say why it is not to be done now. Raises ConfigError if the folder has another run."""
     run = RunFolder(folder)
-    if run.is_done(config):
-        return "done already"
-    if holder := run.holder():
-        return f"in use by {holder}, passed over"
-    return "failed since this command started, not tried again" if _has_failed(run, since) else ""
+    for _ in range(2):  # again once it is ours: another process may have done it a moment ago
+        if run.is_done(config):
+            return "done already"
+        if _has_failed(run, since):
+            return "failed since this command started, not tried again"
+        try:
+            held.enter_context(claim(folder))
+        except InUseError as error:
+            return f"{error.args[1]}, passed over"
+    return ""
 
 
 def _has_failed(run: RunFolder, since: float) -> bool:
