@@ -155,14 +155,14 @@ FAULTS = {
         "kdx/optim.py",
         "num_warmup_steps=warmup",
         "num_warmup_steps=0",
-        ("test_prepare.py", "test_drift.py", "test_run.py"),
+        ("test_optim.py",),
     ),
     "norm_decay": Fault(
         "weights of norms and biases decay",
         "kdx/optim.py",
         '"weight_decay": 0.0',
         '"weight_decay": config.weight_decay',
-        ("test_prepare.py", "test_drift.py", "test_run.py"),
+        ("test_optim.py",),
     ),
     "gradient_kept": Fault(
         "a step starts with the gradient of the one before",

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kdx.prepare import prepare
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from kdx.causal_lm import device_dtype
 from kdx.cli import compose
 from kdx.data.batches import Row
-from kdx.prepare import prepare
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import quiet_libraries
 from kdx.store_commands import fill

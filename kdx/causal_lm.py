@@ -365,7 +365,9 @@ def _load_error(error: Exception, path: str, what: str, key: str) -> KdxError | 
         hint = f"Read it, then set {group}.trust_remote_code=true and {group}.revision=COMMIT"
         return ModelError(key, f"{path} needs Python code of its own", hint)
     if "ignore_mismatched_sizes" in text:
-        return ModelError(key, f"the weights in {path} do not have the shapes of its config.json", "Use the right one")
+        return ModelError(
+            key, f"the weights in {path} do not have the shapes of its config.json", "Use the config of these weights"
+        )
     if kind == "UnpicklingError":
         what = f"the weights in {path} are a pickle of more than tensors, which could run code"
         return ModelError(key, what, "Ask for them as .safetensors")
@@ -376,7 +378,8 @@ def _load_error(error: Exception, path: str, what: str, key: str) -> KdxError | 
     if not isinstance(error, OSError | ValueError):
         return None
     if what == "forward pass" or folder.exists():
-        return ModelError(key, f"cannot load the {what} of {path}: {text[:240].rstrip('.')}", "Use a causal LM")
+        hint = nearby(folder) if folder.exists() else "Use a causal language model"
+        return ModelError(key, f"cannot load the {what} of {path}: {text[:240].rstrip('.')}", hint)
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
         what = f"{path} is not a folder, and its {what} could not be read from the hub"
         hint = "Check the name and the network, log in for gated models (hf auth login), or give a local folder"

@@ -90,7 +90,8 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
             tracker.header(report.header(config, record, data, training))
             results.warn_about(folder, data)
             if not training.is_finished:
-                train(training, judge, tracker, folder, stop)
+                with tracker.training():
+                    train(training, judge, tracker, folder, stop)
             results.keep_student(training, folder)  # before it is measured: nothing there can cost training
             summary = results.finish(training, judge, data, folder, tracker, started)
     return Summary(**summary)

@@ -376,21 +376,28 @@ def compact(folder: Path) -> None:
         sources.clear()
 
     for path in paths_in(rows):
-        shard = open_shard(path)
-        if shard is None:
+        try:
+            shard = Shard(path)
+        except FileNotFoundError:  # another process compacts
+            continue
+        except SafetensorError:
             path.unlink(missing_ok=True)
             continue
         first = {digest: row for digest, row in shard.whole_rows().items() if digest not in seen}
         seen |= first.keys()
-        if len(first) < shard.num_rows or path.stat().st_size < SHARD_BYTES / 2:
+        if len(first) < shard.num_rows or _bytes(first) < SHARD_BYTES / 2:
             batch |= first
             sources.append(shard)
-        if sum(row.nbytes for row in batch.values()) >= SHARD_BYTES:
+        if _bytes(batch) >= SHARD_BYTES:
             rewrite()
     if len(sources) > 1 or len(batch) < sum(shard.num_rows for shard in sources):
         rewrite()
     if load_head(folder) is None:
         (folder / HEAD).unlink(missing_ok=True)
+
+
+def _bytes(rows: dict[str, Tensor]) -> int:
+    return sum(row.nbytes for row in rows.values())
 
 
 def paths_in(rows: Path) -> list[Path]:

@@ -69,7 +69,11 @@ def evenly_spread(num_layers: int, num_kept: int) -> list[int]:
 
 
 def cut(
-    teacher: TeacherConfig, layers: int | list[int], *, dtype: torch.dtype, attn_implementation: str | None = None
+    teacher: TeacherConfig,
+    layers: int | list[int] | None,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Build a smaller model from some of the teacher's layers, and its embeddings, norms and head.
 

@@ -19,11 +19,10 @@ from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from kdx import plugins
 from kdx.config import Config, as_dict
 from kdx.errors import ConfigError, InUseError, KdxError, printable
 from kdx.run.claim import claim
-from kdx.run.devices import share_cores, take_gpu
+from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import config_identity, digest
 from kdx.run.signals import STOPS
@@ -126,7 +125,7 @@ def _safe(text: str) -> str:
 
 # Jobs
 
-_failed: set[Path] = set()  # in this process
+_failed: set[str] = set()  # names of jobs that failed in this process
 _round = 0  # of decisions that the ranks have agreed on
 
 
@@ -183,7 +182,7 @@ def do_job(
         nonlocal measure, is_tried
         reason = _agreed(lambda: _why_not(config, folder, since)) if is_shared else ""
         if _is_main():
-            print(f"kdx: {folder}{reason and f': {reason}'}", flush=True)
+            print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
         if reason:
             return 0
         is_tried = True
@@ -199,7 +198,7 @@ def do_job(
     if code > 128 or (code and _num_ranks() > 1):  # a signal, or an error for which the other ranks would wait
         sys.exit(code)
     if code:
-        _failed.add(folder)
+        _failed.add(folder.name)
     if is_tried and _is_main():
         _write_page(folder.parent)
     return measure
@@ -207,7 +206,6 @@ def do_job(
 
 def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool = False) -> float:
     """Start or resume one run → the measure that a sweep compares. Raises KdxError, Stopped. Imports torch."""
-    plugins.load()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries; read when they are imported
     take_gpu(is_own=is_own_gpu)
@@ -258,8 +256,8 @@ def _run_workers(number: int, argv: Sequence[str], since: float) -> int:
             worker.send_signal(number)
 
     before = {n: signal.signal(n, forward) for n in STOPS if signal.getsignal(n) != signal.SIG_IGN}
-    share_cores(number)
-    environment = os.environ | {STARTED: repr(since), "TTY_COMPATIBLE": "0"}  # lines, not bars: they share a terminal
+    environment = {"OMP_NUM_THREADS": str(max(1, num_cores() // number))} | os.environ
+    environment |= {STARTED: repr(since), "TTY_COMPATIBLE": "0"}  # lines, not bars: they share a terminal
     while len(workers) < number and not noted:
         workers.append(subprocess.Popen([sys.executable, "-m", "kdx", *argv], env=environment))
     if noted:  # by whom the last one was not there yet
@@ -286,7 +284,7 @@ def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
         else:
             if holder := run.holder():
                 held[path] = holder
-            elif path in _failed or _has_failed(run, since):
+            elif path.name in _failed or _has_failed(run, since):
                 failed[path] = f"{state}: {reason}" if reason else "see its error above"
             else:
                 left[path] = state
@@ -294,7 +292,7 @@ def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
         _print_comparison(folder, since)
     for what, found in (("failed", failed), ("held by other processes", held), ("left", left)):
         if found:
-            rows = [f"  {path}  {printable(why)}" for path, why in found.items()]
+            rows = [f"  {os.path.relpath(path)}  {printable(why)}" for path, why in found.items()]
             print(f"kdx: {len(found)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
     if left:
         print("kdx: type the same command again to do what is left", file=sys.stderr)

@@ -1,7 +1,4 @@
-"""The teacher: what it answers about a batch, from its store where every row is there, else computed live.
-
-N counted positions, D width of the teacher.
-"""
+"""The teacher: what it answers about a batch, from its store where every row is there, else computed live."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +16,7 @@ from kdx.store import Identity, StoredHead, TeacherStore, load_head
 
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher says at N counted positions: with the head its exact logits, at any temperature."""
+    """What a teacher of width D says at N counted positions: exact logits at any temperature."""
 
     hidden: Tensor  # [N, D], last hidden states in the teacher's dtype
     head: Head
@@ -47,10 +44,8 @@ class Teacher:
         self._load = load
         self._model: Any = None
         stored = load_head(store.folder) if store else None
-        if stored is not None:
-            self.head = stored.head.to(device)
-        else:
-            self.head = head_of(self.model)  # where the model has it
+        self.head = stored.head.to(device) if stored else head_of(self.model)  # a live one stays where the model is
+        if stored is None:
             num_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
             stored = StoredHead(self.head, self.model.num_parameters(), num_bytes)
             if store:

@@ -66,7 +66,12 @@ class State:
         self.counted_tokens += batch.num_tokens
         self.seconds += seconds
         self.step_seconds = [*self.step_seconds[-199:], seconds]  # enough for a median
-        part = {"counted": batch.num_tokens, "tokens": batch.num_input_tokens, "seconds": seconds, **values}
+        part: dict[str, Any] = {
+            "counted": batch.num_tokens,
+            "tokens": batch.num_input_tokens,
+            "seconds": seconds,
+            **values,
+        }
         if is_skipped:
             part = dict.fromkeys(part, 0) | {"grad_norm": None}
         self.window.append(part | {"lr": lr, "epoch": batch.epoch})
@@ -232,7 +237,7 @@ class Training:
             names = [*terms]
             sums.append(torch.stack([*terms.values()]))
         self._sums = torch.stack(sums)  # [micro-batches, terms]
-        is_late = bool(config.save_minutes) and time.monotonic() - self._saved_at > 60 * config.save_minutes
+        is_late = time.monotonic() - self._saved_at > 60 * (config.save_minutes or math.inf)
         flags = sums[0].new_tensor([stop.signal is not None, is_late and machine.is_main_process])
         reduced = machine.reduce(torch.cat([self._sums.sum(0), flags]), reduction="sum")
         clipped = machine.clip_grad_norm_(self.objective.parameters(), config.max_grad_norm or math.inf)
@@ -326,7 +331,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
                 break
 
             # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
-            started, lr = time.perf_counter(), run.schedule.get_last_lr()[0]
+            started, lr = time.perf_counter(), float(run.schedule.get_last_lr()[0])
             terms, norm = run.forward_backward(batch, stop)
             is_finite = run.is_finite(terms, norm)
             if is_finite:

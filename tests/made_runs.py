@@ -96,7 +96,7 @@ def write_run(
     student = means_of(rows)
     untouched = measures(ce=7.9, kl=5.8, reverse_kl=7.1, agreement=0.05, accuracy=0.04) | {"num_parameters": 64_000_000}
     teacher = measures(ce=2.81, accuracy=0.55) | {"num_parameters": 134_515_008, "num_bytes": 538_060_032}
-    told = {} if digest is None else {"teacher_digest": digest, "teacher_precision": precision}
+    environment = {} if digest is None else {"teacher_digest": digest, "teacher_precision": precision}
     speed = 1450 + _own_seed(folder.name) % 90
     _write_json(folder / "summary.json", {
         "student": student | {"num_parameters": 64_000_000, "num_bytes": 256_000_000},
@@ -107,7 +107,7 @@ def write_run(
         "data": {"num_rows": 832, "num_validation_rows": NUM_ROWS, "fingerprint": "aa00aa00aa00aa00",
                  "counted_validation_tokens": sum(row["counted"] for row in rows),
                  "validation_fingerprint": fingerprint},
-        "environment": told,
+        "environment": environment,
     })  # fmt: skip
     points = []
     for i in range(1, curve + 1):

@@ -5,11 +5,9 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import yaml
 from made_runs import NUM_ROWS, write_run, write_sweep
 
 from kdx.compare import ranking, tables
-from kdx.compare.page import looks_of
+from kdx.compare.page import heat_maps, looks_of
 from kdx.compare.ranking import Comparison, Ranking, short_names
 from kdx.compare.read import FILES, compare, compared, default_out, find, main
 from kdx.errors import ConfigError, MachineError
@@ -90,6 +88,7 @@ class TestIntervals:
     def test_many_rows_are_drawn_in_blocks(self, monkeypatch):
         counted, sums = np.arange(1.0, 31.0), np.random.default_rng(0).normal(3, 1, (30, 2))
         whole = ranking.resampled_means(counted, sums, num=500)
+        assert ranking.interval(whole[:, 1] - whole[:, 0]) == (0.0051995339, 0.0482084902)  # the draws stay the same
         monkeypatch.setattr(ranking, "BLOCK", 30 * 7)
         assert ranking.resampled_means(counted, sums, num=500) == pytest.approx(whole, rel=1e-12)
 
@@ -101,15 +100,6 @@ class TestIntervals:
         low, high = table.by("kl")[2].minus_best["kl"]
         assert 0 < low < 0.1 < high < 0.15
         assert tables.verdict(table)[0] == "Best by KL: #1 (lr 0.001); not distinguishable from it: #2."
-
-    def test_an_interval_of_the_difference_to_the_baseline_is_around_the_difference(self, six):
-        table = only(six[0])
-        baseline = point(table, "baseline (alpha = 0)")
-        assert baseline.minus_baseline == {}
-        for p in table.points:
-            if p is not baseline:
-                low, high = p.minus_baseline["kl"]
-                assert low < p.measures["kl"] - baseline.measures["kl"] < high
 
     def test_each_setting_has_its_own_baseline(self, tmp_path):
         for lr, kl in ((1e-3, 0.9), (2e-3, 0.8)):
@@ -229,11 +219,6 @@ class TestRanking:
         assert comparison.differing == ["train.seed"]
         assert [len(p.runs) for p in only(comparison).points] == [2]
 
-    def test_measuring_that_chooses_the_weights_is_a_difference(self, tmp_path):
-        for every in (10, 20):
-            write_run(tmp_path / str(every), train__eval_every=every, train__keep="best")
-        assert {p.label for p in only(ranked(tmp_path)).points} == {"eval_every 10", "eval_every 20"}
-
     def test_older_runs_are_read_the_same(self, tmp_path):
         """Their own keys of a group are under `options`, the swept keys in the config; 1 is 1.0, a missing key null."""
 
@@ -252,20 +237,15 @@ class TestRanking:
         assert {p.label: len(p.runs) for p in only(comparison).points} == {"lr 0.001": 2, "lr 0.002": 1}
         assert {tuple(run.swept) for run in comparison.runs} == {("optim.lr",)}
 
-    def test_config_values_of_all_kinds(self, tmp_path):
-        for i, value in enumerate(([0, 3], None, True, "x" * 60)):
-            write_run(tmp_path / str(i), student__layers=value)
-        labels = {p.label for p in only(compare([tmp_path], tmp_path)).points}
-        assert labels == {"layers [0, 3]", "layers null", "layers true", f"layers …{'x' * 27}"}
-
     def test_without_a_teacher_ce_ranks_alone(self, tmp_path):
         nothing = dict.fromkeys(("kl", "reverse_kl", "agreement"))
         for lr in (1e-3, 2e-3):
             write_run(tmp_path / f"{lr}", means=nothing | {"ce": 3 + lr}, loss__alpha=0.0, optim__lr=lr)
         table = only(compare([tmp_path], tmp_path))
         assert [p.rank for p in table.points] == [{"ce": 1}, {"ce": 2}]
-        assert not any("KL" in line for line in tables.verdict(table))
-        assert "CE against KL" not in (tmp_path / "compare.html").read_text()
+        assert tables.verdict(table) == [
+            "Best by CE: #1 (baseline (alpha = 0), lr 0.001); not distinguishable from it: #2."
+        ]
 
     def test_short_names(self):
         names = short_names(["loss.temperature", "loss.alpha", "loss.name", "optim.lr", "data.seed", "train.seed"])
@@ -280,22 +260,19 @@ class TestBudgets:
         assert main([str(tmp_path), "--out", str(tmp_path)]) == 0
         table = only(ranked(tmp_path))
         assert [p.other_budget for p in table.points] == [True, False, False]
-        sentence = "Not trained equally long (†): #1."
+        sentence = "Trained longer or shorter than most (†): #1."
         assert any(line.startswith(sentence) for line in tables.verdict(table))
         printed = capsys.readouterr().out
         assert "† 416   † 302,000" in printed
         assert all(sentence in text for text in (printed, (tmp_path / "compare.html").read_text()))
-        header, *rows = csv.reader(io.StringIO((tmp_path / "compare.csv").read_text()))
-        columns = [header.index(name) for name in ("steps", "tokens", "other_budget")]
-        assert [rows[0][i] for i in columns] == ["416.0", "302000.0", "True"]
-        assert [rows[1][i] for i in columns] == ["208.0", "151000.0", "False"]
+        long, other, *_ = csv.DictReader(io.StringIO((tmp_path / "compare.csv").read_text()))
+        assert (long["steps"], long["tokens"], long["other_budget"]) == ("416.0", "302000.0", "True")
+        assert (other["steps"], other["tokens"], other["other_budget"]) == ("208.0", "151000.0", "False")
 
-    def test_a_few_tokens_more_or_less_are_the_same_budget(self, tmp_path, six):
+    def test_a_few_tokens_more_or_less_are_the_same_budget(self, tmp_path):
         for seed, steps in enumerate((208, 210)):
             write_run(tmp_path / str(seed), optim__lr=seed + 1.0, steps=steps)
-        for table in (only(ranked(tmp_path)), only(six[0])):
-            assert not any(p.other_budget for p in table.points)
-            assert not any("†" in line for line in tables.verdict(table))
+        assert not any(p.other_budget for p in only(ranked(tmp_path)).points)
 
 
 class TestDigits:
@@ -334,71 +311,56 @@ class TestDigits:
 
 class TestTablesApart:
     @pytest.mark.parametrize(
-        ("other", "why"),
-        [
-            ({"fingerprint": "ffff"}, "held-out rows"),
-            ({"digest": "dddd"}, "teacher"),
-            ({"precision": "bf16"}, "precision of the teacher"),
-        ],
+        ("key", "why"),
+        [("fingerprint", "held-out rows"), ("digest", "teacher"), ("precision", "precision of the teacher")],
     )
-    def test_what_cannot_be_compared_is_not(self, tmp_path, other, why):
+    def test_what_cannot_be_compared_is_not(self, tmp_path, key, why):
         write_run(tmp_path / "a", loss__alpha=0.3)
-        write_run(tmp_path / "b", loss__alpha=0.7, **other)
-        comparison = compare([tmp_path], tmp_path)
+        write_run(tmp_path / "b", loss__alpha=0.7, **{key: "other"})
+        comparison = ranked(tmp_path)
         assert [[p.rank for p in table.points] for table in comparison.rankings] == [[{"kl": 1, "ce": 1}]] * 2
         (line,) = comparison.why_apart
         assert line.endswith(f"These 2 tables differ in: {why}.")
-        page = (tmp_path / "compare.html").read_text()
-        assert "Table 2: " in page
-        assert line in page
-        assert len(json.loads((tmp_path / "compare.json").read_text())["tables"]) == 2
+        text = tables.as_markdown(comparison)
+        assert line in text
+        assert "## Table 2: " in text
+        assert len(json.loads(tables.as_json(comparison))["tables"]) == 2
 
     def test_teachers_without_a_digest_are_identified_by_their_config(self, tmp_path):
         for name, path in (("a", "one"), ("b", "one"), ("c", "two")):
             write_run(tmp_path / name, digest=None, teacher__path=path, optim__lr={"a": 1e-3}.get(name, 2e-3))
         assert [len(table.points) for table in ranked(tmp_path).rankings] == [2, 1]
 
-    def test_one_table_needs_no_reason(self, six):
-        assert six[0].why_apart == []
-
 
 class TestNeverRanked:
-    @pytest.mark.parametrize("state", ["failed", "diverged", "interrupted", "running"])
-    def test_only_finished_runs_are(self, tmp_path, state):
+    def test_only_finished_runs_are(self, tmp_path):
         """A summary may be there from before: the state decides."""
+        states = ["diverged", "failed", "interrupted"]
         write_run(tmp_path / "good", loss__alpha=0.3)
-        write_run(tmp_path / "bad", loss__alpha=0.7, means={"kl": 0.001})
-        edit(tmp_path / "bad" / "status.json", lambda s: s.update(state=state, reason="step 3: because"))
+        for state in states:
+            write_run(tmp_path / state, loss__alpha=0.7, means={"kl": 0.001})
+            edit(
+                tmp_path / state / "status.json", lambda s, state=state: s.update(state=state, reason="step 3: because")
+            )
+        write_run(tmp_path / "running", state="running")
         comparison = compare([tmp_path], tmp_path)
         assert [p.runs[0].name for p in only(comparison).points] == ["good"]
-        assert [(r.name, r.state, r.reason) for r in comparison.not_ranked] == [("bad", state, "step 3: because")]
+        *stopped, running = comparison.not_ranked
+        assert [(r.name, r.state, r.reason) for r in stopped] == [(s, s, "step 3: because") for s in states]
+        assert running.reason == "step 57 of 208, written 2026-11-24T02:45:09+0000"
         for name in FILES:
-            assert "step 3: because" in (tmp_path / name).read_text(), name
+            assert (tmp_path / name).read_text().count("step 3: because") == 3, name
 
-    def test_a_running_run_says_how_far_it_is(self, tmp_path):
-        write_run(tmp_path / "run", state="running")
-        (run,) = compare([tmp_path], tmp_path).not_ranked
-        assert run.reason == "step 57 of 208, written 2026-11-24T02:45:09+0000"
-
-    @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_what_is_not_finite(self, tmp_path, value):
-        write_run(tmp_path / "good", loss__alpha=0.3)
-        write_run(tmp_path / "bad", loss__alpha=0.7)
-        edit(tmp_path / "bad" / "summary.json", lambda s: s["student"].update(ce=value))
-        comparison = ranked(tmp_path)
-        assert [run.reason for run in comparison.not_ranked] == ["not finite: ce"]
-        assert [p.runs[0].name for p in only(comparison).points] == ["good"]
-
-    def test_nothing_held_out(self, tmp_path):
+    @pytest.mark.parametrize(("ce", "why"), [(math.nan, "not finite: ce"), (None, "nothing was held out")])
+    def test_measures_that_cannot_be_ranked(self, tmp_path, ce, why):
         write_run(tmp_path / "run")
-        edit(tmp_path / "run" / "summary.json", lambda s: s["student"].update(ce=None, kl=None))
-        assert [run.reason for run in ranked(tmp_path).not_ranked] == ["nothing was held out"]
+        edit(tmp_path / "run" / "summary.json", lambda s: s["student"].update(ce=ce))
+        assert [run.reason for run in ranked(tmp_path).not_ranked] == [why]
 
     @pytest.mark.parametrize(
         ("file", "text", "why"),
         [
             ("summary.json", None, "summary.json is missing"),
-            ("summary.json", "{", "summary.json cannot be read: JSONDecodeError: Expecting property name"),
             ("summary.json", "{}", "summary.json cannot be read: KeyError: 'student'"),
             ("config.yaml", "a: [", "config.yaml cannot be read: ParserError: while parsing"),
             ("status.json", "null", "status.json cannot be read: TypeError"),
@@ -416,18 +378,6 @@ class TestNeverRanked:
         assert run.name == "bad"
         assert run.reason.startswith(why)
         assert [p.runs[0].name for p in only(comparison).points] == ["good"]
-
-
-class Tags(HTMLParser):
-    """All elements of a page and their attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
 
 
 class TestFiles:
@@ -450,11 +400,9 @@ class TestFiles:
         (table,) = tree["tables"]
         assert table["best"] == {"kl": "τ 2, α 0.7", "ce": "τ 2, α 0.3"}
         assert table["pareto_front"] == ["τ 2, α 0.7", "τ 2, α 0.3"]
-        assert table["validation_fingerprint"] == "5e1d0a7744bb9c02"
-        assert table["teacher"]["digest"] == "c0ffee0123456789"
+        assert (table["validation_fingerprint"], table["teacher"]["digest"]) == ("5e1d0a7744bb9c02", "c0ffee0123456789")
         assert [s["label"] for s in table["students"]] == [p.label for p in only(comparison).points]
         assert [s["label"] for s in table["students"] if s["baseline"]] == ["baseline (alpha = 0)"]
-        assert {s["measures"]["steps"] for s in table["students"]} == {208}
         assert tree["differs"]["alpha-0_0f0f0f"] == {"loss.alpha": 0.0}
         assert set(tree["differs"]["temperature-2_alpha-0.7_1a2b3c"]) == {"loss.temperature", "loss.alpha"}
 
@@ -473,33 +421,10 @@ class TestFiles:
         assert main([str(folder)]) == 0
         printed = capsys.readouterr().out
         assert max(map(len, printed.replace(str(folder), "").splitlines())) <= 100
-        line = next(line for line in printed.splitlines() if "0.636" in line)
-        assert line.split() == [
-            "#1",
-            "τ",
-            "2,",
-            "α",
-            "0.7",
-            "*",
-            "0.636",
-            "3.351",
-            "●",
-            "0.613",
-            "208",
-            "151,000",
-            "123",
-        ]
-        assert all(line.split(". ")[0] in " ".join(printed.split()) for line in tables.verdict(only(comparison)))
+        words = " ".join(printed.split())
+        assert "#1 τ 2, α 0.7 * 0.636 3.351 ● 0.613 208 151,000 123" in words
+        assert all(line in words for line in tables.verdict(only(comparison)))
         assert str(folder / "compare.html") in printed
-
-    def test_markup_is_printed_as_text(self, tmp_path, capsys):
-        write_run(tmp_path / "a", state="failed", reason="[red]x[/red]")
-        for alpha, name in ((0.3, "[bold]x"), (0.4, "[/bold]y")):
-            write_run(tmp_path / name.strip("[/]"), loss__alpha=alpha, optim__name=name)
-        assert main([str(tmp_path), "--out", str(tmp_path)]) == 0
-        printed = capsys.readouterr().out
-        assert "[red]x[/red]" in printed
-        assert "[bold]x" in printed
 
     def test_the_same_runs_give_the_same_bytes(self, six, tmp_path, monkeypatch):
         folder = six[1]
@@ -510,46 +435,25 @@ class TestFiles:
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
             assert str(folder.parent) not in (tmp_path / "one" / name).read_text()
 
-    def test_files_are_replaced_whole(self, tmp_path, monkeypatch):
-        write_run(tmp_path / "run")
-        compare([tmp_path], tmp_path)
-        before = (tmp_path / "compare.csv").read_bytes()
-
-        def full(*_: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(os, "replace", full)
-        with pytest.raises(MachineError, match=r"compare.csv: cannot be written: No space left.*--out"):
-            compare([tmp_path], tmp_path)
-        assert (tmp_path / "compare.csv").read_bytes() == before
-        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*FILES, "run"])
+    def test_a_folder_that_cannot_be_written(self, six, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(MachineError, match=r"file/compare\.csv: cannot be written.*--out"):
+            compare([six[1]], tmp_path / "file")
 
 
 class TestPage:
-    def test_pictures_and_heat_maps(self, six):
+    def test_pictures_heat_maps_and_samples(self, six):
         text = (six[1] / "compare.html").read_text()
-        pictures = [attrs for tag, attrs in Tags(text).found if tag == "img"]
-        assert [attrs["alt"] for attrs in pictures] == [
-            "CE against KL. On the Pareto front: τ 2, α 0.7; τ 2, α 0.3",
-            *(f"Held-out {m} over tokens, one line for each run" for m in ("KL", "CE")),
-        ]
-        assert all(attrs["src"].startswith("data:image/svg+xml;base64,") for attrs in pictures)
-        assert re.findall(r"<caption>(.*)</caption>", text) == [
-            "KL (lower is better)", "CE (lower is better)", "agreement (higher is better)",
-        ]  # fmt: skip
-        assert re.findall(r'class="best" style="background:rgba\(0,114,178,0.60\)">([\d.]+)', text) == [
-            "0.636", "3.307", "0.613",
-        ]  # fmt: skip
+        front, *curves = re.findall(r'<img src="data:image/svg\+xml;base64,[^"]*" alt="(.*)">', text)
+        assert front == "CE against KL. On the Pareto front: τ 2, α 0.7; τ 2, α 0.3"
+        assert curves == [f"Held-out {m} over tokens, one line for each run" for m in ("KL", "CE")]
+        captions = re.findall(r"<caption>(.*)</caption>", text)
+        assert captions == ["KL (lower is better)", "CE (lower is better)", "agreement (higher is better)"]
+        best = re.findall(r'class="best" style="background:rgba\(0,114,178,0.60\)">([\d.]+)', text)
+        assert best == ["0.636", "3.307", "0.613"]
+        assert text.count("the the the of of") == text.count("I am fine at τ 2 and α 0.7") == 3
 
-    def test_nothing_is_loaded_or_run(self, six):
-        text = (six[1] / "compare.html").read_text()
-        tags = Tags(text).found
-        policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-        assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in tags
-        assert "http" not in text.replace("http-equiv", "")
-        assert not {tag for tag, _ in tags} & {"script", "link", "iframe"}
-
-    def test_text_of_runs_is_escaped(self, tmp_path):
+    def test_text_of_runs_is_escaped_and_nothing_is_loaded(self, tmp_path):
         hostile = "<script>alert(1)</script> {{ 7*7 }} $x^2$"
         for alpha in (0.3, 0.7):
             run = write_run(tmp_path / f"<b>{alpha}", loss__alpha=alpha, say=hostile, data__path=f"{hostile}{alpha}")
@@ -557,41 +461,28 @@ class TestPage:
         write_run(tmp_path / "failed", state="failed", reason=hostile)
         compare([tmp_path], tmp_path)
         text = (tmp_path / "compare.html").read_text()
-        assert not {tag for tag, _ in Tags(text).found} & {"script", "b>0.3"}
+        assert not {*re.findall(r"<(\w+)", text)} & {"script", "link", "iframe", "image"}
         assert text.count("&lt;script&gt;alert(1)&lt;/script&gt; {{ 7*7 }}") > 4
+        assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
+        assert "http" not in text.replace("http-equiv", "")
 
     def test_a_heat_map_needs_both_axes_and_there_is_one_for_each_setting(self, tmp_path):
         write_sweep(tmp_path / "line", [2], [0.3, 0.7])
-        compare([tmp_path / "line"], tmp_path)
-        assert "Temperature and alpha" not in (tmp_path / "compare.html").read_text()
-        for name in ("forward_kl", "reverse_kl"):
+        assert heat_maps(only(ranked(tmp_path))) == []
+        for name in ("jsd", "reverse_kl"):
             write_sweep(tmp_path / name, [1, 2], [0.3, 0.7], baseline=False, loss__name=name)
-        compare([tmp_path / "forward_kl", tmp_path / "reverse_kl"], tmp_path)
-        text = (tmp_path / "compare.html").read_text()
-        assert re.findall("Temperature and alpha: (.*)<", text) == ["loss forward_kl", "loss reverse_kl"]
-
-    def test_no_curves_without_evaluations(self, tmp_path):
-        write_run(tmp_path / "run", curve=1)
-        compare([tmp_path], tmp_path)
-        text = (tmp_path / "compare.html").read_text()
-        assert "train.eval_every=N measures every N steps" in text
-        assert "over tokens" not in text
+        settings = [found["setting"] for found in heat_maps(only(ranked(tmp_path)))]
+        assert settings == ["loss jsd", "loss reverse_kl"]
 
     def test_of_forty_few_are_colored(self, tmp_path):
         folder = write_sweep(tmp_path / "s", [0.5, 1, 2, 4, 8], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0], curve=3)
         table = only(compare([folder], folder))
         looks = looks_of(table)
-        assert len(table.points) == 41
         assert {table.by("kl")[0], table.by("ce")[0], point(table, "baseline (alpha = 0)")} <= looks.keys()
         assert len(set(looks.values())) == len(looks) == 7
         text = (folder / "compare.html").read_text()
         assert "34 others" in text
         assert text.count("I am fine at τ") == 6 * 3
-
-    def test_samples_are_side_by_side(self, six):
-        text = (six[1] / "compare.html").read_text()
-        assert text.count("the the the of of") == 3
-        assert text.count("I am fine at τ 2 and α 0.7") == 3
 
 
 class TestFinding:
@@ -607,11 +498,6 @@ class TestFinding:
         ):
             assert len(find(paths)) == 7, paths
         assert [*find([one])] == [one.name]
-
-    def test_names_are_short_and_unique(self, tmp_path):
-        for day in ("2026-11-24", "2026-11-25"):
-            write_run(tmp_path / day / "02-45-09-123456")
-        assert [*find([tmp_path])] == ["2026-11-24/02-45-09-123456", "2026-11-25/02-45-09-123456"]
 
     def test_where_the_files_go(self, six, tmp_path):
         folder = six[1]

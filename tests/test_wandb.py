@@ -14,6 +14,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from kdx.folders import CONF
 from safetensors.torch import load_file
 from standins import FUSSY, write_place
 from wandb.sdk.launch.sweeps import utils as agent
@@ -21,7 +22,6 @@ from wandb.sdk.lib.wbauth import wbnetrc
 from wandb_server import KEY, Server, StoredRun
 
 from kdx.cli import compose
-from kdx.folders import CONF
 from kdx.optim import optimizer_class
 from kdx.run.folder import RunFolder
 from kdx.run.signals import Stopped

@@ -88,7 +88,7 @@ def curves_picture(ranking: Ranking, looks: Looks, measure: str) -> dict[str, st
         color, marker, _ = looks.get(point, OTHER)
         style = {"marker": marker, "linewidth": 1.5, "zorder": 3} if point in looks else {"linewidth": 0.7}
         for run in point.runs:
-            curve = [(line["tokens"], line[key]) for line in run.curve if line[key] is not None]
+            curve = [(line["tokens"], line[key]) for line in run.curve if line.get(key) is not None]
             if len(curve) > 1:
                 dashes = "--" if point.baseline else "-"
                 axes.plot(*zip(*curve, strict=True), color=color, linestyle=dashes, markevery=[-1], **style)

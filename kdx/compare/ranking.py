@@ -53,8 +53,8 @@ class Run:
 
     name: str
     path: Path
-    state: str
-    reason: str
+    reason: str = ""
+    state: str = "unknown"
     config: dict[str, Any] = field(default_factory=dict)  # dotted key → value
     swept: list[str] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from rich.console import Console
 
 from kdx.compare import ranking
 from kdx.compare.ranking import MEASURES, Comparison, Ranking, Run
@@ -22,7 +23,7 @@ from kdx.run.files import write_beside
 from kdx.run.tracking import CONSOLE
 
 MARK = "status.json"  # a folder with it is a run's
-NARROWEST = 100  # columns of the terminal's table; less would break every line
+NARROWEST = 100  # letters of a line, in a pipe too; less would break every line of the table
 FILES = ("compare.csv", "compare.json", "compare.md", "compare.html")
 EXAMPLE = "Example: kdx compare outputs/sweeps/NAME"
 
@@ -41,8 +42,9 @@ def main(words: list[str]) -> int:
 
         workspace.check()
     comparison = compare(paths, args.out or default_out(paths))
+    console = Console(file=CONSOLE.file, width=max(CONSOLE.width, NARROWEST), highlight=False)
     for part in terminal_parts(comparison):
-        CONSOLE.print(part, markup=False, soft_wrap=False, width=max(CONSOLE.width, NARROWEST))
+        console.print(part, markup=False)
     CONSOLE.print(f"Wrote {comparison.out / 'compare.html'}, .csv, .json and .md", markup=False)
     if args.wandb:
         CONSOLE.print(f"Dashboard: {workspace.save(comparison)}", markup=False)
@@ -112,26 +114,26 @@ def read_run(name: str, folder: Path) -> Run:
             what = " ".join(f"{type(error).__name__}: {error}".split())[:100]
             raise ValueError(f"{file} cannot be read: {what}") from None
 
-    state = "unknown"
-    config: dict[str, Any] = {}
-    swept: list[str] = []
+    found: dict[str, Any] = {}
     try:
         status = read("status.json", lambda text: dict(json.loads(text)))
-        state = str(status.get("state"))
-        config = read("config.yaml", lambda text: flat(yaml.safe_load(text)))
-        swept = config.get("sweep.keys") or []
+        found["state"] = str(status.get("state"))
+        found["config"] = read("config.yaml", lambda text: flat(yaml.safe_load(text)))
+        found["swept"] = found["config"].get("sweep.keys") or []
         if (folder / "record.json").exists():
-            swept = read("record.json", lambda text: list(json.loads(text)["swept"]))
-        if state != "done":
+            found["swept"] = read("record.json", lambda text: list(json.loads(text)["swept"]))
+        if status.get("state") != "done":
             step = f"step {status.get('step')} of {status.get('max_steps')}, written {status.get('updated')}"
-            return Run(name, folder, state, str(status.get("reason") or step), config, swept)
-        summary = read("summary.json", _summary)
-        rows = read("eval_rows.jsonl", _rows)
-        curve = read("metrics.jsonl", lambda text: [line for line in _lines(text) if "eval/ce" in line])
-        samples = read("samples.json", _samples) if (folder / "samples.json").exists() else []
+            raise ValueError(status.get("reason") or step)
+        found["summary"] = read("summary.json", _summary)
+        _check_measures(found["summary"]["student"])
+        found["rows"] = read("eval_rows.jsonl", lambda text: sorted(_lines(text), key=lambda line: str(line["row"])))
+        found["curve"] = read("metrics.jsonl", lambda text: [line for line in _lines(text) if "eval/ce" in line])
+        if (folder / "samples.json").exists():
+            found["samples"] = read("samples.json", _samples)
     except ValueError as error:
-        return Run(name, folder, state, str(error), config, swept)
-    return Run(name, folder, state, _why_not(summary["student"]), config, swept, summary, rows, curve, samples)
+        return Run(name, folder, str(error), **found)
+    return Run(name, folder, **found)
 
 
 def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -151,20 +153,17 @@ def _summary(text: str) -> dict[str, Any]:
     return {part: dict(tree[part]) for part in ("student", "untouched", "teacher", "run", "data", "environment")}
 
 
-def _why_not(measures: dict[str, Any]) -> str:
-    """Say why a finished student is not ranked; empty if it is."""
+def _check_measures(measures: dict[str, Any]) -> None:
+    """Raise ValueError if a student cannot be ranked."""
     if measures.get("ce") is None:
-        return "nothing was held out"
-    bad = [name for name in MEASURES if (value := measures.get(name)) is not None and not math.isfinite(value)]
-    return f"not finite: {', '.join(bad)}" if bad else ""
+        raise ValueError("nothing was held out")
+    bad = [name for name in MEASURES if not math.isfinite(measures.get(name) or 0)]
+    if bad:
+        raise ValueError(f"not finite: {', '.join(bad)}")
 
 
 def _lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-def _rows(text: str) -> list[dict[str, Any]]:
-    return sorted(_lines(text), key=lambda line: str(line["row"]))
 
 
 def _samples(text: str) -> list[dict[str, Any]]:
@@ -197,6 +196,6 @@ def _why_apart(rankings: Sequence[Ranking]) -> list[str]:
         "teacher": {table.teacher["digest"] or table.teacher["name"] for table in rankings},
         "precision of the teacher": {table.teacher["precision"] for table in rankings},
     }
-    different = " and ".join(name for name, values in parts.items() if len(values) > 1)
+    different = " and ".join(name for name, values in parts.items() if len(values) > 1) or "held-out rows"
     what = f"Measures compare only on the same held-out rows and with the same teacher. These {len(rankings)} tables"
-    return [f"{what} differ in: {different}."] if different else []
+    return [f"{what} differ in: {different}."] if len(rankings) > 1 else []

@@ -70,8 +70,8 @@ def verdict(ranking: Ranking) -> list[str]:
     others = [point for point in ranking.points if point.other_budget]
     if others:
         lines.append(
-            f"Not trained equally long (†): {_numbers(others)}. A difference between them and the others may come from the "
-            "number of steps and tokens alone."
+            f"Trained longer or shorter than most (†): {_numbers(others)}. Their differences to the others may come from "
+            "that alone."
         )
     return lines
 

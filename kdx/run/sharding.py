@@ -39,7 +39,7 @@ def plugin(config: Config) -> FullyShardedDataParallelPlugin | None:
     """Build accelerate's plug-in if FSDP is asked for. Raises MachineError for what cannot be combined with it."""
     if not is_asked():
         return None
-    precision = config.train.precision
+    precision: str = config.train.precision
     if precision == "auto":
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
     wrong = [
@@ -87,8 +87,8 @@ def prepare(machine: Accelerator, objective: Objective, optimizer: Any) -> tuple
         raise MachineError(ASKED, f"cannot shard this student: {' '.join(str(error).split())[:200]}", hint) from None
     if not all(isinstance(weight, DTensor) for weight in objective.parameters()):
         raise MachineError(ASKED, "was asked for, but accelerate left weights whole", "Start without it")
-    head = student.get_output_embeddings()
-    if any(head in part.modules() for part in student.modules() if isinstance(part, FSDPModule)):
+    head, parts = student.get_output_embeddings(), [part for part in student.modules() if isinstance(part, FSDPModule)]
+    if any(head in part.modules() for part in parts):  # type: ignore[attr-defined]
         raise MachineError(ASKED, "would shard the student's head by itself, and the loss reads it from outside", hint)
     return module, optimizer, whole
 
@@ -117,7 +117,8 @@ def spread(student: nn.Module, objective: Objective) -> None:
     """Copy the whole student into what is trained."""
     if objective.model is student:
         return
-    for weight, shard in zip(student.parameters(), objective.model.parameters(), strict=True):
+    for weight, sharded in zip(student.parameters(), objective.model.parameters(), strict=True):
+        shard: Any = sharded
         full = weight.to(shard.device)
         shard.copy_(distribute_tensor(full, shard.device_mesh, shard.placements, src_data_rank=None))
 
