@@ -13,13 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from kdx.config import Config, as_dict
+from kdx.config import Config, as_dict, dotted, short_key
 from kdx.errors import ConfigError, InUseError, KdxError, printable
 from kdx.run.claim import claim
 from kdx.run.devices import num_cores, take_gpu
@@ -86,13 +85,15 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
     for config in configs:
         for key, value in config_identity(config).items():
             values.setdefault(key, []).append(value)
+    known = list(values)
     common = {k: some[0] for k, some in values.items() if k not in keys and all(v == some[0] for v in some)}
-    return "-".join([*(_safe(_short(key, keys)) for key in keys), digest(common)])
+    return "-".join([*(_safe(short_key(key, known)) for key in keys), digest(common)])
 
 
 def job_name(keys: list[str], config: Config) -> str:
     """Name a job by its point and a hash of its config: temperature-2_alpha-0.7_1a2b3c."""
     tree = as_dict(config)
+    known = dotted(tree)
     parts = ["baseline"] if config.loss.alpha == 0 and "loss.alpha" not in keys else []
     for key in keys:
         if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
@@ -102,7 +103,7 @@ def job_name(keys: list[str], config: Config) -> str:
             value = next((value[k] for k in ("name", "path", "init") if value.get(k)), key)
         is_typed = key.split(".")[0] in tree  # not an experiment
         value = int(value) if isinstance(value, float) and value.is_integer() else value
-        parts.append(f"{_short(key, keys)}-{_safe(str(value))}" if is_typed else _safe(key))
+        parts.append(f"{short_key(key, known)}-{_safe(str(value))}" if is_typed else _safe(key))
     return "_".join([*parts, digest(config_identity(config))])
 
 
@@ -110,12 +111,6 @@ def _find(node: Any, parts: list[str]) -> Any:
     for part in parts:
         node = {**node, **node.get("options", {})}.get(part) if isinstance(node, dict) else None
     return node
-
-
-def _short(key: str, keys: Sequence[str]) -> str:
-    """Return the shortest tail of a key that no other of these keys ends in."""
-    tails = [key.split(".", n)[-1] for n in range(key.count("."), -1, -1)]
-    return next(tail for tail in tails if sum(f".{other}".endswith(f".{tail}") for other in keys) <= 1)
 
 
 def _safe(text: str) -> str:
@@ -126,7 +121,6 @@ def _safe(text: str) -> str:
 # Jobs
 
 _failed: set[str] = set()  # names of jobs that failed in this process
-_round = 0  # of decisions that the ranks have agreed on
 
 
 def started() -> float:
@@ -233,16 +227,9 @@ def _agreed(decide: Callable[[], str]) -> str:
     """Decide in rank 0 and return that in every rank."""
     if _num_ranks() == 1:
         return decide()
-    from torch.distributed import PrefixStore, rendezvous
+    from kdx.run.launch import agreed
 
-    global _round
-    _round += 1
-    store, rank, _ = next(rendezvous("env://"))
-    store = PrefixStore("kdx", store)
-    store.set_timeout(timedelta(days=1))  # rank 0 may have to hash the weights of a large teacher
-    if rank == 0:
-        store.set(str(_round), decide())
-    return str(store.get(str(_round)).decode())
+    return agreed(decide)
 
 
 def _run_workers(number: int, argv: Sequence[str], since: float) -> int:
