@@ -204,7 +204,7 @@ def test_a_stopped_run_goes_on_in_its_wandb_run(place: Path, server: Server) -> 
     kept, known = stored(server, place / "outputs" / "stopped"), set(server.runs)
     first = len(steps(kept))
     assert 0 < first < 7
-    resume = next(word for word in told.stdout.split() if word.startswith("run.resume="))
+    resume = next(word for word in told.stderr.split() if word.startswith("run.resume="))
     asked = server.asked.count("RunResumeStatus")
     online = kdx(place, resume, EVENT="stop", **server.environment)
     assert online.returncode == 143, online.stderr
@@ -233,7 +233,7 @@ def assert_unharmed(told: subprocess.CompletedProcess[str], run_dir: Path, witho
     """The run ended well, soon after its summary (its finish_timeout is 1 s), with the student that there is without W&B."""
     waited = time.time() - (run_dir / "summary.json").stat().st_mtime
     assert told.returncode == 0, told.stderr
-    assert told.stderr == ""
+    assert "Traceback" not in told.stderr and "kdx: error" not in told.stderr
     assert waited < 1 + 10
     student = load_file(run_dir / "student/model.safetensors")
     assert all(torch.equal(student[name], weight) for name, weight in without.items())
@@ -276,7 +276,6 @@ def test_a_sweep_without_a_server_is_uploaded_by_one_command(place: Path, server
     )
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("cannot reach W&B") == 2
-    assert told.stderr == ""
     sweep = place / "outputs/sweeps/absent"
     done = run(place, "wandb", "sync", str(sweep / "wandb"), **server.environment)
     assert done.returncode == 0, done.stderr
@@ -334,7 +333,7 @@ def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> Non
     runs = [server.runs[name] for name in ids]  # all that the panels name has been logged
     assert curves <= {key for kept in runs for row in kept.history for key in row}
     assert {axis.split(":")[1] for axis in axes if axis.startswith("summary:")} <= runs[0].summary.keys()
-    assert {kept.config["loss"].get("options", {}).get("most") for kept in runs} == {None, 2, 3}
+    assert {kept.config["loss"].get("most") for kept in runs} == {None, 2, 3}
 
 
 
