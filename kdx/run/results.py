@@ -89,7 +89,7 @@ def keep_student(training: Training, folder: RunFolder) -> None:
     """
     if not training.is_finished:
         training.choose_weights(folder)
-    cast(training.student, training.save_dtype)
+    cast(training.student, DTYPES[training.save_dtype])
     if training.is_finished or training.max_steps == 0:
         return
     if training.machine.is_main_process:
