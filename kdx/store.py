@@ -220,8 +220,8 @@ def open_store(
     if config.store == "off" or (config.store == "auto" and not is_repeated):
         return None, "off" if config.store == "off" else "off (one epoch: nothing to reuse)"
     root = at_home(config.store_dir, "teacher.store_dir").resolve()
-    limit, name = config.store_limit_gb and config.store_limit_gb * 1e9, config.base_model or config.path or ""
-    store = TeacherStore(root, identity, name=name, limit_bytes=limit)
+    limit_bytes = config.store_limit_gb and config.store_limit_gb * 1e9
+    store = TeacherStore(root, identity, name=str(config.base_model or config.path), limit_bytes=limit_bytes)
     counted = {row.digest: row.num_counted for row in rows}
     missing = store.missing(list(counted))
     shape = load_config(config, "teacher").get_text_config()
