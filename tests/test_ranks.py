@@ -53,8 +53,7 @@ for name, *words in eval(os.environ["RUNS"]):
     os.environ.update({"ACCELERATE_USE_FSDP": "true" if name.startswith("shards") else "false"})
     config = compose(words)
     codes.append(guarded(lambda: distill(config, Path(name)) and 0))
-print("CODES", codes, flush=True)
-sys.exit(max(codes))
+sys.exit(f"exit codes {codes}" if codes != [0, 4, 0] else 0)
 '''
 PLUGIN = '''
 import os
@@ -94,16 +93,25 @@ def two(own: Path) -> Path:
     variables = environment(KDX_PLUGINS="broken_loss", RUNS=repr(runs), **{**FSDP, "ACCELERATE_USE_FSDP": "false"})
     variables |= {name: os.environ[name] for name in ("KDX_STORE", "KDX_CACHE")}
     done = subprocess.run(
-        [sys.executable, "-m", *launcher], cwd=own, env=variables, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-m", *launcher],
+        cwd=own,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     (own / "told").write_text(done.stdout + done.stderr)
-    assert done.stdout.count("CODES [0, 4, 0]") == 2, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return own
 
 
 def figures(run_dir: Path) -> list[dict[str, float]]:
     """What is logged of a run, but for times and memory."""
-    return [{k: v for k, v in x.items() if not k.startswith(("speed/", "memory/"))} for x in lines(run_dir / "metrics.jsonl")]
+    return [
+        {k: v for k, v in x.items() if not k.startswith(("speed/", "memory/"))}
+        for x in lines(run_dir / "metrics.jsonl")
+    ]
 
 
 def test_two_processes_with_and_without_fsdp_are_one_run(two: Path, tmp_path: Path) -> None:
@@ -123,7 +131,8 @@ def test_two_processes_with_and_without_fsdp_are_one_run(two: Path, tmp_path: Pa
         for file in ("student/model.safetensors", "checkpoints/step-00000002/model.safetensors"):
             torch.testing.assert_close(load_file(run_dir / file), load_file(one / file), rtol=1e-6, atol=1e-9)
     states = [
-        torch.load(f / "checkpoints/step-00000002/optimizer.pt", weights_only=True)["state"] for f in (two / "plain", one)
+        torch.load(f / "checkpoints/step-00000002/optimizer.pt", weights_only=True)["state"]
+        for f in (two / "plain", one)
     ]
     torch.testing.assert_close(states[0], states[1], rtol=1e-9, atol=1e-12)
     assert "the student sharded (FSDP), fp64" in (two / "told").read_text()
@@ -132,8 +141,10 @@ def test_two_processes_with_and_without_fsdp_are_one_run(two: Path, tmp_path: Pa
 def test_what_is_not_finite_in_one_process_stops_all_and_is_named(two: Path) -> None:
     now = status(two / "broken")
     assert (now["state"], now["exit_code"]) == ("diverged", 4)
-    assert now["reason"].startswith("step 2: the distillation term is not finite; the weights are still those of step 1")
-    assert now["reason"].count("pairs.jsonl:") == 1  # of the second process's micro-batch
+    assert now["reason"].startswith(
+        "step 2: the distillation term is not finite; the weights are still those of step 1"
+    )
+    assert now["reason"].count("pairs.jsonl:") == 2  # of the second process's two micro-batches
 
 
 @pytest.mark.parametrize(
