@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import platform
 import shlex
 import time
 from collections.abc import Iterator
@@ -192,6 +194,7 @@ class RunFolder:
             "max_steps": self.max_steps,
             "updated": local_time(),
             "since": self._since,
+            "owner": {"pid": os.getpid(), "host": platform.node()},
         }
         write_json(self.path / "status.json", status if code is None else status | {"exit_code": code})
 

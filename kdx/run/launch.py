@@ -30,7 +30,7 @@ def build_accelerator(config: Config) -> Accelerator:
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "")  # accelerate's config; "no" is fp32
     if not precision:
         device = torch.device("cpu") if cpu else Accelerator().device
-        precision = "bf16" if causal_lm.device_dtype(device)[0] == torch.bfloat16 else "fp32"
+        precision = causal_lm.device_dtype(device)
     if precision == "fp16" and cpu:
         raise MachineError("train.precision", "fp16 needs a GPU", "Use train.precision=bf16 or fp32")
     # A job before this one may have had another precision; FSDP is remembered in what is otherwise left alone.
