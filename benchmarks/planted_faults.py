@@ -127,7 +127,7 @@ FAULTS = {
         "kdx/sweep.py",
         '"loss.alpha=0"]',
         '"loss.alpha=1"]',
-        ("test_sweep.py", "test_cli.py"),
+        ("test_sweep.py", "test_command.py"),
     ),
     "pairing": Fault(
         "the bootstrap draws other rows for the best student than for the others",
@@ -155,14 +155,14 @@ FAULTS = {
         "kdx/optim.py",
         "num_warmup_steps=warmup",
         "num_warmup_steps=0",
-        ("test_prepare.py", "test_drift.py", "test_run.py"),
+        ("test_optim.py",),
     ),
     "norm_decay": Fault(
         "weights of norms and biases decay",
         "kdx/optim.py",
         '"weight_decay": 0.0',
         '"weight_decay": config.weight_decay',
-        ("test_prepare.py", "test_drift.py", "test_run.py"),
+        ("test_optim.py",),
     ),
     "gradient_kept": Fault(
         "a step starts with the gradient of the one before",

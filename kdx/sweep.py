@@ -12,18 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from datetime import timedelta
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from kdx import plugins
-from kdx.config import Config, as_dict
+from kdx.config import Config, as_dict, dotted, short_key
 from kdx.errors import ConfigError, InUseError, KdxError, printable
 from kdx.run.claim import claim
-from kdx.run.devices import share_cores, take_gpu
+from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import config_identity, digest
 from kdx.run.signals import STOPS
@@ -87,13 +85,15 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
     for config in configs:
         for key, value in config_identity(config).items():
             values.setdefault(key, []).append(value)
+    known = list(values)
     common = {k: some[0] for k, some in values.items() if k not in keys and all(v == some[0] for v in some)}
-    return "-".join([*(_safe(_short(key, keys)) for key in keys), digest(common)])
+    return "-".join([*(_safe(short_key(key, known)) for key in keys), digest(common)])
 
 
 def job_name(keys: list[str], config: Config) -> str:
     """Name a job by its point and a hash of its config: temperature-2_alpha-0.7_1a2b3c."""
     tree = as_dict(config)
+    known = dotted(tree)
     parts = ["baseline"] if config.loss.alpha == 0 and "loss.alpha" not in keys else []
     for key in keys:
         if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
@@ -103,7 +103,7 @@ def job_name(keys: list[str], config: Config) -> str:
             value = next((value[k] for k in ("name", "path", "init") if value.get(k)), key)
         is_typed = key.split(".")[0] in tree  # not an experiment
         value = int(value) if isinstance(value, float) and value.is_integer() else value
-        parts.append(f"{_short(key, keys)}-{_safe(str(value))}" if is_typed else _safe(key))
+        parts.append(f"{short_key(key, known)}-{_safe(str(value))}" if is_typed else _safe(key))
     return "_".join([*parts, digest(config_identity(config))])
 
 
@@ -113,12 +113,6 @@ def _find(node: Any, parts: list[str]) -> Any:
     return node
 
 
-def _short(key: str, keys: Sequence[str]) -> str:
-    """Return the shortest tail of a key that no other of these keys ends in."""
-    tails = [key.split(".", n)[-1] for n in range(key.count("."), -1, -1)]
-    return next(tail for tail in tails if sum(f".{other}".endswith(f".{tail}") for other in keys) <= 1)
-
-
 def _safe(text: str) -> str:
     """Make a part of a folder's name: letters, digits, . and -."""
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text)[:MAX_LETTERS].strip("-.") or "x"
@@ -126,8 +120,7 @@ def _safe(text: str) -> str:
 
 # Jobs
 
-_failed: set[Path] = set()  # in this process
-_round = 0  # of decisions that the ranks have agreed on
+_failed: set[str] = set()  # names of jobs that failed in this process
 
 
 def started() -> float:
@@ -181,25 +174,20 @@ def do_job(
 
     def work() -> int:
         nonlocal measure, is_tried
-        reason = _agreed(lambda: _why_not(config, folder, since)) if is_shared else ""
-        if _is_main():
-            print(f"kdx: {folder}{reason and f': {reason}'}", flush=True)
-        if reason:
-            return 0
-        is_tried = True
-        try:
-            measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or _is_worker())
-        except InUseError as error:  # another process was faster
-            if not is_shared or _num_ranks() > 1:
-                raise
-            print(f"kdx: {error}", flush=True)
+        with ExitStack() as held:
+            reason = _agreed(lambda: _claim(config, folder, since, held)) if is_shared else ""
+            if _is_main():
+                print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
+            if not reason:
+                is_tried = True
+                measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or _is_worker())
         return 0
 
     code = guarded(work, folder)
     if code > 128 or (code and _num_ranks() > 1):  # a signal, or an error for which the other ranks would wait
         sys.exit(code)
     if code:
-        _failed.add(folder)
+        _failed.add(folder.name)
     if is_tried and _is_main():
         _write_page(folder.parent)
     return measure
@@ -207,7 +195,6 @@ def do_job(
 
 def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool = False) -> float:
     """Start or resume one run → the measure that a sweep compares. Raises KdxError, Stopped. Imports torch."""
-    plugins.load()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries; read when they are imported
     take_gpu(is_own=is_own_gpu)
@@ -216,14 +203,19 @@ def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool 
     return distill(config, folder, record).measure
 
 
-def _why_not(config: Config, folder: Path, since: float) -> str:
-    """Say why a job is not to be done now; empty if it is. Raises ConfigError if the folder has another run."""
+def _claim(config: Config, folder: Path, since: float, held: ExitStack) -> str:
+    """Claim a job, or say why it is not to be done now. Raises ConfigError if the folder has another run."""
     run = RunFolder(folder)
-    if run.is_done(config):
-        return "done already"
-    if holder := run.holder():
-        return f"in use by {holder}, passed over"
-    return "failed since this command started, not tried again" if _has_failed(run, since) else ""
+    for _ in range(2):  # again once it is ours: another process may have done it a moment ago
+        if run.is_done(config):
+            return "done already"
+        if _has_failed(run, since):
+            return "failed since this command started, not tried again"
+        try:
+            held.enter_context(claim(folder))
+        except InUseError as error:
+            return f"{error.args[1]}, passed over"
+    return ""
 
 
 def _has_failed(run: RunFolder, since: float) -> bool:
@@ -235,16 +227,9 @@ def _agreed(decide: Callable[[], str]) -> str:
     """Decide in rank 0 and return that in every rank."""
     if _num_ranks() == 1:
         return decide()
-    from torch.distributed import PrefixStore, rendezvous
+    from kdx.run.launch import agreed
 
-    global _round
-    _round += 1
-    store, rank, _ = next(rendezvous("env://"))
-    store = PrefixStore("kdx", store)
-    store.set_timeout(timedelta(days=1))  # rank 0 may have to hash the weights of a large teacher
-    if rank == 0:
-        store.set(str(_round), decide())
-    return str(store.get(str(_round)).decode())
+    return agreed(decide)
 
 
 def _run_workers(number: int, argv: Sequence[str], since: float) -> int:
@@ -258,8 +243,8 @@ def _run_workers(number: int, argv: Sequence[str], since: float) -> int:
             worker.send_signal(number)
 
     before = {n: signal.signal(n, forward) for n in STOPS if signal.getsignal(n) != signal.SIG_IGN}
-    share_cores(number)
-    environment = os.environ | {STARTED: repr(since), "TTY_COMPATIBLE": "0"}  # lines, not bars: they share a terminal
+    environment = {"OMP_NUM_THREADS": str(max(1, num_cores() // number))} | os.environ
+    environment |= {STARTED: repr(since), "TTY_COMPATIBLE": "0"}  # lines, not bars: they share a terminal
     while len(workers) < number and not noted:
         workers.append(subprocess.Popen([sys.executable, "-m", "kdx", *argv], env=environment))
     if noted:  # by whom the last one was not there yet
@@ -286,7 +271,7 @@ def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
         else:
             if holder := run.holder():
                 held[path] = holder
-            elif path in _failed or _has_failed(run, since):
+            elif path.name in _failed or _has_failed(run, since):
                 failed[path] = f"{state}: {reason}" if reason else "see its error above"
             else:
                 left[path] = state
@@ -294,7 +279,7 @@ def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
         _print_comparison(folder, since)
     for what, found in (("failed", failed), ("held by other processes", held), ("left", left)):
         if found:
-            rows = [f"  {path}  {printable(why)}" for path, why in found.items()]
+            rows = [f"  {os.path.relpath(path)}  {printable(why)}" for path, why in found.items()]
             print(f"kdx: {len(found)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
     if left:
         print("kdx: type the same command again to do what is left", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub client is imported: no test
 import pytest
 import torch
 import yaml
-from standins import write_dialogpt
+from runs import config_of, make_place, run_here, signal_at
+from standins import write_chats, write_dialogpt, write_llama
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -47,6 +49,35 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dialogpt(folder / "teacher", 2, 16, pickled=False)
     write_dialogpt(folder / "student", 1, 16, pickled=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, a student with dropout, a Llama, and data, all small."""
+    folder = make_place(tmp_path_factory.mktemp("place"))
+    write_llama(folder / "llama")
+    write_chats(folder / "chats.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on chats with samples and a held-out measure on the way, which several tests read."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    words = ["data=messages", f"data.path={place / 'chats.jsonl'}", "train.max_steps=4", "train.eval_every=2"]
+    words += ["teacher.license=mit", "tracking.samples=true", "data.validation=8"]
+    assert run_here(config_of(place, *words), run_dir) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def stopped(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run with a place of its own, stopped at step 5 of 9: the folder of both, and the run's words."""
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(place, folder / "place")
+    words = ["train.micro_batch_size=2", "train.max_steps=9", "optim.schedule=constant", "train.save_every=100"]
+    assert run_here(config_of(folder / "place", *words), folder / "run", signal_at(5)) == 143
+    return folder, words
 
 
 @pytest.fixture

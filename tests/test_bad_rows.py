@@ -55,7 +55,7 @@ FILES = {
     "broken list": ("t.json", b'[{"source": "a"},\n {"source": }]', "t.json:2:13: is not JSON", "Was the copy cut"),
     "lines in a .json": ("t.json", LINE * 2, "t.json:2:1: is not JSON", "name the file .jsonl"),
     "an object for a list": ("t.json", b'{"data": []}', "t.json: holds an object, expected a list of rows", "Wrap the rows in [ ]"),
-    "NaN": ("t.jsonl", LINE + b'{"source": NaN}', "t.jsonl:2:1: is not JSON", "NaN is not a JSON value"),
+    "NaN": ("t.jsonl", LINE + b'{"source": NaN}', 't.jsonl:2: "source" is a number (NaN), expected text', "Quote it"),
     "latin-1": ("t.jsonl", LINE + b'{"source": "caf\xe9"}\n', "t.jsonl:2: byte 0xe9 is not UTF-8", "iconv -f LATIN1 -t UTF-8 t.jsonl"),
     "latin-1 CSV": ("t.csv", b"source,target\na,caf\xe9\n", "t.csv:2: byte 0xe9", "iconv"),
     "UTF-16": ("t.jsonl", LINE.decode().encode("utf-16"), "t.jsonl:1: byte 0xff is not UTF-8", "iconv -f UTF-16 -t UTF-8"),

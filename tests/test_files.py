@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from kdx.data.files import kind_of, read_rows, source_files
+from kdx.data.files import read_rows, source_files
 from kdx.errors import DataError, MachineError
 
 ROWS = [{"source": "a", "target": "b"}, {"source": "c\u2028d", "target": "caf\u00e9, \N{GRINNING FACE}\nline two"}]
@@ -153,21 +153,3 @@ def test_all_files_are_looked_at_before_the_unreadable_ones_are_said(tmp_path):
     assert len(str(caught.value).splitlines()) == 2
     rows = read_rows(paths, None, "train")
     assert [next(rows)[1], next(rows)[1]] == ROWS
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (None, "null"),
-        (True, "a boolean (true)"),
-        (5, "a number (5)"),
-        (1.5, "a number (1.5)"),
-        ("oops", 'text ("oops")'),
-        ("x" * 100, "text"),
-        ([1], "a list"),
-        ({}, "an object"),
-        (b"x", "bytes"),
-    ],
-)
-def test_kinds_are_said_as_a_person_would(value, words):
-    assert kind_of(value) == words

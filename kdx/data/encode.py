@@ -1,7 +1,6 @@
 """Conversations → tokens, and which of them the student must learn; kept under $KDX_CACHE as memory-mapped arrays."""
 
 import gc
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -32,6 +31,7 @@ from kdx.data.files import at_home, source_files
 from kdx.data.sources import Conversation, Conversations, check_source, raise_faults, read_conversations, split
 from kdx.errors import DataError
 from kdx.run.files import cache_dir, whole_folder
+from kdx.run.identity import content_hash
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +79,10 @@ def load_data(
     with FileLock(root / f"{about}.lock"):
         files = source_files(config)
         found = read_conversations(config, root, encoder.refusal) if files is None else None
-        content = found.content() if found else "".join(map(_file_digest, files or []))
+        content = "".join(map(content_hash, files or [])) if found is None else found.content()
         folder = root / xxhash.xxh3_128_hexdigest((about + content).encode())
         if not folder.is_dir():
-            found = found or read_conversations(config, root, encoder.refusal)
+            found = read_conversations(config, root, encoder.refusal) if found is None else found
             with whole_folder(folder) as beside:
                 _encode_all(config, found, encoder, beside, num_prompts, answer_length)
     known = json.loads((folder / "data.json").read_text(encoding="utf-8"))
@@ -90,11 +90,6 @@ def load_data(
         log.warning("%s", note)
     known |= {name: Counter(known[name]) for name in ("dropped", "changed")}
     return Data(Rows(folder / "train"), Rows(folder / "held_out"), **known, template=template)
-
-
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def _digest(config: DataConfig, tokenizer: Any, *numbers: int) -> str:
@@ -156,10 +151,9 @@ def _batches(encoder: "Encoder", found: Conversations, numbers: Sequence[int]) -
     context = multiprocessing.get_context("fork")
     gc.freeze()  # a collection in a process would copy every page that it shares with this one
     with ProcessPoolExecutor(num_processes, context, _start_worker, (encoder, found)) as pool:
-        console = Console(stderr=True)
-        done = pool.map(_encode_batch, batches)
-        shown = console.is_terminal
-        yield from track(done, "Tokenising", len(batches), console=console, transient=True, disable=not shown)
+        console, done = Console(stderr=True), pool.map(_encode_batch, batches)
+        hidden = not console.is_terminal
+        yield from track(done, "Tokenising", len(batches), console=console, transient=True, disable=hidden)
     gc.unfreeze()
 
 

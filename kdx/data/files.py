@@ -160,7 +160,7 @@ def _read_jsonl(file: Path) -> Iterator[Item]:
         if not line.strip():
             continue
         try:
-            yield f"{file}:{number}", json.loads(line.rstrip(), parse_constant=_no_constant)
+            yield f"{file}:{number}", json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
             is_cut = not line.endswith(("\n", "}"))  # only a file's last line has no line break
             hint = "Was the copy cut short? Copy the file again" if is_cut else "Fix the line: one JSON object a line"
@@ -169,7 +169,7 @@ def _read_jsonl(file: Path) -> Iterator[Item]:
 
 def _read_json(file: Path) -> Iterator[Item]:
     try:
-        rows = json.loads("".join(_lines(file)), parse_constant=_no_constant)
+        rows = json.loads("".join(_lines(file)))
     except (ValueError, RecursionError) as error:
         place = f"{file}:{getattr(error, 'lineno', 1)}:{getattr(error, 'colno', 1)}"
         hint = "Was the copy cut short? If it has one object a line, name the file .jsonl"
@@ -182,10 +182,6 @@ def _read_json(file: Path) -> Iterator[Item]:
 
 def _not_json(error: Exception) -> str:
     return f"is not JSON ({getattr(error, 'msg', error)})"
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
 
 
 def _read_csv(file: Path) -> Iterator[Item]:

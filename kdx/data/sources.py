@@ -156,8 +156,9 @@ def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int
     num_rows, wanted = found.num_train, config.validation
     if not num_rows:
         rules = "; ".join(f"{count} rows: {rule}" for rule, count in found.dropped.items())
-        what = f"no row is left ({rules})" if rules else f"{config.path or config.name} has no rows"
-        raise DataError("data.path", what, "Loosen the rule, or give other data" if rules else "Give data with rows")
+        if rules:
+            raise DataError("data", f"no row is left ({rules})", "Loosen the rule, or give other data")
+        raise DataError("data.path", f"{config.path or config.name} has no rows", "Give data with rows")
 
     def rank(i: int) -> bytes:
         return hashlib.sha256(f"{config.seed}:{found.ids[i]}".encode()).digest()

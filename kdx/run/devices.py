@@ -58,12 +58,6 @@ def _num_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listing.splitlines())
 
 
-def share_cores(num_processes: int) -> None:
-    """Give each of several processes that are about to start its share of the cores, unless OMP_NUM_THREADS is set."""
-    if num_processes > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
-
-
 def num_cores() -> int:
     """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

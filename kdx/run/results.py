@@ -19,7 +19,7 @@ from kdx.run.files import in_bytes, usage_of, write_beside, write_json
 from kdx.run.folder import RunFolder
 from kdx.run.tracking import CONSOLE, Tracker, log, run_name
 from kdx.student import cast, save_student
-from kdx.train import HINT, Training
+from kdx.train import HINT, Training, num_bytes
 
 FEW_TOKENS = 2000  # below so many counted held-out tokens, measures vary more than most choices move them
 
@@ -40,7 +40,7 @@ def bytes_on_disk(training: Training) -> tuple[int, int, int]:
     """Estimate the bytes of the student, of the best weights so far, and of a checkpoint; 0 for what is not saved."""
     student, config = training.student, training.config
     num, itemsize = student.num_parameters(), student.dtype.itemsize
-    saved = DTYPES.get(config.student.save_dtype, DTYPES["bf16"]).itemsize
+    saved = DTYPES[training.save_dtype].itemsize
     best = num * itemsize if config.train.keep == "best" else 0
     is_saved = config.train.save_every or config.train.save_minutes
     moments = round(num * state_bytes(config.optim, next(student.parameters()))) if is_saved else 0
@@ -90,11 +90,12 @@ def keep_student(training: Training, folder: RunFolder) -> None:
     """
     if not training.is_finished:
         training.choose_weights(folder)
-    cast(training.student, training.save_dtype)
+    cast(training.student, DTYPES[training.save_dtype])
     if training.is_finished or training.max_steps == 0:
         return
     if training.machine.is_main_process:
         save_student(training.student, training.tokenizer, folder.path / "student")
+        training.state.lines = num_bytes(folder.path / "metrics.jsonl")
         folder.keep("trained.json", {"max_steps": training.max_steps, "state": asdict(training.state)})
     training.machine.wait_for_everyone()
 

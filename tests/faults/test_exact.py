@@ -1,78 +1,69 @@
-"""A run stopped anywhere and gone on with is the straight run, bit for bit; under another config it is refused."""
+"""A run that is stopped anywhere and resumed is the straight run, bit for bit; another run is refused with a diff."""
 
 import json
-import os
 import re
 import shutil
-import signal
 from functools import partial
 
 import pytest
-from processes import free_port
 from runs import (
-    compose,
+    at_step,
+    checkpoints_of,
     config_of,
+    lines,
+    log_of,
+    losses_of,
     outcome,
+    run_here,
     signal_at,
-    start,
-    start_command,
+    signal_self,
     status,
     steps_of,
     straight,
-    words_of,
     write_dialogpt,
     write_pairs,
 )
 
+from kdx.evaluate import HeldOut
 from kdx.run import checkpoint
-from kdx.run.files import MANIFEST, seal
+from kdx.train import Training
 
-EPOCHS = "train.epochs=2.5"  # of 9 steps: 23
 KINDS = {
-    "dropout, accumulation 4, 2.5 epochs": (),
+    "dropout, accumulation 4, 1.5 epochs": (),
     "8-bit optimizer": ("optim=adamw_8bit",),
     "bf16 autocast": ("train.precision=bf16",),
     "keep=best, early stopping": (
         "train.eval_every=2", "train.keep=best", "train.early_stopping.patience=3", "optim.lr=0.2",
     ),
+    "a half-filled store": ("teacher.store=on",),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_and_gone_on_with(place, tmp_path, full, figure, kind):
-    config = config_of(place, EPOCHS, "train.save_every=100", *KINDS[kind])
-    expected, _ = straight(config, tmp_path / "straight")
+def test_stopped_and_resumed(place, tmp_path, full, figure, kind):
+    words = ["train.epochs=1.5", "train.save_every=100", *KINDS[kind]]  # of 9 steps: 14
+
+    def config_in(name):
+        is_stored = "teacher.store=on" in words
+        return config_of(place, *words, *[f"teacher.store_dir={tmp_path / name}-store"] * is_stored)
+
+    expected = straight(config_in("straight"), tmp_path / "straight")
     last = steps_of(tmp_path / "straight")[-1]
-    assert last == 23 or ("best" in kind and last < 23)
     is_best = "best" in kind
-    points = [2, last // 2, last - 1] if full else [last // 2]
-    if is_best and not full:
-        points = [last - 1]  # some measures were worse by then
-    equal = 0
+    assert last == 14 or (is_best and last < 14)
+    points = [2, last // 2, last - 1] if full else [last - 1 if is_best else last // 2]
     for step in points:
         run_dir = tmp_path / f"at-{step}"
-        assert start(config, run_dir, signal_at(step)).code == 143
-        assert status(run_dir)["step"] == step
+        config = config_in(run_dir.name)
+        assert run_here(config, run_dir, signal_at(step)) == 143
+        assert (status(run_dir)["state"], status(run_dir)["step"]) == ("interrupted", step)
+        assert checkpoints_of(run_dir) == [f"step-{step:08d}"]
         if is_best:
             (run_dir / "checkpoints" / "best.safetensors").unlink()  # the checkpoint has its own
-        again = start(config, run_dir)
-        assert again.code == 0, again.text
-        assert "going on from" in again.text
-        equal += outcome(run_dir) == expected
-    figure(f"exact resume, {kind}: {equal}/{len(points)} bitwise equal")
-    assert equal == len(points)
-
-
-@pytest.fixture(scope="module")
-def stopped(place, tmp_path_factory):
-    """A run of its own files, stopped at step 5 of 9."""
-    folder = tmp_path_factory.mktemp("drift")
-    shutil.copytree(place, folder / "place")
-    words = ("train.micro_batch_size=2", "train.max_steps=9", "optim.schedule=constant")
-    run = start(config_of(folder / "place", *words), folder / "run", signal_at(5))
-    assert run.code == 143
-    assert "to go on: the same call of distill" in run.text  # it was not typed
-    return folder, words
+        assert run_here(config, run_dir) == 0
+        assert f"resuming from {run_dir}" in log_of(run_dir)
+        assert outcome(run_dir) == expected
+    figure(f"exact resume, {kind}: {len(points)} stops, bitwise equal")
 
 
 def other_data(place):
@@ -85,7 +76,7 @@ def other_teacher(place):
 
 
 def other_tokenizer(place):
-    """Two ids change places: the rows' tokens change, and so does what the teacher says."""
+    """Two ids change places: the rows' tokens change, and so does what the teacher answers."""
     for model in ("teacher", "student"):
         file = place / model / "vocab.json"
         vocab = json.loads(file.read_text())
@@ -97,39 +88,42 @@ def other_tokenizer(place):
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        (other_data, "fingerprint"),
+        (other_data, "data"),
+        (other_teacher, "teacher"),
+        (other_tokenizer, "tokenizer"),
         ("optim.lr=2e-2", "optim.lr"),
         ("train.micro_batch_size=4", "train.micro_batch_size"),
-        ("teacher.micro_batch_size=4", "teacher.micro_batch_size"),
-        (other_teacher, "teacher_digest"),
-        (other_tokenizer, "tokenizer_digest"),
-        ("train.seed=3", "train.seed"),
         ("loss=reverse_kl", "loss.name"),
     ],
-    ids=["data", "lr", "accumulation", "teacher's layout", "teacher", "tokenizer", "seed", "loss"],
 )
-def test_another_run_is_refused(stopped, tmp_path, figure, change, key):
+def test_another_run_is_refused_with_a_diff(stopped, tmp_path, capfd, change, key):
     folder, words = stopped
     shutil.copytree(folder / "run", tmp_path / "run")
     place = folder / "place"
+    kept = shutil.copytree(place, tmp_path / "kept")
     if callable(change):
-        kept = shutil.copytree(place, tmp_path / "kept")
-        change(place)  # in place: the config's words stay the same
-        config = config_of(place, *words)
-    else:
-        words = [word for word in words if word.split("=")[0] != change.split("=")[0]]
-        config = config_of(place, *words, change)
-    run = start(config, tmp_path / "run")
-    code = run.code
-    if callable(change):
+        change(place)  # the config's words stay the same
+        change = words[0]
+    try:
+        code = run_here(config_of(place, *words[1:], *{words[0]: 0, change: 0}), tmp_path / "run")
+    finally:
         shutil.rmtree(place)
         shutil.copytree(kept, place)
-    assert code == 2, run.text
-    told = [line.removeprefix("kdx: error: ") for line in run.text.splitlines() if line.startswith("kdx: error: ")]
-    assert f"was begun with another {key}" in told[0] or f", {key}" in told[0]
+    told = [line.removeprefix("kdx: error: ") for line in capfd.readouterr().err.splitlines()]
+    assert code == 2, told
+    assert re.match(rf".*/run: holds a run with another (.*, )?{key}\b", told[0])
     assert re.fullmatch(r"  key +was +now", told[1])
     assert any(re.match(rf"  {re.escape(key)} +\S+ +\S+", line) for line in told[2:]), told
-    figure(f"another {key}: refused")
+    assert status(tmp_path / "run")["state"] == "interrupted"
+
+
+def test_another_number_of_processes_is_refused(stopped, tmp_path, capfd):
+    folder, words = stopped
+    shutil.copytree(folder / "run", tmp_path / "run")
+    kept = json.loads((tmp_path / "run/data.json").read_text())
+    (tmp_path / "run/data.json").write_text(json.dumps(kept | {"processes": 2}))
+    assert run_here(config_of(folder / "place", *words), tmp_path / "run") == 2
+    assert re.search(r"  processes +2 +1", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize(("schedule", "code"), [("constant", 0), ("cosine", 2)])
@@ -138,277 +132,164 @@ def test_a_longer_run(place, tmp_path, schedule, code):
     words = (
         "train.micro_batch_size=4",
         f"optim.schedule={schedule}",
-        "train.save_every=2",
         "train.keep_checkpoints=true",
-        "train.log_every=3",  # the last step of the shorter run is none of those that the longer one tells of,
-        "train.eval_every=5",  # but one where it measures
+        "train.log_every=3",  # the last step of the shorter run is none that the longer one logs
     )
     short, long = (config_of(place, *words, f"train.max_steps={steps}") for steps in (5, 8))
     straight(short, tmp_path / "run")
-    again = start(long, tmp_path / "run")
-    assert again.code == code, again.text
+    assert run_here(long, tmp_path / "run") == code
     if code == 0:
-        assert outcome(tmp_path / "run") == straight(long, tmp_path / "straight")[0]
-        assert start(short, tmp_path / "run").code == 2  # and not shorter again
-    else:
-        assert "was begun with another train.max_steps" in again.text
+        again, expected = outcome(tmp_path / "run"), straight(long, tmp_path / "straight")
+        assert again[0] == expected[0]
+        assert run_here(short, tmp_path / "run") == 2  # and not shorter again
 
 
-def damage_newest(run_dir):
-    newest = checkpoint.found(run_dir)[0] / "model.safetensors"
-    content = bytearray(newest.read_bytes())
-    content[-9] ^= 1
-    newest.write_bytes(content)
+def test_a_log_line_spans_a_stop(place, tmp_path):
+    """A line every 4 steps, a stop at step 3: the line of step 4 is over all four."""
+    config = config_of(place, "train.log_every=4", "train.max_steps=5", "train.micro_batch_size=4")
+    straight(config, tmp_path / "straight")
+    assert run_here(config, tmp_path / "run", signal_at(3)) == 143
+    assert run_here(config, tmp_path / "run") == 0
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "straight")
+    assert steps_of(tmp_path / "run") == [4, 5]
 
 
-def test_stopped_where_a_damaged_checkpoint_is_newer(place, tmp_path):
-    """The stop is a stop, and the run is not done."""
-    config = config_of(place, "train.max_steps=12", "train.micro_batch_size=4", "train.save_every=2")
-    assert start(config, tmp_path / "run", signal_at(8)).code == 143
-    damage_newest(tmp_path / "run")
-    assert start(config, tmp_path / "run", signal_at(7)).code == 143
-    assert status(tmp_path / "run")["state"] == "interrupted"
-    again = start(config, tmp_path / "run")
-    assert again.code == 0, again.text
-    assert outcome(tmp_path / "run") == straight(config, tmp_path / "straight")[0]
+# ---- a stop and measures
 
 
-def test_a_longer_run_that_fails_leaves_the_shorter_one_done(place, tmp_path):
-    """Its data is another now: the run that is there stays done, under its own words, and with its summary."""
-    shutil.copytree(place, tmp_path / "place")
-    words = ("train.micro_batch_size=4", "optim.schedule=constant", "train.keep_checkpoints=true")
-    short, long = (config_of(tmp_path / "place", *words, f"train.max_steps={steps}") for steps in (2, 4))
-    straight(short, tmp_path / "run")
-    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("status.json", "config.yaml", "summary.json")}
-    pairs = (tmp_path / "place/pairs.jsonl").read_bytes()
-    other_data(tmp_path / "place")
-    assert start(long, tmp_path / "run").code == 2
-    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
-    (tmp_path / "place/pairs.jsonl").write_bytes(pairs)
-    assert "is done already" in " ".join(finished(start(short, tmp_path / "run")).split())
-
-    assert start(long, tmp_path / "run", signal_at(3)).code == 143
-    (tmp_path / "run/status.json").unlink()  # the shorter run's summary makes the longer one not done
-    again = start(long, tmp_path / "run")
-    assert "step-00000003" in finished(again)
-    assert json.loads((tmp_path / "run/summary.json").read_text())["run"]["steps"] == 4
-
-
-def finished(run):
-    assert run.code == 0, run.text
-    return run.text
-
-
-def test_a_full_disk_at_the_end_costs_no_student(place, tmp_path):
-    config = config_of(place, "train.max_steps=3", "train.save_every=3", "train.micro_batch_size=4")
-    run = start(config, tmp_path / "run", refuse_to_save)
-    assert "A stop while the last measures are taken would lose the run" in " ".join(finished(run).split())
-    assert outcome(tmp_path / "run") == straight(config, tmp_path / "straight")[0]
-
-
-def refuse_to_save():
-    def save(run_dir, *_, **__):
-        raise checkpoint.not_saved(run_dir, "a checkpoint", OSError(28, "No space left on device"))
-
-    checkpoint.save = save
-
-
-def test_a_stop_while_the_results_are_written_is_one(place, tmp_path):
-    """All is there; but in a sweep no other job begins."""
-    config = config_of(place, "train.max_steps=2", "train.micro_batch_size=4")
-    assert start(config, tmp_path / "run", signal_in_results).code == 143
-    assert status(tmp_path / "run")["state"] == "done"
-    assert outcome(tmp_path / "run") == straight(config, tmp_path / "straight")[0]
-
-
-def signal_in_results():
-    from kdx import distill
-
-    known = distill.save_student
-
-    def save(*given):
-        os.kill(os.getpid(), signal.SIGTERM)
-        known(*given)
-
-    distill.save_student = save
-
-
-MEASURES = {  # which taking of measures is met, at which step, by what
-    "SIGTERM on the way": (2, 4, signal.SIGTERM),
-    "SIGTERM at the end": (3, 6, signal.SIGTERM),
-    "SIGKILL at the end": (3, 6, signal.SIGKILL),
-}
-
-
-@pytest.fixture(scope="module")
-def measured(place, tmp_path_factory):
-    """A run that measures at step 4 and at its end, step 6, saves nothing on the way, and what it ends in."""
-    words = ("train.max_steps=6", "train.eval_every=4", "train.micro_batch_size=4", "student.save_dtype=bf16")
-    config = config_of(place, *words, "train.save_every=0", "train.log_every=4")
-    return config, straight(config, tmp_path_factory.mktemp("measured") / "run")[0]
-
-
-@pytest.mark.parametrize("kind", MEASURES)
-def test_measures_may_be_cut_short(measured, tmp_path, figure, kind):
-    """They can be taken again: the stop does not wait for them, and costs no step of the training before them."""
-    call, step, number = MEASURES[kind]
-    config, expected = measured
-    run = start(config, tmp_path / "run", partial(signal_in_measures, call, number))
-    assert run.code == (143 if number == signal.SIGTERM else -number), run.text
-    assert checkpoint.is_at(tmp_path / "run", step)
-    if number == signal.SIGTERM:
-        assert f"stopped after step {step}; to go on: " in " ".join(run.text.split())
-        assert status(tmp_path / "run")["state"] == "interrupted"
-    again = start(config, tmp_path / "run")
-    assert again.code == 0, again.text
-    assert outcome(tmp_path / "run") == expected
-    assert not (tmp_path / "run/checkpoints").exists()
-    figure(f"{kind} of the measures: nothing trained anew, bitwise equal")
-
-
-def signal_in_measures(call, number):
-    """A signal to the run itself at the second batch of held-out rows, when they are measured for the nth time."""
-    from kdx.evaluate import HeldOut
-
+def signal_in_measures(call, patch):
+    """Send SIGTERM at the first batch of held-out rows, when they are measured for the nth time."""
     known, calls = HeldOut.measure, 0
 
-    def measure(self, model, precision, advance):
+    def measure(self, model, precision, after_each):
         nonlocal calls
         calls += 1
-        batches = 0
+        before = signal_self if calls == call else (lambda: None)
+        return known(self, model, precision, lambda: (before(), after_each()))
 
-        def advance_and_signal():
-            nonlocal batches
-            batches += 1
-            assert batches == 1 or calls != call, "it did not end"
-            if calls == call:
-                os.kill(os.getpid(), number)
-            advance()
-
-        return known(self, model, precision, advance_and_signal)
-
-    HeldOut.measure = measure
+    patch.setattr(HeldOut, "measure", measure)
 
 
-def other_versions():
-    from kdx.run import identity as drift
+def test_a_stop_while_measuring_costs_no_step(place, tmp_path):
+    """The checkpoint is of the step that was measured; a resumed run measures it again, and logs it once."""
+    config = config_of(place, "train.max_steps=6", "train.eval_every=4", "train.save_every=0", "train.log_every=4")
+    expected = straight(config, tmp_path / "straight")
+    assert run_here(config, tmp_path / "run", partial(signal_in_measures, 2)) == 143
+    assert checkpoints_of(tmp_path / "run") == ["step-00000004"]
+    assert status(tmp_path / "run")["state"] == "interrupted"
+    assert run_here(config, tmp_path / "run") == 0
+    assert outcome(tmp_path / "run") == expected
 
-    known = drift.versions
-    drift.versions = lambda **more: known(**more) | {"torch": "0.0"}
+
+def test_a_stop_comes_before_measures(place, tmp_path):
+    config = config_of(place, "train.max_steps=6", "train.eval_every=2", "train.micro_batch_size=4")
+    measured = []
+
+    def fault(patch):
+        signal_at(2)(patch)
+        known = Training.measure
+        patch.setattr(Training, "measure", lambda self, judge: measured.append(self.state.step) or known(self, judge))
+
+    assert run_here(config, tmp_path / "run", fault) == 143
+    assert measured == []
+    assert run_here(config, tmp_path / "run") == 0
+    assert [x["step"] for x in lines(tmp_path / "run/metrics.jsonl") if "eval/kl" in x] == [2, 4, 6]
 
 
-def test_other_library_versions_are_marked(stopped, tmp_path):
-    folder, words = stopped
-    shutil.copytree(folder / "run", tmp_path / "run")
-    again = start(config_of(folder / "place", *words), tmp_path / "run", partial(other_versions))
-    assert again.code == 0, again.text
-    assert "this run is no longer exact: torch" in " ".join(again.text.split())
-    (mark,) = json.loads((tmp_path / "run" / "summary.json").read_text())["run"]["other_versions"]
-    assert mark.endswith("up to step 5, then 0.0")
+# ---- what no longer repeats bit for bit is noted
 
 
 def marks_of(run_dir):
     return json.loads((run_dir / "summary.json").read_text())["run"]["other_versions"]
 
 
-def test_a_store_that_comes_or_goes_is_marked(stopped, tmp_path):
+def test_other_library_versions_are_noted(stopped, tmp_path):
+    folder, words = stopped
+    shutil.copytree(folder / "run", tmp_path / "run")
+
+    def other_versions(patch):
+        from kdx import train
+
+        known = train.version
+        patch.setattr(train, "version", lambda name: "0.0" if name == "torch" else known(name))
+
+    assert run_here(config_of(folder / "place", *words), tmp_path / "run", other_versions) == 0
+    assert "this run no longer repeats bit for bit: torch" in log_of(tmp_path / "run")
+    (mark,) = marks_of(tmp_path / "run")
+    assert mark.endswith("up to step 5, then 0.0")
+
+
+def test_a_store_that_comes_or_goes_is_noted(stopped, tmp_path):
     """What it keeps was computed in other batches: the last bits differ."""
     folder, words = stopped
     shutil.copytree(folder / "run", tmp_path / "run")
-    store = f"teacher.store_dir={tmp_path / 'store'}"
-    again = start(config_of(folder / "place", *words, "teacher.store=on", store), tmp_path / "run")
-    assert again.code == 0, again.text
+    store = ("teacher.store=on", f"teacher.store_dir={tmp_path / 'store'}")
+    with_store = config_of(folder / "place", *words, *store)
+    assert run_here(with_store, tmp_path / "run") == 0
     assert marks_of(tmp_path / "run") == ["teacher.store off up to step 5, then on"]
-
-    with_store = config_of(folder / "place", *words, "teacher.store=on", store)
-    assert start(with_store, tmp_path / "other", signal_at(5)).code == 143
     shutil.rmtree(tmp_path / "store")
-    again = start(with_store, tmp_path / "other")
-    assert again.code == 0, again.text
+    assert run_here(with_store, tmp_path / "other", signal_at(5)) == 143
+    shutil.rmtree(tmp_path / "store")
+    assert run_here(with_store, tmp_path / "other") == 0
     (mark,) = marks_of(tmp_path / "other")
-    assert mark.startswith("the teacher's store lacks rows that this run kept")
+    assert mark.startswith("the teacher's store lacks ")
 
 
-def on_two_processes(place, run_dir):
-    """As torchrun starts them → the text of rank 0."""
-    words = words_of(place, "train.max_steps=6", "train.save_every=4", "train.keep_checkpoints=true")
-    words += [f"hydra.run.dir={run_dir}"]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    logs = [run_dir.with_name(f"rank-{rank}.log") for rank in "01"]
-    ranks = [start_command(words, place, log, RANK=str(i), LOCAL_RANK=str(i), **shared) for i, log in enumerate(logs)]
-    assert [rank.code for rank in ranks] == [0, 0], [rank.text for rank in ranks]
-    return ranks[0].text
+# ---- damage
+
+FILES = (
+    "model.safetensors", "optimizer.pt", "random.pt", "best.safetensors", "state.json", "MANIFEST.json",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
+DAMAGES = ("flipped", "truncated", "emptied", "deleted")
 
 
-def test_two_processes_go_on_exactly_and_one_is_refused(place, tmp_path, figure):
-    """Each process has dropout of its own; the checkpoint of step 4 in the folder of a run that never ended."""
-    run_dir = tmp_path / "run"
-    on_two_processes(place, run_dir)
-    expected = outcome(run_dir)
-    for name in ("status.json", "summary.json", "student/model.safetensors"):
-        (run_dir / name).unlink()
-    shutil.rmtree(run_dir / "checkpoints/step-00000006")
-    alone = start(compose(words_of(place, "train.max_steps=6", "train.keep_checkpoints=true")), run_dir)
-    assert alone.code == 2, alone.text
-    assert re.search(r"processes +2 +1", alone.text)
-    assert "step-00000004" in on_two_processes(place, run_dir)
-    assert outcome(run_dir) == expected
-    figure("two processes: resumed and bitwise equal, on one refused")
+@pytest.fixture(scope="module")
+def interrupted(place, tmp_path_factory):
+    """A run stopped with two checkpoints of every kind of file, its config, and what it must end in."""
+    words = ("train.micro_batch_size=4", "train.max_steps=9", "train.eval_every=2", "train.keep=best")
+    config = config_of(place, *words, "train.save_every=4")
+    folder = tmp_path_factory.mktemp("interrupted")
+    expected = straight(config, folder / "straight")
+    assert run_here(config, folder / "run", at_step(8, signal_self)) == 143
+    assert checkpoints_of(folder / "run") == ["step-00000008", "step-00000004"]
+    assert {f.name for f in checkpoint.found(folder / "run")[0].iterdir()} == set(FILES)
+    return config, folder / "run", expected
 
 
-def checkpoint_of_another(run):
-    state = next(run.glob("checkpoints/step-*")) / "state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"of": "another"}))
-    (state.parent / MANIFEST).unlink()
-    seal(state.parent)
+def damage(file, how, place):
+    """place: where a bit is flipped, from 0, the first byte, to 1, the last."""
+    content = bytearray(file.read_bytes())
+    if how == "flipped":
+        content[int((len(content) - 1) * place)] ^= 1
+    changed = {"truncated": content[:-1], "emptied": b""}.get(how, content)
+    file.unlink()
+    if how != "deleted":
+        file.write_bytes(changed)
 
 
-@pytest.mark.parametrize(
-    ("change", "code", "told"),
-    [
-        (lambda run: (run / "config.yaml").unlink(), 2, "config.yaml: is missing: what the run was begun with"),
-        (lambda run: (run / "untouched.json").write_text("{"), 3, "untouched.json: is missing or damaged"),
-        (checkpoint_of_another, 2, "is a checkpoint of another run"),
-    ],
-    ids=["no config", "damaged untouched.json", "another's checkpoint"],
-)
-def test_a_record_that_is_gone_is_not_made_anew(stopped, tmp_path, change, code, told):
-    folder, words = stopped
-    shutil.copytree(folder / "run", tmp_path / "run")
-    change(tmp_path / "run")
-    again = start(config_of(folder / "place", *words), tmp_path / "run")
-    assert again.code == code, again.text
-    assert told in again.text
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(interrupted, tmp_path, full, figure):
+    config, made, expected = interrupted
+    cases = [(name, how) for name in FILES for how in DAMAGES]
+    tried = cases if full else cases[::9]
+    for i, (name, how) in enumerate(tried):
+        run_dir = tmp_path / f"{name}-{how}"
+        shutil.copytree(made, run_dir)
+        damage(run_dir / "checkpoints" / "step-00000008" / name, how, i / len(tried))
+        assert run_here(config, run_dir) == 0
+        assert "skipped a damaged checkpoint, step-00000008: " + name in log_of(run_dir)
+        assert log_of(run_dir).rstrip().rsplit("resuming from ", 1)[1].split()[0].endswith("step-00000004")
+        assert outcome(run_dir) == expected
+    figure(f"damage: {len(tried)} cases, each named, none loaded, all bitwise equal")
 
 
-def test_samples_may_be_asked_for_later(stopped, tmp_path):
-    folder, words = stopped
-    shutil.copytree(folder / "run", tmp_path / "run")
-    again = start(config_of(folder / "place", *words, "tracking.samples=true"), tmp_path / "run")
-    assert again.code == 0, again.text
-    (first, *_) = json.loads((tmp_path / "run/samples.json").read_text())
-    assert (first["untouched"], first["teacher"]) == (None, None)
-    assert first["student"] is not None
-
-
-def test_best_weights_that_are_damaged_become_no_student(place, tmp_path):
-    words = (EPOCHS, "train.save_every=100", *KINDS["keep=best, early stopping"])
-    run_dir = tmp_path / "run"
-    assert start(config_of(place, *words), run_dir, flip_best).code == 3
-    assert "the best weights, of step" in run_dir.with_name("run.log").read_text()
-    assert not (run_dir / "student").exists()
-
-
-def flip_best():
-    from kdx import distill
-
-    known = distill.choose_weights
-
-    def choose(run, state, folder, measure):
-        file = folder.path / "checkpoints/best.safetensors"
-        content = bytearray(file.read_bytes())
-        content[-9] ^= 1
-        file.write_bytes(content)
-        return known(run, state, folder, measure)
-
-    distill.choose_weights = choose
+def test_no_whole_checkpoint_is_an_error_and_no_fresh_start(interrupted, tmp_path, capfd):
+    config, made, _ = interrupted
+    shutil.copytree(made, tmp_path / "run")
+    for folder in checkpoint.found(tmp_path / "run"):
+        (folder / "MANIFEST.json").write_text("{")
+    assert run_here(config, tmp_path / "run") == 3
+    assert "no checkpoint is whole" in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "run/checkpoints")  # none at all: the same command starts again, and says so
+    assert run_here(config, tmp_path / "run") == 0
+    assert "stopped at step 8 without a checkpoint: starting again at step 0" in log_of(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Killed and stopped at random moments: nothing is lost, and every run ends with the bits of the straight one."""
+"""Runs killed at random moments, in real processes: nothing is lost, and every run ends with the straight run's bits."""
 
 import random
 import signal
@@ -6,15 +6,18 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import PATIENCE, config_of, litter, outcome, start, status, straight, unreadable
+from runs import PATIENCE, config_of, litter, outcome, start, status, unreadable
 
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    """The words of the runs below, what they end in, and how long one takes."""
-    config = config_of(place, "train.micro_batch_size=2")
-    straight(config, tmp_path_factory.mktemp("first") / "run")  # the first process pays for what the others find
-    return config, *straight(config, tmp_path_factory.mktemp("straight") / "run")
+    """The config of the runs below, what they end in, and how many seconds one takes."""
+    config = config_of(place, "train.micro_batch_size=2", "train.eval_every=10")
+    for name in ("first", "straight"):  # the first process pays for what the others find
+        began, run_dir = time.monotonic(), tmp_path_factory.mktemp(name) / "run"
+        run = start(config, run_dir)
+        assert run.code == 0, run.text
+    return config, outcome(run_dir), time.monotonic() - began
 
 
 def test_sigkill(undisturbed, tmp_path, full, figure):
@@ -43,17 +46,18 @@ def test_sigkill(undisturbed, tmp_path, full, figure):
             with_checkpoint += any(run_dir.glob("checkpoints/step-*"))
         equal += run.code == 0 and outcome(run_dir) == expected and not litter(run_dir)
     figure(
-        f"SIGKILL: {kills} kills ({with_checkpoint} with a checkpoint there) in {runs} runs: {broken} unreadable, "
-        f"{failed} failed to go on, {equal}/{runs} bitwise equal"
+        f"SIGKILL: {kills} kills ({with_checkpoint} with a checkpoint) in {runs} runs: {broken} unreadable, "
+        f"{failed} failed to resume, {equal}/{runs} bitwise equal"
     )
     assert (broken, failed, equal) == (0, 0, runs)
-    assert with_checkpoint > kills / 5  # else the moments were not where it matters
+    if full:  # else the moments were not where it matters
+        assert with_checkpoint > kills / 5
 
 
 def test_sigterm(undisturbed, tmp_path, full, figure):
     config, expected, seconds = undisturbed
-    wanted = 40 if full else 4
-    stopped = code_143 = equal = kept = runs = 0
+    wanted = 40 if full else 2
+    stopped = runs = 0
     slowest = 0.0
     moments = random.Random(1)
     while stopped < wanted:
@@ -64,23 +68,19 @@ def test_sigterm(undisturbed, tmp_path, full, figure):
         run.process.join(moments.uniform(0, seconds / 2))
         began = time.monotonic()
         run.kill(signal.SIGTERM)
-        if run.code == 0 or status(run_dir)["state"] == "done":  # it was past its last step: nothing was left to stop
+        if run.code == 0 or status(run_dir)["state"] == "done":  # past its last step: nothing was left to stop
             assert outcome(run_dir) == expected
-            assert not litter(run_dir)
             continue
         slowest = max(slowest, time.monotonic() - began)
         stopped += 1
-        code_143 += run.code == 143
         step = status(run_dir)["step"]
-        kept += (run_dir / "checkpoints" / f"step-{step:08d}").is_dir() and not unreadable(run_dir)
-        assert status(run_dir)["state"] == "interrupted"
+        assert (run.code, status(run_dir)["state"]) == (143, "interrupted")
+        assert (run_dir / "trained.json").exists() or (run_dir / f"checkpoints/step-{step:08d}").is_dir()
+        assert not unreadable(run_dir)
         again = start(config, run_dir)
-        equal += again.code == 0 and outcome(run_dir) == expected and not litter(run_dir)
-    figure(
-        f"SIGTERM: {stopped} stops: {code_143} exit 143, {kept} saved the step they were at, "
-        f"{equal} bitwise equal, slowest {slowest:.2f} s"
-    )
-    assert (code_143, kept, equal) == (stopped, stopped, stopped)
+        assert again.code == 0, again.text
+        assert outcome(run_dir) == expected and not litter(run_dir)
+    figure(f"SIGTERM: {stopped} stops, each saved its step; resumed and bitwise equal; slowest {slowest:.2f} s")
 
 
 def wait_for(file: Path) -> None:

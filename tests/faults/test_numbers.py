@@ -1,119 +1,153 @@
-"""Numbers that are not finite stop a run before they reach its weights, and say where they are from."""
+"""Numbers that are not finite stop a run before they reach its weights, and name the rows they come from."""
 
-import json
+import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
-from runs import config_of, lines, nan_in_gradient, nan_in_loss, nan_in_teacher, outcome, signal_at, start, status
+from runs import (
+    both,
+    checkpoints_of,
+    config_of,
+    log_of,
+    losses_of,
+    nan_in_gradient,
+    nan_in_loss,
+    nan_in_teacher,
+    outcome,
+    run_here,
+    signal_at,
+    status,
+)
 from safetensors.torch import load_file
 
 from kdx import loss
-from kdx.data.sources import Conversation
-from kdx.run import checkpoint
+from kdx.evaluate import HeldOut
+from kdx.train import Training
 
-WORDS = ("train.micro_batch_size=4", "train.max_steps=9", "train.save_every=2")
+WORDS = ("train.micro_batch_size=2", "train.max_steps=7", "train.save_every=2")
+
+
+def rows_named(reason):
+    """The rows that a reason names, as (file, line)."""
+    names = re.search(r"\(rows: (.*?)\)", reason).group(1).split(", ")
+    return [(name.rpartition(":")[0], int(name.rpartition(":")[2])) for name in names]
 
 
 @pytest.mark.parametrize(
     ("fault", "term", "num_rows"),
     [
-        (nan_in_loss, "the distillation term", 4),
-        (nan_in_gradient, "the gradient", 4),
-        (nan_in_teacher, "what the teacher says", 1),
+        (nan_in_loss, "the distillation term", 2),  # of its micro-batch
+        (nan_in_gradient, "the gradient", 4),  # of the step
+        (nan_in_teacher, "the distillation term", 2),
     ],
 )
-def test_not_finite_at_step_7(place, tmp_path, figure, fault, term, num_rows):
+def test_not_finite_at_step_5(place, tmp_path, capfd, fault, term, num_rows):
     config = config_of(place, *WORDS, *([] if fault is nan_in_teacher else ["loss.name=planted"]))
     run_dir = tmp_path / "run"
-    run = start(config, run_dir, partial(fault, 7))
-    assert run.code == 4, run.text
-    (line,) = [line for line in run.text.splitlines() if line.startswith("kdx: error: ")]
-    assert line.startswith(f"kdx: error: step 7: {term} is not finite; the weights are still those of step 6 (rows: ")
-    rows = re.search(r"\(rows: (.*?)\)", line).group(1).split(", ")
-    assert len(rows) == num_rows
-    text = (place / "pairs.jsonl").read_text().splitlines()
-    for row in rows:
-        name, file, number = re.fullmatch(r"(\w+) at (.*):(\d+)", row).groups()
-        said = json.loads(text[int(number) - 1])
-        chat = [{"role": "user", "content": said["source"]}, {"role": "assistant", "content": said["target"]}]
-        assert (name, file) == (Conversation("", chat, "").digest[:32], str(place / "pairs.jsonl"))
+    seen = []
+
+    def watched(patch):
+        fault(5, patch)
+        known = Training.forward_backward
+        patch.setattr(Training, "forward_backward", lambda self, b, s: (seen.append(b), known(self, b, s))[1])
+
+    assert run_here(config, run_dir, watched) == 4
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("kdx: error: ")]
+    assert line.startswith(f"kdx: error: step 5: {term} is not finite; the weights are still those of step 4 (rows: ")
+    part = {nan_in_loss: seen[4].micro_batches[1:], nan_in_teacher: seen[4].micro_batches[:1]}
+    expected = [where for micro in part.get(fault, seen[4].micro_batches) for where in micro.where]
+    assert [f"{file}:{number}" for file, number in rows_named(line)] == expected
+    assert len(expected) == num_rows
+    assert {file for file, _ in rows_named(line)} == {str(place / "pairs.jsonl")}
     assert status(run_dir)["state"] == "diverged"
-    newest, skipped = checkpoint.newest(run_dir)
-    assert (newest.name, skipped) == ("step-00000006", [])
-    assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
-    again = start(config, run_dir, partial(fault, 100))  # the fault does not come back
-    assert again.code == 0, again.text
-    assert start(config, tmp_path / "straight", partial(fault, 100)).code == 0
+    assert checkpoints_of(run_dir)[0] == "step-00000004"
+    weights = load_file(run_dir / "checkpoints/step-00000004/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert run_here(config, run_dir, partial(fault, 100)) == 0  # the fault does not come again
+    assert run_here(config, tmp_path / "straight", partial(fault, 100)) == 0
     assert outcome(run_dir) == outcome(tmp_path / "straight")
-    figure(f"NaN in {term}: exit 4 at step 7, {num_rows} row(s) named, weights finite, resumed and bitwise equal")
 
 
-def test_a_step_that_is_skipped(place, tmp_path):
+def test_steps_are_skipped_up_to_max_nonfinite(place, tmp_path, capfd):
+    """The row comes again in the second epoch: one step may be skipped, the second stops the run."""
+    words = ("train.on_nonfinite=skip", "train.max_nonfinite=1", "train.micro_batch_size=4")
+    config = config_of(place, "train.max_steps=9", *words)
+    assert run_here(config, tmp_path / "one", partial(nan_in_teacher, 3)) == 0
+    assert "step 3 is skipped: the distillation term is not finite" in log_of(tmp_path / "one")
+    losses = losses_of(tmp_path / "one")
+    assert losses[2] is None and all(isinstance(x, float) for i, x in enumerate(losses) if i != 2)
+    assert run_here(config_of(place, "train.epochs=2", *words), tmp_path / "two", partial(nan_in_teacher, 3)) == 4
+    assert "; 1 steps were skipped before (train.max_nonfinite)" in capfd.readouterr().err
+
+
+def test_what_was_skipped_before_a_stop_counts_after_it(place, tmp_path, capfd):
     config = config_of(place, *WORDS, "train.on_nonfinite=skip", "train.max_nonfinite=1")
-    run = start(config, tmp_path / "run", partial(nan_in_teacher, 7))
-    assert run.code == 0, run.text
-    assert "step 7 is skipped: what the teacher says is not finite" in " ".join(run.text.split())
-    losses = {x["step"]: x["train/loss"] for x in lines(tmp_path / "run" / "metrics.jsonl") if "train/loss" in x}
-    assert losses[7] is None
-    assert all(isinstance(value, float) for step, value in losses.items() if step != 7)
+    assert run_here(config, tmp_path / "run", both(partial(nan_in_teacher, 3), signal_at(4))) == 143
+    assert run_here(config, tmp_path / "run", partial(nan_in_teacher, 1)) == 4
+    assert "1 steps were skipped before" in capfd.readouterr().err
 
 
-def test_more_than_may_be_skipped(place, tmp_path):
-    words = [word for word in WORDS if "max_steps" not in word]
-    config = config_of(place, *words, "train.epochs=2", "train.on_nonfinite=skip", "train.max_nonfinite=1")
-    run = start(config, tmp_path / "run", partial(nan_in_teacher, 7))  # that row comes again in the second epoch
-    assert run.code == 4, run.text
-    assert "1 steps were skipped before, train.max_nonfinite is 1" in run.text
+def nan_at_the_end(patch):
+    """Make a final measure NaN, as weights that overflow do."""
+    known, calls = HeldOut.measure, []
 
-
-def skip_then_stop():
-    nan_in_teacher(7)
-    signal_at(8)()
-
-
-def test_what_was_skipped_before_a_stop_counts_after_it(place, tmp_path):
-    config = config_of(place, *WORDS, "train.on_nonfinite=skip", "train.max_nonfinite=1")
-    assert start(config, tmp_path / "run", skip_then_stop).code == 143
-    again = start(config, tmp_path / "run", partial(nan_in_teacher, 1))
-    assert again.code == 4, again.text
-    assert "1 steps were skipped before, train.max_nonfinite is 1" in again.text
-
-
-def nan_at_the_end():
-    from kdx import distill
-
-    known = distill.Measurer.__call__
-    calls = 0
-
-    def measure(self, precision):
-        nonlocal calls
-        calls += 1
-        student, teacher = known(self, precision)
-        if calls == 2:  # the first is before training
-            student.rows[0]["ce"] = float("nan")
+    def measure(self, *given):
+        calls.append(1)
+        student, teacher = known(self, *given)
+        if len(calls) == 2:  # the first is before training
+            student.rows[0]["ce"] = math.nan
         return student, teacher
 
-    distill.Measurer.__call__ = measure
+    patch.setattr(HeldOut, "measure", measure)
 
 
-def test_a_final_measure_that_is_not_finite_is_no_done_run(place, tmp_path):
-    run = start(config_of(place, *WORDS), tmp_path / "run", nan_at_the_end)
-    assert run.code == 4, run.text
-    assert "of the student's held-out measures ce are not finite; no student is saved" in run.text
-    assert status(tmp_path / "run")["state"] == "diverged"
-    assert not (tmp_path / "run" / "student").exists()
+def nan_again(patch):
+    known = HeldOut.measure
+
+    def measure(self, *given):
+        student, teacher = known(self, *given)
+        student.rows[0]["ce"] = math.nan
+        return student, teacher
+
+    patch.setattr(HeldOut, "measure", measure)
 
 
-def test_a_run_that_learnt_nothing_is_not_done(place, tmp_path):
+def test_final_measures_that_are_not_finite_are_no_done_run(place, tmp_path, capfd):
+    """The student stays, and the same command says the same again without training."""
+    config = config_of(place, *WORDS)
+    for fault in (nan_at_the_end, nan_again):
+        assert run_here(config, tmp_path / "run", fault) == 4
+        assert "step 7: the student's held-out ce are not finite; it is never ranked" in capfd.readouterr().err
+        assert status(tmp_path / "run")["state"] == "diverged"
+        assert (tmp_path / "run/student/model.safetensors").is_file()
+        assert not (tmp_path / "run/summary.json").exists()
+    assert len(losses_of(tmp_path / "run")) == 7
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")  # the optimizer never steps
+def test_a_run_that_learnt_nothing_is_not_done(place, tmp_path, capfd):
+    def nan_always(patch):
+        def planted(student, teacher):
+            return loss.forward_kl(student, teacher) * math.nan
+
+        patch.setitem(loss._REGISTRY, "planted", planted)
+
     words = ("train.max_steps=3", "train.on_nonfinite=skip", "train.max_nonfinite=9", "loss.name=planted")
-    run = start(config_of(place, *words), tmp_path / "run", nan_always)
-    assert run.code == 4, run.text
-    assert "every step was skipped: nothing is learnt" in run.text
+    assert run_here(config_of(place, *words), tmp_path / "run", nan_always) == 4
+    assert "every step was skipped: the student learnt nothing" in capfd.readouterr().err
     assert status(tmp_path / "run")["state"] == "diverged"
 
 
-def nan_always():
-    @loss.register
-    def planted(student, teacher):
-        return loss.forward_kl(student, teacher) * float("nan")
+@pytest.mark.parametrize("name", ["kd", "ce", "norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_any_term_that_is_not_finite_stops_a_step(name, value):
+    """Of fp16 not the gradient's norm: its scaler skips such a step by itself."""
+    training = object.__new__(Training)
+    terms = {"kd": 0.0, "ce": 0.0, "norm": 0.0} | {name: value}
+    norm = terms.pop("norm")
+    for scaler in (None, object()):
+        training.machine = SimpleNamespace(scaler=scaler)
+        assert training.is_finite({"kd": 0.0, "ce": 0.0}, 0.0)
+        assert training.is_finite(terms, norm) == (name == "norm" and scaler is not None)
