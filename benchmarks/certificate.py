@@ -9,13 +9,13 @@ such batch, so it should differ from a live pass as much as two live passes diff
 import sys
 from collections.abc import Sequence
 
+from kdx.prepare import prepare
 from torch import Tensor
 
 from kdx import loss
 from kdx.causal_lm import Head
 from kdx.cli import compose
 from kdx.data.batches import Row, collate
-from kdx.prepare import prepare
 from kdx.run.launch import build_accelerator
 from kdx.teacher import Teacher
 

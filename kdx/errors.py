@@ -132,6 +132,11 @@ def shortened(text: str, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:most]} … ({len(text):,} characters)"
 
 
+def one_line(error: BaseException) -> str:
+    """Return a library's message as part of a line."""
+    return shortened(" ".join(str(error).split())).rstrip(".")
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Make a hint for an unknown name: the nearest one, and the choices if they are few."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)

@@ -6,7 +6,7 @@ N counted positions, n positions of a chunk, V vocabulary.
 import math
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from kdx import loss
 from kdx.causal_lm import Head, counted_hidden, head_of
-from kdx.data.batches import Batches, MicroBatch, Row, by_length, collate
+from kdx.data.batches import Batches, MicroBatch, Rows, by_length, collate
 from kdx.objective import blocks_of, chunk_size_of, chunks_of
 from kdx.run.signals import StopRequest
 from kdx.run.tracking import log, working
@@ -71,7 +71,7 @@ class HeldOut:
     answers: list[Answer] = field(default_factory=list)  # in main memory, by batch
 
     @classmethod
-    def build(cls, rows: Sequence[Row], like: Batches, device: torch.device, num_ids: int) -> "HeldOut":
+    def build(cls, rows: Rows, like: Batches, device: torch.device, num_ids: int) -> "HeldOut":
         """Share rows out as the training batches are, rows of similar length together."""
         groups = by_length(rows, max(like.micro_batch_size, MIN_ROWS))[like.rank :: like.num_processes]
         return cls([collate([rows[i] for i in group], like.pad_id) for group in groups], device, num_ids)

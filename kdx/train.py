@@ -54,7 +54,6 @@ class State:
     seconds: float = 0.0  # spent in steps, without measuring and saving
     step_seconds: list[float] = field(default_factory=list)
     window: list[dict[str, Any]] = field(default_factory=list)  # steps since the last line of metrics
-    store: list[str] = field(default_factory=list)  # the shards that this run has written to the teacher's store
     num_nonfinite: int = 0  # steps that were skipped
     versions: dict[str, str] = field(default_factory=dict)
     other_versions: list[str] = field(default_factory=list)  # with which a part of the run was made
@@ -66,7 +65,12 @@ class State:
         self.counted_tokens += batch.num_tokens
         self.seconds += seconds
         self.step_seconds = [*self.step_seconds[-199:], seconds]  # enough for a median
-        part = {"counted": batch.num_tokens, "tokens": batch.num_input_tokens, "seconds": seconds, **values}
+        part: dict[str, Any] = {
+            "counted": batch.num_tokens,
+            "tokens": batch.num_input_tokens,
+            "seconds": seconds,
+            **values,
+        }
         if is_skipped:
             part = dict.fromkeys(part, 0) | {"grad_norm": None}
         self.window.append(part | {"lr": lr, "epoch": batch.epoch})
@@ -105,7 +109,7 @@ class Training:
         stored = "on" if teacher and teacher.store else "off"
         self.versions = {name: version(name) for name in LIBRARIES}
         self.versions |= {"teacher.store": stored, "precision": precision_of(config, machine)}
-        self.save_dtype, self.save_words = saved_dtype(config.student, config.teacher)
+        self.save_dtype = saved_dtype(config.student, config.teacher)
         self.state = State(versions=self.versions)
         self.is_finished = False
         self.is_save_due = False  # by train.save_minutes
@@ -145,9 +149,6 @@ class Training:
             for name, was in state.versions.items()
             if was != self.versions.get(name)
         ]
-        store = self.teacher.store if self.teacher else None
-        if store and (lost := store.lost(state.store)):
-            notes.append(f"the teacher's store lacks {', '.join(lost)}, which this run wrote up to step {state.step}")
         if notes:
             log.warning("this run no longer repeats bit for bit: %s", "; ".join(notes))
         state.other_versions += notes
@@ -166,11 +167,9 @@ class Training:
         """Write a checkpoint of this step. All processes must call it. Raises MachineError."""
         if unless_there and checkpoint.is_at(folder.path, self.state.step):
             return
-        store = self.teacher.store if self.teacher else None
-        if store:
-            store.flush()
+        if self.teacher and self.teacher.store:
+            self.teacher.store.flush()  # a resumed run reads the same rows
         random_states = gather_object([checkpoint.random_state()])
-        self.state.store = store.position() if store else []
         self.state.saved = self.state.step
         optimizer = sharding.optimizer_state(self.objective, self.optimizer)
         with sharding.whole(self.objective, self.student):
@@ -232,7 +231,7 @@ class Training:
             names = [*terms]
             sums.append(torch.stack([*terms.values()]))
         self._sums = torch.stack(sums)  # [micro-batches, terms]
-        is_late = bool(config.save_minutes) and time.monotonic() - self._saved_at > 60 * config.save_minutes
+        is_late = time.monotonic() - self._saved_at > 60 * (config.save_minutes or math.inf)
         flags = sums[0].new_tensor([stop.signal is not None, is_late and machine.is_main_process])
         reduced = machine.reduce(torch.cat([self._sums.sum(0), flags]), reduction="sum")
         clipped = machine.clip_grad_norm_(self.objective.parameters(), config.max_grad_norm or math.inf)
@@ -326,7 +325,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
                 break
 
             # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
-            started, lr = time.perf_counter(), run.schedule.get_last_lr()[0]
+            started, lr = time.perf_counter(), float(run.schedule.get_last_lr()[0])
             terms, norm = run.forward_backward(batch, stop)
             is_finite = run.is_finite(terms, norm)
             if is_finite:

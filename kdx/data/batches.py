@@ -186,7 +186,9 @@ def merged(batches: Sequence[MicroBatch]) -> MicroBatch:
     )
 
 
-def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
+def epoch_batches(
+    lengths: Sequence[int] | np.ndarray, batch_size: int, *, seed: int, epoch: int, shuffle: bool
+) -> list[list[int]]:
     """Order one epoch → a list of row numbers for each optimizer step; the last may be smaller.
 
     The order depends on seed and epoch alone. Within windows of a few batches, rows of similar length are grouped, so

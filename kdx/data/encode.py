@@ -30,7 +30,8 @@ from kdx.data.batches import Row, Rows, write_rows
 from kdx.data.files import at_home, source_files
 from kdx.data.sources import Conversation, Conversations, check_source, raise_faults, read_conversations, split
 from kdx.errors import DataError
-from kdx.run.files import cache_dir, known_digest, whole_folder
+from kdx.run.files import cache_dir, whole_folder
+from kdx.run.identity import content_hash
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def load_data(
     with FileLock(root / f"{about}.lock"):
         files = source_files(config)
         found = read_conversations(config, root, encoder.refusal) if files is None else None
-        content = "".join(map(known_digest, files or [])) if found is None else found.content()
+        content = "".join(map(content_hash, files or [])) if found is None else found.content()
         folder = root / xxhash.xxh3_128_hexdigest((about + content).encode())
         if not folder.is_dir():
             found = read_conversations(config, root, encoder.refusal) if found is None else found

@@ -162,6 +162,11 @@ def _model(model: ModelConfig, patterns: Sequence[str], place: str | None = None
     return _joined([f"{file.name}:{content_hash(file)}" for file in files])
 
 
+def model_digest(model: ModelConfig) -> str | None:
+    """Hash the weights and the tokenizer of a model, or name its hub commit; None if that is not known."""
+    return _joined([_model(model, WEIGHTS), _model(model, TOKENIZER, model.tokenizer)])
+
+
 def _commit(kind: str, repo: str, revision: str | None) -> str | None:
     """Find the commit of a hub repository that was downloaded last, without asking the network."""
     from huggingface_hub.constants import HF_HUB_CACHE
