@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from kdx.state import State
 
 from kdx.cli import compose
 from kdx.errors import MachineError
 from kdx.run import checkpoint
 from kdx.run.files import MANIFEST, reserve, seal, write_beside
 from kdx.run.tracking import Tracker
-from kdx.state import State
 from kdx.student import save_student
 
 FILES = {"model.safetensors", "optimizer.pt", "random.pt", "best.safetensors", "state.json", "MANIFEST.json"}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kdx.hostile import WRITTEN
 from processes import in_process
 from standins import write_pairs
 
-from kdx.hostile import WRITTEN
 from kdx.run import signals
 
 BASE = [
