@@ -94,4 +94,5 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
                     train(training, judge, tracker, folder, stop)
             results.keep_student(training, folder)  # before it is measured: nothing there can cost training
             summary = results.finish(training, judge, data, folder, tracker, started)
+            (summary,) = broadcast_object_list([summary])  # the main process made it
     return Summary(**summary)
