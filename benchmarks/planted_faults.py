@@ -127,7 +127,7 @@ FAULTS = {
         "kdx/sweep.py",
         '"loss.alpha=0"]',
         '"loss.alpha=1"]',
-        ("test_sweep.py", "test_cli.py"),
+        ("test_sweep.py", "test_command.py"),
     ),
     "pairing": Fault(
         "the bootstrap draws other rows for the best student than for the others",

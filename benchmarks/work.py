@@ -66,7 +66,7 @@ def prepare_work(pair: str, folder: Path, *, steps: int) -> Work:
         "rows": [labelled(row) for row in run.rows],
         "batch_size": BATCH_SIZE,
         "steps": steps,
-        "bf16": device_dtype(run.accelerator.device)[0] == torch.bfloat16,
+        "bf16": device_dtype(run.accelerator.device) == "bf16",
     }
     (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
     tokens = sum(len(row.tokens) for row in run.rows) / len(run.rows) * BATCH_SIZE
@@ -107,7 +107,7 @@ def write_results(name: str, results: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     machine = {
         "processor": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "precision": device_dtype(torch.device("cpu"))[1], "system": platform.system(),
+        "precision": device_dtype(torch.device("cpu")), "system": platform.system(),
     }  # fmt: skip
     text = json.dumps({"machine": machine, "results": results}, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")

@@ -1,14 +1,13 @@
 """From a config to the parts of a run: names checked, then batches, teacher, student and objective."""
 
-import hashlib
 import math
-from pathlib import Path
+import uuid
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from kdx.causal_lm import attention_for, checkpoint_activations, head_of, tokenizer_digest, weights_digest
+from kdx.causal_lm import attention_for, checkpoint_activations, head_of
 from kdx.config import Config, TrainConfig
 from kdx.data.batches import Batches, Rows
 from kdx.data.encode import Data
@@ -17,9 +16,10 @@ from kdx.errors import ConfigError, KdxError, together
 from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
 from kdx.run.folder import Record
+from kdx.run.identity import model_digest
 from kdx.store import Identity, open_store
 from kdx.student import load_student
-from kdx.teacher import Teacher, load_teacher, precision_of
+from kdx.teacher import Teacher, dtype_of, load_teacher
 from kdx.tokenizer import count_ids, pad_id_of
 
 
@@ -71,30 +71,18 @@ def is_repeated(config: Config, record: Record, batches: Batches) -> bool:
 
 
 def build_teacher(
-    config: Config,
-    tokenizer: Any,
-    device: torch.device,
-    max_length: int,
-    rows: dict[str, int],
-    *,
-    is_repeated: bool,
-    owner: Path | str,
+    config: Config, device: torch.device, max_length: int, rows: dict[str, int], *, is_repeated: bool
 ) -> Teacher | None:
     """Open the teacher's store for these rows, and load the teacher if it lacks one; None without a teacher.
 
-    rows: digest → counted positions. is_repeated: whether rows are asked for more than once. owner: the folder of the run that writes to the store.
-    Raises ModelError, or MachineError if the store must be on and has no room.
+    rows: digest → counted positions. is_repeated: whether rows are asked for more than once. Raises ModelError, or
+    MachineError if the store must be on and has no room.
     """
     if config.teacher.path is None:
         return None
-    identity = Identity(
-        weights_digest(config.teacher, "teacher"),
-        tokenizer_digest(tokenizer),
-        precision_of(config.teacher, device)[0],
-        config.teacher.quantization,
-    )
-    name = hashlib.sha256(str(Path(owner).resolve()).encode()).hexdigest()[:8]
-    store, words = open_store(config.teacher, identity, rows, is_repeated=is_repeated, owner=name)
+    digest = model_digest(config.teacher) or uuid.uuid4().hex  # unknown: equal to nothing
+    identity = Identity(digest, dtype_of(config.teacher, device), config.teacher.quantization)
+    store, words = open_store(config.teacher, identity, rows, is_repeated=is_repeated)
     teacher = load_teacher(config.teacher, device, max_length, identity, store)
     teacher.store_words = words
     if store and store.missing(list(rows)):

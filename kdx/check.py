@@ -50,7 +50,7 @@ def check(config: Config, path: Path, record: Record | None = None) -> None:
         data = load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS)
         batches = build_batches(config, data.train, tokenizer, machine)
         rows, repeats = rows_to_ask(config, data, batches), is_repeated(config, record, batches)
-        teacher = build_teacher(config, tokenizer, machine.device, max_length, rows, is_repeated=repeats, owner=path)
+        teacher = build_teacher(config, machine.device, max_length, rows, is_repeated=repeats)
         student = build_student(config, machine.device, max_length)
         objective = build_objective(config, student, teacher, tokenizer)
         training = Training(config, objective, teacher, batches, tokenizer, max_length, machine)
@@ -152,7 +152,7 @@ def memory_table(training: Training, cost: Cost) -> Table:
     teacher_bytes = head_bytes = 0
     if teacher is not None and config.loss.alpha > 0:
         head_bytes = teacher.head.weight.nbytes
-        teacher_bytes = teacher.num_bytes if teacher.is_loaded else head_bytes
+        teacher_bytes = teacher.model.get_memory_footprint() if teacher.is_loaded else head_bytes
     logits = tokens * num_ids * (2 if machine.mixed_precision == "bf16" else 4)
     chunk = 2 * min(CHUNK_BYTES, logits)  # the student's and the teacher's
     if machine.device.type != "cpu":  # where a block is not small beside a chunk

@@ -138,7 +138,8 @@ def _run(argv: list[str]) -> int:
 
         print(yaml.safe_dump(redact(as_dict(plan.points[0].config)), sort_keys=False, allow_unicode=True), end="")
         return 0
-    return _sweep(plan, args, argv) if plan.sweep_dir else _run_one(plan, argv)
+    argv = plan.command or argv
+    return _sweep(plan, argv) if plan.sweep_dir else _run_one(plan, argv)
 
 
 def _run_one(plan: "Plan", argv: list[str]) -> int:
@@ -155,7 +156,7 @@ def _run_one(plan: "Plan", argv: list[str]) -> int:
     return guarded(work, plan.run_dir)
 
 
-def _sweep(plan: "Plan", args: argparse.Namespace, argv: list[str]) -> int:
+def _sweep(plan: "Plan", argv: list[str]) -> int:
     """Have Hydra go through the points of a sweep; a job that another process does is passed over."""
     from kdx import sweep
 
@@ -163,11 +164,7 @@ def _sweep(plan: "Plan", args: argparse.Namespace, argv: list[str]) -> int:
     if plan.baseline and os.environ.get("RANK", "0") == "0":
         baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
         print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
-    flags = ["--multirun"]
-    for name in ("config_dir", "config_path", "config_name"):
-        if value := getattr(args, name):
-            value = value if name == "config_name" else Path(value).resolve()
-            flags.append(f"--{name.replace('_', '-')}={value}")
+    flags = ["--multirun", *_flags(plan.source)]
     since = sweep.started()
     job = partial(run_job, swept=plan.swept, argv=argv, since=since, is_shared=bool(plan.jobs))
     parts = [[*flags, *part] for part in (plan.baseline, plan.words) if part]
@@ -224,13 +221,23 @@ def _planned(args: argparse.Namespace) -> "Plan":
 
         words, of_run = alike(like, words, _parsed)
         source = of_run if not any(vars(source).values()) else source
-    return plan(words, source, args.multirun)
+    made = plan(words, source, args.multirun)
+    if like != "null":
+        made.command = [*_flags(source), *(["-m"] if args.multirun else []), *words]
+    return made
 
 
 def _source(args: argparse.Namespace) -> "Source":
     from kdx.compose import Source
 
     return Source(args.config_dir, args.config_path, args.config_name)
+
+
+def _flags(source: "Source") -> list[str]:
+    """The flags of Hydra that name this source."""
+    folders = {"--config-dir": source.config_dir, "--config-path": source.config_path}
+    flags = [f"{flag}={Path(folder).resolve()}" for flag, folder in folders.items() if folder]
+    return [*flags, *([f"--config-name={source.config_name}"] if source.config_name else [])]
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:

@@ -66,6 +66,7 @@ class Plan:
     """A command line: its points and, of a sweep, the words for Hydra."""
 
     points: list[Point]
+    source: Source
     run_dir: Path  # of a single run
     words: list[str] = field(default_factory=list)  # for Hydra's sweeper
     swept: list[str] = field(default_factory=list)
@@ -73,6 +74,7 @@ class Plan:
     baseline: list[str] = field(default_factory=list)  # words of the baselines' own sweep; none if there is none
     num_baselines: int = 0
     jobs: dict[Path, Config] = field(default_factory=dict)  # by their folders, if kdx names them
+    command: list[str] = field(default_factory=list)  # what repeats a run that names another one; else what was typed
 
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
@@ -89,7 +91,7 @@ def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
     for key in [] if is_sweep else sweep.swept_keys(typed):
         raise ConfigError(key, "has several values, which is a sweep", "Add -m: python -m kdx -m ...")
     if not is_sweep:
-        return Plan([composer.point(words)], Path(str(hydra_part.run.dir)))
+        return Plan([composer.point(words)], source, Path(str(hydra_part.run.dir)))
     if params := plain(hydra_part.sweeper.get("params") or {}):
         # Hydra would sweep over these besides the words: merged, a typed word takes the place of the same key.
         words = [*(f"{key}={value}" for key, value in params.items()), *words, "hydra.sweeper.params=null"]
@@ -100,7 +102,7 @@ def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
     hydra_part = composer.hydra_part([*typed, *composer.parsed(added)])
     is_named = "kdx_job" in str(plain(hydra_part.sweep)["subdir"])
     added += [f"hydra.sweep.subdir='${{kdx_job:\"{','.join(swept)}\"}}'"] if is_named else []
-    made = Plan(points, Path(), [*map(_spelled, typed), *added], swept, Path(str(hydra_part.sweep.dir)))
+    made = Plan(points, source, Path(), [*map(_spelled, typed), *added], swept, Path(str(hydra_part.sweep.dir)))
     knows_points = str(hydra_part.sweeper.get("_target_")).endswith(".BasicSweeper")  # Optuna chooses as it goes
     without: list[Config] = []
     if (
@@ -283,7 +285,7 @@ class Composer:
             raise ConfigError(place, f"does not parse: {getattr(error, 'problem', error)}", "Fix the YAML") from None
         except UnicodeDecodeError as error:
             raise ConfigError("YAML", f"a file is not UTF-8: {error}", "Save it as UTF-8") from None
-        except (*HYDRA_ERRORS, ValueError, AssertionError, RecursionError) as error:
+        except (*HYDRA_ERRORS, ValueError, OSError, AssertionError, RecursionError) as error:
             if package := re.search(r"'hydra/launcher/(joblib|submitit)\w*'", str(error)):
                 what, fix = f"needs hydra-{package[1]}-launcher", f"pip install hydra-{package[1]}-launcher"
                 raise ConfigError("hydra/launcher", what, fix) from None
@@ -348,6 +350,16 @@ def apply(words: list[Override], cfg: DictConfig) -> list[ConfigError]:
             with open_dict(cfg):
                 del OmegaConf.select(cfg, old.rpartition(".")[0])[old.rpartition(".")[2]]
     return faults
+
+
+def laid_over(tree: dict[str, Any], words: list[Override]) -> tuple[dict[str, Any], list[ConfigError]]:
+    """Set typed values in a config that was composed before → the new one, and what is wrong with the words."""
+    cfg, keys = OmegaConf.create(tree), {word.key_or_group for word in words}
+    faults = apply(words, cfg)
+    for key, other in PAIRS.items():
+        if key in keys and other not in keys:
+            OmegaConf.update(cfg, other, None)
+    return plain(cfg), faults
 
 
 def _free(cfg: DictConfig, rank: dict[str, float]) -> None:

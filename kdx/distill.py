@@ -74,7 +74,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         data = load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS)
         batches = build_batches(config, data.train, tokenizer, machine)
         asked, repeats = rows_to_ask(config, data, batches), is_repeated(config, record, batches)
-        teacher = build_teacher(config, tokenizer, machine.device, max_length, asked, is_repeated=repeats, owner=path)
+        teacher = build_teacher(config, machine.device, max_length, asked, is_repeated=repeats)
         if teacher is not None:
             stack.callback(teacher.close)
         student = build_student(config, machine.device, max_length)
@@ -94,4 +94,5 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
                     train(training, judge, tracker, folder, stop)
             results.keep_student(training, folder)  # before it is measured: nothing there can cost training
             summary = results.finish(training, judge, data, folder, tracker, started)
+            (summary,) = broadcast_object_list([summary])  # the main process made it
     return Summary(**summary)

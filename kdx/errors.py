@@ -117,6 +117,16 @@ def printable(text: str, keep: str = "\n\t\xa0\u200d") -> str:
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
+def shortened(text: str, most: int = 300) -> str:
+    """Cut a long text to what fits a line."""
+    return text if len(text) <= most else f"{text[:most]} … ({len(text):,} characters)"
+
+
+def one_line(error: BaseException) -> str:
+    """Return a library's message as part of a line."""
+    return shortened(" ".join(str(error).split())).rstrip(".")
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Make a hint for an unknown name: the nearest one, and the choices if they are few."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)

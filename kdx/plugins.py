@@ -62,7 +62,8 @@ def option_faults(
     found = []
     for name, value in options.items():
         if name not in parameters:
-            hint = did_you_mean(name, list(parameters)) if parameters else f"It takes none: leave out {prefix}{name}"
+            hint = did_you_mean(name, list(parameters)) if parameters else "It takes none"
+            hint += "" if hint.startswith("Did you") else f". To leave it out: ~{prefix}{name}"
             found.append(ConfigError(prefix + name, "is not an option here", hint))
         elif wrong := _unlike(value, hints.get(name, Any)):
             found.append(ConfigError(prefix + name, f"is {value!r}", wrong))

@@ -5,14 +5,14 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
 from kdx.checked import checked
-from kdx.compose import PAIRS, Composer, Plan, Point, Source, apply, key_of, plain
+from kdx.compose import PAIRS, SOURCES, Composer, Plan, Point, Source, key_of, laid_over
 from kdx.config import dotted
 from kdx.errors import ConfigError
 from kdx.run.redact import HIDDEN
@@ -35,21 +35,19 @@ def resumed(name: str, words: list[str], source: Source) -> Plan:
         if override.key_or_group in composer.groups:
             hint = f"Set single keys, or start a new run from its words: run.like={folder}"
             raise ConfigError(str(override.input_line), "is another choice than the run's", hint)
-    cfg = OmegaConf.create(tree)
     keys = {override.key_or_group for override in overrides}
-    faults = apply(overrides, cfg)
-    for key, other in PAIRS.items():
-        if key in keys and other not in keys:
-            OmegaConf.update(cfg, other, None)
-    tree = plain(cfg)
+    tree, faults = laid_over(tree, overrides)
     for key in dotted(tree):
-        if HIDDEN in str(value := OmegaConf.select(cfg, key)) and not OmegaConf.is_config(value):
+        if (
+            HIDDEN in str(value := reduce(lambda node, part: node[part], key.split("."), tree))
+            and type(value) is not dict
+        ):
             faults.append(ConfigError(key, "was recorded without its secret", f"Type it again: {key}=..."))
     tree["run"]["resume"] = str(folder)
     config = checked(tree, faults, keys, dotted(tree))
-    known = _sources(folder) | dict.fromkeys(keys, "typed")
+    sources = _sources(folder) | {key: "typed" for key in keys if key in SOURCES}
     kept = [word for word in recorded if key_of(word) not in keys]
-    return Plan([Point([*kept, *new], config, known)], folder)
+    return Plan([Point([*kept, *new], config, sources)], source, folder, command=_command(folder))
 
 
 def alike(name: str, words: list[str], parse: Callable[[list[str]], argparse.Namespace]) -> tuple[list[str], Source]:
@@ -70,9 +68,7 @@ def alike(name: str, words: list[str], parse: Callable[[list[str]], argparse.Nam
             print(f"kdx: {word} is not taken from {folder}: type it if that code may run", file=sys.stderr)
             continue
         kept.append(word)
-    command = folder / "command.txt"
-    argv = shlex.split(command.read_text(encoding="utf-8"))[3:] if command.is_file() else []
-    args = parse([*argv])
+    args = parse(_command(folder))
     return [*kept, *(w for w in words if key_of(w) != "run.like")], Source(
         args.config_dir, args.config_path, args.config_name
     )
@@ -110,6 +106,11 @@ def _read(file: Path, where: str) -> Any:
         raise ConfigError(
             str(file), f"does not parse: {' '.join(str(error).split())}", "Restore it, or start a new run"
         ) from None
+
+
+def _command(folder: Path) -> list[str]:
+    file = folder / "command.txt"
+    return shlex.split(file.read_text(encoding="utf-8"), comments=True)[3:] if file.is_file() else []
 
 
 def _sources(folder: Path) -> dict[str, str]:

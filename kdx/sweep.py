@@ -12,14 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from datetime import timedelta
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from kdx.config import Config, as_dict
+from kdx.config import Config, as_dict, dotted, short_key
 from kdx.errors import ConfigError, InUseError, KdxError, printable
 from kdx.run.claim import claim
 from kdx.run.devices import num_cores, take_gpu
@@ -86,13 +85,15 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
     for config in configs:
         for key, value in config_identity(config).items():
             values.setdefault(key, []).append(value)
+    known = list(values)
     common = {k: some[0] for k, some in values.items() if k not in keys and all(v == some[0] for v in some)}
-    return "-".join([*(_safe(_short(key, keys)) for key in keys), digest(common)])
+    return "-".join([*(_safe(short_key(key, known)) for key in keys), digest(common)])
 
 
 def job_name(keys: list[str], config: Config) -> str:
     """Name a job by its point and a hash of its config: temperature-2_alpha-0.7_1a2b3c."""
     tree = as_dict(config)
+    known = dotted(tree)
     parts = ["baseline"] if config.loss.alpha == 0 and "loss.alpha" not in keys else []
     for key in keys:
         if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
@@ -102,7 +103,7 @@ def job_name(keys: list[str], config: Config) -> str:
             value = next((value[k] for k in ("name", "path", "init") if value.get(k)), key)
         is_typed = key.split(".")[0] in tree  # not an experiment
         value = int(value) if isinstance(value, float) and value.is_integer() else value
-        parts.append(f"{_short(key, keys)}-{_safe(str(value))}" if is_typed else _safe(key))
+        parts.append(f"{short_key(key, known)}-{_safe(str(value))}" if is_typed else _safe(key))
     return "_".join([*parts, digest(config_identity(config))])
 
 
@@ -110,12 +111,6 @@ def _find(node: Any, parts: list[str]) -> Any:
     for part in parts:
         node = {**node, **node.get("options", {})}.get(part) if isinstance(node, dict) else None
     return node
-
-
-def _short(key: str, keys: Sequence[str]) -> str:
-    """Return the shortest tail of a key that no other of these keys ends in."""
-    tails = [key.split(".", n)[-1] for n in range(key.count("."), -1, -1)]
-    return next(tail for tail in tails if sum(f".{other}".endswith(f".{tail}") for other in keys) <= 1)
 
 
 def _safe(text: str) -> str:
@@ -126,7 +121,6 @@ def _safe(text: str) -> str:
 # Jobs
 
 _failed: set[str] = set()  # names of jobs that failed in this process
-_round = 0  # of decisions that the ranks have agreed on
 
 
 def started() -> float:
@@ -180,18 +174,13 @@ def do_job(
 
     def work() -> int:
         nonlocal measure, is_tried
-        reason = _agreed(lambda: _why_not(config, folder, since)) if is_shared else ""
-        if _is_main():
-            print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
-        if reason:
-            return 0
-        is_tried = True
-        try:
-            measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or _is_worker())
-        except InUseError as error:  # another process was faster
-            if not is_shared or _num_ranks() > 1:
-                raise
-            print(f"kdx: {error}", flush=True)
+        with ExitStack() as held:
+            reason = _agreed(lambda: _claim(config, folder, since, held)) if is_shared else ""
+            if _is_main():
+                print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
+            if not reason:
+                is_tried = True
+                measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or _is_worker())
         return 0
 
     code = guarded(work, folder)
@@ -214,14 +203,19 @@ def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool 
     return distill(config, folder, record).measure
 
 
-def _why_not(config: Config, folder: Path, since: float) -> str:
-    """Say why a job is not to be done now; empty if it is. Raises ConfigError if the folder has another run."""
+def _claim(config: Config, folder: Path, since: float, held: ExitStack) -> str:
+    """Claim a job, or say why it is not to be done now. Raises ConfigError if the folder has another run."""
     run = RunFolder(folder)
-    if run.is_done(config):
-        return "done already"
-    if holder := run.holder():
-        return f"in use by {holder}, passed over"
-    return "failed since this command started, not tried again" if _has_failed(run, since) else ""
+    for _ in range(2):  # again once it is ours: another process may have done it a moment ago
+        if run.is_done(config):
+            return "done already"
+        if _has_failed(run, since):
+            return "failed since this command started, not tried again"
+        try:
+            held.enter_context(claim(folder))
+        except InUseError as error:
+            return f"{error.args[1]}, passed over"
+    return ""
 
 
 def _has_failed(run: RunFolder, since: float) -> bool:
@@ -233,16 +227,9 @@ def _agreed(decide: Callable[[], str]) -> str:
     """Decide in rank 0 and return that in every rank."""
     if _num_ranks() == 1:
         return decide()
-    from torch.distributed import PrefixStore, rendezvous
+    from kdx.run.launch import agreed
 
-    global _round
-    _round += 1
-    store, rank, _ = next(rendezvous("env://"))
-    store = PrefixStore("kdx", store)
-    store.set_timeout(timedelta(days=1))  # rank 0 may have to hash the weights of a large teacher
-    if rank == 0:
-        store.set(str(_round), decide())
-    return str(store.get(str(_round)).decode())
+    return agreed(decide)
 
 
 def _run_workers(number: int, argv: Sequence[str], since: float) -> int:

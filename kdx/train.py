@@ -54,7 +54,6 @@ class State:
     seconds: float = 0.0  # spent in steps, without measuring and saving
     step_seconds: list[float] = field(default_factory=list)
     window: list[dict[str, Any]] = field(default_factory=list)  # steps since the last line of metrics
-    store: list[str] = field(default_factory=list)  # the shards that this run has written to the teacher's store
     num_nonfinite: int = 0  # steps that were skipped
     versions: dict[str, str] = field(default_factory=dict)
     other_versions: list[str] = field(default_factory=list)  # with which a part of the run was made
@@ -110,7 +109,7 @@ class Training:
         stored = "on" if teacher and teacher.store else "off"
         self.versions = {name: version(name) for name in LIBRARIES}
         self.versions |= {"teacher.store": stored, "precision": precision_of(config, machine)}
-        self.save_dtype, self.save_words = saved_dtype(config.student, config.teacher)
+        self.save_dtype = saved_dtype(config.student, config.teacher)
         self.state = State(versions=self.versions)
         self.is_finished = False
         self.is_save_due = False  # by train.save_minutes
@@ -150,9 +149,6 @@ class Training:
             for name, was in state.versions.items()
             if was != self.versions.get(name)
         ]
-        store = self.teacher.store if self.teacher else None
-        if store and (lost := store.lost(state.store)):
-            notes.append(f"the teacher's store lacks {', '.join(lost)}, which this run wrote up to step {state.step}")
         if notes:
             log.warning("this run no longer repeats bit for bit: %s", "; ".join(notes))
         state.other_versions += notes
@@ -171,11 +167,9 @@ class Training:
         """Write a checkpoint of this step. All processes must call it. Raises MachineError."""
         if unless_there and checkpoint.is_at(folder.path, self.state.step):
             return
-        store = self.teacher.store if self.teacher else None
-        if store:
-            store.flush()
+        if self.teacher and self.teacher.store:
+            self.teacher.store.flush()  # a resumed run reads the same rows
         random_states = gather_object([checkpoint.random_state()])
-        self.state.store = store.position() if store else []
         self.state.saved = self.state.step
         optimizer = sharding.optimizer_state(self.objective, self.optimizer)
         with sharding.whole(self.objective, self.student):

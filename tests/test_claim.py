@@ -47,6 +47,9 @@ def test_a_folder_is_held_by_one_process_and_free_again_after(tmp_path: Path, lo
                 pass
 
         assert wait(forked(another)) == 0
+        with claim(folder):  # a sweep claims a job, and so does its run
+            pass
+        assert wait(forked(another)) == 0
     assert holder(folder) is None
     assert [file.name for file in folder.iterdir()] == [claims.LOCK]
 
@@ -99,6 +102,17 @@ def test_a_heartbeat_that_was_cut_short_counts_until_it_is_stale(tmp_path: Path,
         assert str(os.getpid()) in str(holder(tmp_path))
 
 
+def test_a_job_that_slurm_starts_again_is_not_held_by_its_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beat = tmp_path / claims.BEAT
+    beat.write_text(json.dumps({"pid": 7, "started": 0, "host": "elsewhere", "slurm": ["41", "0"]}))
+    for job, start, is_held in (("41", "0", True), ("42", "1", True), ("41", "1", False)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", start)
+        assert bool(holder(tmp_path)) is is_held
+
+
 def test_a_pid_that_was_given_to_another_process_holds_nothing(tmp_path: Path, locking: bool) -> None:
     leave_heartbeat(tmp_path, host=platform.node(), pid=os.getpid(), started=1.0)
     assert holder(tmp_path) is None
@@ -123,12 +137,18 @@ def test_without_locks_one_of_many_processes_takes_over_what_is_stale(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     leave_heartbeat(tmp_path, host="elsewhere", pid=7, age=claims.STALE + 60)
-    start = time.monotonic() + 0.2
 
     def take() -> None:
-        time.sleep(max(0, start - time.monotonic()))
-        with claim(tmp_path):
-            time.sleep(0.5)
+        try:
+            with claim(tmp_path):
+                for _ in range(6000):
+                    if len(list(tmp_path.glob("lost-*"))) == 7:
+                        return
+                    time.sleep(0.01)
+        except InUseError:
+            (tmp_path / f"lost-{os.getpid()}").touch()
+            raise
 
     codes = [wait(pid) for pid in [forked(take) for _ in range(8)]]
     assert codes.count(0) == 1
+    assert len(list(tmp_path.glob("lost-*"))) == 7

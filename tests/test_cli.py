@@ -386,6 +386,18 @@ def test_hydra_sweeps_over_the_same_points(capfd, monkeypatch):
     assert (code, lines[0]) == (0, "kdx: 2 of 2 jobs left:")
 
 
+def test_a_sweep_over_options_of_ones_own(capfd, monkeypatch):
+    """Hydra's jobs are composed from the same folders as what was checked."""
+    write("mine/loss/sharp.yaml", "defaults: [forward_kl, _self_]\ntemperature: 0.5\n")
+    done = {}
+    monkeypatch.setattr("kdx.sweep.do_job", lambda config, record, folder, *_, **__: done.setdefault(folder, config))
+    run(capfd, "--config-dir", "mine", "-m", "loss=sharp,jsd", "train.epochs=2", "sweep.baseline=false")
+    assert [(c.loss.temperature, c.train.epochs, c.train.max_steps) for c in done.values()] == [
+        (0.5, 2, None),
+        (2, 2, None),
+    ]
+
+
 def test_every_point_of_a_sweep_is_checked():
     with pytest.raises(ConfigError) as caught:
         sweep("loss=forward_kl,nope", "loss.alpha=0.1,3")
@@ -428,6 +440,7 @@ def test_a_run_is_resumed_from_its_own_config():
     assert (point.config.loss.options, point.config.train.epochs, point.config.optim.lr) == ({"beta": 0.4}, 2, 1e-4)
     assert point.config.tracking.mode == "disabled"
     assert point.sources["train.epochs"] == "typed"
+    assert made.command == ["--config-dir", "mine", "train.seed=0"]
     assert point.words == [
         "loss=jsd",
         "train.epochs=2",

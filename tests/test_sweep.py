@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from processes import SERVER, ended, free_port
 from kdx import sweep
 from kdx.cli import compose, guarded
 from kdx.config import SAFE_NAME
-from kdx.errors import ConfigError, InUseError
-from kdx.run.claim import claim
+from kdx.errors import ConfigError
+from kdx.run.claim import BEAT, claim
 from kdx.run.folder import Record
 
 
@@ -147,7 +148,7 @@ class Folders:
     def start(self, _: object, __: object, folder: Path, *, is_own_gpu: bool) -> float:
         self.runs.append(folder.name)
         if error := self.raises.get(folder.name):
-            self.leave(folder.name, "running" if isinstance(error, InUseError) else "failed", str(error))
+            self.leave(folder.name, "failed", str(error))
             raise error
         self.leave(folder.name, "done")
         return 1.5
@@ -176,12 +177,13 @@ def test_a_process_does_what_is_neither_done_nor_held_and_says_which_are(
 ) -> None:
     folders.leave("old", "done")
     folders.leave("cut-off", "running")
-    with claim(folders.root / "held"):
-        assert folders.sweep("old", "held", "cut-off", "new") == 0
+    (folders.root / "held").mkdir()
+    (folders.root / "held" / BEAT).write_text('{"pid": 7, "host": "elsewhere"}')
+    assert folders.sweep("old", "held", "cut-off", "new") == 0
     assert folders.runs == ["cut-off", "new"]
     out, err = capsys.readouterr()
     assert f"kdx: {os.path.relpath(folders.root / 'old')}: done already" in out
-    assert f"in use by pid {os.getpid()}" in out
+    assert "held: in use by pid 7 on host elsewhere, passed over" in out
     assert "kdx: 1 of 4 jobs held by other processes:" in err
     assert True not in folders.printed  # that process will compare
 
@@ -203,10 +205,16 @@ def test_a_failing_job_does_not_stop_the_rest_and_is_tried_again_by_the_next_com
     assert folders.runs == ["bad", "good", "bad"]
 
 
-def test_a_job_that_another_process_takes_a_moment_earlier_is_no_failure(folders: Folders) -> None:
-    folders.raises = {"raced": InUseError("raced", "in use by pid 7 on host a", "Wait for it")}
-    assert folders.sweep("raced", "good") == 0
-    assert folders.runs == ["raced", "good"]
+def test_what_another_process_did_while_this_one_claimed_is_not_done_again(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(folder: Path) -> AbstractContextManager[None]:
+        folders.leave(folder.name, folder.name)
+        return claim(folder)
+
+    monkeypatch.setattr(sweep, "claim", late)
+    assert folders.sweep("done", "failed") == 5
+    assert folders.runs == []
 
 
 def test_a_job_whose_data_have_changed_is_refused_and_fails(

@@ -28,7 +28,8 @@ from kdx.data.files import at_home, source_files
 from kdx.data.sources import Conversation, Conversations, read_conversations, split
 from kdx.errors import DataError, first_of
 from kdx.run.devices import num_cores
-from kdx.run.files import cache_dir, known_digest, whole_folder
+from kdx.run.files import cache_dir, whole_folder
+from kdx.run.identity import content_hash
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def load_data(
     with FileLock(root / f"{about}.lock"):
         files = source_files(config)
         found = read_conversations(config, root, encoder.rendered) if files is None else None
-        content = found.content() if found is not None else "".join(map(known_digest, files or []))
+        content = found.content() if found is not None else "".join(map(content_hash, files or []))
         folder = root / xxhash.xxh3_128_hexdigest((about + content).encode())
         if not folder.is_dir():
             found = found or read_conversations(config, root, encoder.rendered)

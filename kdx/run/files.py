@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -111,20 +110,6 @@ def digest_of(file: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def known_digest(file: Path) -> str:
-    """Hash a file's content, or look the hash up if its path, size and modification time are unchanged."""
-    stat = file.stat()
-    key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-    cached = cache_dir() / "digests" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    with contextlib.suppress(OSError):
-        if len(known := cached.read_text(encoding="ascii")) == 32:
-            return known
-    digest = digest_of(file)
-    with contextlib.suppress(OSError):  # the cache only saves time
-        write_beside(cached, digest)
-    return digest
 
 
 def cache_dir() -> Path:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import platform
 import shlex
 import time
 from collections.abc import Iterator
@@ -45,7 +47,7 @@ class RunFolder:
         self.is_main = True
         self._since = local_time()
         self._written = 0.0
-        self._identity: dict[str, Any] | None = None
+        self._config: Config | None = None
 
     def status(self) -> dict[str, Any]:
         """Read status.json; empty if there is none."""
@@ -72,11 +74,11 @@ class RunFolder:
 
     def _differences(self, config: Config) -> list[tuple[str, Any, Any]]:
         """Return what differs from the run that is here and may differ. Raises ConfigError for the rest."""
-        self._identity = identity(config)
+        self._config, now = config, identity(config)
         was = read_json(self.path / "data.json")
         if not was:
             return []
-        found = differences({key: was.get(key) for key in self._identity}, self._identity)
+        found = differences({key: was.get(key) for key in now}, now)
         if refused := [d for d in found if not may_differ(*d, config)]:
             raise self.another_run(refused)
         return found
@@ -136,8 +138,9 @@ class RunFolder:
         """
         if not self.is_main:
             return
-        assert self._identity is not None
-        was, now = read_json(self.path / "data.json"), self._identity | facts
+        assert self._config is not None
+        # Models and data of a hub are downloaded by now, so that their commits are known.
+        was, now = read_json(self.path / "data.json"), identity(self._config) | facts
         if was and (found := differences({key: was.get(key) for key in facts}, facts)):
             raise self.another_run(found)
         if was != now:
@@ -191,6 +194,7 @@ class RunFolder:
             "max_steps": self.max_steps,
             "updated": local_time(),
             "since": self._since,
+            "owner": {"pid": os.getpid(), "host": platform.node()},
         }
         write_json(self.path / "status.json", status if code is None else status | {"exit_code": code})
 

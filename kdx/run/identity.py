@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
@@ -55,24 +55,43 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def config_identity(config: Config) -> dict[str, Any]:
-    """Describe what decides the student as far as the config says it: dotted keys, without those that are not used."""
+    """Describe what decides the student as far as the config says it."""
+    return used(leaves(as_dict(config)))
+
+
+def used(config: dict[str, Any]) -> dict[str, Any]:
+    """Return those dotted keys of a flat config that decide the student."""
     unused = [*FREE]
-    if config.loss.alpha == 0:
+    if config.get("loss.alpha") == 0:  # alpha itself is what makes a baseline
         unused.append("loss.")
-    if config.student.init != "cut":
+    if config.get("student.init") != "cut":
         unused.append("student.layers")
-    if config.train.keep == "last" and config.train.early_stopping.patience is None:
+    if config.get("train.keep") == "last" and config.get("train.early_stopping.patience") is None:
         unused += ["train.eval_every", "train.early_stopping."]
-    if config.train.on_nonfinite == "stop":
+    if config.get("train.on_nonfinite") == "stop":
         unused.append("train.max_nonfinite")
-    used = {key: value for key, value in leaves(as_dict(config)) if not key.startswith(tuple(unused))}
-    return used | {"loss.alpha": config.loss.alpha}
+    return {k: v for k, v in config.items() if k == "loss.alpha" or not k.startswith(tuple(unused))}
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a nested tree to its values by dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= leaves(value, prefix if name == "options" else f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def canonical(value: Any) -> str:
+    """Write as JSON, the same for equal values on any day; 1 and 1.0 are equal."""
+    return json.dumps(json.loads(json.dumps(value, default=str), parse_float=_number), sort_keys=True)
 
 
 def digest(identity: dict[str, Any]) -> str:
-    """Return six hex digits, the same for equal identities on any day; 1 and 1.0 are equal."""
-    plain = json.loads(json.dumps(identity, default=str), parse_float=_number)
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:6]
+    """Return six hex digits of what is canonical."""
+    return hashlib.sha256(canonical(identity).encode()).hexdigest()[:6]
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> Differences:
@@ -98,15 +117,6 @@ def table(found: Differences) -> list[str]:
     rows = [("key", "was", "now"), *((key, _short(was), _short(now)) for key, was, now in found)]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return [f"  {key:{widths[0]}}  {was:{widths[1]}}  {now}" for key, was, now in rows]
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of a nested tree with its dotted key."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, prefix if name == "options" else f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def content_hash(file: Path) -> str:
@@ -150,6 +160,11 @@ def _model(model: ModelConfig, patterns: Sequence[str], place: str | None = None
     patterns = [*patterns, *([model.gguf_file] if model.gguf_file else []), *["*.py"] * model.trust_remote_code]
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     return _joined([f"{file.name}:{content_hash(file)}" for file in files])
+
+
+def model_digest(model: ModelConfig) -> str | None:
+    """Hash the weights and the tokenizer of a model, or name its hub commit; None if that is not known."""
+    return _joined([_model(model, WEIGHTS), _model(model, TOKENIZER, model.tokenizer)])
 
 
 def _commit(kind: str, repo: str, revision: str | None) -> str | None:

@@ -40,7 +40,7 @@ def bytes_on_disk(training: Training) -> tuple[int, int, int]:
     """Estimate the bytes of the student, of the best weights so far, and of a checkpoint; 0 for what is not saved."""
     student, config = training.student, training.config
     num, itemsize = student.num_parameters(), student.dtype.itemsize
-    saved = DTYPES.get(config.student.save_dtype, DTYPES["bf16"]).itemsize
+    saved = DTYPES[training.save_dtype].itemsize
     best = num * itemsize if config.train.keep == "best" else 0
     is_saved = config.train.save_every or config.train.save_minutes
     moments = round(num * state_bytes(config.optim, next(student.parameters()))) if is_saved else 0
@@ -90,7 +90,7 @@ def keep_student(training: Training, folder: RunFolder) -> None:
     """
     if not training.is_finished:
         training.choose_weights(folder)
-    cast(training.student, training.save_dtype)
+    cast(training.student, DTYPES[training.save_dtype])
     if training.is_finished or training.max_steps == 0:
         return
     if training.machine.is_main_process:
