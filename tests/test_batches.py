@@ -2,7 +2,6 @@
 
 import json
 import random
-from types import SimpleNamespace
 
 import plain
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdx.data.batches import Batches, Row, Rows, by_length, collate, epoch_batches, write_rows
-from kdx.tokenizer import pad_id_of
 
 
 def make_rows(count, seed=0, longest=40):
@@ -44,13 +42,6 @@ def test_collate_shifts_labels_once_and_pads_on_the_right(sizes):
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.positions, batch.positions)
     assert moved.row_ids == batch.row_ids
-
-
-def test_the_pad_id_is_always_a_real_id(make_tokenizer):
-    bare = make_tokenizer()
-    assert pad_id_of(bare) == bare.eos_token_id
-    assert pad_id_of(SimpleNamespace(pad_token_id=0, eos_token_id=5)) == 0
-    assert pad_id_of(SimpleNamespace(pad_token_id=None, eos_token_id=None)) == 0
 
 
 @given(st.lists(st.integers(2, 200), min_size=1, max_size=400), st.integers(1, 9), st.integers(0, 3), st.booleans())

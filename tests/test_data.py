@@ -5,7 +5,6 @@ import json
 import random
 import sys
 import types
-from pathlib import Path
 
 import pytest
 from standins import DIALOGPT_TEMPLATE
@@ -69,100 +68,6 @@ def faults(config, kind=DataError):
 
 GOOD = {"source": "a", "target": "b"}
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
-
-@pytest.mark.parametrize(("most", "num_bad"), [(0.1, 3), (2, 3), (0, 1), (0.0, 1)])
-def test_more_bad_rows_than_may_be_skipped_stop_the_run(file_of, data_config, most, num_bad):
-    """Of 20 rows a tenth is 2."""
-    path = file_of([{"source": "a"}] * num_bad + numbered(20 - num_bad))
-    lines = faults(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=most))
-    assert lines[0].startswith(f"data: {num_bad} of 20 rows are bad, and data.max_bad_rows is {most}. Fix them")
-    assert lines[1].startswith(f"{path}:1: ")
-    path = file_of([{"source": "a"}] * (num_bad - 1) + numbered(21 - num_bad))
-    assert len(read(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=most)).train) == 21 - num_bad
-
-
-def test_a_file_that_cannot_be_read_stops_even_when_bad_rows_are_skipped(file_of, data_config, tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes(b'{"source": "caf\xe9"}\n')
-    file_of([GOOD, {"source": "a"}], "rows.jsonl")
-    (tmp_path / "u.jsonl").write_bytes(b"\xff\xfea")
-    for on_bad_row, bad in (("stop", ["rows.jsonl:2"]), ("skip", [])):
-        lines = faults(data_config("pairs", path=str(tmp_path), on_bad_row=on_bad_row, max_bad_rows=None))
-        places = [Path(line.split(": ")[0]).name for line in lines]
-        assert places == ["latin.jsonl:1", "u.jsonl:1", *bad, "data"]
-
-
-def test_when_no_row_is_left_each_rule_has_its_number(file_of, data_config):
-    path = file_of([{"source": "a"}, {"target": "b"}])
-    (line,) = faults(data_config("pairs", path=path, on_bad_row="skip", max_bad_rows=None))
-    assert "is left (2 rows: bad row (data.on_bad_row=skip))" in line
-    (line,) = faults(data_config("pairs", path=file_of("source,target\n", "t.csv")))
-    assert "t.csv is left (it has none)" in line
-    (line,) = faults(data_config("chitchat", min_turns=10_000))
-    assert "rows: fewer turns than data.min_turns" in line
-
-
-def test_pairs_are_one_user_and_one_assistant_turn(file_of, data_config):
-    path = file_of([{"source": "a\u2028b", "target": " caf\u00e9 \n", "id": 7}])
-    (row,) = read(data_config("pairs", path=path)).train
-    assert said(row) == [("user", "a\u2028b"), ("assistant", " caf\u00e9 \n")]
-    assert (row.id, row.where) == ("7", f"{path}:1")
-    (row,) = read(data_config("pairs", path=path, system="Be brief.")).train
-    assert said(row)[0] == ("system", "Be brief.")
-    assert len(row.messages) == 3
-
-
-def test_pairs_take_their_columns_and_templates_over_all_columns(file_of, data_config):
-    path = file_of([{"q": "2+2", "a": "4", "topic": "sums", "n": 3, "tags": ["x", "y"], "note": None}])
-    config = data_config(
-        "pairs",
-        path=path,
-        source_column="q",
-        target_column="a",
-        template={
-            "user": "[{{ topic }} {{ n }}] {{ source }} {{ q }} {{ tags | join('/') }}{{ note or '' }}\n",
-            "assistant": "{% if n > 2 %}It is {{ target }}.{% endif %}",
-        },
-    )
-    (row,) = read(config).train
-    assert said(row) == [("user", "[sums 3] 2+2 2+2 x/y\n"), ("assistant", "It is 4.")]
-
-
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        (
-            "{{ topic }}",
-            ["data.template.user cannot be filled: 'topic' is undefined", "the row is an object with source"],
-        ),
-        ("{{ note }}", ["a value in it is null", "{{ name or '' }}"]),
-        ("{{ source.__class__.__mro__ }}", ["data.template.user cannot be filled", "unsafe"]),
-        ("{{ tags.append('x') }}", ["cannot be filled", "unsafe"]),
-        ("{{ 1 // 0 }}", ["cannot be filled"]),
-        ("{% if false %}x{% endif %}", ['messages[0]: "content" is "" (str)']),
-    ],
-)
-def test_a_template_that_cannot_be_filled_names_row_and_columns(file_of, data_config, template, says):
-    path = file_of([{**GOOD, "note": None, "tags": []}])
-    config = data_config("pairs", path=path, template={"user": template, "assistant": "{{ target }}"})
-    (line,) = faults(config)
-    assert line.startswith(f"{path}:1: ")
-    assert all(words in line for words in says), line
-
-
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        ({"user": "{{ source", "assistant": "x"}, "data.template: is not Jinja"),
-        (
-            {"user": "{{ source }}", "assistant": "x", "asistant": "y"},
-            "data.template: has the keys user, assistant, asistant",
-        ),
-    ],
-)
-def test_a_template_that_is_none_is_an_error_of_the_config(file_of, data_config, template, says):
-    (line,) = faults(data_config("pairs", path=file_of([GOOD]), template=template), ConfigError)
-    assert says in line
 
 
 def test_messages_by_other_names_and_roles(file_of, data_config):
@@ -238,12 +143,6 @@ def test_a_wrong_option_names_the_key_and_the_known_ones(registry, data_config, 
     assert faults(config, ConfigError) == str(caught.value).splitlines()
 
 
-def test_an_unknown_source_brings_the_choices(data_config):
-    (line,) = faults(data_config("custom", name="mesages", path="x"), ConfigError)
-    assert "data.name: no source is named 'mesages'. Did you mean messages? Choices: " in line
-    assert "KDX_PLUGINS=module" in line
-
-
 def test_a_source_may_be_registered_again_but_not_under_anothers_name(registry):
     source = "def tickets(path): yield {}"
     for module in (types.ModuleType("mine"), types.ModuleType("mine")):
@@ -290,15 +189,6 @@ def test_held_out_rows_have_the_smallest_digest_of_seed_and_id(file_of, data_con
     random.Random(0).shuffle(rows)
     again = read(data_config("pairs", path=file_of(rows), validation=7, seed=seed, take=3, shuffle=False))
     assert ids(again.held_out) == order[:7]
-
-
-def test_added_rows_push_out_held_out_rows_only_by_a_smaller_digest(file_of, data_config):
-    before = read(data_config("pairs", path=file_of(numbered(60)), validation=12)).held_out
-    after = read(data_config("pairs", path=file_of(numbered(90)), validation=12)).held_out
-    newcomers = {f"r{i}" for i in range(60, 90)}
-    stayed = [name for name in ids(after) if name not in newcomers]
-    assert 0 < len(stayed) < 12
-    assert stayed == ids(before)[: len(stayed)]
 
 
 @pytest.mark.parametrize("shared", ["lang", 0, ""])
@@ -355,13 +245,6 @@ def test_take_counts_training_rows_and_is_nested(file_of, data_config):
     assert not whole.notes
     assert len(train(51).train) == 50
     assert train(51).notes == ["data.take=51, but there are 50 training rows: all are used"]
-
-
-def test_a_file_that_is_not_the_chit_chat_data_set_says_what_to_choose(file_of, data_config):
-    (line,) = faults(data_config("chitchat", path=file_of([GOOD, GOOD])))
-    assert line.endswith(
-        "is not the chit-chat data set. Choose the layout that the file has: data=pairs, data=messages or data=sharegpt"
-    )
 
 
 @pytest.fixture

@@ -188,11 +188,10 @@ def epoch_batches(
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rng = random.Random(f"{seed}:{epoch}")
     rng.shuffle(order)
-    rest = order[len(order) // batch_size * batch_size :]  # the small batch stays last, whatever its lengths
-    batches = []
-    for start in range(0, len(order) - len(rest), WINDOW * batch_size):
-        window = order[start : min(start + WINDOW * batch_size, len(order) - len(rest))]
-        window.sort(key=lambda row: lengths[row])
+    num_full = len(order) // batch_size * batch_size
+    batches, full, rest = [], order[:num_full], order[num_full:]  # the small batch stays last, whatever its lengths
+    for start in range(0, num_full, WINDOW * batch_size):
+        window = sorted(full[start : start + WINDOW * batch_size], key=lambda row: lengths[row])
         grouped = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
         rng.shuffle(grouped)
         batches += grouped
@@ -214,25 +213,22 @@ class StepBatch:
         return [where for micro_batch in self.micro_batches for where in micro_batch.where if where]
 
 
+@dataclass(frozen=True)
 class Batches:
     """The batches of a run by step: any step can be reached without going through those before it."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        *,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        shuffle: bool,
-        pad_id: int,
-        rank: int = 0,
-        num_processes: int = 1,
-    ) -> None:
-        self.rows, self.batch_size, self.micro_batch_size = rows, batch_size, micro_batch_size
-        self.seed, self.shuffle, self.pad_id = seed, shuffle, pad_id
-        self.rank, self.num_processes = rank, num_processes
-        self.steps_per_epoch = math.ceil(len(rows) / batch_size)
+    rows: Rows
+    batch_size: int
+    micro_batch_size: int
+    seed: int
+    shuffle: bool
+    pad_id: int
+    rank: int = 0
+    num_processes: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size)
 
     def steps(self, first: int, last: int) -> Iterator[StepBatch | None]:
         """Yield this process's share of steps first … last − 1, then None.

