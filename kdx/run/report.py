@@ -16,7 +16,6 @@ from rich.table import Table
 from kdx.config import Config, as_dict
 from kdx.data.encode import Data
 from kdx.errors import printable
-from kdx.evaluate import peak_memory as peak_memory
 from kdx.run.folder import Record
 from kdx.store import TeacherStore
 from kdx.version import __version__
