@@ -79,33 +79,10 @@ def test_head_of_backbone_is_what_the_model_computes(kind):
         check_split(build(kind, dtype, spread=4.0 if dtype.itemsize > 2 else 1.0), "student")
 
 
-def test_what_each_family_does_to_its_logits_is_seen():
-    assert head_of(build("cohere, logit_scale")).scale == 0.0625
-    assert head_of(build("granite, logits_scaling")).scale == 1 / 8
-    assert head_of(build("gemma2, soft-capped")).softcap == 0.5
-    assert head_of(build("phi, bias")).bias.shape == (V,)
-    tied, untied = build("llama, tied"), build("llama, untied")
-    assert head_of(tied).weight is tied.get_input_embeddings().weight
-    assert head_of(untied).weight is not untied.get_input_embeddings().weight
-    plain = head_of(tied)
-    assert (plain.scale, plain.softcap, plain.bias) == (1.0, None, None)
-
-
 def random_head(dtype=torch.float64, **how):
     g = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for shape in [(V, d), (V,)])
     return Head(weight, bias, **how), torch.randn(6, d, generator=g, dtype=torch.float64).to(dtype)
-
-
-@pytest.mark.parametrize("how", [{}, {"scale": 0.3}, {"softcap": 5.0}, {"scale": 0.3, "softcap": 2.0}])
-def test_head_follows_its_formula(how):
-    head, hidden = random_head(**how)
-    scale, cap = how.get("scale", 1.0), how.get("softcap")
-    for i in range(len(hidden)):
-        for v in range(V):
-            z = scale * (torch.dot(hidden[i], head.weight[v]) + head.bias[v])
-            z = z if cap is None else cap * torch.tanh(z / cap)
-            assert head.logits(hidden)[i, v].item() == pytest.approx(z.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("how", [{}, {"scale": 0.3}, {"softcap": 5.0}, {"scale": 0.3, "softcap": 2.0}])
@@ -307,13 +284,18 @@ def test_an_adapter_is_refused(folder):
         load(folder)
 
 
-# ---- devices
+# ---- speed
 
 
 def test_a_cpu_takes_eager_attention_for_short_rows():
-    cpu, auto, sdpa = torch.device("cpu"), given(path="x"), given(path="x", attn_implementation="sdpa")
+    cpu, auto = torch.device("cpu"), given(path="x")
     assert [causal_lm.attention_for(auto, cpu, length) for length in (256, 257)] == ["eager", None]
-    assert causal_lm.attention_for(sdpa, cpu, 10) == "sdpa"
+
+
+def test_no_forward_looks_for_padding(folder):
+    """transformers would compare the ids with the pad token, for which a GPU has to wait."""
+    model = load(folder).base_model
+    model.warn_if_padding_and_no_attention_mask(None, None)
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])

@@ -86,7 +86,7 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
         ("objective", training.objective.mix.formula()),
         ("steps", f"{training.max_steps}{steps_from}, batch size {batches.batch_size}{micro}, {epochs:.2f} epochs"),
         ("optimizer", f"{optimizer}, {config.optim.schedule}{warmup_words}"),
-        ("row length", f"at most {training.max_length} tokens{length_from}, {batches.padding(training.max_steps):.1%} padding"),
+        ("row length", f"at most {training.max_length} tokens{length_from}"),
     ]  # fmt: skip
     return [f"kdx {__version__}", *(f"  {name:<16}{text}" for name, text in lines)]
 
