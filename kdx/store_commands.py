@@ -49,7 +49,8 @@ def _fill(config: Config) -> None:
     tokenizer, max_length = load_tokenizer(config)
     data = load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS)
     rows = {row.digest: row for row in (*data.held_out, *data.train)}
-    teacher = build_teacher(config, machine.device, max_length, [*rows.values()], is_repeated=True)
+    counted = {digest: row.num_counted for digest, row in rows.items()}
+    teacher = build_teacher(config, machine.device, max_length, counted, is_repeated=True)
     if teacher is None or (store := teacher.store) is None:
         raise ConfigError("teacher", "is none, so there is nothing to store", "Choose a teacher")
     log.info("teacher cache: %s", teacher.store_words)

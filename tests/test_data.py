@@ -14,8 +14,8 @@ from kdx.config import replaced
 from kdx.data import encode
 from kdx.data import sources as kdx_data
 from kdx.data.encode import load_data
-from kdx.data.sources import check_source, raise_faults, read_conversations, register_source, split
-from kdx.errors import ConfigError, DataError
+from kdx.data.sources import check_source, read_conversations, register_source, split
+from kdx.errors import ConfigError, DataError, first_of
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ def said(conversation):
 def read(config):
     """Read, check and split → the conversations to train on and those held out, and how many fell to which rule."""
     found = read_conversations(config)
-    raise_faults(config, found, [])
+    if found.faults:
+        raise first_of(found.faults)
     train, held_out = ([found[i] for i in part] for part in split(config, found))
     return types.SimpleNamespace(
         train=train, held_out=held_out, dropped=+found.dropped, changed=+found.changed, notes=found.notes

@@ -21,7 +21,7 @@ import xxhash
 from kdx import plugins
 from kdx.config import COMMIT, Config, ModelConfig, as_dict
 from kdx.data.files import resolve_path
-from kdx.run.files import cache_dir, write_beside
+from kdx.run.files import cache_dir, digest_of, write_beside
 
 # Keys, or groups of keys, that cannot change the student.
 FREE = (
@@ -126,14 +126,11 @@ def content_hash(file: Path) -> str:
     known = cache_dir() / "hashes" / xxhash.xxh3_128_hexdigest(about.encode())
     if stat.st_size > BLOCK and known.is_file():
         return known.read_text()
-    content = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            content.update(block)
+    content = digest_of(file)
     if stat.st_size > BLOCK:
         with suppress(OSError):  # it only saves time
-            write_beside(known, content.hexdigest())
-    return content.hexdigest()
+            write_beside(known, content)
+    return content
 
 
 def _data(config: Config) -> str | None:
