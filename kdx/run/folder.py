@@ -191,7 +191,8 @@ class RunFolder:
             is_clear = isinstance(failure, KdxError)
             reason = str(failure) if is_clear else f"{type(failure).__name__}: {failure}".splitlines()[0]
             state = "diverged" if isinstance(failure, DivergedError) else "failed"
-            if self.is_main or self.status().get("state") == "running":
+            now = self.status().get("state")
+            if now == "running" or (self.is_main and now != "done"):  # what fails after a run is done loses nothing
                 with suppress(OSError):  # a full disk: the error itself is printed
                     self.write_status(state, reason, exit_code(failure))
             raise error
