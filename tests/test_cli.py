@@ -585,7 +585,7 @@ def test_no_secret_is_written_down(monkeypatch):
     assert redact(plain) == plain
 
 
-def test_plugins_are_imported_kept_and_hashed(monkeypatch):
+def test_plugins_are_imported_and_kept(monkeypatch):
     write("my_kdx_loss.py", "LOADED = True\n")
     write("my_kdx_pack/__init__.py", "from my_kdx_pack import inner\n")
     write("my_kdx_pack/inner.py", "X = 1\n")
@@ -594,9 +594,6 @@ def test_plugins_are_imported_kept_and_hashed(monkeypatch):
     plugins.keep(Path("r"))
     kept = {file.relative_to("r/plugins").as_posix() for file in Path("r/plugins").rglob("*.py")}
     assert kept == {"my_kdx_loss.py", "my_kdx_pack/__init__.py", "my_kdx_pack/inner.py"}
-    before = plugins.digest()
-    write("my_kdx_pack/inner.py", "X = 2\n")
-    assert plugins.digest() != before
     monkeypatch.setenv("KDX_PLUGINS", "no_such_module")
     with pytest.raises(KdxError, match="KDX_PLUGINS: cannot import no_such_module"):
         plugins.load()
