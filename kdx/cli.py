@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx import plugins
-from kdx.errors import MACHINE, ConfigError, KdxError, out_of_memory, printable
+from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, out_of_memory, printable
 from kdx.run.redact import redact
 from kdx.version import __version__
 from kdx.words import CONF, groups_in
@@ -207,6 +207,10 @@ def _hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
     sys.argv = [sys.argv[0], *words]
     try:
         hydra.main(config_path="pkg://kdx.conf", config_name="config", version_base="1.3")(job)()
+    except RuntimeError as error:
+        if "srun" not in str(error):
+            raise
+        raise MachineError("hydra/launcher", "slurm needs srun", "Run it on a node of a Slurm cluster") from None
     except (HydraException, OmegaConfBaseException) as error:
         what = " ".join(str(error).split())[:300].rstrip(".")
         raise ConfigError("hydra", what, "See python -m kdx --hydra-help") from None

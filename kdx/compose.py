@@ -79,7 +79,9 @@ class Plan:
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
     """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
-    return plan(list(overrides or []), Source(config_dir=config_dir)).points[0].config
+    (point,) = plan(list(overrides or []), Source(config_dir=config_dir)).points
+    point.config._words = point.words
+    return point.config
 
 
 def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:

@@ -77,7 +77,7 @@ def alike(name: str, words: list[str], parse: Callable[[list[str]], argparse.Nam
 
 def newest() -> Path:
     """Find the run under outputs/ that stopped last and can be resumed. Raises ConfigError."""
-    files = [file for depth in ("*/*", "sweeps/*/*") for file in Path("outputs").glob(f"{depth}/status.json")]
+    files = [file for depth in ("*", "*/*", "sweeps/*/*") for file in Path("outputs").glob(f"{depth}/status.json")]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         state = json.loads(file.read_text(encoding="utf-8")).get("state")
         if state in ("interrupted", "failed", "running") and is_resumable(file.parent) and not _is_held(file.parent):

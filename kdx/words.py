@@ -52,9 +52,9 @@ _MEANT = {
     "data.take": "max_train_samples max_samples limit_train_batches",
     "data.assistant_only": "train_on_inputs assistant_only_loss completion_only_loss",
     "data.shuffle? It groups rows by length": "group_by_length shuffle_data",
-    "teacher=hf teacher.path": "teacher_model_name_or_path teacher_model teacher_name teacher_path "
+    "teacher=hf teacher.path": "teacher_spec teacher_model_name_or_path teacher_model teacher_name teacher_path "
     "teacher.name teacher.model teacher.model_name teacher.model_name_or_path",
-    "student=hf student.path": "model_name_or_path student_model model_name model_id model base_model student.name "
+    "student=hf student.path": "student_module model_name_or_path student_model model_name model_id model base_model student.name "
     "student.model student.model_name",
     "teacher.quantization=8bit": "load_in_8bit",
     "teacher.quantization=4bit": "load_in_4bit",

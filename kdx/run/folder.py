@@ -136,13 +136,8 @@ class RunFolder:
         write_beside(self.path / "config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
         write_beside(self.path / "overrides.yaml", yaml.safe_dump(redact(record.words), allow_unicode=True))
         write_json(self.path / "record.json", {"swept": record.swept, "sources": record.sources})
-        command = shlex.join(["python", "-m", "kdx", *redact(record.command)]) if record.command else self._python()
-        write_beside(self.path / "command.txt", command + "\n")
+        write_beside(self.path / "command.txt", shlex.join(["python", "-m", "kdx", *redact(record.command)]) + "\n")
         plugins.keep(self.path)
-
-    def _python(self) -> str:
-        """The call that repeats a run which was started from Python."""
-        return f'python -m kdx run.like={self.path}  # started from Python: distill(config, Path("{self.path}"))'
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Keep what decides which student comes out, or compare it with what was kept. Raises ConfigError.
