@@ -10,9 +10,6 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.machinery import PathFinder
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ import xxhash
 from kdx import plugins
 from kdx.config import COMMIT, Config, ModelConfig, as_dict
 from kdx.data.files import resolve_path
-from kdx.run.files import cache_dir, write_beside
+from kdx.run.files import cache_dir, digest_of, write_beside
 
 # Keys, or groups of keys, that cannot change the student.
 FREE = (
@@ -50,7 +47,7 @@ def identity(config: Config) -> dict[str, Any]:
         "student": _model(config.student, WEIGHTS[:1] if config.student.init == "random" else WEIGHTS),
         "tokenizer": _joined([_model(model, TOKENIZER, model.tokenizer) for model in models]),
         "chat_template": content_hash(Path(template)) if os.path.isfile(template) else None,
-        "plugins": _joined([content_hash(file) for file in _plugin_files()]),
+        "plugins": _joined([content_hash(file) for file in plugins.files()]),
     }
 
 
@@ -78,7 +75,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat |= leaves(value, prefix if name == "options" else f"{prefix}{name}.")
+            flat |= leaves(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat
@@ -126,14 +123,11 @@ def content_hash(file: Path) -> str:
     known = cache_dir() / "hashes" / xxhash.xxh3_128_hexdigest(about.encode())
     if stat.st_size > BLOCK and known.is_file():
         return known.read_text()
-    content = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            content.update(block)
+    content = digest_of(file)
     if stat.st_size > BLOCK:
         with suppress(OSError):  # it only saves time
-            write_beside(known, content.hexdigest())
-    return content.hexdigest()
+            write_beside(known, content)
+    return content
 
 
 def _data(config: Config) -> str | None:
@@ -173,16 +167,6 @@ def _commit(kind: str, repo: str, revision: str | None) -> str | None:
 
     kept = Path(HF_HUB_CACHE, f"{kind}--{repo.replace('/', '--')}", "refs", revision or "main")
     return revision if COMMIT.fullmatch(revision or "") else kept.read_text().strip() if kept.is_file() else None
-
-
-def _plugin_files() -> list[Path]:
-    """Find the files of the user's modules, of a package all, without importing them."""
-    names = {
-        name.partition(".")[0] for name in (*plugins.named(), *(e.module for e in entry_points(group="kdx.plugins")))
-    }
-    specs = [find_spec(name) or PathFinder.find_spec(name, [os.getcwd()]) for name in sorted(names)]
-    files = [Path(spec.origin) for spec in specs if spec and spec.origin]
-    return [f for file in files for f in (sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file])]
 
 
 def _joined(parts: Sequence[str | None]) -> str | None:
