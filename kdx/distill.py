@@ -86,6 +86,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         if not training.restore(folder):
             results.check_room(training, path)
             folder.keep("untouched.json", training.untouched(judge))
+        judge.free_teacher()
         with Tracker(folder, config, record, training, is_main=is_main) as tracker:
             tracker.header(report.header(config, record, data, training))
             results.warn_about(folder, data)
