@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from kdx.causal_lm import attention_for, checkpoint_activations, head_of
 from kdx.config import Config, TrainConfig
-from kdx.data.batches import Batches, Row, Rows
+from kdx.data.batches import Batches, Rows
 from kdx.data.encode import Data
 from kdx.data.sources import check_source
 from kdx.errors import ConfigError, KdxError, together
@@ -53,10 +53,16 @@ def build_batches(config: Config, rows: Rows, tokenizer: Any, machine: Accelerat
     )
 
 
-def rows_to_ask(config: Config, data: Data, batches: Batches) -> list[Row]:
-    """List the rows that a run asks the teacher about: those held out, and with a distillation term those trained on."""
-    seen = batches.rows_seen(num_steps(config.train, batches)) if config.loss.alpha > 0 else []
-    return [*data.held_out, *(data.train[i] for i in seen)]
+def rows_to_ask(config: Config, data: Data, batches: Batches) -> dict[str, int]:
+    """Return digest → counted positions of each row that a run asks the teacher about.
+
+    These are the rows held out, and with a distillation term those trained on.
+    """
+    asked = dict(zip(data.held_out.digests, data.held_out.num_counted.tolist(), strict=True))
+    if config.loss.alpha > 0:
+        digests, num_counted = data.train.digests, data.train.num_counted.tolist()
+        asked |= {digests[i]: num_counted[i] for i in batches.rows_seen(num_steps(config.train, batches))}
+    return asked
 
 
 def is_repeated(config: Config, record: Record, batches: Batches) -> bool:
@@ -65,12 +71,12 @@ def is_repeated(config: Config, record: Record, batches: Batches) -> bool:
 
 
 def build_teacher(
-    config: Config, device: torch.device, max_length: int, rows: list[Row], *, is_repeated: bool
+    config: Config, device: torch.device, max_length: int, rows: dict[str, int], *, is_repeated: bool
 ) -> Teacher | None:
     """Open the teacher's store for these rows, and load the teacher if it lacks one; None without a teacher.
 
-    is_repeated: whether rows are asked for more than once. Raises ModelError, or MachineError if the
-    store must be on and has no room.
+    rows: digest → counted positions. is_repeated: whether rows are asked for more than once. Raises ModelError, or
+    MachineError if the store must be on and has no room.
     """
     if config.teacher.path is None:
         return None
@@ -79,7 +85,7 @@ def build_teacher(
     store, words = open_store(config.teacher, identity, rows, is_repeated=is_repeated)
     teacher = load_teacher(config.teacher, device, max_length, identity, store)
     teacher.store_words = words
-    if store and store.missing([row.digest for row in rows]):
+    if store and store.missing(list(rows)):
         teacher.load()  # what is wrong with the model shows now, not in the middle of the run
     return teacher
 

@@ -19,6 +19,7 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -33,7 +34,7 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 from kdx.config import SAFE_NAME, ModelConfig
 from kdx.data.batches import MicroBatch
 from kdx.data.files import nearby, resolve_path
-from kdx.errors import KdxError, MachineError, ModelError, of_hub, out_of_memory, shortened
+from kdx.errors import KdxError, MachineError, ModelError, of_hub, one_line, out_of_memory
 from kdx.run.files import cache_dir, read_json, whole_folder
 from kdx.run.identity import content_hash
 
@@ -302,8 +303,7 @@ def loading(path: str, what: str, key: str) -> Iterator[None]:
     except KdxError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())
-        what, hint = f"cannot load the {what} in {path}: {shortened(text).rstrip('.')}", nearby(Path(path))
+        what, hint = f"cannot load the {what} in {path}: {one_line(error)}", nearby(Path(path))
         if memory := out_of_memory(error):
             raise memory from error
         if isinstance(error, ImportError):
@@ -311,6 +311,8 @@ def loading(path: str, what: str, key: str) -> Iterator[None]:
         if not Path(path).exists():
             what = f"{path} is not a folder here, and cannot be read from the hub"
             raise of_hub(error, ModelError, key, what, "Log in for gated models (hf auth login). " + hint) from error
+        if isinstance(error, SafetensorError):
+            hint = "Copy the weights again; from git: git lfs pull"
         raise ModelError(key, what, hint) from error
 
 

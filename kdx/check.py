@@ -198,7 +198,8 @@ def disk_lines(training: Training, path: Path) -> list[str]:
 def time_line(training: Training, data: Data, cost: Cost) -> str:
     """Estimate how long steps and measures would take, from the one row that was measured."""
     config, processes, max_steps = training.config, training.machine.num_processes, training.max_steps
-    tokens = training.batches.num_input_tokens(max_steps)
+    batches = training.batches
+    tokens = int(max_steps / batches.steps_per_epoch * batches.rows.lengths.sum())
     per_token = cost.step_seconds + (cost.teacher_seconds if config.loss.alpha > 0 else 0)
     held_out = int(data.held_out.lengths.sum())
     num_measures = 2 + ((max_steps - 1) // config.train.eval_every if config.train.eval_every else 0)

@@ -79,7 +79,7 @@ def _of_shape(error: ValidationError, tree: dict[str, Any], known: list[str]) ->
             what = f"is {show(value)}, but has keys of its own"
             found.setdefault(key, ConfigError(key, what, f"Set those: {key}.NAME=..."))
         else:
-            near = get_close_matches(str(value), schema.get("enum", ()), n=1)
+            near = get_close_matches(str(value), schema.get("enum", ()), n=1, cutoff=0.65)
             hint = (f"Did you mean {near[0]}? " if near else "") + f"Expected {_expected(schema)}"
             meaning = schema.get("description", "").rstrip(".")
             found.setdefault(key, ConfigError(key, f"is {show(value)}", f"{hint}. {meaning}".rstrip(". ")))

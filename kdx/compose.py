@@ -163,6 +163,10 @@ class Composer:
         """Read words as Hydra does; values become ++KEY=VALUE, so that every key reaches the check. Raises ConfigError."""
         faults, overrides = [], []
         for word in (hydras for typed in renamed(words) for hydras in self._spelt(typed)):
+            if "=" not in word and not word.startswith("~"):
+                hint = "A value with spaces needs quotes: KEY='\"a b\"'"
+                faults.append(ConfigError(word, "is not KEY=VALUE", hint))
+                continue
             try:
                 (override,) = self._parser.parse_overrides([word])
                 if not override.key_or_group:
@@ -175,10 +179,14 @@ class Composer:
                     raise HydraException("it has no value")
                 overrides.append(override)
             except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
-                what = _one_line(error).removeprefix(f"Error parsing override '{word}' ")
+                what = _one_line(error).removeprefix(f"Error parsing override '{word}' ").partition(" expecting ")[0]
                 key, _, value = word.removeprefix("++").partition("=")
                 quoted = shlex.quote(f'{key}="{value}"')
-                faults.append(ConfigError(key or repr(word), f"cannot be read ({what})", f"Quote the value: {quoted}"))
+                faults.append(
+                    ConfigError(
+                        key or word.removeprefix("++"), f"cannot be read ({what})", f"Quote the value: {quoted}"
+                    )
+                )
         if faults:
             raise together(faults)
         return overrides
@@ -227,7 +235,7 @@ class Composer:
         _free(cfg, {key: at for key, (at, _) in rank.items()})
         tree = _resolved(cfg, faults)
         is_default_data = "data" not in keys and tree["data"].get("name") == "chitchat"
-        if is_default_data and "data.path" in keys and not str(tree["data"].get("path")).startswith("pkg:"):
+        if is_default_data and "data.path" in keys and not str(tree["data"].get("path", "pkg:")).startswith("pkg:"):
             hint = "Choose the format: data=pairs or data=messages"
             faults.append(ConfigError("data.path", "is given, but data=chitchat has its own data", hint))
         return Point(words_typed(words), checked(tree, faults, keys, base.keys), {k: v for k, (_, v) in rank.items()})
@@ -243,14 +251,14 @@ class Composer:
             if options is None or word.is_delete() or word.package:
                 kept.append(str(word.input_line))
                 if gone := foreign(str(word.input_line)):
-                    faults.append(ConfigError(kept.pop(), "is not there", gone))
+                    faults.append(ConfigError(kept.pop(), "is not an option", gone))
                 continue
             values = [str(v) for v in word.sweep_string_iterator()] if word.is_sweep_override() else [str(word.value())]
             values = ["null" if value == "None" else value for value in values]
             wrong = [value for value in values if value not in options]
             for value in wrong:
                 hints = [foreign(f"{key}={value}") or did_you_mean(value, options) + "."]
-                hints += [f"Any other model: {key}=hf {key}.path=org/name."] if key in MODELS else []
+                hints += [f"Any other model: {key}=hf {key}.path=org/name or a folder."] if key in MODELS else []
                 hint = " ".join([*hints, "Your own options: --config-dir FOLDER"])
                 faults.append(ConfigError(f"{key}={value}", f"{key} has no option {value or repr(value)}", hint))
             kept += [] if wrong else [f"{key}={values[0]}"]
@@ -286,9 +294,9 @@ class Composer:
         except UnicodeDecodeError as error:
             raise ConfigError("YAML", f"a file is not UTF-8: {error}", "Save it as UTF-8") from None
         except (*HYDRA_ERRORS, ValueError, OSError, AssertionError, RecursionError) as error:
-            if package := re.search(r"'hydra/launcher/(joblib|submitit)\w*'", str(error)):
-                what, fix = f"needs hydra-{package[1]}-launcher", f"pip install hydra-{package[1]}-launcher"
-                raise ConfigError("hydra/launcher", what, fix) from None
+            if found := re.search(r"'hydra/(launcher|sweeper)/(submitit|optuna|ax|nevergrad)\w*'", str(error)):
+                group, package = found[1], f"hydra-{found[2]}-{found[1]}"
+                raise ConfigError(f"hydra/{group}", f"needs {package}", f"pip install {package}") from None
             hint = "`python -m kdx --info defaults` lists what is composed"
             raise ConfigError("config", _one_line(error) or "its defaults never end", hint) from None
         finally:

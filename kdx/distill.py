@@ -85,7 +85,8 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         folder.begin(results.facts(data, training))  # refused if it is another run's
         if not training.restore(folder):
             results.check_room(training, path)
-            folder.keep("untouched.json", training.untouched(judge))
+            with training.whole():
+                folder.keep("untouched.json", judge.before_training(training.student))
         judge.free_teacher()
         with Tracker(folder, config, record, training, is_main=is_main) as tracker:
             tracker.header(report.header(config, record, data, training))

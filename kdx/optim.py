@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from kdx.config import OptimConfig
-from kdx.errors import ConfigError, MachineError, did_you_mean, together
+from kdx.errors import ConfigError, MachineError, did_you_mean, one_line, together
 from kdx.plugins import option_faults
 
 
@@ -48,7 +48,7 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
     try:
         return kind([g for g in groups if g["params"]], lr=config.lr, **options)
     except Exception as error:  # a library's class checks its options as it likes
-        raise ConfigError("optim", f"{config.name}: {_one_line(error)}", "See conf/optim/ for its options") from error
+        raise ConfigError("optim", f"{config.name}: {one_line(error)}", "See conf/optim/ for its options") from error
 
 
 def state_bytes(config: OptimConfig, like: Tensor) -> float:
@@ -77,8 +77,4 @@ def build_schedule(config: OptimConfig, optimizer: Optimizer, max_steps: int) ->
         )
     except (TypeError, ValueError) as error:
         key = "optim.schedule_options"
-        raise ConfigError(key, f"{config.schedule}: {_one_line(error)}", f"Set one with +{key}.NAME=...") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:300]
+        raise ConfigError(key, f"{config.schedule}: {one_line(error)}", f"Set one with +{key}.NAME=...") from None

@@ -32,7 +32,6 @@ from xxhash import xxh3_64
 
 from kdx.causal_lm import DTYPES, Head, load_config
 from kdx.config import TeacherConfig
-from kdx.data.batches import Row
 from kdx.data.files import at_home
 from kdx.errors import MachineError
 from kdx.run.files import in_bytes, open_to_umask, read_json, room, size_of, whole_file, write_json
@@ -210,19 +209,18 @@ class TeacherStore:
 
 
 def open_store(
-    config: TeacherConfig, identity: Identity, rows: Sequence[Row], *, is_repeated: bool
+    config: TeacherConfig, identity: Identity, counted: dict[str, int], *, is_repeated: bool
 ) -> tuple[TeacherStore | None, str]:
     """Open the store for the rows that a run will ask for → the store or None, and where it is, or why off, in words.
 
-    is_repeated: whether this run or others of its sweep ask for a row twice. Raises MachineError if the store must be
-    on and there is no room for it.
+    counted: digest → counted positions of these rows. is_repeated: whether this run or others of its sweep ask for a
+    row twice. Raises MachineError if the store must be on and there is no room for it.
     """
     if config.store == "off" or (config.store == "auto" and not is_repeated):
         return None, "off" if config.store == "off" else "off (one epoch: nothing to reuse)"
     root = at_home(config.store_dir, "teacher.store_dir").resolve()
-    limit, name = config.store_limit_gb and config.store_limit_gb * 1e9, config.base_model or config.path or ""
-    store = TeacherStore(root, identity, name=name, limit_bytes=limit)
-    counted = {row.digest: row.num_counted for row in rows}
+    limit_bytes = config.store_limit_gb and config.store_limit_gb * 1e9
+    store = TeacherStore(root, identity, name=str(config.base_model or config.path), limit_bytes=limit_bytes)
     missing = store.missing(list(counted))
     shape = load_config(config, "teacher").get_text_config()
     num_vectors = sum(counted[d] for d in missing) + (0 if (store.folder / HEAD).exists() else shape.vocab_size)

@@ -6,11 +6,12 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.markup import escape
 from rich.table import Table
 
-from kdx.build import build_batches, build_teacher, check_names
+from kdx.build import build_teacher
 from kdx.config import Config, replaced
 from kdx.data.batches import collate
 from kdx.data.encode import load_data
@@ -22,15 +23,9 @@ from kdx.run.launch import build_accelerator
 from kdx.run.report import store_line
 from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries, working
 from kdx.store import compact, count_rows
-from kdx.tokenizer import load_tokenizer
+from kdx.tokenizer import load_tokenizer, pad_id_of
 
-FILL_ROWS = 8  # at least so many rows in a pass: it needs less memory than training
-HELP = """
-fill KEY=VALUE ...   run the teacher over all rows of a run or sweep (words as for the run), so that its jobs need not
-stat                 list the teachers, their rows and sizes, and when each was last used
-verify               compare the checksum of every row; exit code 3 if one is damaged
-prune                join small shards, drop damaged rows and, with --unused-days, teachers that no run used lately
-"""
+FILL_ROWS = 8  # rows in a pass, unless teacher.micro_batch_size says
 
 
 def fill(configs: Sequence[Config]) -> None:
@@ -40,9 +35,6 @@ def fill(configs: Sequence[Config]) -> None:
     unique = {repr((config.teacher, config.data, config.student)): config for config in configs}
     with logging_to(None, is_main=os.environ.get("RANK", "0") == "0"):
         for config in unique.values():
-            if config.teacher.path is None:
-                raise ConfigError("teacher", "is none, so there is nothing to store", "Choose a teacher")
-            check_names(config)
             _fill(replaced(config, teacher=replaced(config.teacher, store="on")))
 
 
@@ -51,20 +43,20 @@ def _fill(config: Config) -> None:
     is_main = machine.is_main_process
     tokenizer, max_length = load_tokenizer(config)
     data = load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS)
-    batches = build_batches(config, data.train, tokenizer, machine)
     rows = {row.digest: row for row in (*data.held_out, *data.train)}
-    teacher = build_teacher(config, machine.device, max_length, [*rows.values()], is_repeated=True)
-    assert teacher is not None and teacher.store is not None
-    store = teacher.store
+    counted = {digest: row.num_counted for digest, row in rows.items()}
+    teacher = build_teacher(config, machine.device, max_length, counted, is_repeated=True)
+    if teacher is None or (store := teacher.store) is None:
+        raise ConfigError("teacher", "is none, so there is nothing to store", "Choose a teacher")
     log.info("teacher cache: %s", teacher.store_words)
     missing = sorted((rows[digest] for digest in store.missing([*rows])), key=lambda row: -len(row.tokens))
-    size = max(FILL_ROWS, batches.micro_batch_size, teacher.rows_at_once or 0)
+    size = teacher.rows_at_once or FILL_ROWS
     groups = [missing[i : i + size] for i in range(0, len(missing), size)]
     groups = groups[machine.process_index :: machine.num_processes]
     try:
         with working("Running teacher", len(groups), is_main) as advance:
             for group in groups:
-                teacher.answer(collate(group, batches.pad_id))
+                teacher.answer(collate(group, pad_id_of(tokenizer)))
                 advance()
         if is_main:
             teacher_samples(teacher, tokenizer, data.prompts)
@@ -78,13 +70,12 @@ def _fill(config: Config) -> None:
 
 
 def manage(words: list[str]) -> int:
-    """Run `kdx store stat | verify | prune`, or answer --help → the exit code. Raises ConfigError or MachineError."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("kdx store", description=HELP.strip(), formatter_class=layout)
+    """Run `kdx store stat | verify | prune` → the exit code. Raises ConfigError or MachineError."""
+    parser = argparse.ArgumentParser("kdx store", add_help=False)
+    parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument("command", choices=("fill", "stat", "verify", "prune"))
-    where = "the store's folder; default: $KDX_STORE, else outputs/teacher-store"
-    parser.add_argument("folder", nargs="?", default="", metavar="teacher.store_dir=FOLDER", help=where)
-    parser.add_argument("--unused-days", type=float, metavar="N", help="prune: remove teachers unused for N days")
+    parser.add_argument("folder", nargs="?", default="")
+    parser.add_argument("--unused-days", type=float)
     args = parser.parse_args(words)
     folder = args.folder.removeprefix("teacher.store_dir=") or os.environ.get("KDX_STORE") or "outputs/teacher-store"
     root = at_home(folder, "teacher.store_dir").resolve()
@@ -96,6 +87,10 @@ def manage(words: list[str]) -> int:
     else:
         _show(root, teachers, is_verify=args.command == "verify")
     return 0
+
+
+def _usage_error(message: str) -> NoReturn:
+    raise ConfigError("kdx store", message, "See kdx store --help")
 
 
 def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> None:

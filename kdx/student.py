@@ -98,9 +98,8 @@ def cut(
             None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attn_implementation,
             output_loading_info=True,
         )  # fmt: skip
-    left = [name for name in report["unexpected_keys"] if name.startswith(f"{stack}.")]
-    if wrong := sorted(report["missing_keys"]) or left:
-        what = f"the weights in {path} do not fit the student: {wrong[0]} is missing or left over"
+    if missing := sorted(report["missing_keys"]):
+        what = f"the weights in {path} do not fit the student: {missing[0]} is missing"
         raise ModelError("teacher.path", what, "Choose other layers, or another teacher")
     model.config.name_or_path = path
     _take_generation_config(model, teacher, "teacher")
@@ -147,8 +146,8 @@ def saved_dtype(config: StudentConfig, teacher: TeacherConfig) -> str:
     return {torch.float32: "fp32", torch.float16: "fp16"}.get(dtype, "bf16")
 
 
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
-    """Cast a student's weights to the dtype it is saved in, or to bfloat16 if float16 would overflow → that dtype."""
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast a student's weights to the dtype it is saved in, or to bfloat16 if float16 would overflow."""
     weights = [tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()]
     if dtype == torch.float16 and any(weight.detach().half().isinf().any() for weight in weights):
         log.warning("the student is saved as bf16: some of its weights are too large for fp16")
@@ -156,7 +155,6 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
     for weight in weights:  # buffers that are not saved, such as rotary frequencies, stay in float32 as when loaded
         weight.grad = None
         weight.data = weight.data.to(dtype)
-    return dtype
 
 
 def describe(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
@@ -105,6 +106,7 @@ class Training:
         optimizer = build_optimizer(config.optim, objective)
         self.schedule = build_schedule(config.optim, optimizer, self.max_steps)
         self.module, self.optimizer, self.student = sharding.prepare(machine, objective, optimizer)
+        self.whole = partial(sharding.whole, objective, self.student)
         torch.manual_seed(config.train.seed + machine.process_index)  # dropout; fresh weights are drawn by now
         stored = "on" if teacher and teacher.store else "off"
         self.versions = {name: version(name) for name in LIBRARIES}
@@ -170,7 +172,7 @@ class Training:
         random_states = gather_object([checkpoint.random_state()])
         self.state.saved = self.state.step
         optimizer = sharding.optimizer_state(self.objective, self.optimizer)
-        with sharding.whole(self.objective, self.student):
+        with self.whole():
             if self.machine.is_main_process:
                 self.state.lines = num_bytes(folder.path / "metrics.jsonl")
                 checkpoint.save(
@@ -187,14 +189,9 @@ class Training:
         self.machine.wait_for_everyone()
         self._saved_at, self.is_save_due = time.monotonic(), False
 
-    def untouched(self, judge: Judge) -> dict[str, Any]:
-        """Measure and sample teacher and student before training."""
-        with sharding.whole(self.objective, self.student):
-            return judge.before_training(self.student)
-
     def measure(self, judge: Judge) -> Measures:
         """Take the held-out measures of the student as it is."""
-        with sharding.whole(self.objective, self.student):
+        with self.whole():
             return judge(self.student)
 
     def keep_if_best(self, measures: Measures, folder: RunFolder) -> None:
@@ -204,7 +201,7 @@ class Training:
         if value is not None and value < state.best - config.early_stopping.min_delta:
             state.best, state.best_step, state.num_worse = value, state.step, 0
             if config.keep == "best":
-                with sharding.whole(self.objective, self.student):
+                with self.whole():
                     if self.machine.is_main_process:
                         checkpoint.save_weights(checkpoint.best_file(folder.path), self.student)
         else:
@@ -238,17 +235,23 @@ class Training:
         self.is_save_due = bool(is_late)
         return {name: value / max(batch.num_tokens, 1) for name, value in zip(names, values, strict=True)}, norm
 
+    def update(self, batch: StepBatch, terms: dict[str, float], norm: float) -> bool:
+        """Step optimizer and schedule → False if the step is not finite and was skipped. Raises DivergedError."""
+        is_finite = self.is_finite(terms, norm)
+        if is_finite:
+            self.optimizer.step()
+        else:
+            self._skip_or_stop(batch, terms)
+        if not (is_finite and self.machine.optimizer_step_was_skipped):
+            self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return is_finite
+
     def is_finite(self, terms: dict[str, float], norm: float) -> bool:
         """Return whether a step may change the weights. The scaler of fp16 skips gradients that overflow by itself."""
         return all(map(math.isfinite, terms.values())) and (self.machine.scaler is not None or math.isfinite(norm))
 
-    def update(self) -> None:
-        """Step the optimizer and the schedule."""
-        self.optimizer.step()
-        if not self.machine.optimizer_step_was_skipped:
-            self.schedule.step()
-
-    def skip_or_stop(self, batch: StepBatch, terms: dict[str, float]) -> None:
+    def _skip_or_stop(self, batch: StepBatch, terms: dict[str, float]) -> None:
         """Skip a step that is not finite, and say which rows it had. Raises DivergedError unless steps may be skipped."""
         state, config = self.state, self.config.train
         bad = [name for name, value in terms.items() if not math.isfinite(value)]
@@ -269,7 +272,6 @@ class Training:
         state.num_nonfinite += 1
         if self.machine.scaler is not None:  # it has unscaled the gradients, and waits for the step
             self.machine.scaler.update()
-        self.schedule.step()
         log.warning("step %d is skipped: %s", state.step + 1, what)
 
     def choose_weights(self, folder: RunFolder) -> None:
@@ -325,12 +327,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
             # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
             started, lr = time.perf_counter(), float(run.schedule.get_last_lr()[0])
             terms, norm = run.forward_backward(batch, stop)
-            is_finite = run.is_finite(terms, norm)
-            if is_finite:
-                run.update()
-            else:
-                run.skip_or_stop(batch, terms)
-            run.optimizer.zero_grad(set_to_none=True)
+            is_finite = run.update(batch, terms, norm)
             seconds = time.perf_counter() - started
             state.count(batch, terms | {"grad_norm": norm}, lr, seconds, is_skipped=not is_finite)
             tracker.advance(state.step, run.objective.mix.loss(terms), batch.num_input_tokens / seconds)

@@ -57,7 +57,7 @@ def test_the_files_of_a_finished_run(finished: Path) -> None:
     student = {path.name for path in (finished / "student").iterdir()}
     assert student >= {"config.json", "model.safetensors", "generation_config.json", "README.md", "tokenizer.json"}
     now = status(finished)
-    assert now.keys() == {"state", "reason", "step", "max_steps", "updated", "since"}
+    assert now.keys() == {"state", "reason", "step", "max_steps", "updated", "since", "owner"}
     assert (now["state"], now["reason"], now["step"], now["max_steps"]) == ("done", "", 4, 4)
     data = json.loads((finished / "data.json").read_text())
     assert data.keys() >= {

@@ -8,10 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from kdx.data.batches import Row, collate, pad_id_of
+from kdx.data.batches import Row, collate
 from kdx.data.encode import Encoder, prepare_tokenizer
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import DataError
+from kdx.tokenizer import pad_id_of
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -106,11 +107,16 @@ def counted_runs(tokenizer, row):
 
 def encode(tokenizer, *conversations, max_length=1000, on_long="error", assistant_only=True):
     """Encode, raising the first fault → the rows, the rules that dropped others, and how many were truncated."""
-    outcomes, num_truncated = Encoder(tokenizer, max_length, on_long, assistant_only).encode(conversations)
+    encoder = Encoder(tokenizer, max_length, on_long, assistant_only)
+    outcomes, is_truncated = zip(*map(encoder.encode, conversations), strict=True)
     for fault in outcomes:
         if isinstance(fault, DataError):
             raise fault
-    return [row for row in outcomes if isinstance(row, Row)], [r for r in outcomes if isinstance(r, str)], num_truncated
+    return (
+        [row for row in outcomes if isinstance(row, Row)],
+        [r for r in outcomes if isinstance(r, str)],
+        sum(is_truncated),
+    )
 
 
 def row_of(tokenizer, conversation, **options):
@@ -306,7 +312,8 @@ def test_rows_left_without_a_counted_token_are_dropped(make_tokenizer):
 def test_a_row_that_the_template_refuses_is_named_and_the_others_are_encoded(make_tokenizer):
     tokenizer = make_tokenizer(LLAMA2, ("<s>", "</s>"))
     bad = Conversation("x", [{"role": role, "content": "x"} for role in ("user", "user", "assistant")], "chat.jsonl:7")
-    (first, fault, last), _ = Encoder(tokenizer, 100, "error", True).encode([chat("a", "b"), bad, chat("c", "d")])
+    encoder = Encoder(tokenizer, 100, "error", True)
+    first, fault, last = (encoder.encode(one)[0] for one in (chat("a", "b"), bad, chat("c", "d")))
     assert str(fault).startswith("chat.jsonl:7: the chat template refuses the conversation: turns must alternate")
     assert [counted_runs(tokenizer, row) for row in (first, last)] == [[" b </s>"], [" d </s>"]]
 

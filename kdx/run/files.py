@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-import yaml
 
 from kdx.errors import MachineError
 
@@ -77,14 +76,6 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def read_yaml(file: Path) -> Any:
-    """Read YAML; None if the file is missing or damaged."""
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
 
 
 def verify(folder: Path) -> str | None:

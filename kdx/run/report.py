@@ -16,7 +16,6 @@ from rich.table import Table
 from kdx.config import Config, as_dict
 from kdx.data.encode import Data
 from kdx.errors import printable
-from kdx.evaluate import peak_memory as peak_memory
 from kdx.run.folder import Record
 from kdx.store import TeacherStore
 from kdx.version import __version__
@@ -86,7 +85,7 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
         ("objective", training.objective.mix.formula()),
         ("steps", f"{training.max_steps}{steps_from}, batch size {batches.batch_size}{micro}, {epochs:.2f} epochs"),
         ("optimizer", f"{optimizer}, {config.optim.schedule}{warmup_words}"),
-        ("row length", f"at most {training.max_length} tokens{length_from}, {batches.padding(training.max_steps):.1%} padding"),
+        ("row length", f"at most {training.max_length} tokens{length_from}"),
     ]  # fmt: skip
     return [f"kdx {__version__}", *(f"  {name:<16}{text}" for name, text in lines)]
 

@@ -12,7 +12,7 @@ from kdx.causal_lm import DTYPES
 from kdx.config import as_dict
 from kdx.data.encode import Data
 from kdx.errors import DivergedError, MachineError
-from kdx.evaluate import MAX_NEW_TOKENS, MEASURES, Judge
+from kdx.evaluate import MAX_NEW_TOKENS, MEASURES, Judge, peak_memory
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report
 from kdx.run.files import in_bytes, usage_of, write_beside, write_json
@@ -134,7 +134,7 @@ def finish(
             "seconds": time.time() - started,
             "seconds_per_step": statistics.median(state.step_seconds) if state.step_seconds else None,
             "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
-            "peak_memory_bytes": report.peak_memory(training.machine.device),
+            "peak_memory_bytes": peak_memory(training.machine.device),
             "store": asdict(store.counts) if store else None,
         },
         "data": report.counts(data) | {k: v for k, v in facts(data, training).items() if "fingerprint" in k},
