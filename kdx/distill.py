@@ -88,6 +88,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
             results.check_room(training, path)
             with training.whole():
                 folder.keep("untouched.json", judge.before_training(training.student))
+        judge.free_teacher()
         with Tracker(folder, config, record, training, is_main=is_main) as tracker:
             tracker.header(report.header(config, record, data, training))
             results.warn_about(folder, data)

@@ -176,6 +176,16 @@ def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         raise not_saved(folder, "the student", error) from error
 
 
+def load_saved(folder: Path, model: PreTrainedModel) -> None:
+    """Load what save_student wrote into a student, in its own dtype. Raises ModelError.
+
+    Transformers reads it: some models name their tensors otherwise on disk (GPT-NeoX, mixtures of experts).
+    """
+    with loading(str(folder), "student", str(folder)):
+        saved = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+
 def _source(config: StudentConfig, teacher: TeacherConfig) -> tuple[ModelConfig, str]:
     """Return the model that the student comes from, and its group in the config."""
     return (teacher, "teacher") if config.init == "cut" else (config, "student")

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from kdx.build import num_steps
 from kdx.config import Config, TrainConfig
 from kdx.data.batches import Batches, StepBatch
-from kdx.errors import ConfigError, DivergedError, MachineError
+from kdx.errors import DivergedError, MachineError
 from kdx.evaluate import Judge, Measures, peak_memory
 from kdx.objective import Objective
 from kdx.optim import build_optimizer, build_schedule
@@ -28,7 +28,7 @@ from kdx.run.files import fsync
 from kdx.run.folder import RunFolder
 from kdx.run.signals import Stopped, StopRequest
 from kdx.run.tracking import Tracker
-from kdx.student import describe, saved_dtype
+from kdx.student import describe, load_saved, saved_dtype
 from kdx.teacher import Teacher
 
 log = logging.getLogger("kdx")
@@ -119,22 +119,19 @@ class Training:
 
     def restore(self, folder: RunFolder) -> bool:
         """Load a finished training, or the newest whole checkpoint → False at step 0. Raises KdxError."""
-        trained = folder.kept("trained.json")
-        newest, skipped = checkpoint.newest(folder.path)
-        for fault in skipped:
-            log.warning("skipped a damaged checkpoint, %s", fault)
-        if trained and trained["max_steps"] == self.max_steps and (folder.path / "student").is_dir():
+        trained, saved = folder.kept("trained.json"), folder.path / "student"
+        if trained and trained["max_steps"] == self.max_steps and saved.is_dir():
             self.state, self.is_finished = self._read_state(trained["state"], folder.path / "trained.json"), True
-            checkpoint.load_weights(sorted((folder.path / "student").glob("*.safetensors")), self.student)
-            log.info("training is finished: %s", folder.path / "student")
-        elif newest is not None:
-            self._resume(folder, newest)
-        elif trained:
-            what = f"has trained to step {trained['state']['step']} and kept no checkpoint to train on from"
-            raise ConfigError(str(folder.path), what, "Type the same train.max_steps, or start again elsewhere")
+            load_saved(saved, self.student)
+            log.info("training is finished: %s", saved)
         else:
-            folder.begin_again()
-            return False
+            newest, skipped = checkpoint.newest(folder.path)
+            for fault in skipped:
+                log.warning("skipped a damaged checkpoint, %s", fault)
+            if newest is None:
+                folder.begin_again()
+                return False
+            self._resume(folder, newest)
         sharding.spread(self.student, self.objective)
         folder.step = self.state.step
         return True
@@ -158,6 +155,7 @@ class Training:
         best = newest / "best.safetensors"
         if best.is_file() and self.machine.is_main_process:
             checkpoint.restore_best(best, folder.path)
+        self.machine.wait_for_everyone()  # all may read the best weights at once, if no step is left
         log.info("resuming from %s", newest)
 
     def _read_state(self, kept: dict[str, Any], file: Path) -> State:

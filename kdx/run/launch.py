@@ -1,5 +1,6 @@
 """What torchrun or accelerate started this process as: its device, its precision, and the processes beside it."""
 
+import gc
 import itertools
 import os
 from collections.abc import Callable
@@ -33,7 +34,8 @@ def build_accelerator(config: Config) -> Accelerator:
         precision = causal_lm.device_dtype(device)
     if precision == "fp16" and cpu:
         raise MachineError("train.precision", "fp16 needs a GPU", "Use train.precision=bf16 or fp32")
-    # A job before this one may have had another precision; FSDP is remembered in what is otherwise left alone.
+    gc.collect()  # of a job before this one: its student and accelerate's autocast hold one another on the device
+    # That job may have had another precision, too; FSDP is remembered in what is otherwise left alone.
     AcceleratorState._reset_state(reset_partial_state=fsdp is not None)
     machine = Accelerator(
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",

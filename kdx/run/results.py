@@ -88,7 +88,9 @@ def keep_student(training: Training, folder: RunFolder) -> None:
 
     With student/ and trained.json the same command goes straight to measuring, whatever happens there.
     """
-    if not training.is_finished:
+    if training.is_finished:
+        training.student.to(training.machine.device)  # under FSDP it was loaded into main memory
+    else:
         training.choose_weights(folder)
     cast(training.student, DTYPES[training.save_dtype])
     if training.is_finished or training.max_steps == 0:
