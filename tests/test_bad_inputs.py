@@ -72,7 +72,7 @@ PATHS = {
 WORDS: dict[tuple[str, ...], list[str]] = {
     ("data.max_length=3",): ["data: no row of train is left (40 no counted token left). Raise data.max_length, or give other data"],
     ("data.max_length=5", "data.on_long=drop"): ["data: no row of train is left (40 longer than data.max_length). Raise data.max_length, or give other data"],
-    ("data=chitchat", "data.path=pkg:chitchat_dataset", "data.min_turns=10000"): ["data.path: no row of pkg:chitchat_dataset is left (* rows: fewer turns than data.min_turns*loosen the rule"],
+    ("data=chitchat", "data.path=pkg:chitchat_dataset", "data.min_turns=10000"): ["data.path: no row of pkg:chitchat_dataset is left (*). Give more data, or loosen the rule"],
     ("loss.name=forwad_kl",): ["loss.name: no divergence is named 'forwad_kl'. Did you mean forward_kl? Choices: adaptive_kl, *"],
     ("loss=jsd", "+loss.btea=0.3"): ["loss.btea: is not an option here. Did you mean beta? Choices: beta"],
     ("loss=jsd", "loss.beta=7"): ["loss: beta is 7; it must be between 0 and 1. See the divergence jsd for its options"],
