@@ -72,7 +72,7 @@ PATHS = {
 WORDS: dict[tuple[str, ...], list[str]] = {
     ("data.max_length=3",): ["data: no row of train is left (40 no counted token left). Raise data.max_length, or give other data"],
     ("data.max_length=5", "data.on_long=drop"): ["data: no row of train is left (40 longer than data.max_length). Raise data.max_length, or give other data"],
-    ("data=chitchat", "data.path=pkg:chitchat_dataset", "data.min_turns=10000"): ["data.path: no row of pkg:chitchat_dataset is left (*). Give more data, or loosen the rule"],
+    ("data=chitchat", "data.path=pkg:chitchat_dataset", "data.min_turns=10000"): ["data.path: no row of pkg:chitchat_dataset is left *rows: fewer turns than data.min_turns). Give more data, or loosen the rule"],
     ("loss.name=forwad_kl",): ["loss.name: no divergence is named 'forwad_kl'. Did you mean forward_kl? Choices: adaptive_kl, *"],
     ("loss=jsd", "+loss.btea=0.3"): ["loss.btea: is not an option here. Did you mean beta? Choices: beta"],
     ("loss=jsd", "loss.beta=7"): ["loss: beta is 7; it must be between 0 and 1. See the divergence jsd for its options"],
@@ -84,7 +84,7 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ('teacher.store_dir="~no-such-user/store"', "teacher.store=on"): ["teacher.store_dir: ~no-such-user/store names no user of this machine. Give the whole path"],
     ("optim.name=torch.AdmW",): ["optim.name: torch has no optimizer AdmW. Did you mean AdamW? Choices: *"],
     ("data.chat_template=no/such.jinja",): ["data.chat_template: no/such.jinja is not a file. Give a file, or Jinja text with {{ }}"],
-    ("data.chat_template='{% for m in messages %}{{ m.content'",): ["t.jsonl:1: the chat template refuses the conversation: unexpected end of template*Fix the row, or give a data.chat_template", "data: 40 invalid rows, first 1 shown. Fix them, or set data.on_bad_row=skip"],
+    ("data.chat_template='{% for m in messages %}{{ m.content'",): ["t.jsonl:1: the chat template refuses the conversation: *Fix the row, or give a data.chat_template", "data: 40 invalid rows, first 1 shown. Fix them, or set data.on_bad_row=skip"],
     ("data.chat_template=notes",): ["data.chat_template: notes is not a file. Give a file, or Jinja text with {{ }}"],
     ("optim.betas=[0.9]",): ["optim: torch.AdamW: list index out of range. See conf/optim/ for its options"],
     ("train.precision=fp16",): ["3 train.precision: fp16 needs a GPU. Use train.precision=bf16 or fp32"],
