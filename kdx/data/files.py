@@ -117,11 +117,9 @@ def nearby(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
     near = get_close_matches(path.name, names, n=1, cutoff=0.5) if folder != path else []
-    return (
-        f"Did you mean {folder / near[0]}?"
-        if near
-        else f"{folder.absolute()} has: {', '.join(names[:12]) or 'nothing'}"
-    )
+    if near:
+        return f"Did you mean {folder / near[0].rstrip('/')}?"
+    return f"{f'This folder ({Path.cwd()})' if folder == Path() else folder} has: {', '.join(names[:12]) or 'nothing'}"
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -196,7 +194,7 @@ def _read_hub(path: str, subset: str | None, split: str) -> Iterator[Item]:
         rows = datasets.load_dataset(path, name=subset, split=split)
     except Exception as error:  # the hub client raises many kinds; each becomes one line
         what = f"{path} does not exist on disk, and loading it from the hub failed"
-        hint = f"Check the name, data.subset, data.split and the network. On disk: {nearby(Path(path))}"
+        hint = f"Check the name, data.subset, data.split and the network. {nearby(Path(path))}"
         raise of_hub(error, DataError, "data.path", what, hint) from error
     for i, row in enumerate(rows):
         yield f"{path}[{i}]", row
