@@ -56,9 +56,7 @@ def test_the_step_is_finished_and_the_exit_code_names_the_signal(
     assert [signal.getsignal(n) for n in signals.STOPS] == before
 
 
-def test_before_the_first_step_it_stops_at_once(
-    send: Callable[[int], None], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_before_the_first_step_it_stops_at_once(send: Callable[[int], None], capfd: pytest.CaptureFixture[str]) -> None:
     def load(_: StopRequest) -> None:
         send(signal.SIGTERM)
         raise AssertionError("it loads a model")
