@@ -333,9 +333,9 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
             state.count(batch, terms | {"grad_norm": norm}, lr, seconds, is_skipped=not is_finite)
             tracker.advance(state.step, run.objective.mix.loss(terms), batch.num_input_tokens / seconds)
             folder.at(state.step)
-        if state.window:
-            tracker.log(state, means(run))
         finish(run, judge, folder)
+        if state.window:  # after the last checkpoint: a longer run from there logs at other steps
+            tracker.log(state, means(run))
     except Stopped:
         run.save(folder, unless_there=True)
         raise

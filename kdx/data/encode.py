@@ -3,9 +3,11 @@
 import json
 import logging
 import multiprocessing
+import os
 import re
 import signal
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -158,6 +160,14 @@ def _start_worker(encoder: "Encoder", found: Conversations) -> None:
     _work = encoder, found
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the run ends its processes itself
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    """End a process that encodes when its run was killed: it would wait for work, with all its memory, forever."""
+    if run := multiprocessing.parent_process():
+        run.join()
+        os._exit(1)
 
 
 def _encode(number: int) -> tuple[Outcome, bool]:

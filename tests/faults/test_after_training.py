@@ -170,6 +170,14 @@ def test_out_of_memory_in_training_keeps_the_last_checkpoint(place, tmp_path, un
     assert outcome(tmp_path / "run") == expected
 
 
+def test_a_longer_run_from_a_kept_checkpoint_is_the_straight_one(place, tmp_path):
+    words = [*WORDS[1:], "optim.schedule=constant", "train.keep_checkpoints=true", "train.log_every=3"]
+    longer = config_of(place, *words, "train.max_steps=6")
+    assert run_here(config_of(place, *words, "train.max_steps=4"), tmp_path / "run") == 0
+    assert run_here(longer, tmp_path / "run") == 0
+    assert outcome(tmp_path / "run") == straight(longer, tmp_path / "straight")
+
+
 def test_what_saved_nothing_may_be_corrected_in_its_folder(place, tmp_path):
     def fault(patch):
         patch.setattr(Training, "forward_backward", raises(torch.OutOfMemoryError("CUDA out of memory")))
