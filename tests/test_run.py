@@ -2,12 +2,14 @@
 
 import json
 import math
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -23,7 +25,6 @@ from kdx.data.encode import load_data
 from kdx.distill import Summary, distill
 from kdx.errors import ConfigError, InUseError, MachineError
 from kdx.run import checkpoint, report, results
-from kdx.run.claim import claim
 from kdx.run.folder import Record, RunFolder
 from kdx.tokenizer import load_tokenizer
 from kdx.train import State, Training
@@ -219,7 +220,9 @@ def test_a_stopped_run_whose_data_changed_is_refused(place: Path, tmp_path: Path
 
 
 def test_a_folder_in_use_is_refused(place: Path, tmp_path: Path) -> None:
-    with claim(tmp_path), pytest.raises(InUseError, match="in use by pid"):
+    owner = {"pid": 1, "started": psutil.Process(1).create_time(), "host": platform.node()}
+    (tmp_path / "heartbeat.json").write_text(json.dumps(owner))
+    with pytest.raises(InUseError, match="in use by pid 1 on host"):
         distill(short(place), tmp_path)
 
 
