@@ -248,12 +248,12 @@ def replaced(config: Any, **changes: Any) -> Any:
     return config.model_copy(update=changes)
 
 
-def dotted(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    """List every key of a nested dict, as in optim and optim.lr."""
-    keys = []
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a nested dict to its values by dotted key."""
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
-        keys += [f"{prefix}{name}", *(dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [])]
-    return keys
+        flat |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def short_key(key: str, keys: list[str]) -> str:
