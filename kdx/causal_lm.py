@@ -19,6 +19,7 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -310,6 +311,8 @@ def loading(path: str, what: str, key: str) -> Iterator[None]:
         if not Path(path).exists():
             what = f"{path} is not a folder here, and cannot be read from the hub"
             raise of_hub(error, ModelError, key, what, "Log in for gated models (hf auth login). " + hint) from error
+        if isinstance(error, SafetensorError):
+            hint = "Copy the weights again; from git: git lfs pull"
         raise ModelError(key, what, hint) from error
 
 

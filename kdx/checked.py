@@ -74,7 +74,7 @@ def _of_shape(error: ValidationError, tree: dict[str, Any], known: list[str]) ->
         if kind == "model_type":
             what += ", but has keys of its own"
         else:
-            near = get_close_matches(str(value), schema.get("enum", ()), n=1)
+            near = get_close_matches(str(value), schema.get("enum", ()), n=1, cutoff=0.65)
             hint = (f"Did you mean {near[0]}? " if near else "") + f"Expected {_expected(schema)}"
             hint = f"{hint}. {schema.get('description', '')}".rstrip(". ")
         found.setdefault(key, ConfigError(key, what, hint))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx import plugins
-from kdx.errors import MACHINE, ConfigError, KdxError, one_line, out_of_memory, printable
+from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, one_line, out_of_memory, printable
 from kdx.run.redact import redact
 from kdx.version import __version__
 from kdx.words import CONF, groups_in, key_of
@@ -44,6 +44,16 @@ CHECK_HELP = """python -m kdx check [-m] KEY=VALUE ...
 
 Read config, data and models as the run would, and print what it would train, its memory, disk and time.
 With -m: for every point of the sweep."""
+
+STORE_HELP = """python -m kdx store fill KEY=VALUE ...
+python -m kdx store stat | verify | prune [--unused-days N] [teacher.store_dir=FOLDER]
+
+fill KEY=VALUE ...   run the teacher over all rows of a run or sweep (words as for the run), so that its jobs need not
+stat                 list the teachers, their rows and sizes, and when each was last used
+verify               compare the checksum of every row; exit code 3 if one is damaged
+prune                join small shards and drop damaged rows; with --unused-days N, remove teachers unused for N days
+
+The folder is $KDX_STORE, else outputs/teacher-store."""
 
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> "Config":
@@ -89,13 +99,13 @@ def _command(name: str, words: list[str]) -> int:
         from kdx.compare.read import main as compare
 
         return compare(words)
-    if name == "store" and (words[:1] != ["fill"] or is_help):
+    if is_help:
+        print(CHECK_HELP if name == "check" else STORE_HELP)
+        return 0
+    if name == "store" and words[:1] != ["fill"]:
         from kdx.store_commands import manage
 
         return manage(words)
-    if is_help:
-        print(CHECK_HELP)
-        return 0
     plan = _planned(_parsed(words[name == "store" :]))
     if name == "store":
         plugins.load()
@@ -192,6 +202,10 @@ def _hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
     sys.argv = [sys.argv[0], *words]
     try:
         hydra.main(config_path="pkg://kdx.conf", config_name="config", version_base="1.3")(job)()
+    except RuntimeError as error:
+        if "srun" not in str(error):
+            raise
+        raise MachineError("hydra/launcher", "slurm needs srun", "Run it on a node of a Slurm cluster") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError("hydra", one_line(error), "See python -m kdx --hydra-help") from None
 
@@ -241,7 +255,8 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     parser = get_args_parser()
 
     def refuse(message: str) -> None:
-        raise ConfigError("command line", message, "Flags are listed by python -m kdx --hydra-help")
+        hint = "Words are KEY=VALUE, without dashes; flags are listed by python -m kdx --hydra-help"
+        raise ConfigError("command line", message, hint)
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
     return parser.parse_intermixed_args(argv)

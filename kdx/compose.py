@@ -79,7 +79,9 @@ class Plan:
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
     """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
-    return plan(list(overrides or []), Source(config_dir=config_dir)).points[0].config
+    (point,) = plan(list(overrides or []), Source(config_dir=config_dir)).points
+    point.config._words = point.words
+    return point.config
 
 
 def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
@@ -157,13 +159,17 @@ class Composer:
         """Read words as Hydra does; values become ++KEY=VALUE, so that every key reaches the check. Raises ConfigError."""
         faults, overrides = [], []
         for word in (hydras for typed in renamed(words) for hydras in self._spelt(typed)):
+            if "=" not in word and not word.startswith("~"):
+                hint = "A value with spaces needs quotes: KEY='\"a b\"'"
+                faults.append(ConfigError(word, "is not KEY=VALUE", hint))
+                continue
             try:
                 overrides += self._parser.parse_overrides([word])
             except HydraException as error:
-                what = _reason(error).removeprefix(f"Error parsing override '{word}' ")
+                what = _reason(error).removeprefix(f"Error parsing override '{word}' ").partition(" expecting ")[0]
                 key, _, value = word.removeprefix("++").partition("=")
                 quoted = shlex.quote(f'{key}="{value}"')
-                faults.append(ConfigError(key or repr(word), f"cannot be read ({what})", f"Quote the value: {quoted}"))
+                faults.append(ConfigError(key or word, f"cannot be read ({what})", f"Quote the value: {quoted}"))
         if faults:
             raise together(faults)
         return overrides
@@ -213,7 +219,8 @@ class Composer:
         rank = {key: (math.inf, "typed") if key in keys else sources[key] for key in SOURCES}
         _free(cfg, {key: at for key, (at, _) in rank.items()})
         tree = _resolved(cfg, faults)
-        if "data.path" in keys and "data" not in keys and tree["data"].get("name") == "chitchat":
+        is_given = "data.path" in keys and "path" in tree["data"] and "data" not in keys
+        if is_given and tree["data"].get("name") == "chitchat":
             hint = "Choose the format: data=pairs or data=messages"
             faults.append(ConfigError("data.path", "is given, but data=chitchat has its own data", hint))
         config = checked(tree, faults, keys, list(leaves(plain(composed))))
@@ -231,7 +238,7 @@ class Composer:
             if options is None or word.is_delete() or word.package:
                 line = str(word.input_line)
                 if line in FOREIGN:
-                    faults.append(ConfigError(line, "is not there", FOREIGN[line]))
+                    faults.append(ConfigError(line, "is not an option", FOREIGN[line]))
                 else:
                     kept.append(line)
                 continue
@@ -240,7 +247,7 @@ class Composer:
             wrong = [value for value in values if value not in options]
             for value in wrong:
                 hints = [FOREIGN.get(f"{key}={value}") or did_you_mean(value, options) + "."]
-                hints += [f"Any other model: {key}=hf {key}.path=org/name."] if key in MODELS else []
+                hints += [f"Any other model: {key}=hf {key}.path=org/name or a folder."] if key in MODELS else []
                 hint = " ".join([*hints, "Your own options: --config-dir FOLDER"])
                 faults.append(ConfigError(f"{key}={value}", f"{key} has no option {value or repr(value)}", hint))
             kept += [] if wrong else [f"{key}={values[0]}"]
@@ -268,9 +275,9 @@ class Composer:
             place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "YAML"
             raise ConfigError(place, f"does not parse: {error.problem}", "Fix the YAML") from None
         except (*HYDRA_ERRORS, UnicodeDecodeError) as error:
-            if package := re.search(r"'hydra/launcher/(joblib|submitit)\w*'", str(error)):
-                what, fix = f"needs hydra-{package[1]}-launcher", f"pip install hydra-{package[1]}-launcher"
-                raise ConfigError("hydra/launcher", what, fix) from None
+            if found := re.search(r"'hydra/(launcher|sweeper)/(submitit|optuna|ax|nevergrad)\w*'", str(error)):
+                package = f"hydra-{found[2]}-{found[1]}"
+                raise ConfigError(f"hydra/{found[1]}", f"needs {package}", f"pip install {package}") from None
             hint = "`python -m kdx --info defaults` lists what is composed"
             raise ConfigError("config", _reason(error), hint) from None
         finally:

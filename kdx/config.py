@@ -4,7 +4,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a name that becomes part of a path
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -236,6 +236,7 @@ class Config(Group):
     tracking: TrackingConfig
     run: RunConfig
     sweep: SweepConfig
+    _words: list[str] = PrivateAttr(default_factory=list)  # it was composed from, for the record of a run from Python
 
 
 def as_dict(config: BaseModel) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
     plugins.load()
     machine = build_accelerator(config)
     (path,) = map(Path, broadcast_object_list([str(path)]))  # every process works in rank 0's folder
-    folder, record, is_main = RunFolder(path), record or Record(), machine.is_main_process
+    folder, is_main = RunFolder(path), machine.is_main_process
+    record = record or Record(words=config._words, command=config._words)
     if folder.is_done(config):
         CONSOLE.print(f"{path} is done already", markup=False)
         return Summary(**folder.summary())
@@ -96,4 +97,5 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
             results.keep_student(training, folder)  # before it is measured: nothing there can cost training
             summary = results.finish(training, judge, data, folder, tracker, started)
             (summary,) = broadcast_object_list([summary])  # the main process made it
+    stop.check_late()
     return Summary(**summary)

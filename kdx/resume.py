@@ -15,6 +15,7 @@ from kdx.compose import PAIRS, SOURCES, Composer, Plan, Point, Source, laid_over
 from kdx.config import leaves
 from kdx.errors import ConfigError
 from kdx.run.claim import holder
+from kdx.run.folder import is_resumable
 from kdx.run.redact import HIDDEN
 from kdx.words import key_of
 
@@ -69,18 +70,12 @@ def alike(name: str, words: list[str], parse: Callable[[list[str]], argparse.Nam
 
 def newest() -> Path:
     """Find the run under outputs/ that stopped last and can be resumed. Raises ConfigError."""
-    files = [file for depth in ("*/*", "sweeps/*/*") for file in Path("outputs").glob(f"{depth}/status.json")]
+    files = [file for depth in ("*", "*/*", "sweeps/*/*") for file in Path("outputs").glob(f"{depth}/status.json")]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         state = json.loads(file.read_text(encoding="utf-8")).get("state")
         if state in ("interrupted", "failed", "running") and is_resumable(file.parent) and not holder(file.parent):
             return file.parent
     raise ConfigError("run.resume=last", "no run under outputs/ can be resumed", "Name a run folder")
-
-
-def is_resumable(folder: Path) -> bool:
-    """Tell whether a run has something to resume from, or is done."""
-    has_some = any((folder / "checkpoints").glob("step-*")) or (folder / "trained.json").is_file()
-    return has_some or (folder / "summary.json").is_file()
 
 
 def _read(file: Path, where: str) -> Any:

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.markup import escape
 from rich.table import Table
@@ -25,12 +26,6 @@ from kdx.store import compact, count_rows
 from kdx.tokenizer import load_tokenizer, pad_id_of
 
 FILL_ROWS = 8  # rows in a pass, unless teacher.micro_batch_size says
-HELP = """
-fill KEY=VALUE ...   run the teacher over all rows of a run or sweep (words as for the run), so that its jobs need not
-stat                 list the teachers, their rows and sizes, and when each was last used
-verify               compare the checksum of every row; exit code 3 if one is damaged
-prune                join small shards, drop damaged rows and, with --unused-days, teachers that no run used lately
-"""
 
 
 def fill(configs: Sequence[Config]) -> None:
@@ -75,13 +70,12 @@ def _fill(config: Config) -> None:
 
 
 def manage(words: list[str]) -> int:
-    """Run `kdx store stat | verify | prune`, or answer --help → the exit code. Raises ConfigError or MachineError."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("kdx store", description=HELP.strip(), formatter_class=layout)
+    """Run `kdx store stat | verify | prune` → the exit code. Raises ConfigError or MachineError."""
+    parser = argparse.ArgumentParser("kdx store", add_help=False)
+    parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument("command", choices=("fill", "stat", "verify", "prune"))
-    where = "the store's folder; default: $KDX_STORE, else outputs/teacher-store"
-    parser.add_argument("folder", nargs="?", default="", metavar="teacher.store_dir=FOLDER", help=where)
-    parser.add_argument("--unused-days", type=float, metavar="N", help="prune: remove teachers unused for N days")
+    parser.add_argument("folder", nargs="?", default="")
+    parser.add_argument("--unused-days", type=float)
     args = parser.parse_args(words)
     folder = args.folder.removeprefix("teacher.store_dir=") or os.environ.get("KDX_STORE") or "outputs/teacher-store"
     root = at_home(folder, "teacher.store_dir").resolve()
@@ -93,6 +87,10 @@ def manage(words: list[str]) -> int:
     else:
         _show(root, teachers, is_verify=args.command == "verify")
     return 0
+
+
+def _usage_error(message: str) -> NoReturn:
+    raise ConfigError("kdx store", message, "See kdx store --help")
 
 
 def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> None:

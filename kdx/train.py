@@ -44,7 +44,7 @@ class State:
     step: int = 0
     tokens: int = 0  # input tokens without padding
     counted_tokens: int = 0  # those in the loss
-    best: float = math.inf  # held-out measure
+    best: float | None = None  # held-out measure
     best_step: int = 0
     num_worse: int = 0  # held-out measures in a row without improvement
     measured: int = 0  # the last step with held-out measures
@@ -200,7 +200,8 @@ class Training:
         """Note whether the held-out measure improved, and keep the weights if they may become the student."""
         means, state, config = measures.means(), self.state, self.config.train
         value = means["kl"] if means["kl"] is not None else means["ce"]
-        if value is not None and value < state.best - config.early_stopping.min_delta:
+        best = math.inf if state.best is None else state.best
+        if value is not None and value < best - config.early_stopping.min_delta:
             state.best, state.best_step, state.num_worse = value, state.step, 0
             if config.keep == "best":
                 with self.whole():

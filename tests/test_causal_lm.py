@@ -259,9 +259,7 @@ def test_weights_outside_of_their_folder(folder):
 
 def test_what_cannot_be_loaded_is_one_line_with_the_librarys_own_words(folder, monkeypatch):
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(
-        ModelError, match=rf"student\.path: cannot load the model in {folder}: .*\. {folder} has: config"
-    ):
+    with pytest.raises(ModelError, match=rf"student\.path: cannot load the model in {folder}: .* git lfs pull"):
         load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"student\.path: cannot load the model in .*config\.json"):

@@ -62,7 +62,7 @@ def test_all_faults_come_in_one_answer_without_torch(tmp_path):
 import sys
 from kdx.cli import main
 wrong = "loss.tempratur=3 optim.learning_rate=1e-4 alpha=0.3 train.foo=1 data.pth=x".split()
-for words in (wrong, ["--cfg", "job"], ["--help"], ["--info", "defaults"]):
+for words in (wrong, ["--cfg", "job"], ["--help"], ["store", "fill", "--help"], ["--info", "defaults"]):
     sys.argv = ["kdx", *words]
     try:
         main()
@@ -73,7 +73,7 @@ print(sorted({"torch", "transformers", "datasets", "accelerate", "wandb"} & sys.
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
     *lines, last = done.stderr.splitlines()
     assert last == "[]"
-    assert [line for line in lines if line.startswith("code")] == ["code 2", "code 0", "code 0", "code 0"]
+    assert [line for line in lines if line.startswith("code")] == ["code 2", *["code 0"] * 4]
     assert {line.split(": ")[2]: line.split("? ")[0].rsplit(" ", 1)[-1] for line in lines if "error" in line} == {
         "loss.tempratur": "loss.temperature?",
         "optim.learning_rate": "optim.lr?",
@@ -105,7 +105,7 @@ MISTAKES = {
     "optim.weight_decy=0": "Did you mean optim.weight_decay?",
     "optim.schedule=cosin": "Did you mean cosine? Expected one of linear, cosine",
     "optim.warmup_steps=-1": "0 or more",
-    "optim.warmup_ratio=0.1": "Did you mean optim.warmup_steps, below 1 a share of all steps?",
+    "optim.warmup_ratio=0.1": "Did you mean optim.warmup_steps? Below 1 it is a share of all steps",
     "optim.name=AdamW": "torch.CLASS or bitsandbytes.CLASS",
     "optim=adamw_bnb_8bit": "Did you mean optim=adamw_8bit?",
     "optim=sgd": "Choices: adamw, adamw_8bit, lion_8bit. Your own options: --config-dir FOLDER",
@@ -131,7 +131,7 @@ MISTAKES = {
     "~train.seed": "train.seed: is missing. Set it: train.seed=...",
     "tain.seed=1": "Did you mean train.seed?",
     "teacher=hf": "teacher.path: is missing. Set it: teacher.path=...",
-    "teacher=nope": "Any other model: teacher=hf teacher.path=org/name. Your own options: --config-dir FOLDER",
+    "teacher=nope": "Any other model: teacher=hf teacher.path=org/name or a folder. Your own options: --config-dir FOLDER",
     "teacher=null": "Did you mean teacher=none?",
     "teacher.quantization=4": "is 4. Expected one of none, 8bit, 4bit",
     "teacher.store=yes": "Expected one of auto, on, off",
@@ -148,10 +148,13 @@ MISTAKES = {
     "+foo.bar=1": "foo.bar: is not a key of kdx",
     "optim.lr=${oc.env:KDX_LR}": "optim.lr: KeyError raised while resolving interpolation: \"Environment variable 'KDX_LR'",
     "optim.lr=${train.nothing}": "optim.lr: Interpolation key 'train.nothing' not found",
-    "data.path=a b=c": "cannot be read (mismatched input '=' expecting <EOF>). Quote the value: 'data.path=\"a b=c\"'",
+    "data.path=a b=c": "cannot be read (mismatched input '='). Quote the value: 'data.path=\"a b=c\"'",
     "loss._target_=os.system": "loss._target_: names code to run",
     "hydra/launcher=parallel": "Did you mean sweep.workers=2?",
     "temperature=2": "Did you mean loss.temperature?",
+    "loss.alpha": "is not KEY=VALUE. A value with spaces needs quotes",
+    "loss.alpha==1": "cannot be read (extraneous input '='). Quote the value",
+    "~data.path": "data.path: is missing",
 }
 
 
@@ -175,8 +178,14 @@ def test_a_mistake_is_one_clear_line(composer, word, says):
         "packing": "No equivalent: rows are grouped by length",
         "deepspeed": "No equivalent: several GPUs",
         "push_to_hub": "No equivalent: nothing is uploaded",
+        "base_model": "Did you mean student=hf student.path?",
+        "teacher.name": "Did you mean teacher=hf teacher.path?",
+        "teacher.model_name_or_path": "Did you mean teacher=hf teacher.path?",
+        "losss": "Did you mean loss=NAME?",
+        "wandb": "Did you mean tracking.mode?",
+        "target_modules": "No equivalent: kdx has no LoRA",
         "kd_ratio": "Did you mean loss.alpha?",
-        "lmbda": "No equivalent: kdx trains off-policy",
+        "lmbda": "No equivalent: kdx trains on the rows of the data set",
         "device": "No equivalent: a GPU is used",
         "train.bf16": "Did you mean train.precision=bf16?",
         "loss.distillation_weight": "Did you mean loss.alpha?",
@@ -191,7 +200,7 @@ def test_words_of_other_tools_are_answered(composer, word, says):
 def test_what_the_words_of_other_tools_point_to_exists(composer):
     known = [*leaves(as_dict(compose())), "optim.schedule_options", "optim.eps", "hydra.run.dir", "loss.beta"]
     for meant in words._MEANT:
-        for word in meant.replace("=[0.9,0.999]", "").replace(",", " ").replace(";", " ").split():
+        for word in meant.replace("=[0.9,0.999]", "").partition("? ")[0].replace(",", " ").split():
             key, _, value = word.partition("=")
             if "." in word:
                 assert key in known
@@ -531,11 +540,12 @@ def test_exit_codes(error, code, says, capfd):
         (["--version"], 0, __version__),
         (["help"], 0, "== Groups (group=option) =="),
         (["check", "--help"], 0, "kdx check [-m] KEY=VALUE"),
-        (["store", "--help"], 0, "usage: kdx store"),
+        (["store", "--help"], 0, "python -m kdx store fill KEY=VALUE"),
         (["compare", "--help"], 0, "usage: kdx compare"),
         (["store"], 2, "kdx store: the following arguments are required: command"),
         (["trian"], 2, "trian: is not a command, and not KEY=VALUE either"),
-        (["--nope"], 2, "unrecognized arguments: --nope"),
+        (["--nope"], 2, "unrecognized arguments: --nope. Words are KEY=VALUE, without dashes"),
+        (["store", "stta"], 2, "kdx store: argument command: invalid choice: 'stta'"),
         (["check", "loss.alpha=2"], 2, "loss.alpha: is 2"),
         (["--config-dir", "absent", "train.seed=1"], 2, "--config-dir: absent is not a folder"),
         (["run.resume=r", "-m", "train.seed=1,2"], 2, "-m is given too"),

@@ -99,7 +99,7 @@ class TestIntervals:
         assert [p.is_best("kl") for p in table.by("kl")] == [True, True, False]
         low, high = table.by("kl")[2].intervals["kl", "minus_best"]
         assert 0 < low < 0.1 < high < 0.15
-        assert tables.verdict(table)[0] == "Best by KL: #1 (lr 0.001); not distinguishable from it: #2."
+        assert [row[1] for row in tables.grid(table)[1:4]] == ["★ 0.700", "* 0.701", "0.800"]
 
     def test_each_setting_has_its_own_baseline(self, tmp_path):
         for lr, kl in ((1e-3, 0.9), (2e-3, 0.8)):
@@ -229,9 +229,6 @@ class TestRanking:
             write_run(tmp_path / f"{lr}", means=nothing | {"ce": 3 + lr}, loss__alpha=0.0, optim__lr=lr)
         table = only(compare([tmp_path], tmp_path))
         assert [p.rank for p in table.points] == [{"ce": 1}, {"ce": 2}]
-        assert tables.verdict(table) == [
-            "Best by CE: #1 (baseline (alpha = 0), lr 0.001); not distinguishable from it: #2."
-        ]
 
     def test_short_names(self):
         keys = ["loss.temperature", "loss.alpha", "loss.name", "optim.lr", "student.path"]
@@ -246,19 +243,11 @@ class TestBudgets:
         assert main([str(tmp_path), "--out", str(tmp_path)]) == 0
         table = only(ranked(tmp_path))
         assert [p.other_budget for p in table.points] == [True, False, False]
-        sentence = "Trained longer or shorter than most (†): #1"
-        assert any(line.startswith(sentence) for line in tables.verdict(table))
         printed = capsys.readouterr().out
         assert "† 416  † 302,000" in printed
-        assert all(sentence in text for text in (printed, (tmp_path / "compare.html").read_text()))
         long, other, *_ = csv.DictReader(io.StringIO((tmp_path / "compare.csv").read_text()))
         assert (long["steps"], long["tokens"], long["other_budget"]) == ("416.0", "302000.0", "True")
         assert (other["steps"], other["tokens"], other["other_budget"]) == ("208.0", "151000.0", "False")
-
-    def test_a_few_tokens_more_or_less_are_the_same_budget(self, tmp_path):
-        for seed, steps in enumerate((208, 210)):
-            write_run(tmp_path / str(seed), optim__lr=seed + 1.0, steps=steps)
-        assert not any(p.other_budget for p in only(ranked(tmp_path)).points)
 
 
 class TestDigits:
@@ -382,7 +371,7 @@ class TestFiles:
 
     def test_markdown(self, six, tmp_path):
         text = (six[1] / "compare.md").read_text()
-        first = "| \\#1 τ 2, α 0.7 | \\* 0.636 | 3.351 | 0.613 | 208 | 151,000 | 0.700 | 0.3524 | "
+        first = "| \\#1 τ 2, α 0.7 | ★ 0.636 | 3.351 | 0.613 | 208 | 151,000 | 0.700 | 0.3524 | "
         assert first in text
         assert "| \\#7 baseline (alpha = 0) | +0.247 to +0.306 |  | -0.037 to +0.059 |  |" in text
         write_run(tmp_path / "a", state="failed", reason="a | b <c>")
@@ -391,13 +380,12 @@ class TestFiles:
 
     def test_the_terminal(self, six, capsys):
         """A row of the table is never broken, and fits into 80 letters."""
-        comparison, folder = six
+        folder = six[1]
         assert main([str(folder)]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert "#1 τ 2, α 0.7            * 0.636    3.351      0.613    208  151,000      ●" in lines
+        assert "#1 τ 2, α 0.7            ★ 0.636    3.351      0.613    208  151,000      ●" in lines
         (baseline,) = [line for line in lines if line.startswith("#7 baseline (alpha = 0)  ")]
         assert len(baseline) <= 80
-        assert set(tables.verdict(only(comparison))) <= set(lines)
 
     def test_the_same_runs_give_the_same_bytes(self, six, tmp_path, monkeypatch):
         folder = six[1]

@@ -108,7 +108,7 @@ def test_a_folder_has_the_splits_its_files_are_named_for(tmp_path):
     for name in ("train.jsonl", "test-00000.jsonl", "test-00001.jsonl", "tests.jsonl"):
         write(tmp_path / name, [{"source": name, "target": "x"}])
     assert [row["source"] for row in rows_of(str(tmp_path), "test")] == ["test-00000.jsonl", "test-00001.jsonl"]
-    assert "has no file of the split dev" in error_of(str(tmp_path), "dev")
+    assert "file of the split dev" in error_of(str(tmp_path), "dev")
     assert "train.jsonl is on disk and has no split dev" in error_of(str(tmp_path / "train.jsonl"), "dev")
 
 

@@ -112,7 +112,11 @@ def encode(tokenizer, *conversations, max_length=1000, on_long="error", assistan
     for fault in outcomes:
         if isinstance(fault, DataError):
             raise fault
-    return [row for row in outcomes if isinstance(row, Row)], [r for r in outcomes if isinstance(r, str)], sum(is_truncated)
+    return (
+        [row for row in outcomes if isinstance(row, Row)],
+        [r for r in outcomes if isinstance(r, str)],
+        sum(is_truncated),
+    )
 
 
 def row_of(tokenizer, conversation, **options):

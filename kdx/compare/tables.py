@@ -12,9 +12,10 @@ from kdx.compare.ranking import COSTS, DIGITS, HEADINGS, NUM_RESAMPLES, RANKED_B
 
 IN_TERMINAL = [*HEADINGS][:5]  # as many as fit beside a label
 CAVEAT = (
-    "* best, or not distinguishable from the best: the 95 % interval of the difference includes 0 (paired bootstrap over "
+    "★ best; * not distinguishable from the best: the 95 % interval of the difference includes 0 (paired bootstrap over "
     f"held-out rows, {NUM_RESAMPLES:,} resamples; seeds and the choice of the best of many are not accounted for). "
-    "● on the Pareto front: no other student is better in both KL and CE."
+    "● on the Pareto front: no other student is better in both KL and CE. † trained longer or shorter than most: "
+    "differences to the others may come from that alone."
 )
 Grid = list[tuple[str, ...]]  # a header, then rows of cells; the first cell labels the row
 
@@ -43,24 +44,6 @@ def title(ranking: Ranking) -> str:
     return f"{text} ({precision})" if precision else text
 
 
-def verdict(ranking: Ranking) -> list[str]:
-    """Say in sentences what the table shows."""
-    lines = []
-    for measure in RANKED_BY:
-        if order := ranking.by(measure):
-            close = _numbers(point for point in order[1:] if point.is_best(measure))
-            also = f"; not distinguishable from it: {close}" if close else ""
-            lines.append(f"Best by {HEADINGS[measure]}: #{order[0].number} ({order[0].label}){also}.")
-    if others := _numbers(point for point in ranking.points if point.other_budget):
-        what = f"Trained longer or shorter than most (†): {others}"
-        lines.append(f"{what}. Differences to the others may come from that alone.")
-    return lines
-
-
-def _numbers(points: Iterable[Point]) -> str:
-    return ", ".join(f"#{point.number}" for point in points)
-
-
 def grid(ranking: Ranking, names: Iterable[str] = HEADINGS) -> Grid:
     """Lay out measures and costs for people: the students, then the teacher and the untouched student."""
     points = ranking.points
@@ -82,8 +65,12 @@ def _column(ranking: Ranking, name: str) -> list[str]:
     values += [measures.get(name) for measures in ranking.references.values()]
     texts = ["" if value is None else f"{value:,.{places}f}" for value in values]
     for i, p in enumerate(ranking.points):
-        mark = "* " if p.is_best(name) else "† " if p.other_budget and name in ("steps", "tokens") else ""
-        texts[i] = mark + texts[i]
+        if p.rank.get(name) == 1:
+            texts[i] = f"★ {texts[i]}"
+        elif p.is_best(name):
+            texts[i] = f"* {texts[i]}"
+        elif p.other_budget and name in ("steps", "tokens"):
+            texts[i] = f"† {texts[i]}"
     return [HEADINGS[name], *texts]
 
 
@@ -124,7 +111,7 @@ def as_json(comparison: Comparison) -> str:
     """Write everything but curves and samples, which are in the run folders."""
     tables = [
         {
-            "title": title(ranking), "measured_on": ranking.first.measured_on, "verdict": verdict(ranking),
+            "title": title(ranking), "measured_on": ranking.first.measured_on,
             "students": [_row(point, comparison.differing) for point in ranking.points], "references": ranking.references,
         }
         for ranking in comparison.rankings
@@ -166,9 +153,10 @@ def _parts(
         yield text(comparison.why_apart)
     for ranking in comparison.rankings:
         yield from (text(title(ranking)), table(grid(ranking, names)))
-        yield from map(text, [*verdict(ranking), CAVEAT])
-        if names is HEADINGS:
+        if names is HEADINGS and len(ranking.points) > 1:
             yield table(intervals(ranking))
+    if comparison.rankings:
+        yield text(CAVEAT)
     if comparison.not_ranked:
         rows = [(run.name, run.state, run.reason) for run in comparison.not_ranked]
         yield table([("not ranked", "state", "reason"), *rows])

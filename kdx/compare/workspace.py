@@ -49,7 +49,8 @@ def save(comparison: Comparison) -> str:
         uploaded = _uploaded(api, project, list(ids))
         if missing := [run for name, run in ids.items() if name not in uploaded]:
             what = f"{project} has {len(uploaded)} of these {len(ids)} runs"
-            folders = dict.fromkeys(str(next(p for p in run.path.parents if (p / "wandb").is_dir())) for run in missing)
+            near = [parent / "wandb" for run in missing for parent in run.path.parents]
+            folders = dict.fromkeys(str(folder) for folder in near if any(folder.glob("*run-*")))
             raise ConfigError("--wandb", what, f"Upload the missing ones with: wandb sync {shlex.join(folders)}")
         return str(_workspace(comparison, project, list(ids)).save().url)
     except (wandb.Error, WandbApiFailedError) as error:

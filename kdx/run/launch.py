@@ -46,8 +46,7 @@ def build_accelerator(config: Config) -> Accelerator:
         what = f"{processes} processes were started, but accelerate sees {machine.num_processes}"
         raise MachineError("WORLD_SIZE", what, "Start them with torchrun, or with accelerate launch on GPUs")
     if fsdp and not machine.is_fsdp2:
-        what = f"was asked for, but accelerate does not do it on {processes} × {machine.device.type}"
-        raise MachineError(sharding.ASKED, what, "Start without it, or on several GPUs")
+        raise MachineError(sharding.ASKED, "needs several GPUs", "Start without it")
     return machine
 
 

@@ -83,7 +83,7 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
     lines += [
         ("chat template", data.template),
         ("objective", training.objective.mix.formula()),
-        ("steps", f"{training.max_steps}{steps_from}, batch size {batches.batch_size}{micro}, {epochs:.2f} epochs"),
+        ("steps", f"{training.max_steps:,}{steps_from}, batch size {batches.batch_size}{micro}, {epochs:,.2f} epochs"),
         ("optimizer", f"{optimizer}, {config.optim.schedule}{warmup_words}"),
         ("row length", f"at most {training.max_length} tokens{length_from}"),
     ]  # fmt: skip
