@@ -24,7 +24,7 @@ from kdx.run.claim import claim
 from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import config_identity, digest
-from kdx.run.signals import STOPS
+from kdx.run.signals import STOPS, num_processes
 
 MAX_LETTERS = 60  # of a value in a folder's name; the hash tells long ones apart
 STARTED = "KDX_SWEEP_STARTED"  # in the environment of a worker: when its command started
@@ -95,8 +95,6 @@ def _safe(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text)[:MAX_LETTERS].strip("-.") or "x"
 
 
-# Jobs
-
 _failed: set[str] = set()  # names of jobs that failed in this process
 
 
@@ -122,7 +120,7 @@ def run(
     """
     _failed.clear()
     if workers > 1 and not _is_worker():
-        if not jobs or _num_ranks() > 1:
+        if not jobs or num_processes() > 1:
             what = f"is {workers}, but workers share only points that are known in advance, without torchrun"
             raise ConfigError("sweep.workers", what, "Leave it out")
         code = _run_workers(min(workers, len(jobs)), argv, since)
@@ -161,7 +159,7 @@ def do_job(
         return 0
 
     code = guarded(work, folder)
-    if code > 128 or (code and _num_ranks() > 1):  # a signal, or an error for which the other ranks would wait
+    if code > 128 or (code and num_processes() > 1):  # a signal, or an error for which the other ranks would wait
         sys.exit(code)
     if code:
         _failed.add(folder.name)
@@ -202,7 +200,7 @@ def _has_failed(run: RunFolder, since: float) -> bool:
 
 def _agreed(decide: Callable[[], str]) -> str:
     """Decide in rank 0 and return that in every rank."""
-    if _num_ranks() == 1:
+    if num_processes() == 1:
         return decide()
     from kdx.run.launch import agreed
 
@@ -284,10 +282,6 @@ def _write_page(folder: Path, *, is_printed: bool = False) -> None:
 
 def _is_worker() -> bool:
     return STARTED in os.environ
-
-
-def _num_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _is_main() -> bool:
