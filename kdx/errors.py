@@ -122,7 +122,7 @@ def shortened(text: str, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:most]} … ({len(text):,} characters)"
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """Return a library's message as part of a line."""
     return shortened(" ".join(str(error).split())).rstrip(".")
 

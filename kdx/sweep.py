@@ -18,21 +18,17 @@ from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from kdx.config import Config, as_dict, dotted, short_key
+from kdx.config import Config, as_dict, leaves, short_key
 from kdx.errors import ConfigError, InUseError, KdxError, printable
 from kdx.run.claim import claim
 from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import config_identity, digest
-from kdx.run.signals import STOPS
+from kdx.run.signals import STOPS, num_processes
 
-MAX_POINTS = 10_000
 MAX_LETTERS = 60  # of a value in a folder's name; the hash tells long ones apart
 STARTED = "KDX_SWEEP_STARTED"  # in the environment of a worker: when its command started
 Guarded = Callable[[Callable[[], int], Path], int]  # call a function and report its error → the exit code
-
-
-# Points and names
 
 
 def swept_keys(words: list[Override]) -> list[str]:
@@ -41,30 +37,17 @@ def swept_keys(words: list[Override]) -> list[str]:
     return [key for key, word in last.items() if word.is_sweep_override()]
 
 
-def is_empty(word: Override) -> bool:
-    """Whether a word sweeps over nothing, such as a glob that no option matches."""
-    has_values = not word.is_sweep_override() or isinstance(word.value(), IntervalSweep)
-    return not has_values and next(word.sweep_string_iterator(), None) is None
-
-
 def points(words: list[Override]) -> list[list[str]]:
-    """Return every combination of the swept values as the words of a single run; of an interval, its two ends.
-
-    Raises ConfigError if there are more than anybody runs.
-    """
+    """Return every combination of the swept values as the words of a single run; of an interval, its two ends."""
     values: dict[str, list[str]] = {}
     for word in words:
         key = word.get_key_element()
         if isinstance(interval := word.value(), IntervalSweep):
             values[key] = [f"{key}={interval.start}", f"{key}={interval.end}"]
         elif word.is_sweep_override():
-            some = itertools.islice(word.sweep_string_iterator(), MAX_POINTS + 1)
-            values[key] = [f"{key}={value}" for value in some]
+            values[key] = [f"{key}={value}" for value in word.sweep_string_iterator()]
         else:
             values[key] = [str(word.input_line)]
-    if math.prod(map(len, values.values())) > MAX_POINTS:
-        what = f"has more than {MAX_POINTS:,} points"
-        raise ConfigError("sweep", what, "Sweep over fewer values, or in parts under one sweep.name")
     return [list(point) for point in itertools.product(*values.values())]
 
 
@@ -93,32 +76,24 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
 def job_name(keys: list[str], config: Config) -> str:
     """Name a job by its point and a hash of its config: temperature-2_alpha-0.7_1a2b3c."""
     tree = as_dict(config)
-    known = dotted(tree)
+    flat = leaves(tree)
     parts = ["baseline"] if config.loss.alpha == 0 and "loss.alpha" not in keys else []
     for key in keys:
         if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
             continue  # the rest of the loss is not used
-        value = _find(tree, key.split("."))
+        value = flat.get(key, tree.get(key))
         if isinstance(value, dict):  # a group
             value = next((value[k] for k in ("name", "path", "init") if value.get(k)), key)
         is_typed = key.split(".")[0] in tree  # not an experiment
         value = int(value) if isinstance(value, float) and value.is_integer() else value
-        parts.append(f"{short_key(key, known)}-{_safe(str(value))}" if is_typed else _safe(key))
+        parts.append(f"{short_key(key, list(flat))}-{_safe(str(value))}" if is_typed else _safe(key))
     return "_".join([*parts, digest(config_identity(config))])
-
-
-def _find(node: Any, parts: list[str]) -> Any:
-    for part in parts:
-        node = {**node, **node.get("options", {})}.get(part) if isinstance(node, dict) else None
-    return node
 
 
 def _safe(text: str) -> str:
     """Make a part of a folder's name: letters, digits, . and -."""
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text)[:MAX_LETTERS].strip("-.") or "x"
 
-
-# Jobs
 
 _failed: set[str] = set()  # names of jobs that failed in this process
 
@@ -145,7 +120,7 @@ def run(
     """
     _failed.clear()
     if workers > 1 and not _is_worker():
-        if not jobs or _num_ranks() > 1:
+        if not jobs or num_processes() > 1:
             what = f"is {workers}, but workers share only points that are known in advance, without torchrun"
             raise ConfigError("sweep.workers", what, "Leave it out")
         code = _run_workers(min(workers, len(jobs)), argv, since)
@@ -184,7 +159,7 @@ def do_job(
         return 0
 
     code = guarded(work, folder)
-    if code > 128 or (code and _num_ranks() > 1):  # a signal, or an error for which the other ranks would wait
+    if code > 128 or (code and num_processes() > 1):  # a signal, or an error for which the other ranks would wait
         sys.exit(code)
     if code:
         _failed.add(folder.name)
@@ -225,7 +200,7 @@ def _has_failed(run: RunFolder, since: float) -> bool:
 
 def _agreed(decide: Callable[[], str]) -> str:
     """Decide in rank 0 and return that in every rank."""
-    if _num_ranks() == 1:
+    if num_processes() == 1:
         return decide()
     from kdx.run.launch import agreed
 
@@ -307,10 +282,6 @@ def _write_page(folder: Path, *, is_printed: bool = False) -> None:
 
 def _is_worker() -> bool:
     return STARTED in os.environ
-
-
-def _num_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _is_main() -> bool:

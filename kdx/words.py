@@ -10,7 +10,8 @@ from kdx.errors import ConfigError
 
 CONF = Path(import_module("kdx.conf").__path__[0]).resolve()
 CHOICES = ("teacher", "student", "data", "loss", "optim", "experiment", "recipe", "pair")
-RENAMED: dict[str, str] = {}  # keys of earlier versions, old → new; the old one still works
+OPTIONAL = CHOICES[-3:]  # groups of which nothing may be chosen
+RENAMED: dict[str, str] = {}  # keys of earlier versions, old → new; typed, the old one still works
 
 # kdx's name: the names that it has in HF Trainer, TRL, peft, axolotl, Lightning and papers.
 _MEANT = {
@@ -91,36 +92,30 @@ _NONE = {
     "kdx has no label smoothing": "label_smoothing_factor label_smoothing",
     "kdx adds no noise to embeddings": "neftune_noise_alpha",
 }
-FOREIGN = {word: meant for meant, words in _MEANT.items() for word in words.split()}
-FOREIGN |= {word: f"no equivalent: {why}" for why, words in _NONE.items() for word in words.split()}
-
-
-def foreign(word: str) -> str:
-    """Say what another tool's word is in kdx; empty if the word is not known."""
-    meant = FOREIGN.get(word, "")
-    if not meant or meant.startswith("no equivalent"):
-        return meant
-    return f"Did you mean {meant}" if "? " in meant else f"Did you mean {meant}?"
+FOREIGN = {
+    word: f"Did you mean {meant}" + ("" if "? " in meant else "?")
+    for meant, words in _MEANT.items()
+    for word in words.split()
+}
+FOREIGN |= {word: f"No equivalent: {why}" for why, words in _NONE.items() for word in words.split()}
 
 
 def hint_for(key: str, known: Sequence[str]) -> str:
     """Answer a dotted key that does not exist: another tool's word, the same name in another group, or a typo."""
-    if meant := foreign(key):
-        return meant[0].upper() + meant[1:]
-    last = key.rsplit(".", 1)[-1]
+    group, last = key.split(".")[0], key.rsplit(".", 1)[-1]
+    if group in OPTIONAL:
+        return f'Begin the YAML of that {group} with the line "# @package _global_"'
+    if key in RENAMED:
+        return f"It is now {RENAMED[key]}"
+    if key in FOREIGN:
+        return FOREIGN[key]
     same = [k for k in known if k.rsplit(".", 1)[-1] == last]
     if near := get_close_matches(key, same, n=1, cutoff=0.7):  # the group is mistyped
         return f"Did you mean {near[0]}?"
-    if (meant := foreign(last)) and not FOREIGN[last].startswith(f"{key},"):
-        return meant[0].upper() + meant[1:]
-    if last in FOREIGN:  # the right key, in an option that does not have it
-        return f"Use it {FOREIGN[last].removeprefix(f'{key}, ')}"
-    near = get_close_matches(key, same, n=1) or same or get_close_matches(key, known, n=1, cutoff=0.7)
-    if not near:
-        names = get_close_matches(last, [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.7)
-        near = [k for k in known if k.rsplit(".", 1)[-1] in names]
-    if not near and "." not in key:
-        near = [f"{group}=NAME" for group in get_close_matches(key, CHOICES, n=1, cutoff=0.7)]
+    if last in FOREIGN:
+        return FOREIGN[last]
+    near = same or get_close_matches(key, known, n=1, cutoff=0.7)
+    near = near or [f"{choice}=NAME" for choice in get_close_matches(key, CHOICES, n=1, cutoff=0.7)]
     return f"Did you mean {' or '.join(near)}?" if near else "See all keys with: python -m kdx --cfg job"
 
 
@@ -131,17 +126,20 @@ def is_mistyped(key: str, known: Iterable[str]) -> bool:
     return bool(get_close_matches(name, own, n=1, cutoff=0.8))
 
 
+def key_of(word: str) -> str:
+    """Return the key of a word as typed."""
+    return word.lstrip("+~").partition("=")[0]
+
+
 def renamed(words: list[str]) -> list[str]:
     """Replace the keys that earlier versions had, naming the new one on stderr. Raises ConfigError if both are typed."""
-    keys = {word.lstrip("+~").partition("=")[0] for word in words}
-    for old, new in RENAMED.items():
-        if old in keys:
-            if new in keys:
-                raise ConfigError(old, f"is now {new}, and both are given", f"Leave out {old}")
-            print(f"kdx: {old} is now {new}", file=sys.stderr)
-            words = [
-                word.replace(old, new, 1) if word.lstrip("+~").partition("=")[0] == old else word for word in words
-            ]
+    keys = set(map(key_of, words))
+    for old in keys & RENAMED.keys():
+        new = RENAMED[old]
+        if new in keys:
+            raise ConfigError(old, f"is now {new}, and both are given", f"Leave out {old}")
+        print(f"kdx: {old} is now {new}", file=sys.stderr)
+        words = [word.replace(old, new, 1) if key_of(word) == old else word for word in words]
     return words
 
 

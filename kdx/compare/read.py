@@ -15,9 +15,9 @@ import yaml
 
 from kdx.compare.ranking import Comparison, Run, compared
 from kdx.compare.tables import as_csv, as_json, as_markdown, as_text
+from kdx.config import leaves
 from kdx.errors import ConfigError
 from kdx.run.files import write_beside
-from kdx.run.identity import leaves
 from kdx.run.tracking import CONSOLE
 
 MARK = "status.json"  # a folder with it is a run's

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from kdx import plugins
-from kdx.config import COMMIT, Config, ModelConfig, as_dict
+from kdx.config import COMMIT, Config, ModelConfig, as_dict, leaves
 from kdx.data.files import resolve_path
 from kdx.run.files import cache_dir, digest_of, write_beside
 
@@ -68,17 +68,6 @@ def used(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("train.on_nonfinite") == "stop":
         unused.append("train.max_nonfinite")
     return {k: v for k, v in config.items() if k == "loss.alpha" or not k.startswith(tuple(unused))}
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a nested tree to its values by dotted key."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= leaves(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def canonical(value: Any) -> str:

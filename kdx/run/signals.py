@@ -47,7 +47,7 @@ class StopRequest:
     def is_asked(self) -> bool:
         """Whether the run should stop here. All processes answer alike, if all look after the same step."""
         self._is_checked = True
-        return self.is_agreed if _num_processes() > 1 else self.signal is not None
+        return self.is_agreed if num_processes() > 1 else self.signal is not None
 
     def stopped(self) -> Stopped:
         """Return what ends the run: 143, 130 or 129 becomes the exit code."""
@@ -55,7 +55,7 @@ class StopRequest:
 
     def check(self) -> None:
         """Raise Stopped if the run should stop; never where other processes would wait for this one."""
-        if _num_processes() == 1 and self.is_asked:
+        if num_processes() == 1 and self.is_asked:
             raise self.stopped()
 
     def check_late(self) -> None:
@@ -98,7 +98,8 @@ class StopRequest:
             os._exit(128 + number)
 
 
-def _num_processes() -> int:
+def num_processes() -> int:
+    """Return the number of processes of this run under torchrun, else 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
