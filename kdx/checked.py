@@ -24,7 +24,8 @@ def checked(tree: dict[str, Any], faults: list[ConfigError], typed: set[str], in
 
     typed: the keys on the command line. in_yaml: the keys that the YAML of the chosen options has.
     """
-    own = [f"{group}.{name}" for group, model in _groups().items() for name in model.model_fields]
+    groups: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+    own = [f"{group}.{name}" for group, model in groups.items() for name in model.model_fields]
     known = list(dict.fromkeys([*own, *(key for key in in_yaml if "." in key)]))
     faults = [*faults, *_of_options(tree, typed, known), *_of_code(tree, typed)]
     try:
@@ -38,10 +39,6 @@ def checked(tree: dict[str, Any], faults: list[ConfigError], typed: set[str], in
     if faults:
         raise together(faults)
     return config
-
-
-def _groups() -> dict[str, type[Group]]:
-    return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
 
 
 def _of_shape(error: ValidationError, tree: dict[str, Any], known: list[str]) -> list[ConfigError]:

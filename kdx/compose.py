@@ -223,7 +223,8 @@ class Composer:
         if is_given and tree["data"].get("name") == "chitchat":
             hint = "Choose the format: data=pairs or data=messages"
             faults.append(ConfigError("data.path", "is given, but data=chitchat has its own data", hint))
-        config = checked(tree, faults, keys, list(leaves(plain(composed))))
+        in_yaml = [key for key in leaves(plain(composed)) if not key.startswith("hydra.")]
+        config = checked(tree, faults, keys, in_yaml)
         said = [word.removeprefix("++") for word in words if not word.startswith("hydra.")]
         return Point(said, config, {key: place for key, (_, place) in rank.items()})
 
