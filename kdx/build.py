@@ -67,7 +67,7 @@ def rows_to_ask(config: Config, data: Data, batches: Batches) -> dict[str, int]:
 
 def is_repeated(config: Config, record: Record, batches: Batches) -> bool:
     """Return whether the teacher is asked about a row more than once: over several epochs, or by a sweep's runs."""
-    return bool(record.swept) or num_steps(config.train, batches) * batches.batch_size > len(batches.rows)
+    return bool(record.swept) or num_steps(config.train, batches) > batches.steps_per_epoch
 
 
 def build_teacher(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
 
 from kdx.config import OptimConfig
 from kdx.errors import ConfigError, MachineError, did_you_mean, one_line, together
@@ -63,6 +62,8 @@ def state_bytes(config: OptimConfig, like: Tensor) -> float:
 
 def build_schedule(config: OptimConfig, optimizer: Optimizer, max_steps: int) -> LRScheduler:
     """Build the learning-rate schedule (transformers' get_scheduler). Raises ConfigError."""
+    from transformers import get_scheduler  # late: peft and bitsandbytes come with it, and the latter logs
+
     warmup = config.warmup_steps if isinstance(config.warmup_steps, int) else round(config.warmup_steps * max_steps)
     if warmup > max_steps > 0:
         what = f"is {warmup}, more than the run's {max_steps} steps"

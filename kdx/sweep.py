@@ -249,7 +249,7 @@ def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
             elif path.name in _failed or _has_failed(run, since):
                 failed[path] = f"{state}: {reason}" if reason else "see its error above"
             else:
-                left[path] = state
+                left[path] = "was killed" if state == "running" else state
     if not held and not left:
         _print_comparison(folder, since)
     for what, found in (("failed", failed), ("held by other processes", held), ("left", left)):

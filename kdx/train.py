@@ -74,6 +74,8 @@ class State:
         }
         if is_skipped:
             part = dict.fromkeys(part, 0) | {"grad_norm": None}
+        elif not math.isfinite(part["grad_norm"]):  # of fp16, whose scaler skips such a step by itself
+            part["grad_norm"] = None
         self.window.append(part | {"lr": lr, "epoch": batch.epoch})
 
     def is_out_of_patience(self, config: TrainConfig) -> bool:
@@ -165,7 +167,7 @@ class Training:
 
     def save(self, folder: RunFolder, *, unless_there: bool = False) -> None:
         """Write a checkpoint of this step. All processes must call it. Raises MachineError."""
-        if unless_there and checkpoint.is_at(folder.path, self.state.step):
+        if unless_there and self.state.saved == self.state.step:
             return
         if self.teacher and self.teacher.store:
             self.teacher.store.flush()  # a resumed run reads the same rows

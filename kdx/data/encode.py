@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import track
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -30,7 +29,7 @@ from kdx.data.files import at_home, source_files
 from kdx.data.sources import Conversation, Conversations, read_conversations, split
 from kdx.errors import DataError, first_of, one_line
 from kdx.run.devices import num_cores
-from kdx.run.files import cache_dir, whole_folder
+from kdx.run.files import cache_dir, locked, whole_folder
 from kdx.run.identity import content_hash
 
 log = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ def load_data(
     root = cache_dir() / "data"
     root.mkdir(parents=True, exist_ok=True)
     about = _digest(config, tokenizer, max_length, num_prompts, answer_length)
-    with FileLock(root / f"{about}.lock"):
+    with locked(root / f"{about}.lock"):
         files = source_files(config)
         found = read_conversations(config, root, encoder.rendered) if files is None else None
         content = found.content() if found is not None else "".join(map(content_hash, files or []))

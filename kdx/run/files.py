@@ -35,6 +35,23 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock file, once no other process does."""
+    from filelock import BaseFileLock, FileLock, SoftFileLock  # not for whoever only asks what is done
+
+    lock: BaseFileLock = FileLock(file)
+    try:
+        lock.acquire()
+    except OSError:  # NFS, mounted without locks: a file that is there as long as its process lives
+        lock = SoftFileLock(f"{file}.soft")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def whole_folder(folder: Path, *, is_sealed: bool = False) -> Iterator[Path]:
     """Yield a temporary folder, and rename it to `folder` on success, replacing what was there.
 
