@@ -74,7 +74,7 @@ def _of_shape(error: ValidationError, tree: dict[str, Any], known: list[str]) ->
             missing.setdefault(".".join(path[:-1]), []).append(path[-1])
         elif kind == "extra_forbidden":
             for name in _leaves(key, value):
-                found.setdefault(name, ConfigError(name, "is not a key of kdx", _hint_for(name, known)))
+                found.setdefault(name, ConfigError(name, "is not a key of kdx", _hint_for(name, [k for k in known if k != name])))
         elif kind == "model_type":
             what = f"is {show(value)}, but has keys of its own"
             found.setdefault(key, ConfigError(key, what, f"Set those: {key}.NAME=..."))

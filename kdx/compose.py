@@ -313,6 +313,8 @@ class Composer:
             if own and loaded.path == "pkg://kdx.conf" and (Path(own) / file).is_file():
                 raise ConfigError(f"{own}/{file}", f"is not read: kdx's conf/{file} has the same name", "Rename it")
             place = "conf" if loaded.path == "pkg://kdx.conf" else loaded.path.removeprefix("file://")
+            if not OmegaConf.is_dict(loaded.config):
+                raise ConfigError(f"{place}/{file}", "is a list", "Write keys and values: KEY: VALUE")
             place = str(Path(place).relative_to(Path.cwd())) if Path(place).is_relative_to(Path.cwd()) else place
             prefix = f"{layer.package}." if layer.package else ""
             keys = dotted(plain(loaded.config), prefix)
