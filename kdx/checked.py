@@ -61,7 +61,9 @@ def _of_shape(error: ValidationError, tree: dict[str, Any], known: list[str]) ->
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
         if kind == "extra_forbidden":
             for name in _leaves(key, value):
-                found[name] = ConfigError(name or "=", "is not a key of kdx", hint_for(name, known))
+                found[name] = ConfigError(
+                    name or "=", "is not a key of kdx", hint_for(name, [k for k in known if k != name])
+                )
             continue
         what, hint = f"is {shown}", f"Set those: {key}.NAME=..."
         if kind == "missing":  # the first of its group: an option that builds on none of kdx's own lacks many

@@ -166,7 +166,7 @@ def _sweep(plan: "Plan", argv: list[str]) -> int:
     from kdx import sweep
 
     assert plan.sweep_dir
-    if plan.baseline and os.environ.get("RANK", "0") == "0":
+    if plan.baseline and os.environ.get("RANK", "0") == "0" and not sweep.is_worker():
         baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
         print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
     flags = ["--multirun", *_flags(plan.source)]

@@ -296,6 +296,8 @@ class Composer:
                 raise ConfigError(f"{own}/{file}", f"is not read: kdx's conf/{file} has the same name", "Rename it")
             is_own = loaded.path != "pkg://kdx.conf"
             place = os.path.relpath(loaded.path.removeprefix("file://")) if is_own else "conf"
+            if not OmegaConf.is_dict(loaded.config):
+                raise ConfigError(f"{place}/{file}", "is a list", "Write keys and values: KEY: VALUE")
             keys = leaves(plain(loaded.config), f"{layer.package}." if layer.package else "")
             found |= {key: (at, f"{place}/{file}") for key in SOURCES if key in keys}
         return found

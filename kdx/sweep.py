@@ -119,7 +119,7 @@ def run(
     and of the points'. launch: has Hydra sweep over such words and call do_job for each point. argv: what was typed.
     """
     _failed.clear()
-    if workers > 1 and not _is_worker():
+    if workers > 1 and not is_worker():
         if not jobs or num_processes() > 1:
             what = f"is {workers}, but workers share only points that are known in advance, without torchrun"
             raise ConfigError("sweep.workers", what, "Leave it out")
@@ -129,7 +129,7 @@ def run(
     else:
         for words in parts:
             launch(words)
-    if _is_worker() or not _is_main():  # the parent, or rank 0, reports
+    if is_worker() or not _is_main():  # the parent, or rank 0, reports
         return 5 if _failed else 0
     return _report(folder, jobs, since)
 
@@ -155,7 +155,7 @@ def do_job(
                 print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
             if not reason:
                 is_tried = True
-                measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or _is_worker())
+                measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or is_worker())
         return 0
 
     code = guarded(work, folder)
@@ -280,7 +280,8 @@ def _write_page(folder: Path, *, is_printed: bool = False) -> None:
         print(f"kdx: no comparison of {folder}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
 
 
-def _is_worker() -> bool:
+def is_worker() -> bool:
+    """Whether this process is one of those that `sweep.workers` started."""
     return STARTED in os.environ
 
 

@@ -312,6 +312,13 @@ def test_ones_own_folder_of_options(capfd):
     [
         ("teacher/bare", "path: x\n", "teacher=bare", "or begin your option with: defaults: [NAME, _self_]"),
         ("optim/open", "name: pairs\n  path: [a\n", "optim=open", "mine/optim/open.yaml:2: does not parse: "),
+        ("teacher/list", "- a\n", "teacher=list", "mine/teacher/list.yaml: is a list"),
+        (
+            "teacher/typo",
+            "defaults: [hf, _self_]\npath: x\nprecison: fp32\n",
+            "teacher=typo",
+            "mean teacher.precision?",
+        ),
         ("student/hf", "a: 1\n", "student=hf", "mine/student/hf.yaml: is not read: kdx's conf/student/hf.yaml has"),
         ("experiment/x", "train: {seed: 1}\n", "experiment=x", 'with the line "# @package _global_"'),
     ],

@@ -150,7 +150,7 @@ def test_without_the_plug_in_the_command_that_installs_it_is_told(place: Path) -
     for launcher, package in (("slurm", "submitit"), ("submitit_local", "submitit")):
         told = kdx(place, f"hydra/launcher={launcher}", program=program)
         assert told.returncode == 2
-        what = f"needs the package hydra-{package}-launcher, which is not installed"
+        what = f"needs hydra-{package}-launcher"
         mend = f"pip install hydra-{package}-launcher"
         assert told.stderr == f"kdx: error: hydra/launcher: {what}. {mend}\n"
 
