@@ -9,7 +9,9 @@ not grow with positions × vocabulary.
 N counted positions, n positions of a chunk, V vocabulary, d / D width of student / teacher.
 """
 
-from collections.abc import Iterator
+import functools
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +27,13 @@ from kdx.errors import ConfigError, did_you_mean, together
 from kdx.plugins import option_faults
 from kdx.teacher import Answer
 
+log = logging.getLogger(__name__)
+
 CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: larger chunks mean fewer passes over the head's gradient
+GPU_CHUNK_BYTES = 2**30  # on a GPU, or a 64th of its memory: its products are faster over thousands of rows
 CACHE_BYTES = 2**19  # of one float32 tensor of a block on a CPU, per thread: what stays in its cache
 BLOCK_BYTES = 2**26  # of one elsewhere: large enough to fill a GPU, small beside the chunk
+COMPILED_ON = {"cuda"}  # where softmaxes and gradient of a chunk are one compiled function; emptied if that fails
 HEAD_ROWS = 2**14  # rows of the head's gradient summed at once in float32, without a second matrix of the head's size
 
 
@@ -207,19 +213,29 @@ class _ChunkedSum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=grad_dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad_dtype) if wants_bias and bias is not None else None
         kd_sum, ce_sum = (torch.zeros((), dtype=_sum_dtype(hidden), device=hidden.device) for _ in range(2))
+        # backward() passes over the gradients once more on a GPU: it applies the factor there.
+        factor_now, factor_later = (factor, 1.0) if hidden.device.type == "cpu" else (1.0, factor)
 
         for rows in chunks_of(len(labels), chunk_size):
             product = head.product(hidden[rows])
             teacher_product = None
             if mix.alpha > 0 and answer is not None:
                 teacher_product = answer.head.product(answer.hidden[rows]).to(product.device)
+            chunk_weights = {name: weight[rows] for name, weight in weights.items()}
+            teacher_head = None if teacher_product is None or answer is None else answer.head
+            sums = _compiled_sums(product, teacher_product, labels[rows], head, teacher_head, mix, chunk_weights)
+            if sums is not None:
+                kd_sum += sums[0]
+                ce_sum += sums[1]
+                if grad_bias is not None:
+                    grad_bias += product.sum(0, dtype=grad_dtype)
             # The softmaxes pass over [n, V] many times: a few rows at once stay in the processor's cache.
-            for block in blocks_of(product):
+            for block in blocks_of(product) if sums is None else ():
                 logits = head.finish(product[block])
                 teacher_logits = None
-                if answer is not None and teacher_product is not None:
-                    teacher_logits = answer.head.finish(teacher_product[block])
-                weighted = {name: weight[rows][block] for name, weight in weights.items()}
+                if teacher_head is not None and teacher_product is not None:
+                    teacher_logits = teacher_head.finish(teacher_product[block])
+                weighted = {name: weight[block] for name, weight in chunk_weights.items()}
                 kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[rows][block], mix, weighted)
                 kd_sum += kd
                 ce_sum += ce
@@ -229,18 +245,22 @@ class _ChunkedSum(torch.autograd.Function):
                 product[block] = grad  # the product is no longer needed: its memory holds its gradient
             del teacher_product  # the peak of a step's memory is about here
             if grad_hidden is not None:
-                grad_hidden[rows] = (product @ head.weight).to(hidden.dtype).mul_(factor)
+                grad_hidden[rows] = (product @ head.weight).to(hidden.dtype).mul_(factor_now)
             if grad_weight is not None:
                 inputs = hidden[rows].to(product.dtype)
                 for ids in chunks_of(head.num_ids, HEAD_ROWS):
                     if product.dtype == grad_dtype:
                         grad_weight[ids].addmm_(product[:, ids].T, inputs)
+                    elif product.device.type == "cuda":  # accumulates in float32, without a pass of its own
+                        out = grad_weight[ids]
+                        torch.addmm(out, product[:, ids].T, inputs, out_dtype=grad_dtype, out=out)
                     else:
                         grad_weight[ids].add_(product[:, ids].T @ inputs)
 
         for of_head in (grad_weight, grad_bias):
-            if of_head is not None:
-                of_head.mul_(factor)
+            if of_head is not None and factor_now != 1:
+                of_head.mul_(factor_now)
+        ctx.factor = factor_later
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(kd_sum, ce_sum)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -254,6 +274,7 @@ class _ChunkedSum(torch.autograd.Function):
         # The factor is 1 as a rule, and a gradient of the head is as large as the head: avoid the copy. Looking costs
         # nothing on a CPU; a GPU would have to be waited for.
         if grad_total.device.type != "cpu" or grad_total.item() != 1:
+            grad_total = grad_total * ctx.factor
             grads = [None if grad is None else grad * grad_total for grad in grads]  # before it is rounded to bf16
         by_inputs = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
         return *by_inputs, *[None] * 7
@@ -261,7 +282,14 @@ class _ChunkedSum(torch.autograd.Function):
 
 def chunk_size_of(head: Head) -> int:
     """Choose how many positions a chunk has by the size of their logits."""
-    return max(1, CHUNK_BYTES // (head.compute_dtype.itemsize * head.num_ids))
+    return max(1, chunk_bytes(head.weight.device) // (head.compute_dtype.itemsize * head.num_ids))
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Choose the size of a chunk's product on a device."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    return min(GPU_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
 
 
 def chunks_of(num_rows: int, size: int) -> Iterator[slice]:
@@ -315,3 +343,74 @@ def _loss_and_gradient(
         ce = ce * weights["ce"]
     assert grad is not None
     return kd, ce.sum(dtype=_sum_dtype(logits)), grad
+
+
+@functools.cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Compile `_gradient_in_place`, for a GPU: what takes thirty passes over float32 blocks takes two or three."""
+    return torch.compile(_gradient_in_place, dynamic=False)  # but for the positions, see mark_dynamic below
+
+
+def _compiled_sums(
+    product: Tensor,
+    teacher_product: Tensor | None,
+    labels: Tensor,
+    head: Head,
+    teacher_head: Head | None,
+    mix: Mix,
+    weights: dict[str, Tensor],
+) -> tuple[Tensor, Tensor] | None:
+    """Replace a chunk's product by its gradient on a GPU → the sums of kd (τ² included) and ce.
+
+    None, with nothing changed: on other devices, for a divergence without a closed form, if it cannot be compiled.
+    """
+    if product.device.type not in COMPILED_ON or (teacher_head is not None and not loss.has_closed_form(mix.name)):
+        return None
+    factor = mix.temperature**2 if mix.scale_by_temperature else 1.0
+    dtype = torch.float64 if product.dtype == torch.float64 else torch.float32
+    ones = torch.ones(len(labels), dtype=dtype, device=product.device)
+    kd_weights, ce_weights = weights.get("kd", ones), weights.get("ce", ones)
+    # Numbers come as tensors and positions as a dynamic size: nothing is compiled anew for a batch or a point of a sweep.
+    temperature = torch.full((), mix.temperature, dtype=dtype, device=product.device)
+    of_kd, of_ce = kd_weights * (mix.alpha * factor / mix.temperature), ce_weights * (1 - mix.alpha)
+    for tensor in (product, teacher_product, labels, of_kd, of_ce):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    chunk = (product, teacher_product, labels, head, teacher_head, temperature, of_kd, of_ce)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=64):  # of a process: a sweep may try every divergence
+            kd, ce = _compiled()(*chunk, mix.name, mix.options)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        COMPILED_ON.clear()
+        log.warning("the loss cannot be compiled here, and is slower without: %s", str(error).strip().split("\n")[0])
+        return None
+    dtype = _sum_dtype(product)
+    return factor * (kd * kd_weights).sum(dtype=dtype), (ce * ce_weights).sum(dtype=dtype)
+
+
+def _gradient_in_place(
+    product: Tensor,
+    teacher_product: Tensor | None,
+    labels: Tensor,
+    head: Head,
+    teacher_head: Head | None,
+    temperature: Tensor,
+    kd_weights: Tensor,
+    ce_weights: Tensor,
+    name: str,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of Σ kd_weights·kd + ce_weights·ce over the product → kd and ce of each position."""
+    logits = head.finish(product)
+    s1 = loss.log_probabilities(logits)
+    ce = -s1.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    is_label = torch.arange(product.shape[1], device=labels.device) == labels.unsqueeze(-1)
+    grad = (s1.exp() - is_label.to(s1.dtype)) * ce_weights.unsqueeze(-1)
+    kd = torch.zeros_like(ce)
+    if teacher_head is not None and teacher_product is not None:
+        s = loss.log_probabilities(logits / temperature)
+        t = loss.log_probabilities(teacher_head.finish(teacher_product) / temperature)
+        kd, by_kd = loss.value_and_gradient(name, s, t, options)
+        grad = grad + by_kd * kd_weights.unsqueeze(-1)
+    product.copy_(head.through(logits, grad))
+    return kd, ce
