@@ -248,12 +248,12 @@ class _ChunkedSum(torch.autograd.Function):
                 grad_hidden[rows] = (product @ head.weight).to(hidden.dtype).mul_(factor_now)
             if grad_weight is not None:
                 inputs = hidden[rows].to(product.dtype)
+                if product.dtype != grad_dtype and product.device.type == "cuda":  # its products can add in float32
+                    torch.addmm(grad_weight, product.T, inputs, out_dtype=grad_dtype, out=grad_weight)
+                    continue
                 for ids in chunks_of(head.num_ids, HEAD_ROWS):
                     if product.dtype == grad_dtype:
                         grad_weight[ids].addmm_(product[:, ids].T, inputs)
-                    elif product.device.type == "cuda":  # accumulates in float32, without a pass of its own
-                        out = grad_weight[ids]
-                        torch.addmm(out, product[:, ids].T, inputs, out_dtype=grad_dtype, out=out)
                     else:
                         grad_weight[ids].add_(product[:, ids].T @ inputs)
 
@@ -348,7 +348,9 @@ def _loss_and_gradient(
 @functools.cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     """Compile `_gradient_in_place`, for a GPU: what takes thirty passes over float32 blocks takes two or three."""
-    return torch.compile(_gradient_in_place, dynamic=False)  # but for the positions, see mark_dynamic below
+    # Sizes are fixed but for the positions (maybe_mark_dynamic); what is used twice is computed twice, not kept.
+    recompute = {"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000}
+    return torch.compile(_gradient_in_place, dynamic=False, options=recompute)
 
 
 def _compiled_sums(
@@ -371,12 +373,12 @@ def _compiled_sums(
     ones = torch.ones(len(labels), dtype=dtype, device=product.device)
     kd_weights, ce_weights = weights.get("kd", ones), weights.get("ce", ones)
     # Numbers come as tensors and positions as a dynamic size: nothing is compiled anew for a batch or a point of a sweep.
-    temperature = torch.full((), mix.temperature, dtype=dtype, device=product.device)
+    inverse_temperature = torch.full((), 1 / mix.temperature, dtype=dtype, device=product.device)
     of_kd, of_ce = kd_weights * (mix.alpha * factor / mix.temperature), ce_weights * (1 - mix.alpha)
     for tensor in (product, teacher_product, labels, of_kd, of_ce):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    chunk = (product, teacher_product, labels, head, teacher_head, temperature, of_kd, of_ce)
+    chunk = (product, teacher_product, labels, head, teacher_head, inverse_temperature, of_kd, of_ce)
     try:
         with torch._dynamo.config.patch(recompile_limit=64):  # of a process: a sweep may try every divergence
             kd, ce = _compiled()(*chunk, mix.name, mix.options)
@@ -394,7 +396,7 @@ def _gradient_in_place(
     labels: Tensor,
     head: Head,
     teacher_head: Head | None,
-    temperature: Tensor,
+    inverse_temperature: Tensor,
     kd_weights: Tensor,
     ce_weights: Tensor,
     name: str,
@@ -408,8 +410,8 @@ def _gradient_in_place(
     grad = (s1.exp() - is_label.to(s1.dtype)) * ce_weights.unsqueeze(-1)
     kd = torch.zeros_like(ce)
     if teacher_head is not None and teacher_product is not None:
-        s = loss.log_probabilities(logits / temperature)
-        t = loss.log_probabilities(teacher_head.finish(teacher_product) / temperature)
+        s = loss.log_probabilities(logits * inverse_temperature)
+        t = loss.log_probabilities(teacher_head.finish(teacher_product) * inverse_temperature)
         kd, by_kd = loss.value_and_gradient(name, s, t, options)
         grad = grad + by_kd * kd_weights.unsqueeze(-1)
     product.copy_(head.through(logits, grad))
