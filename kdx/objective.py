@@ -9,9 +9,7 @@ not grow with positions × vocabulary.
 N counted positions, n positions of a chunk, V vocabulary, d / D width of student / teacher.
 """
 
-import functools
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kdx import loss
+from kdx import fused, loss
 from kdx.causal_lm import Head, counted_hidden, head_of
 from kdx.config import LossConfig
 from kdx.data.batches import IGNORED, MicroBatch
@@ -27,13 +25,10 @@ from kdx.errors import ConfigError, did_you_mean, together
 from kdx.plugins import option_faults
 from kdx.teacher import Answer
 
-log = logging.getLogger(__name__)
-
 CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: larger chunks mean fewer passes over the head's gradient
 GPU_CHUNK_BYTES = 2**30  # on a GPU, or a 64th of its memory: its products are faster over thousands of rows
 CACHE_BYTES = 2**19  # of one float32 tensor of a block on a CPU, per thread: what stays in its cache
 BLOCK_BYTES = 2**26  # of one elsewhere: large enough to fill a GPU, small beside the chunk
-COMPILED_ON = {"cuda"}  # where softmaxes and gradient of a chunk are one compiled function; emptied if that fails
 HEAD_ROWS = 2**14  # rows of the head's gradient summed at once in float32, without a second matrix of the head's size
 
 
@@ -223,7 +218,7 @@ class _ChunkedSum(torch.autograd.Function):
                 teacher_product = answer.head.product(answer.hidden[rows]).to(product.device)
             chunk_weights = {name: weight[rows] for name, weight in weights.items()}
             teacher_head = None if teacher_product is None or answer is None else answer.head
-            sums = _compiled_sums(product, teacher_product, labels[rows], head, teacher_head, mix, chunk_weights)
+            sums = fused.sums(product, teacher_product, labels[rows], head, teacher_head, mix, chunk_weights)
             if sums is not None:
                 kd_sum += sums[0]
                 ce_sum += sums[1]
@@ -343,76 +338,3 @@ def _loss_and_gradient(
         ce = ce * weights["ce"]
     assert grad is not None
     return kd, ce.sum(dtype=_sum_dtype(logits)), grad
-
-
-@functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    """Compile `_gradient_in_place`, for a GPU: what takes thirty passes over float32 blocks takes two or three."""
-    # Sizes are fixed but for the positions (maybe_mark_dynamic); what is used twice is computed twice, not kept.
-    recompute = {"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000}
-    return torch.compile(_gradient_in_place, dynamic=False, options=recompute)
-
-
-def _compiled_sums(
-    product: Tensor,
-    teacher_product: Tensor | None,
-    labels: Tensor,
-    head: Head,
-    teacher_head: Head | None,
-    mix: Mix,
-    weights: dict[str, Tensor],
-) -> tuple[Tensor, Tensor] | None:
-    """Replace a chunk's product by its gradient on a GPU → the sums of kd (τ² included) and ce.
-
-    None, with nothing changed: on other devices, for a divergence without a closed form, if it cannot be compiled.
-    """
-    if product.device.type not in COMPILED_ON or (teacher_head is not None and not loss.has_closed_form(mix.name)):
-        return None
-    factor = mix.temperature**2 if mix.scale_by_temperature else 1.0
-    dtype = torch.float64 if product.dtype == torch.float64 else torch.float32
-    ones = torch.ones(len(labels), dtype=dtype, device=product.device)
-    kd_weights, ce_weights = weights.get("kd", ones), weights.get("ce", ones)
-    # Numbers come as tensors and positions as a dynamic size: nothing is compiled anew for a batch or a point of a sweep.
-    inverse_temperature = torch.full((), 1 / mix.temperature, dtype=dtype, device=product.device)
-    of_kd, of_ce = kd_weights * (mix.alpha * factor / mix.temperature), ce_weights * (1 - mix.alpha)
-    for tensor in (product, teacher_product, labels, of_kd, of_ce):
-        if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    chunk = (product, teacher_product, labels, head, teacher_head, inverse_temperature, of_kd, of_ce)
-    try:
-        with torch._dynamo.config.patch(recompile_limit=64):  # of a process: a sweep may try every divergence
-            kd, ce = _compiled()(*chunk, mix.name, mix.options)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        COMPILED_ON.clear()
-        log.warning("the loss cannot be compiled here, and is slower without: %s", str(error).strip().split("\n")[0])
-        return None
-    dtype = _sum_dtype(product)
-    return factor * (kd * kd_weights).sum(dtype=dtype), (ce * ce_weights).sum(dtype=dtype)
-
-
-def _gradient_in_place(
-    product: Tensor,
-    teacher_product: Tensor | None,
-    labels: Tensor,
-    head: Head,
-    teacher_head: Head | None,
-    inverse_temperature: Tensor,
-    kd_weights: Tensor,
-    ce_weights: Tensor,
-    name: str,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """Write the gradient of Σ kd_weights·kd + ce_weights·ce over the product → kd and ce of each position."""
-    logits = head.finish(product)
-    s1 = loss.log_probabilities(logits)
-    ce = -s1.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    is_label = torch.arange(product.shape[1], device=labels.device) == labels.unsqueeze(-1)
-    grad = (s1.exp() - is_label.to(s1.dtype)) * ce_weights.unsqueeze(-1)
-    kd = torch.zeros_like(ce)
-    if teacher_head is not None and teacher_product is not None:
-        s = loss.log_probabilities(logits * inverse_temperature)
-        t = loss.log_probabilities(teacher_head.finish(teacher_product) * inverse_temperature)
-        kd, by_kd = loss.value_and_gradient(name, s, t, options)
-        grad = grad + by_kd * kd_weights.unsqueeze(-1)
-    product.copy_(head.through(logits, grad))
-    return kd, ce

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kdx import loss, objective
+from kdx import fused, loss, objective
 from kdx.causal_lm import Head
 from kdx.data.batches import Batches, Row, collate, merged
 from kdx.objective import Mix, Objective, chunks_of, distillation_loss, summed_loss
@@ -701,14 +701,15 @@ def test_merged_micro_batches_are_one_batch_of_all_rows(teacher):
     one_by_one = torch.cat([teacher.answer(part).hidden for part in parts])
     torch.testing.assert_close(teacher.answer(together).hidden, one_by_one, rtol=1e-9, atol=1e-12)
 
+
 # ---- the compiled stage of a GPU, here on a CPU and without its compiler
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Do what a GPU does with a chunk, by the function itself."""
-    monkeypatch.setattr(objective, "_compiled", lambda: objective._gradient_in_place)
-    monkeypatch.setattr(objective, "COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(fused, "compiled", lambda: fused.gradient_in_place)
+    monkeypatch.setattr(fused, "DEVICES", {"cpu"})
 
 
 @pytest.mark.parametrize(
@@ -729,7 +730,7 @@ def test_the_compiled_stage_and_the_blocks_agree(as_on_a_gpu, monkeypatch, name,
         case = exact.to(dtype)
         results = []
         for devices in ({"cpu"}, set()):
-            monkeypatch.setattr(objective, "COMPILED_ON", devices)
+            monkeypatch.setattr(fused, "DEVICES", devices)
             whole = case.loss(name=name, alpha=alpha, temperature=temperature, chunk_size=3, **options)
             parts = weighted(case, weights, 4, name, alpha)
             results.append(case.value_and_gradients(whole) + case.value_and_gradients(parts))
@@ -737,8 +738,8 @@ def test_the_compiled_stage_and_the_blocks_agree(as_on_a_gpu, monkeypatch, name,
 
 
 def test_one_compiled_function_serves_all_numbers_of_positions_and_weights(as_on_a_gpu, monkeypatch):
-    traced = torch.compile(objective._gradient_in_place, dynamic=False, backend="eager")
-    monkeypatch.setattr(objective, "_compiled", lambda: traced)
+    traced = torch.compile(fused.gradient_in_place, dynamic=False, backend="eager")
+    monkeypatch.setattr(fused, "compiled", lambda: traced)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n in (7, 3, 12):
             Case(n=n).loss(alpha=0.05 * n, temperature=n / 2).backward()
@@ -748,7 +749,7 @@ def test_a_loss_that_cannot_be_compiled_is_computed_in_blocks(as_on_a_gpu, monke
     def failing(*_):
         raise torch._dynamo.exc.InternalTorchDynamoError("no C compiler\nat all")
 
-    monkeypatch.setattr(objective, "_compiled", lambda: failing)
+    monkeypatch.setattr(fused, "compiled", lambda: failing)
     case = Case()
     for _ in range(2):
         assert_close(case.value_and_gradients(case.loss()), case.value_and_gradients(case.plain()), 1e-9)
