@@ -9,15 +9,17 @@ such batch, so it should differ from a live pass as much as two live passes diff
 import sys
 from collections.abc import Sequence
 
-from kdx.prepare import prepare
 from torch import Tensor
 
 from kdx import loss
+from kdx.build import build_batches, build_teacher, rows_to_ask
 from kdx.causal_lm import Head
 from kdx.cli import compose
 from kdx.data.batches import Row, collate
+from kdx.data.encode import load_data
 from kdx.run.launch import build_accelerator
 from kdx.teacher import Teacher
+from kdx.tokenizer import load_tokenizer
 
 NUM_ROWS = 8
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -60,7 +62,11 @@ def furthest(head: Head, ones: Sequence[Tensor], others: Sequence[Tensor], tempe
 
 if __name__ == "__main__":
     config = compose([*sys.argv[1:], "teacher.store=on"])
-    run = prepare(config, build_accelerator(config), is_fill=True)
-    assert run.teacher is not None
-    for name, by_temperature in certify(run.teacher, run.held_out_rows or run.rows, run.batches.pad_id).items():
+    machine = build_accelerator(config)
+    tokenizer, max_length = load_tokenizer(config)
+    data = load_data(config.data, tokenizer, max_length)
+    batches = build_batches(config, data.train, tokenizer, machine)
+    teacher = build_teacher(config, machine.device, max_length, rows_to_ask(config, data, batches), is_repeated=True)
+    assert teacher is not None
+    for name, by_temperature in certify(teacher, [*data.held_out], batches.pad_id).items():
         print(f"{name:15}", *(f"τ={t:g}: KL {value:.2g}" for t, value in by_temperature.items()), sep="   ")

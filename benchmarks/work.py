@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kdx.prepare import prepare
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
+from kdx.build import build_student, build_teacher
 from kdx.causal_lm import device_dtype
 from kdx.cli import compose
 from kdx.data.batches import Row
+from kdx.data.encode import load_data
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import quiet_libraries
 from kdx.store_commands import fill
+from kdx.tokenizer import load_tokenizer
 
 PAIRS = ("smollm2", "dialogpt")
 BATCH_SIZE = 8
@@ -53,23 +55,26 @@ def prepare_work(pair: str, folder: Path, *, steps: int) -> Work:
         words += ["teacher=hf", f"teacher.path={folder}/teacher", "student=hf", f"student.path={folder}/student"]
     fill([compose(words)])
     config = compose(words)
-    run = prepare(config, build_accelerator(config))
+    machine = build_accelerator(config)
+    tokenizer, max_length = load_tokenizer(config)
+    rows = load_data(config.data, tokenizer, max_length).train
     if pair == "smollm2":  # the others read model folders
-        run.student.save_pretrained(folder / "student")
-        run.tokenizer.save_pretrained(folder / "student")
-        assert run.teacher is not None
-        run.teacher.model.save_pretrained(folder / "teacher")
+        build_student(config, machine.device, max_length).save_pretrained(folder / "student")
+        tokenizer.save_pretrained(folder / "student")
+        teacher = build_teacher(config, machine.device, max_length, {}, is_repeated=False)
+        assert teacher is not None
+        teacher.model.save_pretrained(folder / "teacher")
     work = {
         "student": str(folder / "student"),
         "teacher": str(folder / "teacher"),
         "tokenizer": str(folder / "student"),
-        "rows": [labelled(row) for row in run.rows],
+        "rows": [labelled(row) for row in rows],
         "batch_size": BATCH_SIZE,
         "steps": steps,
-        "bf16": device_dtype(run.accelerator.device)[0] == torch.bfloat16,
+        "bf16": device_dtype(machine.device) == "bf16",
     }
     (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
-    tokens = sum(len(row.tokens) for row in run.rows) / len(run.rows) * BATCH_SIZE
+    tokens = float(rows.lengths.mean()) * BATCH_SIZE
     environment = {"KDX_STORE": os.environ["KDX_STORE"], "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     return Work(words, folder / "work.json", environment, steps, tokens)
 
@@ -107,7 +112,7 @@ def write_results(name: str, results: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     machine = {
         "processor": _processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "precision": device_dtype(torch.device("cpu"))[1], "system": platform.system(),
+        "precision": device_dtype(torch.device("cpu")), "system": platform.system(),
     }  # fmt: skip
     text = json.dumps({"machine": machine, "results": results}, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")

@@ -1,25 +1,25 @@
 """From a config to the parts of a run: names checked, then batches, teacher, student and objective."""
 
-import hashlib
 import math
-from pathlib import Path
+import uuid
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from kdx.causal_lm import attention_for, checkpoint_activations, head_of, tokenizer_digest, weights_digest
+from kdx.causal_lm import attention_for, checkpoint_activations, head_of
 from kdx.config import Config, TrainConfig
-from kdx.data.batches import Batches, Row, Rows
+from kdx.data.batches import Batches, Rows
 from kdx.data.encode import Data
 from kdx.data.sources import check_source
 from kdx.errors import ConfigError, KdxError, together
 from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
 from kdx.run.folder import Record
+from kdx.run.identity import model_digest
 from kdx.store import Identity, open_store
 from kdx.student import load_student
-from kdx.teacher import Teacher, load_teacher, precision_of
+from kdx.teacher import Teacher, dtype_of, load_teacher
 from kdx.tokenizer import count_ids, pad_id_of
 
 
@@ -53,45 +53,39 @@ def build_batches(config: Config, rows: Rows, tokenizer: Any, machine: Accelerat
     )
 
 
-def rows_to_ask(config: Config, data: Data, batches: Batches) -> list[Row]:
-    """List the rows that a run asks the teacher about: those held out, and with a distillation term those trained on."""
-    seen = batches.rows_seen(num_steps(config.train, batches)) if config.loss.alpha > 0 else []
-    return [*data.held_out, *(data.train[i] for i in seen)]
+def rows_to_ask(config: Config, data: Data, batches: Batches) -> dict[str, int]:
+    """Return digest → counted positions of each row that a run asks the teacher about.
+
+    These are the rows held out, and with a distillation term those trained on.
+    """
+    asked = dict(zip(data.held_out.digests, data.held_out.num_counted.tolist(), strict=True))
+    if config.loss.alpha > 0:
+        digests, num_counted = data.train.digests, data.train.num_counted.tolist()
+        asked |= {digests[i]: num_counted[i] for i in batches.rows_seen(num_steps(config.train, batches))}
+    return asked
 
 
 def is_repeated(config: Config, record: Record, batches: Batches) -> bool:
     """Return whether the teacher is asked about a row more than once: over several epochs, or by a sweep's runs."""
-    return bool(record.swept) or num_steps(config.train, batches) * batches.batch_size > len(batches.rows)
+    return bool(record.swept) or num_steps(config.train, batches) > batches.steps_per_epoch
 
 
 def build_teacher(
-    config: Config,
-    tokenizer: Any,
-    device: torch.device,
-    max_length: int,
-    rows: list[Row],
-    *,
-    is_repeated: bool,
-    owner: Path | str,
+    config: Config, device: torch.device, max_length: int, rows: dict[str, int], *, is_repeated: bool
 ) -> Teacher | None:
     """Open the teacher's store for these rows, and load the teacher if it lacks one; None without a teacher.
 
-    is_repeated: whether rows are asked for more than once. owner: the folder of the run that writes to the store.
-    Raises ModelError, or MachineError if the store must be on and has no room.
+    rows: digest → counted positions. is_repeated: whether rows are asked for more than once. Raises ModelError, or
+    MachineError if the store must be on and has no room.
     """
     if config.teacher.path is None:
         return None
-    identity = Identity(
-        weights_digest(config.teacher, "teacher"),
-        tokenizer_digest(tokenizer),
-        precision_of(config.teacher, device)[0],
-        config.teacher.quantization,
-    )
-    name = hashlib.sha256(str(Path(owner).resolve()).encode()).hexdigest()[:8]
-    store, words = open_store(config.teacher, identity, rows, is_repeated=is_repeated, owner=name)
+    digest = model_digest(config.teacher) or uuid.uuid4().hex  # unknown: equal to nothing
+    identity = Identity(digest, dtype_of(config.teacher, device), config.teacher.quantization)
+    store, words = open_store(config.teacher, identity, rows, is_repeated=is_repeated)
     teacher = load_teacher(config.teacher, device, max_length, identity, store)
     teacher.store_words = words
-    if store and store.missing([row.digest for row in rows]):
+    if store and store.missing(list(rows)):
         teacher.load()  # what is wrong with the model shows now, not in the middle of the run
     return teacher
 

@@ -5,13 +5,10 @@ N positions, V rows of the head, d width of the model.
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import re
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,25 +18,30 @@ from typing import Any
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 import torch
-import transformers
-from filelock import FileLock
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from kdx.config import SAFE_NAME, ModelConfig
 from kdx.data.batches import MicroBatch
 from kdx.data.files import nearby, resolve_path
-from kdx.errors import KdxError, MachineError, ModelError, of_hub, out_of_memory
-from kdx.run.files import cache_dir, known_digest, read_json, whole_folder
+from kdx.errors import KdxError, MachineError, ModelError, of_hub, one_line, out_of_memory
+from kdx.run.files import cache_dir, locked, read_json, whole_folder
+from kdx.run.identity import content_hash
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of check_split; lower precisions 5e-2
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,15 @@ class Head:
         """Keep the first `num_ids` rows, as views: rows beyond the tokenizer's ids are padding."""
         if num_ids == self.num_ids:
             return self
-        bias = self.bias if self.bias is None else self.bias[:num_ids]
-        return dataclasses.replace(self, weight=self.weight[:num_ids], bias=bias)
+        return self._changed(lambda tensor: tensor[:num_ids])
 
     def to(self, device: torch.device | None) -> "Head":
         """Move the head to a device; None leaves it where it is."""
-        if device is None:
-            return self
-        bias = self.bias if self.bias is None else self.bias.to(device)
-        return dataclasses.replace(self, weight=self.weight.to(device), bias=bias)
+        return self if device is None else self._changed(lambda tensor: tensor.to(device))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Head":
+        bias = None if self.bias is None else change(self.bias)
+        return dataclasses.replace(self, weight=change(self.weight), bias=bias)
 
     def detached(self, weight: Tensor, bias: Tensor | None) -> "Head":
         """Return the same head with these tensors, detached from the graph."""
@@ -139,27 +141,19 @@ def checkpoint_activations(model: Any) -> None:
 
 def counted_hidden(model: Any, batch: MicroBatch) -> Tensor:
     """Run the backbone and keep the last hidden states at the positions whose next token counts → [N, d]."""
-    mask = batch.attention_mask if needs_attention_mask(model) else None
+    mask = batch.attention_mask if getattr(model, "needs_attention_mask", True) else None
     output = model.base_model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
     return output.last_hidden_state.flatten(0, 1)[batch.positions.to(output.last_hidden_state.device)]
 
 
-def needs_attention_mask(model: Any) -> bool:
-    """Whether rows padded on the right need an attention mask: not if check_split found that only the left matters."""
-    return getattr(model, "needs_attention_mask", True)
-
-
-def device_dtype(device: torch.device) -> tuple[torch.dtype, str]:
-    """Return the fastest safe dtype of a device, and why: bf16 if its processor has the instructions, else fp32."""
+def device_dtype(device: torch.device) -> str:
+    """Return the fastest safe dtype of a device: bf16 if its processor has the instructions, else fp32."""
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU has bf16"
-        return torch.float32, "this GPU has no bf16"
-    if device.type == "cpu":
-        if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-            return torch.bfloat16, "this CPU has bf16 instructions"
-        return torch.float32, "this CPU has no bf16 instructions"
-    return torch.float32, f"fp32 is safe on {device.type}"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_new = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        has_bf16 = device.type == "cpu" and is_new
+    return "bf16" if has_bf16 else "fp32"
 
 
 def attention_for(config: ModelConfig, device: torch.device, max_length: int) -> str | None:
@@ -179,17 +173,14 @@ def load_tokenizer(config: ModelConfig, group: str) -> PreTrainedTokenizerBase:
     if config.tokenizer:
         path, revision, key = resolve_path(config.tokenizer, f"{group}.tokenizer"), None, f"{group}.tokenizer"
     else:
-        path, revision, key = locate(config, group, needs_weights=False), config.revision, f"{group}.path"
+        path, revision, key = locate(config, group), config.revision, f"{group}.path"
     with loading(path, "tokenizer", key):
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=config.trust_remote_code)
-    if not tokenizer.is_fast:
-        raise ModelError(f"{group}.tokenizer", "is a slow tokenizer without offsets", "Save it with tokenizer.json")
-    return tokenizer
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=config.trust_remote_code)
 
 
 def load_config(config: ModelConfig, group: str) -> Any:
     """Load a model's configuration: its shape, without weights. Raises ModelError."""
-    path = locate(config, group, needs_weights=False)
+    path = locate(config, group)
     with loading(path, "config", f"{group}.path"):
         return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
 
@@ -206,9 +197,11 @@ def load_causal_lm(
     """Load a model in eval mode, complete. Raises ModelError, or MachineError if a package is not installed."""
     path = locate(config, group)
     extra: dict[str, Any] = {"device_map": device_map} if device_map else {}
-    if quantization != "none":
-        extra["quantization_config"] = _quantization(quantization, dtype)
     with loading(path, "model", f"{group}.path"):
+        if quantization != "none":
+            extra["quantization_config"] = BitsAndBytesConfig(
+                **{f"load_in_{quantization}": True}, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -229,6 +222,7 @@ def load_causal_lm(
 def ready(model: PreTrainedModel, group: str) -> PreTrainedModel:
     """Put a model into eval mode, fuse its activations and check its split. Raises ModelError."""
     model.eval()  # check it without dropout
+    model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None  # its look at the ids makes a GPU wait
     fuse_activations(model)
     check_split(model, group)
     return model
@@ -253,7 +247,7 @@ def check_split(model: PreTrainedModel, group: str) -> None:
     head = head_of(model)
     row = torch.arange(3, 11, device=model.device).remainder(head.num_ids).unsqueeze(0)
     rows = [row, torch.cat([row, row], dim=1), torch.cat([row, row.flip(1)], dim=1)]  # alone, and followed by others
-    with torch.no_grad(), loading(name, "forward pass", f"{group}.path"):
+    with torch.no_grad():
         own = model(input_ids=row, use_cache=False).logits
         alone, *followed = (
             model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, : row.shape[1]] for ids in rows
@@ -277,122 +271,53 @@ def check_split(model: PreTrainedModel, group: str) -> None:
 
 def common_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
     """Refuse two tokenizers that map any id to different tokens, even if their sizes agree. Raises ModelError."""
-    ours = {i: token for token, i in teacher.get_vocab().items()}
-    theirs = {i: token for token, i in student.get_vocab().items()}
-    differ = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
-    if differ:
-        first = differ[0]
+    ours, theirs = ({i: token for token, i in each.get_vocab().items()} for each in (teacher, student))
+    ids = ours.keys() | theirs.keys()
+    if differ := sorted(i for i in ids if ours.get(i) != theirs.get(i)):
+        first, num = differ[0], f"{len(differ)} of {len(ids)} ids"
         what = (
-            f"teacher and student differ at {len(differ)} of {len(ours.keys() | theirs.keys())} ids, the first is "
-            f"{first}: {ours.get(first)!r} and {theirs.get(first)!r}"
+            f"teacher and student differ at {num}, the first is {first}: {ours.get(first)!r} and {theirs.get(first)!r}"
         )
         raise ModelError("tokenizer", what, "Choose a teacher and a student with the same tokenizer")
 
 
-def weights_digest(config: ModelConfig, group: str) -> str:
-    """Identify a model's weights: by a digest of its files, or on the hub by repository and commit.
-
-    A file is hashed again only when its name, size, times or inode change. Raises ModelError.
-    """
-    path = locate(config, group, needs_weights=False)
-    digest = hashlib.sha256()
-    folder = Path(path)
-    if folder.is_dir():
-        patterns = ("config.json", *WEIGHT_FILES, *(["*.py"] if config.trust_remote_code else []))
-        for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
-            digest.update(f"{file.name}:{known_digest(file)};".encode())
-    else:
-        load_config(config, group)  # has the hub client look up the revision and cache the answer
-        cached = try_to_load_from_cache(path, "config.json", revision=config.revision)
-        commit = Path(cached).parent.name if isinstance(cached, str) else uuid.uuid4()  # unknown: equal to nothing
-        digest.update(f"{path}@{commit}".encode())
-    return digest.hexdigest()
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Compute a digest of the id → token map."""
-    return hashlib.sha256(json.dumps(sorted((i, t) for t, i in tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-def locate(config: ModelConfig, group: str, needs_weights: bool = True) -> str:
+def locate(config: ModelConfig, group: str) -> str:
     """Return a model's folder (for a GGUF file, its dequantised copy) or hub id. Raises ModelError."""
-    path = resolve_path(config.path or "", f"{group}.path")
+    path, key = resolve_path(config.path or "", f"{group}.path"), f"{group}.path"
+    folder = Path(path)
     if config.gguf_file:
-        return str(_dequantised(Path(path), config.gguf_file, group))
-    _check_folder(Path(path), f"{group}.path", needs_weights)
-    return path
-
-
-def _check_folder(folder: Path, key: str, needs_weights: bool) -> None:
-    """Say what is wrong with a local model folder where transformers' own message would mislead."""
-    if not folder.is_dir():
-        return
+        return str(_dequantised(folder, config.gguf_file, group))
+    if not folder.is_dir() and not HUB_NAME.fullmatch(path):
+        raise ModelError(key, f"{path} does not exist", nearby(folder))
     if (folder / "adapter_config.json").is_file():
-        hint = (
-            "Merge it first: from peft import AutoPeftModelForCausalLM as M; "
-            f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')"
-        )
+        hint = "Merge it first: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
         raise ModelError(key, f"{folder} is a LoRA adapter, which kdx would ignore", hint)
-    if not read_json(folder / "config.json"):
-        state = "a damaged config.json" if (folder / "config.json").is_file() else "no config.json"
-        raise ModelError(key, f"{folder} has {state}", nearby(folder))
-    if needs_weights and not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
-        raise ModelError(key, f"{folder} has no weights", nearby(folder))
     for index in folder.glob("*.index.json"):
         shards = read_json(index).get("weight_map") or {"": ""}
         if not all(SAFE_NAME.fullmatch(str(name)) for name in shards.values()):
             raise ModelError(key, f"{index} is damaged, or names files outside its folder", "Copy the model again")
+    return path
 
 
 @contextlib.contextmanager
 def loading(path: str, what: str, key: str) -> Iterator[None]:
-    """Turn the errors that people meet while loading a model into one line each; others are raised as they are."""
+    """Turn an error while loading a model into one line with the library's own message."""
     try:
         yield
     except KdxError:
         raise
     except Exception as error:
-        if (known := _load_error(error, path, what, key)) is None:
-            raise
-        raise known from error
-
-
-def _load_error(error: Exception, path: str, what: str, key: str) -> KdxError | None:
-    folder, group, kind = Path(path), key.partition(".")[0], type(error).__name__
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    if memory := out_of_memory(error):
-        return memory
-    if isinstance(error, ImportError):
-        return MachineError(key, f"{path} needs a package: {text[:240].rstrip('.')}", "Install it")
-    if "attn_implementation" in text:
-        return ModelError(f"{group}.attn_implementation", f"is not supported by {path}", "Use auto, eager or sdpa")
-    if "trust_remote_code" in text:
-        hint = f"Read it, then set {group}.trust_remote_code=true and {group}.revision=COMMIT"
-        return ModelError(key, f"{path} needs Python code of its own", hint)
-    if "ignore_mismatched_sizes" in text:
-        return ModelError(
-            key, f"the weights in {path} do not have the shapes of its config.json", "Use the config of these weights"
-        )
-    if kind == "UnpicklingError":
-        what = f"the weights in {path} are a pickle of more than tensors, which could run code"
-        return ModelError(key, what, "Ask for them as .safetensors")
-    if isinstance(error, SafetensorError | EOFError) or "PytorchStreamReader" in text:
-        return ModelError(
-            key, f"the weights in {path} are damaged or truncated", "Copy them again; from git: git lfs pull"
-        )
-    if not isinstance(error, OSError | ValueError):
-        return None
-    if what == "forward pass" or folder.exists():
-        hint = nearby(folder) if folder.exists() else "Use a causal language model"
-        return ModelError(key, f"cannot load the {what} of {path}: {text[:240].rstrip('.')}", hint)
-    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        what = f"{path} is not a folder, and its {what} could not be read from the hub"
-        hint = "Check the name and the network, log in for gated models (hf auth login), or give a local folder"
-        return of_hub(error, ModelError, key, what, hint)
-    hint = nearby(folder)
-    if "Did you" not in hint and re.fullmatch(r"\w[\w.-]*", path):
-        hint += f". On the hub it is OWNER/{path}"
-    return ModelError(key, f"{path} does not exist", hint)
+        what, hint = f"cannot load the {what} in {path}: {one_line(error)}", nearby(Path(path))
+        if memory := out_of_memory(error):
+            raise memory from error
+        if isinstance(error, ImportError):
+            raise MachineError(key, what, "Install the package") from error
+        if not Path(path).exists():
+            what = f"{path} is not a folder here, and cannot be read from the hub"
+            raise of_hub(error, ModelError, key, what, "Log in for gated models (hf auth login). " + hint) from error
+        if isinstance(error, SafetensorError):
+            hint = "Copy the weights again; from git: git lfs pull"
+        raise ModelError(key, what, hint) from error
 
 
 def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
@@ -400,30 +325,18 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
     source = folder / gguf_file
     if not source.is_file():
         raise ModelError(f"{group}.gguf_file", f"{source} does not exist", nearby(folder))
-    stamp = known_digest(source)[:16]
-    cached = cache_dir() / "gguf" / stamp
-    if (cached / "config.json").is_file():
-        return cached
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(cached.parent / f"{stamp}.lock"):
-            if not (cached / "config.json").is_file():
-                log.info("dequantising %s once, to %s", gguf_file, cached)
-                with loading(str(source), "model", f"{group}.gguf_file"):
-                    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
-                    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-                model.hf_quantizer = None  # save_pretrained refuses a GGUF model unless it counts as plain
-                if hasattr(model.config, "quantization_config"):
-                    del model.config.quantization_config
-                with whole_folder(cached) as beside:
-                    model.save_pretrained(beside)
-                    tokenizer.save_pretrained(beside)
-    except OSError as error:
-        raise MachineError("KDX_CACHE", f"cannot write {cached}: {error}", "Set it to a folder with room") from None
+    cached = cache_dir() / "gguf" / content_hash(source)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with locked(Path(f"{cached}.lock")):
+        if not cached.is_dir():
+            log.info("dequantising %s once, to %s", gguf_file, cached)
+            with loading(str(source), "model", f"{group}.gguf_file"):
+                model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+                tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+            model.hf_quantizer = None  # save_pretrained refuses a GGUF model unless it counts as plain
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            with whole_folder(cached) as beside:
+                model.save_pretrained(beside)
+                tokenizer.save_pretrained(beside)
     return cached
-
-
-def _quantization(kind: str, dtype: torch.dtype) -> Any:
-    if kind == "8bit":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

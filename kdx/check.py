@@ -50,7 +50,7 @@ def check(config: Config, path: Path, record: Record | None = None) -> None:
         data = load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS)
         batches = build_batches(config, data.train, tokenizer, machine)
         rows, repeats = rows_to_ask(config, data, batches), is_repeated(config, record, batches)
-        teacher = build_teacher(config, tokenizer, machine.device, max_length, rows, is_repeated=repeats, owner=path)
+        teacher = build_teacher(config, machine.device, max_length, rows, is_repeated=repeats)
         student = build_student(config, machine.device, max_length)
         objective = build_objective(config, student, teacher, tokenizer)
         training = Training(config, objective, teacher, batches, tokenizer, max_length, machine)
@@ -152,7 +152,7 @@ def memory_table(training: Training, cost: Cost) -> Table:
     teacher_bytes = head_bytes = 0
     if teacher is not None and config.loss.alpha > 0:
         head_bytes = teacher.head.weight.nbytes
-        teacher_bytes = teacher.num_bytes if teacher.is_loaded else head_bytes
+        teacher_bytes = teacher.model.get_memory_footprint() if teacher.is_loaded else head_bytes
     logits = tokens * num_ids * (2 if machine.mixed_precision == "bf16" else 4)
     chunk = 2 * min(chunk_bytes(machine.device), logits)  # the student's and the teacher's
     if machine.device.type != "cpu":  # where a block is not small beside a chunk
@@ -198,7 +198,8 @@ def disk_lines(training: Training, path: Path) -> list[str]:
 def time_line(training: Training, data: Data, cost: Cost) -> str:
     """Estimate how long steps and measures would take, from the one row that was measured."""
     config, processes, max_steps = training.config, training.machine.num_processes, training.max_steps
-    tokens = training.batches.num_input_tokens(max_steps)
+    batches = training.batches
+    tokens = int(max_steps / batches.steps_per_epoch * batches.rows.lengths.sum())
     per_token = cost.step_seconds + (cost.teacher_seconds if config.loss.alpha > 0 else 0)
     held_out = int(data.held_out.lengths.sum())
     num_measures = 2 + ((max_steps - 1) // config.train.eval_every if config.train.eval_every else 0)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx import plugins
-from kdx.errors import MACHINE, ConfigError, KdxError, out_of_memory, printable
+from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, one_line, out_of_memory, printable
 from kdx.run.redact import redact
 from kdx.version import __version__
-from kdx.words import CONF, groups_in
+from kdx.words import CONF, groups_in, key_of
 
 if TYPE_CHECKING:
     from kdx.compose import Plan, Source
@@ -45,6 +45,16 @@ CHECK_HELP = """python -m kdx check [-m] KEY=VALUE ...
 Read config, data and models as the run would, and print what it would train, its memory, disk and time.
 With -m: for every point of the sweep."""
 
+STORE_HELP = """python -m kdx store fill KEY=VALUE ...
+python -m kdx store stat | verify | prune [--unused-days N] [teacher.store_dir=FOLDER]
+
+fill KEY=VALUE ...   run the teacher over all rows of a run or sweep (words as for the run), so that its jobs need not
+stat                 list the teachers, their rows and sizes, and when each was last used
+verify               compare the checksum of every row; exit code 3 if one is damaged
+prune                join small shards and drop damaged rows; with --unused-days N, remove teachers unused for N days
+
+The folder is $KDX_STORE, else outputs/teacher-store."""
+
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> "Config":
     """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
@@ -55,7 +65,6 @@ def compose(overrides: list[str] | None = None, config_dir: str | None = None) -
 
 def main() -> None:
     """Run `python -m kdx …`. Exits with the codes of errors.py."""
-    os.environ.setdefault("KDX_DEBUG", os.environ.get("HYDRA_FULL_ERROR", "0"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and kdx prints one line
     code = guarded(lambda: _main(sys.argv[1:]))
     if code and os.environ.get("WORLD_SIZE", "1") not in ("0", "1"):
@@ -78,9 +87,8 @@ def _main(argv: list[str]) -> int:
 
 
 def _help(roots: list[Path]) -> int:
-    print(
-        HELP.format(groups="\n".join(f"{group}: {', '.join(options)}" for group, options in groups_in(roots).items()))
-    )
+    groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(roots).items()]
+    print(HELP.format(groups="\n".join(groups)))
     return 0
 
 
@@ -91,13 +99,13 @@ def _command(name: str, words: list[str]) -> int:
         from kdx.compare.read import main as compare
 
         return compare(words)
-    if name == "store" and (words[:1] != ["fill"] or is_help):
+    if is_help:
+        print(CHECK_HELP if name == "check" else STORE_HELP)
+        return 0
+    if name == "store" and words[:1] != ["fill"]:
         from kdx.store_commands import manage
 
         return manage(words)
-    if is_help:
-        print(CHECK_HELP)
-        return 0
     plan = _planned(_parsed(words[name == "store" :]))
     if name == "store":
         plugins.load()
@@ -106,7 +114,6 @@ def _command(name: str, words: list[str]) -> int:
         fill([point.config for point in plan.points])
         return 0
     from kdx.check import check
-    from kdx.compose import key_of
     from kdx.config import replaced
     from kdx.run.folder import Record
 
@@ -123,7 +130,7 @@ def _command(name: str, words: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    """Run what `python -m kdx KEY=VALUE …` asks for: show the config, one run, or a sweep. Raises KdxError."""
+    """Show the config, or do one run or a sweep. Raises KdxError."""
     args = _parsed(argv)
     if args.help:
         return _help(_source(args).roots())
@@ -139,10 +146,8 @@ def _run(argv: list[str]) -> int:
         print(yaml.safe_dump(redact(as_dict(plan.points[0].config)), sort_keys=False, allow_unicode=True), end="")
         return 0
     argv = plan.command or argv
-    return _sweep(plan, argv) if plan.sweep_dir else _run_one(plan, argv)
-
-
-def _run_one(plan: "Plan", argv: list[str]) -> int:
+    if plan.sweep_dir:
+        return _sweep(plan, argv)
     from kdx import sweep
     from kdx.run.folder import Record
 
@@ -161,7 +166,7 @@ def _sweep(plan: "Plan", argv: list[str]) -> int:
     from kdx import sweep
 
     assert plan.sweep_dir
-    if plan.baseline and os.environ.get("RANK", "0") == "0":
+    if plan.baseline and os.environ.get("RANK", "0") == "0" and not sweep.is_worker():
         baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
         print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
     flags = ["--multirun", *_flags(plan.source)]
@@ -197,14 +202,17 @@ def _hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
     sys.argv = [sys.argv[0], *words]
     try:
         hydra.main(config_path="pkg://kdx.conf", config_name="config", version_base="1.3")(job)()
+    except RuntimeError as error:
+        if "srun" not in str(error):
+            raise
+        raise MachineError("hydra/launcher", "slurm needs srun", "Run it on a node of a Slurm cluster") from None
     except (HydraException, OmegaConfBaseException) as error:
-        what = " ".join(str(error).split())[:300].rstrip(".")
-        raise ConfigError("hydra", what, "See python -m kdx --hydra-help") from None
+        raise ConfigError("hydra", one_line(error), "See python -m kdx --hydra-help") from None
 
 
 def _planned(args: argparse.Namespace) -> "Plan":
     """Compose everything that a command line asks for. Raises ConfigError."""
-    from kdx.compose import key_of, plan
+    from kdx.compose import plan
 
     words, source = list(args.overrides), _source(args)
     asked = {key_of(word): word.partition("=")[2].strip("'\"") for word in words}
@@ -247,13 +255,11 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     parser = get_args_parser()
 
     def refuse(message: str) -> None:
-        raise ConfigError("command line", message, "Flags are listed by python -m kdx --hydra-help")
+        hint = "Words are KEY=VALUE, without dashes; flags are listed by python -m kdx --hydra-help"
+        raise ConfigError("command line", message, hint)
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
-    args = parser.parse_intermixed_args(argv)
-    if args.experimental_rerun is not None:
-        raise ConfigError("--experimental-rerun", "reads a pickle, which could run code", "Use run.like=FOLDER")
-    return args
+    return parser.parse_intermixed_args(argv)
 
 
 def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
@@ -292,9 +298,8 @@ def _bug() -> int:
     """Print a traceback, and whether it is the user's own loss or source that raised."""
     traceback.print_exc()
     *_, last = traceback.extract_tb(sys.exc_info()[2])
-    own = [getattr(sys.modules.get(name), "__file__", None) for name in plugins.named()]
-    where = (
-        f"raised in your own code, {last.filename}:{last.lineno}" if last.filename in own else "this is a bug in kdx"
-    )
-    print(f"kdx: {where}{'' if last.filename in own else '; please report it with the lines above'}", file=sys.stderr)
+    where = "this is a bug in kdx; please report it with the lines above"
+    if Path(last.filename) in plugins.files():
+        where = f"raised in your own code, {last.filename}:{last.lineno}"
+    print(f"kdx: {where}", file=sys.stderr)
     return 1

@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -20,18 +21,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kdx import sweep
 from kdx.checked import checked
-from kdx.config import Config, dotted
-from kdx.errors import ConfigError, did_you_mean, together
-from kdx.words import CONF, RENAMED, foreign, groups_in, renamed
+from kdx.config import Config, leaves
+from kdx.errors import ConfigError, did_you_mean, one_line, together
+from kdx.words import CONF, FOREIGN, OPTIONAL, groups_in, renamed
 
 SOURCES = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")  # the header says where these came from
 PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # setting one frees the other
-OPTIONAL = ("experiment", "recipe", "pair")  # groups of which nothing may be chosen
 MODELS = ("teacher", "student")
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 
@@ -79,7 +79,9 @@ class Plan:
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
     """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
-    return plan(list(overrides or []), Source(config_dir=config_dir)).points[0].config
+    (point,) = plan(list(overrides or []), Source(config_dir=config_dir)).points
+    point.config._words = point.words
+    return point.config
 
 
 def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
@@ -87,10 +89,9 @@ def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
     composer = Composer(source)
     typed = composer.parsed(words)
     hydra_part = composer.hydra_part(typed)
-    is_sweep = is_multirun or getattr(hydra_part.mode, "name", "") == "MULTIRUN"
-    for key in [] if is_sweep else sweep.swept_keys(typed):
-        raise ConfigError(key, "has several values, which is a sweep", "Add -m: python -m kdx -m ...")
-    if not is_sweep:
+    if not is_multirun and getattr(hydra_part.mode, "name", "") != "MULTIRUN":
+        for key in sweep.swept_keys(typed):
+            raise ConfigError(key, "has several values, which is a sweep", "Add -m: python -m kdx -m ...")
         return Plan([composer.point(words)], source, Path(str(hydra_part.run.dir)))
     if params := plain(hydra_part.sweeper.get("params") or {}):
         # Hydra would sweep over these besides the words: merged, a typed word takes the place of the same key.
@@ -102,14 +103,18 @@ def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
     hydra_part = composer.hydra_part([*typed, *composer.parsed(added)])
     is_named = "kdx_job" in str(plain(hydra_part.sweep)["subdir"])
     added += [f"hydra.sweep.subdir='${{kdx_job:\"{','.join(swept)}\"}}'"] if is_named else []
-    made = Plan(points, source, Path(), [*map(_spelled, typed), *added], swept, Path(str(hydra_part.sweep.dir)))
+    made = Plan(
+        points,
+        source,
+        Path(),
+        [*(str(word.input_line) for word in typed), *added],
+        swept,
+        Path(str(hydra_part.sweep.dir)),
+    )
     knows_points = str(hydra_part.sweeper.get("_target_")).endswith(".BasicSweeper")  # Optuna chooses as it goes
     without: list[Config] = []
-    if (
-        knows_points
-        and all(c.sweep.baseline and c.teacher.path for c in configs)
-        and any(c.loss.alpha for c in configs)
-    ):
+    has_baseline = all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha for c in configs)
+    if knows_points and has_baseline:
         baseline = sweep.baseline_words(typed)
         without = [point.config for point in composer.points(composer.parsed(baseline))]
         made.num_baselines = sweep.missing_baselines(configs, without)
@@ -137,15 +142,6 @@ def _job_name(swept: str, *, _root_: DictConfig) -> str:
 OmegaConf.register_new_resolver("kdx_job", _job_name, replace=True)
 
 
-@dataclass(frozen=True)
-class _Base:
-    """What the YAML says under some choices, before any value is typed."""
-
-    cfg: DictConfig
-    keys: list[str]
-    sources: dict[str, tuple[float, str]]  # of the keys in SOURCES: which layer set it last, and that file
-
-
 class Composer:
     """Composes many points from few compositions: Hydra's is slow, so each set of choices is composed once."""
 
@@ -153,7 +149,7 @@ class Composer:
         self.source = source
         self.groups = groups_in(source.roots())
         self._parser = OverridesParser.create(config_loader=self)  # type: ignore[arg-type]
-        self._bases: dict[tuple[str, ...], _Base] = {}
+        self._composed = functools.cache(self._compose)
 
     def get_group_options(self, group_name: str, *_: Any, **__: Any) -> list[str]:
         """Answer Hydra's parser, which asks for `loss=glob(*)`."""
@@ -163,22 +159,17 @@ class Composer:
         """Read words as Hydra does; values become ++KEY=VALUE, so that every key reaches the check. Raises ConfigError."""
         faults, overrides = [], []
         for word in (hydras for typed in renamed(words) for hydras in self._spelt(typed)):
+            if "=" not in word and not word.startswith("~"):
+                hint = "A value with spaces needs quotes: KEY='\"a b\"'"
+                faults.append(ConfigError(word, "is not KEY=VALUE", hint))
+                continue
             try:
-                (override,) = self._parser.parse_overrides([word])
-                if not override.key_or_group:
-                    raise HydraException("it has no key")
-                if (
-                    override.is_sweep_override()
-                    and override.is_discrete_sweep()
-                    and not any(True for _ in override.sweep_string_iterator())
-                ):
-                    raise HydraException("it has no value")
-                overrides.append(override)
-            except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
-                what = _one_line(error).removeprefix(f"Error parsing override '{word}' ")
+                overrides += self._parser.parse_overrides([word])
+            except HydraException as error:
+                what = _reason(error).removeprefix(f"Error parsing override '{word}' ").partition(" expecting ")[0]
                 key, _, value = word.removeprefix("++").partition("=")
                 quoted = shlex.quote(f'{key}="{value}"')
-                faults.append(ConfigError(key or repr(word), f"cannot be read ({what})", f"Quote the value: {quoted}"))
+                faults.append(ConfigError(key or word, f"cannot be read ({what})", f"Quote the value: {quoted}"))
         if faults:
             raise together(faults)
         return overrides
@@ -196,7 +187,7 @@ class Composer:
 
     def hydra_part(self, words: list[Override]) -> DictConfig:
         """Compose Hydra's own part of the config, and what it reads of `sweep`. Raises ConfigError."""
-        cfg = copy.deepcopy(self._base(self._choices(words)[0]).cfg)
+        cfg = copy.deepcopy(self._composed(self._choices(words)[0])[0])
         own = [w for w in words if w.key_or_group.startswith(("hydra.", "sweep.")) and not w.is_sweep_override()]
         if faults := apply(own, cfg):
             raise together(faults)
@@ -210,6 +201,8 @@ class Composer:
                 points.append(self.point(point))
             except ConfigError as error:
                 faults.append(error)
+        if not points and not faults:
+            raise ConfigError("sweep", "has no points", "Choose a pattern that some option matches")
         if faults:
             raise together(faults)
         return points
@@ -218,19 +211,22 @@ class Composer:
         """Compose and check one run. Raises ConfigError with all that is wrong."""
         typed = self.parsed(words)
         choices, faults = self._choices(typed)
-        base = self._base(choices)
-        cfg = copy.deepcopy(base.cfg)
+        composed, sources = self._composed(choices)
+        cfg = copy.deepcopy(composed)
         values = [word for word in typed if not self._is_choice(word) and not word.key_or_group.startswith("hydra.")]
         faults += apply(values, cfg)
         keys = {word.key_or_group for word in typed}
-        rank = {key: (math.inf, "typed") if key in keys else base.sources[key] for key in SOURCES}
+        rank = {key: (math.inf, "typed") if key in keys else sources[key] for key in SOURCES}
         _free(cfg, {key: at for key, (at, _) in rank.items()})
         tree = _resolved(cfg, faults)
-        is_default_data = "data" not in keys and tree["data"].get("name") == "chitchat"
-        if is_default_data and "data.path" in keys and not str(tree["data"].get("path")).startswith("pkg:"):
+        is_given = "data.path" in keys and "path" in tree["data"] and "data" not in keys
+        if is_given and tree["data"].get("name") == "chitchat":
             hint = "Choose the format: data=pairs or data=messages"
             faults.append(ConfigError("data.path", "is given, but data=chitchat has its own data", hint))
-        return Point(words_typed(words), checked(tree, faults, keys, base.keys), {k: v for k, (_, v) in rank.items()})
+        in_yaml = [key for key in leaves(plain(composed)) if not key.startswith("hydra.")]
+        config = checked(tree, faults, keys, in_yaml)
+        said = [word.removeprefix("++") for word in words if not word.startswith("hydra.")]
+        return Point(said, config, {key: place for key, (_, place) in rank.items()})
 
     def _is_choice(self, word: Override) -> bool:
         return word.key_or_group in self.groups or word.key_or_group.startswith("hydra/")
@@ -241,28 +237,28 @@ class Composer:
         for word in filter(self._is_choice, words):
             key, options = word.key_or_group, self.groups.get(word.key_or_group)
             if options is None or word.is_delete() or word.package:
-                kept.append(str(word.input_line))
-                if gone := foreign(str(word.input_line)):
-                    faults.append(ConfigError(kept.pop(), "is not there", gone))
+                line = str(word.input_line)
+                if line in FOREIGN:
+                    faults.append(ConfigError(line, "is not an option", FOREIGN[line]))
+                else:
+                    kept.append(line)
                 continue
             values = [str(v) for v in word.sweep_string_iterator()] if word.is_sweep_override() else [str(word.value())]
-            values = ["null" if value == "None" else value for value in values]
+            values = ["null" if value == "None" else value for value in values] or [""]  # a glob without a match
             wrong = [value for value in values if value not in options]
             for value in wrong:
-                hints = [foreign(f"{key}={value}") or did_you_mean(value, options) + "."]
-                hints += [f"Any other model: {key}=hf {key}.path=org/name."] if key in MODELS else []
+                hints = [FOREIGN.get(f"{key}={value}") or did_you_mean(value, options) + "."]
+                hints += [f"Any other model: {key}=hf {key}.path=org/name or a folder."] if key in MODELS else []
                 hint = " ".join([*hints, "Your own options: --config-dir FOLDER"])
                 faults.append(ConfigError(f"{key}={value}", f"{key} has no option {value or repr(value)}", hint))
             kept += [] if wrong else [f"{key}={values[0]}"]
         return tuple(kept), faults
 
-    def _base(self, choices: tuple[str, ...]) -> _Base:
-        if choices not in self._bases:
-            self._bases[choices] = self._compose(list(choices))
-        return self._bases[choices]
+    def _compose(self, choices: tuple[str, ...]) -> tuple[DictConfig, dict[str, tuple[float, str]]]:
+        """Compose what YAML says under some choices, leaving Hydra's global state as it was → it, and _layers of it.
 
-    def _compose(self, choices: list[str]) -> _Base:
-        """Compose with Hydra, leaving its global state as it was. Raises ConfigError."""
+        Raises ConfigError.
+        """
         state, name = GlobalHydra.instance(), self.source.config_name or "config"
         before, path = state.hydra, self.source.config_path
         state.clear()
@@ -274,28 +270,22 @@ class Composer:
                     folder = f"file://{Path(self.source.config_dir).resolve()}"
                     loader.get_search_path().prepend("command-line", folder, SearchPathQuery("schema", None))
                     loader.repository.initialize_sources(loader.get_search_path())
-                cfg = hydra_compose(name, choices, return_hydra_config=True)
-                keys = dotted(plain(cfg))
-                return _Base(
-                    cfg, [key for key in keys if not key.startswith("hydra")], self._layers(loader, name, choices)
-                )
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            place = f"{mark.name}:{mark.line + 1}" if mark else "YAML"
-            raise ConfigError(place, f"does not parse: {getattr(error, 'problem', error)}", "Fix the YAML") from None
-        except UnicodeDecodeError as error:
-            raise ConfigError("YAML", f"a file is not UTF-8: {error}", "Save it as UTF-8") from None
-        except (*HYDRA_ERRORS, ValueError, OSError, AssertionError, RecursionError) as error:
-            if package := re.search(r"'hydra/launcher/(joblib|submitit)\w*'", str(error)):
-                what, fix = f"needs hydra-{package[1]}-launcher", f"pip install hydra-{package[1]}-launcher"
-                raise ConfigError("hydra/launcher", what, fix) from None
+                cfg = hydra_compose(name, list(choices), return_hydra_config=True)
+                return cfg, self._layers(loader, name, list(choices))
+        except yaml.MarkedYAMLError as error:
+            place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "YAML"
+            raise ConfigError(place, f"does not parse: {error.problem}", "Fix the YAML") from None
+        except (*HYDRA_ERRORS, UnicodeDecodeError) as error:
+            if found := re.search(r"'hydra/(launcher|sweeper)/(submitit|optuna|ax|nevergrad)\w*'", str(error)):
+                package = f"hydra-{found[2]}-{found[1]}"
+                raise ConfigError(f"hydra/{found[1]}", f"needs {package}", f"pip install {package}") from None
             hint = "`python -m kdx --info defaults` lists what is composed"
-            raise ConfigError("config", _one_line(error) or "its defaults never end", hint) from None
+            raise ConfigError("config", _reason(error), hint) from None
         finally:
             GlobalHydra.instance().hydra = before
 
     def _layers(self, loader: Any, name: str, choices: list[str]) -> dict[str, tuple[float, str]]:
-        """Find which file set each key of SOURCES last, among all that Hydra merges. Raises ConfigError."""
+        """Find which layer of those that Hydra merges set each key of SOURCES last, and its file. Raises ConfigError."""
         found: dict[str, tuple[float, str]] = {}
         for at, layer in enumerate(loader.compute_defaults_list(name, choices, RunMode.RUN).defaults):
             if layer.config_path.startswith("hydra"):
@@ -304,10 +294,11 @@ class Composer:
             file, own = f"{layer.config_path}.yaml", self.source.config_dir
             if own and loaded.path == "pkg://kdx.conf" and (Path(own) / file).is_file():
                 raise ConfigError(f"{own}/{file}", f"is not read: kdx's conf/{file} has the same name", "Rename it")
-            place = "conf" if loaded.path == "pkg://kdx.conf" else loaded.path.removeprefix("file://")
-            place = str(Path(place).relative_to(Path.cwd())) if Path(place).is_relative_to(Path.cwd()) else place
-            prefix = f"{layer.package}." if layer.package else ""
-            keys = dotted(plain(loaded.config), prefix)
+            is_own = loaded.path != "pkg://kdx.conf"
+            place = os.path.relpath(loaded.path.removeprefix("file://")) if is_own else "conf"
+            if not OmegaConf.is_dict(loaded.config):
+                raise ConfigError(f"{place}/{file}", "is a list", "Write keys and values: KEY: VALUE")
+            keys = leaves(plain(loaded.config), f"{layer.package}." if layer.package else "")
             found |= {key: (at, f"{place}/{file}") for key in SOURCES if key in keys}
         return found
 
@@ -315,23 +306,9 @@ class Composer:
 _composer: Callable[[Source], Composer] = functools.cache(Composer)
 
 
-def words_typed(words: list[str]) -> list[str]:
-    """The words of a run as a person would type them."""
-    return [word.removeprefix("++") for word in words if not word.startswith("hydra.")]
-
-
 def plain(node: Any) -> dict[str, Any]:
     """A node of a composed config as plain values, unresolved."""
     return {str(k): v for k, v in OmegaConf.to_container(OmegaConf.create(node)).items()}  # type: ignore[union-attr]
-
-
-def key_of(word: str) -> str:
-    """The key of a word as typed."""
-    return word.lstrip("+~").partition("=")[0]
-
-
-def _spelled(word: Override) -> str:
-    return str(word.input_line)
 
 
 def apply(words: list[Override], cfg: DictConfig) -> list[ConfigError]:
@@ -341,14 +318,8 @@ def apply(words: list[Override], cfg: DictConfig) -> list[ConfigError]:
         try:
             ConfigLoaderImpl._apply_overrides_to_config([word], cfg)
         except HYDRA_ERRORS as error:
-            faults.append(
-                ConfigError(word.key_or_group, _one_line(error), "See all keys with: python -m kdx --cfg all")
-            )
-    for old, new in RENAMED.items():  # in YAML of one's own
-        if (value := OmegaConf.select(cfg, old)) is not None:
-            OmegaConf.update(cfg, new, value, force_add=True)
-            with open_dict(cfg):
-                del OmegaConf.select(cfg, old.rpartition(".")[0])[old.rpartition(".")[2]]
+            hint = "See all keys with: python -m kdx --cfg all"
+            faults.append(ConfigError(word.key_or_group or str(word.input_line), _reason(error), hint))
     return faults
 
 
@@ -356,9 +327,7 @@ def laid_over(tree: dict[str, Any], words: list[Override]) -> tuple[dict[str, An
     """Set typed values in a config that was composed before → the new one, and what is wrong with the words."""
     cfg, keys = OmegaConf.create(tree), {word.key_or_group for word in words}
     faults = apply(words, cfg)
-    for key, other in PAIRS.items():
-        if key in keys and other not in keys:
-            OmegaConf.update(cfg, other, None)
+    _free(cfg, {key: key in keys for key in PAIRS})
     return plain(cfg), faults
 
 
@@ -381,22 +350,17 @@ def _resolved(cfg: DictConfig, faults: list[ConfigError]) -> dict[str, Any]:
         for name in node:
             here = f"{key}.{name!s}".lstrip(".")
             try:
-                if OmegaConf.is_missing(node, name):
-                    faults.append(ConfigError(here, "is missing", f"Set it: {here}=..."))
-                elif here != "hydra":
+                if here != "hydra":
                     values[str(name)] = values_of(node[name], here)
-            except OmegaConfBaseException as error:
-                variable = re.search(r"Environment variable '(\w+)'", str(error))
-                what = f"environment variable {variable[1]} is not set" if variable else _one_line(error)
-                faults.append(
-                    ConfigError(here, what, f"Run: export {variable[1]}=..." if variable else "Fix the value")
-                )
+            except MissingMandatoryValue:
+                faults.append(ConfigError(here, "is missing", f"Set it: {here}=..."))
+            except OmegaConfBaseException as error:  # of an interpolation
+                faults.append(ConfigError(here, _reason(error), "Set what it names, or give a value"))
         return values
 
-    tree: dict[str, Any] = values_of(cfg, "")
-    return tree
+    return dict(values_of(cfg, ""))
 
 
-def _one_line(error: Exception) -> str:
-    text = re.split(r"\nSee https|\n\s+full_key:|\n\s*Config search path", str(error))[0]
-    return " ".join(text.split()).rstrip(".")[:300]
+def _reason(error: Exception) -> str:
+    """What Hydra or OmegaConf says, without its appendix."""
+    return one_line(re.split(r"\nSee https|\n\s+full_key:|\n\s*Config search path", str(error))[0])

@@ -4,7 +4,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a name that becomes part of a path
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -26,7 +26,7 @@ Schedule = Literal[
 
 
 class Group(BaseModel):
-    """A group of keys. Docstrings below a key are its meaning, and part of the hint when a value does not fit."""
+    """A group of keys. A docstring below a key is part of the hint when a value does not fit."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -47,37 +47,24 @@ class OpenGroup(Group):
 
 
 class ModelConfig(Group):
-    path: Path | None
-    """Hub id, local folder, or pkg:NAME, a folder inside an installed package."""
-    gguf_file: Text | None
-    """A GGUF file inside `path`; it is dequantised once and kept under $KDX_CACHE."""
-    revision: Text | None
-    """Branch, tag or commit on the hub."""
-    trust_remote_code: bool
-    """Run the model's own Python code; needs a `revision` that is a commit."""
-    attn_implementation: Text
-    """auto, or any name transformers knows (eager, sdpa, flash_attention_2)."""
-    tokenizer: Path | None
-    """Where the tokenizer is, if not with the model."""
-    base_model: Text | None
-    """What the student's model card names as base_model; null is `path`."""
-    license: Text | None
-    """The licence for the student's model card."""
+    path: Path | None  # Hub id, local folder, or pkg:NAME, a folder inside an installed package
+    gguf_file: Text | None  # A GGUF file inside `path`; it is dequantised once and kept under $KDX_CACHE
+    revision: Text | None  # Branch, tag or commit on the hub
+    trust_remote_code: bool  # Run the model's own Python code; needs a `revision` that is a commit
+    attn_implementation: Text  # auto, or any name transformers knows (eager, sdpa, flash_attention_2)
+    tokenizer: Path | None  # Where the tokenizer is, if not with the model
+    base_model: Text | None  # What the student's model card names as base_model; null is `path`
+    license: Text | None  # The licence for the student's model card
 
 
 class TeacherConfig(ModelConfig):
-    precision: Dtype
-    """Dtype of the frozen weights; auto takes bf16 where the processor has it."""
-    quantization: Literal["none", "8bit", "4bit"]
-    """bitsandbytes quantisation of the frozen weights."""
-    device_map: Literal["auto"] | None
-    """auto spreads the teacher over all devices (accelerate)."""
+    precision: Dtype  # Dtype of the frozen weights; auto takes bf16 where the processor has it
+    quantization: Literal["none", "8bit", "4bit"]  # bitsandbytes quantisation of the frozen weights
+    device_map: Literal["auto"] | None  # auto spreads the teacher over all devices (accelerate)
     micro_batch_size: Positive | Literal["auto"]
     """Rows per forward pass of the teacher, which needs less memory than training; auto is the student's."""
-    store: Literal["auto", "on", "off"]
-    """Cache its final hidden states on disk; auto: if rows are seen more than once."""
-    store_dir: Path
-    """Folder of that cache; runs and sweeps that name the same folder share it."""
+    store: Literal["auto", "on", "off"]  # Cache its final hidden states on disk; auto: if rows are seen more than once
+    store_dir: Path  # Folder of that cache; runs and sweeps that name the same folder share it
     store_limit_gb: Above0 | None
     """Largest size of the cache, in 10⁹ bytes; null is what the disk holds, less a tenth."""
 
@@ -96,30 +83,24 @@ class DataConfig(OpenGroup):
     """The registered source that turns files into conversations."""
     path: Path | Annotated[list[Path], Field(min_length=1)] | None
     """A file (jsonl, json, csv, parquet), glob, folder, a list of them, or a hub data set."""
-    subset: Text | None
-    """The hub data set's configuration."""
-    split: Text
-    """The hub data set's split to train on."""
+    subset: Text | None  # The hub data set's configuration
+    split: Text  # The hub data set's split to train on
     validation: Positive | Share | Annotated[str, Field(min_length=1)] | None
     """Held-out rows: a number of rows, a share below 1, a file, `split:NAME`, or null for none."""
     seed: Seed
     """Chooses the held-out rows and shuffles the rest before `take`; independent of train.seed."""
     take: Positive | None
     """Train on this many rows of the shuffled rest."""
-    shuffle: bool
-    """Shuffle rows each epoch (grouped by length); false keeps the file's order."""
+    shuffle: bool  # Shuffle rows each epoch (grouped by length); false keeps the file's order
     max_length: Annotated[int, Field(ge=2)] | None
     """Longest row in tokens; null is what the models can read."""
-    on_long: Literal["truncate", "drop", "error"]
-    """What to do with a longer row."""
+    on_long: Literal["truncate", "drop", "error"]  # What to do with a longer row
     on_bad_row: Literal["stop", "skip"]
     """What to do with a row that the source or the chat template refuses; skipped rows are counted."""
     max_bad_rows: Count | Annotated[float, Field(ge=0, lt=1)] | None
     """Most rows that on_bad_row=skip leaves out: a number of rows, a share of all below 1, or null for any number."""
-    assistant_only: bool
-    """Count only the assistant's tokens and the token that ends its turn in the loss."""
-    chat_template: Text | None
-    """Jinja text or a file with it, instead of the tokenizer's own template."""
+    assistant_only: bool  # Count only the assistant's tokens and the token that ends its turn in the loss
+    chat_template: Text | None  # Jinja text or a file with it, instead of the tokenizer's own template
 
 
 class LossConfig(OpenGroup):
@@ -129,8 +110,7 @@ class LossConfig(OpenGroup):
     """Weight of the distillation term: alpha·KD + (1−alpha)·CE."""
     temperature: Annotated[float, Field(gt=0, le=1e6)]
     """Softens both distributions in the distillation term; CE is always at 1."""
-    scale_by_temperature: bool
-    """Multiply the distillation term by temperature² (Hinton et al., 2015)."""
+    scale_by_temperature: bool  # Multiply the distillation term by temperature² (Hinton et al., 2015)
 
 
 class OptimConfig(OpenGroup):
@@ -140,8 +120,7 @@ class OptimConfig(OpenGroup):
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0)]
     """Decay of matrices; norms and biases have none."""
-    schedule: Schedule
-    """Learning-rate schedule (transformers' get_scheduler)."""
+    schedule: Schedule  # Learning-rate schedule (transformers' get_scheduler)
     schedule_options: dict[str, Any]
     """Further arguments of that schedule (scheduler_specific_kwargs)."""
     warmup_steps: Count | Annotated[float, Field(ge=0, lt=1)]
@@ -166,12 +145,9 @@ class TrainConfig(Group):
     """Passes over the training rows; exactly one of max_steps and epochs."""
     max_grad_norm: Above0 | None
     """Gradients are clipped to this norm; null is off."""
-    precision: Dtype
-    """Compute precision over fp32 weights; auto takes accelerate's config, else what the hardware has."""
-    gradient_checkpointing: bool
-    """Recompute activations in the backward pass: less memory, about a third slower."""
-    compile: bool
-    """torch.compile the student."""
+    precision: Dtype  # Compute precision over fp32 weights; auto takes accelerate's config, else what the hardware has
+    gradient_checkpointing: bool  # Recompute activations in the backward pass: less memory, about a third slower
+    compile: bool  # torch.compile the student
     log_every: Positive
     """Steps between log lines."""
     eval_every: Count
@@ -180,11 +156,9 @@ class TrainConfig(Group):
     """Steps between checkpoints; 0 leaves it to save_minutes."""
     save_minutes: Annotated[float, Field(ge=0)] | None
     """Minutes between checkpoints, besides save_every; null or 0 is off."""
-    keep_checkpoints: bool
-    """Keep the checkpoints of a finished run, and write one at its last step."""
+    keep_checkpoints: bool  # Keep the checkpoints of a finished run, and write one at its last step
     early_stopping: EarlyStoppingConfig
-    keep: Literal["last", "best"]
-    """Which weights become the student: the last step's, or the best held-out measure's."""
+    keep: Literal["last", "best"]  # Which weights become the student: the last step's, or the best held-out measure's
     on_nonfinite: Literal["stop", "skip"]
     """What to do with a step whose loss or gradient is not finite: stop the run before it, or skip it."""
     max_nonfinite: Positive
@@ -196,32 +170,24 @@ class TrainConfig(Group):
 class TrackingConfig(Group):
     mode: Literal["auto", "online", "offline", "disabled"]
     """W&B: auto is WANDB_MODE, then online with a login, else offline."""
-    project: Text | None
-    """W&B project; null takes WANDB_PROJECT, then kdx."""
-    entity: Text | None
-    """W&B entity; null takes WANDB_ENTITY."""
+    project: Text | None  # W&B project; null takes WANDB_PROJECT, then kdx
+    entity: Text | None  # W&B entity; null takes WANDB_ENTITY
     name: Text | None
     """Name of the run; null takes WANDB_NAME, then the words typed."""
-    tags: list[Text]
-    """W&B tags, besides WANDB_TAGS."""
-    notes: Text | None
-    """W&B notes; null takes WANDB_NOTES."""
-    samples: bool
-    """Have teacher, untouched student and student answer a few held-out prompts."""
+    tags: list[Text]  # W&B tags, besides WANDB_TAGS
+    notes: Text | None  # W&B notes; null takes WANDB_NOTES
+    samples: bool  # Have teacher, untouched student and student answer a few held-out prompts
 
 
 class RunConfig(Group):
-    resume: Text | None
-    """A run folder, or `last`: resume that run with its own config and what is typed now."""
-    like: Text | None
-    """A run folder: start a new run from its words and what is typed now."""
+    resume: Text | None  # A run folder, or `last`: resume that run with its own config and what is typed now
+    like: Text | None  # A run folder: start a new run from its words and what is typed now
 
 
 class SweepConfig(Group):
     name: Annotated[Text, Field(pattern=f"^{SAFE_NAME.pattern}$")] | None
     """Name of the sweep: letters, digits and . _ -; null is made of the swept keys and a short hash of the rest."""
-    baseline: bool
-    """Also run alpha=0, once for each setting of what is swept besides the loss."""
+    baseline: bool  # Also run alpha=0, once for each setting of what is swept besides the loss
     workers: Positive
     """Jobs that run at once on this machine, each on a GPU of its own or its share of the cores."""
 
@@ -236,6 +202,7 @@ class Config(Group):
     tracking: TrackingConfig
     run: RunConfig
     sweep: SweepConfig
+    _words: list[str] = PrivateAttr(default_factory=list)  # it was composed from, for the record of a run from Python
 
 
 def as_dict(config: BaseModel) -> dict[str, Any]:
@@ -248,12 +215,12 @@ def replaced(config: Any, **changes: Any) -> Any:
     return config.model_copy(update=changes)
 
 
-def dotted(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    """List every key of a nested dict, as in optim and optim.lr."""
-    keys = []
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a nested dict to its values by dotted key."""
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
-        keys += [f"{prefix}{name}", *(dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [])]
-    return keys
+        flat |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def short_key(key: str, keys: list[str]) -> str:
@@ -266,9 +233,7 @@ def short_key(key: str, keys: list[str]) -> str:
 def contradictions(config: Config) -> list[tuple[str, str, str]]:
     """Find values that are fine alone and wrong together → where, what, hint for each."""
     found = []
-    teacher, student, data, loss, train, optim = (
-        config.teacher, config.student, config.data, config.loss, config.train, config.optim,
-    )  # fmt: skip
+    teacher, student, loss, train, optim = config.teacher, config.student, config.loss, config.train, config.optim
     for group, model in (("teacher", teacher), ("student", student)):
         path = model.path or ""
         is_local = not path or path.startswith("pkg:") or os.path.isdir(path)
@@ -297,10 +262,8 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
     if train.max_steps and optim.warmup_steps > train.max_steps:
         what = f"is {optim.warmup_steps}, more than train.max_steps={train.max_steps}"
         found.append(("optim.warmup_steps", what, f"Expected 0 to {train.max_steps}, or a share below 1"))
-    for key, is_on in (
-        ("train.keep=best", train.keep == "best"),
-        ("train.early_stopping.patience", train.early_stopping.patience is not None),
-    ):
-        if is_on and (data.validation is None or not train.eval_every):
-            found.append((key, "needs held-out measures during training", "Set train.eval_every and data.validation"))
+    needs = {"train.keep=best": train.keep == "best", "train.early_stopping.patience": train.early_stopping.patience}
+    if config.data.validation is None or not train.eval_every:
+        what, hint = "needs held-out measures during training", "Set train.eval_every and data.validation"
+        found += [(key, what, hint) for key, is_on in needs.items() if is_on]
     return found

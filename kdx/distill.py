@@ -59,7 +59,8 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
     plugins.load()
     machine = build_accelerator(config)
     (path,) = map(Path, broadcast_object_list([str(path)]))  # every process works in rank 0's folder
-    folder, record, is_main = RunFolder(path), record or Record(), machine.is_main_process
+    folder, is_main = RunFolder(path), machine.is_main_process
+    record = record or Record(words=config._words, command=config._words)
     if folder.is_done(config):
         CONSOLE.print(f"{path} is done already", markup=False)
         return Summary(**folder.summary())
@@ -74,7 +75,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         data = load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS)
         batches = build_batches(config, data.train, tokenizer, machine)
         asked, repeats = rows_to_ask(config, data, batches), is_repeated(config, record, batches)
-        teacher = build_teacher(config, tokenizer, machine.device, max_length, asked, is_repeated=repeats, owner=path)
+        teacher = build_teacher(config, machine.device, max_length, asked, is_repeated=repeats)
         if teacher is not None:
             stack.callback(teacher.close)
         student = build_student(config, machine.device, max_length)
@@ -85,7 +86,9 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         folder.begin(results.facts(data, training))  # refused if it is another run's
         if not training.restore(folder):
             results.check_room(training, path)
-            folder.keep("untouched.json", training.untouched(judge))
+            with training.whole():
+                folder.keep("untouched.json", judge.before_training(training.student))
+        judge.free_teacher()
         with Tracker(folder, config, record, training, is_main=is_main) as tracker:
             tracker.header(report.header(config, record, data, training))
             results.warn_about(folder, data)
@@ -94,4 +97,6 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
                     train(training, judge, tracker, folder, stop)
             results.keep_student(training, folder)  # before it is measured: nothing there can cost training
             summary = results.finish(training, judge, data, folder, tracker, started)
+            (summary,) = broadcast_object_list([summary])  # the main process made it
+    stop.check_late()
     return Summary(**summary)

@@ -101,24 +101,14 @@ def together(errors: Sequence[KdxError]) -> KdxError:
     return first
 
 
-def same_in_all(faults: Sequence[DataError]) -> Sequence[DataError]:
-    """Join the faults of a file without a valid row into one, if it is the same in every row."""
-    kinds = {(fault.args[1], fault.args[2]) for fault in faults}
-    if len(kinds) > 1:  # a value of the wrong type: the message shows each row's own value
-        kinds = {(re.sub(r"( is an? [\w ]+?) \(.*\),", r"\1,", what), hint) for what, hint in kinds}
-    if len(faults) < 3 or len(kinds) > 1:
-        return faults
-    ((what, hint),), where = kinds, faults[0].args[0]
-    return [DataError(where, f"{what} (and so in all {len(faults):,} rows)", hint)]
-
-
-def first_of(faults: Sequence[DataError], hint: str) -> KdxError:
-    """Join faults into one error that prints the first ones, a line each, and how many there are."""
-    total = sum(len(fault.lines) for fault in faults)
+def first_of(faults: Sequence[DataError]) -> KdxError:
+    """Join faults of rows into one error that prints the first, a line each, and how many there are."""
+    total, is_one = sum(len(fault.lines) for fault in faults), len({fault.args[1:] for fault in faults}) == 1
     error = together(faults)
     if total > 1:
-        shown = f", first {SHOWN} shown" if total > SHOWN else ""
-        error.lines[SHOWN:] = [f"data: {total} invalid rows{shown}. {hint}"]
+        shown = 1 if is_one and total > SHOWN else SHOWN
+        more = f", first {shown} shown" if total > shown else ""
+        error.lines[shown:] = [f"data: {total} invalid rows{more}. {SKIP}"]
     return error
 
 
@@ -130,6 +120,11 @@ def printable(text: str, keep: str = "\n\t\xa0\u200d") -> str:
 def shortened(text: str, most: int = 300) -> str:
     """Cut a long text to what fits a line."""
     return text if len(text) <= most else f"{text[:most]} … ({len(text):,} characters)"
+
+
+def one_line(error: BaseException | str) -> str:
+    """Return a library's message as part of a line."""
+    return shortened(" ".join(str(error).split())).rstrip(".")
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

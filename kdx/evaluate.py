@@ -163,9 +163,13 @@ class Judge:
             "teacher_samples": teacher_samples(teacher, self.tokenizer, self.prompts),
             "untouched_samples": self.samples(student),
         }
-        if teacher is not None and not self.is_taught:
-            teacher.free()
         return before
+
+    def free_teacher(self) -> None:
+        """Let go of a teacher that is only measured, once its answers are taken. A resumed run takes them again."""
+        if self.teacher is not None and not self.is_taught:
+            self.ask_teacher()
+            self.teacher.free()
 
     def samples(self, model: Any) -> list[str]:
         """Let a model answer the sample prompts."""

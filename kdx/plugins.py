@@ -1,6 +1,5 @@
 """The user's own losses, sources and samplers: modules that KDX_PLUGINS names, and entry points kdx.plugins."""
 
-import hashlib
 import importlib
 import inspect
 import os
@@ -8,7 +7,9 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -34,19 +35,26 @@ def load() -> None:
             raise ConfigError("KDX_PLUGINS", what, "Name modules whose folder is on PYTHONPATH") from error
 
 
+def files() -> dict[Path, Path]:
+    """Find the files of the user's modules, of a package all, without importing them → their names below its folder."""
+    found: dict[Path, Path] = {}
+    for name in sorted({name.partition(".")[0] for name in _all()}):
+        spec = find_spec(name) or PathFinder.find_spec(name, [os.getcwd()])
+        if spec and spec.origin:
+            file = Path(spec.origin)
+            is_package = file.name == "__init__.py"
+            sources = sorted(file.parent.rglob("*.py")) if is_package else [file]
+            found |= {source: source.relative_to(file.parents[is_package]) for source in sources}
+    return found
+
+
 def keep(run_dir: Path) -> None:
     """Copy the source of every plug-in into the run's folder, once."""
-    for source, name in _sources().items():
+    for source, name in files().items():
         kept = run_dir / "plugins" / name
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, kept)
-
-
-def digest() -> str | None:
-    """Hash the source of every plug-in: a resumed run must find the same. None if there are none."""
-    sources = _sources()
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16] if sources else None
 
 
 def option_faults(
@@ -57,7 +65,7 @@ def option_faults(
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return []
     hints: dict[str, Any] = {}
-    with suppress(Exception):  # annotations may name what is not imported
+    with suppress(NameError):  # an annotation may name what is imported for type checking alone
         hints = get_type_hints(function) if inspect.isfunction(function) else {}
     found = []
     for name, value in options.items():
@@ -89,15 +97,3 @@ def _unlike(value: Any, wanted: Any) -> str:
 
 def _all() -> list[str]:
     return list(dict.fromkeys([*named(), *(entry.module for entry in entry_points(group="kdx.plugins"))]))
-
-
-def _sources() -> dict[Path, Path]:
-    """The files of every plug-in, of a package all → their names below the folder it lies in."""
-    found: dict[Path, Path] = {}
-    for name in _all():
-        file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
-        if file.suffix == ".py":
-            home = file.parents[name.count(".") + (file.name == "__init__.py")]
-            files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
-            found |= {source: source.relative_to(home) for source in files}
-    return found

@@ -5,17 +5,19 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from kdx.checked import checked
-from kdx.compose import PAIRS, SOURCES, Composer, Plan, Point, Source, key_of, laid_over
-from kdx.config import dotted
+from kdx.compose import PAIRS, SOURCES, Composer, Plan, Point, Source, laid_over
+from kdx.config import leaves
 from kdx.errors import ConfigError
+from kdx.run.claim import holder
+from kdx.run.folder import is_resumable
 from kdx.run.redact import HIDDEN
+from kdx.words import key_of
 
 
 def resumed(name: str, words: list[str], source: Source) -> Plan:
@@ -23,8 +25,6 @@ def resumed(name: str, words: list[str], source: Source) -> Plan:
     folder = newest() if name == "last" else Path(name)
     where = f"run.resume={name}"
     tree, recorded = _read(folder / "config.yaml", where), _read(folder / "overrides.yaml", where)
-    if not isinstance(tree, dict) or not isinstance(recorded, list):
-        raise ConfigError(where, f"{folder}/config.yaml or overrides.yaml is damaged", "Start a new run")
     if not is_resumable(folder):
         hint = f"Start a new run from its words: run.like={folder}"
         raise ConfigError(where, "has no checkpoint to resume from", hint)
@@ -37,14 +37,11 @@ def resumed(name: str, words: list[str], source: Source) -> Plan:
             raise ConfigError(str(override.input_line), "is another choice than the run's", hint)
     keys = {override.key_or_group for override in overrides}
     tree, faults = laid_over(tree, overrides)
-    for key in dotted(tree):
-        if (
-            HIDDEN in str(value := reduce(lambda node, part: node[part], key.split("."), tree))
-            and type(value) is not dict
-        ):
-            faults.append(ConfigError(key, "was recorded without its secret", f"Type it again: {key}=..."))
+    flat = leaves(tree)
+    hidden = [key for key, value in flat.items() if HIDDEN in str(value)]
+    faults += [ConfigError(key, "was recorded without its secret", f"Type it again: {key}=...") for key in hidden]
     tree["run"]["resume"] = str(folder)
-    config = checked(tree, faults, keys, dotted(tree))
+    config = checked(tree, faults, keys, list(flat))
     sources = _sources(folder) | {key: "typed" for key in keys if key in SOURCES}
     kept = [word for word in recorded if key_of(word) not in keys]
     return Plan([Point([*kept, *new], config, sources)], source, folder, command=_command(folder))
@@ -54,8 +51,6 @@ def alike(name: str, words: list[str], parse: Callable[[list[str]], argparse.Nam
     """Return the words of an earlier run, those typed now laid over them, and where it read its YAML. Raises ConfigError."""
     where, folder = f"run.like={name}", Path(name)
     recorded = _read(folder / "overrides.yaml", where)
-    if not isinstance(recorded, list) or not all(isinstance(word, str) for word in recorded):
-        raise ConfigError(where, f"{folder}/overrides.yaml does not hold a run's words", "Name another run")
     typed = {key_of(word) for word in words}
     typed |= {PAIRS[key] for key in typed & PAIRS.keys()}
     kept = []
@@ -69,43 +64,25 @@ def alike(name: str, words: list[str], parse: Callable[[list[str]], argparse.Nam
             continue
         kept.append(word)
     args = parse(_command(folder))
-    return [*kept, *(w for w in words if key_of(w) != "run.like")], Source(
-        args.config_dir, args.config_path, args.config_name
-    )
+    source = Source(args.config_dir, args.config_path, args.config_name)
+    return [*kept, *(word for word in words if key_of(word) != "run.like")], source
 
 
 def newest() -> Path:
     """Find the run under outputs/ that stopped last and can be resumed. Raises ConfigError."""
-    files = [file for depth in ("*/*", "sweeps/*/*") for file in Path("outputs").glob(f"{depth}/status.json")]
+    files = [file for depth in ("*", "*/*", "sweeps/*/*") for file in Path("outputs").glob(f"{depth}/status.json")]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         state = json.loads(file.read_text(encoding="utf-8")).get("state")
-        if state in ("interrupted", "failed", "running") and is_resumable(file.parent) and not _is_held(file.parent):
+        if state in ("interrupted", "failed", "running") and is_resumable(file.parent) and not holder(file.parent):
             return file.parent
     raise ConfigError("run.resume=last", "no run under outputs/ can be resumed", "Name a run folder")
-
-
-def is_resumable(folder: Path) -> bool:
-    """Tell whether a run has something to resume from, or is done."""
-    has_some = any((folder / "checkpoints").glob("step-*")) or (folder / "trained.json").is_file()
-    return has_some or (folder / "summary.json").is_file()
-
-
-def _is_held(folder: Path) -> bool:
-    from kdx.run.claim import holder
-
-    return holder(folder) is not None
 
 
 def _read(file: Path, where: str) -> Any:
     if not file.is_file():
         hint = "Name a folder that kdx made, as outputs/2026-11-24/02-45-09-123456"
         raise ConfigError(where, f"{file.parent} is not a run folder: it has no {file.name}", hint)
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            str(file), f"does not parse: {' '.join(str(error).split())}", "Restore it, or start a new run"
-        ) from None
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 def _command(folder: Path) -> list[str]:

@@ -5,14 +5,13 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from rich.markup import escape
 from rich.table import Table
 
-from kdx.build import build_batches, build_teacher, check_names
+from kdx.build import build_teacher
 from kdx.config import Config, replaced
 from kdx.data.batches import collate
 from kdx.data.encode import load_data
@@ -24,16 +23,9 @@ from kdx.run.launch import build_accelerator
 from kdx.run.report import store_line
 from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries, working
 from kdx.store import compact, count_rows
-from kdx.tokenizer import load_tokenizer
+from kdx.tokenizer import load_tokenizer, pad_id_of
 
-ABANDONED_SECONDS = 3600  # age at which a temporary file is taken for a killed process's
-FILL_ROWS = 8  # at least so many rows in a pass: it needs less memory than training
-HELP = """
-fill KEY=VALUE ...   run the teacher over all rows of a run or sweep (words as for the run), so that its jobs need not
-stat                 list the teachers, their rows and sizes, and when each was last used
-verify               compare the checksum of every row; exit code 3 if one is damaged
-prune                join small shards, drop damaged rows and, with --unused-days, teachers that no run used lately
-"""
+FILL_ROWS = 8  # rows in a pass, unless teacher.micro_batch_size says
 
 
 def fill(configs: Sequence[Config]) -> None:
@@ -43,9 +35,6 @@ def fill(configs: Sequence[Config]) -> None:
     unique = {repr((config.teacher, config.data, config.student)): config for config in configs}
     with logging_to(None, is_main=os.environ.get("RANK", "0") == "0"):
         for config in unique.values():
-            if config.teacher.path is None:
-                raise ConfigError("teacher", "is none, so there is nothing to store", "Choose a teacher")
-            check_names(config)
             _fill(replaced(config, teacher=replaced(config.teacher, store="on")))
 
 
@@ -54,21 +43,20 @@ def _fill(config: Config) -> None:
     is_main = machine.is_main_process
     tokenizer, max_length = load_tokenizer(config)
     data = load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS)
-    batches = build_batches(config, data.train, tokenizer, machine)
-    rows, owner = [*data.held_out, *data.train], f"fill{os.getpid()}"
-    teacher = build_teacher(config, tokenizer, machine.device, max_length, rows, is_repeated=True, owner=owner)
-    assert teacher is not None and teacher.store is not None
-    store = teacher.store
+    rows = {row.digest: row for row in (*data.held_out, *data.train)}
+    counted = {digest: row.num_counted for digest, row in rows.items()}
+    teacher = build_teacher(config, machine.device, max_length, counted, is_repeated=True)
+    if teacher is None or (store := teacher.store) is None:
+        raise ConfigError("teacher", "is none, so there is nothing to store", "Choose a teacher")
     log.info("teacher cache: %s", teacher.store_words)
-    by_digest = {row.digest: row for row in rows}
-    missing = sorted((by_digest[d] for d in store.missing(list(by_digest))), key=lambda row: -len(row.tokens))
-    size = max(FILL_ROWS, batches.micro_batch_size, teacher.rows_at_once or 0)
+    missing = sorted((rows[digest] for digest in store.missing([*rows])), key=lambda row: -len(row.tokens))
+    size = teacher.rows_at_once or FILL_ROWS
     groups = [missing[i : i + size] for i in range(0, len(missing), size)]
     groups = groups[machine.process_index :: machine.num_processes]
     try:
         with working("Running teacher", len(groups), is_main) as advance:
             for group in groups:
-                teacher.answer(collate(group, batches.pad_id))
+                teacher.answer(collate(group, pad_id_of(tokenizer)))
                 advance()
         if is_main:
             teacher_samples(teacher, tokenizer, data.prompts)
@@ -82,24 +70,18 @@ def _fill(config: Config) -> None:
 
 
 def manage(words: list[str]) -> int:
-    """Run `kdx store stat | verify | prune`, or answer --help → the exit code. Raises ConfigError or MachineError."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("kdx store", description=HELP.strip(), formatter_class=layout)
+    """Run `kdx store stat | verify | prune` → the exit code. Raises ConfigError or MachineError."""
+    parser = argparse.ArgumentParser("kdx store", add_help=False)
+    parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument("command", choices=("fill", "stat", "verify", "prune"))
-    where = "the store's folder; default: $KDX_STORE, else outputs/teacher-store"
-    parser.add_argument("folder", nargs="?", default="", metavar="teacher.store_dir=FOLDER", help=where)
-    parser.add_argument("--unused-days", type=float, metavar="N", help="prune: remove teachers unused for N days")
-
-    def refuse(message: str) -> NoReturn:
-        raise ConfigError("kdx store", message, "See kdx store --help")
-
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.add_argument("folder", nargs="?", default="")
+    parser.add_argument("--unused-days", type=float)
     args = parser.parse_args(words)
     folder = args.folder.removeprefix("teacher.store_dir=") or os.environ.get("KDX_STORE") or "outputs/teacher-store"
     root = at_home(folder, "teacher.store_dir").resolve()
     if not root.is_dir():
         raise ConfigError("teacher.store_dir", f"{root} does not exist", "Name the store's folder, or set KDX_STORE")
-    teachers = sorted(path for path in root.glob("[0-9a-f]" * 16) if path.is_dir())
+    teachers = sorted(file.parent for file in root.glob("*/teacher.json"))
     if args.command == "prune":
         _prune(root, teachers, args.unused_days)
     else:
@@ -107,19 +89,23 @@ def manage(words: list[str]) -> int:
     return 0
 
 
+def _usage_error(message: str) -> NoReturn:
+    raise ConfigError("kdx store", message, "See kdx store --help")
+
+
 def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> None:
     table = Table("teacher", "dtype", title=str(root), title_justify="left")
-    for column in ("rows", "size", "last used", *(["damaged"] if is_verify else [])):
+    for column in ("rows", "size", "last used", "damaged"):
         table.add_column(column, justify="right")
     total_bad = 0
     for folder in teachers:
-        about, used = read_json(folder / "teacher.json"), read_json(folder / "use.json").get("used", "")
+        about, used = read_json(folder / "teacher.json"), time.localtime(_used(folder))
         name, dtype, quantization = (printable(str(about.get(k, "?"))) for k in ("name", "dtype", "quantization"))
-        dtype = dtype if quantization == "none" else f"{quantization}, {dtype}"
         num_rows, num_bad = count_rows(folder, is_verify=is_verify)
         total_bad += num_bad
-        cells = [f"{name}\n{folder.name}", dtype, f"{num_rows:,}", in_bytes(size_of(folder)), str(used)[:10]]
-        table.add_row(*map(escape, cells), *([f"{num_bad:,}"] if is_verify else []))
+        cells = (f"{name}\n{folder.name}", f"{dtype}\n{quantization.replace('none', '')}")
+        numbers = (f"{num_rows:,}", in_bytes(size_of(folder)), time.strftime("%Y-%m-%d", used))
+        table.add_row(*map(escape, cells), *numbers, f"{num_bad:,}" if is_verify else "not verified")
     CONSOLE.print(table)
     if is_verify and total_bad:
         hint = "Run kdx store prune to drop them; the teacher computes them again when they are needed"
@@ -129,16 +115,18 @@ def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> None:
 def _prune(root: Path, teachers: list[Path], unused_days: float | None) -> None:
     before, now = size_of(root), time.time()
     for folder in teachers:
-        used = folder / "use.json"
-        days = (now - (used if used.exists() else folder).stat().st_mtime) / 86400
-        if unused_days is None or days <= unused_days:
+        days = (now - _used(folder)) / 86400
+        if unused_days is not None and days > unused_days:
+            shutil.rmtree(folder)
+            CONSOLE.print(f"removed {folder}, unused for {days:.0f} days", markup=False)
+        else:
             compact(folder)
-            continue
-        name = read_json(folder / "teacher.json").get("name", folder.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        CONSOLE.print(f"removed {name}, unused for {days:.0f} days", markup=False)
     for left in root.rglob(".tmp-*"):
-        with suppress(FileNotFoundError):  # its writer has finished meanwhile
-            if now - left.stat().st_mtime > ABANDONED_SECONDS:
-                left.unlink()
+        if now - left.stat().st_mtime > 3600:  # its writer was killed
+            left.unlink()
     CONSOLE.print(f"{in_bytes(before - size_of(root))} freed in {root}", markup=False)
+
+
+def _used(teacher: Path) -> float:
+    """Return when a run last used a teacher's folder, in seconds since 1970."""
+    return (teacher / "teacher.json").stat().st_mtime

@@ -13,27 +13,22 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from kdx.config import Config, as_dict
+from kdx.config import Config, as_dict, leaves, short_key
 from kdx.errors import ConfigError, InUseError, KdxError, printable
 from kdx.run.claim import claim
 from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import config_identity, digest
-from kdx.run.signals import STOPS
+from kdx.run.signals import STOPS, num_processes
 
-MAX_POINTS = 10_000
 MAX_LETTERS = 60  # of a value in a folder's name; the hash tells long ones apart
 STARTED = "KDX_SWEEP_STARTED"  # in the environment of a worker: when its command started
 Guarded = Callable[[Callable[[], int], Path], int]  # call a function and report its error → the exit code
-
-
-# Points and names
 
 
 def swept_keys(words: list[Override]) -> list[str]:
@@ -42,30 +37,17 @@ def swept_keys(words: list[Override]) -> list[str]:
     return [key for key, word in last.items() if word.is_sweep_override()]
 
 
-def is_empty(word: Override) -> bool:
-    """Whether a word sweeps over nothing, such as a glob that no option matches."""
-    has_values = not word.is_sweep_override() or isinstance(word.value(), IntervalSweep)
-    return not has_values and next(word.sweep_string_iterator(), None) is None
-
-
 def points(words: list[Override]) -> list[list[str]]:
-    """Return every combination of the swept values as the words of a single run; of an interval, its two ends.
-
-    Raises ConfigError if there are more than anybody runs.
-    """
+    """Return every combination of the swept values as the words of a single run; of an interval, its two ends."""
     values: dict[str, list[str]] = {}
     for word in words:
         key = word.get_key_element()
         if isinstance(interval := word.value(), IntervalSweep):
             values[key] = [f"{key}={interval.start}", f"{key}={interval.end}"]
         elif word.is_sweep_override():
-            some = itertools.islice(word.sweep_string_iterator(), MAX_POINTS + 1)
-            values[key] = [f"{key}={value}" for value in some]
+            values[key] = [f"{key}={value}" for value in word.sweep_string_iterator()]
         else:
             values[key] = [str(word.input_line)]
-    if math.prod(map(len, values.values())) > MAX_POINTS:
-        what = f"has more than {MAX_POINTS:,} points"
-        raise ConfigError("sweep", what, "Sweep over fewer values, or in parts under one sweep.name")
     return [list(point) for point in itertools.product(*values.values())]
 
 
@@ -86,36 +68,26 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
     for config in configs:
         for key, value in config_identity(config).items():
             values.setdefault(key, []).append(value)
+    known = list(values)
     common = {k: some[0] for k, some in values.items() if k not in keys and all(v == some[0] for v in some)}
-    return "-".join([*(_safe(_short(key, keys)) for key in keys), digest(common)])
+    return "-".join([*(_safe(short_key(key, known)) for key in keys), digest(common)])
 
 
 def job_name(keys: list[str], config: Config) -> str:
     """Name a job by its point and a hash of its config: temperature-2_alpha-0.7_1a2b3c."""
     tree = as_dict(config)
+    flat = leaves(tree)
     parts = ["baseline"] if config.loss.alpha == 0 and "loss.alpha" not in keys else []
     for key in keys:
         if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
             continue  # the rest of the loss is not used
-        value = _find(tree, key.split("."))
+        value = flat.get(key, tree.get(key))
         if isinstance(value, dict):  # a group
             value = next((value[k] for k in ("name", "path", "init") if value.get(k)), key)
         is_typed = key.split(".")[0] in tree  # not an experiment
         value = int(value) if isinstance(value, float) and value.is_integer() else value
-        parts.append(f"{_short(key, keys)}-{_safe(str(value))}" if is_typed else _safe(key))
+        parts.append(f"{short_key(key, list(flat))}-{_safe(str(value))}" if is_typed else _safe(key))
     return "_".join([*parts, digest(config_identity(config))])
-
-
-def _find(node: Any, parts: list[str]) -> Any:
-    for part in parts:
-        node = {**node, **node.get("options", {})}.get(part) if isinstance(node, dict) else None
-    return node
-
-
-def _short(key: str, keys: Sequence[str]) -> str:
-    """Return the shortest tail of a key that no other of these keys ends in."""
-    tails = [key.split(".", n)[-1] for n in range(key.count("."), -1, -1)]
-    return next(tail for tail in tails if sum(f".{other}".endswith(f".{tail}") for other in keys) <= 1)
 
 
 def _safe(text: str) -> str:
@@ -123,10 +95,7 @@ def _safe(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text)[:MAX_LETTERS].strip("-.") or "x"
 
 
-# Jobs
-
 _failed: set[str] = set()  # names of jobs that failed in this process
-_round = 0  # of decisions that the ranks have agreed on
 
 
 def started() -> float:
@@ -150,8 +119,8 @@ def run(
     and of the points'. launch: has Hydra sweep over such words and call do_job for each point. argv: what was typed.
     """
     _failed.clear()
-    if workers > 1 and not _is_worker():
-        if not jobs or _num_ranks() > 1:
+    if workers > 1 and not is_worker():
+        if not jobs or num_processes() > 1:
             what = f"is {workers}, but workers share only points that are known in advance, without torchrun"
             raise ConfigError("sweep.workers", what, "Leave it out")
         code = _run_workers(min(workers, len(jobs)), argv, since)
@@ -160,7 +129,7 @@ def run(
     else:
         for words in parts:
             launch(words)
-    if _is_worker() or not _is_main():  # the parent, or rank 0, reports
+    if is_worker() or not _is_main():  # the parent, or rank 0, reports
         return 5 if _failed else 0
     return _report(folder, jobs, since)
 
@@ -186,11 +155,11 @@ def do_job(
                 print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
             if not reason:
                 is_tried = True
-                measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or _is_worker())
+                measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or is_worker())
         return 0
 
     code = guarded(work, folder)
-    if code > 128 or (code and _num_ranks() > 1):  # a signal, or an error for which the other ranks would wait
+    if code > 128 or (code and num_processes() > 1):  # a signal, or an error for which the other ranks would wait
         sys.exit(code)
     if code:
         _failed.add(folder.name)
@@ -231,18 +200,11 @@ def _has_failed(run: RunFolder, since: float) -> bool:
 
 def _agreed(decide: Callable[[], str]) -> str:
     """Decide in rank 0 and return that in every rank."""
-    if _num_ranks() == 1:
+    if num_processes() == 1:
         return decide()
-    from torch.distributed import PrefixStore, rendezvous
+    from kdx.run.launch import agreed
 
-    global _round
-    _round += 1
-    store, rank, _ = next(rendezvous("env://"))
-    store = PrefixStore("kdx", store)
-    store.set_timeout(timedelta(days=1))  # rank 0 may have to hash the weights of a large teacher
-    if rank == 0:
-        store.set(str(_round), decide())
-    return str(store.get(str(_round)).decode())
+    return agreed(decide)
 
 
 def _run_workers(number: int, argv: Sequence[str], since: float) -> int:
@@ -287,7 +249,7 @@ def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
             elif path.name in _failed or _has_failed(run, since):
                 failed[path] = f"{state}: {reason}" if reason else "see its error above"
             else:
-                left[path] = state
+                left[path] = "was killed" if state == "running" else state
     if not held and not left:
         _print_comparison(folder, since)
     for what, found in (("failed", failed), ("held by other processes", held), ("left", left)):
@@ -318,12 +280,9 @@ def _write_page(folder: Path, *, is_printed: bool = False) -> None:
         print(f"kdx: no comparison of {folder}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
 
 
-def _is_worker() -> bool:
+def is_worker() -> bool:
+    """Whether this process is one of those that `sweep.workers` started."""
     return STARTED in os.environ
-
-
-def _num_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _is_main() -> bool:

@@ -1,6 +1,5 @@
 """The teacher: what it answers about a batch, from its store where every row is there, else computed live."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 from kdx.causal_lm import DTYPES, Head, attention_for, counted_hidden, device_dtype, head_of, load_causal_lm
 from kdx.config import TeacherConfig
 from kdx.data.batches import MicroBatch, merged
-from kdx.store import Identity, StoredHead, TeacherStore, load_head
+from kdx.store import Identity, TeacherStore, load_head
 
 
 @dataclass(frozen=True)
@@ -25,32 +24,30 @@ class Answer:
 class Teacher:
     """A frozen model whose body is loaded only when a row is asked for that its store lacks.
 
-    load: loads the whole model. precision: in words. device: where its head works if it comes from the store.
-    rows_at_once: of its pass, by default the student's.
+    load: loads the whole model. device: where its head works if it comes from the store. rows_at_once: of its pass, by
+    default the student's.
     """
 
     def __init__(
         self,
         load: Callable[[], Any],
-        precision: str,
         identity: Identity,
         *,
         store: TeacherStore | None = None,
         device: torch.device | None = None,
         rows_at_once: int | None = None,
     ) -> None:
-        self.precision, self.identity, self.store, self.rows_at_once = precision, identity, store, rows_at_once
+        self.identity, self.store, self.rows_at_once = identity, store, rows_at_once
         self.store_words = "off"  # where the store is, or why there is none
         self._load = load
         self._model: Any = None
         stored = load_head(store.folder) if store else None
-        self.head = stored.head.to(device) if stored else head_of(self.model)  # a live one stays where the model is
-        if stored is None:
-            num_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            stored = StoredHead(self.head, self.model.num_parameters(), num_bytes)
+        if stored:
+            self.head, self.num_parameters = stored[0].to(device), stored[1]
+        else:
+            self.head, self.num_parameters = head_of(self.model), self.model.num_parameters()
             if store:
-                store.save_head(stored)
-        self.num_parameters, self.num_bytes = stored.num_parameters, stored.num_bytes
+                store.save_head(self.head, self.num_parameters)
 
     @property
     def model(self) -> Any:
@@ -88,20 +85,15 @@ class Teacher:
 
     def answer(self, batch: MicroBatch) -> Answer:
         """Answer a batch; if the store lacks one of its rows all are computed, in one layout, and stored."""
-        return Answer(self._hidden(batch), self.head)
-
-    def _hidden(self, batch: MicroBatch) -> Tensor:
         if self.store is None:
-            return self.live(batch)
-        rows = self.store.read(batch.row_digests)
-        if rows is not None:
-            return joined(rows, self.head.weight.device)
-        began = time.perf_counter()
+            return Answer(self.live(batch), self.head)
+        if (rows := self.store.read(batch.row_digests)) is not None:
+            return Answer(joined(rows, self.head.weight.device), self.head)
         hidden = self.live(batch)
         computed = hidden.cpu().split(batch.num_counted)
-        settled = self.store.write(batch.row_digests, computed, time.perf_counter() - began)
+        settled = self.store.write(batch.row_digests, computed)
         is_as_computed = all(one is other for one, other in zip(settled, computed, strict=True))
-        return hidden if is_as_computed else torch.cat(settled)
+        return Answer(hidden if is_as_computed else torch.cat(settled), self.head)
 
     @torch.no_grad()
     def live(self, batch: MicroBatch) -> Tensor:
@@ -120,34 +112,27 @@ def joined(rows: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.cat(list(rows), out=pinned).to(device, non_blocking=True)
 
 
-def precision_of(config: TeacherConfig, device: torch.device) -> tuple[str, str]:
-    """Return the dtype of the frozen weights on a device, and the choice in words."""
-    if config.precision == "auto":
-        dtype, why = device_dtype(device)
-        name = next(k for k, v in DTYPES.items() if v == dtype)
-        words = f"{name} ({why})"
-    else:
-        name = words = config.precision
-    return name, words if config.quantization == "none" else f"{config.quantization}, {words}"
+def dtype_of(config: TeacherConfig, device: torch.device) -> str:
+    """Choose the dtype of the frozen weights on a device."""
+    return device_dtype(device) if config.precision == "auto" else config.precision
 
 
 def load_teacher(
     config: TeacherConfig, device: torch.device, max_length: int, identity: Identity, store: TeacherStore | None = None
 ) -> Teacher:
     """Return the frozen teacher on a device, or spread over all. Raises ModelError or MachineError."""
-    name, words = precision_of(config, device)
-    quantised = config.quantization != "none"
 
     def load() -> Any:
+        device_map = config.device_map or (None if config.quantization == "none" else str(device))
         model = load_causal_lm(
             config,
             "teacher",
-            dtype=DTYPES[name],
+            dtype=DTYPES[identity.dtype],
             attn_implementation=attention_for(config, device, max_length),
             quantization=config.quantization,
-            device_map=config.device_map or (str(device) if quantised else None),
+            device_map=device_map,
         )
-        return model if config.device_map or quantised else model.to(device)
+        return model if device_map else model.to(device)
 
     rows_at_once = None if config.micro_batch_size == "auto" else int(config.micro_batch_size)
-    return Teacher(load, words, identity, store=store, device=device, rows_at_once=rows_at_once)
+    return Teacher(load, identity, store=store, device=device, rows_at_once=rows_at_once)

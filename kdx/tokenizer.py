@@ -29,7 +29,7 @@ def load_tokenizer(config: Config) -> tuple[Any, int]:
     asked = config.data.max_length
     if asked is not None and min(known) < asked:
         who = " and ".join(name for name, limit in limits.items() if limit == min(known))
-        log.warning("data.max_length=%d, but the %s can read %d tokens: that is used", asked, who, min(known))
+        log.warning("data.max_length=%d is more than the %s can read: using %d", asked, who, min(known))
     key, why = ("path", "is cut from the teacher") if config.student.init == "cut" else ("layers", "is not cut")
     if getattr(config.student, key) is not None:
         log.warning("student.%s=%s is not used: the student %s", key, getattr(config.student, key), why)

@@ -5,6 +5,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
@@ -17,7 +18,7 @@ from accelerate.utils import gather_object
 from kdx.build import num_steps
 from kdx.config import Config, TrainConfig
 from kdx.data.batches import Batches, StepBatch
-from kdx.errors import ConfigError, DivergedError, MachineError
+from kdx.errors import DivergedError, MachineError
 from kdx.evaluate import Judge, Measures, peak_memory
 from kdx.objective import Objective
 from kdx.optim import build_optimizer, build_schedule
@@ -27,7 +28,7 @@ from kdx.run.files import fsync
 from kdx.run.folder import RunFolder
 from kdx.run.signals import Stopped, StopRequest
 from kdx.run.tracking import Tracker
-from kdx.student import describe, saved_dtype
+from kdx.student import describe, load_saved, saved_dtype
 from kdx.teacher import Teacher
 
 log = logging.getLogger("kdx")
@@ -43,7 +44,7 @@ class State:
     step: int = 0
     tokens: int = 0  # input tokens without padding
     counted_tokens: int = 0  # those in the loss
-    best: float = math.inf  # held-out measure
+    best: float | None = None  # held-out measure
     best_step: int = 0
     num_worse: int = 0  # held-out measures in a row without improvement
     measured: int = 0  # the last step with held-out measures
@@ -54,7 +55,6 @@ class State:
     seconds: float = 0.0  # spent in steps, without measuring and saving
     step_seconds: list[float] = field(default_factory=list)
     window: list[dict[str, Any]] = field(default_factory=list)  # steps since the last line of metrics
-    store: list[str] = field(default_factory=list)  # the shards that this run has written to the teacher's store
     num_nonfinite: int = 0  # steps that were skipped
     versions: dict[str, str] = field(default_factory=dict)
     other_versions: list[str] = field(default_factory=list)  # with which a part of the run was made
@@ -74,6 +74,8 @@ class State:
         }
         if is_skipped:
             part = dict.fromkeys(part, 0) | {"grad_norm": None}
+        elif not math.isfinite(part["grad_norm"]):  # of fp16, whose scaler skips such a step by itself
+            part["grad_norm"] = None
         self.window.append(part | {"lr": lr, "epoch": batch.epoch})
 
     def is_out_of_patience(self, config: TrainConfig) -> bool:
@@ -106,11 +108,12 @@ class Training:
         optimizer = build_optimizer(config.optim, objective)
         self.schedule = build_schedule(config.optim, optimizer, self.max_steps)
         self.module, self.optimizer, self.student = sharding.prepare(machine, objective, optimizer)
+        self.whole = partial(sharding.whole, objective, self.student)
         torch.manual_seed(config.train.seed + machine.process_index)  # dropout; fresh weights are drawn by now
         stored = "on" if teacher and teacher.store else "off"
         self.versions = {name: version(name) for name in LIBRARIES}
         self.versions |= {"teacher.store": stored, "precision": precision_of(config, machine)}
-        self.save_dtype, self.save_words = saved_dtype(config.student, config.teacher)
+        self.save_dtype = saved_dtype(config.student, config.teacher)
         self.state = State(versions=self.versions)
         self.is_finished = False
         self.is_save_due = False  # by train.save_minutes
@@ -118,22 +121,19 @@ class Training:
 
     def restore(self, folder: RunFolder) -> bool:
         """Load a finished training, or the newest whole checkpoint → False at step 0. Raises KdxError."""
-        trained = folder.kept("trained.json")
-        newest, skipped = checkpoint.newest(folder.path)
-        for fault in skipped:
-            log.warning("skipped a damaged checkpoint, %s", fault)
-        if trained and trained["max_steps"] == self.max_steps and (folder.path / "student").is_dir():
+        trained, saved = folder.kept("trained.json"), folder.path / "student"
+        if trained and trained["max_steps"] == self.max_steps and saved.is_dir():
             self.state, self.is_finished = self._read_state(trained["state"], folder.path / "trained.json"), True
-            checkpoint.load_weights(sorted((folder.path / "student").glob("*.safetensors")), self.student)
-            log.info("training is finished: %s", folder.path / "student")
-        elif newest is not None:
-            self._resume(folder, newest)
-        elif trained:
-            what = f"has trained to step {trained['state']['step']} and kept no checkpoint to train on from"
-            raise ConfigError(str(folder.path), what, "Type the same train.max_steps, or start again elsewhere")
+            load_saved(saved, self.student)
+            log.info("training is finished: %s", saved)
         else:
-            folder.begin_again()
-            return False
+            newest, skipped = checkpoint.newest(folder.path)
+            for fault in skipped:
+                log.warning("skipped a damaged checkpoint, %s", fault)
+            if newest is None:
+                folder.begin_again()
+                return False
+            self._resume(folder, newest)
         sharding.spread(self.student, self.objective)
         folder.step = self.state.step
         return True
@@ -150,9 +150,6 @@ class Training:
             for name, was in state.versions.items()
             if was != self.versions.get(name)
         ]
-        store = self.teacher.store if self.teacher else None
-        if store and (lost := store.lost(state.store)):
-            notes.append(f"the teacher's store lacks {', '.join(lost)}, which this run wrote up to step {state.step}")
         if notes:
             log.warning("this run no longer repeats bit for bit: %s", "; ".join(notes))
         state.other_versions += notes
@@ -160,6 +157,7 @@ class Training:
         best = newest / "best.safetensors"
         if best.is_file() and self.machine.is_main_process:
             checkpoint.restore_best(best, folder.path)
+        self.machine.wait_for_everyone()  # all may read the best weights at once, if no step is left
         log.info("resuming from %s", newest)
 
     def _read_state(self, kept: dict[str, Any], file: Path) -> State:
@@ -169,16 +167,14 @@ class Training:
 
     def save(self, folder: RunFolder, *, unless_there: bool = False) -> None:
         """Write a checkpoint of this step. All processes must call it. Raises MachineError."""
-        if unless_there and checkpoint.is_at(folder.path, self.state.step):
+        if unless_there and self.state.saved == self.state.step:
             return
-        store = self.teacher.store if self.teacher else None
-        if store:
-            store.flush()
+        if self.teacher and self.teacher.store:
+            self.teacher.store.flush()  # a resumed run reads the same rows
         random_states = gather_object([checkpoint.random_state()])
-        self.state.store = store.position() if store else []
         self.state.saved = self.state.step
         optimizer = sharding.optimizer_state(self.objective, self.optimizer)
-        with sharding.whole(self.objective, self.student):
+        with self.whole():
             if self.machine.is_main_process:
                 self.state.lines = num_bytes(folder.path / "metrics.jsonl")
                 checkpoint.save(
@@ -195,24 +191,20 @@ class Training:
         self.machine.wait_for_everyone()
         self._saved_at, self.is_save_due = time.monotonic(), False
 
-    def untouched(self, judge: Judge) -> dict[str, Any]:
-        """Measure and sample teacher and student before training."""
-        with sharding.whole(self.objective, self.student):
-            return judge.before_training(self.student)
-
     def measure(self, judge: Judge) -> Measures:
         """Take the held-out measures of the student as it is."""
-        with sharding.whole(self.objective, self.student):
+        with self.whole():
             return judge(self.student)
 
     def keep_if_best(self, measures: Measures, folder: RunFolder) -> None:
         """Note whether the held-out measure improved, and keep the weights if they may become the student."""
         means, state, config = measures.means(), self.state, self.config.train
         value = means["kl"] if means["kl"] is not None else means["ce"]
-        if value is not None and value < state.best - config.early_stopping.min_delta:
+        best = math.inf if state.best is None else state.best
+        if value is not None and value < best - config.early_stopping.min_delta:
             state.best, state.best_step, state.num_worse = value, state.step, 0
             if config.keep == "best":
-                with sharding.whole(self.objective, self.student):
+                with self.whole():
                     if self.machine.is_main_process:
                         checkpoint.save_weights(checkpoint.best_file(folder.path), self.student)
         else:
@@ -246,17 +238,23 @@ class Training:
         self.is_save_due = bool(is_late)
         return {name: value / max(batch.num_tokens, 1) for name, value in zip(names, values, strict=True)}, norm
 
+    def update(self, batch: StepBatch, terms: dict[str, float], norm: float) -> bool:
+        """Step optimizer and schedule → False if the step is not finite and was skipped. Raises DivergedError."""
+        is_finite = self.is_finite(terms, norm)
+        if is_finite:
+            self.optimizer.step()
+        else:
+            self._skip_or_stop(batch, terms)
+        if not (is_finite and self.machine.optimizer_step_was_skipped):
+            self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return is_finite
+
     def is_finite(self, terms: dict[str, float], norm: float) -> bool:
         """Return whether a step may change the weights. The scaler of fp16 skips gradients that overflow by itself."""
         return all(map(math.isfinite, terms.values())) and (self.machine.scaler is not None or math.isfinite(norm))
 
-    def update(self) -> None:
-        """Step the optimizer and the schedule."""
-        self.optimizer.step()
-        if not self.machine.optimizer_step_was_skipped:
-            self.schedule.step()
-
-    def skip_or_stop(self, batch: StepBatch, terms: dict[str, float]) -> None:
+    def _skip_or_stop(self, batch: StepBatch, terms: dict[str, float]) -> None:
         """Skip a step that is not finite, and say which rows it had. Raises DivergedError unless steps may be skipped."""
         state, config = self.state, self.config.train
         bad = [name for name, value in terms.items() if not math.isfinite(value)]
@@ -277,7 +275,6 @@ class Training:
         state.num_nonfinite += 1
         if self.machine.scaler is not None:  # it has unscaled the gradients, and waits for the step
             self.machine.scaler.update()
-        self.schedule.step()
         log.warning("step %d is skipped: %s", state.step + 1, what)
 
     def choose_weights(self, folder: RunFolder) -> None:
@@ -333,19 +330,14 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
             # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
             started, lr = time.perf_counter(), float(run.schedule.get_last_lr()[0])
             terms, norm = run.forward_backward(batch, stop)
-            is_finite = run.is_finite(terms, norm)
-            if is_finite:
-                run.update()
-            else:
-                run.skip_or_stop(batch, terms)
-            run.optimizer.zero_grad(set_to_none=True)
+            is_finite = run.update(batch, terms, norm)
             seconds = time.perf_counter() - started
             state.count(batch, terms | {"grad_norm": norm}, lr, seconds, is_skipped=not is_finite)
             tracker.advance(state.step, run.objective.mix.loss(terms), batch.num_input_tokens / seconds)
             folder.at(state.step)
-        if state.window:
-            tracker.log(state, means(run))
         finish(run, judge, folder)
+        if state.window:  # after the last checkpoint: a longer run from there logs at other steps
+            tracker.log(state, means(run))
     except Stopped:
         run.save(folder, unless_there=True)
         raise

@@ -9,7 +9,9 @@ from pathlib import Path
 from kdx.errors import ConfigError
 
 CONF = Path(import_module("kdx.conf").__path__[0]).resolve()
-RENAMED: dict[str, str] = {}  # keys of earlier versions, old → new; the old one still works
+CHOICES = ("teacher", "student", "data", "loss", "optim", "experiment", "recipe", "pair")
+OPTIONAL = CHOICES[-3:]  # groups of which nothing may be chosen
+RENAMED: dict[str, str] = {}  # keys of earlier versions, old → new; typed, the old one still works
 
 # kdx's name: the names that it has in HF Trainer, TRL, peft, axolotl, Lightning and papers.
 _MEANT = {
@@ -20,49 +22,53 @@ _MEANT = {
     "optim=NAME": "optimizer optim_name",
     "optim.schedule": "lr_scheduler_type lr_scheduler lr_schedule",
     "optim.schedule_options": "lr_scheduler_kwargs",
-    "optim.warmup_steps, below 1 a share of all steps": "warmup_ratio num_warmup_steps warmup",
+    "optim.warmup_steps? Below 1 it is a share of all steps": "warmup_ratio num_warmup_steps warmup",
     "optim.eps": "adam_epsilon",
     "optim.betas=[0.9,0.999]": "adam_beta1 adam_beta2",
     "train.micro_batch_size": "per_device_train_batch_size per_device_eval_batch_size per_gpu_batch_size",
     "train.batch_size": "train_batch_size global_batch_size effective_batch_size",
-    "train.batch_size with train.micro_batch_size, from which it is derived": "gradient_accumulation_steps "
-    "accumulate_grad_batches accumulation_steps",
+    "train.micro_batch_size? A step accumulates train.batch_size rows": "gradient_accumulation_steps "
+    "accumulate_grad_batches accumulation_steps grad_accum",
     "train.epochs": "num_train_epochs num_epochs max_epochs",
     "train.max_steps": "num_train_steps total_steps num_steps",
     "train.max_grad_norm": "gradient_clip_val grad_clip clip_grad_norm",
     "train.log_every": "logging_steps log_every_n_steps",
-    "train.eval_every": "eval_steps eval_strategy evaluation_strategy val_check_interval",
-    "train.save_every or train.save_minutes": "save_steps save_strategy",
-    "train.keep_checkpoints; the two newest are kept until a run is done": "save_total_limit",
-    "train.keep=best, by held-out KL, with train.eval_every": "load_best_model_at_end metric_for_best_model",
+    "train.eval_every": "eval_steps eval_strategy evaluation_strategy val_check_interval "
+    "check_val_every_n_epoch evals_per_epoch",
+    "train.save_every or train.save_minutes": "save_steps save_strategy saves_per_epoch",
+    "train.keep_checkpoints? The two newest are kept until a run is done": "save_total_limit save_only_model",
+    "train.keep=best with train.eval_every? The best is by held-out KL": "load_best_model_at_end metric_for_best_model "
+    "greater_is_better",
     "train.early_stopping.patience": "early_stopping_patience patience",
     "train.seed": "random_seed seed_everything",
     "train.seed or data.seed": "seed",
     "train.compile": "torch_compile",
     "train.precision=bf16": "bf16",
     "train.precision=fp16": "fp16",
-    "train.precision": "mixed_precision dtype",
-    "teacher.precision": "torch_dtype teacher_dtype",
+    "train.precision": "mixed_precision dtype student.precision student.dtype student.torch_dtype",
+    "teacher.precision": "torch_dtype teacher_dtype teacher.dtype",
     "data.max_length": "max_seq_length max_seq_len sequence_len cutoff_len block_size",
-    "data.path": "dataset_name dataset_path dataset train_file train_data",
+    "data=NAME data.path": "dataset_name dataset_path dataset datasets train_file train_data",
     "data.validation": "val_set_size validation_file eval_dataset test_size val_file",
-    "data.take": "max_train_samples max_samples",
+    "data.take": "max_train_samples max_samples limit_train_batches",
     "data.assistant_only": "train_on_inputs assistant_only_loss completion_only_loss",
-    "data.shuffle; rows are grouped by length": "group_by_length shuffle_data",
-    "teacher=hf teacher.path": "teacher_model_name_or_path teacher_model teacher_name teacher_path",
-    "student=hf student.path": "model_name_or_path student_model model_name model_id",
+    "data.shuffle? It groups rows by length": "group_by_length shuffle_data",
+    "teacher=hf teacher.path": "teacher_spec teacher_model_name_or_path teacher_model teacher_name teacher_path "
+    "teacher.name teacher.model teacher.model_name teacher.model_name_or_path",
+    "student=hf student.path": "student_module model_name_or_path student_model model_name model_id model base_model student.name "
+    "student.model student.model_name",
     "teacher.quantization=8bit": "load_in_8bit",
     "teacher.quantization=4bit": "load_in_4bit",
     "student.attn_implementation": "flash_attention use_flash_attention_2 flash_attn",
-    "tracking.mode": "report_to use_wandb logger",
+    "tracking.mode": "report_to use_wandb logger wandb",
     "tracking.project": "wandb_project project_name",
     "tracking.entity": "wandb_entity",
     "tracking.name": "run_name wandb_name experiment_name",
-    "hydra.run.dir": "output_dir out_dir save_dir default_root_dir logging_dir",
+    "hydra.run.dir": "run.dir output_dir out_dir save_dir default_root_dir logging_dir",
     "run.resume": "resume_from_checkpoint ckpt_path",
     "loss.beta, with loss=jsd": "beta",
     "optim=adamw_8bit": "optim=adamw_bnb_8bit optim=paged_adamw_8bit optim=adamw8bit adamw_bnb_8bit",
-    "sweep.workers=2": "hydra/launcher=parallel hydra/launcher=joblib",
+    "sweep.workers=2": "n_jobs hydra/launcher=parallel hydra/launcher=joblib",
     "optim=adamw": "optim=adamw_torch optim=adamw_torch_fused optim=adam",
     "loss=forward_kl": "loss=kl loss=kld loss=kl_div loss=fkl",
     "loss=reverse_kl": "loss=rkl",
@@ -72,43 +78,44 @@ _MEANT = {
 }
 _NONE = {
     "kdx has no LoRA yet and trains all weights": "lora_r lora_alpha lora_dropout lora_target_modules use_peft use_lora "
-    "peft_config adapter",
-    "kdx trains off-policy yet, on the rows of the data set": "lmbda on_policy seq_kd max_new_tokens rollout",
+    "peft_config adapter target_modules lora_target_linear modules_to_save task_type",
+    "kdx trains on the rows of the data set, and not yet on the student's own answers": "lmbda on_policy seq_kd max_new_tokens rollout",
     "rows are grouped by length, so packing would save little": "packing sample_packing",
     "several GPUs are used through torchrun or accelerate launch, sharded by FSDP": "deepspeed fsdp fsdp_config strategy",
     "nothing is uploaded; the student is in the run folder's student/": "push_to_hub hub_model_id hub_token",
     "a GPU is used if there is one; choose with CUDA_VISIBLE_DEVICES, or torchrun for several": "device devices gpus "
     "no_cuda use_cpu accelerator num_gpus",
     "a run always trains and measures; train.max_steps=0 only measures": "do_train do_eval do_predict",
-    "data are encoded once, before training": "dataloader_num_workers num_workers remove_unused_columns num_proc",
+    "data are encoded once, before training": "dataloader_num_workers num_workers remove_unused_columns num_proc "
+    "dataset_num_proc dataset_prepared_path",
     "every run has a folder of its own": "overwrite_output_dir",
     "kdx has no label smoothing": "label_smoothing_factor label_smoothing",
     "kdx adds no noise to embeddings": "neftune_noise_alpha",
 }
-FOREIGN = {word: meant for meant, words in _MEANT.items() for word in words.split()}
-FOREIGN |= {word: f"no equivalent: {why}" for why, words in _NONE.items() for word in words.split()}
-
-
-def foreign(word: str) -> str:
-    """Say what another tool's word is in kdx; empty if the word is not known."""
-    meant = FOREIGN.get(word, "")
-    return meant if not meant or meant.startswith("no equivalent") else f"Did you mean {meant}?"
+FOREIGN = {
+    word: f"Did you mean {meant}" + ("" if "? " in meant else "?")
+    for meant, words in _MEANT.items()
+    for word in words.split()
+}
+FOREIGN |= {word: f"No equivalent: {why}" for why, words in _NONE.items() for word in words.split()}
 
 
 def hint_for(key: str, known: Sequence[str]) -> str:
     """Answer a dotted key that does not exist: another tool's word, the same name in another group, or a typo."""
-    last = key.rsplit(".", 1)[-1]
+    group, last = key.split(".")[0], key.rsplit(".", 1)[-1]
+    if group in OPTIONAL:
+        return f'Begin the YAML of that {group} with the line "# @package _global_"'
+    if key in RENAMED:
+        return f"It is now {RENAMED[key]}"
+    if key in FOREIGN:
+        return FOREIGN[key]
     same = [k for k in known if k.rsplit(".", 1)[-1] == last]
     if near := get_close_matches(key, same, n=1, cutoff=0.7):  # the group is mistyped
         return f"Did you mean {near[0]}?"
-    if (meant := foreign(last)) and not FOREIGN[last].startswith(f"{key},"):
-        return meant[0].upper() + meant[1:]
-    if last in FOREIGN:  # the right key, in an option that does not have it
-        return f"Use it {FOREIGN[last].removeprefix(f'{key}, ')}"
-    near = get_close_matches(key, same, n=1) or same or get_close_matches(key, known, n=1, cutoff=0.7)
-    if not near:
-        names = get_close_matches(last, [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.7)
-        near = [k for k in known if k.rsplit(".", 1)[-1] in names]
+    if last in FOREIGN:
+        return FOREIGN[last]
+    near = same or get_close_matches(key, known, n=1, cutoff=0.7)
+    near = near or [f"{choice}=NAME" for choice in get_close_matches(key, CHOICES, n=1, cutoff=0.7)]
     return f"Did you mean {' or '.join(near)}?" if near else "See all keys with: python -m kdx --cfg job"
 
 
@@ -119,17 +126,20 @@ def is_mistyped(key: str, known: Iterable[str]) -> bool:
     return bool(get_close_matches(name, own, n=1, cutoff=0.8))
 
 
+def key_of(word: str) -> str:
+    """Return the key of a word as typed."""
+    return word.lstrip("+~").partition("=")[0]
+
+
 def renamed(words: list[str]) -> list[str]:
     """Replace the keys that earlier versions had, naming the new one on stderr. Raises ConfigError if both are typed."""
-    keys = {word.lstrip("+~").partition("=")[0] for word in words}
-    for old, new in RENAMED.items():
-        if old in keys:
-            if new in keys:
-                raise ConfigError(old, f"is now {new}, and both are given", f"Leave out {old}")
-            print(f"kdx: {old} is now {new}", file=sys.stderr)
-            words = [
-                word.replace(old, new, 1) if word.lstrip("+~").partition("=")[0] == old else word for word in words
-            ]
+    keys = set(map(key_of, words))
+    for old in keys & RENAMED.keys():
+        new = RENAMED[old]
+        if new in keys:
+            raise ConfigError(old, f"is now {new}, and both are given", f"Leave out {old}")
+        print(f"kdx: {old} is now {new}", file=sys.stderr)
+        words = [word.replace(old, new, 1) if key_of(word) == old else word for word in words]
     return words
 
 

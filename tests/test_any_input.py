@@ -12,8 +12,8 @@ from test_templates import CHATML_TOKENS, TEMPLATES
 from kdx import loss
 from kdx.data.batches import Row, collate
 from kdx.data.encode import Encoder
-from kdx.data.sources import Conversation, raise_faults, read_conversations
-from kdx.errors import DataError
+from kdx.data.sources import Conversation, read_conversations
+from kdx.errors import DataError, first_of
 
 quick = settings(
     max_examples=120, deadline=None, database=None, derandomize=True,
@@ -42,7 +42,8 @@ def test_any_row_is_a_conversation_or_a_fault_with_its_place(tmp_path, data_conf
     config = data_config(choice, path=str(file))
     found = read_conversations(config)
     try:
-        raise_faults(config, found, [])
+        if found.faults:
+            raise first_of(found.faults)
         _, second = found
     except DataError as error:
         (line,) = error.lines
@@ -77,7 +78,7 @@ def test_encoded_rows_keep_their_bounds(make_tokenizer, turns, last, name, max_l
     tokenizer = make_tokenizer(template, special or CHATML_TOKENS)
     told = [{"role": role, "content": content} for role, content in [*turns, ("assistant", last)]]
     encoder = Encoder(tokenizer, max_length, on_long, assistant_only)
-    (outcome,), _ = encoder.encode([Conversation("r", told, "t.jsonl:1")])
+    outcome, _ = encoder.encode(Conversation("r", told, "t.jsonl:1"))
     if isinstance(outcome, DataError):
         (line,) = outcome.lines
         assert line.startswith("t.jsonl:1: ")

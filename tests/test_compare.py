@@ -18,9 +18,11 @@ from made_runs import NUM_ROWS, write_run, write_sweep
 
 from kdx.compare import ranking, tables
 from kdx.compare.page import heat_maps, looks_of
-from kdx.compare.ranking import Comparison, Ranking, short_names
-from kdx.compare.read import FILES, compare, compared, default_out, find, main
-from kdx.errors import ConfigError, MachineError
+from kdx.compare.ranking import Comparison, Ranking, compared, short
+from kdx.compare.read import compare, default_out, find, main, read_run
+from kdx.errors import ConfigError
+
+FILES = [f"compare.{suffix}" for suffix in ("csv", "json", "md", "html")]
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +39,7 @@ def only(comparison: Comparison) -> Ranking:
 
 def ranked(*paths: Path) -> Comparison:
     """A comparison that writes no files."""
-    return compared(find(paths), Path("nowhere"))
+    return compared([read_run(name, folder) for name, folder in find(paths).items()])
 
 
 def point(table: Ranking, label: str) -> ranking.Point:
@@ -85,21 +87,19 @@ class TestIntervals:
         low, high = ranking.interval(apart)
         assert low < 0 < high
 
-    def test_many_rows_are_drawn_in_blocks(self, monkeypatch):
+    def test_the_draws_stay_the_same(self):
         counted, sums = np.arange(1.0, 31.0), np.random.default_rng(0).normal(3, 1, (30, 2))
-        whole = ranking.resampled_means(counted, sums, num=500)
-        assert ranking.interval(whole[:, 1] - whole[:, 0]) == (0.0051995339, 0.0482084902)  # the draws stay the same
-        monkeypatch.setattr(ranking, "BLOCK", 30 * 7)
-        assert ranking.resampled_means(counted, sums, num=500) == pytest.approx(whole, rel=1e-12)
+        means = ranking.resampled_means(counted, sums, num=500)
+        assert ranking.interval(means[:, 1] - means[:, 0]) == (0.0051995339, 0.0482084902)
 
     def test_what_is_clearly_worse_is_not_marked_and_what_is_close_is(self, tmp_path):
         for lr, kl in ((1e-3, 0.700), (2e-3, 0.701), (4e-3, 0.800)):
             write_run(tmp_path / f"lr-{lr}", optim__lr=lr, means={"kl": kl})
         table = only(ranked(tmp_path))
         assert [p.is_best("kl") for p in table.by("kl")] == [True, True, False]
-        low, high = table.by("kl")[2].minus_best["kl"]
+        low, high = table.by("kl")[2].intervals["kl", "minus_best"]
         assert 0 < low < 0.1 < high < 0.15
-        assert tables.verdict(table)[0] == "Best by KL: #1 (lr 0.001); not distinguishable from it: #2."
+        assert [row[1] for row in tables.grid(table)[1:4]] == ["★ 0.700", "* 0.701", "0.800"]
 
     def test_each_setting_has_its_own_baseline(self, tmp_path):
         for lr, kl in ((1e-3, 0.9), (2e-3, 0.8)):
@@ -108,8 +108,10 @@ class TestIntervals:
         write_run(tmp_path / "alone", loss__alpha=0.5, optim__lr=4e-3)
         table = only(ranked(tmp_path))
         for lr, difference in ((0.001, -0.2), (0.002, -0.1)):
-            assert np.mean(point(table, f"α 0.5, lr {lr}").minus_baseline["kl"]) == pytest.approx(difference, abs=0.02)
-        assert point(table, "α 0.5, lr 0.004").minus_baseline == {}
+            assert np.mean(point(table, f"α 0.5, lr {lr}").intervals["kl", "minus_baseline"]) == pytest.approx(
+                difference, abs=0.02
+            )
+        assert ("kl", "minus_baseline") not in point(table, "α 0.5, lr 0.004").intervals
 
 
 @pytest.mark.parametrize(
@@ -137,15 +139,7 @@ class TestRanking:
         assert table.by("kl")[0].label == "τ 2, α 0.7"
         assert table.by("ce")[0].label == "τ 2, α 0.3"
         assert table.points == table.by("kl")
-        assert [p.label for p in table.front] == ["τ 2, α 0.7", "τ 2, α 0.3"]
-
-    def test_two_bests_are_no_single_best(self, six, tmp_path):
-        verdict = " ".join(tables.verdict(only(six[0])))
-        assert "Best by CE: #4 (τ 2, α 0.3); not distinguishable from it: #5, #7, #6." in verdict
-        assert "There is no single best." in verdict
-        write_run(tmp_path / "a", optim__lr=1e-3, means={"kl": 0.5, "ce": 3.0})
-        write_run(tmp_path / "b", optim__lr=2e-3, means={"kl": 0.6, "ce": 3.1})
-        assert "no single best" not in " ".join(tables.verdict(only(ranked(tmp_path))))
+        assert [p.label for p in table.points if p.pareto_front] == ["τ 2, α 0.7", "τ 2, α 0.3"]
 
     def test_measures_are_the_summarys_and_those_of_the_rows(self, six):
         comparison, folder = six
@@ -167,7 +161,7 @@ class TestRanking:
         for layers in (5, 10):
             write_run(tmp_path / str(layers), student__layers=layers)
         labels = [*only(ranked(tmp_path)).references]
-        assert labels == ["teacher", "untouched student, layers 10", "untouched student, layers 5"]
+        assert labels == ["teacher", "untouched student layers 10", "untouched student layers 5"]
 
     def test_seeds_are_averaged_with_their_spread(self, tmp_path):
         for alpha in (0.3, 0.7):
@@ -180,18 +174,15 @@ class TestRanking:
             kl = [run.summary["student"]["kl"] for run in p.runs]
             assert len(set(kl)) == 3
             assert p.measures["kl"] == pytest.approx(sum(kl) / 3)
-            assert p.spread["kl"] == (min(kl), max(kl))
-        low, high = table.points[1].minus_best["kl"]
+            assert p.intervals["kl", "seeds"] == pytest.approx((min(kl) - sum(kl) / 3, max(kl) - sum(kl) / 3))
+        low, high = table.points[1].intervals["kl", "minus_best"]
         assert low < table.points[1].measures["kl"] - table.points[0].measures["kl"] < high
-        first = next(csv.DictReader(io.StringIO((tmp_path / "compare.csv").read_text())))
-        assert (first["num_runs"], first["train.seed"]) == ("3", "0 1 2")
-        assert (float(first["kl_min"]), float(first["kl_max"])) == table.points[0].spread["kl"]
 
     def test_the_interval_of_an_average_is_of_all_its_seeds(self, tmp_path):
         for lr, levels in ((1e-3, (0.5, 0.9)), (2e-3, (0.71, 0.71))):
             for seed, kl in enumerate(levels):
                 write_run(tmp_path / f"{lr}-{seed}", optim__lr=lr, train__seed=seed, means={"kl": kl})
-        low, high = only(ranked(tmp_path)).points[1].minus_best["kl"]
+        low, high = only(ranked(tmp_path)).points[1].intervals["kl", "minus_best"]
         assert -0.02 < low < 0.01 < high < 0.04
 
     def test_other_training_rows_are_another_student(self, tmp_path):
@@ -219,23 +210,17 @@ class TestRanking:
         assert comparison.differing == ["train.seed"]
         assert [len(p.runs) for p in only(comparison).points] == [2]
 
-    def test_older_runs_are_read_the_same(self, tmp_path):
-        """Their own keys of a group are under `options`, the swept keys in the config; 1 is 1.0, a missing key null."""
+    def test_equal_configs_are_equal_however_they_are_written(self, tmp_path):
+        """1 is 1.0, and a key that decides nothing may be missing."""
 
         def age(config: dict[str, Any]) -> None:
-            config["optim"]["options"] = {"betas": config["optim"].pop("betas")}
-            config["sweep"]["keys"] = ["optim.lr"]
             config["loss"]["temperature"] = 2
             del config["teacher"]["license"]
 
-        for name, lr in (("old", 1e-3), ("new", 2e-3), ("seed", 1e-3)):
-            write_run(tmp_path / name, optim__lr=lr, swept=["optim.lr"], train__seed=int(name == "seed"))
+        write_run(tmp_path / "old", train__seed=1)
+        write_run(tmp_path / "new")
         edit(tmp_path / "old" / "config.yaml", age)
-        (tmp_path / "old" / "record.json").unlink()
-        comparison = ranked(tmp_path)
-        assert comparison.differing == ["optim.lr", "train.seed"]
-        assert {p.label: len(p.runs) for p in only(comparison).points} == {"lr 0.001": 2, "lr 0.002": 1}
-        assert {tuple(run.swept) for run in comparison.runs} == {("optim.lr",)}
+        assert [len(p.runs) for p in only(ranked(tmp_path)).points] == [2]
 
     def test_without_a_teacher_ce_ranks_alone(self, tmp_path):
         nothing = dict.fromkeys(("kl", "reverse_kl", "agreement"))
@@ -243,13 +228,10 @@ class TestRanking:
             write_run(tmp_path / f"{lr}", means=nothing | {"ce": 3 + lr}, loss__alpha=0.0, optim__lr=lr)
         table = only(compare([tmp_path], tmp_path))
         assert [p.rank for p in table.points] == [{"ce": 1}, {"ce": 2}]
-        assert tables.verdict(table) == [
-            "Best by CE: #1 (baseline (alpha = 0), lr 0.001); not distinguishable from it: #2."
-        ]
 
     def test_short_names(self):
-        names = short_names(["loss.temperature", "loss.alpha", "loss.name", "optim.lr", "data.seed", "train.seed"])
-        assert list(names.values()) == ["τ", "α", "loss", "lr", "data.seed", "train.seed"]
+        keys = ["loss.temperature", "loss.alpha", "loss.name", "optim.lr", "student.path"]
+        assert [short(key) for key in keys] == ["τ", "α", "loss", "lr", "student"]
 
 
 class TestBudgets:
@@ -260,19 +242,11 @@ class TestBudgets:
         assert main([str(tmp_path), "--out", str(tmp_path)]) == 0
         table = only(ranked(tmp_path))
         assert [p.other_budget for p in table.points] == [True, False, False]
-        sentence = "Trained longer or shorter than most (†): #1."
-        assert any(line.startswith(sentence) for line in tables.verdict(table))
         printed = capsys.readouterr().out
-        assert "† 416   † 302,000" in printed
-        assert all(sentence in text for text in (printed, (tmp_path / "compare.html").read_text()))
+        assert "† 416  † 302,000" in printed
         long, other, *_ = csv.DictReader(io.StringIO((tmp_path / "compare.csv").read_text()))
         assert (long["steps"], long["tokens"], long["other_budget"]) == ("416.0", "302000.0", "True")
         assert (other["steps"], other["tokens"], other["other_budget"]) == ("208.0", "151000.0", "False")
-
-    def test_a_few_tokens_more_or_less_are_the_same_budget(self, tmp_path):
-        for seed, steps in enumerate((208, 210)):
-            write_run(tmp_path / str(seed), optim__lr=seed + 1.0, steps=steps)
-        assert not any(p.other_budget for p in only(ranked(tmp_path)).points)
 
 
 class TestDigits:
@@ -303,10 +277,9 @@ class TestDigits:
         table = only(ranked(tmp_path))
         for measure in ("kl", "ce"):
             assert [p.rank[measure] for p in table.points] == [1, 1]
-            assert [p.minus_best.get(measure) for p in table.points] == [None, (0, 0)]
+            assert [p.intervals.get((measure, "minus_best")) for p in table.points] == [None, (0, 0)]
             assert all(p.is_best(measure) for p in table.points)
-        assert [row[1] for row in tables.intervals(table)] == ["KL − best", "best", "tied"]
-        assert tables.verdict(table) == ["All students are tied in KL.", "All students are tied in CE."]
+        assert [row[1] for row in tables.intervals(table)] == ["KL minus best", "", "tied"]
 
 
 class TestTablesApart:
@@ -319,11 +292,8 @@ class TestTablesApart:
         write_run(tmp_path / "b", loss__alpha=0.7, **{key: "other"})
         comparison = ranked(tmp_path)
         assert [[p.rank for p in table.points] for table in comparison.rankings] == [[{"kl": 1, "ce": 1}]] * 2
-        (line,) = comparison.why_apart
-        assert line.endswith(f"These 2 tables differ in: {why}.")
-        text = tables.as_markdown(comparison)
-        assert line in text
-        assert "## Table 2: " in text
+        assert comparison.why_apart.endswith(f"These 2 tables differ in: {why}.")
+        assert comparison.why_apart in tables.as_markdown(comparison)
         assert len(json.loads(tables.as_json(comparison))["tables"]) == 2
 
     def test_teachers_without_a_digest_are_identified_by_their_config(self, tmp_path):
@@ -347,24 +317,21 @@ class TestNeverRanked:
         assert [p.runs[0].name for p in only(comparison).points] == ["good"]
         *stopped, running = comparison.not_ranked
         assert [(r.name, r.state, r.reason) for r in stopped] == [(s, s, "step 3: because") for s in states]
-        assert running.reason == "step 57 of 208, written 2026-11-24T02:45:09+0000"
-        for name in FILES:
+        assert running.reason == "step 57 of 208"
+        for name in FILES[1:]:
             assert (tmp_path / name).read_text().count("step 3: because") == 3, name
 
-    @pytest.mark.parametrize(("ce", "why"), [(math.nan, "not finite: ce"), (None, "nothing was held out")])
-    def test_measures_that_cannot_be_ranked(self, tmp_path, ce, why):
+    def test_nothing_held_out(self, tmp_path):
         write_run(tmp_path / "run")
-        edit(tmp_path / "run" / "summary.json", lambda s: s["student"].update(ce=ce))
-        assert [run.reason for run in ranked(tmp_path).not_ranked] == [why]
+        edit(tmp_path / "run" / "summary.json", lambda s: s["student"].update(ce=None))
+        assert [run.reason for run in ranked(tmp_path).not_ranked] == ["nothing was held out"]
 
     @pytest.mark.parametrize(
         ("file", "text", "why"),
         [
             ("summary.json", None, "summary.json is missing"),
-            ("summary.json", "{}", "summary.json cannot be read: KeyError: 'student'"),
-            ("config.yaml", "a: [", "config.yaml cannot be read: ParserError: while parsing"),
-            ("status.json", "null", "status.json cannot be read: TypeError"),
-            ("eval_rows.jsonl", '{"row": 1', "eval_rows.jsonl cannot be read: JSONDecodeError"),
+            ("config.yaml", "a: [", "config.yaml cannot be read: while parsing"),
+            ("eval_rows.jsonl", '{"row": 1', "eval_rows.jsonl cannot be read: Expecting"),
         ],
     )
     def test_runs_that_do_not_parse_are_named_and_the_rest_is_compared(self, tmp_path, file, text, why):
@@ -384,47 +351,40 @@ class TestFiles:
     def test_csv(self, six):
         comparison, folder = six
         rows = list(csv.DictReader(io.StringIO((folder / "compare.csv").read_text())))
-        assert [row["kind"] for row in rows] == ["student"] * 6 + ["baseline", "teacher", "untouched"]
-        best = {
-            name: rows[0][name] for name in ("loss.temperature", "loss.alpha", "rank_kl", "best_kl", "pareto_front")
-        }
-        assert [*best.values()] == ["2", "0.7", "1", "True", "True"]
-        assert rows[0]["kl_minus_best_low"] == ""
+        assert [row["baseline"] for row in rows] == ["False"] * 6 + ["True"]
+        names = ("loss.temperature", "loss.alpha", "kl_rank", "kl_is_best", "pareto_front")
+        assert [float(rows[0][name]) for name in names[:3]] == [2, 0.7, 1]
+        assert [rows[0][name] for name in names[3:]] == ["True", "True"]
         assert float(rows[0]["kl"]) == only(comparison).points[0].measures["kl"]
-        assert float(rows[1]["kl_minus_best_low"]) == only(comparison).points[1].minus_best["kl"][0]
-        assert rows[6]["loss.temperature"] == ""
+        low, high = only(comparison).points[1].intervals["kl", "minus_best"]
+        assert [float(rows[1][f"kl_minus_best_{end}"]) for end in ("low", "high")] == [low, high]
+        assert rows[6]["loss.temperature"] == rows[0]["kl_minus_best_low"] == ""
 
     def test_json(self, six):
         comparison, folder = six
-        tree = json.loads((folder / "compare.json").read_text())
-        (table,) = tree["tables"]
-        assert table["best"] == {"kl": "τ 2, α 0.7", "ce": "τ 2, α 0.3"}
-        assert table["pareto_front"] == ["τ 2, α 0.7", "τ 2, α 0.3"]
-        assert (table["validation_fingerprint"], table["teacher"]["digest"]) == ("5e1d0a7744bb9c02", "c0ffee0123456789")
+        (table,) = json.loads((folder / "compare.json").read_text())["tables"]
+        assert [*table["measured_on"].values()] == ["5e1d0a7744bb9c02", "c0ffee0123456789", "fp32"]
         assert [s["label"] for s in table["students"]] == [p.label for p in only(comparison).points]
         assert [s["label"] for s in table["students"] if s["baseline"]] == ["baseline (alpha = 0)"]
-        assert tree["differs"]["alpha-0_0f0f0f"] == {"loss.alpha": 0.0}
-        assert set(tree["differs"]["temperature-2_alpha-0.7_1a2b3c"]) == {"loss.temperature", "loss.alpha"}
+        assert table["references"]["teacher"]["ce"] == 2.81
 
     def test_markdown(self, six, tmp_path):
         text = (six[1] / "compare.md").read_text()
-        first = "| \\#1 τ 2, α 0.7 | \\* 0.636 | 3.351 | ● | 0.613 | 0.700 | 0.3524 | 28.53 | 208 | 151,000 |"
+        first = "| \\#1 τ 2, α 0.7 | ★ 0.636 | 3.351 | 0.613 | 208 | 151,000 | 0.700 | 0.3524 | "
         assert first in text
         assert "| \\#7 baseline (alpha = 0) | +0.247 to +0.306 |  | -0.037 to +0.059 |  |" in text
         write_run(tmp_path / "a", state="failed", reason="a | b <c>")
         compare([tmp_path], tmp_path)
         assert "| a | failed | a \\| b \\<c> |" in (tmp_path / "compare.md").read_text()
 
-    def test_the_terminal(self, six, capsys, monkeypatch):
-        monkeypatch.setenv("COLUMNS", "100")
-        comparison, folder = six
+    def test_the_terminal(self, six, capsys):
+        """A row of the table is never broken, and fits into 80 letters."""
+        folder = six[1]
         assert main([str(folder)]) == 0
-        printed = capsys.readouterr().out
-        assert max(map(len, printed.replace(str(folder), "").splitlines())) <= 100
-        words = " ".join(printed.split())
-        assert "#1 τ 2, α 0.7 * 0.636 3.351 ● 0.613 208 151,000 123" in words
-        assert all(line in words for line in tables.verdict(only(comparison)))
-        assert str(folder / "compare.html") in printed
+        lines = capsys.readouterr().out.splitlines()
+        assert "#1 τ 2, α 0.7            ★ 0.636    3.351      0.613    208  151,000      ●" in lines
+        (baseline,) = [line for line in lines if line.startswith("#7 baseline (alpha = 0)  ")]
+        assert len(baseline) <= 80
 
     def test_the_same_runs_give_the_same_bytes(self, six, tmp_path, monkeypatch):
         folder = six[1]
@@ -435,22 +395,18 @@ class TestFiles:
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
             assert str(folder.parent) not in (tmp_path / "one" / name).read_text()
 
-    def test_a_folder_that_cannot_be_written(self, six, tmp_path):
-        (tmp_path / "file").write_text("")
-        with pytest.raises(MachineError, match=r"file/compare\.csv: cannot be written.*--out"):
-            compare([six[1]], tmp_path / "file")
-
 
 class TestPage:
     def test_pictures_heat_maps_and_samples(self, six):
         text = (six[1] / "compare.html").read_text()
-        front, *curves = re.findall(r'<img src="data:image/svg\+xml;base64,[^"]*" alt="(.*)">', text)
-        assert front == "CE against KL. On the Pareto front: τ 2, α 0.7; τ 2, α 0.3"
-        assert curves == [f"Held-out {m} over tokens, one line for each run" for m in ("KL", "CE")]
-        captions = re.findall(r"<caption>(.*)</caption>", text)
-        assert captions == ["KL (lower is better)", "CE (lower is better)", "agreement (higher is better)"]
-        best = re.findall(r'class="best" style="background:rgba\(0,114,178,0.60\)">([\d.]+)', text)
-        assert best == ["0.636", "3.307", "0.613"]
+        assert re.findall(r'<img src="data:image/svg\+xml;base64,[^"]*" alt="(.*)">', text) == [
+            "CE against KL; the line is the Pareto front",
+            "Held-out KL over tokens",
+            "Held-out CE over tokens",
+            "KL, lower is better",
+            "CE, lower is better",
+            "agreement, higher is better",
+        ]
         assert text.count("the the the of of") == text.count("I am fine at τ 2 and α 0.7") == 3
 
     def test_text_of_runs_is_escaped_and_nothing_is_loaded(self, tmp_path):
@@ -466,13 +422,9 @@ class TestPage:
         assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
         assert "http" not in text.replace("http-equiv", "")
 
-    def test_a_heat_map_needs_both_axes_and_there_is_one_for_each_setting(self, tmp_path):
+    def test_a_heat_map_needs_both_axes(self, tmp_path):
         write_sweep(tmp_path / "line", [2], [0.3, 0.7])
         assert heat_maps(only(ranked(tmp_path))) == []
-        for name in ("jsd", "reverse_kl"):
-            write_sweep(tmp_path / name, [1, 2], [0.3, 0.7], baseline=False, loss__name=name)
-        settings = [found["setting"] for found in heat_maps(only(ranked(tmp_path)))]
-        assert settings == ["loss jsd", "loss reverse_kl"]
 
     def test_of_forty_few_are_colored(self, tmp_path):
         folder = write_sweep(tmp_path / "s", [0.5, 1, 2, 4, 8], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0], curve=3)
@@ -481,7 +433,6 @@ class TestPage:
         assert {table.by("kl")[0], table.by("ce")[0], point(table, "baseline (alpha = 0)")} <= looks.keys()
         assert len(set(looks.values())) == len(looks) == 7
         text = (folder / "compare.html").read_text()
-        assert "34 others" in text
         assert text.count("I am fine at τ") == 6 * 3
 
 
@@ -512,7 +463,7 @@ class TestFinding:
         [
             ([], "kdx compare: no runs found. Example: kdx compare outputs/sweeps/NAME"),
             (["runz"], "runz: does not exist. Example: kdx compare outputs/sweeps/NAME"),
-            (["runs/x*"], "runs/x*: matches nothing. Example: kdx compare outputs/sweeps/NAME"),
+            (["runs/x*"], "runs/x*: does not exist. Example: kdx compare outputs/sweeps/NAME"),
             (["empty"], "empty: no runs found. Example: kdx compare outputs/sweeps/NAME"),
             (["--wat"], "kdx compare: unrecognized arguments: --wat. Usage: kdx compare PATH... [--out DIR] [--wandb]"),
         ],

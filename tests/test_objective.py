@@ -478,7 +478,7 @@ def accelerator():
 @pytest.fixture(scope="module")
 def teacher():
     model = student_model(seed=1, kind="gpt2")
-    return Teacher(lambda: model, "fp64", Identity("w", "t", "fp64", "none"))
+    return Teacher(lambda: model, Identity("w", "t", "fp64"))
 
 
 def step_of(rows, micro_batch_size, rank=0, num_processes=1):

@@ -32,8 +32,10 @@ def run(work: Callable[[StopRequest], None]) -> None:
     [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 143)],
 )
 def test_the_step_is_finished_and_the_exit_code_names_the_signal(
-    number: int, code: int, send: Callable[[int], None], capfd: pytest.CaptureFixture[str]
-) -> None:
+    number: int, code: int, send: Callable[[int], None], capfd: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     before = [signal.getsignal(n) for n in signals.STOPS]
 
     def work(stop: StopRequest) -> None:
@@ -41,6 +43,7 @@ def test_the_step_is_finished_and_the_exit_code_names_the_signal(
         send(number)
         send(number)  # `timeout` sends it to a command, and then to its group
         assert stop.is_asked
+        (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
 
     with pytest.raises(Stopped) as stopped:
         run(work)
@@ -53,7 +56,7 @@ def test_the_step_is_finished_and_the_exit_code_names_the_signal(
     assert [signal.getsignal(n) for n in signals.STOPS] == before
 
 
-def test_before_the_first_step_it_stops_at_once(send: Callable[[int], None]) -> None:
+def test_before_the_first_step_it_stops_at_once(send: Callable[[int], None], capfd: pytest.CaptureFixture[str]) -> None:
     def load(_: StopRequest) -> None:
         send(signal.SIGTERM)
         raise AssertionError("it loads a model")
@@ -61,6 +64,7 @@ def test_before_the_first_step_it_stops_at_once(send: Callable[[int], None]) -> 
     with pytest.raises(Stopped) as stopped:
         run(load)
     assert stopped.value.code == 143
+    assert "Nothing was saved yet. Start again with: python -m kdx run.like=run" in capfd.readouterr().err
 
 
 def test_measuring_is_left_unless_other_processes_would_wait(

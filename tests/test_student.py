@@ -8,12 +8,12 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from standins import put_on_hub
-from test_causal_lm import WORDS, given, tokenizer
+from test_causal_lm import given
 
 from kdx import student
+from kdx.causal_lm import DTYPES
 from kdx.config import StudentConfig, TeacherConfig
 from kdx.errors import ConfigError, ModelError
-from kdx.evaluate import answer
 
 TINY = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2,
@@ -26,6 +26,9 @@ SHAPES = {
     "gpt2": lambda: hf.GPT2Config(vocab_size=40, n_embd=16, n_layer=5, n_head=2, n_positions=64),
     "gemma3, windows": lambda: hf.Gemma3TextConfig(**TINY, layer_types=KINDS),
     "mixtral, fused experts": lambda: hf.MixtralConfig(**TINY, num_local_experts=3),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=5, num_attention_heads=2
+    ),
 }
 
 
@@ -89,16 +92,6 @@ def test_a_cut_is_bitwise_the_whole_teacher_without_its_other_layers(tmp_path, k
     assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
-def test_only_the_kept_layers_are_read(tmp_path, monkeypatch):
-    save(tmp_path, max_shard_size="1KB")
-    for file in tmp_path.glob("*.safetensors"):  # whoever reads another layer fails
-        if any(".1." in name or ".3." in name for name in load_file(file)):
-            file.write_bytes(b"")
-    load(keys(), teacher(tmp_path))
-    with pytest.raises(ModelError, match="damaged or truncated"):
-        load(keys(layers=[0, 1]), teacher(tmp_path))
-
-
 def test_pickled_weights_and_hub_models_are_cut_too(tmp_path, monkeypatch):
     model = save(tmp_path / "one")
     torch.save(model.state_dict(), tmp_path / "one" / "pytorch_model.bin")
@@ -119,17 +112,12 @@ def test_layers_that_are_not_there_are_refused(tmp_path, layers):
         load(keys(layers=layers), teacher(tmp_path))
 
 
-def test_a_tensor_too_few_or_too_many_is_refused(tmp_path):
+def test_a_missing_tensor_is_refused(tmp_path):
     save(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"do not fit the student: model\.layers\.1\.mlp\.up_proj\.weight is missing"):
-        load(keys(), teacher(tmp_path))
-    for name in ("up_proj.weight", "extra"):
-        tensors[f"model.layers.2.mlp.{name}"] = torch.zeros(24, 16)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"do not fit the student: model\.layers\.1\.mlp\.extra is left over"):
         load(keys(), teacher(tmp_path))
 
 
@@ -174,53 +162,50 @@ def test_a_generation_config_that_cannot_be_saved_is_refused_at_load(tmp_path):
             load(keys(init=init, path=str(tmp_path)), teacher(tmp_path))
 
 
-def test_samples_are_greedy_and_short_whatever_it_says(tmp_path):
-    save(tmp_path)
-    model, words = load(keys(), teacher(tmp_path)), tokenizer([*WORDS, *(f"w{i}" for i in range(35))])
-    first, again = (answer(model, words, "a b c", 6) for _ in range(2))  # warnings would be errors
-    assert first == again
-    assert len(words(first).input_ids) <= 6
-    assert model.generation_config.temperature == 0.7
-
-
 # ---- the dtype it is saved in
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("init", ["pretrained", "cut"])
-def test_auto_is_the_dtype_of_the_stored_tensors(tmp_path, dtype, init):
-    model = save(tmp_path, dtype=dtype)
+def test_auto_is_the_dtype_of_the_stored_tensors(tmp_path, name, init):
+    model = save(tmp_path, dtype=DTYPES[name])
     config, of = keys(init=init, path=str(tmp_path)), teacher(tmp_path)
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("float", "bfloat"))
-    assert student.saved_dtype(config, of)[0] == dtype
+    assert student.saved_dtype(config, of) == name
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    assert student.saved_dtype(config, of)[0] == dtype
+    assert student.saved_dtype(config, of) == name
 
 
 def test_auto_is_bf16_where_no_checkpoint_says(tmp_path):
     save(tmp_path)
-    assert student.saved_dtype(keys(init="random", path=str(tmp_path)), teacher(None)) == (
-        torch.bfloat16,
-        "bf16 (fresh weights)",
-    )
-    assert student.saved_dtype(keys(), teacher(tmp_path, gguf_file="a.gguf")) == (torch.bfloat16, "bf16 (from GGUF)")
-    assert student.saved_dtype(keys(save_dtype="fp32"), teacher(None)) == (torch.float32, "fp32")
-    save(tmp_path, dtype=torch.float16)
-    assert student.saved_dtype(keys(), teacher(tmp_path))[1] == f"fp16 (as in {tmp_path})"
+    assert student.saved_dtype(keys(init="random", path=str(tmp_path)), teacher(None)) == "bf16"
+    assert student.saved_dtype(keys(), teacher(tmp_path, gguf_file="a.gguf")) == "bf16"
+    assert student.saved_dtype(keys(save_dtype="fp32"), teacher(None)) == "fp32"
 
 
 def test_a_cast_student_is_the_one_that_is_loaded_again(tmp_path, caplog):
     save(tmp_path)
     model = load(keys(), teacher(tmp_path))
-    assert student.cast(copy.deepcopy(model), torch.float16) == torch.float16
-    assert not caplog.records
+    student.cast(fine := copy.deepcopy(model), torch.float16)
+    assert fine.dtype == torch.float16 and not caplog.records
     with torch.no_grad():
         model.model.norm.weight[0] = 1e5
-    assert student.cast(model, torch.float16) == torch.bfloat16
-    assert "too large for fp16" in caplog.text
+    student.cast(model, torch.float16)
+    assert model.dtype == torch.bfloat16 and "too large for fp16" in caplog.text
     model.save_pretrained(tmp_path / "saved")
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
     ids = torch.arange(3, 33).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama, tied", "mixtral, fused experts", "gpt_neox"])
+def test_a_saved_student_is_loaded_again_whatever_its_tensors_are_named_on_disk(tmp_path, kind):
+    model = save(tmp_path / "model", kind)
+    student.cast(model, torch.bfloat16)
+    student.save_student(model, hf.GPT2TokenizerFast(vocab={"a": 0}, merges=[]), tmp_path / "student")
+    again = hf.AutoModelForCausalLM.from_config(SHAPES[kind]())
+    student.load_saved(tmp_path / "student", again)
+    assert again.dtype == torch.float32
+    assert all(torch.equal(a, b.float()) for a, b in zip(again.parameters(), model.parameters(), strict=True))

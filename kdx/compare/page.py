@@ -10,28 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from kdx.compare import tables
-from kdx.compare.ranking import RANKED_BY, Comparison, Point, Ranking, shown
+from kdx.compare.ranking import HEADINGS, RANKED_BY, Comparison, Point, Ranking, shown
 
 # Okabe and Ito's colors, which color-blind people can tell apart, and shapes: one look each for a few students.
-LOOKS = [
-    ("#0072B2", "o", "●"), ("#D55E00", "s", "■"), ("#009E73", "^", "▲"),
-    ("#CC79A7", "D", "◆"), ("#56B4E9", "v", "▼"), ("#E69F00", "P", "✚"),
-]  # fmt: skip
-BASELINE, OTHER = ("#000000", "X", "✖"), ("#b4b9c0", ".", "●")
-HEAT_MAPS = {"kl": "lower", "ce": "lower", "agreement": "higher"}  # measure → which is better
-MOST_HEAT_MAPS = 4  # settings of everything but τ and α that get heat maps of their own
+LOOKS = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P")]
+BASELINE, OTHER = ("#000000", "X"), ("#b4b9c0", ".")
+HEAT_MAPS = {"kl": min, "ce": min, "agreement": max}  # measure → which of its values is best
+AXES = ("loss.temperature", "loss.alpha")
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": "#666666", "axes.grid": True, "grid.color": "#e8e8e8",
     "axes.axisbelow": True, "svg.hashsalt": "kdx",  # the same comparison gives the same bytes
 }  # fmt: skip
-Looks = dict[Point, tuple[str, str, str]]  # color, marker, glyph
 
 
 def page(comparison: Comparison) -> str:
@@ -40,111 +36,87 @@ def page(comparison: Comparison) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.globals |= {"tables": tables, "shown": shown, "zip_longest": zip_longest}
+    environment.globals |= {"pictures": pictures, "heat_maps": heat_maps, "prompts": prompts, "looks_of": looks_of}
     with matplotlib.rc_context(STYLE):
-        sections = [_section(ranking) for ranking in comparison.rankings]
-    template = environment.get_template("page.html.j2")
-    return template.render(c=comparison, sections=sections, t=tables, OTHER=OTHER, zip_longest=zip_longest)
+        return environment.get_template("page.html.j2").render(c=comparison)
 
 
-def _section(ranking: Ranking) -> dict[str, Any]:
-    """Collect what the template needs of one ranking."""
-    looks = looks_of(ranking)
-    pictures = [front_picture(ranking, looks), *(curves_picture(ranking, looks, measure) for measure in RANKED_BY)]
-    return {
-        "ranking": ranking, "looks": looks, "pictures": [picture for picture in pictures if picture],
-        "heat_maps": heat_maps(ranking), "prompts": prompts_of(looks),
-    }  # fmt: skip
+def looks_of(ranking: Ranking) -> dict[Point, tuple[str, str]]:
+    """Give a color and a marker to the baselines and a few students, those on the Pareto front first."""
+    students = sorted((p for p in ranking.points if not p.baseline), key=lambda p: not p.pareto_front)
+    baselines = {p: BASELINE for p in ranking.points if p.baseline}
+    return dict(zip(students, LOOKS, strict=False)) | baselines
 
 
-def looks_of(ranking: Ranking) -> Looks:
-    """Give colors and shapes to a few students: the best, those on the front, and the first baseline; the rest are gray."""
-    ordered = [order[0] for measure in RANKED_BY if (order := ranking.by(measure))] + ranking.front + ranking.points
-    students = dict.fromkeys(point for point in ordered if not point.baseline)
-    looks = dict(zip(students, LOOKS, strict=False))
-    baseline = next((point for point in ranking.points if point.baseline), None)
-    return looks | ({baseline: BASELINE} if baseline else {})
+def pictures(ranking: Ranking) -> list[dict[str, str]]:
+    """Draw CE against KL with the Pareto front, and held-out measures over tokens, one line a run."""
+    looks, pairs = looks_of(ranking), {p: (p.measures["kl"], p.measures["ce"]) for p in ranking.by("kl")}
+
+    def draw(axes: Any, point: Point, curve: list[Any]) -> None:
+        color, marker = looks.get(point, OTHER)
+        label = f"#{point.number}" if point in looks else ""
+        axes.plot(*zip(*curve, strict=True), color=color, marker=marker, markevery=[-1], label=label)
+
+    found = []
+    if pairs:
+        axes = _axes("CE against KL; the line is the Pareto front", xlabel="KL", ylabel="CE")
+        front = sorted(pairs[point] for point in pairs if point.pareto_front)
+        axes.step(*zip(*front, strict=True), where="post", color="#888888", linewidth=1)
+        for point, pair in pairs.items():
+            draw(axes, point, [pair])
+        found.append(_image(axes))
+    for measure in RANKED_BY:
+        axes = _axes(f"Held-out {HEADINGS[measure]} over tokens")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        for point in ranking.by(measure):
+            for run in point.runs:
+                late = run.curve[len(run.curve) // 2 :]  # the steep start would flatten what tells runs apart
+                draw(axes, point, [(line["tokens"], line[f"eval/{measure}"]) for line in late])
+        if any(len(line.get_xdata()) > 1 for line in axes.lines):
+            found.append(_image(axes))
+    return found
 
 
-def front_picture(ranking: Ranking, looks: Looks) -> dict[str, str] | None:
-    """Draw CE against KL with the Pareto front; None for fewer than two students."""
-    pairs: dict[Point, Any] = {p: (p.measures["kl"], p.measures["ce"]) for p in ranking.by("kl")}
-    if len(pairs) < 2:
-        return None
-    figure, axes = _figure("CE against KL; the line is the Pareto front", "KL to the teacher", "CE of the labels")
-    front = sorted(pairs[point] for point in ranking.front)
-    axes.step(*zip(*front, strict=True), where="post", color="#888888", linewidth=1, zorder=1)
-    for point, (kl, ce) in reversed(pairs.items()):
-        color, marker, _ = looks.get(point, OTHER)
-        axes.scatter(kl, ce, s=50 if point in looks else 30, color=color, marker=marker, zorder=2 + (point in looks))
-    return _image(figure, f"CE against KL. On the Pareto front: {'; '.join(p.label for p in ranking.front)}")
+def _axes(title: str, **words: Any) -> Any:
+    return Figure(figsize=(4.2, 3.0), layout="constrained").add_subplot(title=title, **words)
 
 
-def curves_picture(ranking: Ranking, looks: Looks, measure: str) -> dict[str, str] | None:
-    """Draw a held-out measure over tokens, one line a run; None if no run was measured during training."""
-    name, key = tables.HEADINGS[measure], f"eval/{measure}"
-    figure, axes = _figure(f"Held-out {name} over training", "tokens", "")
-    late = []
-    for point in ranking.points:
-        color, marker, _ = looks.get(point, OTHER)
-        style = {"marker": marker, "linewidth": 1.5, "zorder": 3} if point in looks else {"linewidth": 0.7}
-        for run in point.runs:
-            curve = [(line["tokens"], line[key]) for line in run.curve if line.get(key) is not None]
-            if len(curve) > 1:
-                dashes = "--" if point.baseline else "-"
-                axes.plot(*zip(*curve, strict=True), color=color, linestyle=dashes, markevery=[-1], **style)
-                late += [value for _, value in curve[len(curve) // 3 :]]
-    if not late:
-        return None
-    if margin := 0.06 * (max(late) - min(late)):  # the steep start would flatten what tells the runs apart
-        axes.set_ylim(min(late) - margin, max(late) + margin)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    return _image(figure, f"Held-out {name} over tokens, one line for each run")
-
-
-def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.2, 3.0), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel=x, ylabel=y)
-    return figure, axes
-
-
-def _image(figure: Figure, alt: str) -> dict[str, str]:
+def _image(axes: Any) -> dict[str, str]:
     """Encode a figure as the source of an <img>."""
+    if handles := dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True)):  # seeds of a student once
+        axes.legend([*handles.values()], [*handles], fontsize=8, frameon=False)
     stream = io.BytesIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    return {"src": f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}", "alt": alt}
+    axes.figure.savefig(stream, format="svg", metadata={"Date": None})
+    source = f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return {"src": source, "alt": axes.get_title(loc="left")}
 
 
-def heat_maps(ranking: Ranking) -> list[dict[str, Any]]:
-    """Lay out measures over τ and α, for each setting of the other keys under which both vary."""
-    axes = ("loss.temperature", "loss.alpha")
-    settings: dict[str, dict[Any, Point]] = {}
-    for point in ranking.points:
-        if not point.baseline:
-            rest = [f"{ranking.names.get(k, k)} {shown(v)}" for k, v in point.values.items() if k not in axes]
-            settings.setdefault(", ".join(rest), {})[tuple(point.runs[0].config.get(axis) for axis in axes)] = point
-    maps: list[dict[str, Any]] = []
-    for setting, points in settings.items():
-        temperatures, alphas = (sorted({at[i] for at in points}) for i in (0, 1))
-        if min(len(temperatures), len(alphas)) > 1 and len(maps) < MOST_HEAT_MAPS:
-            parts = [_heat_map(points, measure) for measure in HEAT_MAPS]
-            maps.append({"setting": setting, "temperatures": temperatures[::-1], "alphas": alphas, "parts": parts})
-    return maps
+def heat_maps(ranking: Ranking) -> list[dict[str, str]]:
+    """Draw measures over τ and α, if both vary; where other keys vary too, the best of them."""
+    points = [p for p in ranking.points if not {*AXES} - p.values.keys()]  # a baseline has no temperature
+    temperatures, alphas = (sorted({p.values[axis] for p in points}) for axis in AXES)
+    if min(len(temperatures), len(alphas)) < 2:
+        return []
+    found = []
+    for measure, best in HEAT_MAPS.items():
+        title = f"{HEADINGS[measure]}, {'higher' if best is max else 'lower'} is better"
+        axes = _axes(title, xlabel="α", ylabel="τ")
+        axes.set_xticks(range(len(alphas)), alphas)
+        axes.set_yticks(range(len(temperatures)), temperatures)
+        axes.grid(False)
+        cells = np.full((len(temperatures), len(alphas)), np.nan)
+        for p in sorted(points, key=lambda p: p.measures[measure] or 0.0, reverse=best is min):  # the best comes last
+            temperature, alpha = (p.values[axis] for axis in AXES)
+            cells[temperatures.index(temperature), alphas.index(alpha)] = p.measures[measure]
+        for (y, x), value in np.ndenumerate(cells):
+            axes.text(x, y, "" if np.isnan(value) else f"{value:.3f}", ha="center", va="center", fontsize=8)
+        axes.imshow(cells, cmap="Blues" if best is max else "Blues_r", alpha=0.5, aspect="auto", origin="lower")
+        found.append(_image(axes))
+    return found
 
 
-def _heat_map(points: dict[Any, Point], measure: str) -> dict[str, Any]:
-    """Return the cells of a heat map: (τ, α) → text and how good it is, from 0, the worst, to 1, the best."""
-    better = HEAT_MAPS[measure]
-    values = {at: value for at, point in points.items() if (value := point.measures[measure]) is not None}
-    ordered = sorted(values.values(), reverse=better == "lower") or [0.0]
-    span, places = ordered[-1] - ordered[0] or 1.0, tables.decimals(ordered, most=4)
-    cells = {at: (f"{value:.{places}f}", (value - ordered[0]) / span) for at, value in values.items()}
-    return {"title": f"{tables.HEADINGS[measure]} ({better} is better)", "cells": cells}
-
-
-def prompts_of(looks: Looks) -> dict[Any, list[tuple[Point, dict[str, Any]]]]:
-    """Collect for each prompt the samples of the students with a look; of several seeds, the first's."""
-    prompts: dict[Any, list[tuple[Point, dict[str, Any]]]] = {}
-    for point in sorted(looks, key=lambda point: point.number):
-        for sample in point.runs[0].samples:
-            prompts.setdefault(sample["prompt"], []).append((point, sample))
-    return prompts
+def prompts(ranking: Ranking) -> list[dict[Point, dict[str, Any]]]:
+    """Collect for each prompt the samples of the students in color; of several seeds, the first's."""
+    samples = {p: p.runs[0].samples for p in looks_of(ranking) if p.runs[0].samples}
+    return [dict(zip(samples, answers, strict=True)) for answers in zip(*samples.values(), strict=False)]

@@ -4,27 +4,20 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
+from kdx.compare.ranking import COSTS, DIGITS, HEADINGS, NUM_RESAMPLES, RANKED_BY, Comparison, Interval, Point, Ranking
 
-from kdx.compare.ranking import COSTS, DIGITS, NUM_RESAMPLES, RANKED_BY, SEED_KEY, Comparison, Point, Ranking, shown
-
-HEADINGS = {
-    "kl": "KL", "ce": "CE", "agreement": "agreement", "reverse_kl": "reverse KL", "accuracy": "accuracy",
-    "perplexity": "perplexity", "steps": "steps", "tokens": "tokens", "tokens_per_second": "tokens/s", "seconds": "seconds",
-}  # fmt: skip
-# The fewest and the most decimals; 3 and 4 for other measures.
-DECIMALS = dict.fromkeys(COSTS, (0, 0)) | dict.fromkeys(RANKED_BY, (3, DIGITS)) | {"perplexity": (2, 2)}
-IN_TERMINAL = {"student", "runs", "KL", "CE", "agreement", "front", "steps", "tokens", "seconds"}
+IN_TERMINAL = [*HEADINGS][:5]  # as many as fit beside a label
 CAVEAT = (
-    "* best, or not distinguishable from the best: the 95 % interval of the difference includes 0 (paired bootstrap over "
+    "★ best; * not distinguishable from the best: the 95 % interval of the difference includes 0 (paired bootstrap over "
     f"held-out rows, {NUM_RESAMPLES:,} resamples; seeds and the choice of the best of many are not accounted for). "
-    "● on the Pareto front: no other student is better in both KL and CE."
+    "● on the Pareto front: no other student is better in both KL and CE. † trained longer or shorter than most: "
+    "differences to the others may come from that alone."
 )
+Grid = list[tuple[str, ...]]  # a header, then rows of cells; the first cell labels the row
 
 
 def decimals(values: Iterable[float], least: int = 3, most: int = DIGITS) -> int:
@@ -33,7 +26,7 @@ def decimals(values: Iterable[float], least: int = 3, most: int = DIGITS) -> int
     return next((d for d in range(least, most) if len({round(v, d) for v in distinct}) == len(distinct)), most)
 
 
-def difference(interval: tuple[float, float] | None) -> str:
+def difference(interval: Interval | None) -> str:
     """Write the interval of a difference with signs; "tied" if there is no difference."""
     if interval is None:
         return ""
@@ -43,174 +36,127 @@ def difference(interval: tuple[float, float] | None) -> str:
 
 
 def title(ranking: Ranking) -> str:
-    num_rows, num_counted = (ranking.data[key] for key in ("num_validation_rows", "counted_validation_tokens"))
-    precision = f" ({ranking.teacher['precision']})" if ranking.teacher["precision"] else ""
-    return f"{num_rows} held-out rows, {num_counted:,} counted tokens, τ = 1; teacher: {ranking.teacher['name']}{precision}"
+    data, config = ranking.first.summary["data"], ranking.first.config
+    teacher = config.get("teacher.base_model") or config.get("teacher.path") or "none"
+    precision = ranking.first.summary["environment"].get("teacher_precision")
+    num_rows, num_counted = data["num_validation_rows"], data["counted_validation_tokens"]
+    text = f"{num_rows} held-out rows, {num_counted:,} counted tokens, τ = 1; teacher: {teacher}"
+    return f"{text} ({precision})" if precision else text
 
 
-def verdict(ranking: Ranking) -> list[str]:
-    """Say in sentences what the table shows."""
-    if len(ranking.points) == 1:
-        return ["Only one student: there is nothing to compare it with."]
-    lines, best = [], []
-    for measure in RANKED_BY:
-        order = ranking.by(measure)
-        if order and order[-1].rank[measure] == 1:
-            lines.append(f"All students are tied in {HEADINGS[measure]}.")
-        elif order:
-            best.append(order[0])
-            close = [point for point in order[1:] if point.is_best(measure)]
-            also = f"; not distinguishable from it: {_numbers(close)}" if close else ""
-            lines.append(f"Best by {HEADINGS[measure]}: #{order[0].number} ({order[0].label}){also}.")
-    if len(best) > 1 and best[0] is not best[1]:
-        lines.append(
-            "There is no single best. KL measures how close a student is to the teacher and favors a larger alpha and "
-            "forward_kl; CE measures how well it predicts the held-out text and favors a smaller alpha."
-        )
-    others = [point for point in ranking.points if point.other_budget]
-    if others:
-        lines.append(
-            f"Trained longer or shorter than most (†): {_numbers(others)}. Their differences to the others may come from "
-            "that alone."
-        )
-    return lines
+def grid(ranking: Ranking, names: Iterable[str] = HEADINGS) -> Grid:
+    """Lay out measures and costs for people: the students, then the teacher and the untouched student."""
+    points = ranking.points
+    columns = [["student", *map(_label, points), *ranking.references], *(_column(ranking, name) for name in names)]
+    columns.append(["front", *("●" * p.pareto_front for p in points)])
+    if any(len(p.runs) > 1 for p in points):
+        columns.append(["seeds", *(str(len(p.runs)) for p in points)])
+    return list(zip_longest(*columns, fillvalue=""))
 
 
-def _numbers(points: Sequence[Point]) -> str:
-    return ", ".join(f"#{point.number}" for point in points)
-
-
-def grid(ranking: Ranking) -> list[list[str]]:
-    """Lay out the table for people: a header, the students, then the teacher and the untouched student."""
-    columns = [_column(ranking, name) for name in HEADINGS]
-    columns.insert(2, ["front", *("●" * p.pareto_front for p in ranking.points)])
-    if ranking.has_seeds:
-        columns.insert(0, ["runs", *(str(len(p.runs)) for p in ranking.points)])
-    names = ["student", *(f"#{p.number} {p.label}" for p in ranking.points), *ranking.references]
-    return [[name, *("".join(column[i : i + 1]) for column in columns)] for i, name in enumerate(names)]
+def _label(point: Point) -> str:
+    return f"#{point.number} {point.label}"
 
 
 def _column(ranking: Ranking, name: str) -> list[str]:
     """Write one measure or cost of all students and references, with as many digits as tell the students apart."""
     values = [p.measures[name] for p in ranking.points]
-    places = decimals([value for value in values if value is not None], *DECIMALS.get(name, (3, 4)))
+    places = 0 if name in COSTS else decimals(value for value in values if value is not None)
     values += [measures.get(name) for measures in ranking.references.values()]
     texts = ["" if value is None else f"{value:,.{places}f}" for value in values]
     for i, p in enumerate(ranking.points):
-        mark = "* " if p.is_best(name) else "† " if p.other_budget and name in ("steps", "tokens") else ""
-        seeds = " ({:.{d}f}–{:.{d}f})".format(*p.spread[name], d=places) if name in p.spread else ""
-        texts[i] = mark + texts[i] + seeds
+        if p.rank.get(name) == 1:
+            texts[i] = f"★ {texts[i]}"
+        elif p.is_best(name):
+            texts[i] = f"* {texts[i]}"
+        elif p.other_budget and name in ("steps", "tokens"):
+            texts[i] = f"† {texts[i]}"
     return [HEADINGS[name], *texts]
 
 
-def intervals(ranking: Ranking) -> list[list[str]]:
-    """Lay out the differences to the best and to the baseline."""
-    rows = [["95 % intervals", *(f"{HEADINGS[m]} − {of}" for m in RANKED_BY for of in ("best", "baseline"))]]
-    for p in ranking.points:
-        cells = [f"#{p.number} {p.label}"]
-        for m in RANKED_BY:
-            is_best = p.rank.get(m) == 1 and m not in p.minus_best
-            cells += ["best" if is_best else difference(p.minus_best.get(m)), difference(p.minus_baseline.get(m))]
-        rows.append(cells)
-    return rows
+def intervals(ranking: Ranking) -> Grid:
+    """Lay out the differences to the best and to the baseline, and those of seeds to their mean."""
+    names = sorted({name for point in ranking.points for name in point.intervals}, reverse=True)
+    headings = ["student", *(f"{HEADINGS[measure]} {kind.replace('_', ' ')}" for measure, kind in names)]
+    return [tuple(headings)] + [
+        (_label(point), *(difference(point.intervals.get(name)) for name in names)) for point in ranking.points
+    ]
 
 
-def terminal_parts(comparison: Comparison) -> Iterator[Table | str]:
-    """Yield what `kdx compare` prints: the columns that matter most, and sentences."""
-    yield from comparison.why_apart
-    for ranking in comparison.rankings:
-        yield title(ranking)
-        header, *rows = grid(ranking)
-        keep = [i for i, heading in enumerate(header) if heading in IN_TERMINAL]
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for i in keep:
-            table.add_column(header[i], justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(row[i].partition(" (")[0] if i else row[i]) for i in keep))
-        yield table
-        yield from verdict(ranking)
-        yield CAVEAT
-    yield from (f"not ranked: {run.name}: {run.state}: {run.reason}" for run in comparison.not_ranked)
+def _row(point: Point, keys: Sequence[str]) -> dict[str, Any]:
+    """Return a student at full precision. keys: those of its config to put in."""
+    row = {"label": point.label, "baseline": point.baseline, "runs": " ".join(run.name for run in point.runs)}
+    row |= {key: point.runs[0].used.get(key) for key in keys} | point.measures
+    for measure in RANKED_BY:
+        row |= {f"{measure}_rank": point.rank.get(measure), f"{measure}_is_best": point.is_best(measure)}
+    row |= {"pareto_front": point.pareto_front, "other_budget": point.other_budget}
+    for (measure, kind), (low, high) in point.intervals.items():
+        row |= {f"{measure}_{kind}_low": low, f"{measure}_{kind}_high": high}
+    return row
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Write a line a student, teacher, untouched student and run that is not ranked, at full precision."""
-    rows: list[dict[str, Any]] = []
-    for table, ranking in enumerate(comparison.rankings, 1):
-        rows += [{"table": table, **_csv_row(point, comparison.differing)} for point in ranking.points]
-        for label, measures in ranking.references.items():
-            rows.append({"table": table, "kind": label.split(" ")[0], "label": label, **measures})
-    for run in comparison.not_ranked:
-        row = {"kind": "not ranked", "label": run.name, "runs": run.name, "num_runs": 1, "state": run.state}
-        rows.append(row | {"reason": run.reason} | {key: run.used.get(key) for key in comparison.differing})
+    """Write a line for each student."""
+    tables = enumerate(comparison.rankings, 1)
+    rows = [{"table": i, **_row(p, comparison.differing)} for i, ranking in tables for p in ranking.points]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys([*rows[0], "reason"])), extrasaction="ignore", lineterminator="\n")
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def _csv_row(point: Point, keys: Sequence[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {"kind": "baseline" if point.baseline else "student", "label": point.label}
-    row |= {"runs": " ".join(run.name for run in point.runs), "num_runs": len(point.runs)}
-    row |= {key: point.runs[0].used.get(key) for key in keys} | point.measures
-    if SEED_KEY in keys:
-        row[SEED_KEY] = " ".join(shown(run.used[SEED_KEY]) for run in point.runs)
-    for m in RANKED_BY:
-        row |= {f"rank_{m}": point.rank.get(m), f"best_{m}": point.is_best(m)}
-        row[f"{m}_min"], row[f"{m}_max"] = point.spread.get(m, (None, None))
-        for name, found in (("best", point.minus_best), ("baseline", point.minus_baseline)):
-            row[f"{m}_minus_{name}_low"], row[f"{m}_minus_{name}_high"] = found.get(m) or (None, None)
-    return row | {"pareto_front": point.pareto_front, "other_budget": point.other_budget, "state": "done"}
-
-
 def as_json(comparison: Comparison) -> str:
     """Write everything but curves and samples, which are in the run folders."""
-    differing = comparison.differing
-    tree = {
-        "tables": [_ranking_tree(ranking) for ranking in comparison.rankings],
-        "why_apart": comparison.why_apart,
-        "not_ranked": [{"run": run.name, "state": run.state, "reason": run.reason} for run in comparison.not_ranked],
-        "differs": {run.name: {k: run.used[k] for k in differing if k in run.used} for run in comparison.runs},
-        "intervals": {"level": 0.95, "method": "paired bootstrap over held-out rows", "resamples": NUM_RESAMPLES},
-    }
+    tables = [
+        {
+            "title": title(ranking), "measured_on": ranking.first.measured_on,
+            "students": [_row(point, comparison.differing) for point in ranking.points], "references": ranking.references,
+        }
+        for ranking in comparison.rankings
+    ]  # fmt: skip
+    not_ranked = [{"run": run.name, "state": run.state, "reason": run.reason} for run in comparison.not_ranked]
+    tree = {"tables": tables, "why_apart": comparison.why_apart, "not_ranked": not_ranked}
     return json.dumps(tree, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
-def _ranking_tree(ranking: Ranking) -> dict[str, Any]:
-    names = ("validation_fingerprint", "num_validation_rows", "counted_validation_tokens")
-    return {name: ranking.data.get(name) for name in names} | {
-        "teacher": ranking.teacher,
-        "verdict": verdict(ranking),
-        "best": {m: order[0].label for m in RANKED_BY if (order := ranking.by(m))},
-        "pareto_front": [point.label for point in ranking.front],
-        "students": [
-            vars(p)
-            | {"runs": [run.name for run in p.runs], "best_or_not_distinguishable": {m: p.is_best(m) for m in p.rank}}
-            for p in ranking.points
-        ],
-        "references": ranking.references,
-    }
+def as_text(comparison: Comparison) -> str:
+    """Write the columns that matter most for a terminal; no line is broken."""
+
+    def aligned(rows: Grid) -> str:
+        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+        lines = ("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows)
+        return "\n".join(lines)
+
+    return "\n\n".join(_parts(comparison, aligned, str, IN_TERMINAL))
 
 
 def as_markdown(comparison: Comparison) -> str:
     """Write the tables for an issue or a pull request."""
-    parts = ["# Comparison", *map(_escaped, comparison.why_apart)]
-    for i, ranking in enumerate(comparison.rankings, 1):
-        parts.append(f"## {f'Table {i}: ' if len(comparison.rankings) > 1 else ''}{_escaped(title(ranking))}")
-        parts += [_markdown(grid(ranking)), *map(_escaped, verdict(ranking))]
-        parts += [_markdown(intervals(ranking)), _escaped(CAVEAT)]
+
+    def escaped(text: str) -> str:
+        return re.sub(r"([\\`*_\[\]|<~#])", r"\\\1", " ".join(text.split()))
+
+    def table(rows: Grid) -> str:
+        lines = ["| " + " | ".join(map(escaped, cells)) + " |" for cells in rows]
+        return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
+
+    return "\n\n".join(_parts(comparison, table, escaped, HEADINGS)) + "\n"
+
+
+def _parts(
+    comparison: Comparison, table: Callable[[Grid], str], text: Callable[[str], str], names: Iterable[str]
+) -> Iterator[str]:
+    """Yield tables and paragraphs."""
+    if comparison.why_apart:
+        yield text(comparison.why_apart)
+    for ranking in comparison.rankings:
+        yield from (text(title(ranking)), table(grid(ranking, names)))
+        if names is HEADINGS and len(ranking.points) > 1:
+            yield table(intervals(ranking))
+    if comparison.rankings:
+        yield text(CAVEAT)
     if comparison.not_ranked:
-        rows = [[run.name, run.state, run.reason] for run in comparison.not_ranked]
-        parts += ["## Not ranked", _markdown([["run", "state", "reason"], *rows])]
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in rows]
-    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
-
-
-def _escaped(text: str) -> str:
-    """Escape what Markdown would read as markup."""
-    return re.sub(r"([\\`*_\[\]|<~#])", r"\\\1", " ".join(text.split()))
+        rows = [(run.name, run.state, run.reason) for run in comparison.not_ranked]
+        yield table([("not ranked", "state", "reason"), *rows])

@@ -5,9 +5,9 @@ import shlex
 from importlib.util import find_spec
 from typing import Any
 
-from kdx.compare.ranking import MOST_KEYS, Comparison, Run
+from kdx.compare.ranking import MOST_KEYS, Comparison
 from kdx.errors import ConfigError, MachineError
-from kdx.run.tracking import CONSOLE, has_login
+from kdx.run.tracking import has_login
 
 CURVES = {
     "Held out, at temperature 1": ("eval/kl", "eval/ce", "eval/agreement"),
@@ -30,34 +30,28 @@ def check() -> None:
 def save(comparison: Comparison) -> str:
     """Save a dashboard of the runs in their W&B project and return its address.
 
-    Raises ConfigError if the project has none of the runs, MachineError if the server does not answer.
+    Raises ConfigError if a run is not in that project, MachineError if the server does not answer.
     """
-    files = {run: run.path / "wandb_id.txt" for run in comparison.runs}
-    ids = {file.read_text().strip(): run for run, file in files.items() if file.exists()}
+    files = {run.path / "wandb_id.txt": run for run in comparison.runs}
+    ids = {file.read_text().strip(): run for file, run in files.items() if file.exists()}
     if not ids:
         raise ConfigError("--wandb", "none of these runs was tracked with W&B", "Run them with tracking.mode=offline")
     os.environ["WANDB_SILENT"] = "true"
     import wandb
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
-    def setting(run: Run, key: str, default: Any) -> Any:  # as kdx.run.tracking decides it
-        return run.config.get(f"tracking.{key}") or os.environ.get(f"WANDB_{key.upper()}") or default
-
+    first = next(iter(ids.values()))
     try:
         api = wandb.Api(timeout=PATIENCE)
-        defaults = {"entity": api.default_entity, "project": "kdx"}
-        projects = {"/".join(setting(run, key, default) for key, default in defaults.items()) for run in ids.values()}
-        if len(projects) > 1:
-            what = f"these runs are in several projects: {', '.join(sorted(projects))}"
-            raise ConfigError("--wandb", what, "A dashboard belongs to one project; compare the runs of one")
-        (project,) = projects
-        missing = _not_uploaded(api, project, ids)
-        if missing:
-            what = f"{project} has {len(ids) - len(missing)} of these {len(ids)} runs"
-            hint = f"Upload the missing ones with: wandb sync {_sync_folders(missing)}"
-            if len(missing) == len(ids):
-                raise ConfigError("--wandb", what, hint)
-            CONSOLE.print(f"warning: {what}. {hint}", style="yellow", markup=False)
+        entity = first.config.get("tracking.entity") or os.environ.get("WANDB_ENTITY") or api.default_entity
+        name = first.config.get("tracking.project") or os.environ.get("WANDB_PROJECT") or "kdx"
+        project = f"{entity}/{name}"
+        uploaded = _uploaded(api, project, list(ids))
+        if missing := [run for name, run in ids.items() if name not in uploaded]:
+            what = f"{project} has {len(uploaded)} of these {len(ids)} runs"
+            near = [parent / "wandb" for run in missing for parent in run.path.parents]
+            folders = dict.fromkeys(str(folder) for folder in near if any(folder.glob("*run-*")))
+            raise ConfigError("--wandb", what, f"Upload the missing ones with: wandb sync {shlex.join(folders)}")
         return str(_workspace(comparison, project, list(ids)).save().url)
     except (wandb.Error, WandbApiFailedError) as error:
         what = " ".join(str(error).split())[:200].rstrip(".")
@@ -65,20 +59,13 @@ def save(comparison: Comparison) -> str:
         raise MachineError("--wandb", what, hint) from None
 
 
-def _not_uploaded(api: Any, project: str, ids: dict[str, Run]) -> dict[str, Run]:
+def _uploaded(api: Any, project: str, ids: list[str]) -> set[str]:
     try:
-        uploaded = {run.id for run in api.runs(project, filters={"name": {"$in": list(ids)}}, per_page=200)}
+        return {run.id for run in api.runs(project, filters={"name": {"$in": ids}}, per_page=200)}
     except ValueError as error:
         if "Could not find project" not in str(error):
             raise
-        uploaded = set()
-    return {name: run for name, run in ids.items() if name not in uploaded}
-
-
-def _sync_folders(runs: dict[str, Run]) -> str:
-    """The wandb/ folders that hold these runs, for `wandb sync`."""
-    near = [(parent / "wandb", name) for name, run in runs.items() for parent in run.path.parents]
-    return shlex.join(dict.fromkeys(str(folder) for folder, name in near if any(folder.glob(f"*run-*-{name}"))))
+        return set()
 
 
 def _workspace(comparison: Comparison, project: str, ids: list[str]) -> Any:
@@ -87,11 +74,13 @@ def _workspace(comparison: Comparison, project: str, ids: list[str]) -> Any:
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces import expr
 
-    axes = {key: wr.SummaryMetric(name) for key, name in POINT.items()}
-    axes |= {key: wr.Config(key) for key in comparison.differing[:MOST_KEYS] if key not in POINT}
-    axes |= {name: wr.SummaryMetric(name) for name in HELD_OUT}
-    columns = [wr.ParallelCoordinatesPlotColumn(metric, display_name=name) for name, metric in axes.items()]
-    scatter = wr.ScatterPlot(title="CE against KL, lower is better in both", x=axes["eval/kl"], y=axes["eval/ce"])
+    own = [key for key in comparison.differing[:MOST_KEYS] if key not in POINT]
+    held_out = {name: wr.SummaryMetric(name) for name in HELD_OUT}
+    axes = [*map(wr.SummaryMetric, POINT.values()), *map(wr.Config, own), *held_out.values()]
+    columns = [wr.ParallelCoordinatesPlotColumn(axis) for axis in axes]
+    scatter = wr.ScatterPlot(
+        title="CE against KL, lower is better in both", x=held_out["eval/kl"], y=held_out["eval/ce"]
+    )
     parallel = wr.ParallelCoordinatesPlot(title="From settings to measures", columns=columns)
     sections = [ws.Section("Which is better", panels=[scatter, parallel], is_open=True)]
     for title, names in CURVES.items():
@@ -99,9 +88,8 @@ def _workspace(comparison: Comparison, project: str, ids: list[str]) -> Any:
         sections.append(ws.Section(title, panels=plots, is_open=True))
     entity, _, name = project.partition("/")
     sweeps = sorted({str(run.config.get("sweep.name") or run.name) for run in comparison.runs})
-    pinned = [f"summary:{metric}" for metric in (*POINT.values(), "eval/kl", "eval/ce")]
     return ws.Workspace(
         entity=entity, project=name, name=f"kdx: {', '.join(sweeps[:3])}", sections=sections,
         settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=len(ids)),
-        runset_settings=ws.RunsetSettings(filters=[expr.Metric("ID").isin(ids)], pinned_columns=pinned),
+        runset_settings=ws.RunsetSettings(filters=[expr.Metric("ID").isin(ids)]),
     )  # fmt: skip

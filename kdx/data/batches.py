@@ -3,7 +3,7 @@
 B rows of a batch, T positions, N counted positions: those whose next token counts in the loss.
 """
 
-import contextlib
+import itertools
 import json
 import math
 import random
@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
+import torch.nn.functional as F
 import xxhash
 from torch import Tensor
 
+AT_ONCE = 1024  # rows written together
 IGNORED = -100  # the label of a position that does not count, as everywhere in the field
 WINDOW = 16  # batches that are grouped by length together: enough for little padding, few enough to stay shuffled
 
@@ -44,66 +47,54 @@ class Row:
         return xxhash.xxh3_128_hexdigest(numbers)
 
 
-# Where a row's tokens begin and its name ([id, where] as JSON) ends, in their files; its size; its digest, in hex.
-TABLE = np.dtype(
-    [("start", "i8"), ("length", "i4"), ("num_counted", "i4"), ("name", "i8"), ("name_length", "i4"), ("digest", "S32")]
+SCHEMA = pyarrow.schema(
+    {
+        "id": pyarrow.string(),
+        "tokens": pyarrow.list_(pyarrow.int32()),
+        "counted": pyarrow.list_(pyarrow.bool_()),
+        "where": pyarrow.string(),
+        "length": pyarrow.int64(),
+        "num_counted": pyarrow.int64(),
+        "digest": pyarrow.string(),
+    }
 )
 
 
-def write_rows(stem: Path, rows: Iterable[Row]) -> str:
-    """Write rows to STEM.tokens, .counted, .names and .table, for `Rows` → a digest of their ids, tokens and masks."""
-    fingerprint, start, name_start = xxhash.xxh3_128(), 0, 0
-    with contextlib.ExitStack() as files:
-        kinds = ("tokens", "counted", "names", "table")
-        tokens, counted, names, table = (files.enter_context(open(f"{stem}.{kind}", "wb")) for kind in kinds)
-        for row in rows:
-            name = json.dumps([row.id, row.where]).encode()
-            tokens.write(np.asarray(row.tokens, np.int32).tobytes())
-            counted.write(np.asarray(row.counted, bool).tobytes())
-            names.write(name)
-            line = (start, len(row.tokens), row.num_counted, name_start, len(name), row.digest)
-            table.write(np.array(line, TABLE).tobytes())
-            fingerprint.update(json.dumps([row.id, row.digest]).encode())
-            start, name_start = start + len(row.tokens), name_start + len(name)
+def write_rows(file: Path, rows: Iterable[Row]) -> str:
+    """Write rows to an Arrow file, for `Rows` → a digest of their ids, tokens and masks."""
+    fingerprint, rows = xxhash.xxh3_128(), iter(rows)
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, SCHEMA) as writer:
+        while some := list(itertools.islice(rows, AT_ONCE)):
+            columns = [
+                {**vars(row), "length": len(row.tokens), "num_counted": row.num_counted, "digest": row.digest}
+                for row in some
+            ]
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(columns, SCHEMA))
+            for row in some:
+                fingerprint.update(json.dumps([row.id, row.digest]).encode())
     return fingerprint.hexdigest()[:16]
 
 
 class Rows(Sequence[Row]):
-    """Rows in memory-mapped files: shared by processes, and not in memory until they are read."""
+    """Rows in a memory-mapped file: shared by processes, and not in memory until they are read."""
 
-    def __init__(self, stem: Path) -> None:
-        def mapped(kind: str, dtype: Any) -> np.ndarray:
-            file = Path(f"{stem}.{kind}")
-            return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
-
-        self._table, self._tokens = mapped("table", TABLE), mapped("tokens", np.int32)
-        self._counted, self._names = mapped("counted", np.bool_), mapped("names", np.uint8)
+    def __init__(self, file: Path) -> None:
+        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+        self._rows = table.select(["id", "tokens", "counted", "where"])
+        self.lengths: np.ndarray = table["length"].to_numpy()  # tokens of each row [rows]
+        self.num_counted: np.ndarray = table["num_counted"].to_numpy()  # counted positions of each row [rows]
+        self._digests = table["digest"]
 
     def __len__(self) -> int:
-        return len(self._table)
+        return int(self._rows.num_rows)
 
     def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        start, length, _, name, name_length, _ = self._table[i].item()
-        name, where = json.loads(self._names[name : name + name_length].tobytes())
-        place = slice(start, start + length)
-        return Row(name, self._tokens[place].tolist(), self._counted[place].tolist(), where)
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row [rows]."""
-        return self._table["length"].astype(np.int64)
-
-    @cached_property
-    def num_counted(self) -> np.ndarray:
-        """Counted positions of each row [rows]."""
-        return self._table["num_counted"].astype(np.int64)
+        return Row(**self._rows.slice(range(len(self))[i], 1).to_pylist()[0])
 
     @property
     def digests(self) -> list[str]:
         """The digest of each row, without reading the rows."""
-        return self._table["digest"].astype(str).tolist()
+        return list(self._digests.to_pylist())
 
 
 @dataclass(frozen=True)
@@ -138,22 +129,18 @@ def collate(rows: Sequence[Row], pad_id: int) -> MicroBatch:
     length = max((len(row.tokens) for row in rows), default=1)
     input_ids = torch.full((len(rows), length), pad_id)
     attention_mask = torch.zeros_like(input_ids)
-    positions: list[int] = []
-    labels: list[int] = []
-    row_of: list[int] = []
+    is_counted = torch.zeros_like(input_ids, dtype=torch.bool)
     for i, row in enumerate(rows):
         input_ids[i, : len(row.tokens)] = torch.tensor(row.tokens)
         attention_mask[i, : len(row.tokens)] = 1
-        predicting = [t for t in range(len(row.tokens) - 1) if row.counted[t + 1]]  # logits at t predict token t+1
-        positions += [i * length + t for t in predicting]
-        labels += [row.tokens[t + 1] for t in predicting]
-        row_of += [i] * len(predicting)
+        is_counted[i, 1 : len(row.tokens)] = torch.tensor(row.counted[1:])
+    row_of, at = is_counted.nonzero(as_tuple=True)
     return MicroBatch(
         input_ids,
         attention_mask,
-        torch.tensor(positions, dtype=torch.long),
-        torch.tensor(labels, dtype=torch.long),
-        torch.tensor(row_of, dtype=torch.long),
+        row_of * length + at - 1,  # logits at t predict token t+1
+        input_ids[row_of, at],
+        row_of,
         tuple(row.id for row in rows),
         tuple(row.digest for row in rows),
         tuple(row.where or row.id for row in rows),
@@ -165,24 +152,26 @@ def merged(batches: Sequence[MicroBatch]) -> MicroBatch:
     if len(batches) == 1:
         return batches[0]
     length = max(batch.input_ids.shape[1] for batch in batches)
-    starts = [sum(len(batch.row_ids) for batch in batches[:i]) for i in range(len(batches))]
+    rows_before = np.cumsum([0, *(len(batch.row_ids) for batch in batches)]).tolist()
+    row_of = [batch.row_of + start for batch, start in zip(batches, rows_before, strict=False)]
+    within = [batch.positions % batch.input_ids.shape[1] for batch in batches]
 
-    def padded(tensor: Tensor) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]))  # masked, so any id does
+    def padded(name: str) -> Tensor:  # masked, so any id does
+        parts = (getattr(batch, name) for batch in batches)
+        return torch.cat([F.pad(part, (0, length - part.shape[1])) for part in parts])
 
-    positions = []
-    for batch, start in zip(batches, starts, strict=True):
-        row, within = batch.positions // batch.input_ids.shape[1], batch.positions % batch.input_ids.shape[1]
-        positions.append((row + start) * length + within)
+    def joined(name: str) -> tuple[str, ...]:
+        return tuple(itertools.chain.from_iterable(getattr(batch, name) for batch in batches))
+
     return MicroBatch(
-        torch.cat([padded(batch.input_ids) for batch in batches]),
-        torch.cat([padded(batch.attention_mask) for batch in batches]),
-        torch.cat(positions),
+        padded("input_ids"),
+        padded("attention_mask"),
+        torch.cat(row_of) * length + torch.cat(within),
         torch.cat([batch.counted_labels for batch in batches]),
-        torch.cat([batch.row_of + start for batch, start in zip(batches, starts, strict=True)]),
-        tuple(row for batch in batches for row in batch.row_ids),
-        tuple(row for batch in batches for row in batch.row_digests),
-        tuple(row for batch in batches for row in batch.where),
+        torch.cat(row_of),
+        joined("row_ids"),
+        joined("row_digests"),
+        joined("where"),
     )
 
 
@@ -199,11 +188,10 @@ def epoch_batches(
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rng = random.Random(f"{seed}:{epoch}")
     rng.shuffle(order)
-    rest = order[len(order) // batch_size * batch_size :]  # the small batch stays last, whatever its lengths
-    batches = []
-    for start in range(0, len(order) - len(rest), WINDOW * batch_size):
-        window = order[start : min(start + WINDOW * batch_size, len(order) - len(rest))]
-        window.sort(key=lambda row: lengths[row])
+    num_full = len(order) // batch_size * batch_size
+    batches, full, rest = [], order[:num_full], order[num_full:]  # the small batch stays last, whatever its lengths
+    for start in range(0, num_full, WINDOW * batch_size):
+        window = sorted(full[start : start + WINDOW * batch_size], key=lambda row: lengths[row])
         grouped = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
         rng.shuffle(grouped)
         batches += grouped
@@ -225,25 +213,22 @@ class StepBatch:
         return [where for micro_batch in self.micro_batches for where in micro_batch.where if where]
 
 
+@dataclass(frozen=True)
 class Batches:
     """The batches of a run by step: any step can be reached without going through those before it."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        *,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        shuffle: bool,
-        pad_id: int,
-        rank: int = 0,
-        num_processes: int = 1,
-    ) -> None:
-        self.rows, self.batch_size, self.micro_batch_size = rows, batch_size, micro_batch_size
-        self.seed, self.shuffle, self.pad_id = seed, shuffle, pad_id
-        self.rank, self.num_processes = rank, num_processes
-        self.steps_per_epoch = math.ceil(len(rows) / batch_size)
+    rows: Rows
+    batch_size: int
+    micro_batch_size: int
+    seed: int
+    shuffle: bool
+    pad_id: int
+    rank: int = 0
+    num_processes: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size)
 
     def steps(self, first: int, last: int) -> Iterator[StepBatch | None]:
         """Yield this process's share of steps first … last − 1, then None.
@@ -278,45 +263,23 @@ class Batches:
         lengths = self.rows.lengths
         mine = sorted(numbers[self.rank :: self.num_processes], key=lambda i: lengths[i], reverse=True)
         size = self.micro_batch_size
-        # Every process runs the same number of micro-batches, an empty one if need be: collectives must match.
+        # Every process runs the same number of micro-batches, if need be one that counts nothing: collectives must match.
+        no_row = Row("", [self.pad_id] * 2, [False] * 2)
         num_micro = math.ceil(math.ceil(len(numbers) / self.num_processes) / size)
         parts = [[self.rows[i] for i in mine[k * size : (k + 1) * size]] for k in range(num_micro)]
         return StepBatch(
             epoch=(step + 1) / self.steps_per_epoch,
-            micro_batches=[collate(part or [_empty_row(self.pad_id)], self.pad_id) for part in parts],
+            micro_batches=[collate(part or [no_row], self.pad_id) for part in parts],
             num_tokens=int(self.rows.num_counted[numbers].sum()),
             num_input_tokens=int(lengths[numbers].sum()),
         )
 
     def rows_seen(self, max_steps: int) -> list[int]:
         """Return the numbers of the rows that these steps read, over all processes, each once."""
-        if max_steps >= self.steps_per_epoch:
-            return list(range(len(self.rows)))
-        return [i for _, numbers in self.plan(0, max_steps) for i in numbers]
-
-    def num_input_tokens(self, max_steps: int) -> int:
-        """Count the tokens without padding that these steps read, over all processes."""
-        epochs = max_steps // self.steps_per_epoch
-        rest = [i for _, numbers in self.plan(epochs * self.steps_per_epoch, max_steps) for i in numbers]
-        return int(epochs * self.rows.lengths.sum() + self.rows.lengths[np.array(rest, dtype=int)].sum())
-
-    def padding(self, max_steps: int) -> float:
-        """Return the share of padding among the positions that the run computes."""
-        real = padded = 0
-        for _, numbers in self.plan(0, min(max_steps, self.steps_per_epoch)):
-            lengths = sorted(self.rows.lengths[numbers].tolist(), reverse=True)
-            for i in range(0, len(lengths), self.micro_batch_size):
-                part = lengths[i : i + self.micro_batch_size]
-                real, padded = real + sum(part), padded + len(part) * part[0]
-        return 1 - real / padded if padded else 0.0
+        return [i for _, numbers in self.plan(0, min(max_steps, self.steps_per_epoch)) for i in numbers]
 
 
 def by_length(rows: Rows, batch_size: int) -> list[list[int]]:
     """Group row numbers into batches of similar length, longest first, for passes where order does not matter."""
     order = np.argsort(-rows.lengths, kind="stable").tolist()
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def _empty_row(pad_id: int) -> Row:
-    """Make a row without a counted token, for a process that a small last batch leaves without rows."""
-    return Row("", [pad_id, pad_id], [False, False])

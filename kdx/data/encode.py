@@ -1,6 +1,5 @@
 """Conversations → tokens, and which of them the student must learn; kept under $KDX_CACHE as memory-mapped arrays."""
 
-import gc
 import json
 import logging
 import multiprocessing
@@ -8,7 +7,8 @@ import os
 import re
 import signal
 import sys
-from collections import Counter
+import threading
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from filelock import FileLock
-from jinja2 import TemplateSyntaxError
 from rich.console import Console
 from rich.progress import track
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -28,13 +26,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from kdx.config import DataConfig, as_dict
 from kdx.data.batches import Row, Rows, write_rows
 from kdx.data.files import at_home, source_files
-from kdx.data.sources import Conversation, Conversations, check_source, raise_faults, read_conversations, split
-from kdx.errors import DataError
-from kdx.run.files import cache_dir, known_digest, whole_folder
+from kdx.data.sources import Conversation, Conversations, read_conversations, split
+from kdx.errors import DataError, first_of, one_line
+from kdx.run.devices import num_cores
+from kdx.run.files import cache_dir, locked, whole_folder
+from kdx.run.identity import content_hash
 
 log = logging.getLogger(__name__)
 
-BATCH = 512  # conversations given to the tokenizer, or to a process, at once
+CHUNK = 512  # conversations given to a process at once
 MOST_PROCESSES = 8  # each takes some 100 MB of its own
 MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template treats it specially
 TEMPLATE = "data.chat_template"
@@ -69,19 +69,18 @@ def load_data(
     num_prompts: conversations whose opening leaves room for an answer of `answer_length` tokens. Raises DataError with
     all faults.
     """
-    check_source(config)
     template = prepare_tokenizer(tokenizer, config)
     encoder = Encoder(tokenizer, max_length, config.on_long, config.assistant_only)
     root = cache_dir() / "data"
     root.mkdir(parents=True, exist_ok=True)
     about = _digest(config, tokenizer, max_length, num_prompts, answer_length)
-    with FileLock(root / f"{about}.lock"):
+    with locked(root / f"{about}.lock"):
         files = source_files(config)
-        found = read_conversations(config, root, encoder.refusal) if files is None else None
-        content = "".join(map(known_digest, files or [])) if found is None else found.content()
+        found = read_conversations(config, root, encoder.rendered) if files is None else None
+        content = found.content() if found is not None else "".join(map(content_hash, files or []))
         folder = root / xxhash.xxh3_128_hexdigest((about + content).encode())
         if not folder.is_dir():
-            found = read_conversations(config, root, encoder.refusal) if found is None else found
+            found = found or read_conversations(config, root, encoder.rendered)
             with whole_folder(folder) as beside:
                 _encode_all(config, found, encoder, beside, num_prompts, answer_length)
     known = json.loads((folder / "data.json").read_text(encoding="utf-8"))
@@ -105,59 +104,54 @@ def _encode_all(
     config: DataConfig, found: Conversations, encoder: "Encoder", folder: Path, num_prompts: int, answer_length: int
 ) -> None:
     """Tokenise the rows of a run and write them into a folder. Raises DataError."""
-    faults: list[DataError] = []
-    dropped, changed = Counter[str](), Counter[str]()
+    faults, dropped, changed = found.faults, found.dropped, found.changed
 
     def rows_of(numbers: Sequence[int]) -> Iterator[Row]:
-        for outcomes, num_truncated in _batches(encoder, found, numbers):
-            changed["longer than data.max_length"] += num_truncated
-            for outcome in outcomes:
-                if isinstance(outcome, Row):
-                    yield outcome
-                elif isinstance(outcome, DataError):
-                    faults.append(outcome)
-                else:
-                    dropped[outcome] += 1
+        for outcome, is_truncated in _outcomes(encoder, found, numbers):
+            changed["longer than data.max_length"] += is_truncated
+            if isinstance(outcome, Row):
+                yield outcome
+            elif isinstance(outcome, DataError):
+                faults.append(outcome)
+            else:
+                dropped[outcome] += 1
 
-    if found.faults:  # the others' faults are shown along with them
-        for _ in rows_of(range(len(found))):
-            pass
-        raise_faults(config, found, faults)
-    train, held_out = split(config, found)
-    known: dict[str, Any] = {"fingerprint": write_rows(folder / "train", rows_of(train))}
-    known["held_out_fingerprint"] = write_rows(folder / "held_out", rows_of(held_out))
-    raise_faults(config, found, faults)
-    for what, part, numbers in (("training", "train", train), ("held-out", "held_out", held_out)):
-        if numbers and not len(Rows(folder / part)):
-            rules = "; ".join(f"{number} {rule}" for rule, number in dropped.items())
-            raise DataError("data", f"no {what} row is left ({rules})", "Raise data.max_length, or give other data")
-    known["prompts"] = encoder.prompts((found[i] for i in held_out or train), num_prompts, answer_length)
-    known |= {"dropped": found.dropped + dropped, "changed": found.changed + changed, "notes": found.notes}
+    if faults:  # the others' faults are shown along with them
+        deque(rows_of(range(len(found))), maxlen=0)
+        raise first_of(faults)
+    parts = dict(zip(("train", "held_out"), split(config, found), strict=True))
+    digests = [write_rows(folder / name, rows_of(numbers)) for name, numbers in parts.items()]
+    if faults:
+        raise first_of(faults)
+    for name, numbers in parts.items():
+        if numbers and not len(Rows(folder / name)):
+            rules = "; ".join(f"{number} {rule}" for rule, number in (+dropped).items())
+            raise DataError("data", f"no row of {name} is left ({rules})", "Raise data.max_length, or give other data")
+    opened = (found[i] for i in parts["held_out"] or parts["train"])
+    known = {
+        "fingerprint": digests[0],
+        "held_out_fingerprint": digests[1],
+        "prompts": encoder.prompts(opened, num_prompts, answer_length),
+        "dropped": +dropped,
+        "changed": +changed,
+        "notes": found.notes,
+    }
     (folder / "data.json").write_text(json.dumps(known), encoding="utf-8")
 
 
 _work: tuple["Encoder", Conversations] | None = None  # of a process that encodes
 
 
-def _batches(encoder: "Encoder", found: Conversations, numbers: Sequence[int]) -> Iterator[tuple[list[Outcome], int]]:
+def _outcomes(encoder: "Encoder", found: Conversations, numbers: Sequence[int]) -> Iterator[tuple[Outcome, bool]]:
     """Encode these conversations on all cores, or here if they are few. Elsewhere than on Linux forking is not safe."""
-    batches = [numbers[i : i + BATCH] for i in range(0, len(numbers), BATCH)]
-    num_processes = min(_num_cores(), MOST_PROCESSES, len(batches) // 8)
-    if num_processes < 2 or sys.platform != "linux":
-        yield from (encoder.encode([found[i] for i in batch]) for batch in batches)
+    num_processes = min(num_cores(), MOST_PROCESSES, len(numbers) // (8 * CHUNK)) if sys.platform == "linux" else 1
+    if num_processes < 2:
+        yield from (encoder.encode(found[i]) for i in numbers)
         return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read after the fork: each process tokenises alone
     context = multiprocessing.get_context("fork")
-    gc.freeze()  # a collection in a process would copy every page that it shares with this one
     with ProcessPoolExecutor(num_processes, context, _start_worker, (encoder, found)) as pool:
-        console, done = Console(stderr=True), pool.map(_encode_batch, batches)
-        hidden = not console.is_terminal
-        yield from track(done, "Tokenising", len(batches), console=console, transient=True, disable=hidden)
-    gc.unfreeze()
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        done = pool.map(_encode, numbers, chunksize=CHUNK)
+        yield from track(done, "Tokenising", len(numbers), console=Console(stderr=True), transient=True)
 
 
 def _start_worker(encoder: "Encoder", found: Conversations) -> None:
@@ -165,25 +159,20 @@ def _start_worker(encoder: "Encoder", found: Conversations) -> None:
     _work = encoder, found
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the run ends its processes itself
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
 
 
-def _encode_batch(numbers: Sequence[int]) -> tuple[list[Outcome], int]:
+def _end_with_the_run() -> None:
+    """End a process that encodes when its run was killed: it would wait for work, with all its memory, forever."""
+    if run := multiprocessing.parent_process():
+        run.join()
+        os._exit(1)
+
+
+def _encode(number: int) -> tuple[Outcome, bool]:
     assert _work is not None
     encoder, found = _work
-    return encoder.encode([found[i] for i in numbers])
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What a chat template writes around contents: literals[0], content of message order[0], literals[1], …
-
-    An assistant turn begins `lead` characters before its content (what follows the generation prompt is the
-    assistant's to say) and ends at most `tail` characters after it.
-    """
-
-    literals: list[str]
-    order: list[int]
-    edges: dict[int, tuple[int, int]]  # message → (lead, tail)
+    return encoder.encode(found[number])
 
 
 class Encoder:
@@ -196,44 +185,28 @@ class Encoder:
         special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.end_ids, self.ends = set(tokenizer.all_special_ids) | set(special), tuple(special.values())
         self.marks_generation = bool(GENERATION.search(tokenizer.chat_template or ""))
-        self._frames: dict[tuple[str, ...], Frame] = {}
+        self._edges: dict[tuple[str, ...], dict[int, tuple[int, int]]] = {}
 
-    def encode(self, conversations: Iterable[Conversation]) -> tuple[list[Outcome], int]:
-        """Tokenise → for each conversation its row, fault, or the rule that drops it; and how many were truncated."""
-        rendered = [self._rendered(conversation) for conversation in conversations]
-        texts = [given[1] for given in rendered if not isinstance(given, DataError)]
-        encoding = self.tokenizer(texts or [""], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        tokenised = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        outcomes: list[Outcome] = []
-        num_truncated = 0
-        for given in rendered:
-            if isinstance(given, DataError):
-                outcomes.append(given)
-                continue
-            conversation, _, spans = given
-            tokens, offsets = next(tokenised)
-            counted = self._count(tokens, offsets, spans)
-            is_long = len(tokens) > self.max_length
-            if is_long and self.on_long == "error":
-                what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
-                outcomes.append(DataError(conversation.where, what, "Raise it, or set data.on_long=truncate"))
-                continue
-            if is_long and self.on_long == "drop":
-                outcomes.append("longer than data.max_length")
-                continue
-            num_truncated += is_long
-            # What comes after the last counted token changes nothing in a causal model, and costs time.
-            end = max((i + 1 for i, counts in enumerate(counted[: self.max_length]) if counts), default=0)
-            if end < 2:  # nothing predicts the first token
-                outcomes.append("no counted token left")
-            else:
-                outcomes.append(Row(conversation.id, tokens[:end], counted[:end], conversation.where))
-        return outcomes, num_truncated
-
-    def refusal(self, conversation: Conversation) -> DataError | None:
-        """Why the chat template refuses a conversation, or None."""
-        rendered = self._rendered(conversation)
-        return rendered if isinstance(rendered, DataError) else None
+    def encode(self, conversation: Conversation) -> tuple[Outcome, bool]:
+        """Tokenise → the row, what is wrong with it, or the rule that drops it; and whether it was truncated."""
+        try:
+            text, spans = self.rendered(conversation)
+        except DataError as error:
+            return error, False
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        tokens = encoding["input_ids"]
+        is_long = len(tokens) > self.max_length
+        if is_long and self.on_long == "error":
+            what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
+            return DataError(conversation.where, what, "Raise it, or set data.on_long=truncate"), False
+        if is_long and self.on_long == "drop":
+            return "longer than data.max_length", False
+        counted = self._count(tokens, encoding["offset_mapping"], spans)
+        # What comes after the last counted token changes nothing in a causal model, and costs time.
+        end = max((i + 1 for i, counts in enumerate(counted[: self.max_length]) if counts), default=0)
+        if end < 2:  # nothing predicts the first token
+            return "no counted token left", is_long
+        return Row(conversation.id, tokens[:end], counted[:end], conversation.where), is_long
 
     def prompts(self, conversations: Iterable[Conversation], number: int, room: int) -> list[dict[str, Any]]:
         """The first conversations up to the assistant's first turn that leave room for an answer, and that turn."""
@@ -251,23 +224,27 @@ class Encoder:
                 break
         return found
 
-    def _rendered(self, conversation: Conversation) -> tuple[Conversation, str, list[Span]] | DataError:
-        """The text under the chat template and each assistant turn in it, or why the template refuses it."""
-        try:
-            if self.assistant_only and self.marks_generation:
-                return conversation, *self._generated(conversation)
-            text = self._template(conversation, conversation.messages)
-            if not self.assistant_only:
-                return conversation, text, [(0, len(text), len(text))]
-            frame = self._frame(conversation)
-            places = _places(text, frame, conversation.messages) or self._rewritten(conversation, text, frame)
-            spans = []
-            for i, (lead, tail) in frame.edges.items():
-                start, end = places[i][0] - lead, places[i][1]
-                spans.append((start, start + len(text[start:end].rstrip()), end + tail))
-            return conversation, text, spans
-        except DataError as error:
-            return error
+    def rendered(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """Render the chat template, and find each assistant turn in the text. Raises DataError if it refuses the row.
+
+        A content is found by a mark in its place: what stands before and after the mark is the template's, even if it
+        rewrites contents.
+        """
+        if self.assistant_only and self.marks_generation:
+            return self._generated(conversation)
+        text = self._template(conversation, conversation.messages)
+        if not self.assistant_only:
+            return text, [(0, len(text), len(text))]
+        spans = []
+        for i, (lead, tail) in self._edges_of(conversation).items():
+            mark, marked = MARK.format(i), [*conversation.messages]
+            marked[i] = {"role": "assistant", "content": mark}
+            before, is_there, after = self._template(conversation, marked).partition(mark)
+            start, end = len(before) - lead, len(text) - len(after)
+            if not (is_there and text.startswith(before[:start]) and text.endswith(after) and start <= end):
+                raise _unfit(conversation)
+            spans.append((start, start + len(text[start:end].rstrip()), end + tail))
+        return text, spans
 
     def _generated(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text, and the turns that the template's own {% generation %} marks, each with the token that ends it."""
@@ -288,46 +265,33 @@ class Encoder:
             spans.append((start, start + len(words), end))
         return text, spans
 
-    def _frame(self, conversation: Conversation) -> Frame:
-        """Render marks in place of the contents: they show where each content stands, whatever the contents say."""
+    def _edges_of(self, conversation: Conversation) -> dict[int, tuple[int, int]]:
+        """How far each assistant turn reaches beyond its content, to both sides; the same for the same roles.
+
+        What follows the generation prompt is the assistant's to say.
+        """
         roles = tuple(message["role"] for message in conversation.messages)
-        if roles in self._frames:
-            return self._frames[roles]
+        if roles in self._edges:
+            return self._edges[roles]
         marked = [{"role": role, "content": MARK.format(i)} for i, role in enumerate(roles)]
         text = self._template(conversation, marked)
-        pieces = re.split(MARK.format(r"(\d+)"), text)
-        literals, order = pieces[0::2], [int(number) for number in pieces[1::2]]
-        turns = [i for i, role in enumerate(roles) if role == "assistant"]
-        if [i for i in order if i in turns] != turns:
-            raise _unfit(conversation)
         edges = {}
-        for i in turns:
-            start = text.index(marked[i]["content"])
-            end = start + len(marked[i]["content"])
+        for i, mark in ((i, marked[i]["content"]) for i, role in enumerate(roles) if role == "assistant"):
+            if text.count(mark) != 1:
+                raise _unfit(conversation)
+            start = text.index(mark)
+            end = start + len(mark)
             prompt = self._prefix(conversation, marked[:i], add_generation_prompt=True)
             ignored = prompt == self._prefix(conversation, marked[:i])  # add_generation_prompt: then a header, or space
             has_prompt = text.startswith(prompt) and not (ignored and text[len(prompt) : start].strip())
             # The turn ends where the conversation, stopped here, ends or continues differently; under a template that
             # writes a last turn in another way, before the next content.
-            stopped = self._prefix(conversation, marked[: i + 1])
-            same = len(commonprefix([text, stopped]))  # noqa: RUF071 (characters, not parts of a path)
-            tail = same - end if same >= end else len(literals[order.index(i) + 1])
-            edges[i] = (start - len(prompt) if has_prompt else 0, tail)
-        self._frames[roles] = Frame(literals, order, edges)
-        return self._frames[roles]
-
-    def _rewritten(self, conversation: Conversation, text: str, frame: Frame) -> dict[int, tuple[int, int]]:
-        """Find each assistant turn under a template that rewrites contents: mark one, and see what stays the same."""
-        messages, places = conversation.messages, {}
-        for i, (lead, _) in frame.edges.items():
-            mark = MARK.format(i)
-            marked = [m if j != i else {"role": m["role"], "content": mark} for j, m in enumerate(messages)]
-            before, _, after = self._template(conversation, marked).partition(mark)
-            start, end = len(before), len(text) - len(after)
-            if not (text.startswith(before[: start - lead]) and text.endswith(after) and start - lead <= end):
-                raise _unfit(conversation)
-            places[i] = (start, end)
-        return places
+            same = len(commonprefix([text, self._prefix(conversation, marked[: i + 1])]))  # noqa: RUF071 (characters)
+            if same < end:
+                same = text.find(MARK[0], end) if MARK[0] in text[end:] else len(text)
+            edges[i] = (start - len(prompt) if has_prompt else 0, same - end)
+        self._edges[roles] = edges
+        return edges
 
     def _template(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
         try:
@@ -363,7 +327,7 @@ class Encoder:
 
 
 def _refused(conversation: Conversation, error: Exception) -> DataError:
-    what = f"the chat template refuses the conversation: {str(error).rstrip('.') or type(error).__name__}"
+    what = f"the chat template refuses the conversation: {one_line(error) or type(error).__name__}"
     return DataError(conversation.where, what, "Fix the row, or give a data.chat_template")
 
 
@@ -372,24 +336,10 @@ def _unfit(conversation: Conversation) -> DataError:
     return DataError(conversation.where, what, "Set data.assistant_only=false, or give a data.chat_template")
 
 
-def _places(text: str, frame: Frame, messages: list[dict[str, str]]) -> dict[int, tuple[int, int]]:
-    """Where each content stands, if the template wrote all of them as they are or stripped; else nothing."""
-    places, at = {}, len(frame.literals[0])
-    for i, literal in zip(frame.order, frame.literals[1:], strict=True):
-        for content in (messages[i]["content"], messages[i]["content"].strip()):
-            if text.startswith(content + literal, at):
-                break
-        else:
-            return {}
-        places[i] = (at, at + len(content))
-        at += len(content) + len(literal)
-    return places if text.startswith(frame.literals[0]) and at == len(text) else {}
-
-
 def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
     """Give the tokenizer the run's chat template, so that it is saved with the student → where it is from, in words.
 
-    Raises DataError if there is none, or it is not Jinja.
+    Raises DataError if there is none.
     """
     where = "the tokenizer's own"
     if config.chat_template:
@@ -404,10 +354,4 @@ def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
         if tokenizer.eos_token is None:
             raise DataError(TEMPLATE, "the tokenizer has neither a template nor an end-of-text token", "Give one")
         where, tokenizer.chat_template = FALLBACK, JOINED_BY_END_OF_TEXT
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
-    except TemplateSyntaxError as error:
-        raise DataError(TEMPLATE, f"is not Jinja: {error} (line {error.lineno})", "Fix it, or give another") from None
-    except Exception:  # it is Jinja, written for other conversations than this one
-        pass
     return where

@@ -9,10 +9,11 @@ import tempfile
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import xxhash
@@ -20,8 +21,8 @@ from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kdx.config import DataConfig, replaced
-from kdx.data.files import kind_of, missing, read_rows, resolve_path, text_in
-from kdx.errors import ConfigError, DataError, did_you_mean, first_of, same_in_all, together
+from kdx.data.files import kind_of, read_rows, resolve_path, text_in
+from kdx.errors import ConfigError, DataError, did_you_mean, together
 from kdx.plugins import option_faults
 
 ROLES = ("system", "user", "assistant")
@@ -57,7 +58,7 @@ class Conversations:
     def __init__(self, folder: Path | None = None) -> None:
         self.ids: list[str] = []
         self.where: list[str] = []
-        self.digests: list[bytes] = []
+        self.digests: list[str] = []
         self.num_train = 0  # rows of data.path; those after are data.validation's, if that is a file or split
         self.faults: list[DataError] = []
         self.dropped, self.changed = Counter[str](), Counter[str]()
@@ -65,7 +66,6 @@ class Conversations:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it has no name: nothing is left)
         weakref.finalize(self, self._file.close)
         self._starts = array("q", [0])
-        self._content = xxhash.xxh3_128()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,22 +76,19 @@ class Conversations:
         return Conversation(name, json.loads(os.pread(self._file.fileno(), end - start, start)), where)
 
     def append(self, conversation: Conversation) -> None:
-        text = json.dumps(conversation.messages).encode()
-        self._file.write(text)
-        self._starts.append(self._starts[-1] + len(text))
+        self._starts.append(self._starts[-1] + self._file.write(json.dumps(conversation.messages).encode()))
         self.ids.append(conversation.id)
         self.where.append(conversation.where)
-        self.digests.append(bytes.fromhex(conversation.digest))
-        self._content.update(json.dumps([conversation.id, conversation.where]).encode() + text)
+        self.digests.append(conversation.digest)
 
     def content(self) -> str:
         """A digest of all that was read: messages, ids, places, and what was dropped or changed."""
-        counts = json.dumps([self.num_train, self.dropped, self.changed, self.notes], sort_keys=True)
-        return self._content.hexdigest() + xxhash.xxh3_64_hexdigest(counts.encode())
+        found = [self.digests, self.ids, self.where, self.num_train, self.dropped, self.changed, self.notes]
+        return xxhash.xxh3_128_hexdigest(json.dumps(found).encode())
 
 
 Source = Callable[..., Iterable[Any]]
-Refuses = Callable[[Conversation], DataError | None]
+Check = Callable[[Conversation], object]
 _SOURCES: dict[str, Source] = {}
 
 
@@ -115,37 +112,25 @@ def check_source(config: DataConfig) -> None:
     if config.name not in _SOURCES:
         hint = did_you_mean(config.name, sorted(_SOURCES)) + ". For your own: KDX_PLUGINS=module"
         raise ConfigError("data.name", f"no source is named {config.name!r}", hint)
-    function = _SOURCES[config.name]
-    options = {**_given(config, function), **config.options}
-    if faults := option_faults(function, options, "data."):
+    if faults := option_faults(_SOURCES[config.name], _options(config), "data."):
         raise together(faults)
 
 
-def read_conversations(config: DataConfig, folder: Path | None = None, refuses: Refuses | None = None) -> Conversations:
+def read_conversations(config: DataConfig, folder: Path | None = None, check: Check | None = None) -> Conversations:
     """Read data.path, then data.validation if that is a file or split, and check every row.
 
-    Faults are collected, not raised. folder: where the temporary file goes. refuses: why the chat template refuses a
-    row; asked only where bad rows are skipped, so that those count as bad.
+    Faults are collected, not raised. folder: where the temporary file goes. check: raises DataError for a row
+    that the chat template refuses; called only where bad rows are skipped, so that those count as bad.
     """
     check_source(config)
     found = Conversations(folder)
-    refuses = refuses if config.on_bad_row == "skip" else None
-    _read(config, found, refuses)
+    check = check if config.on_bad_row == "skip" else None
+    _read(config, found, check)
     found.num_train = len(found)
-    wanted = config.validation
-    if isinstance(wanted, str):
-        is_split = wanted.startswith("split:")
-        other = {"split": wanted.removeprefix("split:")} if is_split else {"path": wanted}
-        _read(replaced(config, **other), found, refuses)
+    if isinstance(config.validation, str):
+        path, is_split, split = config.validation.partition("split:")
+        _read(replaced(config, **({"split": split} if is_split else {"path": path})), found, check)
     return found
-
-
-def raise_faults(config: DataConfig, found: Conversations, more: list[DataError]) -> None:
-    """Raise the faults of the rows and of what became of them, the first 20 with their total, if there are any."""
-    faults = [*found.faults, *(same_in_all(more) if len(more) == len(found) else more)]
-    if faults:
-        may_skip = config.on_bad_row == "stop" and config.on_long != "error"
-        raise first_of(faults, "Fix them, or set data.on_bad_row=skip" if may_skip else "Fix them")
 
 
 def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int]]:
@@ -154,32 +139,30 @@ def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int
     A row's rank is a digest of data.seed and its id, so that adding rows moves no other. Counts dropped copies.
     """
     num_rows, wanted = found.num_train, config.validation
-    if not num_rows:
-        rules = "; ".join(f"{count} rows: {rule}" for rule, count in found.dropped.items())
-        if rules:
-            raise DataError("data", f"no row is left ({rules})", "Loosen the rule, or give other data")
-        raise DataError("data.path", f"{config.path or config.name} has no rows", "Give data with rows")
+
+    def check(some: Sequence[int], key: str, given: Any) -> None:
+        if not some:
+            rules = "; ".join(f"{count} rows: {rule}" for rule, count in (+found.dropped).items())
+            raise DataError(
+                key, f"no row of {given} is left ({rules or 'it has none'})", "Give more data, or loosen the rule"
+            )
 
     def rank(i: int) -> bytes:
         return hashlib.sha256(f"{config.seed}:{found.ids[i]}".encode()).digest()
 
+    check(range(num_rows), "data.path", config.path or config.name)
     if isinstance(wanted, str):
         held_out = list(range(num_rows, len(found)))
-        if not held_out:
-            raise DataError("data.validation", f"{wanted} has no usable row", "Give another file or split")
+        check(held_out, "data.validation", wanted)
     else:
         number = max(1, round(wanted * num_rows)) if isinstance(wanted, float) else wanted or 0
-        if number >= num_rows:
-            what = f"is {wanted}: {number} of {num_rows} rows held out leave none to train on"
-            raise DataError("data.validation", what, "Hold out fewer rows, or give more data")
         held_out = heapq.nsmallest(number, range(num_rows), key=rank)
     same = {found.digests[i] for i in held_out}
     train = [i for i in range(num_rows) if found.digests[i] not in same]
-    num_others = num_rows if isinstance(wanted, str) else num_rows - len(held_out)
-    found.dropped["equal to a held-out row"] += num_others - len(train)
+    found.dropped["equal to a held-out row"] += num_rows - sum(i < num_rows for i in held_out) - len(train)
     if not train:
-        what = f"all {num_others} other rows are equal to held-out ones, so none is left to train on"
-        raise DataError("data.validation", what, "Give rows that differ")
+        what = f"is {wanted}: all {num_rows} rows are held out or equal to one that is, so none is left to train on"
+        raise DataError("data.validation", what, "Hold out fewer rows, or give more data")
     if config.take is not None:
         if config.take > len(train):
             found.notes.append(f"data.take={config.take}, but there are {len(train)} training rows: all are used")
@@ -187,23 +170,18 @@ def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int
     return train, held_out
 
 
-def _given(config: DataConfig, function: Source) -> dict[str, Any]:
-    """Those of path, subset and split that the source has parameters for."""
-    common = {"path": config.path, "subset": config.subset, "split": config.split}
-    return {name: value for name, value in common.items() if name in inspect.signature(function).parameters}
+def _options(config: DataConfig) -> dict[str, Any]:
+    """What the source is given: data's further keys, and those of path, subset and split that it has parameters for."""
+    names = {"path", "subset", "split"} & inspect.signature(_SOURCES[config.name]).parameters.keys()
+    return {name: getattr(config, name) for name in names} | config.options
 
 
-def _read(config: DataConfig, found: Conversations, refuses: Refuses | None) -> None:
+def _read(config: DataConfig, found: Conversations, check: Check | None) -> None:
     """Run the source and check what it yields, all faults in one pass."""
-    function = _SOURCES[config.name]
     faults: list[DataError] = []
     first, before = len(found), found.dropped.total()
-    items = function(**_given(config, function), **config.options)
-    if not isinstance(items, Iterable):
-        what = f"the source {config.name} returns {kind_of(items)}, expected rows"
-        raise DataError("data.name", what, "Let it yield each row, or return a list of them")
     try:
-        for i, item in enumerate(items):
+        for i, item in enumerate(_SOURCES[config.name](**_options(config))):
             if isinstance(item, Dropped):
                 found.dropped[item.rule] += 1
                 continue
@@ -211,8 +189,8 @@ def _read(config: DataConfig, found: Conversations, refuses: Refuses | None) -> 
                 if isinstance(item, DataError):
                     raise item
                 conversation, is_cut = _conversation(item, f"{config.name}[{i}]")
-                if refuses and (fault := refuses(conversation)):
-                    raise fault
+                if check:
+                    check(conversation)
                 found.append(conversation)
                 found.changed["unanswered last turn cut off"] += is_cut
             except DataError as error:
@@ -221,12 +199,11 @@ def _read(config: DataConfig, found: Conversations, refuses: Refuses | None) -> 
         found.faults.append(error)
     num_rows = len(found) - first + len(faults) + found.dropped.total() - before
     most = config.max_bad_rows * num_rows if isinstance(config.max_bad_rows, float) else config.max_bad_rows
-    shown = faults if len(found) > first else same_in_all(faults)
     if config.on_bad_row == "stop":
-        found.faults += shown
+        found.faults += faults
     elif most is not None and len(faults) > most:
         what = f"{len(faults)} of {num_rows} rows are bad, and data.max_bad_rows is {config.max_bad_rows}"
-        found.faults += [DataError("data", what, "Fix them, or raise it"), *shown]
+        found.faults += [DataError("data", what, "Fix them, or raise it"), *faults]
     elif faults:
         found.dropped["bad row (data.on_bad_row=skip)"] += len(faults)
         found.notes.append(f"skipped {len(faults)} bad rows, the first: {faults[0]}")
@@ -238,7 +215,7 @@ def _make_ids_unique(found: Conversations, first: int) -> None:
 
     Rows that share an id and differ in text get a part of their text's digest; equal rows are numbered.
     """
-    texts: dict[str, bytes] = {}
+    texts: dict[str, str] = {}
     shared = set()
     rows = range(first, len(found))
     for i in rows:
@@ -246,48 +223,53 @@ def _make_ids_unique(found: Conversations, first: int) -> None:
             shared.add(found.ids[i])
     copies: Counter[str] = Counter()
     for i in rows:
-        name = f"{found.ids[i]}~{found.digests[i].hex()[:12]}" if found.ids[i] in shared else found.ids[i]
+        name = f"{found.ids[i]}~{found.digests[i][:12]}" if found.ids[i] in shared else found.ids[i]
         copies[name] += 1
         found.ids[i] = name if copies[name] == 1 else f"{name}~{copies[name]}"
 
 
 def _conversation(item: Any, where: str) -> tuple[Conversation, bool]:
     """Check one yielded row → the conversation, and whether an unanswered last turn was cut off. Raises DataError."""
-    if not isinstance(item, dict):
-        raise DataError(where, f"is {kind_of(item)}, expected an object", "Write one JSON object a row")
-    where = str(item.get("where", where))
-    if "messages" in item:
-        messages = _list_of_messages(item["messages"], "messages", where)
-    elif "source" in item and "target" in item:
-        messages = [{"role": "user", "content": item["source"]}, {"role": "assistant", "content": item["target"]}]
+    row = item if isinstance(item, dict) else {}
+    where = str(row.get("where", where))
+    if "messages" in row:
+        turns = row["messages"]
+    elif "source" in row and "target" in row:
+        turns = [{"role": "user", "content": row["source"]}, {"role": "assistant", "content": row["target"]}]
     else:
-        what = f'has neither "messages" nor "source" and "target"; it has: {", ".join(map(str, item)) or "nothing"}'
-        raise DataError(where, what, "Map the columns: data.messages_column=, data.source_column=, data.target_column=")
-    for i, message in enumerate(messages):
-        _check_message(message, f"{where}: messages[{i}]")
-    messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+        what = f'is {kind_of(item)}, expected an object with "messages", or with "source" and "target"'
+        raise DataError(where, what, "Change what the source yields")
+    messages = _messages(turns, "messages", where)
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
     if last is None:
         raise DataError(where, "has no message of the assistant", "The student learns the assistant's turns: add one")
     whole = Conversation("", messages[: last + 1], where)
-    own = item.get("id")
-    is_named = isinstance(own, str | int) and not isinstance(own, bool) and str(own)
-    name = str(own).encode(errors="backslashreplace").decode() if is_named else whole.digest[:32]
+    own = str(row["id"]) if isinstance(row.get("id"), str | int) else ""
+    name = own.encode(errors="backslashreplace").decode() or whole.digest[:32]
     return replace(whole, id=name), last + 1 < len(messages)
 
 
-def _check_message(message: Any, where: str) -> None:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise _not_a_message(message, "role", "content", where)
-    if message["role"] not in ROLES:
-        hint = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
-        raise DataError(where, f"the role is {kind_of(message['role'])}", hint)
-    text_in(message["content"], "content", where)
-    try:
-        message["content"].encode()
-    except UnicodeEncodeError as error:
-        what = f'"content" has half of a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is not text'
-        raise DataError(where, what, "Was the text cut in the middle of an emoji? Fix it") from None
+def _messages(
+    turns: Any, column: str, where: str, role_key: str = "role", content_key: str = "content",
+    roles: Mapping[str, str] = MappingProxyType({}),
+) -> list[dict[str, str]]:  # fmt: skip
+    """Check a list of messages, and name roles and keys as everywhere. Raises DataError."""
+    if not isinstance(turns, list) or not turns:
+        hint = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+        raise DataError(where, f'"{column}" is {kind_of(turns)}, expected a list of messages', hint)
+    messages = []
+    for i, turn in enumerate(turns):
+        place = f"{where}: messages[{i}]"
+        if not isinstance(turn, dict) or not {role_key, content_key} <= turn.keys():
+            what = f'is {kind_of(turn)}, expected an object with "{role_key}" and "{content_key}"'
+            raise DataError(place, what, "Name them: data.role_key, data.content_key")
+        role = turn[role_key]
+        role = roles.get(role, role) if isinstance(role, str) else role
+        if role not in ROLES:
+            hint = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
+            raise DataError(place, f"the role is {kind_of(role)}", hint)
+        messages.append({"role": role, "content": text_in(turn[content_key], content_key, place)})
+    return messages
 
 
 def _converted(
@@ -306,30 +288,6 @@ def _converted(
             yield error
 
 
-class RowTemplate:
-    """A sandboxed Jinja template over a row's columns; `needs` are the names in it. Raises ConfigError."""
-
-    def __init__(self, text: Any, key: str) -> None:
-        if not isinstance(text, str) or not text.strip():
-            raise ConfigError(key, f"is {kind_of(text)}", "Write Jinja over the row's columns, as in '{{ source }}'")
-        environment = ImmutableSandboxedEnvironment(
-            undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
-        )
-        try:
-            self.key, self._template = key, environment.from_string(text)
-            self.needs = meta.find_undeclared_variables(environment.parse(text))
-        except TemplateError as error:
-            raise ConfigError(key, f"is not Jinja: {error}", "Fix the template") from None
-
-    def render(self, values: dict[str, Any], columns: Iterable[Any], where: str) -> str:
-        """Fill the template with a row. Raises DataError."""
-        try:
-            return self._template.render(values)
-        except Exception as error:  # an undefined name, a division by zero, …: the template's or the row's
-            what = f"{self.key} cannot be filled: {str(error).rstrip('.')}; the columns are: {', '.join(map(str, columns))}"
-            raise DataError(where, what, "Fix the template or the row") from None
-
-
 def _not_null(value: Any) -> Any:
     if value is None:
         raise ValueError("a value in it is null (allow for it: {{ name or '' }})")
@@ -346,29 +304,42 @@ def pairs(
     system: str | None,
     template: dict[str, str],
 ) -> Iterator[Any]:
-    """Instruction pairs: one user turn, one assistant turn, each a Jinja template over the row's columns.
+    """Instruction pairs: one user turn, one assistant turn, each a sandboxed Jinja template over the row's columns.
 
     In the templates `source` and `target` are the two columns, under whatever name; all others go by their own.
     """
     columns = {"source": source_column, "target": target_column}
-    templates = {role: RowTemplate(template.get(role), f"data.template.{role}") for role in ("user", "assistant")}
-    for key in template.keys() - templates.keys():
-        raise ConfigError(f"data.template.{key}", "is not a key of kdx", "Known: user, assistant")
+    if template.keys() != {"user", "assistant"}:
+        raise ConfigError("data.template", f"has the keys {', '.join(template)}", "Give it user and assistant")
+    sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null)
+    try:
+        templates = {role: sandbox.from_string(text) for role, text in template.items()}
+        needs = {role: meta.find_undeclared_variables(sandbox.parse(text)) for role, text in template.items()}
+    except TemplateError as error:
+        raise ConfigError("data.template", f"is not Jinja: {error}", "Fix the template") from None
 
     def chat(row: dict[str, Any], where: str) -> list[Any]:
         turns = [{"role": "system", "content": system}] if system else []
-        for role, text in templates.items():
-            own = {name: _column(row, columns[name], name, where) for name in columns if name in text.needs}
-            turns.append({"role": role, "content": text.render(row | own, row, where)})
+        for role in ("user", "assistant"):
+            own = {}
+            for name in needs[role] & columns.keys():
+                hint = f"Fix the row, or name another column: data.{name}_column=..."
+                own[name] = text_in(_column(row, columns[name], name, where), columns[name], where, hint)
+            try:
+                turns.append({"role": role, "content": templates[role].render(row | own)})
+            except Exception as error:  # an undefined name, a division by zero, …: the template's or the row's
+                what = f"data.template.{role} cannot be filled: {str(error).rstrip('.')}; the row is {kind_of(row)}"
+                raise DataError(where, what, "Fix the template or the row") from None
         return turns
 
     return _converted(path, subset, split, chat)
 
 
-def _column(row: dict[str, Any], column: str, name: str, where: str) -> str:
+def _column(row: dict[str, Any], column: str, name: str, where: str) -> Any:
     if column not in row:
-        raise missing(column, name, row, where)
-    return text_in(row[column], column, where, f"data.{name}_column=...")
+        hint = f"Choose a layout (data=pairs, messages or sharegpt), or name the column: data.{name}_column=..."
+        raise DataError(where, f'"{column}" is missing; the row is {kind_of(row)}', hint)
+    return row[column]
 
 
 @register_source
@@ -384,30 +355,10 @@ def messages(
     """Chats: a column with a list of messages; `roles` maps the file's role names to system, user and assistant."""
 
     def chat(row: dict[str, Any], where: str) -> list[Any]:
-        if messages_column not in row:
-            raise missing(messages_column, "messages", row, where)
-        turns = _list_of_messages(row[messages_column], messages_column, where)
-        for i, turn in enumerate(turns):
-            if not isinstance(turn, dict) or not {role_key, content_key} <= turn.keys():
-                raise _not_a_message(turn, role_key, content_key, f"{where}: messages[{i}]")
-        given = [(turn[role_key], turn[content_key]) for turn in turns]
-        return [{"role": roles.get(r, r) if isinstance(r, str) else r, "content": text} for r, text in given]
+        turns = _column(row, messages_column, "messages", where)
+        return _messages(turns, messages_column, where, role_key, content_key, roles)
 
     return _converted(path, subset, split, chat)
-
-
-def _list_of_messages(value: Any, column: str, where: str) -> list[Any]:
-    if isinstance(value, list) and value:
-        return value
-    hint = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
-    what = "an empty list" if value == [] else kind_of(value)
-    raise DataError(where, f'"{column}" is {what}, expected a list of messages', hint)
-
-
-def _not_a_message(message: Any, role_key: str, content_key: str, where: str) -> DataError:
-    has = (", ".join(map(str, message)) or "nothing") if isinstance(message, dict) else kind_of(message)
-    what = f'needs "{role_key}" and "{content_key}", it has: {has}'
-    return DataError(where, what, "Name them: data.role_key, data.content_key")
 
 
 @register_source
@@ -423,9 +374,7 @@ def chitchat(path: str, min_turns: int, max_turns: int) -> Iterator[Any]:
             name: [" ".join(said["text"] for said in turn).strip() for turn in chat["messages"]]
             for name, chat in json.loads(file.read_text(encoding="utf-8")).items()
         }
-    except FileNotFoundError:
-        raise DataError("data.path", f"{file} does not exist", "Run: pip install --no-deps chitchat-dataset") from None
-    except (ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         hint = "Choose the layout that the file has: data=pairs, data=messages or data=sharegpt"
         raise DataError("data.path", f"{file} is not the chit-chat data set", hint) from None
     for name, turns in chats.items():

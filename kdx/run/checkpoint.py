@@ -35,11 +35,6 @@ def found(run_dir: Path) -> list[Path]:
     return sorted((p for p in folder_of(run_dir).glob("step-*") if p.is_dir()), reverse=True)
 
 
-def is_at(run_dir: Path, step: int) -> bool:
-    """Return whether a run has a checkpoint of this step."""
-    return (folder_of(run_dir) / _name(step)).is_dir()
-
-
 def _name(step: int) -> str:
     return f"step-{step:08d}"
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-import yaml
 
 from kdx.errors import MachineError
 
@@ -34,6 +32,23 @@ def whole_file(file: Path) -> Iterator[Path]:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock file, once no other process does."""
+    from filelock import BaseFileLock, FileLock, SoftFileLock  # not for whoever only asks what is done
+
+    lock: BaseFileLock = FileLock(file)
+    try:
+        lock.acquire()
+    except OSError:  # NFS, mounted without locks: a file that is there as long as its process lives
+        lock = SoftFileLock(f"{file}.soft")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -80,14 +95,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_yaml(file: Path) -> Any:
-    """Read YAML; None if the file is missing or damaged."""
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-
-
 def verify(folder: Path) -> str | None:
     """Compare a sealed folder with its manifest → what is wrong, or None."""
     manifest = read_json(folder / MANIFEST)
@@ -111,20 +118,6 @@ def digest_of(file: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def known_digest(file: Path) -> str:
-    """Hash a file's content, or look the hash up if its path, size and modification time are unchanged."""
-    stat = file.stat()
-    key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
-    cached = cache_dir() / "digests" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    with contextlib.suppress(OSError):
-        if len(known := cached.read_text(encoding="ascii")) == 32:
-            return known
-    digest = digest_of(file)
-    with contextlib.suppress(OSError):  # the cache only saves time
-        write_beside(cached, digest)
-    return digest
 
 
 def cache_dir() -> Path:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import platform
 import shlex
 import time
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from kdx.run.signals import Stopped
 
 log = logging.getLogger("kdx")
 STATUS_SECONDS = 5  # between two writes of the step to status.json
+LONGER = ("train.max_steps", "train.epochs")  # a run may be resumed with more of these
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Record:
     command: list[str] = field(default_factory=list)  # the command line, for command.txt
 
 
+def is_resumable(path: Path) -> bool:
+    """Return whether a folder has something to resume from, or a run that is done."""
+    has_some = any((path / "checkpoints").glob("step-*")) or (path / "trained.json").is_file()
+    return has_some or (path / "summary.json").is_file()
+
+
 class RunFolder:
     """One run's folder; docs/resume.md has the list of its files."""
 
@@ -45,7 +54,7 @@ class RunFolder:
         self.is_main = True
         self._since = local_time()
         self._written = 0.0
-        self._identity: dict[str, Any] | None = None
+        self._config: Config | None = None
 
     def status(self) -> dict[str, Any]:
         """Read status.json; empty if there is none."""
@@ -67,18 +76,24 @@ class RunFolder:
         """Return whether this run is done. Raises ConfigError, with a diff, if the folder has another run."""
         if self.status().get("state") != "done":
             return False
-        longer = ("train.max_steps", "train.epochs")
-        return not any(key in longer for key, _, _ in self._differences(config))
+        return not any(key in LONGER for key, _, _ in self._differences(config))
 
     def _differences(self, config: Config) -> list[tuple[str, Any, Any]]:
-        """Return what differs from the run that is here and may differ. Raises ConfigError for the rest."""
-        self._identity = identity(config)
+        """Return what differs from the run that is here and may differ. Raises ConfigError for the rest.
+
+        A run that failed before it saved anything binds nobody: its command may be corrected.
+        """
+        self._config, now = config, identity(config)
         was = read_json(self.path / "data.json")
-        if not was:
+        if not was or not is_resumable(self.path):
             return []
-        found = differences({key: was.get(key) for key in self._identity}, self._identity)
+        found = differences({key: was.get(key) for key in now}, now)
         if refused := [d for d in found if not may_differ(*d, config)]:
             raise self.another_run(refused)
+        trained = read_json(self.path / "trained.json")
+        if trained and any(key in LONGER for key, _, _ in found) and not any(self.path.glob("checkpoints/step-*")):
+            what = f"has trained to step {trained['state']['step']} and kept no checkpoint to train on from"
+            raise ConfigError(str(self.path), what, "Type the same train.max_steps, or start again elsewhere")
         return found
 
     def another_run(self, found: list[tuple[str, Any, Any]]) -> ConfigError:
@@ -121,13 +136,8 @@ class RunFolder:
         write_beside(self.path / "config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
         write_beside(self.path / "overrides.yaml", yaml.safe_dump(redact(record.words), allow_unicode=True))
         write_json(self.path / "record.json", {"swept": record.swept, "sources": record.sources})
-        command = shlex.join(["python", "-m", "kdx", *redact(record.command)]) if record.command else self._python()
-        write_beside(self.path / "command.txt", command + "\n")
+        write_beside(self.path / "command.txt", shlex.join(["python", "-m", "kdx", *redact(record.command)]) + "\n")
         plugins.keep(self.path)
-
-    def _python(self) -> str:
-        """The call that repeats a run which was started from Python."""
-        return f'python -m kdx run.like={self.path}  # started from Python: distill(config, Path("{self.path}"))'
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Keep what decides which student comes out, or compare it with what was kept. Raises ConfigError.
@@ -136,9 +146,11 @@ class RunFolder:
         """
         if not self.is_main:
             return
-        assert self._identity is not None
-        was, now = read_json(self.path / "data.json"), self._identity | facts
-        if was and (found := differences({key: was.get(key) for key in facts}, facts)):
+        assert self._config is not None
+        # Models and data of a hub are downloaded by now, so that their commits are known.
+        was, now = read_json(self.path / "data.json"), identity(self._config) | facts
+        found = differences({key: was.get(key) for key in facts}, facts)
+        if was and found and is_resumable(self.path):
             raise self.another_run(found)
         if was != now:
             self.keep("data.json", now)
@@ -174,7 +186,8 @@ class RunFolder:
             is_clear = isinstance(failure, KdxError)
             reason = str(failure) if is_clear else f"{type(failure).__name__}: {failure}".splitlines()[0]
             state = "diverged" if isinstance(failure, DivergedError) else "failed"
-            if self.is_main or self.status().get("state") == "running":
+            now = self.status().get("state")
+            if now == "running" or (self.is_main and now != "done"):  # what fails after a run is done loses nothing
                 with suppress(OSError):  # a full disk: the error itself is printed
                     self.write_status(state, reason, exit_code(failure))
             raise error
@@ -191,6 +204,7 @@ class RunFolder:
             "max_steps": self.max_steps,
             "updated": local_time(),
             "since": self._since,
+            "owner": {"pid": os.getpid(), "host": platform.node()},
         }
         write_json(self.path / "status.json", status if code is None else status | {"exit_code": code})
 

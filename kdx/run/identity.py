@@ -8,20 +8,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from importlib.machinery import PathFinder
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from kdx import plugins
-from kdx.config import COMMIT, Config, ModelConfig, as_dict
+from kdx.config import COMMIT, Config, ModelConfig, as_dict, leaves
 from kdx.data.files import resolve_path
-from kdx.run.files import cache_dir, write_beside
+from kdx.run.files import cache_dir, digest_of, write_beside
 
 # Keys, or groups of keys, that cannot change the student.
 FREE = (
@@ -50,29 +47,37 @@ def identity(config: Config) -> dict[str, Any]:
         "student": _model(config.student, WEIGHTS[:1] if config.student.init == "random" else WEIGHTS),
         "tokenizer": _joined([_model(model, TOKENIZER, model.tokenizer) for model in models]),
         "chat_template": content_hash(Path(template)) if os.path.isfile(template) else None,
-        "plugins": _joined([content_hash(file) for file in _plugin_files()]),
+        "plugins": _joined([content_hash(file) for file in plugins.files()]),
     }
 
 
 def config_identity(config: Config) -> dict[str, Any]:
-    """Describe what decides the student as far as the config says it: dotted keys, without those that are not used."""
+    """Describe what decides the student as far as the config says it."""
+    return used(leaves(as_dict(config)))
+
+
+def used(config: dict[str, Any]) -> dict[str, Any]:
+    """Return those dotted keys of a flat config that decide the student."""
     unused = [*FREE]
-    if config.loss.alpha == 0:
+    if config.get("loss.alpha") == 0:  # alpha itself is what makes a baseline
         unused.append("loss.")
-    if config.student.init != "cut":
+    if config.get("student.init") != "cut":
         unused.append("student.layers")
-    if config.train.keep == "last" and config.train.early_stopping.patience is None:
+    if config.get("train.keep") == "last" and config.get("train.early_stopping.patience") is None:
         unused += ["train.eval_every", "train.early_stopping."]
-    if config.train.on_nonfinite == "stop":
+    if config.get("train.on_nonfinite") == "stop":
         unused.append("train.max_nonfinite")
-    used = {key: value for key, value in leaves(as_dict(config)) if not key.startswith(tuple(unused))}
-    return used | {"loss.alpha": config.loss.alpha}
+    return {k: v for k, v in config.items() if k == "loss.alpha" or not k.startswith(tuple(unused))}
+
+
+def canonical(value: Any) -> str:
+    """Write as JSON, the same for equal values on any day; 1 and 1.0 are equal."""
+    return json.dumps(json.loads(json.dumps(value, default=str), parse_float=_number), sort_keys=True)
 
 
 def digest(identity: dict[str, Any]) -> str:
-    """Return six hex digits, the same for equal identities on any day; 1 and 1.0 are equal."""
-    plain = json.loads(json.dumps(identity, default=str), parse_float=_number)
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:6]
+    """Return six hex digits of what is canonical."""
+    return hashlib.sha256(canonical(identity).encode()).hexdigest()[:6]
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> Differences:
@@ -100,15 +105,6 @@ def table(found: Differences) -> list[str]:
     return [f"  {key:{widths[0]}}  {was:{widths[1]}}  {now}" for key, was, now in rows]
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of a nested tree with its dotted key."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, prefix if name == "options" else f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def content_hash(file: Path) -> str:
     """Hash a file. The hash of a big one is kept in $KDX_CACHE until its size or modification time changes."""
     stat = file.stat()
@@ -116,14 +112,11 @@ def content_hash(file: Path) -> str:
     known = cache_dir() / "hashes" / xxhash.xxh3_128_hexdigest(about.encode())
     if stat.st_size > BLOCK and known.is_file():
         return known.read_text()
-    content = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            content.update(block)
+    content = digest_of(file)
     if stat.st_size > BLOCK:
         with suppress(OSError):  # it only saves time
-            write_beside(known, content.hexdigest())
-    return content.hexdigest()
+            write_beside(known, content)
+    return content
 
 
 def _data(config: Config) -> str | None:
@@ -152,22 +145,17 @@ def _model(model: ModelConfig, patterns: Sequence[str], place: str | None = None
     return _joined([f"{file.name}:{content_hash(file)}" for file in files])
 
 
+def model_digest(model: ModelConfig) -> str | None:
+    """Hash the weights and the tokenizer of a model, or name its hub commit; None if that is not known."""
+    return _joined([_model(model, WEIGHTS), _model(model, TOKENIZER, model.tokenizer)])
+
+
 def _commit(kind: str, repo: str, revision: str | None) -> str | None:
     """Find the commit of a hub repository that was downloaded last, without asking the network."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     kept = Path(HF_HUB_CACHE, f"{kind}--{repo.replace('/', '--')}", "refs", revision or "main")
     return revision if COMMIT.fullmatch(revision or "") else kept.read_text().strip() if kept.is_file() else None
-
-
-def _plugin_files() -> list[Path]:
-    """Find the files of the user's modules, of a package all, without importing them."""
-    names = {
-        name.partition(".")[0] for name in (*plugins.named(), *(e.module for e in entry_points(group="kdx.plugins")))
-    }
-    specs = [find_spec(name) or PathFinder.find_spec(name, [os.getcwd()]) for name in sorted(names)]
-    files = [Path(spec.origin) for spec in specs if spec and spec.origin]
-    return [f for file in files for f in (sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file])]
 
 
 def _joined(parts: Sequence[str | None]) -> str | None:

@@ -13,12 +13,9 @@ import transformers
 from huggingface_hub import ModelCardData
 from rich.table import Table
 
-from kdx.causal_lm import device_dtype
 from kdx.config import Config, as_dict
 from kdx.data.encode import Data
 from kdx.errors import printable
-from kdx.evaluate import peak_memory as peak_memory
-from kdx.run.files import in_bytes
 from kdx.run.folder import Record
 from kdx.store import TeacherStore
 from kdx.version import __version__
@@ -67,13 +64,13 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
     if teacher is not None:
         uses = "" if config.loss.alpha > 0 else ", only to measure"
         size = f"{count(teacher.num_parameters)} parameters"
-        lines.append(("teacher", f"{public_name(plain['teacher'])}, {size}, {teacher.precision}{uses}"))
+        lines.append(("teacher", f"{public_name(plain['teacher'])}, {size}, {teacher.identity.precision}{uses}"))
         lines.append(("teacher cache", teacher.store_words))
     student_size = f"{count(training.student.num_parameters())} parameters"
     precision = training.versions["precision"]
     lines += [
-        ("student", f"{student}, {student_size}, saved as {training.save_words}"),
-        ("device", f"{machine.device}{processes}, {precision} ({device_dtype(machine.device)[1]})"),
+        ("student", f"{student}, {student_size}, saved as {training.save_dtype}"),
+        ("device", f"{machine.device}{processes}, {precision}"),
         ("data", f"{config.data.name}: {counted['num_rows']:,} rows, {counted['counted_tokens']:,} counted tokens"),
         (
             "held out",
@@ -86,9 +83,9 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
     lines += [
         ("chat template", data.template),
         ("objective", training.objective.mix.formula()),
-        ("steps", f"{training.max_steps}{steps_from}, batch size {batches.batch_size}{micro}, {epochs:.2f} epochs"),
+        ("steps", f"{training.max_steps:,}{steps_from}, batch size {batches.batch_size}{micro}, {epochs:,.2f} epochs"),
         ("optimizer", f"{optimizer}, {config.optim.schedule}{warmup_words}"),
-        ("row length", f"at most {training.max_length} tokens{length_from}, {batches.padding(training.max_steps):.1%} padding"),
+        ("row length", f"at most {training.max_length} tokens{length_from}"),
     ]  # fmt: skip
     return [f"kdx {__version__}", *(f"  {name:<16}{text}" for name, text in lines)]
 
@@ -137,7 +134,7 @@ def environment(training: Any, folder: Path) -> dict[str, Any]:
         "precision": training.versions["precision"],
         # Only runs of one teacher in one precision can be ranked together.
         "teacher_precision": teacher.identity.precision if teacher else None,
-        "teacher_digest": teacher.identity.model if teacher else None,
+        "teacher_digest": teacher.identity.teacher if teacher else None,
         "git_commit": _git_commit(),
         "command": (folder / "command.txt").read_text(encoding="utf-8").strip(),
     }
@@ -161,12 +158,8 @@ def closing_table(summary: dict[str, Any]) -> Table:
 def store_line(store: TeacherStore) -> str:
     """Summarise what the teacher's cache did for the run."""
     counts = store.counts
-    others = f" ({counts.from_others:,} from other runs)" if counts.from_others else ""
     damaged = f", {counts.bad:,} damaged and computed again" if counts.bad else ""
-    return (
-        f"teacher cache: {counts.hits:,} rows read{others}, {counts.computed:,} computed{damaged}; "
-        f"{in_bytes(counts.bytes_written)} written, about {counts.seconds_saved:.0f} s of the teacher's time saved"
-    )
+    return f"teacher cache: {counts.hits:,} rows read, {counts.computed:,} computed{damaged}"
 
 
 def samples_page(samples: list[dict[str, Any]], max_new_tokens: int) -> str:

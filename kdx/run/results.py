@@ -12,7 +12,7 @@ from kdx.causal_lm import DTYPES
 from kdx.config import as_dict
 from kdx.data.encode import Data
 from kdx.errors import DivergedError, MachineError
-from kdx.evaluate import MAX_NEW_TOKENS, MEASURES, Judge
+from kdx.evaluate import MAX_NEW_TOKENS, MEASURES, Judge, peak_memory
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report
 from kdx.run.files import in_bytes, usage_of, write_beside, write_json
@@ -40,7 +40,7 @@ def bytes_on_disk(training: Training) -> tuple[int, int, int]:
     """Estimate the bytes of the student, of the best weights so far, and of a checkpoint; 0 for what is not saved."""
     student, config = training.student, training.config
     num, itemsize = student.num_parameters(), student.dtype.itemsize
-    saved = DTYPES.get(config.student.save_dtype, DTYPES["bf16"]).itemsize
+    saved = DTYPES[training.save_dtype].itemsize
     best = num * itemsize if config.train.keep == "best" else 0
     is_saved = config.train.save_every or config.train.save_minutes
     moments = round(num * state_bytes(config.optim, next(student.parameters()))) if is_saved else 0
@@ -88,9 +88,11 @@ def keep_student(training: Training, folder: RunFolder) -> None:
 
     With student/ and trained.json the same command goes straight to measuring, whatever happens there.
     """
-    if not training.is_finished:
+    if training.is_finished:
+        training.student.to(training.machine.device)  # under FSDP it was loaded into main memory
+    else:
         training.choose_weights(folder)
-    cast(training.student, training.save_dtype)
+    cast(training.student, DTYPES[training.save_dtype])
     if training.is_finished or training.max_steps == 0:
         return
     if training.machine.is_main_process:
@@ -132,7 +134,7 @@ def finish(
             "seconds": time.time() - started,
             "seconds_per_step": statistics.median(state.step_seconds) if state.step_seconds else None,
             "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
-            "peak_memory_bytes": report.peak_memory(training.machine.device),
+            "peak_memory_bytes": peak_memory(training.machine.device),
             "store": asdict(store.counts) if store else None,
         },
         "data": report.counts(data) | {k: v for k, v in facts(data, training).items() if "fingerprint" in k},

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kdx.config import Config
@@ -42,19 +42,15 @@ def plugin(config: Config) -> FullyShardedDataParallelPlugin | None:
     precision: str = config.train.precision
     if precision == "auto":
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
-    wrong = [
-        (os.environ.get("FSDP_VERSION", "1") != "2", "FSDP_VERSION", "must be 2", "Set fsdp_version: 2"),
-        (is_asked("FSDP_OFFLOAD_PARAMS"), "FSDP_OFFLOAD_PARAMS", "is not supported", "Start without it"),
-        (is_asked("FSDP_ACTIVATION_CHECKPOINTING"), "FSDP_ACTIVATION_CHECKPOINTING",
-         "would draw dropout again in the backward pass", "Use train.gradient_checkpointing=true"),
-        (config.train.compile, "train.compile", "cannot be combined with FSDP", "Set it to false"),
-        (precision == "fp16", "train.precision", "fp16 cannot be combined with FSDP", "Use bf16 or fp32"),
-        (config.optim.name not in OPTIMIZERS, "optim.name", f"{config.optim.name} cannot be combined with FSDP",
-         f"Choices: {', '.join(OPTIMIZERS)}"),
-    ]  # fmt: skip
-    for is_wrong, where, what, hint in wrong:
-        if is_wrong:
-            raise MachineError(where, what, hint)
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise MachineError("FSDP_VERSION", "must be 2", "Set fsdp_version: 2")
+    if config.optim.name not in OPTIMIZERS:
+        what = f"{config.optim.name} cannot be combined with FSDP"
+        raise MachineError("optim.name", what, f"Choices: {', '.join(OPTIMIZERS)}")
+    asked = [name for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING") if is_asked(name)]
+    asked += ["train.compile"] * config.train.compile + ["train.precision=fp16"] * (precision == "fp16")
+    if asked:
+        raise MachineError(asked[0], "cannot be combined with FSDP", "Start without it")
     os.environ[ASKED] = "true"  # the only spelling that accelerate reads
     # The arithmetic of any run: autocast over fp32 weights, gradients summed in fp32. Every process loads the models
     # itself: accelerate would leave all but the first without weights, the teacher's too.
@@ -80,16 +76,13 @@ def prepare(machine: Accelerator, objective: Objective, optimizer: Any) -> tuple
             return forward(*inputs)
 
     objective.forward = under_autocast  # type: ignore[method-assign, assignment]  # accelerate does so without FSDP
-    hint = "Use fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and name no layers"
     try:
         module, optimizer = machine.prepare(objective, optimizer)
     except (KeyError, ValueError) as error:  # layers that the model does not have, or a tied head in two places
+        hint = "Use fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and name no layers"
         raise MachineError(ASKED, f"cannot shard this student: {' '.join(str(error).split())[:200]}", hint) from None
     if not all(isinstance(weight, DTensor) for weight in objective.parameters()):
         raise MachineError(ASKED, "was asked for, but accelerate left weights whole", "Start without it")
-    head, parts = student.get_output_embeddings(), [part for part in student.modules() if isinstance(part, FSDPModule)]
-    if any(head in part.modules() for part in parts):  # type: ignore[attr-defined]
-        raise MachineError(ASKED, "would shard the student's head by itself, and the loss reads it from outside", hint)
     return module, optimizer, whole
 
 

@@ -47,7 +47,7 @@ class StopRequest:
     def is_asked(self) -> bool:
         """Whether the run should stop here. All processes answer alike, if all look after the same step."""
         self._is_checked = True
-        return self.is_agreed if _num_processes() > 1 else self.signal is not None
+        return self.is_agreed if num_processes() > 1 else self.signal is not None
 
     def stopped(self) -> Stopped:
         """Return what ends the run: 143, 130 or 129 becomes the exit code."""
@@ -55,14 +55,19 @@ class StopRequest:
 
     def check(self) -> None:
         """Raise Stopped if the run should stop; never where other processes would wait for this one."""
-        if _num_processes() == 1 and self.is_asked:
+        if num_processes() == 1 and self.is_asked:
+            raise self.stopped()
+
+    def check_late(self) -> None:
+        """Raise Stopped after a run that was done before it could stop: no other job begins, and none is requeued."""
+        if self.signal not in (None, self._requeue):
             raise self.stopped()
 
     def __enter__(self) -> "StopRequest":
         numbers = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
         if callable(signal.getsignal(self._requeue)):
             # Slurm sends SIGTERM a moment before; submitit lets it pass.
-            numbers = [self._requeue, *(number for number in numbers if number != signal.SIGTERM)]
+            numbers = list({self._requeue, *numbers} - {signal.SIGTERM})
         with suppress(ValueError):  # not the main thread: whoever owns that handles signals
             for number in numbers:
                 self._before[number] = signal.signal(number, self._handle)
@@ -72,13 +77,18 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if isinstance(error, Stopped):
-            _say_once(f"kdx: stopped. Resume with: python -m kdx run.resume={self.path}")
+            from kdx.run.folder import is_resumable
+
+            resume = f"Resume with: python -m kdx run.resume={self.path}"
+            start = f"Nothing was saved yet. Start again with: python -m kdx run.like={self.path}"
+            _say_once(f"kdx: stopped. {resume if is_resumable(self.path) else start}")
             if self.signal == self._requeue and callable(requeue := self._before[self._requeue]):
                 _call(requeue, self._requeue)
 
     def _handle(self, number: int, _: Any) -> None:
         if self.signal is None:
-            self.signal = signal.SIGTERM if number == getattr(signal, "SIGUSR1", None) else number
+            is_warning = number == getattr(signal, "SIGUSR1", None) and number != self._requeue
+            self.signal = signal.SIGTERM if is_warning else number
             self._since = time.monotonic()
             if not self._is_checked:
                 raise self.stopped()
@@ -88,7 +98,8 @@ class StopRequest:
             os._exit(128 + number)
 
 
-def _num_processes() -> int:
+def num_processes() -> int:
+    """Return the number of processes of this run under torchrun, else 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

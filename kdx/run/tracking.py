@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlparse
 
 from rich.console import Console
@@ -40,15 +40,6 @@ SETTINGS = {  # of the W&B client; an environment variable such as WANDB_FINISH_
     "x_transaction_log_flush_interval": 1,  # a killed run keeps its rows
     "program": "kdx",
 }
-
-
-class Progressed(Protocol):
-    """How far a run is: what the loop's state has."""
-
-    step: int
-    tokens: int
-    counted_tokens: int
-    lines: int
 
 
 class _ConsoleHandler(logging.Handler):
@@ -110,7 +101,7 @@ class Tracker:
     """
 
     def __init__(self, folder: RunFolder, config: Config, record: Record, training: Any, *, is_main: bool) -> None:
-        state: Progressed = training.state
+        state = training.state
         self.file = folder.path / "metrics.jsonl"
         self.folder, self.config, self.record, self.is_main = folder, config, record, is_main
         self.first_step, self.max_steps = state.step, training.max_steps
@@ -121,7 +112,7 @@ class Tracker:
         if is_main:
             self._truncate(state)
 
-    def _truncate(self, state: Progressed) -> None:
+    def _truncate(self, state: Any) -> None:
         """Drop the lines after the checkpoint, so that a resumed run has each step once."""
         lines = self.file.read_bytes() if self.file.exists() else b""
         if len(lines) < state.lines:
@@ -200,7 +191,7 @@ class Tracker:
         for line in [*lines, f"  writes to       {self.folder.path}", f"  {self.wandb_line}"]:
             log.info(line)
 
-    def log(self, state: Progressed, metrics: dict[str, Any]) -> None:
+    def log(self, state: Any, metrics: dict[str, Any]) -> None:
         """Append one line of metrics, and show it."""
         if not self.is_main:
             return
@@ -341,6 +332,5 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it logs every matrix product
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -61,7 +61,7 @@ def before_summary(act, patch):
 
 
 def raises(error):
-    def act():
+    def act(*_):
         raise error
 
     return act
@@ -145,6 +145,8 @@ def test_a_longer_run_needs_a_checkpoint_to_train_on_from(place, tmp_path, capfd
     assert run_here(config_of(place, *words, "train.max_steps=2"), tmp_path / "run") == 0
     assert run_here(config_of(place, *words, "train.max_steps=4"), tmp_path / "run") == 2
     assert "has trained to step 2 and kept no checkpoint to train on from" in capfd.readouterr().err
+    assert status(tmp_path / "run")["state"] == "done"
+    assert run_here(config_of(place, *words, "train.max_steps=2"), tmp_path / "run", no_step) == 0
 
 
 def test_out_of_memory_in_training_keeps_the_last_checkpoint(place, tmp_path, undisturbed):
@@ -168,12 +170,30 @@ def test_out_of_memory_in_training_keeps_the_last_checkpoint(place, tmp_path, un
     assert outcome(tmp_path / "run") == expected
 
 
+def test_a_longer_run_from_a_kept_checkpoint_is_the_straight_one(place, tmp_path):
+    words = [*WORDS[1:], "optim.schedule=constant", "train.keep_checkpoints=true", "train.log_every=3"]
+    longer = config_of(place, *words, "train.max_steps=6")
+    assert run_here(config_of(place, *words, "train.max_steps=4"), tmp_path / "run") == 0
+    assert run_here(longer, tmp_path / "run") == 0
+    assert outcome(tmp_path / "run") == straight(longer, tmp_path / "straight")
+
+
+def test_what_saved_nothing_may_be_corrected_in_its_folder(place, tmp_path):
+    def fault(patch):
+        patch.setattr(Training, "forward_backward", raises(torch.OutOfMemoryError("CUDA out of memory")))
+
+    assert run_here(config_of(place, *WORDS), tmp_path / "run", fault) == 3
+    corrected = config_of(place, *WORDS[:2], "train.micro_batch_size=2")
+    assert run_here(corrected, tmp_path / "run") == 0
+    assert outcome(tmp_path / "run") == straight(corrected, tmp_path / "straight")
+
+
 def test_a_signal_when_all_is_done_leaves_the_run_done(place, tmp_path):
     def fault(patch):
         known = results.checkpoint.remove_all
         patch.setattr(results.checkpoint, "remove_all", lambda path: (known(path), os.kill(os.getpid(), 15)))
 
-    assert run_here(config_of(place, *WORDS), tmp_path / "run", fault) in (0, 143)
+    assert run_here(config_of(place, *WORDS), tmp_path / "run", fault) == 143  # of a sweep, no other job begins
     assert status(tmp_path / "run")["state"] == "done"
 
 

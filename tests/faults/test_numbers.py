@@ -126,6 +126,7 @@ def test_final_measures_that_are_not_finite_are_no_done_run(place, tmp_path, cap
     assert len(losses_of(tmp_path / "run")) == 7
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")  # the optimizer never steps
 def test_a_run_that_learnt_nothing_is_not_done(place, tmp_path, capfd):
     def nan_always(patch):
         def planted(student, teacher):

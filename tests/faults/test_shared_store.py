@@ -18,7 +18,7 @@ from kdx.data.batches import Row, collate
 from kdx.store import Identity, TeacherStore, compact, count_rows, load_head
 from kdx.teacher import Teacher
 
-WHO = Identity("weights", "tokenizer", "bf16", "none")
+WHO = Identity("teacher", "bf16", "none")
 WRONG = 77  # the exit code of a process that was given a wrong row
 
 
@@ -29,7 +29,7 @@ def teacher(tmp_path_factory):
 
 def test_some_share_a_store_and_one_is_killed(teacher, tmp_path, full, figure):
     """Each asks for the same batches in an order of its own, and compares the answers with the live teacher's."""
-    live, batches = Teacher(partial(load, teacher), "bf16", WHO), batches_to_share(60 if full else 24)
+    live, batches = Teacher(partial(load, teacher), WHO), batches_to_share(60 if full else 24)
     reference = [live.live(batch) for batch in batches]
     save_file({str(i): hidden for i, hidden in enumerate(reference)}, tmp_path / "reference.safetensors")
     num_rounds, num_at_once = (100, 4) if full else (2, 2)
@@ -47,7 +47,7 @@ def test_some_share_a_store_and_one_is_killed(teacher, tmp_path, full, figure):
         killed += codes.count(-signal.SIGKILL)
         wrong += codes.count(WRONG)
         assert {*codes} <= {0, WRONG, None, -signal.SIGKILL}
-        reader = TeacherStore(root, WHO, name="teacher", owner="reader")
+        reader = TeacherStore(root, WHO, name="teacher")
         for batch, hidden in zip(batches, reference, strict=True):
             rows = reader.read(batch.row_digests)
             wrong += rows is None or not torch.equal(torch.cat(rows), hidden)
@@ -78,8 +78,8 @@ def share(teacher, root, number):
     store_module.SHARD_BYTES = 50_000
     reference = load_file(root.parent / "reference.safetensors")
     batches = batches_to_share(len(reference))
-    store = TeacherStore(root, WHO, name="teacher", owner=f"run{number}")
-    asked = Teacher(partial(load, teacher), "bf16", WHO, store=store)
+    store = TeacherStore(root, WHO, name="teacher")
+    asked = Teacher(partial(load, teacher), WHO, store=store)
     order = list(range(len(batches)))
     random.Random(number).shuffle(order)
     for i in order * 2:
