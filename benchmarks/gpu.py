@@ -24,14 +24,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kdx.causal_lm import Head, counted_hidden, head_of
+from kdx.causal_lm import Head, check_split, counted_hidden, head_of
 from kdx.data.batches import MicroBatch, Row, collate
 from kdx.loss import divergence
 from kdx.objective import chunk_size_of, distillation_loss
 
 ALPHA, TEMPERATURE = 0.7, 2.0
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPES = ["4096,128256,2048,4096", "16384,128256,2048,4096", "8192,151936,896,3584"]
+SHAPES = ["4096,128256,2048,4096", "16384,128256,2048,4096", "8192,151936,896,3584", "8192,151665,896,3584"]
 STUDENT, TEACHER = "16,2048,8192,32,8", "28,3072,8192,24,8"  # the shapes of Llama-3.2 1B and 3B
 PLAIN_BYTES = 40e9  # of the plain loss's logits: what needs more is not tried
 
@@ -171,7 +171,9 @@ def make_model(shape: str, ids: int, dtype: torch.dtype) -> LlamaForCausalLM:
         num_key_value_heads=groups, tie_word_embeddings=True, max_position_embeddings=8192,
     )  # fmt: skip
     with DEVICE:
-        return LlamaForCausalLM(config).to(dtype)
+        model = LlamaForCausalLM(config).to(dtype).eval()
+    check_split(model, "model")  # as kdx does: causal models need no attention mask
+    return model
 
 
 def make_batch(num_rows: int, length: int, ids: int) -> MicroBatch:
@@ -187,12 +189,17 @@ def make_batch(num_rows: int, length: int, ids: int) -> MicroBatch:
 
 def step_contestants(args: argparse.Namespace, batch: MicroBatch) -> dict[str, Work]:
     """Whole optimizer steps: forward, backward, clipping and AdamW."""
+    if args.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False)
     student = make_model(args.student, args.vocabulary, torch.float32).train()
     teacher = make_model(args.teacher, args.vocabulary, torch.bfloat16).eval().requires_grad_(False)
     if args.checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.compile:
         student.base_model.compile()
+        teacher.base_model.compile()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     teacher_head = head_of(teacher)
     labels = torch.full(batch.input_ids.shape, -100, device=DEVICE)
@@ -272,7 +279,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the student's activations")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the student's body")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the bodies")
+    parser.add_argument("--liger", action="store_true", help="Liger's norms, rotary embeddings and SwiGLU")
     args = parser.parse_args(words)
     if args.tiny:
         args.repeats, args.shapes = 1, ["48,300,16,32"]

@@ -69,7 +69,12 @@ class Head:
         """Multiply h·Wᵀ → [n, V] in the weight's dtype; fastest over many rows at once."""
         device = self.weight.device
         with torch.autocast(device.type, enabled=False):
-            return hidden.to(device=device, dtype=self.weight.dtype) @ self.weight.T
+            hidden = hidden.to(device=device, dtype=self.weight.dtype)
+            if device.type != "cuda" or self.num_ids % 8 == 0 or torch.is_grad_enabled():
+                return hidden @ self.weight.T
+            # A GPU's fast kernels need rows that begin at multiples of 16 bytes, whatever the number of ids.
+            padded = hidden.new_empty(len(hidden), -(-self.num_ids // 8) * 8)
+            return torch.mm(hidden, self.weight.T, out=padded[:, : self.num_ids])
 
     def finish(self, product: Tensor) -> Tensor:
         """Turn the product h·Wᵀ into logits, float32 or float64; rows are independent, so any number at a time."""

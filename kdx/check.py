@@ -24,7 +24,7 @@ from kdx.data.batches import MicroBatch, Row, collate
 from kdx.data.encode import Data, load_data
 from kdx.errors import printable
 from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, HeldOut
-from kdx.objective import BLOCK_BYTES, CHUNK_BYTES
+from kdx.objective import BLOCK_BYTES, chunk_bytes
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report, results
 from kdx.run.files import in_bytes, usage_of
@@ -154,7 +154,7 @@ def memory_table(training: Training, cost: Cost) -> Table:
         head_bytes = teacher.head.weight.nbytes
         teacher_bytes = teacher.model.get_memory_footprint() if teacher.is_loaded else head_bytes
     logits = tokens * num_ids * (2 if machine.mixed_precision == "bf16" else 4)
-    chunk = 2 * min(CHUNK_BYTES, logits)  # the student's and the teacher's
+    chunk = 2 * min(chunk_bytes(machine.device), logits)  # the student's and the teacher's
     if machine.device.type != "cpu":  # where a block is not small beside a chunk
         chunk += SOFTMAXES * min(BLOCK_BYTES, logits)
     shape = student.config.get_text_config()

@@ -54,6 +54,11 @@ def closed_form(of: Divergence) -> Callable[[Callable[..., tuple[Tensor, Tensor]
     return keep
 
 
+def has_closed_form(name: str) -> bool:
+    """Whether value and gradient of a divergence come in one pass, without autograd."""
+    return name in _CLOSED_FORMS
+
+
 def names() -> list[str]:
     """Return the registered divergences."""
     return sorted(_REGISTRY)
@@ -123,7 +128,7 @@ def value_and_gradient(name: str, s: Tensor, t: Tensor, options: dict[str, Any])
 
     Takes the closed form where there is one, autograd otherwise. `s` need not require grad.
     """
-    if name in _CLOSED_FORMS:
+    if has_closed_form(name):
         return _CLOSED_FORMS[name](s, t, **options)
     with torch.enable_grad():
         leaf = s.detach().requires_grad_()
@@ -208,6 +213,18 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
     return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
 
 
+@closed_form(jsd)
+def _jsd(s: Tensor, t: Tensor, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+    if beta in (0, 1):
+        return _reverse_kl(s, t) if beta else _forward_kl(s, t)
+    mixture = _log_mixture(t, s, beta)
+    p = s.exp()
+    ratio = _zero_where_excluded(s, s - mixture)
+    of_student = (p * ratio).sum(-1)
+    value = beta * _kl(t, mixture) + (1 - beta) * of_student
+    return value, (1 - beta) * p * (ratio - of_student.unsqueeze(-1))
+
+
 @register
 def skew_forward_kl(student: Tensor, teacher: Tensor, skew: float = 0.1) -> Tensor:
     """KL(T ‖ λT + (1−λ)S): forward KL that stays bounded (Ko et al., 2024)."""
@@ -215,11 +232,27 @@ def skew_forward_kl(student: Tensor, teacher: Tensor, skew: float = 0.1) -> Tens
     return _kl(teacher, _log_mixture(teacher, student, skew))
 
 
+@closed_form(skew_forward_kl)
+def _skew_forward_kl(s: Tensor, t: Tensor, skew: float = 0.1) -> tuple[Tensor, Tensor]:
+    mixture = _log_mixture(t, s, skew)
+    moved = (t + s + math.log1p(-skew) - mixture).exp()  # T, times the student's share of the mixture
+    return _kl(t, mixture), s.exp() * moved.sum(-1, keepdim=True) - moved
+
+
 @register
 def skew_reverse_kl(student: Tensor, teacher: Tensor, skew: float = 0.1) -> Tensor:
     """KL(S ‖ λS + (1−λ)T): reverse KL that stays bounded (Ko et al., 2024)."""
     _check_share("skew", skew, ends=False)
     return _kl(student, _log_mixture(student, teacher, skew))
+
+
+@closed_form(skew_reverse_kl)
+def _skew_reverse_kl(s: Tensor, t: Tensor, skew: float = 0.1) -> tuple[Tensor, Tensor]:
+    mixture = _log_mixture(s, t, skew)
+    p, ratio = s.exp(), _zero_where_excluded(s, s - mixture)
+    slope = ratio - (s + math.log(skew) - mixture).exp()  # less the student's share of the mixture
+    value = (p * ratio).sum(-1)
+    return value, p * (slope - (p * slope).sum(-1, keepdim=True))
 
 
 @register

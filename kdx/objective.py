@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kdx import loss
+from kdx import fused, loss
 from kdx.causal_lm import Head, counted_hidden, head_of
 from kdx.config import LossConfig
 from kdx.data.batches import IGNORED, MicroBatch
@@ -26,6 +26,7 @@ from kdx.plugins import option_faults
 from kdx.teacher import Answer
 
 CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: larger chunks mean fewer passes over the head's gradient
+GPU_CHUNK_BYTES = 2**30  # on a GPU, or a 64th of its memory: its products are faster over thousands of rows
 CACHE_BYTES = 2**19  # of one float32 tensor of a block on a CPU, per thread: what stays in its cache
 BLOCK_BYTES = 2**26  # of one elsewhere: large enough to fill a GPU, small beside the chunk
 HEAD_ROWS = 2**14  # rows of the head's gradient summed at once in float32, without a second matrix of the head's size
@@ -207,19 +208,29 @@ class _ChunkedSum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=grad_dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad_dtype) if wants_bias and bias is not None else None
         kd_sum, ce_sum = (torch.zeros((), dtype=_sum_dtype(hidden), device=hidden.device) for _ in range(2))
+        # backward() passes over the gradients once more on a GPU: it applies the factor there.
+        factor_now, factor_later = (factor, 1.0) if hidden.device.type == "cpu" else (1.0, factor)
 
         for rows in chunks_of(len(labels), chunk_size):
             product = head.product(hidden[rows])
             teacher_product = None
             if mix.alpha > 0 and answer is not None:
                 teacher_product = answer.head.product(answer.hidden[rows]).to(product.device)
+            chunk_weights = {name: weight[rows] for name, weight in weights.items()}
+            teacher_head = None if teacher_product is None or answer is None else answer.head
+            sums = fused.sums(product, teacher_product, labels[rows], head, teacher_head, mix, chunk_weights)
+            if sums is not None:
+                kd_sum += sums[0]
+                ce_sum += sums[1]
+                if grad_bias is not None:
+                    grad_bias += product.sum(0, dtype=grad_dtype)
             # The softmaxes pass over [n, V] many times: a few rows at once stay in the processor's cache.
-            for block in blocks_of(product):
+            for block in blocks_of(product) if sums is None else ():
                 logits = head.finish(product[block])
                 teacher_logits = None
-                if answer is not None and teacher_product is not None:
-                    teacher_logits = answer.head.finish(teacher_product[block])
-                weighted = {name: weight[rows][block] for name, weight in weights.items()}
+                if teacher_head is not None and teacher_product is not None:
+                    teacher_logits = teacher_head.finish(teacher_product[block])
+                weighted = {name: weight[block] for name, weight in chunk_weights.items()}
                 kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[rows][block], mix, weighted)
                 kd_sum += kd
                 ce_sum += ce
@@ -229,9 +240,12 @@ class _ChunkedSum(torch.autograd.Function):
                 product[block] = grad  # the product is no longer needed: its memory holds its gradient
             del teacher_product  # the peak of a step's memory is about here
             if grad_hidden is not None:
-                grad_hidden[rows] = (product @ head.weight).to(hidden.dtype).mul_(factor)
+                grad_hidden[rows] = (product @ head.weight).to(hidden.dtype).mul_(factor_now)
             if grad_weight is not None:
                 inputs = hidden[rows].to(product.dtype)
+                if product.dtype != grad_dtype and product.device.type == "cuda":  # its products can add in float32
+                    torch.addmm(grad_weight, product.T, inputs, out_dtype=grad_dtype, out=grad_weight)
+                    continue
                 for ids in chunks_of(head.num_ids, HEAD_ROWS):
                     if product.dtype == grad_dtype:
                         grad_weight[ids].addmm_(product[:, ids].T, inputs)
@@ -239,8 +253,9 @@ class _ChunkedSum(torch.autograd.Function):
                         grad_weight[ids].add_(product[:, ids].T @ inputs)
 
         for of_head in (grad_weight, grad_bias):
-            if of_head is not None:
-                of_head.mul_(factor)
+            if of_head is not None and factor_now != 1:
+                of_head.mul_(factor_now)
+        ctx.factor = factor_later
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(kd_sum, ce_sum)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -254,6 +269,7 @@ class _ChunkedSum(torch.autograd.Function):
         # The factor is 1 as a rule, and a gradient of the head is as large as the head: avoid the copy. Looking costs
         # nothing on a CPU; a GPU would have to be waited for.
         if grad_total.device.type != "cpu" or grad_total.item() != 1:
+            grad_total = grad_total * ctx.factor
             grads = [None if grad is None else grad * grad_total for grad in grads]  # before it is rounded to bf16
         by_inputs = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
         return *by_inputs, *[None] * 7
@@ -261,7 +277,14 @@ class _ChunkedSum(torch.autograd.Function):
 
 def chunk_size_of(head: Head) -> int:
     """Choose how many positions a chunk has by the size of their logits."""
-    return max(1, CHUNK_BYTES // (head.compute_dtype.itemsize * head.num_ids))
+    return max(1, chunk_bytes(head.weight.device) // (head.compute_dtype.itemsize * head.num_ids))
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Choose the size of a chunk's product on a device."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    return min(GPU_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
 
 
 def chunks_of(num_rows: int, size: int) -> Iterator[slice]:

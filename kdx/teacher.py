@@ -88,7 +88,7 @@ class Teacher:
         if self.store is None:
             return Answer(self.live(batch), self.head)
         if (rows := self.store.read(batch.row_digests)) is not None:
-            return Answer(torch.cat(rows), self.head)
+            return Answer(joined(rows, self.head.weight.device), self.head)
         hidden = self.live(batch)
         computed = hidden.cpu().split(batch.num_counted)
         settled = self.store.write(batch.row_digests, computed)
@@ -101,6 +101,15 @@ class Teacher:
         device = self.model.device
         with torch.autocast(device.type, enabled=False):  # the teacher computes in its own dtype, always
             return counted_hidden(self.model, batch.to(device))
+
+
+def joined(rows: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Join rows in memory; for a GPU in pinned memory, from where they are on their way before it is waited for."""
+    if device.type != "cuda":
+        return torch.cat(list(rows))
+    size = (sum(len(row) for row in rows), *rows[0].shape[1:])
+    pinned = torch.empty(size, dtype=rows[0].dtype, pin_memory=True)
+    return torch.cat(list(rows), out=pinned).to(device, non_blocking=True)
 
 
 def dtype_of(config: TeacherConfig, device: torch.device) -> str:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kdx import loss, objective
+from kdx import fused, loss, objective
 from kdx.causal_lm import Head
 from kdx.data.batches import Batches, Row, collate, merged
 from kdx.objective import Mix, Objective, chunks_of, distillation_loss, summed_loss
@@ -700,3 +700,59 @@ def test_merged_micro_batches_are_one_batch_of_all_rows(teacher):
     torch.testing.assert_close(teacher.answer(together).hidden, teacher.answer(whole).hidden, rtol=0, atol=0)
     one_by_one = torch.cat([teacher.answer(part).hidden for part in parts])
     torch.testing.assert_close(teacher.answer(together).hidden, one_by_one, rtol=1e-9, atol=1e-12)
+
+
+# ---- the compiled stage of a GPU, here on a CPU and without its compiler
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Do what a GPU does with a chunk, by the function itself."""
+    monkeypatch.setattr(fused, "compiled", lambda: fused.gradient_in_place)
+    monkeypatch.setattr(fused, "DEVICES", {"cpu"})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "temperature", "how"),
+    [
+        ("forward_kl", {}, 2.0, {}),
+        ("reverse_kl", {}, 1.0, {"softcap": 3.0, "scale": 0.5}),
+        ("jsd", {"beta": 0.2}, 2.0, {"bias": False}),
+        ("skew_forward_kl", {}, 4.0, {"softcap": 3.0}),
+        ("skew_reverse_kl", {"skew": 0.6}, 0.5, {"scale": 2.0}),
+    ],
+)
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_the_compiled_stage_and_the_blocks_agree(as_on_a_gpu, monkeypatch, name, options, temperature, how, alpha):
+    exact = Case(**how)
+    weights = {"kd": torch.rand(N).double(), "ce": torch.rand(N).double()}
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
+        case = exact.to(dtype)
+        results = []
+        for devices in ({"cpu"}, set()):
+            monkeypatch.setattr(fused, "DEVICES", devices)
+            whole = case.loss(name=name, alpha=alpha, temperature=temperature, chunk_size=3, **options)
+            parts = weighted(case, weights, 4, name, alpha)
+            results.append(case.value_and_gradients(whole) + case.value_and_gradients(parts))
+        assert_close(*results, tolerance)
+
+
+def test_one_compiled_function_serves_all_numbers_of_positions_and_weights(as_on_a_gpu, monkeypatch):
+    traced = torch.compile(fused.gradient_in_place, dynamic=False, backend="eager")
+    monkeypatch.setattr(fused, "compiled", lambda: traced)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (7, 3, 12):
+            Case(n=n).loss(alpha=0.05 * n, temperature=n / 2).backward()
+
+
+def test_a_loss_that_cannot_be_compiled_is_computed_in_blocks(as_on_a_gpu, monkeypatch, caplog):
+    def failing(*_):
+        raise torch._dynamo.exc.InternalTorchDynamoError("no C compiler\nat all")
+
+    monkeypatch.setattr(fused, "compiled", lambda: failing)
+    case = Case()
+    for _ in range(2):
+        assert_close(case.value_and_gradients(case.loss()), case.value_and_gradients(case.plain()), 1e-9)
+    assert [record.message for record in caplog.records] == [
+        "the loss cannot be compiled here, and is slower without: no C compiler"
+    ]
