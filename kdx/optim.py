@@ -14,7 +14,7 @@ from kdx.config import OptimConfig
 from kdx.errors import ConfigError, MachineError, did_you_mean, one_line, together
 from kdx.plugins import option_faults
 
-UNFIT = {"LBFGS", "SparseAdam"}  # one calls the loss several times a step, one takes sparse gradients alone
+UNFIT = {"LBFGS", "SparseAdam", "Optimizer"}  # wants several losses a step; sparse gradients; is abstract
 
 
 def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:

@@ -88,7 +88,7 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("data.chat_template=no/such.jinja",): ["data.chat_template: no/such.jinja is not a file. Give a file, or Jinja text with {{ }}"],
     ("data.chat_template='{% for m in messages %}{{ m.content'",): ["data.chat_template: is not Jinja: * (line 1). Fix it, or give another"],
     ("data.chat_template=notes",): ["data.chat_template: notes is not a file. Give a file, or Jinja text with {{ }}"],
-    ("optim.name=torch.SparseAdam",): ["optim.name: torch has no optimizer SparseAdam that kdx can use. Did you mean *Choices: *"],
+    ("optim.name=torch.SparseAdam",): ["optim.name: torch has no optimizer SparseAdam that kdx can use. Choices: *"],
     ("optim.name=torch.LBFGS",): ["optim.name: torch has no optimizer LBFGS that kdx can use. Choices: *"],
     ("data.path=[t.jsonl,empty.jsonl]",): ["empty.jsonl: has no rows. Was the copy cut short? Copy it again, or leave it out"],
     ("data.path=*.jsonl",): ["empty.jsonl: has no rows. Was the copy cut short? Copy it again, or leave it out"],
@@ -293,7 +293,7 @@ def test_packages_that_are_not_installed(refused, monkeypatch, words, package, t
     [
         ((), 2, "t.jsonl:2:12: is not JSON (Expecting value). Was the copy cut short? A .jsonl file has one object a line, a .json file one list of objects"),
         (("teacher.path=nowhere",), 2, "teacher.path: nowhere is not a folder here, and cannot be read from the hub: We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached files. Log in for gated models (hf auth login). This folder (*) has: outputs/, student/, t.jsonl, teacher/"),
-        (("optim.lr=-1", "loss.alpha=${oc.env:KDX_NOWHERE}"), 2, "loss.alpha: environment variable KDX_NOWHERE is not set. Run: export KDX_NOWHERE=...\nkdx: error: optim.lr: is -1. Expected a number (above 0). Peak learning rate"),
+        (("optim.lr=-1", "loss.alpha=${oc.env:KDX_NOWHERE}"), 2, "loss.alpha: KeyError raised while resolving interpolation: \"Environment variable 'KDX_NOWHERE' not found\". Set what it names, or give a value\nkdx: error: optim.lr: is -1. Expected a number (above 0). Peak learning rate"),
     ],
 )  # fmt: skip
 def test_processes(place, words, code, told):
