@@ -80,7 +80,7 @@ def build_teacher(
     """
     if config.teacher.path is None:
         return None
-    digest = model_digest(config.teacher) or uuid.uuid4().hex  # unknown: equal to nothing
+    digest = model_digest(config.teacher, "teacher") or uuid.uuid4().hex  # unknown: equal to nothing
     identity = Identity(digest, dtype_of(config.teacher, device), config.teacher.quantization)
     store, words = open_store(config.teacher, identity, rows, is_repeated=is_repeated)
     teacher = load_teacher(config.teacher, device, max_length, identity, store)

@@ -89,7 +89,8 @@ def check_loss(config: LossConfig) -> None:
         try:
             loss.check_options(config.name, config.options)  # ranges, and what the function returns
         except ValueError as error:
-            raise ConfigError("loss", str(error), f"See the divergence {config.name} for its options") from None
+            hint = f"See the function {loss.get(config.name).__module__}.{config.name}"
+            raise ConfigError("loss", str(error), hint) from None
 
 
 class Objective(nn.Module):

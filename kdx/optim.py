@@ -14,6 +14,8 @@ from kdx.config import OptimConfig
 from kdx.errors import ConfigError, MachineError, did_you_mean, one_line, together
 from kdx.plugins import option_faults
 
+UNFIT = {"LBFGS", "SparseAdam", "Optimizer"}  # wants several losses a step; sparse gradients; is abstract
+
 
 def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
     """Find torch.CLASS or bitsandbytes.CLASS and check the names of its options. Raises ConfigError or MachineError."""
@@ -23,8 +25,9 @@ def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
     except ImportError:
         raise MachineError("optim.name", f"{library} is not installed", f"Run: pip install {library}") from None
     known = {k: v for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Optimizer)}
-    if name not in known:
-        raise ConfigError("optim.name", f"{library} has no optimizer {name}", did_you_mean(name, list(known)))
+    if name not in known.keys() - UNFIT:
+        what = f"{library} has no optimizer {name} that kdx can use"
+        raise ConfigError("optim.name", what, did_you_mean(name, sorted(known.keys() - UNFIT)))
     if faults := option_faults(known[name], {"lr": config.lr, **config.options}, "optim.", num_given=1):
         raise together(faults)
     return known[name]

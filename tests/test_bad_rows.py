@@ -55,9 +55,9 @@ FILES = {
     "latin-1": ("t.jsonl", LINE + b'{"source": "caf\xe9"}\n', "t.jsonl:2: byte 0xe9 is not UTF-8", "iconv -f LATIN1 -t UTF-8 t.jsonl"),
     "latin-1 CSV": ("t.csv", b"source,target\na,caf\xe9\n", "t.csv:2: byte 0xe9", "iconv"),
     "a comma too few": ("t.csv", b"source,target\na,b\nc\n", "t.csv:3: ", '"target" is null (NoneType), expected text'),
-    "a header alone": ("t.csv", b"source,target\n", "data.path: no row of t.csv is left (it has none)", "Give more data"),
-    "an empty list": ("t.json", b"[]", "data.path: no row of t.json is left (it has none)", "Give more data"),
-    "empty": ("t.jsonl", b"", "data.path: no row of t.jsonl is left (it has none)", "Give more data"),
+    "a header alone": ("t.csv", b"source,target\n", "t.csv: has no rows", "Was the copy cut short?"),
+    "an empty list": ("t.json", b"[]", "t.json: has no rows", "Was the copy cut short?"),
+    "empty": ("t.jsonl", b"", "t.jsonl: has no rows", "Was the copy cut short?"),
     "chats": ("t.jsonl", (json.dumps({"messages": TALK}) + "\n").encode(), 't.jsonl:1: "source" is missing; the row is an object with messages', "Choose a layout (data=pairs, messages or sharegpt), or name the column"),
     "copies of one row": ("t.jsonl", LINE * 20, "data.validation: is 0.05: all 20 rows are held out or equal to one that is", "Hold out fewer"),
     "a comma too many": ("t.csv", b"source,target\na,b\na,b, and c\n", "t.csv:3: has more columns than the header", "Quote the separators"),
@@ -215,9 +215,9 @@ def test_a_chat_template_may_refuse_all_rows(refused, how):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"max_length": 2}, "no row of train is left (40 no counted token left). Raise data.max_length"),
-        ({"max_length": 3, "on_long": "drop"}, "no row of train is left (40 longer than data.max_length)"),
-        ({"chat_template": "{% oops %}"}, "Encountered unknown tag 'oops'"),
+        ({"max_length": 2}, "no training row is left (40 no counted token left). Raise data.max_length"),
+        ({"max_length": 3, "on_long": "drop"}, "no training row is left (40 longer than data.max_length)"),
+        ({"chat_template": "{% oops %}"}, "data.chat_template: is not Jinja: Encountered unknown tag 'oops'"),
         ({"chat_template": "nowhere.jinja"}, "data.chat_template: nowhere.jinja is not a file"),
     ],
 )

@@ -332,6 +332,11 @@ class TestNeverRanked:
             ("summary.json", None, "summary.json is missing"),
             ("config.yaml", "a: [", "config.yaml cannot be read: while parsing"),
             ("eval_rows.jsonl", '{"row": 1', "eval_rows.jsonl cannot be read: Expecting"),
+            ("eval_rows.jsonl", '{"row": "a"}\n', "a file lacks what kdx writes into it (KeyError: 'counted')"),
+            ("summary.json", '{"student": {"ce": 1.0}}', "a file lacks what kdx writes into it (KeyError: 'data')"),
+            ("status.json", "[]", "a file lacks what kdx writes into it (TypeError: "),
+            ("config.yaml", "a: 1", "a file lacks what kdx writes into it (KeyError: 'loss.alpha')"),
+            ("config.yaml", "", "a file lacks what kdx writes into it (AttributeError: "),
         ],
     )
     def test_runs_that_do_not_parse_are_named_and_the_rest_is_compared(self, tmp_path, file, text, why):

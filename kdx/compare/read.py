@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from kdx.compare.ranking import Comparison, Run, compared
-from kdx.compare.tables import as_csv, as_json, as_markdown, as_text
+from kdx.compare.ranking import RANKED_BY, Comparison, Ranking, Run, compared, make_points
+from kdx.compare.tables import as_csv, as_json, as_markdown, as_text, title
 from kdx.config import leaves
 from kdx.errors import ConfigError
 from kdx.run.files import write_beside
@@ -103,8 +103,14 @@ def read_run(name: str, folder: Path) -> Run:
         run.rows = sorted(_load(folder / "eval_rows.jsonl", _lines), key=lambda line: str(line["row"]))
         run.curve = [line for line in _load(folder / "metrics.jsonl", _lines) if "eval/ce" in line]
         run.samples = _load(folder / "samples.json", json.loads)
+        title(Ranking(make_points([run], []), {}))  # this and what follows reads all that ranking will
+        _ = run.measured_on, [run.summary[part].get("ce") for part in ("teacher", "untouched")]
+        measured = ["counted", *(name for name in RANKED_BY if run.summary["student"].get(name) is not None)]
+        _ = [row[name] for row in run.rows for name in measured], [line["tokens"] for line in run.curve]
     except ValueError as error:
         run.reason = str(error)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        run.reason = f"a file lacks what kdx writes into it ({type(error).__name__}: {error})"
     return run
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from jinja2 import TemplateSyntaxError
 from rich.console import Console
 from rich.progress import track
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -126,7 +127,8 @@ def _encode_all(
     for name, numbers in parts.items():
         if numbers and not len(Rows(folder / name)):
             rules = "; ".join(f"{number} {rule}" for rule, number in (+dropped).items())
-            raise DataError("data", f"no row of {name} is left ({rules})", "Raise data.max_length, or give other data")
+            kind = "training" if name == "train" else "held-out"
+            raise DataError("data", f"no {kind} row is left ({rules})", "Raise data.max_length, or give other data")
     opened = (found[i] for i in parts["held_out"] or parts["train"])
     known = {
         "fingerprint": digests[0],
@@ -339,7 +341,7 @@ def _unfit(conversation: Conversation) -> DataError:
 def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
     """Give the tokenizer the run's chat template, so that it is saved with the student → where it is from, in words.
 
-    Raises DataError if there is none.
+    Raises DataError if there is none, or it is not Jinja.
     """
     where = "the tokenizer's own"
     if config.chat_template:
@@ -350,6 +352,11 @@ def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
             if not path.is_file():
                 raise DataError(TEMPLATE, f"{path} is not a file", "Give a file, or Jinja text with {{ }}")
             tokenizer.chat_template = path.read_text(encoding="utf-8")
+        try:
+            render_jinja_template([], chat_template=tokenizer.chat_template)  # of no conversation: it only compiles
+        except TemplateSyntaxError as error:
+            what = f"is not Jinja: {one_line(error.message or '')} (line {error.lineno})"
+            raise DataError(TEMPLATE, what, "Fix it, or give another") from None
     elif not tokenizer.chat_template:
         if tokenizer.eos_token is None:
             raise DataError(TEMPLATE, "the tokenizer has neither a template nor an end-of-text token", "Give one")

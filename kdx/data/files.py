@@ -76,8 +76,12 @@ def read_rows(path: str | list[str], subset: str | None, split: str) -> Iterator
             unreadable.append(error)
             continue
         for file in files or []:
+            item = None
             try:
-                yield from READERS[file.suffix](file)
+                for item in READERS[file.suffix](file):
+                    yield item
+                if item is None:
+                    raise DataError(str(file), "has no rows", "Was the copy cut short? Copy it again, or leave it out")
             except DataError as error:
                 unreadable.append(error)
     if unreadable:

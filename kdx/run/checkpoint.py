@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -126,7 +127,7 @@ def _load_plain(file: Path) -> Any:
     """Read what torch.save wrote, if it is tensors and plain values. Raises ConfigError."""
     try:
         return torch.load(file, weights_only=True, map_location="cpu")
-    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         what = f"is not a checkpoint of kdx: {' '.join(str(error).split())[:160]}"
         raise ConfigError(str(file), what, "Do not use this folder") from None
 

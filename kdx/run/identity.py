@@ -40,12 +40,12 @@ def identity(config: Config) -> dict[str, Any]:
     A digest is None where there is nothing, or nothing yet, such as a model that will be downloaded.
     """
     template = config.data.chat_template or ""
-    models = [model for model in (config.teacher, config.student) if model.tokenizer or model.path]
+    groups = (("teacher", config.teacher), ("student", config.student))
     return config_identity(config) | {
         "data": _data(config),
-        "teacher": _model(config.teacher, WEIGHTS),
-        "student": _model(config.student, WEIGHTS[:1] if config.student.init == "random" else WEIGHTS),
-        "tokenizer": _joined([_model(model, TOKENIZER, model.tokenizer) for model in models]),
+        "teacher": _model(config.teacher, "teacher", WEIGHTS),
+        "student": _model(config.student, "student", WEIGHTS[: 1 if config.student.init == "random" else None]),
+        "tokenizer": _joined([_model(m, name, TOKENIZER, m.tokenizer) for name, m in groups if m.tokenizer or m.path]),
         "chat_template": content_hash(Path(template)) if os.path.isfile(template) else None,
         "plugins": _joined([content_hash(file) for file in plugins.files()]),
     }
@@ -133,11 +133,11 @@ def _data(config: Config) -> str | None:
     return _joined(found)
 
 
-def _model(model: ModelConfig, patterns: Sequence[str], place: str | None = None) -> str | None:
+def _model(model: ModelConfig, group: str, patterns: Sequence[str], place: str | None = None) -> str | None:
     """Hash the files of a local model that match these patterns, or name a hub model's commit."""
     if not (path := place or model.path):
         return None
-    folder = Path(resolve_path(path, "path"))
+    folder = Path(resolve_path(path, f"{group}.{'tokenizer' if place else 'path'}"))
     if not folder.is_dir():
         return _commit("models", path, None if place else model.revision)
     patterns = [*patterns, *([model.gguf_file] if model.gguf_file else []), *["*.py"] * model.trust_remote_code]
@@ -145,9 +145,9 @@ def _model(model: ModelConfig, patterns: Sequence[str], place: str | None = None
     return _joined([f"{file.name}:{content_hash(file)}" for file in files])
 
 
-def model_digest(model: ModelConfig) -> str | None:
+def model_digest(model: ModelConfig, group: str) -> str | None:
     """Hash the weights and the tokenizer of a model, or name its hub commit; None if that is not known."""
-    return _joined([_model(model, WEIGHTS), _model(model, TOKENIZER, model.tokenizer)])
+    return _joined([_model(model, group, WEIGHTS), _model(model, group, TOKENIZER, model.tokenizer)])
 
 
 def _commit(kind: str, repo: str, revision: str | None) -> str | None:

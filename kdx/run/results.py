@@ -57,7 +57,7 @@ def check_room(training: Training, path: Path) -> None:
     if training.max_steps and needed > free:
         what = f"the student and its checkpoints need {in_bytes(needed)}, and {in_bytes(free)} are free"
         hint = "Free some space, or choose another disk with hydra.run.dir=..."
-        raise MachineError(str(path), what, f"{hint}; train.save_every=0 writes fewer checkpoints" if one else hint)
+        raise MachineError(str(path), what, hint + "; train.save_every=0 writes fewer checkpoints" * (num_saves > 0))
 
 
 def warn_about(folder: RunFolder, data: Data) -> None:
