@@ -362,5 +362,6 @@ def _resolved(cfg: DictConfig, faults: list[ConfigError]) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """What Hydra or OmegaConf says, without its appendix."""
-    return one_line(re.split(r"\nSee https|\n\s+full_key:|\n\s*Config search path", str(error))[0])
+    """What Hydra or OmegaConf says, without its appendix and, for a resolver's error, without its frame."""
+    text = one_line(re.split(r"\nSee https|\n\s+full_key:|\n\s*Config search path", str(error))[0])
+    return re.sub(r"^\w+ raised while resolving interpolation: (.)(.*)\1$", r"\2", text)

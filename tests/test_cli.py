@@ -146,7 +146,7 @@ MISTAKES = {
     "sweep.workers=0": "1 or more",
     "foo=1": "is not a key of kdx. See all keys with: python -m kdx --cfg job",
     "+foo.bar=1": "foo.bar: is not a key of kdx",
-    "optim.lr=${oc.env:KDX_LR}": "optim.lr: KeyError raised while resolving interpolation: \"Environment variable 'KDX_LR'",
+    "optim.lr=${oc.env:KDX_LR}": "optim.lr: Environment variable 'KDX_LR' not found. Set what it names",
     "optim.lr=${train.nothing}": "optim.lr: Interpolation key 'train.nothing' not found",
     "data.path=a b=c": "cannot be read (mismatched input '='). Quote the value: 'data.path=\"a b=c\"'",
     "loss._target_=os.system": "loss._target_: names code to run",
