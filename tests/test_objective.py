@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standins import write_tokenizer
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kdx import fused, loss, objective
 from kdx.causal_lm import Head
@@ -22,6 +23,7 @@ from kdx.data.batches import Batches, Row, collate, merged
 from kdx.objective import Mix, Objective, chunks_of, distillation_loss, summed_loss
 from kdx.store import Identity
 from kdx.teacher import Answer, Teacher
+from kdx.tokenizer import count_ids
 from kdx.train import Training
 
 N, V, d, D = 7, 13, 5, 4
@@ -311,6 +313,12 @@ def test_padding_rows_change_nothing(name, who):
     assert_close([value, grad_hidden, grad_weight[:V], grad_bias[:V]], expected, 1e-12)
     assert (grad_weight[V:] == 0).all()
     assert (grad_bias[V:] == 0).all()
+
+
+def test_rows_of_a_head_past_the_tokenizers_ids_are_padding(tmp_path):
+    size = write_tokenizer(tmp_path)
+    heads = {"teacher": Head(torch.zeros(size + 60, D)), "student": Head(torch.zeros(size + 8, d))}
+    assert count_ids(AutoTokenizer.from_pretrained(tmp_path), heads) == size
 
 
 @each_name
