@@ -112,16 +112,17 @@ def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
         Path(str(hydra_part.sweep.dir)),
     )
     knows_points = str(hydra_part.sweeper.get("_target_")).endswith(".BasicSweeper")  # Optuna chooses as it goes
-    without: list[Config] = []
+    without: list[Point] = []
     has_baseline = all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha for c in configs)
     if knows_points and has_baseline:
         baseline = sweep.baseline_words(typed)
-        without = [point.config for point in composer.points(composer.parsed(baseline))]
-        made.num_baselines = sweep.missing_baselines(configs, without)
+        without = composer.points(composer.parsed(baseline))
+        made.num_baselines = sweep.missing_baselines(configs, [point.config for point in without])
         made.baseline = [*baseline, *added] if made.num_baselines else []
     if knows_points and is_named:
-        jobs = [*(without if made.baseline else []), *configs]
-        made.jobs = {Path(str(hydra_part.sweep.dir)) / sweep.job_name(swept, config): config for config in jobs}
+        jobs = [*(without if made.baseline else []), *points]
+        folder = Path(str(hydra_part.sweep.dir))
+        made.jobs = {folder / sweep.job_name(swept, job.words, job.config): job.config for job in jobs}
     return made
 
 
@@ -135,7 +136,8 @@ def point_of(hydra_part: Any) -> Point:
 
 
 def _job_name(swept: str, *, _root_: DictConfig) -> str:
-    return sweep.job_name([key for key in swept.split(",") if key], point_of(_root_.hydra).config)
+    point = point_of(_root_.hydra)
+    return sweep.job_name([key for key in swept.split(",") if key], point.words, point.config)
 
 
 # hydra.sweep.subdir asks for it, also in a launcher's processes: they import this before anything is called.

@@ -73,8 +73,9 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
     return "-".join([*(_safe(short_key(key, known)) for key in keys), digest(common)])
 
 
-def job_name(keys: list[str], config: Config) -> str:
+def job_name(keys: list[str], words: list[str], config: Config) -> str:
     """Name a job by its point and a hash of its config: temperature-2_alpha-0.7_1a2b3c."""
+    typed = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
     tree = as_dict(config)
     flat = leaves(tree)
     parts = ["baseline"] if config.loss.alpha == 0 and "loss.alpha" not in keys else []
@@ -84,9 +85,10 @@ def job_name(keys: list[str], config: Config) -> str:
         value = flat.get(key, tree.get(key))
         if isinstance(value, dict):  # a group
             value = next((value[k] for k in ("name", "path", "init") if value.get(k)), key)
-        is_typed = key.split(".")[0] in tree  # not an experiment
+        if key.split(".")[0] not in tree:  # an experiment: the config has its values, not its name
+            value = typed.get(key)
         value = int(value) if isinstance(value, float) and value.is_integer() else value
-        parts.append(f"{short_key(key, list(flat))}-{_safe(str(value))}" if is_typed else _safe(key))
+        parts.append(f"{short_key(key, list(flat))}-{_safe(str(value))}")
     return "_".join([*parts, digest(config_identity(config))])
 
 

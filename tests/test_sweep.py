@@ -30,7 +30,7 @@ def parsed(*words: str) -> list[Override]:
 
 
 def name(keys: list[str], *words: str) -> str:
-    return sweep.job_name(keys, compose(list(words)))
+    return sweep.job_name(keys, list(words), compose(list(words)))
 
 
 # Points and names
@@ -73,6 +73,7 @@ def test_a_name_says_the_point_by_the_shortest_unique_part_of_each_key() -> None
     assert re.fullmatch(r"temperature-2_alpha-0\.7_[0-9a-f]{6}", made)
     assert name(["train.seed", "data.seed"]).startswith("train.seed-0_data.seed-0_")
     assert name(["loss.temperature"], "loss.temperature=1") == name(["loss.temperature"], "loss.temperature=1.0")
+    assert name(["experiment"], "experiment=demo").startswith("experiment-demo_")
 
 
 def test_a_baseline_is_named_by_what_is_used() -> None:
