@@ -1,7 +1,6 @@
 """Checkpoints: in which order the disk keeps them, what is pruned, and what a full disk leaves."""
 
 import os
-import pickle
 import random
 import resource
 import shutil
@@ -17,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from kdx.cli import compose
-from kdx.errors import MachineError
+from kdx.errors import ConfigError, MachineError
 from kdx.run import checkpoint
 from kdx.run.files import MANIFEST
 from kdx.run.folder import Record, RunFolder
@@ -145,7 +144,7 @@ def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path):
     folder = save(tmp_path, 1)
     torch.save({"schedule": Path("x")}, folder / "random.pt")
     model, optimizer, schedule = parts()
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(ConfigError, match="Weights only load failed"):
         checkpoint.load(folder, model, optimizer.load_state_dict, schedule, rank=0, scaler=None)
 
 

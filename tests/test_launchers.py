@@ -158,5 +158,5 @@ def test_without_the_plug_in_the_command_that_installs_it_is_told(place: Path) -
 def test_a_launcher_that_can_start_nothing_is_the_machines_fault(place: Path) -> None:
     told = kdx(place, "hydra/launcher=slurm", "sweep.name=nowhere", PATH="")
     assert told.returncode == 3
-    assert "Could not detect" in told.stderr.splitlines()[-1]
+    assert "hydra/launcher: slurm needs srun. Run it on a node" in told.stderr.splitlines()[-1]
     assert states(place / "outputs" / "sweeps" / "nowhere") == {}

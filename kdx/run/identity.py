@@ -19,6 +19,7 @@ from kdx import plugins
 from kdx.config import COMMIT, Config, ModelConfig, as_dict, leaves
 from kdx.data.files import resolve_path
 from kdx.run.files import cache_dir, digest_of, write_beside
+from kdx.run.redact import redact
 
 # Keys, or groups of keys, that cannot change the student.
 FREE = (
@@ -52,8 +53,8 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def config_identity(config: Config) -> dict[str, Any]:
-    """Describe what decides the student as far as the config says it."""
-    return used(leaves(as_dict(config)))
+    """Describe what decides the student as far as the config says it, without secrets: it is written down."""
+    return dict(redact(used(leaves(as_dict(config)))))
 
 
 def used(config: dict[str, Any]) -> dict[str, Any]:
