@@ -1,5 +1,6 @@
 """What torchrun or accelerate started this process as: its device, its precision, and the processes beside it."""
 
+import functools
 import gc
 import itertools
 import os
@@ -52,12 +53,23 @@ def build_accelerator(config: Config) -> Accelerator:
     return machine
 
 
-def agreed(decide: Callable[[], str]) -> str:
-    """Decide in rank 0 and return its decision in every rank, before any process group exists."""
-    store, rank, _ = next(rendezvous("env://"))
+@functools.cache
+def _meeting() -> tuple[PrefixStore, int, int]:
+    """Meet the other ranks once → their store, this rank and how many there are. Rank 0 may be who serves the store."""
+    store, rank, num_ranks = next(rendezvous("env://"))
     store = PrefixStore("kdx", store)
     store.set_timeout(timedelta(days=1))  # rank 0 may have to hash the weights of a large teacher
+    return store, rank, num_ranks
+
+
+def agreed(decide: Callable[[], str]) -> str:
+    """Decide in rank 0 and return its decision in every rank, before any process group exists."""
+    store, rank, num_ranks = _meeting()
     name = str(next(_decisions))
     if rank == 0:
         store.set(name, decide())
-    return str(store.get(name).decode())
+    decision = str(store.get(name).decode())
+    store.set(f"{name}/{rank}", "read")
+    if rank == 0:  # the store may end with it
+        store.wait([f"{name}/{other}" for other in range(num_ranks)])
+    return decision
