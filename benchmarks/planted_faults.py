@@ -99,7 +99,7 @@ FAULTS = {
         "kdx/run/checkpoint.py",
         'set_optimizer_state(_load_plain(folder / "optimizer.pt"))',
         "pass",
-        ("test_checkpoint.py", "test_run.py"),
+        ("faults/test_exact.py",),
     ),
     "store_key": Fault(
         "the store's key leaves out the teacher's dtype",
@@ -167,7 +167,7 @@ FAULTS = {
     "gradient_kept": Fault(
         "a step starts with the gradient of the one before",
         "kdx/train.py",
-        "optimizer.zero_grad(set_to_none=True)",
+        "self.optimizer.zero_grad(set_to_none=True)",
         "pass",
         ("test_run.py",),
     ),
