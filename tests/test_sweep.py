@@ -76,6 +76,11 @@ def test_a_name_says_the_point_by_the_shortest_unique_part_of_each_key() -> None
     assert name(["experiment"], "experiment=demo").startswith("experiment-demo_")
 
 
+def test_a_baseline_is_the_same_run_without_the_teachers_term() -> None:
+    words = parsed("loss=jsd", "loss.temperature=1,2", "train.max_steps=5")
+    assert sweep.baseline_words(words) == ["train.max_steps=5", "loss.alpha=0"]
+
+
 def test_a_baseline_is_named_by_what_is_used() -> None:
     keys = ["loss.temperature", "loss.alpha"]
     one = name(keys, "loss.temperature=1", "loss.alpha=0")
