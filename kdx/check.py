@@ -65,7 +65,7 @@ def check(config: Config, path: Path, record: Record | None = None) -> None:
         CONSOLE.print(memory_table(training, cost))
         for line in [*disk_lines(training, path), time_line(training, data, cost)]:
             log.info(line)
-        results.check_room(training, path)  # last, so that everything else is said
+        results.check_room(training, path)  # may raise, so everything else is printed first
 
 
 def marked(tokenizer: Any, row: Row) -> str:

@@ -76,7 +76,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def out_of_memory(error: BaseException) -> MachineError | None:
-    """Turn an error that means that memory ran out, on a device or beside it, into a user's error; else None."""
+    """Turn an out-of-memory error of the device or the host into a user's error. Return None for any other."""
     text = " ".join(str(error).split())
     if not isinstance(error, MemoryError) and not any(words in text.lower() for words in NO_MEMORY):
         return None

@@ -196,7 +196,7 @@ class TeacherStore:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Stop writing when the disk is full or refuses; the run goes on with the live teacher."""
+        """Stop writing when the disk is full or cannot be written; the run continues with the live teacher."""
         try:
             yield
         except REFUSALS as error:

@@ -145,7 +145,7 @@ def do_job(
     does not stop the others.
 
     is_shared: whether jobs may be passed over; a sweeper that chooses points by their measures needs every one.
-    is_own_gpu: whether the job needs a GPU for itself, because others run beside it.
+    is_own_gpu: whether the job needs a GPU of its own, because other jobs run at the same time.
     """
     measure, is_tried = math.inf, False
 

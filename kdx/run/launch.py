@@ -1,4 +1,4 @@
-"""What torchrun or accelerate started this process as: its device, its precision, and the processes beside it."""
+"""How torchrun or accelerate launched this process: its device, its precision, and the other processes."""
 
 import functools
 import gc
