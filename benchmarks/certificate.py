@@ -63,10 +63,10 @@ def furthest(head: Head, ones: Sequence[Tensor], others: Sequence[Tensor], tempe
 if __name__ == "__main__":
     config = compose([*sys.argv[1:], "teacher.store=on"])
     machine = build_accelerator(config)
-    tokenizer, max_length = load_tokenizer(config)
-    data = load_data(config.data, tokenizer, max_length)
-    batches = build_batches(config, data.train, tokenizer, machine)
-    teacher = build_teacher(config, machine.device, max_length, rows_to_ask(config, data, batches), is_repeated=True)
+    shared = load_tokenizer(config)
+    data = load_data(config.data, shared)
+    batches = build_batches(config, data.train, shared.tokenizer, machine)
+    teacher = build_teacher(config, machine.device, shared.max_length, rows_to_ask(config, data, batches), is_repeated=True)
     assert teacher is not None
     for name, by_temperature in certify(teacher, [*data.held_out], batches.pad_id).items():
         print(f"{name:15}", *(f"τ={t:g}: KL {value:.2g}" for t, value in by_temperature.items()), sep="   ")

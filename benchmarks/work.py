@@ -56,12 +56,12 @@ def prepare_work(pair: str, folder: Path, *, steps: int) -> Work:
     fill([compose(words)])
     config = compose(words)
     machine = build_accelerator(config)
-    tokenizer, max_length = load_tokenizer(config)
-    rows = load_data(config.data, tokenizer, max_length).train
+    shared = load_tokenizer(config)
+    rows = load_data(config.data, shared).train
     if pair == "smollm2":  # the others read model folders
-        build_student(config, machine.device, max_length).save_pretrained(folder / "student")
-        tokenizer.save_pretrained(folder / "student")
-        teacher = build_teacher(config, machine.device, max_length, {}, is_repeated=False)
+        build_student(config, machine.device, shared.max_length).save_pretrained(folder / "student")
+        shared.tokenizer.save_pretrained(folder / "student")
+        teacher = build_teacher(config, machine.device, shared.max_length, {}, is_repeated=False)
         assert teacher is not None
         teacher.model.save_pretrained(folder / "teacher")
     work = {

@@ -20,7 +20,7 @@ from kdx.run.identity import model_digest
 from kdx.store import Identity, open_store
 from kdx.student import load_student
 from kdx.teacher import Teacher, dtype_of, load_teacher
-from kdx.tokenizer import count_ids, pad_id_of
+from kdx.tokenizer import check_heads, pad_id_of
 
 
 def check_names(config: Config) -> None:
@@ -107,10 +107,10 @@ def build_student(config: Config, device: torch.device, max_length: int) -> Any:
     return student
 
 
-def build_objective(config: Config, student: Any, teacher: Teacher | None, tokenizer: Any) -> Objective:
+def build_objective(config: Config, student: Any, teacher: Teacher | None, num_ids: int) -> Objective:
     """Join student and loss. Raises ModelError if a head has fewer rows than the tokenizer ids."""
     heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
-    return Objective(student, count_ids(tokenizer, heads), mix_of(config.loss))
+    return Objective(student, check_heads(num_ids, heads), mix_of(config.loss))
 
 
 def num_steps(config: TrainConfig, batches: Batches) -> int:

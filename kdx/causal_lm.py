@@ -175,7 +175,11 @@ def load_tokenizer(config: ModelConfig, group: str) -> PreTrainedTokenizerBase:
     else:
         path, revision, key = locate(config, group), config.revision, f"{group}.path"
     with loading(path, "tokenizer", key):
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=config.trust_remote_code)
+    if not tokenizer.is_fast:
+        what = f"the tokenizer in {path} is a slow one ({type(tokenizer).__name__}), which cannot say where tokens are"
+        raise ModelError(key, what, f"Name one with a tokenizer.json: {group}.tokenizer=...")
+    return tokenizer
 
 
 def load_config(config: ModelConfig, group: str) -> Any:
@@ -267,18 +271,6 @@ def check_split(model: PreTrainedModel, group: str) -> None:
     # A mixture's experts round differently when other tokens are routed; its auxiliary loss must not see padding.
     is_causal = torch.equal(*followed) and bool(off_followed < bar)
     model.needs_attention_mask = not is_causal or bool(getattr(model.config, "output_router_logits", False))
-
-
-def common_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Refuse two tokenizers that map any id to different tokens, even if their sizes agree. Raises ModelError."""
-    ours, theirs = ({i: token for token, i in each.get_vocab().items()} for each in (teacher, student))
-    ids = ours.keys() | theirs.keys()
-    if differ := sorted(i for i in ids if ours.get(i) != theirs.get(i)):
-        first, num = differ[0], f"{len(differ)} of {len(ids)} ids"
-        what = (
-            f"teacher and student differ at {num}, the first is {first}: {ours.get(first)!r} and {theirs.get(first)!r}"
-        )
-        raise ModelError("tokenizer", what, "Choose a teacher and a student with the same tokenizer")
 
 
 def locate(config: ModelConfig, group: str) -> str:

@@ -31,6 +31,7 @@ from kdx.run.files import in_bytes, usage_of
 from kdx.run.folder import Record
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries
+from kdx.student import teach_to_stop
 from kdx.teacher import Answer
 from kdx.tokenizer import load_tokenizer
 from kdx.train import Training
@@ -46,13 +47,15 @@ def check(config: Config, path: Path, record: Record | None = None) -> None:
     machine, record = build_accelerator(config), record or Record()
     with logging_to(None, machine.is_main_process):
         check_names(config)
-        tokenizer, max_length = load_tokenizer(config)
-        data = load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS)
+        shared = load_tokenizer(config)
+        tokenizer, max_length = shared.tokenizer, shared.max_length
+        data = load_data(config.data, shared, NUM_SAMPLES, MAX_NEW_TOKENS)
         batches = build_batches(config, data.train, tokenizer, machine)
         rows, repeats = rows_to_ask(config, data, batches), is_repeated(config, record, batches)
         teacher = build_teacher(config, machine.device, max_length, rows, is_repeated=repeats)
         student = build_student(config, machine.device, max_length)
-        objective = build_objective(config, student, teacher, tokenizer)
+        teach_to_stop(student, tokenizer, data.stops)
+        objective = build_objective(config, student, teacher, shared.num_ids)
         training = Training(config, objective, teacher, batches, tokenizer, max_length, machine)
         if not machine.is_main_process:
             return

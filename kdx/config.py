@@ -12,6 +12,8 @@ OPEN_GROUPS = ("data", "loss", "optim")  # their further keys are options of the
 
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 """Text. YAML reads a name such as 2026 as a number; it is taken as text."""
+Day = Annotated[Text, BeforeValidator(str), Field(pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$")]
+"""A day. YAML reads 2024-07-26 as a date; it is taken as text."""
 Path = Annotated[Text, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -94,13 +96,15 @@ class DataConfig(OpenGroup):
     shuffle: bool  # Shuffle rows each epoch (grouped by length); false keeps the file's order
     max_length: Annotated[int, Field(ge=2)] | None
     """Longest row in tokens; null is what the models can read."""
-    on_long: Literal["truncate", "drop", "error"]  # What to do with a longer row
+    on_long: Literal["truncate", "split", "drop", "error"]  # What to do with a longer row
     on_bad_row: Literal["stop", "skip"]
     """What to do with a row that the source or the chat template refuses; skipped rows are counted."""
     max_bad_rows: Count | Annotated[float, Field(ge=0, lt=1)] | None
     """Most rows that on_bad_row=skip leaves out: a number of rows, a share of all below 1, or null for any number."""
     assistant_only: bool  # Count only the assistant's tokens and the token that ends its turn in the loss
     chat_template: Text | None  # Jinja text or a file with it, instead of the tokenizer's own template
+    template_date: Day
+    """The day (YYYY-MM-DD) that a chat template sees which reads the clock, so that its rows are the same tomorrow."""
 
 
 class LossConfig(OpenGroup):

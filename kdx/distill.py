@@ -27,6 +27,7 @@ from kdx.run.folder import Record, RunFolder
 from kdx.run.launch import build_accelerator
 from kdx.run.signals import StopRequest
 from kdx.run.tracking import CONSOLE, Tracker, logging_to, quiet_libraries
+from kdx.student import teach_to_stop
 from kdx.tokenizer import load_tokenizer
 from kdx.train import Training, train
 
@@ -71,15 +72,17 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         stack.enter_context(logging_to(path / "kdx.log", is_main))
         started = time.time()
         check_names(config)
-        tokenizer, max_length = load_tokenizer(config)
-        data = load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS)
+        shared = load_tokenizer(config)
+        tokenizer, max_length = shared.tokenizer, shared.max_length
+        data = load_data(config.data, shared, NUM_SAMPLES, MAX_NEW_TOKENS)
         batches = build_batches(config, data.train, tokenizer, machine)
         asked, repeats = rows_to_ask(config, data, batches), is_repeated(config, record, batches)
         teacher = build_teacher(config, machine.device, max_length, asked, is_repeated=repeats)
         if teacher is not None:
             stack.callback(teacher.close)
         student = build_student(config, machine.device, max_length)
-        objective = build_objective(config, student, teacher, tokenizer)
+        teach_to_stop(student, tokenizer, data.stops)
+        objective = build_objective(config, student, teacher, shared.num_ids)
         training = Training(config, objective, teacher, batches, tokenizer, max_length, machine)
         judge = Judge(data, training, stop)
         folder.max_steps = training.max_steps

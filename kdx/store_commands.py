@@ -41,8 +41,9 @@ def fill(configs: Sequence[Config]) -> None:
 def _fill(config: Config) -> None:
     machine = build_accelerator(config)
     is_main = machine.is_main_process
-    tokenizer, max_length = load_tokenizer(config)
-    data = load_data(config.data, tokenizer, max_length, NUM_SAMPLES, MAX_NEW_TOKENS)
+    shared = load_tokenizer(config)
+    tokenizer, max_length = shared.tokenizer, shared.max_length
+    data = load_data(config.data, shared, NUM_SAMPLES, MAX_NEW_TOKENS)
     rows = {row.digest: row for row in (*data.held_out, *data.train)}
     counted = {digest: row.num_counted for digest, row in rows.items()}
     teacher = build_teacher(config, machine.device, max_length, counted, is_repeated=True)

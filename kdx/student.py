@@ -1,30 +1,21 @@
-"""Load the student, cut it from the teacher's layers, or initialise it; save it as an ordinary model folder."""
+"""Load the student, or initialise it; save it as an ordinary model folder."""
 
 import collections
-import contextlib
-import json
 import logging
-import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdx.causal_lm import load_causal_lm, load_config, loading, locate, ready
 from kdx.config import ModelConfig, StudentConfig, TeacherConfig
-from kdx.errors import ConfigError, ModelError
+from kdx.cut import cut, stored_tensors, take_generation_config
+from kdx.errors import ModelError
 from kdx.run.checkpoint import REFUSALS, not_saved
 from kdx.run.files import whole_folder
 
 log = logging.getLogger(__name__)
-
-FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin")
-PER_LAYER = re.compile("layer|block|pattern|^intermediate_size$|^num_.*heads$")  # config lists with a value per layer
 
 
 def load_student(
@@ -48,87 +39,11 @@ def load_student(
             model = AutoModelForCausalLM.from_config(
                 shape, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=config.trust_remote_code
             )
-        _take_generation_config(model, source, group)
+        take_generation_config(model, source, group)
         ready(model, "student")
     with loading(str(source.path), "generation config", f"{group}.path"):
         model.generation_config.validate(strict=True)  # as save_pretrained does after hours of training
     return model
-
-
-def evenly_spread(num_layers: int, num_kept: int) -> list[int]:
-    """Choose layers evenly, the first and the last among them."""
-    return [round(i * (num_layers - 1) / max(1, num_kept - 1)) for i in range(num_kept)]
-
-
-def cut(
-    teacher: TeacherConfig,
-    layers: int | list[int] | None,
-    *,
-    dtype: torch.dtype,
-    attn_implementation: str | None = None,
-) -> PreTrainedModel:
-    """Build a smaller model from some of the teacher's layers, and its embeddings, norms and head.
-
-    Only these tensors are read from the teacher's files. layers: how many (evenly spread), or which.
-    Raises ConfigError or ModelError.
-    """
-    config, path = load_config(teacher, "teacher"), locate(teacher, "teacher")
-    text = config.get_text_config()
-    total = text.num_hidden_layers
-    kept = evenly_spread(total, layers) if isinstance(layers, int) else list(layers or ())
-    if max(kept) >= total or len(set(kept)) != len(kept):
-        what = f"is {layers}; the teacher's layers are 0 to {total - 1}, each at most once"
-        raise ConfigError("student.layers", what, f"Choose at most {total} of them")
-    for name, value in list(vars(text).items()):
-        if PER_LAYER.search(name) and isinstance(value, list | tuple) and len(value) == total:
-            setattr(text, name, [value[i] for i in kept])
-    text.num_hidden_layers = len(kept)
-    with loading(path, "model", "teacher.path"):
-        stored, weights = dict(stored_tensors(path, teacher.revision)), {}
-        stack = _stack_of(stored, total)
-        for name, tensor in stored.items():
-            layer = re.match(rf"{re.escape(stack)}\.(\d+)\.", name)
-            if layer is None:
-                weights[name] = tensor.clone()
-            elif int(layer[1]) in kept:
-                weights[f"{stack}.{kept.index(int(layer[1]))}.{name[layer.end() :]}"] = tensor.clone()
-        with torch.device("meta"):  # to learn its class, which may be code of the model's own
-            like = AutoModelForCausalLM.from_config(config, trust_remote_code=teacher.trust_remote_code)
-        model, report = type(like).from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attn_implementation,
-            output_loading_info=True,
-        )  # fmt: skip
-    if missing := sorted(report["missing_keys"]):
-        what = f"the weights in {path} do not fit the student: {missing[0]} is missing"
-        raise ModelError("teacher.path", what, "Choose other layers, or another teacher")
-    model.config.name_or_path = path
-    _take_generation_config(model, teacher, "teacher")
-    return ready(model, "student")
-
-
-def _stack_of(names: Iterable[str], total: int) -> str:
-    """Find what the names of all layers begin with, such as model.layers. Raises ConfigError."""
-    numbers = collections.defaultdict(set)
-    for name in names:
-        if found := re.match(r"(.*?)\.(\d+)\.", name):
-            numbers[found[1]].add(int(found[2]))
-    stacks = [stack for stack, seen in numbers.items() if seen == set(range(total))]
-    if len(stacks) != 1:
-        what = f"cannot be cut from this teacher: its weights have {len(stacks)} stacks of {total} layers"
-        raise ConfigError("student", what, "Choose another teacher, or student=hf")
-    return stacks[0]
-
-
-def stored_tensors(path: str, revision: str | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in a model's weight files; those of safetensors are read when they are used."""
-    for first in FILES:
-        if file := cached_file(path, first, revision=revision, _raise_exceptions_for_missing_entries=False):
-            break
-    names = json.loads(Path(file).read_text())["weight_map"].values() if first.endswith(".json") else [first]
-    for name in sorted(set(names)):
-        file = cached_file(path, name, revision=revision)
-        is_safe = name.endswith(".safetensors")
-        yield from (load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)).items()
 
 
 def saved_dtype(config: StudentConfig, teacher: TeacherConfig) -> str:
@@ -191,8 +106,15 @@ def _source(config: StudentConfig, teacher: TeacherConfig) -> tuple[ModelConfig,
     return (teacher, "teacher") if config.init == "cut" else (config, "student")
 
 
-def _take_generation_config(model: PreTrainedModel, source: ModelConfig, group: str) -> None:
-    """Give a model the generation config of the folder it comes from; without one it keeps its config's ids."""
-    path = locate(source, group)
-    with loading(path, "generation config", f"{group}.path"), contextlib.suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(path, revision=source.revision)
+def teach_to_stop(model: PreTrainedModel, tokenizer: Any, stops: list[int]) -> None:
+    """Have a student stop where its rows do: add the tokens that end counted turns to its generation config.
+
+    stops: the one that ends most rows first; the tokenizer's end of text becomes that one, unless it is among them.
+    """
+    own = model.generation_config.eos_token_id
+    known = [] if own is None else own if isinstance(own, list) else [own]
+    if new := [token for token in stops if token not in known]:
+        ids = [*known, *new]
+        model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
+    if stops and tokenizer.eos_token_id not in stops:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stops[0])

@@ -1,44 +1,75 @@
 """The one tokenizer that teacher and student share: loaded, compared, and how long a row both models can read."""
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from kdx import causal_lm
-from kdx.config import Config
+from kdx.config import Config, replaced
 from kdx.errors import ConfigError, ModelError
 
 log = logging.getLogger("kdx")
 
 
-def load_tokenizer(config: Config) -> tuple[Any, int]:
-    """Load the tokenizer of a run → it, and the longest row in tokens. Raises KdxError if the two models' differ."""
+@dataclass(frozen=True)
+class SharedTokenizer:
+    """The student's tokenizer, and what both models know of it."""
+
+    tokenizer: Any
+    max_length: int  # the longest row in tokens
+    template: str = "the tokenizer's own"  # whose chat template it has, in words
+    num_ids: int = 0  # ids that both models know: rows of a head past them are cut before the softmax
+    foreign: frozenset[int] = frozenset()  # ids that only one of them knows; no row may have them
+
+
+def load_tokenizer(config: Config) -> SharedTokenizer:
+    """Load the tokenizer of a run. Raises KdxError if the two models' differ."""
     limits = {"data.max_length": config.data.max_length}
-    tokenizers = []
+    found = {}
     if config.teacher.path is not None:
-        tokenizers.append(causal_lm.load_tokenizer(config.teacher, "teacher"))
+        found["teacher"] = causal_lm.load_tokenizer(config.teacher, "teacher")
         limits["teacher"] = causal_lm.num_positions(causal_lm.load_config(config.teacher, "teacher"))
     if config.student.init != "cut":
-        tokenizers.append(causal_lm.load_tokenizer(config.student, "student"))
+        is_teachers = config.student.tokenizer == "teacher" and "teacher" in found
+        source = replaced(config.student, tokenizer=None) if is_teachers else config.student
+        found["student"] = found["teacher"] if is_teachers else causal_lm.load_tokenizer(source, "student")
         limits["student"] = causal_lm.num_positions(causal_lm.load_config(config.student, "student"))
-    if len(tokenizers) == 2:
-        causal_lm.common_ids(*tokenizers)
     known = [limit for limit in limits.values() if limit is not None]
     if not known:
         what = "is null, and the models' configs do not say how long a row they can read"
         raise ConfigError("data.max_length", what, "Give a number")
-    asked = config.data.max_length
-    if asked is not None and min(known) < asked:
-        who = " and ".join(name for name, limit in limits.items() if limit == min(known))
-        log.warning("data.max_length=%d is more than the %s can read: using %d", asked, who, min(known))
     key, why = ("path", "is cut from the teacher") if config.student.init == "cut" else ("layers", "is not cut")
     if getattr(config.student, key) is not None:
         log.warning("student.%s=%s is not used: the student %s", key, getattr(config.student, key), why)
-    return tokenizers[-1], min(known)
+    *_, tokenizer = found.values()
+    teachers = found.get("teacher", tokenizer)
+    num_ids, foreign = common_ids(teachers, tokenizer)
+    template = "the tokenizer's own"
+    if not tokenizer.chat_template and teachers.chat_template:
+        tokenizer.chat_template, template = teachers.chat_template, "the teacher's, which the student is saved with"
+    elif teachers.chat_template not in (None, tokenizer.chat_template):
+        template = "the student's; the teacher has another"
+    return SharedTokenizer(tokenizer, min(known), template, num_ids, foreign)
 
 
-def count_ids(tokenizer: Any, heads: dict[str, causal_lm.Head]) -> int:
-    """Count the tokenizer's real ids: rows of a head past them are padding, cut before the softmax. Raises ModelError."""
-    num_ids = max(tokenizer.get_vocab().values()) + 1
+def common_ids(teacher: Any, student: Any) -> tuple[int, frozenset[int]]:
+    """Compare two tokenizers → the number of ids that both models need, and those below it that only one has.
+
+    An id that one side only adds is usable as long as no row has it. Raises ModelError if any id is two tokens.
+    """
+    theirs, ours = ({i: token for token, i in each.get_vocab().items()} for each in (teacher, student))
+    if differ := sorted(i for i in theirs.keys() & ours.keys() if theirs[i] != ours[i]):
+        first, num = differ[0], f"{len(differ)} of {len(theirs.keys() | ours.keys())} ids"
+        what = f"teacher and student differ at {num}, the first is {first}: {theirs[first]!r} and {ours[first]!r}"
+        hint = "Choose a teacher and a student with the same tokenizer"
+        if all(i in student.added_tokens_decoder and i in teacher.added_tokens_decoder for i in differ):
+            hint = "Only added tokens differ: student.tokenizer=teacher uses the teacher's for both"
+        raise ModelError("tokenizer", what, hint)
+    return max(theirs.keys() & ours.keys()) + 1, frozenset(theirs.keys() ^ ours.keys())
+
+
+def check_heads(num_ids: int, heads: dict[str, causal_lm.Head]) -> int:
+    """Check that each head has a row for every id → the number of ids. Raises ModelError."""
     for group, head in heads.items():
         if head.num_ids < num_ids:
             what = f"its head has {head.num_ids} rows, and its tokenizer {num_ids} ids"

@@ -10,10 +10,11 @@ from test_loss import NAMES, logits, pairs
 from test_templates import CHATML_TOKENS, TEMPLATES
 
 from kdx import loss
-from kdx.data.batches import Row, collate
+from kdx.data.batches import collate
 from kdx.data.encode import Encoder
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import DataError, first_of
+from kdx.tokenizer import SharedTokenizer
 
 quick = settings(
     max_examples=120, deadline=None, database=None, derandomize=True,
@@ -71,18 +72,18 @@ turns = st.lists(st.tuples(roles, said | st.sampled_from(["<|im_end|>", "a <|im_
 @quick
 @given(
     turns=turns, last=said, name=st.sampled_from(sorted(TEMPLATES)), max_length=st.integers(1, 40),
-    on_long=st.sampled_from(["truncate", "drop", "error"]), assistant_only=st.booleans(),
+    on_long=st.sampled_from(["truncate", "split", "drop", "error"]), assistant_only=st.booleans(),
 )  # fmt: skip
 def test_encoded_rows_keep_their_bounds(make_tokenizer, turns, last, name, max_length, on_long, assistant_only):
     template, special, _ = TEMPLATES[name]
     tokenizer = make_tokenizer(template, special or CHATML_TOKENS)
     told = [{"role": role, "content": content} for role, content in [*turns, ("assistant", last)]]
-    encoder = Encoder(tokenizer, max_length, on_long, assistant_only)
-    outcome, _ = encoder.encode(Conversation("r", told, "t.jsonl:1"))
-    if isinstance(outcome, DataError):
-        (line,) = outcome.lines
+    encoder = Encoder(SharedTokenizer(tokenizer, max_length), on_long, assistant_only)
+    encoded = encoder.encode(Conversation("r", told, "t.jsonl:1"))
+    if encoded.fault:
+        (line,) = encoded.fault.lines
         assert line.startswith("t.jsonl:1: ")
-    for row in [outcome] if isinstance(outcome, Row) else []:
+    for row in encoded.rows:
         assert 1 <= len(row.tokens) == len(row.counted) <= max_length
         assert row.num_counted >= 1
         assert max(row.tokens) < len(tokenizer)

@@ -8,6 +8,7 @@ from standins import DIALOGPT_TEMPLATE
 
 from kdx.data.encode import load_data
 from kdx.errors import KdxError
+from kdx.tokenizer import SharedTokenizer
 
 GOOD = {"source": "a", "target": "b"}
 LINE = json.dumps(GOOD).encode() + b"\n"
@@ -21,7 +22,7 @@ def load(tmp_path, monkeypatch, make_tokenizer, data_config):
 
     def run(choice="pairs", max_length=100, **changes):
         config = data_config(choice, **{"path": "t.jsonl"} | changes)
-        return load_data(config, make_tokenizer(DIALOGPT_TEMPLATE), max_length)
+        return load_data(config, SharedTokenizer(make_tokenizer(DIALOGPT_TEMPLATE), max_length))
 
     return run
 
@@ -58,7 +59,7 @@ FILES = {
     "a header alone": ("t.csv", b"source,target\n", "t.csv: has no rows", "Was the copy cut short?"),
     "an empty list": ("t.json", b"[]", "t.json: has no rows", "Was the copy cut short?"),
     "empty": ("t.jsonl", b"", "t.jsonl: has no rows", "Was the copy cut short?"),
-    "chats": ("t.jsonl", (json.dumps({"messages": TALK}) + "\n").encode(), 't.jsonl:1: "source" is missing; the row is an object with messages', "Choose a layout (data=pairs, messages or sharegpt), or name the column"),
+    "chats": ("t.jsonl", (json.dumps({"messages": TALK}) + "\n").encode(), 't.jsonl:1: "source" is missing; the row is an object with messages', "Choose a layout (data=pairs, messages, sharegpt or text), or name the column"),
     "copies of one row": ("t.jsonl", LINE * 20, "data.validation: is 0.05: all 20 rows are held out or equal to one that is", "Hold out fewer"),
     "a comma too many": ("t.csv", b"source,target\na,b\na,b, and c\n", "t.csv:3: has more columns than the header", "Quote the separators"),
     "a broken quote": ("t.csv", b'source,target\n"a"b,c\n', "t.csv:2: is not CSV", "Fix the quoting"),
@@ -84,10 +85,10 @@ def test_csv_is_read_with_the_delimiter_of_its_header(load, sign):
 
 # ---- rows. (choice, row, what is said of it)
 CHAT = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
-LAYOUT = "Choose a layout (data=pairs, messages or sharegpt), or name the column: data."
+LAYOUT = "Choose a layout (data=pairs, messages, sharegpt or text), or name the column: data."
 OTHER = "Fix the row, or name another column: data."
 FIX = "expected text that is not blank. Fix the row, or remove it"
-ROLES = "Roles are system, user, assistant; map others with data.roles, as in '+data.roles.bot=assistant'"
+ROLES = "Roles are system, developer, user, assistant, tool, function, observation, ipython; map others with data.roles, as in '+data.roles.bot=assistant'"
 ROWS = [
     ("pairs", {"source": "a"}, f'"target" is missing; the row is an object with source. {LAYOUT}target_column=...'),
     ("pairs", {"q": "a", "a": "b"}, f'"source" is missing; the row is an object with q, a. {LAYOUT}source_column=...'),
@@ -142,7 +143,7 @@ def test_parsing_encoding_and_held_out_rows_are_one_pass(refused):
     assert [line.split(": ")[0] for line in lines] == [
         "t.jsonl:2", "held.jsonl:1:2", "t.jsonl:3", "t.jsonl:4", "held.jsonl:2", "data",
     ]  # fmt: skip
-    assert lines[2].endswith("data.max_length is 20. Raise it, or set data.on_long=truncate")
+    assert lines[2].endswith("data.max_length is 20. Raise it, or set data.on_long=truncate or split")
     assert lines[3].startswith("t.jsonl:4: the chat template refuses the conversation: no sums. Fix the row, or give")
     Path("t.jsonl").write_bytes(jsonl(GOOD, long, *[GOOD] * 20))  # no faults in the text
     Path("held.jsonl").write_bytes(jsonl(*({**row, "source": "c"} for row in (GOOD, long))))

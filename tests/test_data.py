@@ -15,6 +15,7 @@ from kdx.data import sources as kdx_data
 from kdx.data.encode import load_data
 from kdx.data.sources import check_source, read_conversations, register_source, split
 from kdx.errors import ConfigError, DataError, first_of
+from kdx.tokenizer import SharedTokenizer
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_a_source_may_be_registered_again_but_not_under_anothers_name(registry):
 @pytest.mark.parametrize(
     ("item", "says"),
     [
-        ({"text": "a"}, 'tickets[1]: is an object with text, expected an object with "messages", or with'),
+        ({"words": "a"}, 'tickets[1]: is an object with words, expected an object with "messages", or with'),
         ({"source": "a"}, "is an object with source"),
         (("a", "b"), 'tickets[1]: is ["a", "b"] (tuple), expected an object'),
         ({"source": "a", "target": 5, "where": "ticket 9"}, 'ticket 9: messages[1]: "content" is 5 (int)'),
@@ -252,7 +253,7 @@ def load(make_tokenizer):
     """Load the data of a config with a small tokenizer, and a chat template if need be."""
 
     def run(config, template=DIALOGPT_TEMPLATE, max_length=100):
-        return load_data(config, make_tokenizer(template), max_length, 2, 8)
+        return load_data(config, SharedTokenizer(make_tokenizer(template), max_length), 2, 8)
 
     return run
 

@@ -25,8 +25,9 @@ from kdx.train import Training
 def made(config):
     """The training of a config and its data, as a run would build them."""
     machine = build_accelerator(config)
-    tokenizer, max_length = load_tokenizer(config)
-    data = load_data(config.data, tokenizer, max_length, 3, 48)
+    shared = load_tokenizer(config)
+    tokenizer, max_length = shared.tokenizer, shared.max_length
+    data = load_data(config.data, shared, 3, 48)
     batches = build.build_batches(config, data.train, tokenizer, machine)
     student = build.build_student(config, machine.device, max_length)
     objective = build.build_objective(config, student, None, tokenizer)

@@ -4,10 +4,10 @@ from itertools import groupby
 
 import pytest
 
-from kdx.data.batches import Row
 from kdx.data.encode import Encoder, prepare_tokenizer
 from kdx.data.sources import Conversation
 from kdx.errors import DataError
+from kdx.tokenizer import SharedTokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -102,16 +102,13 @@ def counted_runs(tokenizer, row):
 
 def encode(tokenizer, *conversations, max_length=1000, on_long="error", assistant_only=True):
     """Encode, raising the first fault → the rows, the rules that dropped others, and how many were truncated."""
-    encoder = Encoder(tokenizer, max_length, on_long, assistant_only)
-    outcomes, is_truncated = zip(*map(encoder.encode, conversations), strict=True)
-    for fault in outcomes:
-        if isinstance(fault, DataError):
-            raise fault
-    return (
-        [row for row in outcomes if isinstance(row, Row)],
-        [r for r in outcomes if isinstance(r, str)],
-        sum(is_truncated),
-    )
+    encoder = Encoder(SharedTokenizer(tokenizer, max_length), on_long, assistant_only)
+    found = [encoder.encode(conversation) for conversation in conversations]
+    for encoded in found:
+        if encoded.fault:
+            raise encoded.fault
+    rows = [row for encoded in found for row in encoded.rows]
+    return rows, [encoded.dropped for encoded in found if encoded.dropped], sum(len(e.changed) for e in found)
 
 
 def row_of(tokenizer, conversation, **options):
@@ -151,10 +148,10 @@ def test_rows_left_without_a_counted_token_are_dropped(make_tokenizer):
 def test_a_row_that_the_template_refuses_is_named_and_the_others_are_encoded(make_tokenizer):
     tokenizer = make_tokenizer(LLAMA2, ("<s>", "</s>"))
     bad = Conversation("x", [{"role": role, "content": "x"} for role in ("user", "user", "assistant")], "chat.jsonl:7")
-    encoder = Encoder(tokenizer, 100, "error", True)
-    first, fault, last = (encoder.encode(one)[0] for one in (chat("a", "b"), bad, chat("c", "d")))
-    assert str(fault).startswith("chat.jsonl:7: the chat template refuses the conversation: turns must alternate")
-    assert [counted_runs(tokenizer, row) for row in (first, last)] == [[" b </s>"], [" d </s>"]]
+    encoder = Encoder(SharedTokenizer(tokenizer, 100), "error", True)
+    first, refused, last = (encoder.encode(one) for one in (chat("a", "b"), bad, chat("c", "d")))
+    assert str(refused.fault).startswith("chat.jsonl:7: the chat template refuses the conversation: turns must alternate")
+    assert [counted_runs(tokenizer, row) for row in first.rows + last.rows] == [[" b </s>"], [" d </s>"]]
 
 
 def test_a_template_that_leaves_the_assistant_out_is_refused(make_tokenizer):
@@ -169,24 +166,24 @@ def test_the_chat_template_comes_from_the_config_the_tokenizer_or_the_end_of_tex
     make_tokenizer, data_config, tmp_path
 ):
     tokenizer = make_tokenizer(PLAIN)
-    assert prepare_tokenizer(tokenizer, data_config("custom")) == "the tokenizer's own"
+    assert prepare_tokenizer(SharedTokenizer(tokenizer, 100), data_config("custom")) == "the tokenizer's own"
     assert tokenizer.chat_template == PLAIN
-    assert prepare_tokenizer(tokenizer, data_config("custom", chat_template=DIALOGPT)) == "data.chat_template"
+    assert prepare_tokenizer(SharedTokenizer(tokenizer, 100), data_config("custom", chat_template=DIALOGPT)) == "data.chat_template"
     assert tokenizer.chat_template == DIALOGPT
     file = tmp_path / "chat.jinja"
     file.write_text(CHATML, encoding="utf-8")
-    prepare_tokenizer(tokenizer, data_config("custom", chat_template=str(file)))
+    prepare_tokenizer(SharedTokenizer(tokenizer, 100), data_config("custom", chat_template=str(file)))
     assert tokenizer.chat_template == CHATML
 
     bare = make_tokenizer()
-    assert prepare_tokenizer(bare, data_config("custom")) == "turns joined by the end-of-text token"
+    assert prepare_tokenizer(SharedTokenizer(bare, 100), data_config("custom")) == "turns joined by the end-of-text token"
     row = row_of(bare, chat("a", "b"))
     assert bare.decode(row.tokens) == "a<|endoftext|>b<|endoftext|>"
-    prepare_tokenizer(make_tokenizer(), data_config("custom", chat_template=LLAMA2))
+    prepare_tokenizer(SharedTokenizer(make_tokenizer(), 100), data_config("custom", chat_template=LLAMA2))
 
 
 def test_a_tokenizer_without_template_and_end_of_text_is_refused(make_tokenizer, data_config):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match=r"data\.chat_template: .* neither a template nor an end-of-text"):
-        prepare_tokenizer(tokenizer, data_config("custom"))
+        prepare_tokenizer(SharedTokenizer(tokenizer, 100), data_config("custom"))

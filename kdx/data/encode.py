@@ -1,5 +1,6 @@
 """Conversations → tokens, and which of them the student must learn; kept under $KDX_CACHE as memory-mapped arrays."""
 
+import datetime
 import json
 import logging
 import multiprocessing
@@ -11,15 +12,16 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import takewhile
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import jinja2.meta
 import xxhash
-from jinja2 import TemplateSyntaxError
 from rich.console import Console
 from rich.progress import track
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -27,11 +29,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from kdx.config import DataConfig, as_dict
 from kdx.data.batches import Row, Rows, write_rows
 from kdx.data.files import at_home, source_files
-from kdx.data.sources import Conversation, Conversations, read_conversations, split
+from kdx.data.sources import Conversation, Conversations, Names, read_conversations, split
 from kdx.errors import DataError, first_of, one_line
 from kdx.run.devices import num_cores
 from kdx.run.files import cache_dir, locked, whole_folder
 from kdx.run.identity import content_hash
+from kdx.tokenizer import SharedTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +43,24 @@ MOST_PROCESSES = 8  # each takes some 100 MB of its own
 MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template treats it specially
 TEMPLATE = "data.chat_template"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a block in which a template marks what the assistant says
+CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")  # a template that writes today's date
 JOINED_BY_END_OF_TEXT = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 FALLBACK = "turns joined by the end-of-text token"
 
+COUNTERS = ("dropped", "changed", "said", "unused")
 Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of its words, end
-Outcome = Row | DataError | str  # a row, what is wrong with it, or the rule by which it is dropped
+
+
+@dataclass
+class Encoded:
+    """What becomes of one conversation: rows, or why there are none."""
+
+    rows: list[Row] = field(default_factory=list)
+    fault: DataError | None = None
+    dropped: str = ""  # the rule
+    changed: list[str] = field(default_factory=list)  # rules
+    said: list[str] = field(default_factory=list)  # what the template leaves out
+    stops: list[int] = field(default_factory=list)  # the token that ends each counted turn, the last turn's last
 
 
 @dataclass
@@ -59,45 +75,52 @@ class Data:
     fingerprint: str  # of the training rows as the models see them
     held_out_fingerprint: str
     template: str  # where the chat template is from
+    said: Counter[str]  # how rows were read, and what the template leaves out → number of rows
+    unused: Counter[str]  # parts of rows that nothing reads
+    stops: list[int]  # ids of the tokens that end counted turns, the one that ends most conversations first
 
 
-def load_data(
-    config: DataConfig, tokenizer: Any, max_length: int, num_prompts: int = 0, answer_length: int = 0
-) -> Data:
+def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0, answer_length: int = 0) -> Data:
     """Read, check and tokenise the data of a run, or map what a run with the same data has left in the cache.
 
     Gives the tokenizer the run's chat template. Processes that ask for the same data at once wait for the first one.
     num_prompts: conversations whose opening leaves room for an answer of `answer_length` tokens. Raises DataError with
     all faults.
     """
-    template = prepare_tokenizer(tokenizer, config)
-    encoder = Encoder(tokenizer, max_length, config.on_long, config.assistant_only)
+    template = prepare_tokenizer(shared, config)
+    encoder = Encoder(shared, config.on_long, config.assistant_only, config.template_date)
     root = cache_dir() / "data"
     root.mkdir(parents=True, exist_ok=True)
-    about = _digest(config, tokenizer, max_length, num_prompts, answer_length)
+    about = _digest(config, shared, num_prompts, answer_length)
+
+    def read() -> Conversations:
+        return read_conversations(config, root, encoder.rendered, encoder.names)
+
     with locked(root / f"{about}.lock"):
         files = source_files(config)
-        found = read_conversations(config, root, encoder.rendered) if files is None else None
+        found = read() if files is None else None
         content = found.content() if found is not None else "".join(map(content_hash, files or []))
         folder = root / xxhash.xxh3_128_hexdigest((about + content).encode())
         if not folder.is_dir():
-            found = found or read_conversations(config, root, encoder.rendered)
+            found = found or read()
             with whole_folder(folder) as beside:
                 _encode_all(config, found, encoder, beside, num_prompts, answer_length)
     known = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     for note in known.pop("notes"):
         log.warning("%s", note)
-    known |= {name: Counter(known[name]) for name in ("dropped", "changed")}
+    known |= {name: Counter(known[name]) for name in COUNTERS}
     return Data(Rows(folder / "train"), Rows(folder / "held_out"), **known, template=template)
 
 
-def _digest(config: DataConfig, tokenizer: Any, *numbers: int) -> str:
+def _digest(config: DataConfig, shared: SharedTokenizer, *numbers: int) -> str:
     """All that decides the rows but the content of the data: keys, tokenizer, template and the code itself."""
     elsewhere = ("shuffle", "max_length", "chat_template")  # not of the rows, or resolved in the arguments
     keys = {name: value for name, value in as_dict(config).items() if name not in elsewhere}
     code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
+    tokenizer = shared.tokenizer
     words = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()]
-    made = [version("transformers"), version("tokenizers"), code, words, keys, numbers]
+    limits = [shared.max_length, sorted(shared.foreign), *numbers]
+    made = [version("transformers"), version("tokenizers"), code, words, keys, limits]
     return xxhash.xxh3_128_hexdigest(json.dumps(made, sort_keys=True, default=str).encode())
 
 
@@ -105,17 +128,19 @@ def _encode_all(
     config: DataConfig, found: Conversations, encoder: "Encoder", folder: Path, num_prompts: int, answer_length: int
 ) -> None:
     """Tokenise the rows of a run and write them into a folder. Raises DataError."""
-    faults, dropped, changed = found.faults, found.dropped, found.changed
+    faults, dropped = found.faults, found.dropped
+    stops, last_stops = Counter[int](), Counter[int]()
 
     def rows_of(numbers: Sequence[int]) -> Iterator[Row]:
-        for outcome, is_truncated in _outcomes(encoder, found, numbers):
-            changed["longer than data.max_length"] += is_truncated
-            if isinstance(outcome, Row):
-                yield outcome
-            elif isinstance(outcome, DataError):
-                faults.append(outcome)
-            else:
-                dropped[outcome] += 1
+        for encoded in _all_encoded(encoder, found, numbers):
+            found.changed.update(encoded.changed)
+            found.said.update(encoded.said)
+            dropped.update([encoded.dropped] if encoded.dropped else [])
+            stops.update(encoded.stops)
+            last_stops.update(encoded.stops[-1:])
+            if encoded.fault:
+                faults.append(encoded.fault)
+            yield from encoded.rows
 
     if faults:  # the others' faults are shown along with them
         deque(rows_of(range(len(found))), maxlen=0)
@@ -134,9 +159,9 @@ def _encode_all(
         "fingerprint": digests[0],
         "held_out_fingerprint": digests[1],
         "prompts": encoder.prompts(opened, num_prompts, answer_length),
-        "dropped": +dropped,
-        "changed": +changed,
+        "stops": sorted(stops, key=lambda i: (-last_stops[i], -stops[i], i)),
         "notes": found.notes,
+        **{name: +getattr(found, name) for name in COUNTERS},
     }
     (folder / "data.json").write_text(json.dumps(known), encoding="utf-8")
 
@@ -144,7 +169,7 @@ def _encode_all(
 _work: tuple["Encoder", Conversations] | None = None  # of a process that encodes
 
 
-def _outcomes(encoder: "Encoder", found: Conversations, numbers: Sequence[int]) -> Iterator[tuple[Outcome, bool]]:
+def _all_encoded(encoder: "Encoder", found: Conversations, numbers: Sequence[int]) -> Iterator[Encoded]:
     """Encode these conversations on all cores, or here if they are few. Elsewhere than on Linux forking is not safe."""
     num_processes = min(num_cores(), MOST_PROCESSES, len(numbers) // (8 * CHUNK)) if sys.platform == "linux" else 1
     if num_processes < 2:
@@ -171,7 +196,7 @@ def _end_with_the_run() -> None:
         os._exit(1)
 
 
-def _encode(number: int) -> tuple[Outcome, bool]:
+def _encode(number: int) -> Encoded:
     assert _work is not None
     encoder, found = _work
     return encoder.encode(found[number])
@@ -180,42 +205,80 @@ def _encode(number: int) -> tuple[Outcome, bool]:
 class Encoder:
     """Turns conversations into rows under one tokenizer and chat template."""
 
-    def __init__(self, tokenizer: Any, max_length: int, on_long: str, assistant_only: bool) -> None:
-        self.tokenizer, self.max_length, self.on_long = tokenizer, max_length, on_long
-        self.assistant_only = assistant_only
+    def __init__(
+        self, shared: SharedTokenizer, on_long: str = "truncate", assistant_only: bool = True, day: str = "2024-07-26"
+    ) -> None:
+        self.tokenizer, self.max_length, self.foreign = shared.tokenizer, shared.max_length, shared.foreign
+        self.on_long, self.assistant_only, self.day = on_long, assistant_only, datetime.date.fromisoformat(day)
         # The end of a turn is a special token in most templates; ids, not text, so that content cannot fake one.
-        special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.end_ids, self.ends = set(tokenizer.all_special_ids) | set(special), tuple(special.values())
-        self.marks_generation = bool(GENERATION.search(tokenizer.chat_template or ""))
+        special = {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self.end_ids, self.ends = set(self.tokenizer.all_special_ids) | set(special), tuple(special.values())
+        template = template_text(self.tokenizer)
+        self.marks_generation = bool(GENERATION.search(template))
+        self.names = names_in(template)
         self._edges: dict[tuple[str, ...], dict[int, tuple[int, int]]] = {}
 
-    def encode(self, conversation: Conversation) -> tuple[Outcome, bool]:
-        """Tokenise → the row, what is wrong with it, or the rule that drops it; and whether it was truncated."""
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Tokenise a conversation → its rows: one, more if it is long and split, or none."""
         try:
-            text, spans = self.rendered(conversation)
+            text, spans, said = self.rendered(conversation)
         except DataError as error:
-            return error, False
+            return Encoded(fault=error)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         tokens = encoding["input_ids"]
-        is_long = len(tokens) > self.max_length
+        if conversation.text:
+            tokens, counted, stops = self._plain(tokens)
+        else:
+            counted, stops = self._count(tokens, encoding["offset_mapping"], spans)
+        found = Encoded(said=said, stops=stops)
+        where, is_long = conversation.where, len(tokens) > self.max_length
+        if alien := self.foreign.intersection(tokens):
+            what = f"the row has the token {self.tokenizer.convert_ids_to_tokens(min(alien))!r}, which one model lacks"
+            return Encoded(fault=DataError(where, what, "Use a data.chat_template that both models know"))
         if is_long and self.on_long == "error":
             what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
-            return DataError(conversation.where, what, "Raise it, or set data.on_long=truncate"), False
+            return Encoded(fault=DataError(where, what, "Raise it, or set data.on_long=truncate or split"))
         if is_long and self.on_long == "drop":
-            return "longer than data.max_length", False
-        counted = self._count(tokens, encoding["offset_mapping"], spans)
-        # What comes after the last counted token changes nothing in a causal model, and costs time.
-        end = max((i + 1 for i, counts in enumerate(counted[: self.max_length]) if counts), default=0)
-        if end < 2:  # nothing predicts the first token
-            return "no counted token left", is_long
-        return Row(conversation.id, tokens[:end], counted[:end], conversation.where), is_long
+            found.dropped = "longer than data.max_length"
+            return found
+        if is_long:
+            rule = "longer than data.max_length"
+            found.changed.append(f"{rule}, split" if self.on_long == "split" else rule)
+        parts = self._split(tokens, counted) if is_long and self.on_long == "split" else [(tokens, counted)]
+        for number, (some, counts) in enumerate(parts, 1):
+            # What comes after the last counted token changes nothing in a causal model, and costs time.
+            end = max((i + 1 for i, is_counted in enumerate(counts[: self.max_length]) if is_counted), default=0)
+            if end >= 2:  # nothing predicts the first token
+                name = conversation.id if number == 1 else f"{conversation.id}#{number}"
+                found.rows.append(Row(name, some[:end], counts[:end], where))
+        if not found.rows:
+            found.dropped = "no counted token left"
+        return found
+
+    def _plain(self, tokens: list[int]) -> tuple[list[int], list[bool], list[int]]:
+        """A plain text as a row: the tokenizer's beginning of text if it writes one, the tokens, the end of text."""
+        first, eos = beginning(self.tokenizer), self.tokenizer.eos_token_id
+        last = [] if eos is None else [eos]
+        return [*first, *tokens, *last], [False] * len(first) + [True] * (len(tokens) + len(last)), last
+
+    def _split(self, tokens: list[int], counted: list[bool]) -> Iterator[tuple[list[int], list[bool]]]:
+        """Cut a long row into pieces of max_length: each begins with the last token of the one before.
+
+        So every counted token is predicted once, by a row that begins as the tokenizer's rows do.
+        """
+        first = [tokens[0]] if tokens[0] == self.tokenizer.bos_token_id else []
+        size = self.max_length - len(first)
+        yield tokens[: self.max_length], counted[: self.max_length]
+        for start in range(self.max_length - 1, len(tokens) - 1, size - 1):
+            head = len(first) + 1  # the overlap was counted before
+            yield first + tokens[start : start + size], [False] * head + counted[start + 1 : start + size]
 
     def prompts(self, conversations: Iterable[Conversation], number: int, room: int) -> list[dict[str, Any]]:
         """The first conversations up to the assistant's first turn that leave room for an answer, and that turn."""
         found: list[dict[str, Any]] = []
         for conversation in conversations if number else ():
             messages = list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
-            if not any(m["role"] == "user" for m in messages):
+            if not any(m["role"] == "user" for m in messages) or not conversation.messages[len(messages)]["content"]:
                 continue
             text = self._prefix(conversation, messages, add_generation_prompt=True)
             length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -226,46 +289,105 @@ class Encoder:
                 break
         return found
 
-    def rendered(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Render the chat template, and find each assistant turn in the text. Raises DataError if it refuses the row.
+    def rendered(self, conversation: Conversation) -> tuple[str, list[Span], list[str]]:
+        """Render a conversation → text, where each counted turn is in it, and what the template leaves out, in words.
 
         A content is found by a mark in its place: what stands before and after the mark is the template's, even if it
-        rewrites contents.
+        rewrites contents. Raises DataError if the template refuses the row, or leaves out what must not be.
         """
-        if self.assistant_only and self.marks_generation:
-            return self._generated(conversation)
+        if conversation.text:
+            return conversation.text, [], []
         text = self._template(conversation, conversation.messages)
+        said = self._left_out(conversation, text)
         if not self.assistant_only:
-            return text, [(0, len(text), len(text))]
-        spans = []
-        for i, (lead, tail) in self._edges_of(conversation).items():
+            if conversation.unlearned:
+                what = "has a message of weight 0, and data.assistant_only=false counts every token"
+                raise DataError(conversation.where, what, "Set data.assistant_only=true")
+            return text, [(0, len(text), len(text))], said
+        if self.marks_generation:
+            return text, self._generated(conversation), said
+        turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        spans = [self._turn(conversation, text, i) for i in turns if i not in conversation.unlearned]
+        return text, spans, said
+
+    def _turn(self, conversation: Conversation, text: str, i: int) -> Span:
+        """Find the assistant's i-th message in the rendered text. Raises DataError."""
+        try:
+            lead, tail = self._edges_of(conversation)[i]
             mark, marked = MARK.format(i), [*conversation.messages]
             marked[i] = {"role": "assistant", "content": mark}
             before, is_there, after = self._template(conversation, marked).partition(mark)
             start, end = len(before) - lead, len(text) - len(after)
-            if not (is_there and text.startswith(before[:start]) and text.endswith(after) and start <= end):
-                raise _unfit(conversation)
-            spans.append((start, start + len(text[start:end].rstrip()), end + tail))
-        return text, spans
+            if is_there and text.startswith(before[:start]) and text.endswith(after) and start <= end:
+                return start, start + len(text[start:end].rstrip()), end + tail
+        except DataError:  # a template that refuses the mark, as beside tool calls
+            pass
+        prompt = self._prefix(conversation, conversation.messages[:i], add_generation_prompt=True)
+        end = len(commonprefix([text, self._prefix(conversation, conversation.messages[: i + 1])]))  # noqa: RUF071
+        if not prompt or not text.startswith(prompt) or end <= len(prompt):
+            raise _unfit(conversation)
+        words = text[len(prompt) : end].rstrip()
+        for token in self.ends:
+            words = words.removesuffix(token)
+        return len(prompt), len(prompt) + len(words), end
 
-    def _generated(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The text, and the turns that the template's own {% generation %} marks, each with the token that ends it."""
+    def _left_out(self, conversation: Conversation, text: str) -> list[str]:
+        """Find what the template leaves out of a rendered conversation → in words. Raises DataError for a whole turn."""
+        said = set()
+        for i, message in enumerate(conversation.messages):
+            role, content = message["role"], message["content"]
+            if content and content.strip() not in text:
+                if role == "assistant":
+                    said |= {"thinking that the chat template leaves out"} if "</think>" in content else set()
+                elif not self._writes(conversation, i):
+                    if role not in ("system", "developer"):
+                        what = f"messages[{i}]: the chat template leaves out the role {role}"
+                        raise DataError(conversation.where, what, "Map it: data.roles, or give a data.chat_template")
+                    said.add(f"{role} text that the chat template leaves out")
+            for key, value in message.items():
+                if key not in ("role", "content") and isinstance(value, str) and value.strip() not in text:
+                    said.add(f"{key} that the chat template leaves out")
+            for call in message.get("tool_calls") or []:
+                function = call.get("function", call) if isinstance(call, dict) else {}
+                arguments = function.get("arguments")
+                if str(function.get("name")) not in text:
+                    said.add("tool_calls that the chat template leaves out")
+                elif isinstance(arguments, str) and arguments not in text and json.dumps(arguments)[1:-1] in text:
+                    said.add(
+                        "arguments of tool_calls that are text, which the chat template quotes again: give objects"
+                    )
+        return sorted(said)
+
+    def _writes(self, conversation: Conversation, i: int) -> bool:
+        """Return whether the template writes the i-th message at all, if perhaps in other words."""
+        marked = [*conversation.messages]
+        marked[i] = {**marked[i], "content": MARK.format(i)}
+        return MARK.format(i) in self._prefix(conversation, marked)
+
+    def _generated(self, conversation: Conversation) -> list[Span]:
+        """The turns that the template's own {% generation %} marks, each with the token that ends it."""
         try:
             (text,), (marked,) = render_jinja_template(
                 conversations=[conversation.messages],
-                chat_template=self.tokenizer.chat_template,
+                chat_template=self._dated(conversation),
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
+                **conversation.variables,
             )
         except Exception as error:
             raise _refused(conversation, error) from None
+        turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if conversation.unlearned and len(marked) != len(turns):
+            raise _unfit(conversation)
         spans = []
-        for start, end in marked:
+        for i, (start, end) in enumerate(marked):
+            if conversation.unlearned and turns[i] in conversation.unlearned:
+                continue
             words = text[start:end].rstrip()
             if not words.endswith(self.ends):
                 end += next((len(token) for token in self.ends if text.startswith(token, end)), 0)
             spans.append((start, start + len(words), end))
-        return text, spans
+        return spans
 
     def _edges_of(self, conversation: Conversation) -> dict[int, tuple[int, int]]:
         """How far each assistant turn reaches beyond its content, to both sides; the same for the same roles.
@@ -296,10 +418,16 @@ class Encoder:
         return edges
 
     def _template(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
+        options |= conversation.variables | {"chat_template": self._dated(conversation)}
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except Exception as error:  # its own raise_exception, or anything that a template can do wrong
             raise _refused(conversation, error) from None
+
+    def _dated(self, conversation: Conversation) -> str:
+        """The template of a conversation, with the run's day in place of today: else no row is the same tomorrow."""
+        template = self.tokenizer.get_chat_template(tools=conversation.variables.get("tools"))
+        return CLOCK.sub(lambda found: json.dumps(self.day.strftime(found[1] or found[2])), template)
 
     def _prefix(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
         """The first messages of a conversation alone; empty if the template refuses them."""
@@ -308,13 +436,15 @@ class Encoder:
         except DataError:
             return ""
 
-    def _count(self, tokens: list[int], offsets: list[tuple[int, int]], spans: list[Span]) -> list[bool]:
-        """Mark each assistant turn's tokens up to and with the special token that ends it.
+    def _count(
+        self, tokens: list[int], offsets: list[tuple[int, int]], spans: list[Span]
+    ) -> tuple[list[bool], list[int]]:
+        """Mark each turn's tokens up to and with the special token that ends it → which count, and those ends.
 
         A turn that no special token ends counts as a whole: its last characters are what ends it. A token that reaches
         into the turn has its first letters, and counts.
         """
-        counted = [False] * len(tokens)
+        counted, stops = [False] * len(tokens), []
         at = 0
         for start, words_end, end in spans:
             while at < len(tokens) and offsets[at][0] < start and offsets[at][1] <= start:
@@ -323,9 +453,12 @@ class Encoder:
             while at < len(tokens) and offsets[at][0] < end:
                 at += 1
                 if self.assistant_only and offsets[at - 1][0] >= words_end and tokens[at - 1] in self.end_ids:
+                    stops.append(tokens[at - 1])
                     break
             counted[first:at] = [True] * (at - first)
-        return counted
+        if not self.assistant_only:  # the turn's end is among the last tokens, at most a line break follows
+            stops = [token for token in tokens[-2:] if token in self.end_ids][-1:]
+        return counted, stops
 
 
 def _refused(conversation: Conversation, error: Exception) -> DataError:
@@ -338,12 +471,32 @@ def _unfit(conversation: Conversation) -> DataError:
     return DataError(conversation.where, what, "Set data.assistant_only=false, or give a data.chat_template")
 
 
-def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
+def template_text(tokenizer: Any) -> str:
+    """Return the text of a tokenizer's chat templates; some have several, by name."""
+    template = tokenizer.chat_template or ""
+    return template if isinstance(template, str) else "\n".join(template.values())
+
+
+def names_in(template: str) -> Names:
+    """Find what a chat template reads. Names of message keys are any words in it."""
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    variables = jinja2.meta.find_undeclared_variables(tree) - {"messages", "add_generation_prompt"}
+    return Names(frozenset(variables), frozenset(re.findall(r"\w+", template)))
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """Return the ids that a tokenizer writes before a text by itself: its beginning of text, or none."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def prepare_tokenizer(shared: SharedTokenizer, config: DataConfig) -> str:
     """Give the tokenizer the run's chat template, so that it is saved with the student → where it is from, in words.
 
     Raises DataError if there is none, or it is not Jinja.
     """
-    where = "the tokenizer's own"
+    tokenizer, where = shared.tokenizer, shared.template
     if config.chat_template:
         where = TEMPLATE
         tokenizer.chat_template = config.chat_template
@@ -354,11 +507,18 @@ def prepare_tokenizer(tokenizer: Any, config: DataConfig) -> str:
             tokenizer.chat_template = path.read_text(encoding="utf-8")
         try:
             render_jinja_template([], chat_template=tokenizer.chat_template)  # of no conversation: it only compiles
-        except TemplateSyntaxError as error:
+        except jinja2.TemplateSyntaxError as error:
             what = f"is not Jinja: {one_line(error.message or '')} (line {error.lineno})"
             raise DataError(TEMPLATE, what, "Fix it, or give another") from None
     elif not tokenizer.chat_template:
         if tokenizer.eos_token is None:
             raise DataError(TEMPLATE, "the tokenizer has neither a template nor an end-of-text token", "Give one")
         where, tokenizer.chat_template = FALLBACK, JOINED_BY_END_OF_TEXT
+        if beginning(tokenizer):  # as the model read it in training; without it Gemma's perplexity is in the billions
+            where, tokenizer.chat_template = (
+                f"{FALLBACK}, after {tokenizer.bos_token}",
+                "{{ bos_token }}" + JOINED_BY_END_OF_TEXT,
+            )
+    if "strftime_now" in template_text(tokenizer):
+        where += f"; it reads the clock, and sees {config.template_date} (data.template_date)"
     return where

@@ -14,7 +14,7 @@ from kdx.config import DataConfig
 from kdx.errors import ConfigError, DataError, MachineError, of_hub, shortened, together
 
 LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's default of 131,072 characters is less than a book's chapter
-FROM_FILES = ("pairs", "messages", "chitchat")  # the sources that read data.path from disk (sharegpt is messages)
+FROM_FILES = ("pairs", "messages", "text", "chitchat")  # the sources that read data.path from disk
 
 Item = tuple[str, Any] | DataError  # (file:line, row), or what is wrong with that row
 

@@ -1,5 +1,6 @@
 """Rows → checked conversations, split into what is trained on and what is held out."""
 
+import contextlib
 import hashlib
 import heapq
 import inspect
@@ -10,7 +11,7 @@ import weakref
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -25,21 +26,39 @@ from kdx.data.files import kind_of, read_rows, resolve_path, text_in
 from kdx.errors import ConfigError, DataError, did_you_mean, together
 from kdx.plugins import option_faults
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "observation", "ipython")
+PREFERENCES = (("prompt", "completion"), ("prompt", "chosen"))  # columns of a pair, as trl names them
+OWN_KEYS = ("messages", "text", "source", "target", "id", "where", "note", "columns")  # of what a source yields
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with roles and text; the last one is the assistant's."""
+    """What a row says: messages, the last one the assistant's, or a plain text, of which every token counts.
+
+    variables: what else the chat template is given, by name, such as tools and documents.
+    unlearned: messages of the assistant that the student reads and does not learn (weight 0).
+    """
 
     id: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     where: str
+    text: str = ""
+    variables: dict[str, Any] = field(default_factory=dict)
+    unlearned: list[int] = field(default_factory=list)
 
     @cached_property
     def digest(self) -> str:
-        """A digest of the messages, the same wherever the row is."""
-        return hashlib.sha256(json.dumps(self.messages, sort_keys=True).encode()).hexdigest()
+        """A digest of the content, the same wherever the row is."""
+        more = [part for part in (self.text, self.variables, self.unlearned) if part]
+        return hashlib.sha256(_json([self.messages, *more] if more else self.messages).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a chat template reads: variables beside the messages, and keys of a message."""
+
+    variables: frozenset[str] = frozenset()
+    keys: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,7 @@ class Conversations:
         self.num_train = 0  # rows of data.path; those after are data.validation's, if that is a file or split
         self.faults: list[DataError] = []
         self.dropped, self.changed = Counter[str](), Counter[str]()
+        self.said, self.unused = Counter[str](), Counter[str]()  # how rows were read; what in them nothing reads
         self.notes: list[str] = []  # for the log
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it has no name: nothing is left)
         weakref.finalize(self, self._file.close)
@@ -71,12 +91,13 @@ class Conversations:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> Conversation:
-        name, where = self.ids[i], self.where[i]
         start, end = self._starts[i : i + 2]
-        return Conversation(name, json.loads(os.pread(self._file.fileno(), end - start, start)), where)
+        content = json.loads(os.pread(self._file.fileno(), end - start, start))
+        return Conversation(id=self.ids[i], where=self.where[i], **content)
 
     def append(self, conversation: Conversation) -> None:
-        self._starts.append(self._starts[-1] + self._file.write(json.dumps(conversation.messages).encode()))
+        content = {k: v for k, v in vars(conversation).items() if k in ("messages", "text", "variables", "unlearned")}
+        self._starts.append(self._starts[-1] + self._file.write(_json(content).encode()))
         self.ids.append(conversation.id)
         self.where.append(conversation.where)
         self.digests.append(conversation.digest)
@@ -84,7 +105,7 @@ class Conversations:
     def content(self) -> str:
         """A digest of all that was read: messages, ids, places, and what was dropped or changed."""
         found = [self.digests, self.ids, self.where, self.num_train, self.dropped, self.changed, self.notes]
-        return xxhash.xxh3_128_hexdigest(json.dumps(found).encode())
+        return xxhash.xxh3_128_hexdigest(json.dumps([*found, self.said, self.unused]).encode())
 
 
 Source = Callable[..., Iterable[Any]]
@@ -95,9 +116,10 @@ _SOURCES: dict[str, Source] = {}
 def register_source(function: Source) -> Source:
     """Make a source available as `data.name=<its own name>`; its parameters become options of the data group.
 
-    A source yields {"messages": [{"role", "content"}, …]} or {"source": …, "target": …}, with "id" and "where" if it
-    knows them. It is given data.path, data.subset and data.split if it has parameters of those names. Raises
-    ValueError if another function has that name.
+    A source yields {"messages": [{"role", "content"}, …]}, {"source": …, "target": …} or {"text": …}, with "id" and
+    "where" if it knows them; everything else in it, such as "tools", is given to a chat template that reads it. It is
+    given data.path, data.subset and data.split if it has parameters of those names. Raises ValueError if another
+    function has that name.
     """
     name = function.__name__
     known = _SOURCES.get(name)
@@ -116,20 +138,24 @@ def check_source(config: DataConfig) -> None:
         raise together(faults)
 
 
-def read_conversations(config: DataConfig, folder: Path | None = None, check: Check | None = None) -> Conversations:
+def read_conversations(
+    config: DataConfig, folder: Path | None = None, check: Check | None = None, names: Names | None = None
+) -> Conversations:
     """Read data.path, then data.validation if that is a file or split, and check every row.
 
     Faults are collected, not raised. folder: where the temporary file goes. check: raises DataError for a row
-    that the chat template refuses; called only where bad rows are skipped, so that those count as bad.
+    that the chat template refuses; called only where bad rows are skipped, so that those count as bad. names: what the
+    chat template reads; all else in a row is counted as unused.
     """
     check_source(config)
     found = Conversations(folder)
     check = check if config.on_bad_row == "skip" else None
-    _read(config, found, check)
+    names = names or Names()
+    _read(config, found, check, names)
     found.num_train = len(found)
     if isinstance(config.validation, str):
         path, is_split, split = config.validation.partition("split:")
-        _read(replaced(config, **({"split": split} if is_split else {"path": path})), found, check)
+        _read(replaced(config, **({"split": split} if is_split else {"path": path})), found, check, names)
     return found
 
 
@@ -176,7 +202,7 @@ def _options(config: DataConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names} | config.options
 
 
-def _read(config: DataConfig, found: Conversations, check: Check | None) -> None:
+def _read(config: DataConfig, found: Conversations, check: Check | None, names: Names) -> None:
     """Run the source and check what it yields, all faults in one pass."""
     faults: list[DataError] = []
     first, before = len(found), found.dropped.total()
@@ -188,11 +214,15 @@ def _read(config: DataConfig, found: Conversations, check: Check | None) -> None
             try:
                 if isinstance(item, DataError):
                     raise item
-                conversation, is_cut = _conversation(item, f"{config.name}[{i}]")
+                conversation, unused = _conversation(item, f"{config.name}[{i}]", names)
                 if check:
                     check(conversation)
                 found.append(conversation)
-                found.changed["unanswered last turn cut off"] += is_cut
+                found.changed["unanswered last turn cut off"] += len(conversation.messages) < len(
+                    item.get("messages", ())
+                )
+                found.unused.update(unused)
+                found.said.update([item["note"]] if "note" in item else [])
             except DataError as error:
                 faults.append(error)
     except DataError as error:  # not of a row: a file that cannot be read, which on_bad_row does not excuse
@@ -228,39 +258,78 @@ def _make_ids_unique(found: Conversations, first: int) -> None:
         found.ids[i] = name if copies[name] == 1 else f"{name}~{copies[name]}"
 
 
-def _conversation(item: Any, where: str) -> tuple[Conversation, bool]:
-    """Check one yielded row → the conversation, and whether an unanswered last turn was cut off. Raises DataError."""
+def _conversation(item: Any, where: str, names: Names) -> tuple[Conversation, set[str]]:
+    """Check one yielded row → the conversation, and the parts of the row that nothing reads. Raises DataError."""
     row = item if isinstance(item, dict) else {}
     where = str(row.get("where", where))
+    messages, text = [], ""
     if "messages" in row:
-        turns = row["messages"]
+        messages = _messages(row["messages"], "messages", where)
+    elif "text" in row:
+        text = text_in(row["text"], "text", where)
     elif "source" in row and "target" in row:
         turns = [{"role": "user", "content": row["source"]}, {"role": "assistant", "content": row["target"]}]
+        messages = _messages(turns, "messages", where)
     else:
-        what = f'is {kind_of(item)}, expected an object with "messages", or with "source" and "target"'
+        what = f'is {kind_of(item)}, expected an object with "messages", with "source" and "target", or with "text"'
         raise DataError(where, what, "Change what the source yields")
-    messages = _messages(turns, "messages", where)
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-    if last is None:
+    if last is None and not text:
         raise DataError(where, "has no message of the assistant", "The student learns the assistant's turns: add one")
-    whole = Conversation("", messages[: last + 1], where)
+    messages = messages[: last + 1] if last is not None else []
+    unlearned = [i for i, m in enumerate(messages) if _is_unlearned(m, f"{where}: messages[{i}]")]
+    given = {name: value for name, value in row.items() if name not in OWN_KEYS} | row.get("columns", {})
+    columns = {name: _parsed(value) for name, value in given.items() if value not in (None, "", [], {})}
+    unused = {f"column {name}" for name in columns.keys() - names.variables}
+    for message in messages:
+        for name in message.keys() - {"role", "content"} - names.keys:
+            if name == "tool_calls" and not message["content"]:
+                what = "has only tool_calls, which the chat template does not write"
+                raise DataError(where, what, "Give a data.chat_template that writes them, or leave the row out")
+            unused.add(f"key {name} of messages")
+            del message[name]
+    variables = {name: columns[name] for name in sorted(columns.keys() & names.variables)}
+    whole = Conversation("", messages, where, text, variables, unlearned)
     own = str(row["id"]) if isinstance(row.get("id"), str | int) else ""
-    name = own.encode(errors="backslashreplace").decode() or whole.digest[:32]
-    return replace(whole, id=name), last + 1 < len(messages)
+    return replace(whole, id=own.encode(errors="backslashreplace").decode() or whole.digest[:32]), unused
+
+
+def _is_unlearned(message: dict[str, Any], where: str) -> bool:
+    """Take `weight` and `train` out of a message → whether the student only reads it. Raises DataError."""
+    weight, train = message.pop("weight", 1), message.pop("train", True)
+    if weight not in (0, 1) or train not in (0, 1):
+        what = (
+            f"weight is {kind_of(weight)} and train {kind_of(train)}; a message counts (1, true) or does not (0, false)"
+        )
+        raise DataError(where, what, "Fix the row")
+    return message["role"] == "assistant" and not (weight and train)
+
+
+def _parsed(value: Any) -> Any:
+    """Read a column that holds a JSON list as text, as data sets often keep their tools."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(value)
+    return value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _messages(
     turns: Any, column: str, where: str, role_key: str = "role", content_key: str = "content",
     roles: Mapping[str, str] = MappingProxyType({}),
-) -> list[dict[str, str]]:  # fmt: skip
-    """Check a list of messages, and name roles and keys as everywhere. Raises DataError."""
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Check a list of messages, and name roles and keys as everywhere; other keys are kept. Raises DataError."""
     if not isinstance(turns, list) or not turns:
         hint = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
         raise DataError(where, f'"{column}" is {kind_of(turns)}, expected a list of messages', hint)
     messages = []
     for i, turn in enumerate(turns):
         place = f"{where}: messages[{i}]"
-        if not isinstance(turn, dict) or not {role_key, content_key} <= turn.keys():
+        calls = isinstance(turn, dict) and turn.get("tool_calls")
+        if not isinstance(turn, dict) or not {role_key, *(() if calls else (content_key,))} <= turn.keys():
             what = f'is {kind_of(turn)}, expected an object with "{role_key}" and "{content_key}"'
             raise DataError(place, what, "Name them: data.role_key, data.content_key")
         role = turn[role_key]
@@ -268,14 +337,30 @@ def _messages(
         if role not in ROLES:
             hint = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
             raise DataError(place, f"the role is {kind_of(role)}", hint)
-        messages.append({"role": role, "content": text_in(turn[content_key], content_key, place)})
+        content = _joined_parts(turn.get(content_key))
+        if not (calls and content in (None, "")) and not (role not in ROLES[:4] and content == ""):
+            content = text_in(content, content_key, place)
+        more = {k: v for k, v in turn.items() if k not in (role_key, content_key, "role", "content") and v is not None}
+        messages.append({"role": role, "content": content, **more})
     return messages
 
 
+def _joined_parts(content: Any) -> Any:
+    """Join a content that is a list of text parts, as chat APIs have it; anything else stays."""
+    is_text = isinstance(content, list) and content and all(
+        isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    )  # fmt: skip
+    return "".join(part["text"] for part in content) if is_text else content
+
+
 def _converted(
-    path: str | list[str], subset: str | None, split: str, convert: Callable[[dict[str, Any], str], list[Any]]
+    path: str | list[str], subset: str | None, split: str, convert: Callable[[dict[str, Any], str], dict[str, Any]]
 ) -> Iterator[Any]:
-    """Yield the rows of files as messages, which `convert` makes of a row and its place, and the faults of the others."""
+    """Yield what `convert` makes of each row of files and its place, and the faults of the others.
+
+    What `convert` returns has under "columns" those that it did not use.
+    """
     for item in read_rows(path, subset, split):
         try:
             if isinstance(item, DataError):
@@ -283,15 +368,72 @@ def _converted(
             where, row = item
             if not isinstance(row, dict):
                 raise DataError(where, f"is {kind_of(row)}, expected an object", "Write one JSON object a row")
-            yield {"messages": convert(row, where), "id": row.get("id"), "where": where}
+            yield {**convert(row, where), "id": row.get("id"), "where": where}
         except DataError as error:
             yield error
+
+
+def _without(row: dict[str, Any], *used: str | None) -> dict[str, Any]:
+    """Return the columns of a row that were not used."""
+    return {name: value for name, value in row.items() if name not in ("id", *used)}
+
+
+def _column(row: dict[str, Any], column: str, name: str, where: str) -> Any:
+    if column not in row:
+        hint = f"Choose a layout (data=pairs, messages, sharegpt or text), or name the column: data.{name}_column=..."
+        raise DataError(where, f'"{column}" is missing; the row is {kind_of(row)}', hint)
+    return row[column]
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _not_null(value: Any) -> Any:
     if value is None:
         raise ValueError("a value in it is null (allow for it: {{ name or '' }})")
     return value
+
+
+class RowTemplate:
+    """A sandboxed Jinja template over the columns of a row. Raises ConfigError if it is not Jinja."""
+
+    def __init__(self, key: str, text: str) -> None:
+        sandbox = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
+        )
+        self.key = key
+        try:
+            self.template, self.names = sandbox.from_string(text), meta.find_undeclared_variables(sandbox.parse(text))
+        except TemplateError as error:
+            raise ConfigError(key, f"is not Jinja: {error}", "Fix the template") from None
+
+    def fill(self, row: dict[str, Any], where: str) -> str:
+        """Fill the template in. Raises DataError."""
+        try:
+            return self.template.render(row)
+        except Exception as error:  # an undefined name, a division by zero, …: the template's or the row's
+            what = f"{self.key} cannot be filled: {str(error).rstrip('.')}; the row is {kind_of(row)}"
+            raise DataError(where, what, "Fix the template or the row") from None
+
+
+class SystemText:
+    """The system text of a row: data.system_prompt filled in, or the row's own column; neither replaces a message."""
+
+    def __init__(self, column: str | None, prompt: str | None) -> None:
+        self.column, self.prompt = column, RowTemplate("data.system_prompt", prompt) if prompt else None
+
+    def before(self, turns: list[Any], row: dict[str, Any], where: str) -> tuple[list[Any], set[str]]:
+        """Put the system text before the messages of a row → them, and the columns that were used."""
+        first = turns[0] if turns else None
+        if isinstance(first, dict) and first.get("role") == "system":
+            return turns, set()
+        if self.prompt is not None:
+            return [{"role": "system", "content": self.prompt.fill(row, where)}, *turns], self.prompt.names
+        text = row.get(self.column) if self.column else None
+        if not isinstance(text, str) or not text.strip():
+            return turns, set()
+        return [{"role": "system", "content": text}, *turns], {str(self.column)}
 
 
 @register_source
@@ -301,45 +443,47 @@ def pairs(
     split: str,
     source_column: str,
     target_column: str,
-    system: str | None,
+    system_column: str | None,
+    system_prompt: str | None,
     template: dict[str, str],
 ) -> Iterator[Any]:
     """Instruction pairs: one user turn, one assistant turn, each a sandboxed Jinja template over the row's columns.
 
-    In the templates `source` and `target` are the two columns, under whatever name; all others go by their own.
+    In the templates `source` and `target` are the two columns, under whatever name; all others go by their own. A row
+    with neither column may have trl's: prompt, and completion or chosen, as text or as lists of messages.
     """
-    columns = {"source": source_column, "target": target_column}
     if template.keys() != {"user", "assistant"}:
         raise ConfigError("data.template", f"has the keys {', '.join(template)}", "Give it user and assistant")
-    sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null)
-    try:
-        templates = {role: sandbox.from_string(text) for role, text in template.items()}
-        needs = {role: meta.find_undeclared_variables(sandbox.parse(text)) for role, text in template.items()}
-    except TemplateError as error:
-        raise ConfigError("data.template", f"is not Jinja: {error}", "Fix the template") from None
+    templates = {role: RowTemplate(f"data.template.{role}", text) for role, text in template.items()}
+    system = SystemText(system_column, system_prompt)
 
-    def chat(row: dict[str, Any], where: str) -> list[Any]:
-        turns = [{"role": "system", "content": system}] if system else []
-        for role in ("user", "assistant"):
-            own = {}
-            for name in needs[role] & columns.keys():
+    def chat(row: dict[str, Any], where: str) -> dict[str, Any]:
+        columns = {"source": source_column, "target": target_column}
+        note = {}
+        if not {source_column, target_column} & row.keys():
+            for first, second in PREFERENCES:
+                if {first, second} <= row.keys():
+                    columns = {"source": first, "target": second}
+                    note = {"note": f"source and target are the columns {first} and {second}"}
+                    break
+        used = set(columns.values())
+        source, target = (row.get(column) for column in columns.values())
+        if _is_chat(source) or _is_chat(target):
+            source = source if _is_chat(source) else [{"role": "user", "content": source}]
+            turns = source + (target if _is_chat(target) else [{"role": "assistant", "content": target}])
+        else:
+            needed, own = set().union(*(t.names for t in templates.values())), {}
+            for name in (name for name in columns if name in needed):
                 hint = f"Fix the row, or name another column: data.{name}_column=..."
                 own[name] = text_in(_column(row, columns[name], name, where), columns[name], where, hint)
-            try:
-                turns.append({"role": role, "content": templates[role].render(row | own)})
-            except Exception as error:  # an undefined name, a division by zero, …: the template's or the row's
-                what = f"data.template.{role} cannot be filled: {str(error).rstrip('.')}; the row is {kind_of(row)}"
-                raise DataError(where, what, "Fix the template or the row") from None
-        return turns
+            used |= needed
+            turns = [
+                {"role": role, "content": templates[role].fill(row | own, where)} for role in ("user", "assistant")
+            ]
+        turns, more = system.before(turns, row, where)
+        return {"messages": turns, "columns": _without(row, *used, *more), **note}
 
     return _converted(path, subset, split, chat)
-
-
-def _column(row: dict[str, Any], column: str, name: str, where: str) -> Any:
-    if column not in row:
-        hint = f"Choose a layout (data=pairs, messages or sharegpt), or name the column: data.{name}_column=..."
-        raise DataError(where, f'"{column}" is missing; the row is {kind_of(row)}', hint)
-    return row[column]
 
 
 @register_source
@@ -351,14 +495,41 @@ def messages(
     role_key: str,
     content_key: str,
     roles: dict[str, str],
+    system_column: str | None,
+    system_prompt: str | None,
 ) -> Iterator[Any]:
-    """Chats: a column with a list of messages; `roles` maps the file's role names to system, user and assistant."""
+    """Chats: a column with a list of messages; `roles` maps the file's role names to those of chat templates.
 
-    def chat(row: dict[str, Any], where: str) -> list[Any]:
+    Where the column is completion or chosen, a `prompt` goes before it, unless it is there already.
+    """
+    system = SystemText(system_column, system_prompt)
+
+    def chat(row: dict[str, Any], where: str) -> dict[str, Any]:
         turns = _column(row, messages_column, "messages", where)
-        return _messages(turns, messages_column, where, role_key, content_key, roles)
+        used, note = {messages_column}, {}
+        before = row.get("prompt") if messages_column in ("completion", "chosen") else None
+        turns = _messages(turns, messages_column, where, role_key, content_key, roles)
+        if isinstance(before, str) and before.strip() and turns[0]["role"] == "assistant":
+            before = [{role_key: "user", content_key: before}]
+        if before and isinstance(before, list):
+            opening = _messages(before, "prompt", where, role_key, content_key, roles)
+            used.add("prompt")
+            if turns[: len(opening)] != opening:
+                turns, note = opening + turns, {"note": f"the column prompt goes before {messages_column}"}
+        turns, more = system.before(turns, row, where)
+        return {"messages": turns, "columns": _without(row, *used, *more), **note}
 
     return _converted(path, subset, split, chat)
+
+
+@register_source
+def text(path: str | list[str], subset: str | None, split: str, text_column: str) -> Iterator[Any]:
+    """Plain text: a column of it; every token counts, and the end-of-text token after it."""
+
+    def plain(row: dict[str, Any], where: str) -> dict[str, Any]:
+        return {"text": _column(row, text_column, "text", where), "columns": _without(row, text_column)}
+
+    return _converted(path, subset, split, plain)
 
 
 @register_source
@@ -383,5 +554,5 @@ def chitchat(path: str, min_turns: int, max_turns: int) -> Iterator[Any]:
         elif not all(turns[:max_turns]):
             yield Dropped("an empty turn")
         else:
-            chat = [{"role": ROLES[1 + i % 2], "content": turn} for i, turn in enumerate(turns[:max_turns])]
+            chat = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns[:max_turns])]
             yield {"messages": chat, "id": name, "where": f"{file.name}:{name}"}
