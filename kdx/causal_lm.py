@@ -41,6 +41,11 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of check_split; lower precisions 5e-2
+HINTS = {  # words of transformers' errors → what helps
+    "for this kind of AutoModel: AutoModelForCausalLM": "kdx distils causal language models (decoders): choose one",
+    "FP8": "fp8 weights need a GPU that has it: choose the model's bf16 weights",
+    "fp8": "fp8 weights need a GPU that has it: choose the model's bf16 weights",
+}
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -247,7 +252,8 @@ def check_split(model: PreTrainedModel, group: str) -> None:
     """
     name = type(model).__name__
     if model.get_output_embeddings() is None or model.base_model is model:
-        raise ModelError(f"{group}.path", f"{name} has no backbone and output head", "Use a causal language model")
+        hint = "Choose another model: kdx needs model.base_model and an output head (Llama 4 names them otherwise)"
+        raise ModelError(f"{group}.path", f"{name} has no backbone and output head that kdx can find", hint)
     head = head_of(model)
     row = torch.arange(3, 11, device=model.device).remainder(head.num_ids).unsqueeze(0)
     rows = [row, torch.cat([row, row], dim=1), torch.cat([row, row.flip(1)], dim=1)]  # alone, and followed by others
@@ -299,7 +305,8 @@ def loading(path: str, what: str, key: str) -> Iterator[None]:
     except KdxError:
         raise
     except Exception as error:
-        what, hint = f"cannot load the {what} in {path}: {one_line(error)}", nearby(Path(path))
+        message = one_line(error).partition(" Model type should be one of")[0]
+        what, hint = f"cannot load the {what} in {path}: {message}", nearby(Path(path))
         if memory := out_of_memory(error):
             raise memory from error
         if isinstance(error, ImportError):
@@ -309,6 +316,7 @@ def loading(path: str, what: str, key: str) -> Iterator[None]:
             raise of_hub(error, ModelError, key, what, "Log in for gated models (hf auth login). " + hint) from error
         if isinstance(error, SafetensorError):
             hint = "Copy the weights again; from git: git lfs pull"
+        hint = next((better for words, better in HINTS.items() if words in what), hint)
         raise ModelError(key, what, hint) from error
 
 

@@ -41,9 +41,25 @@ def load_student(
             )
         take_generation_config(model, source, group)
         ready(model, "student")
+    freeze_unread(model)
+    if getattr(model.config, "output_router_logits", False):
+        log.warning("the router's auxiliary loss, which the student's config asks for, is left out")
     with loading(str(source.path), "generation config", f"{group}.path"):
         model.generation_config.validate(strict=True)  # as save_pretrained does after hours of training
     return model
+
+
+def freeze_unread(model: PreTrainedModel) -> None:
+    """Freeze what text does not reach, as the image encoder of a multimodal model: it gets no gradient."""
+    if model.config.get_text_config() is model.config:
+        return
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    read = {id(parameter) for part in parts for parameter in part.parameters()}
+    unread = [parameter for parameter in model.parameters() if id(parameter) not in read]
+    for parameter in unread:
+        parameter.requires_grad_(False)
+    size = sum(parameter.numel() for parameter in unread)
+    log.info("%s parameters of the student are not trained: text does not reach them", f"{size:,}")
 
 
 def saved_dtype(config: StudentConfig, teacher: TeacherConfig) -> str:

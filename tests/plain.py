@@ -93,6 +93,11 @@ def loss(
 class Rows(list[Row]):
     """Rows in memory, with the columns that kdx.data.batches.Rows has in its files."""
 
+    drawn: dict[str, int] = {}  # noqa: RUF012
+
+    def epoch(self, seed: int, epoch: int) -> range:
+        return range(len(self))
+
     @property
     def lengths(self) -> np.ndarray:
         return np.array([len(row.tokens) for row in self], np.int64)

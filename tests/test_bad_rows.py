@@ -51,7 +51,7 @@ FILES = {
     "truncated last line": ("t.jsonl", LINE + b'{"source": "a"', "t.jsonl:2:15: is not JSON", "Was the copy cut short?"),
     "broken list": ("t.json", b'[{"source": "a"},\n {"source": }]', "t.json:2:13: is not JSON", "Was the copy cut"),
     "lines in a .json": ("t.json", LINE * 2, "t.json:2:1: is not JSON", "A .jsonl file has one object a line"),
-    "an object for a list": ("t.json", b'{"data": []}', "t.json: holds an object with data, expected a list of rows", "Wrap the rows in [ ]"),
+    "an object for a list": ("t.json", b'{"version": 1}', "t.json: holds an object with version, expected a list of rows", "Wrap the rows in [ ]"),
     "NaN": ("t.jsonl", LINE + b'{"source": NaN}', 't.jsonl:2: "source" is NaN (float), expected text', "Fix the row"),
     "latin-1": ("t.jsonl", LINE + b'{"source": "caf\xe9"}\n', "t.jsonl:2: byte 0xe9 is not UTF-8", "iconv -f LATIN1 -t UTF-8 t.jsonl"),
     "latin-1 CSV": ("t.csv", b"source,target\na,caf\xe9\n", "t.csv:2: byte 0xe9", "iconv"),

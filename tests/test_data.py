@@ -159,7 +159,7 @@ def test_a_source_may_be_registered_again_but_not_under_anothers_name(registry):
 @pytest.mark.parametrize(
     ("item", "says"),
     [
-        ({"words": "a"}, 'tickets[1]: is an object with words, expected an object with "messages", or with'),
+        ({"words": "a"}, 'tickets[1]: is an object with words, expected an object with "messages", with'),
         ({"source": "a"}, "is an object with source"),
         (("a", "b"), 'tickets[1]: is ["a", "b"] (tuple), expected an object'),
         ({"source": "a", "target": 5, "where": "ticket 9"}, 'ticket 9: messages[1]: "content" is 5 (int)'),

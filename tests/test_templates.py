@@ -150,7 +150,9 @@ def test_a_row_that_the_template_refuses_is_named_and_the_others_are_encoded(mak
     bad = Conversation("x", [{"role": role, "content": "x"} for role in ("user", "user", "assistant")], "chat.jsonl:7")
     encoder = Encoder(SharedTokenizer(tokenizer, 100), "error", True)
     first, refused, last = (encoder.encode(one) for one in (chat("a", "b"), bad, chat("c", "d")))
-    assert str(refused.fault).startswith("chat.jsonl:7: the chat template refuses the conversation: turns must alternate")
+    assert str(refused.fault).startswith(
+        "chat.jsonl:7: the chat template refuses the conversation: turns must alternate"
+    )
     assert [counted_runs(tokenizer, row) for row in first.rows + last.rows] == [[" b </s>"], [" d </s>"]]
 
 
@@ -168,7 +170,10 @@ def test_the_chat_template_comes_from_the_config_the_tokenizer_or_the_end_of_tex
     tokenizer = make_tokenizer(PLAIN)
     assert prepare_tokenizer(SharedTokenizer(tokenizer, 100), data_config("custom")) == "the tokenizer's own"
     assert tokenizer.chat_template == PLAIN
-    assert prepare_tokenizer(SharedTokenizer(tokenizer, 100), data_config("custom", chat_template=DIALOGPT)) == "data.chat_template"
+    assert (
+        prepare_tokenizer(SharedTokenizer(tokenizer, 100), data_config("custom", chat_template=DIALOGPT))
+        == "data.chat_template"
+    )
     assert tokenizer.chat_template == DIALOGPT
     file = tmp_path / "chat.jinja"
     file.write_text(CHATML, encoding="utf-8")
@@ -176,7 +181,9 @@ def test_the_chat_template_comes_from_the_config_the_tokenizer_or_the_end_of_tex
     assert tokenizer.chat_template == CHATML
 
     bare = make_tokenizer()
-    assert prepare_tokenizer(SharedTokenizer(bare, 100), data_config("custom")) == "turns joined by the end-of-text token"
+    assert (
+        prepare_tokenizer(SharedTokenizer(bare, 100), data_config("custom")) == "turns joined by the end-of-text token"
+    )
     row = row_of(bare, chat("a", "b"))
     assert bare.decode(row.tokens) == "a<|endoftext|>b<|endoftext|>"
     prepare_tokenizer(SharedTokenizer(make_tokenizer(), 100), data_config("custom", chat_template=LLAMA2))

@@ -76,14 +76,45 @@ def write_rows(file: Path, rows: Iterable[Row]) -> str:
 
 
 class Rows(Sequence[Row]):
-    """Rows in a memory-mapped file: shared by processes, and not in memory until they are read."""
+    """Rows in a memory-mapped file: shared by processes, and not in memory until they are read.
 
-    def __init__(self, file: Path) -> None:
-        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+    sources: of a mixture, the rows of each; drawn: how many of them an epoch has.
+    """
+
+    def __init__(self, file: Path | pyarrow.Table) -> None:
+        if isinstance(file, pyarrow.Table):
+            table = file
+        else:
+            table = pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+        self.sources: dict[str, range] = {}
+        self.drawn: dict[str, int] = {}
+        self.table = table
         self._rows = table.select(["id", "tokens", "counted", "where"])
         self.lengths: np.ndarray = table["length"].to_numpy()  # tokens of each row [rows]
         self.num_counted: np.ndarray = table["num_counted"].to_numpy()  # counted positions of each row [rows]
         self._digests = table["digest"]
+
+    @classmethod
+    def joined(cls, parts: dict[str, "Rows"], drawn: dict[str, int] | None = None) -> "Rows":
+        """Join the rows of several sources; each id begins with its source's name."""
+        tables = []
+        for name, part in parts.items():
+            ids = pyarrow.array([f"{name}/{i}" for i in part.table["id"].to_pylist()], pyarrow.string())
+            tables.append(part.table.set_column(0, "id", ids))
+        rows = cls(pyarrow.concat_tables(tables))
+        ends = np.cumsum([0, *(len(part) for part in parts.values())]).tolist()
+        rows.sources = {name: range(*ends[i : i + 2]) for i, name in enumerate(parts)}
+        rows.drawn = drawn or {}
+        return rows
+
+    def epoch(self, seed: int, epoch: int) -> Sequence[int]:
+        """Return the numbers of an epoch's rows: all, or those drawn of each source of a mixture."""
+        if not self.drawn:
+            return range(len(self))
+        rows: list[int] = []
+        for name, number in self.drawn.items():
+            rows += random.Random(f"{seed}:{epoch}:{name}").sample(self.sources[name], number)
+        return rows
 
     def __len__(self) -> int:
         return int(self._rows.num_rows)
@@ -228,7 +259,7 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.rows) / self.batch_size)
+        return math.ceil((sum(self.rows.drawn.values()) or len(self.rows)) / self.batch_size)
 
     def steps(self, first: int, last: int) -> Iterator[StepBatch | None]:
         """Yield this process's share of steps first … last − 1, then None.
@@ -252,11 +283,12 @@ class Batches:
         step = first
         while step < last:
             epoch, within = divmod(step, self.steps_per_epoch)
+            rows = self.rows.epoch(self.seed, epoch)
             batches = epoch_batches(
-                self.rows.lengths, self.batch_size, seed=self.seed, epoch=epoch, shuffle=self.shuffle
+                self.rows.lengths[rows], self.batch_size, seed=self.seed, epoch=epoch, shuffle=self.shuffle
             )
             for batch in batches[within : within + last - step]:
-                yield step, batch
+                yield step, [rows[i] for i in batch]
                 step += 1
 
     def _step_batch(self, step: int, numbers: list[int]) -> StepBatch:
@@ -276,7 +308,8 @@ class Batches:
 
     def rows_seen(self, max_steps: int) -> list[int]:
         """Return the numbers of the rows that these steps read, over all processes, each once."""
-        return [i for _, numbers in self.plan(0, min(max_steps, self.steps_per_epoch)) for i in numbers]
+        steps = max_steps if self.rows.drawn else min(max_steps, self.steps_per_epoch)
+        return list(dict.fromkeys(i for _, numbers in self.plan(0, steps) for i in numbers))
 
 
 def by_length(rows: Rows, batch_size: int) -> list[list[int]]:

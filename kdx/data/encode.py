@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from kdx.config import DataConfig, as_dict
 from kdx.data.batches import Row, Rows, write_rows
 from kdx.data.files import at_home, source_files
+from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, Conversations, Names, read_conversations, split
 from kdx.errors import DataError, first_of, one_line
 from kdx.run.devices import num_cores
@@ -87,6 +88,8 @@ def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0,
     num_prompts: conversations whose opening leaves room for an answer of `answer_length` tokens. Raises DataError with
     all faults.
     """
+    if config.name == "mix":
+        return _load_mix(config, shared, num_prompts, answer_length)
     template = prepare_tokenizer(shared, config)
     encoder = Encoder(shared, config.on_long, config.assistant_only, config.template_date)
     root = cache_dir() / "data"
@@ -110,6 +113,36 @@ def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0,
         log.warning("%s", note)
     known |= {name: Counter(known[name]) for name in COUNTERS}
     return Data(Rows(folder / "train"), Rows(folder / "held_out"), **known, template=template)
+
+
+def _load_mix(config: DataConfig, shared: SharedTokenizer, num_prompts: int, answer_length: int) -> Data:
+    """Load each source of a mixture, and join them. An epoch has as many rows of each as its weight allows."""
+    parts = parts_of(config)
+    shares = {name: share for name, (_, share) in parts.items()}
+    loaded = {name: load_data(part, shared, num_prompts, answer_length) for name, (part, _) in parts.items()}
+    counted = {name: int(data.train.num_counted.sum()) for name, data in loaded.items()}
+    size = min(counted[name] / share for name, share in shares.items())  # until the first source has no row left
+    drawn = {
+        name: max(1, round(len(data.train) * shares[name] * size / counted[name])) for name, data in loaded.items()
+    }
+    counters = {
+        counter: Counter(
+            {f"{name}: {rule}": n for name, data in loaded.items() for rule, n in getattr(data, counter).items()}
+        )
+        for counter in COUNTERS
+    }
+    fingerprints = [[data.fingerprint, data.held_out_fingerprint] for data in loaded.values()]
+    turns = zip_longest(*(data.prompts for data in loaded.values()))
+    return Data(
+        Rows.joined({name: data.train for name, data in loaded.items()}, drawn),
+        Rows.joined({name: data.held_out for name, data in loaded.items()}),
+        [prompt for turn in turns for prompt in turn if prompt][:num_prompts],
+        fingerprint=xxhash.xxh3_64_hexdigest(json.dumps([fingerprints, drawn]).encode()),
+        held_out_fingerprint=xxhash.xxh3_64_hexdigest(json.dumps(fingerprints).encode()),
+        template=next(iter(loaded.values())).template,
+        stops=list(dict.fromkeys(stop for data in loaded.values() for stop in data.stops)),
+        **counters,
+    )
 
 
 def _digest(config: DataConfig, shared: SharedTokenizer, *numbers: int) -> str:
@@ -269,7 +302,7 @@ class Encoder:
         first = [tokens[0]] if tokens[0] == self.tokenizer.bos_token_id else []
         size = self.max_length - len(first)
         yield tokens[: self.max_length], counted[: self.max_length]
-        for start in range(self.max_length - 1, len(tokens) - 1, size - 1):
+        for start in range(self.max_length - 1, len(tokens) - 1, max(1, size - 1)):
             head = len(first) + 1  # the overlap was counted before
             yield first + tokens[start : start + size], [False] * head + counted[start + 1 : start + size]
 

@@ -3,18 +3,22 @@
 import csv
 import glob
 import importlib.util
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from kdx.config import DataConfig
+from kdx.data.mix import parts_of
 from kdx.errors import ConfigError, DataError, MachineError, of_hub, shortened, together
 
 LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's default of 131,072 characters is less than a book's chapter
 FROM_FILES = ("pairs", "messages", "text", "chitchat")  # the sources that read data.path from disk
+
+SAVED = ("dataset_info.json", "state.json")  # beside the .arrow files of datasets' save_to_disk
 
 Item = tuple[str, Any] | DataError  # (file:line, row), or what is wrong with that row
 
@@ -45,6 +49,9 @@ def source_files(config: DataConfig) -> list[Path] | None:
 
     Raises DataError if a file does not exist.
     """
+    if config.name == "mix":
+        parts = [source_files(part) for part, _ in parts_of(config).values()]
+        return None if None in parts else [file for files in parts for file in files or ()]
     if config.name not in FROM_FILES:
         return None
     wanted = [(config.path, config.split)]
@@ -78,7 +85,7 @@ def read_rows(path: str | list[str], subset: str | None, split: str) -> Iterator
         for file in files or []:
             item = None
             try:
-                for item in READERS[file.suffix](file):
+                for item in READERS[_suffix(file)](file):
                     yield item
                 if item is None:
                     raise DataError(str(file), "has no rows", "Was the copy cut short? Copy it again, or leave it out")
@@ -91,8 +98,13 @@ def read_rows(path: str | list[str], subset: str | None, split: str) -> Iterator
 def _expand(given: str, split: str) -> list[Path] | None:
     """The files of a path, or None for a hub data set. Only a folder has other splits: its files NAME.* and NAME-*."""
     path = Path(resolve_path(given, "data.path"))
+    if (path / "dataset_dict.json").is_file():  # splits that datasets saved, each a folder
+        if not (path / split).is_dir():
+            raise DataError("data.split", f"{path} has no split {split}", nearby(path / split))
+        path, split = path / split, "train"
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in READERS and not p.is_dir())
+        files = sorted(p for p in path.iterdir() if _suffix(p) in READERS and not p.is_dir())
+        files = [p for p in files if p.name not in SAVED]
         if split != "train":
             files = [p for p in files if p.stem == split or p.stem.startswith(f"{split}-")]
         if not files:
@@ -101,17 +113,22 @@ def _expand(given: str, split: str) -> list[Path] | None:
         return files
     is_pattern = any(c in str(path) for c in "*?[")
     files = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True))) if is_pattern else []
-    if not files and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) and path.suffix not in READERS:
+    if not files and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) and _suffix(path) not in READERS:
         return None
     if not files:
         raise DataError("data.path", f"{given} does not exist", nearby(path))
     if split != "train":
         raise DataError("data.path", f"{path} is on disk and has no split {split}", "Give that split's own file")
     for file in files:
-        if file.suffix not in READERS:
+        if _suffix(file) not in READERS:
             what = f"{file} is not one of {', '.join(READERS)}"
             raise DataError("data.path", what, "Convert it, or write a data source")
     return files
+
+
+def _suffix(file: Path) -> str:
+    """Return what says how a file is read, without that of its compression."""
+    return Path(file.name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def nearby(path: Path) -> str:
@@ -126,9 +143,17 @@ def nearby(path: Path) -> str:
     return f"{f'This folder ({Path.cwd()})' if folder == Path() else folder} has: {', '.join(names[:12]) or 'nothing'}"
 
 
+def _opened(file: Path) -> BinaryIO:
+    if file.suffix not in (".gz", ".zst"):
+        return file.open("rb")
+    import pyarrow
+
+    return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(file), compression="detect")))
+
+
 def _lines(file: Path) -> Iterator[str]:
     """Yield the lines of a UTF-8 file, with or without BOM, one in memory at a time. Raises DataError."""
-    with file.open("rb") as stream:
+    with _opened(file) as stream:
         for number, line in enumerate(stream, 1):  # not str.splitlines: U+2028 is text within JSON and CSV
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -152,6 +177,8 @@ def _read_json(file: Path) -> Iterator[Item]:
         rows = json.loads("".join(_lines(file)))
     except json.JSONDecodeError as error:
         raise _not_json(f"{file}:{error.lineno}:{error.colno}", error) from None
+    if isinstance(rows, dict) and len(lists := [value for value in rows.values() if isinstance(value, list)]) == 1:
+        (rows,) = lists  # {"data": [...]}, with a version or a name beside it
     if not isinstance(rows, list):
         raise DataError(str(file), f"holds {kind_of(rows)}, expected a list of rows", "Wrap the rows in [ ]")
     for i, row in enumerate(rows):
@@ -165,17 +192,27 @@ def _not_json(where: str, error: json.JSONDecodeError) -> DataError:
 
 def _read_csv(file: Path) -> Iterator[Item]:
     csv.field_size_limit(LONGEST_FIELD)
-    header = next((line for line in _lines(file) if line.strip()), "")
-    reader = csv.DictReader(_lines(file), delimiter=max(",;\t", key=header.count), strict=True)
+    header = re.sub('"[^"]*"', "", next((line for line in _lines(file) if line.strip()), ""))
+    began = 0  # the first line of the row that is read now, which may have line breaks in quotes
+
+    def lines() -> Iterator[str]:
+        nonlocal began
+        for number, line in enumerate(_lines(file), 1):
+            began = began or (number if line.strip() else 0)
+            yield line
+
+    reader = csv.DictReader(lines(), delimiter=max(",;\t", key=header.count), strict=True)
     try:
+        if reader.fieldnames:
+            began = 0  # what was read is the header
         for row in reader:
-            where = f"{file}:{reader.line_num}"
+            where, began = f"{file}:{began}", 0
             if None in row:
                 yield DataError(where, "has more columns than the header", "Quote the separators")
             else:
                 yield where, row
-    except csv.Error as error:  # in the row that begins after the last one that could be read
-        raise DataError(f"{file}:{reader.line_num + 1}", f"is not CSV ({error})", "Fix the quoting") from None
+    except csv.Error as error:
+        raise DataError(f"{file}:{began}", f"is not CSV ({error})", "Fix the quoting") from None
 
 
 def _read_parquet(file: Path) -> Iterator[Item]:
@@ -189,6 +226,13 @@ def _read_parquet(file: Path) -> Iterator[Item]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         what = f"is not readable as parquet ({str(error).splitlines()[0][:120]})"
         raise DataError(str(file), what, "Was the copy cut short? Copy the file again") from None
+
+
+def _read_arrow(file: Path) -> Iterator[Item]:
+    import datasets
+
+    for i, row in enumerate(datasets.Dataset.from_file(str(file))):
+        yield f"{file}[{i}]", row
 
 
 def _read_hub(path: str, subset: str | None, split: str) -> Iterator[Item]:
@@ -209,6 +253,7 @@ READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,  # as datasets' save_to_disk writes them
 }
 
 

@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kdx.config import DataConfig, replaced
 from kdx.data.files import kind_of, read_rows, resolve_path, text_in
+from kdx.data.mix import parts_of
 from kdx.errors import ConfigError, DataError, did_you_mean, together
 from kdx.plugins import option_faults
 
@@ -50,7 +51,8 @@ class Conversation:
     def digest(self) -> str:
         """A digest of the content, the same wherever the row is."""
         more = [part for part in (self.text, self.variables, self.unlearned) if part]
-        return hashlib.sha256(_json([self.messages, *more] if more else self.messages).encode()).hexdigest()
+        content = [self.messages, *more] if more else self.messages
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,14 @@ class Conversations:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> Conversation:
+        name, where = self.ids[i], self.where[i]
         start, end = self._starts[i : i + 2]
         content = json.loads(os.pread(self._file.fileno(), end - start, start))
-        return Conversation(id=self.ids[i], where=self.where[i], **content)
+        return Conversation(id=name, where=where, **content)
 
     def append(self, conversation: Conversation) -> None:
         content = {k: v for k, v in vars(conversation).items() if k in ("messages", "text", "variables", "unlearned")}
-        self._starts.append(self._starts[-1] + self._file.write(_json(content).encode()))
+        self._starts.append(self._starts[-1] + self._file.write(json.dumps(content, default=str).encode()))
         self.ids.append(conversation.id)
         self.where.append(conversation.where)
         self.digests.append(conversation.digest)
@@ -131,6 +134,10 @@ def register_source(function: Source) -> Source:
 
 def check_source(config: DataConfig) -> None:
     """Refuse a source or options that the registry does not know, before anything is read. Raises ConfigError."""
+    if config.name == "mix":
+        for part, _ in parts_of(config).values():
+            check_source(part)
+        return
     if config.name not in _SOURCES:
         hint = did_you_mean(config.name, sorted(_SOURCES)) + ". For your own: KDX_PLUGINS=module"
         raise ConfigError("data.name", f"no source is named {config.name!r}", hint)
@@ -311,10 +318,6 @@ def _parsed(value: Any) -> Any:
         with contextlib.suppress(json.JSONDecodeError):
             return json.loads(value)
     return value
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _messages(

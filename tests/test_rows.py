@@ -1,0 +1,294 @@
+"""Rows as people bring them: what the student learns of each, token by token, or what is said about it."""
+
+import json
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import pytest
+
+from kdx.data.encode import load_data
+from kdx.errors import DataError
+from kdx.student import teach_to_stop
+from kdx.tokenizer import SharedTokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Tools, thinking of the last turn alone, tool results as turns of the user: what Qwen's templates do.
+QWEN = (
+    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}"
+    "{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content and loop.index0 > ns.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') if m.content else '' }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}'
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% set today = date_string if date_string is defined else strftime_now('%d %b %Y') %}"
+    "<|start_header_id|>system<|end_header_id|>\n\nToday is {{ today }}<|eot_id|>"
+    "{% for m in messages %}<|start_header_id|>{{ 'ipython' if m.role == 'tool' else m.role }}<|end_header_id|>\n\n"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content | trim }}{% endif %}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+# Answers of tools must name the call they belong to, and there is no header before the assistant's words.
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'tool' %}{% if not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}"
+    "[TOOL_RESULTS] {{ m.content }} [/TOOL_RESULTS]"
+    "{% elif m.tool_calls %}[TOOL_CALLS] {{ m.tool_calls | tojson }}{{ eos_token }}"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+TOKENIZERS = {  # a template, special tokens, end of text
+    "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), {}),
+    "qwen": (QWEN, ("<|im_start|>", "<|im_end|>"), {}),
+    "llama": (LLAMA, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), {"bos_token": "<|begin|>"}),
+    "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>"), {"bos_token": "<bos>", "eos_token": "<eos>"}),
+    "mistral": (MISTRAL, ("[INST]", "[/INST]"), {"bos_token": "<s>", "eos_token": "</s>"}),
+    "base": (None, (), {}),
+}
+ASK = {"role": "user", "content": "How warm is it?"}
+SAY = {"role": "assistant", "content": "Nine degrees."}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "9"}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+WHOLE = "Nine degrees.<|im_end|>"
+
+
+def chat(*messages, **columns):
+    return {"messages": list(messages), **columns}
+
+
+@dataclass
+class Case:
+    """A row under a tokenizer and a layout, and what must be seen."""
+
+    row: dict[str, Any]
+    tokenizer: str = "chatml"
+    layout: str = "messages"
+    counted: list[str] | None = None  # each unbroken run of counted tokens
+    says: list[str] = field(default_factory=list)  # in what is said of the rows
+    refused: str = ""  # in the fault
+    reads: str = ""  # in the text that the student reads
+    stops: list[str] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    # ---- turns and their ends
+    "a chat": Case(chat(ASK, SAY), counted=[WHOLE], stops=["<|im_end|>"]),
+    "two answers": Case(chat(ASK, SAY, ASK, SAY), counted=[WHOLE, WHOLE]),
+    "an unanswered last turn": Case(chat(ASK, SAY, ASK), counted=[WHOLE], says=["unanswered last turn cut off"]),
+    "weight 0": Case(chat(ASK, SAY | {"weight": 0}, ASK, SAY | {"weight": 1}), counted=[WHOLE]),
+    "train false": Case(chat(ASK, SAY | {"train": False}, ASK, SAY), "qwen", counted=[WHOLE]),
+    "nothing that counts": Case(chat(ASK, SAY | {"weight": 0}), refused="no counted token left"),
+    "half a weight": Case(chat(ASK, SAY | {"weight": 0.5}), refused="weight is 0.5"),
+    "llama": Case(chat(ASK, SAY), "llama", counted=["Nine degrees.<|eot_id|>"], reads="<|begin|><|start_header_id|>system"),
+    "gemma": Case(chat(ASK, SAY), "gemma", counted=["Nine degrees.<end_of_turn>"], stops=["<end_of_turn>"]),
+    "mistral": Case(chat(ASK, SAY), "mistral", counted=[" Nine degrees.</s>"], stops=["</s>"]),
+    "a base model": Case(chat(ASK, SAY), "base", counted=["Nine degrees.<|endoftext|>"], stops=["<|endoftext|>"]),
+    "every token": Case(chat(ASK, SAY), options={"assistant_only": False}, reads="How warm", stops=["<|im_end|>"]),
+    # ---- roles
+    "a system text": Case(chat({"role": "system", "content": "Be brief."}, ASK, SAY), counted=[WHOLE], reads="Be brief."),
+    "a developer": Case(chat({"role": "developer", "content": "Be brief."}, ASK, SAY), reads="<|im_start|>developer"),
+    "a system text that is refused": Case(
+        chat({"role": "system", "content": "Be brief."}, ASK, SAY), "gemma", refused="System role not supported"
+    ),
+    "a system text left out": Case(
+        chat({"role": "system", "content": "Be brief."}, ASK, SAY), "mistral",
+        says=["system text that the chat template leaves out"], counted=[" Nine degrees.</s>"],
+    ),
+    "a role left out": Case(
+        chat(ASK, {"role": "observation", "content": "It snows."}, SAY), "mistral",
+        refused="messages[1]: the chat template leaves out the role observation",
+    ),
+    "an unknown role": Case(chat(ASK, {"role": "critic", "content": "No."}, SAY), refused='the role is "critic"'),
+    "an observation": Case(chat(ASK, {"role": "observation", "content": "It snows."}, SAY), reads="observation\nIt snows."),
+    # ---- tools
+    "tool calls of qwen": Case(
+        chat(ASK, CALLS, RESULT, SAY, tools=TOOLS), "qwen", reads='Tools: [{"type": "function"',
+        counted=['<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>', WHOLE],
+    ),
+    "tools as JSON text": Case(chat(ASK, SAY, tools=json.dumps(TOOLS)), "qwen", reads='Tools: [{"type": "function"'),
+    "tool calls without content": Case(
+        chat(ASK, {"role": "assistant", "tool_calls": [CALL]}, RESULT, SAY), "qwen", reads="<tool_response>\n9\n</tool"
+    ),
+    "tool calls of llama": Case(
+        chat(ASK, CALLS, RESULT, SAY), "llama", reads="ipython",
+        counted=['{"name": "weather", "arguments": {"city": "Oslo"}}<|eot_id|>', "Nine degrees.<|eot_id|>"],
+    ),
+    "tool calls of mistral": Case(
+        chat(ASK, CALLS, RESULT, SAY), "mistral", reads="[TOOL_RESULTS] 9",
+        counted=[f"[TOOL_CALLS] {json.dumps([CALL])}</s>", " Nine degrees.</s>"],
+    ),
+    "tool calls that the template does not write": Case(
+        chat(ASK, CALLS, RESULT, SAY), refused="has only tool_calls, which the chat template does not write"
+    ),
+    "tools that nothing reads": Case(chat(ASK, SAY, tools=TOOLS), says=["column tools"]),
+    "arguments as text": Case(
+        chat(ASK, {**CALLS, "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]}, RESULT, SAY),
+        "qwen", says=["arguments of tool_calls that are text"],
+    ),
+    # ---- thinking
+    "thinking": Case(
+        chat(ASK, SAY | {"reasoning_content": "It says 9."}), "qwen",
+        counted=["<think>\nIt says 9.\n</think>\n\nNine degrees.<|im_end|>"],
+    ),
+    "thinking of an earlier turn": Case(
+        chat(ASK, SAY | {"reasoning_content": "It says 9."}, ASK, SAY), "qwen", counted=[WHOLE, WHOLE],
+        says=["reasoning_content that the chat template leaves out"],
+    ),
+    "thinking in the content": Case(
+        chat(ASK, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nNine degrees."}), "qwen", counted=[WHOLE],
+        says=["thinking that the chat template leaves out"],
+    ),
+    "thinking that nothing reads": Case(
+        chat(ASK, SAY | {"reasoning_content": "It says 9."}), says=["key reasoning_content of messages"], counted=[WHOLE]
+    ),
+    # ---- columns
+    "columns that nothing reads": Case(chat(ASK, SAY, difficulty=3, score=None), says=["column difficulty"]),
+    "keys that nothing reads": Case(chat(ASK | {"mood": "curious"}, SAY), says=["key mood of messages"]),
+    "a variable of the template": Case(chat(ASK, SAY, date_string="May"), "llama", reads="Today is May"),
+    "the clock": Case(chat(ASK, SAY), "llama", reads="Today is 26 Jul 2024"),
+    "another day": Case(chat(ASK, SAY), "llama", reads="Today is 01 Feb 2025", options={"template_date": "2025-02-01"}),
+    "a system column": Case(chat(ASK, SAY, system="Be brief."), reads="system\nBe brief."),
+    "a system prompt": Case(chat(ASK, SAY, city="Oslo"), reads="You are in Oslo.", options={"system_prompt": "You are in {{ city }}."}),
+    # ---- contents
+    "text parts": Case(chat({"role": "user", "content": [{"type": "text", "text": "How "}, {"type": "text", "text": "warm?"}]}, SAY), reads="How warm?"),
+    "an image": Case(chat({"role": "user", "content": [{"type": "image", "url": "x"}]}, SAY), refused='"content" is'),
+    "a blank content": Case(chat(ASK, {"role": "assistant", "content": " "}), refused="expected text that is not blank"),
+    "nulls beside": Case(chat(ASK | {"name": None, "tool_calls": None}, SAY), counted=[WHOLE]),
+    # ---- ShareGPT and its odd forms
+    "sharegpt": Case(
+        {"conversations": [{"from": "human", "value": "How warm?"}, {"from": "gpt", "value": "Nine degrees."}], "score": 1},
+        layout="sharegpt", counted=[WHOLE], says=["column score"],
+    ),
+    "sharegpt with roles of the chat": Case(
+        {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "user", "value": "How warm?"}, {"from": "chatgpt", "value": "Nine degrees."}]},
+        layout="sharegpt", counted=[WHOLE], reads="system\nBe brief.",
+    ),
+    "sharegpt with tools": Case(
+        {"conversations": [{"from": "human", "value": "How warm?"}, {"from": "function_call", "value": "weather()"}, {"from": "observation", "value": "9"}, {"from": "gpt", "value": "Nine degrees."}], "tools": "[1]"},
+        layout="sharegpt", counted=["weather()<|im_end|>", WHOLE], says=['column tools']),
+    "sharegpt with a weight": Case(
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}, {"from": "human", "value": "c"}, {"from": "gpt", "value": "Nine degrees."}]},
+        layout="sharegpt", counted=[WHOLE],
+    ),
+    # ---- pairs, preferences, Alpaca
+    "pairs": Case({"source": "How warm?", "target": "Nine degrees."}, layout="pairs", counted=[WHOLE]),
+    "prompt and completion": Case(
+        {"prompt": "How warm?", "completion": "Nine degrees."}, layout="pairs", counted=[WHOLE],
+        says=["source and target are the columns prompt and completion"],
+    ),
+    "prompt and chosen": Case(
+        {"prompt": "How warm?", "chosen": "Nine degrees.", "rejected": "Ten."}, layout="pairs", counted=[WHOLE],
+        says=["source and target are the columns prompt and chosen", "column rejected"],
+    ),
+    "lists of messages as pairs": Case(
+        {"prompt": [{"role": "system", "content": "Be brief."}, ASK], "completion": [SAY]}, layout="pairs",
+        counted=[WHOLE], reads="Be brief.", says=['source and target are the columns prompt and completion']),
+    "chosen after a prompt": Case(
+        {"prompt": [ASK], "chosen": [SAY], "rejected": [SAY]}, counted=[WHOLE], reads="How warm is it?",
+        says=['the column prompt goes before chosen', 'column rejected'], options={"messages_column": "chosen"},
+    ),
+    "chosen that has its prompt": Case(
+        {"prompt": [ASK], "chosen": [ASK, SAY]}, counted=[WHOLE], options={"messages_column": "chosen"}
+    ),
+    "a prompt as text before chosen": Case(
+        {"prompt": "How warm is it?", "chosen": [SAY]}, reads="How warm is it?", options={"messages_column": "chosen"}, says=['the column prompt goes before chosen']),
+    "alpaca": Case(
+        {"instruction": "Translate.", "input": "ni grader", "output": "Nine degrees."}, layout="alpaca",
+        counted=[WHOLE], reads="Translate.\n\nni grader",
+    ),
+    "alpaca without input": Case({"instruction": "Speak.", "input": "", "output": "Nine degrees."}, layout="alpaca", reads="Speak.<|im_end|>"),
+    "a system column of pairs": Case({"source": "a", "target": "b", "system": "Be brief."}, layout="pairs", reads="Be brief."),
+    "columns of another layout": Case({"question": "a", "answer": "b"}, layout="pairs", refused='"source" is missing; the row is an object with question, answer'),
+    # ---- text
+    "plain text": Case(
+        {"text": "The sea is warm.", "url": "x"}, layout="text", counted=["The sea is warm.<|endoftext|>"], says=["column url"]
+    ),
+    "no text": Case({"content": "The sea."}, layout="text", refused='"text" is missing'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_student_learns_what_the_row_says_or_it_is_said(name, make_tokenizer, data_config, tmp_path):
+    case = CASES[name]
+    template, special, tokens = TOKENIZERS[case.tokenizer]
+    tokenizer = make_tokenizer(template, special, **tokens)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(case.row) + "\n", encoding="utf-8")
+    config = data_config(case.layout, path=str(file), validation=None, **case.options)
+    shared = SharedTokenizer(tokenizer, 1000)
+    if case.refused:
+        with pytest.raises(DataError) as caught:
+            load_data(config, shared)
+        assert case.refused in str(caught.value)
+        return
+    data = load_data(config, shared)
+    (row,) = data.train
+    text = tokenizer.decode(row.tokens)
+    said = {*data.said, *data.unused, *data.changed}
+    assert len(said) == len(case.says), said
+    for words in case.says:
+        assert any(words in one for one in said), said
+    assert case.reads in text
+    if case.counted is not None:
+        runs = groupby(zip(row.tokens, row.counted, strict=True), key=lambda pair: pair[1])
+        assert [tokenizer.decode([token for token, _ in run]) for counts, run in runs if counts] == case.counted
+    if case.stops is not None:
+        assert tokenizer.convert_ids_to_tokens(data.stops) == case.stops
+    if (
+        case.layout == "messages"
+        and "messages" in case.row
+        and not {"system", "system_prompt"} & {*case.row, *case.options}
+    ):
+        plain = [{k: v for k, v in m.items() if k not in ("weight", "train")} for m in case.row["messages"]]
+        given = {k: v for k, v in case.row.items() if k not in ("messages", "tools")}
+        tools = case.row.get("tools")
+        if "strftime_now" not in (template or "strftime_now") or given:  # the day of the run is not today's
+            whole = tokenizer.apply_chat_template(
+                plain, tools=json.loads(tools) if isinstance(tools, str) else tools, tokenize=False, **given
+            )
+            assert "[{'type'" in whole or whole.startswith(text), whole
+
+
+def test_the_saved_student_stops_where_its_rows_do(make_tokenizer):
+    class Student:
+        class generation_config:
+            eos_token_id: Any = None
+
+    tokenizer = make_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"))
+    end, text = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id
+    for before, after in ((None, end), (text, [text, end]), ([text, end], [text, end])):
+        Student.generation_config.eos_token_id = before
+        teach_to_stop(Student, tokenizer, [end])
+        assert Student.generation_config.eos_token_id == after
+        assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_a_long_text_becomes_rows_that_count_every_token_once(make_tokenizer, data_config, tmp_path):
+    tokenizer = make_tokenizer(None)
+    words = "".join(f"word {i}, " for i in range(50))
+    file = tmp_path / "docs.jsonl"
+    file.write_text(json.dumps({"text": words}) + "\n", encoding="utf-8")
+    data = load_data(data_config("text", path=str(file), validation=None), SharedTokenizer(tokenizer, 16))
+    assert data.changed == {"longer than data.max_length, split": 1}
+    learnt = [
+        token for row in data.train for token, counts in zip(row.tokens[1:], row.counted[1:], strict=True) if counts
+    ]
+    whole = tokenizer(words, add_special_tokens=False)["input_ids"]
+    assert learnt == [*whole[1:], tokenizer.eos_token_id]  # nothing predicts the first
+    assert max(len(row.tokens) for row in data.train) == 16
+    assert len({row.id for row in data.train}) == len(data.train)
