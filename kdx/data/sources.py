@@ -392,6 +392,10 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
+def _as_chat(value: Any, role: str) -> list[Any]:
+    return list(value) if _is_chat(value) else [{"role": role, "content": value}]
+
+
 def _not_null(value: Any) -> Any:
     if value is None:
         raise ValueError("a value in it is null (allow for it: {{ name or '' }})")
@@ -472,8 +476,7 @@ def pairs(
         used = set(columns.values())
         source, target = (row.get(column) for column in columns.values())
         if _is_chat(source) or _is_chat(target):
-            source = source if _is_chat(source) else [{"role": "user", "content": source}]
-            turns = source + (target if _is_chat(target) else [{"role": "assistant", "content": target}])
+            turns = _as_chat(source, "user") + _as_chat(target, "assistant")
         else:
             needed, own = set().union(*(t.names for t in templates.values())), {}
             for name in (name for name in columns if name in needed):
