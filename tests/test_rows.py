@@ -1,14 +1,21 @@
 """Rows as people bring them: what the student learns of each, token by token, or what is said about it."""
 
+import gzip
 import json
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from kdx.data.batches import Batches
 from kdx.data.encode import load_data
-from kdx.errors import DataError
+from kdx.data.files import read_rows
+from kdx.data.sources import check_source
+from kdx.errors import ConfigError, DataError
 from kdx.student import teach_to_stop
 from kdx.tokenizer import SharedTokenizer
 
@@ -292,3 +299,82 @@ def test_a_long_text_becomes_rows_that_count_every_token_once(make_tokenizer, da
     assert learnt == [*whole[1:], tokenizer.eos_token_id]  # nothing predicts the first
     assert max(len(row.tokens) for row in data.train) == 16
     assert len({row.id for row in data.train}) == len(data.train)
+
+
+def write_files(folder):
+    """The same two rows in every kind of file → its path, and the place of the second row."""
+    rows = [{"source": "a, b", "target": "c\nd"}, {"source": "e", "target": "f"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    with gzip.open(folder / "a.jsonl.gz", "wt") as file:
+        file.write(lines)
+    with pyarrow.output_stream(str(folder / "b.jsonl.zst"), compression="zstd") as stream:
+        stream.write(lines.encode())
+    (folder / "c.csv").write_text('"source";"target"\n"a, b";"c\nd"\n\ne;f\n', encoding="utf-8")
+    (folder / "d.json").write_text(json.dumps({"version": "1", "data": rows}), encoding="utf-8")
+    table = pyarrow.Table.from_pylist([{"messages": [{"role": "user", "content": "a, b"}, SAY]}] * 2)
+    pyarrow.parquet.write_table(table, folder / "e.parquet")
+    whole = datasets.Dataset.from_list(rows)
+    whole.save_to_disk(folder / "f")
+    datasets.DatasetDict({"train": whole, "test": whole.select([0])}).save_to_disk(folder / "g")
+    return {
+        "a.jsonl.gz": ":2",
+        "b.jsonl.zst": ":2",
+        "c.csv": ":5",
+        "d.json": "[1]",
+        "e.parquet": "[1]",
+        "f": "[1]",
+        "g": "[1]",
+    }
+
+
+def test_files_as_people_have_them(tmp_path):
+    for name, place in write_files(tmp_path).items():
+        first, (where, second) = read_rows(str(tmp_path / name), None, "train")
+        assert where.endswith(place), name
+        assert second == (
+            {"messages": [{"role": "user", "content": "a, b"}, SAY]}
+            if "parquet" in name
+            else {"source": "e", "target": "f"}
+        )
+        assert first[1] == second if "parquet" in name else first[1] == {"source": "a, b", "target": "c\nd"}
+    assert len(list(read_rows(str(tmp_path / "g"), None, "test"))) == 1
+    with pytest.raises(DataError, match="has no split dev"):
+        list(read_rows(str(tmp_path / "g"), None, "dev"))
+
+
+def test_a_mixture_has_its_shares_and_its_own_held_out_rows(make_tokenizer, data_config, tmp_path):
+    rows = {
+        "chat": [chat(ASK, {"role": "assistant", "content": f"degrees {i} " * (i % 4 + 1)}) for i in range(60)],
+        "text": [{"text": f"row {i} " * (i % 7 + 1)} for i in range(300)],
+    }
+    for name, some in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    sources = {
+        "a": {"layout": "messages", "path": str(tmp_path / "chat.jsonl"), "weight": 7},
+        "b": {"layout": "text", "path": str(tmp_path / "text.jsonl"), "weight": 3, "validation": 5},
+    }
+    config = data_config("mix", sources=sources, validation=4)
+    tokenizer = make_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"))
+    data = load_data(config, SharedTokenizer(tokenizer, 100), 2, 8)
+    assert [row.id.split("/")[0] for row in data.held_out] == ["a"] * 4 + ["b"] * 5
+    assert len(data.prompts) == 2
+    epochs = [data.train.epoch(0, epoch) for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == data.train.epoch(0, 0)
+    sources_of = {name: {*part} for name, part in data.train.sources.items()}
+    for rows_of in epochs:
+        assert len(set(rows_of)) == len(rows_of)
+        assert {name: len(part & set(rows_of)) for name, part in sources_of.items()} == data.train.drawn
+    mean = {name: data.train.num_counted[part].mean() for name, part in data.train.sources.items()}
+    expected = {name: number * mean[name] for name, number in data.train.drawn.items()}  # counted tokens of an epoch
+    assert expected["a"] / sum(expected.values()) == pytest.approx(0.7, abs=0.01)
+    assert sorted(set(epochs[0]) & {*data.train.sources["a"]}) == [*data.train.sources["a"]]  # it runs out first
+    batches = Batches(data.train, batch_size=8, micro_batch_size=8, seed=0, shuffle=True, pad_id=0)
+    assert sum(len(numbers) for _, numbers in batches.plan(0, batches.steps_per_epoch)) == len(epochs[0])
+    for key, value, says in (
+        ("weight", 0, "weight: is 0"),
+        ("layout", "chats", "layout: is 'chats'"),
+        ("pth", "x", "pth: "),
+    ):
+        with pytest.raises(ConfigError, match=f"data.sources.b.{says}"):
+            check_source(data_config("mix", sources=sources | {"b": sources["b"] | {key: value}}))
