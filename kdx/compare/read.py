@@ -7,14 +7,14 @@ import argparse
 import glob
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from kdx.compare.ranking import RANKED_BY, Comparison, Ranking, Run, compared, make_points
-from kdx.compare.tables import as_csv, as_json, as_markdown, as_text, title
+from kdx.compare.ranking import Comparison, Run, compared, make_ranking
+from kdx.compare.tables import as_csv, as_json, as_markdown, as_text
 from kdx.config import leaves
 from kdx.errors import ConfigError
 from kdx.run.files import write_beside
@@ -33,15 +33,13 @@ def main(words: list[str]) -> int:
     parser.add_argument("--wandb", action="store_true", help="also save a W&B dashboard of these runs")
     args = parser.parse_intermixed_args(words)
     paths = [Path(word) for word in args.paths]
-    if args.wandb:
-        from kdx.compare import workspace
-
-        workspace.check()
     out = args.out or default_out(paths)
     comparison = compare(paths, out)
     CONSOLE.print(as_text(comparison), markup=False)
     CONSOLE.print(f"Wrote {out / 'compare.html'}, .csv, .json and .md", markup=False)
     if args.wandb:
+        from kdx.compare import workspace
+
         CONSOLE.print(f"Dashboard: {workspace.save(comparison)}", markup=False)
     return 0
 
@@ -90,39 +88,36 @@ def read_run(name: str, folder: Path) -> Run:
     """Read a run folder. A run that is not done, or of which a file does not parse, is not ranked for this reason."""
     run = Run(name, folder)
     try:
-        status = _load(folder / MARK, json.loads)
+        status = _load(folder / MARK)
         run.state = status["state"]
-        run.config = leaves(_load(folder / "config.yaml", yaml.safe_load))
-        if (folder / "record.json").exists():  # older runs have none
-            run.swept = _load(folder / "record.json", json.loads)["swept"]
+        run.config = leaves(_load(folder / "config.yaml"))
+        run.swept = _load(folder / "record.json")["swept"]
         if run.state != "done":  # only then are all measures finite
             raise ValueError(status.get("reason") or f"step {status['step']} of {status['max_steps']}")
-        run.summary = _load(folder / "summary.json", json.loads)
+        run.summary = _load(folder / "summary.json")
         if run.summary["student"]["ce"] is None:
             raise ValueError("nothing was held out")
-        run.rows = sorted(_load(folder / "eval_rows.jsonl", _lines), key=lambda line: str(line["row"]))
-        run.curve = [line for line in _load(folder / "metrics.jsonl", _lines) if "eval/ce" in line]
-        run.samples = _load(folder / "samples.json", json.loads)
-        title(Ranking(make_points([run], []), {}))  # this and what follows reads all that ranking will
-        _ = run.measured_on, [run.summary[part].get("ce") for part in ("teacher", "untouched")]
-        measured = ["counted", *(name for name in RANKED_BY if run.summary["student"].get(name) is not None)]
-        _ = [row[name] for row in run.rows for name in measured], [line["tokens"] for line in run.curve]
+        run.rows = sorted(_load(folder / "eval_rows.jsonl"), key=lambda line: str(line["row"]))
+        if len(run.rows) != (expected := run.summary["data"]["num_validation_rows"]):
+            raise ValueError(f"eval_rows.jsonl has {len(run.rows)} of {expected} rows")
+        run.curve = [line for line in _load(folder / "metrics.jsonl") if "eval/ce" in line]
+        run.samples = _load(folder / "samples.json")
+        make_ranking([run])  # reads what ranking will
+    except (KeyError, TypeError, AttributeError) as error:
+        run.reason = f"a file lacks what kdx writes into it ({type(error).__name__}: {error})"
     except ValueError as error:
         run.reason = str(error)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        run.reason = f"a file lacks what kdx writes into it ({type(error).__name__}: {error})"
     return run
 
 
-def _load(file: Path, parse: Callable[[str], Any]) -> Any:
+def _load(file: Path) -> Any:
     """Parse a file. Raises ValueError that names it."""
     try:
-        return parse(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".jsonl":
+            return [json.loads(line) for line in text.split("\n") if line]
+        return yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{file.name} is missing") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file.name} cannot be read: {' '.join(str(error).split())[:100]}") from None
-
-
-def _lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.split("\n") if line]
