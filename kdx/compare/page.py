@@ -82,29 +82,26 @@ def heat_maps(ranking: Ranking) -> list[dict[str, str]]:
     """Draw measures over the first two numbers that vary, such as τ and α; where more keys vary, the best of them."""
     points = [p for p in ranking.points if not p.baseline]
     ticks = {key: {p.values.get(key) for p in points} for p in points for key in p.values}
-    ticks = {key: sorted(values) for key, values in ticks.items() if {*map(type, values)} <= {int, float}}
-    axes_of = [key for key, values in ticks.items() if 1 < len(values) <= MOST_TICKS]
-    if len(axes_of) < 2:
+    numbers = [
+        key for key, found in ticks.items() if {*map(type, found)} <= {int, float} and 1 < len(found) <= MOST_TICKS
+    ]
+    if len(numbers) < 2:
         return []
-    y, x = axes_of[:2]
+    places = {key: {value: i for i, value in enumerate(sorted(ticks[key]))} for key in numbers[:2]}
+    (y, rows), (x, columns) = places.items()
     found = []
-    for name, column in COLUMNS.items():
-        if column.best is None:
-            continue
-        title = f"{column.heading}, {'higher' if column.best is max else 'lower'} is better"
-        axes = _axes(title, xlabel=short(x), ylabel=short(y))
-        axes.set_xticks(range(len(ticks[x])), ticks[x])
-        axes.set_yticks(range(len(ticks[y])), ticks[y])
+    for name, column in ((name, column) for name, column in COLUMNS.items() if column.best):
+        word, colors = ("lower", "Blues_r") if column.best is min else ("higher", "Blues")
+        axes = _axes(f"{column.heading}, {word} is better", xlabel=short(x), ylabel=short(y))
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
         axes.grid(False)
-        cells = np.full((len(ticks[y]), len(ticks[x])), np.nan)
-        for p in sorted(
-            points, key=lambda p: p.measures[name] or 0.0, reverse=column.best is min
-        ):  # the best comes last
-            cells[ticks[y].index(p.values[y]), ticks[x].index(p.values[x])] = p.measures[name]
+        cells = np.full((len(rows), len(columns)), np.nan)
+        for p in sorted(points, key=lambda p: p.measures[name] or 0.0, reverse=word == "lower"):  # the best comes last
+            cells[rows[p.values[y]], columns[p.values[x]]] = p.measures[name]
         for (row, place), value in np.ndenumerate(cells):
             axes.text(place, row, "" if np.isnan(value) else f"{value:.3f}", ha="center", va="center", fontsize=8)
-        cmap = "Blues" if column.best is max else "Blues_r"
-        axes.imshow(cells, cmap=cmap, alpha=0.5, aspect="auto", origin="lower")
+        axes.imshow(cells, cmap=colors, alpha=0.5, aspect="auto", origin="lower")
         found.append(_image(axes))
     return found
 

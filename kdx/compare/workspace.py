@@ -1,7 +1,6 @@
 """Save a W&B dashboard for the runs of a comparison: `kdx compare --wandb` (the extra `workspace`)."""
 
 import os
-import shlex
 from typing import Any
 
 from kdx.compare.ranking import MOST_KEYS, Comparison
@@ -17,15 +16,16 @@ PATIENCE = 20  # seconds for the server to answer
 
 
 def save(comparison: Comparison) -> str:
-    """Save a dashboard of the runs in their W&B project and return its address.
+    """Save a dashboard in the W&B project of these runs and return its address; offline runs show once they are synced.
 
-    Raises ConfigError if a run is not in that project, MachineError if the server does not answer.
+    Raises ConfigError if there is nothing to show or no way to, MachineError if the server does not answer.
     """
     os.environ["WANDB_SILENT"] = "true"
     try:
         import wandb
         import wandb_workspaces.workspaces as ws
         from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+        from wandb_workspaces import expr
     except ImportError:
         what = "needs the package wandb-workspaces, which is not installed"
         raise ConfigError("--wandb", what, "pip install wandb-workspaces") from None
@@ -34,35 +34,21 @@ def save(comparison: Comparison) -> str:
     if not runs:
         raise ConfigError("--wandb", "none of these runs was tracked with W&B", "Run them with tracking.mode=offline")
     config = next(iter(runs.values())).config
+    names = sorted({str(run.config.get("sweep.name") or run.name) for run in runs.values()})
+    entity = config.get("tracking.entity") or os.environ.get("WANDB_ENTITY")
     try:
-        api = wandb.Api(timeout=PATIENCE)
-        entity = config.get("tracking.entity") or os.environ.get("WANDB_ENTITY") or api.default_entity
-        project = config.get("tracking.project") or os.environ.get("WANDB_PROJECT") or "kdx"
-        num_uploaded = _count(api, f"{entity}/{project}", [*runs])
-        if num_uploaded < len(runs):
-            what = f"{entity}/{project} has {num_uploaded} of these {len(runs)} runs"
-            near = {str(folder / "wandb") for run in runs.values() for folder in run.path.parents}
-            folders = sorted(folder for folder in near if os.path.isdir(folder))
-            raise ConfigError("--wandb", what, f"Upload the missing ones with: wandb sync {shlex.join(folders)}")
-        names = sorted({str(run.config.get("sweep.name") or run.name) for run in runs.values()})
         workspace = ws.Workspace(
-            entity=entity, project=project, name=f"kdx: {', '.join(names[:3])}", sections=_sections(comparison),
+            entity=entity or wandb.Api(timeout=PATIENCE).default_entity,
+            project=config.get("tracking.project") or os.environ.get("WANDB_PROJECT") or "kdx",
+            name=f"kdx: {', '.join(names[:3])}", sections=_sections(comparison),
             settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=len(runs)),
-            runset_settings=ws.RunsetSettings(filters=f"Metric('ID') in {[*runs]}"),
+            runset_settings=ws.RunsetSettings(filters=[expr.Metric("ID").isin([*runs])]),
         )  # fmt: skip
         return str(workspace.save().url)
     except (wandb.Error, WandbApiFailedError) as error:
         what = " ".join(str(error).split())[:200].rstrip(".")
         hint = "The comparison is written; run the same command again to save the dashboard"
         raise MachineError("--wandb", what, hint) from None
-
-
-def _count(api: Any, project: str, ids: list[str]) -> int:
-    """Count those of the runs that a project has; the client raises ValueError if there is no such project."""
-    try:
-        return len(api.runs(project, filters={"name": {"$in": ids}}, per_page=len(ids)))
-    except ValueError:
-        return 0
 
 
 def _sections(comparison: Comparison) -> list[Any]:
