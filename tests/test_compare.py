@@ -334,10 +334,10 @@ class TestFiles:
         assert "| a | failed | a \\| b \\<c> |" in (tmp_path / "compare.md").read_text()
 
     def test_the_terminal(self, six, tmp_path, capsys):
-        """A row of the table is never broken, and fits into 80 letters."""
+        """A row of such a table fits into 80 letters."""
         assert main([str(six[1]), "--out", str(tmp_path / "new")]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert "#1 τ 2, α 0.7            ★ 0.636    3.351      0.613    208  151,000      ●" in lines
+        assert " #1 τ 2, α 0.7            ★ 0.636    3.351      0.613    208  151,000      ● " in lines
         assert {p.name for p in (tmp_path / "new").iterdir()} == set(FILES)
 
     def test_the_same_runs_give_the_same_bytes(self, six, tmp_path, monkeypatch):

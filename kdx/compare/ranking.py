@@ -25,7 +25,7 @@ class Column(NamedTuple):
     places: int | None = None  # decimals; None: as many as tell the students apart
 
 
-COLUMNS = {  # by name in summary.json; the first five fit into a terminal
+COLUMNS = {  # by name in summary.json; what matters most comes first
     "kl": Column("KL", min), "ce": Column("CE", min), "agreement": Column("agreement", max),
     "steps": Column("steps", places=0), "tokens": Column("tokens", places=0), "reverse_kl": Column("reverse KL"),
     "accuracy": Column("accuracy"), "perplexity": Column("perplexity"),

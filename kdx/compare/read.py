@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from rich.markdown import Markdown
 
-from kdx.compare.ranking import Comparison, Run, compared, make_ranking
-from kdx.compare.tables import as_csv, as_json, as_markdown, as_text
+from kdx.compare.ranking import COLUMNS, Comparison, Run, compared, make_ranking
+from kdx.compare.tables import as_csv, as_json, as_markdown
 from kdx.config import leaves
 from kdx.errors import ConfigError
 from kdx.run.files import write_beside
 from kdx.run.tracking import CONSOLE
 
 MARK = "status.json"  # a folder with it is a run's
+IN_TERMINAL = [*COLUMNS][:5]  # as many as fit
 EXAMPLE = "Example: kdx compare outputs/sweeps/NAME"
 
 
@@ -35,7 +37,7 @@ def main(words: list[str]) -> int:
     paths = [Path(word) for word in args.paths]
     out = args.out or default_out(paths)
     comparison = compare(paths, out)
-    CONSOLE.print(as_text(comparison), markup=False)
+    CONSOLE.print(Markdown(as_markdown(comparison, IN_TERMINAL)))
     CONSOLE.print(f"Wrote {out / 'compare.html'}, .csv, .json and .md", markup=False)
     if args.wandb:
         from kdx.compare import workspace

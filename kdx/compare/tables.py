@@ -1,10 +1,10 @@
-"""Write a comparison as tables: for the terminal, and as CSV, JSON and Markdown."""
+"""Write a comparison as tables: CSV, JSON and Markdown, which the terminal shows too."""
 
 import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -121,38 +121,22 @@ def as_json(comparison: Comparison) -> str:
     return json.dumps(tree, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
-def as_text(comparison: Comparison) -> str:
-    """Write the columns that matter most for a terminal; no line is broken."""
-
-    def aligned(rows: Grid) -> str:
-        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-        return "\n".join("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows)
-
-    return _document(comparison, aligned, str, [*COLUMNS][:5])
-
-
-def as_markdown(comparison: Comparison) -> str:
-    """Write the tables for an issue or a pull request."""
-
-    def escaped(text: str) -> str:
-        return re.sub(r"([\\`*_\[\]|<~#])", r"\\\1", " ".join(text.split()))
-
-    def table(rows: Grid) -> str:
-        lines = ["| " + " | ".join(map(escaped, cells)) + " |" for cells in rows]
-        return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
-
-    return _document(comparison, table, escaped, COLUMNS) + "\n"
-
-
-def _document(
-    comparison: Comparison, table: Callable[[Grid], str], text: Callable[[str], str], names: Iterable[str]
-) -> str:
-    """Join the tables and the paragraphs between them."""
-    parts = [text(comparison.why_apart)] if comparison.why_apart else []
+def as_markdown(comparison: Comparison, names: Sequence[str] = ()) -> str:
+    """Write the tables for an issue, a pull request or the terminal. names: these COLUMNS alone, without intervals."""
+    parts = [_escaped(comparison.why_apart)]
     for ranking in comparison.rankings:
-        parts += [text(ranking.title), table(grid(ranking, names))]
-        if names is COLUMNS and len(ranking.points) > 1:
-            parts.append(table(intervals(ranking)))
-    parts += [text(CAVEAT)] if comparison.rankings else []
-    parts += [table(not_ranked(comparison))] if comparison.not_ranked else []
-    return "\n\n".join(parts)
+        parts += [_escaped(ranking.title), _table(grid(ranking, names or COLUMNS))]
+        if not names and len(ranking.points) > 1:
+            parts.append(_table(intervals(ranking)))
+    parts += [_escaped(CAVEAT)] if comparison.rankings else []
+    parts += [_table(not_ranked(comparison))] if comparison.not_ranked else []
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _table(rows: Grid) -> str:
+    lines = ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in rows]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]|<~#])", r"\\\1", " ".join(text.split()))
