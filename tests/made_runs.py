@@ -80,38 +80,28 @@ def write_run(
     _write_json(folder / "record.json", {"swept": list(swept), "sources": {"optim.lr": "conf/recipe/cut.yaml"}})
     if state != "done":
         return folder
-    tokens = 151_000 * steps // 208
+    tokens, speed = 151_000 * steps // 208, 1450 + _own_seed(folder.name) % 90
     rows = make_rows(levels(tree) | (means or {}), noise, seed=_own_seed(folder.name))
     write_lines(folder / "eval_rows.jsonl", rows)
-    student = means_of(rows)
-    untouched = measures(ce=7.9, kl=5.8, reverse_kl=7.1, agreement=0.05, accuracy=0.04) | {"num_parameters": 64_000_000}
-    teacher = measures(ce=2.81, accuracy=0.55) | {"num_parameters": 134_515_008, "num_bytes": 538_060_032}
-    speed = 1450 + _own_seed(folder.name) % 90
+    student, num_counted = means_of(rows), sum(row["counted"] for row in rows)
     _write_json(folder / "summary.json", {
-        "student": student | {"num_parameters": 64_000_000, "num_bytes": 256_000_000},
-        "untouched": untouched,
-        "teacher": teacher,
-        "run": {"name": folder.name, "steps": steps, "kept_step": steps, "stopped_by": "max_steps", "tokens": tokens,
-                "counted_tokens": 61_000, "seconds": tokens / speed + 20, "tokens_per_second": speed},
-        "data": {"num_rows": 832, "num_validation_rows": NUM_ROWS, "fingerprint": "aa00aa00aa00aa00",
-                 "counted_validation_tokens": sum(row["counted"] for row in rows),
-                 "validation_fingerprint": fingerprint},
+        "student": student,
+        "untouched": measures(ce=7.9, kl=5.8, reverse_kl=7.1, agreement=0.05, accuracy=0.04),
+        "teacher": measures(ce=2.81, accuracy=0.55),
+        "run": {"steps": steps, "tokens": tokens, "seconds": tokens / speed + 20, "tokens_per_second": speed},
+        "data": {"num_validation_rows": NUM_ROWS, "counted_validation_tokens": num_counted,
+                 "fingerprint": "aa00aa00aa00aa00", "validation_fingerprint": fingerprint},
         "environment": {"teacher_digest": digest, "teacher_precision": precision},
     })  # fmt: skip
-    points = []
-    for i in range(1, curve + 1):
-        share = i / curve
-        points.append({"step": 26 * i, "tokens": int(tokens * share), "counted_tokens": int(61_000 * share)})
+    lines = [{"step": 1, "tokens": 700, "train/loss": 9.0}]
+    for share in np.arange(1, curve + 1) / curve:
         fall = 1 + 1.6 * math.exp(-4 * share) - 1.6 * math.exp(-4)
-        for name in ("ce", "kl"):
-            points[-1][f"eval/{name}"] = None if student[name] is None else student[name] * fall
-    write_lines(
-        folder / "metrics.jsonl", [{"step": 1, "tokens": 700, "counted_tokens": 300, "train/loss": 9.0}, *points]
-    )
+        now = {f"eval/{name}": student[name] and student[name] * fall for name in ("ce", "kl")}
+        lines.append({"step": int(208 * share), "tokens": int(tokens * share)} | now)
+    write_lines(folder / "metrics.jsonl", lines)
     answers = {"teacher": "I'm doing well, thanks for asking!", "untouched": "the the the of of", "student": say}
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
-    reference = "Fine, and yourself?"
-    _write_json(folder / "samples.json", [{"prompt": p, "reference": reference, **answers} for p in prompts])
+    _write_json(folder / "samples.json", [{"prompt": p, "reference": "Fine, and yourself?"} | answers for p in prompts])
     return folder
 
 
@@ -134,15 +124,12 @@ def make_rows(means: dict[str, float | None], noise: float, seed: int) -> list[d
 def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """A summary's measures, as kdx.evaluate has them."""
     counted = sum(row["counted"] for row in rows)
-    taken = {name: all(row[name] is not None for row in rows) for name in MEASURES}
-    found = {name: math.fsum(row[name] for row in rows) / counted if taken[name] else None for name in MEASURES}
-    return measures(**found)
+    known = [name for name in MEASURES if rows[0][name] is not None]
+    return measures(**{name: math.fsum(row[name] for row in rows) / counted for name in known})
 
 
-def measures(**given: float | None) -> dict[str, float | None]:
-    ce = given.get("ce")
-    perplexity = None if ce is None else math.exp(min(ce, 700.0))
-    return {"ce": ce, "perplexity": perplexity, **{name: given.get(name) for name in MEASURES[1:]}}
+def measures(**given: float) -> dict[str, float | None]:
+    return {"perplexity": math.exp(given["ce"]), **{name: given.get(name) for name in MEASURES}}
 
 
 def write_sweep(

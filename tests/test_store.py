@@ -5,7 +5,6 @@ import random
 import stat
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +13,9 @@ from standins import write_llama
 from transformers import AutoModelForCausalLM
 
 from kdx import store as store_module
-from kdx.build import is_repeated
 from kdx.causal_lm import Head, head_of
-from kdx.cli import compose
 from kdx.data.batches import Row, collate
 from kdx.run.files import size_of
-from kdx.run.folder import Record
 from kdx.store import Identity, TeacherStore, damaged_files, load_head
 from kdx.teacher import Teacher
 
@@ -119,13 +115,11 @@ class TestRows:
 
     def test_flushed_by_size_and_by_time(self, opened, monkeypatch):
         monkeypatch.setattr(store_module, "SHARD_BYTES", 100)
-        store = opened()
-        written(store, 1, 2, flush=False)
+        written(store := opened(), 1, 2, flush=False)
         assert shards(store) == []
         written(store, 3, flush=False)
-        assert len(shards(store)) == 1 and opened().missing([digest(3)]) == []
         written(store, 4, flush=False)
-        assert opened().missing([digest(4)]) == [digest(4)]
+        assert len(shards(store)) == 1 and opened().missing([digest(3), digest(4)]) == [digest(4)]
         now = time.monotonic() + 31
         monkeypatch.setattr(time, "monotonic", lambda: now)
         store.read([digest(4)])
@@ -185,9 +179,8 @@ class TestBesideTheRows:
             if stored := load_head(file.parent):  # a bit that changes nothing, such as white space
                 assert torch.equal(stored[0].weight, head.weight) and (stored[0].scale, stored[1]) == (1 / 3, 35), bit
             file.write_bytes(whole)
-        for content in (whole[:-1], b""):
-            file.write_bytes(content)
-            assert load_head(file.parent) is None and damaged_files(file.parent) == [file]
+        file.write_bytes(b"")
+        assert load_head(file.parent) is None and damaged_files(file.parent) == [file]
 
     def test_answers(self, opened):
         store = opened()
@@ -286,16 +279,3 @@ class TestTeacher:
         store.save_answer("a", "b")
         store.close()
         assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize(
-    ("words", "swept", "is_so"),
-    [
-        (["train.epochs=1"], [], False),  # 36 rows are 5 steps of 8, the last one smaller
-        (["train.max_steps=6"], [], True),
-        (["train.epochs=1"], ["loss.temperature"], True),
-    ],
-)
-def test_by_default_rows_are_stored_if_they_are_asked_for_again(words, swept, is_so):
-    batches = SimpleNamespace(steps_per_epoch=5)
-    assert is_repeated(compose(words), Record(swept=swept), batches) is is_so
