@@ -256,11 +256,18 @@ def open_shard(path: Path) -> Shard | None:
         return None
 
 
+def whole(path: Path) -> dict[str, Tensor] | None:
+    """Read all tensors of a file; None if it is not there, or if it or one of them is damaged."""
+    if (shard := open_shard(path)) is None:
+        return None
+    tensors = {name: tensor for name in shard.checksums if (tensor := shard.read(name)) is not None}
+    return tensors if len(tensors) == len(shard.checksums) else None
+
+
 def load_head(folder: Path) -> tuple[Head, int] | None:
     """Load a teacher's head and its number of parameters; None if they are not there or damaged."""
-    if not (shard := open_shard(folder / HEAD)) or not is_whole(shard):
+    if (parts := whole(folder / HEAD)) is None:
         return None
-    parts = {name: shard.read(name) for name in shard.checksums}
     scale, softcap, num_parameters = parts["numbers"].tolist()
     head = Head(parts["weight"], parts.get("bias"), scale, None if math.isnan(softcap) else softcap)
     return head, int(num_parameters)
@@ -273,13 +280,7 @@ def count_rows(folder: Path) -> int:
 
 def damaged_files(folder: Path) -> list[Path]:
     """List the files of a teacher's rows and head that cannot be opened, or in which a checksum is wrong."""
-    paths = [path for path in (*paths_in(folder / "rows"), folder / HEAD) if path.exists()]
-    return [path for path in paths if not ((shard := open_shard(path)) and is_whole(shard))]
-
-
-def is_whole(shard: Shard) -> bool:
-    """Whether no tensor of a shard is damaged."""
-    return all(shard.read(name) is not None for name in shard.checksums)
+    return [path for path in (*paths_in(folder / "rows"), folder / HEAD) if path.exists() and whole(path) is None]
 
 
 def paths_in(rows: Path) -> list[Path]:

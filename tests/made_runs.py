@@ -132,9 +132,7 @@ def measures(**given: float) -> dict[str, float | None]:
     return {"perplexity": math.exp(given["ce"]), **{name: given.get(name) for name in MEASURES}}
 
 
-def write_sweep(
-    folder: Path, temperatures: Sequence[float], alphas: Sequence[float], *, baseline: bool = True, **keys: Any
-) -> Path:
+def write_sweep(folder: Path, temperatures: Sequence[float], alphas: Sequence[float], **keys: Any) -> Path:
     """A sweep of temperature and alpha as it lies on disk."""
     keys |= {"sweep__name": folder.name, "swept": ["loss.temperature", "loss.alpha"]}
     for temperature in temperatures:
@@ -142,8 +140,7 @@ def write_sweep(
             place = folder / f"temperature-{temperature:g}_alpha-{alpha:g}_1a2b3c"
             say = f"I am fine at τ {temperature:g} and α {alpha:g}, and how is your day going so far?"
             write_run(place, loss__temperature=temperature, loss__alpha=alpha, say=say, **keys)
-    if baseline:
-        write_run(folder / "alpha-0_0f0f0f", loss__alpha=0.0, loss__name="cross_entropy", loss__temperature=1.0, **keys)
+    write_run(folder / "alpha-0_0f0f0f", loss__alpha=0.0, loss__name="cross_entropy", loss__temperature=1.0, **keys)
     return folder
 
 

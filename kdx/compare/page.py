@@ -48,10 +48,8 @@ def looks_of(ranking: Ranking) -> dict[Point, tuple[str, str]]:
 
 def pictures(ranking: Ranking) -> list[dict[str, str]]:
     """Draw CE against KL with the Pareto front, and held-out measures over tokens, one line a run."""
-    looks, pairs = (
-        looks_of(ranking),
-        {p: (p.measures["kl"], p.measures["ce"]) for p in ranking.points if "kl" in p.rank},
-    )
+    looks = looks_of(ranking)
+    pairs = {p: (p.measures["kl"], p.measures["ce"]) for p in ranking.points if "kl" in p.rank}
 
     def draw(axes: Any, point: Point, run: Run, curve: list[Any]) -> None:
         color, marker = looks.get(point, OTHER)
@@ -81,29 +79,31 @@ def pictures(ranking: Ranking) -> list[dict[str, str]]:
 def heat_maps(ranking: Ranking) -> list[dict[str, str]]:
     """Draw measures over the first two numbers that vary, such as τ and α; where more keys vary, the best of them."""
     points = [p for p in ranking.points if not p.baseline]
-    ticks = {key: {p.values.get(key) for p in points} for p in points for key in p.values}
-    numbers = [
-        key for key, found in ticks.items() if {*map(type, found)} <= {int, float} and 1 < len(found) <= MOST_TICKS
-    ]
+    found: dict[str, set[Any]] = {key: {p.values.get(key) for p in points} for p in points for key in p.values}
+    numbers = {
+        key: sorted(v) for key, v in found.items() if {*map(type, v)} <= {int, float} and 1 < len(v) <= MOST_TICKS
+    }
     if len(numbers) < 2:
         return []
-    places = {key: {value: i for i, value in enumerate(sorted(ticks[key]))} for key in numbers[:2]}
-    (y, rows), (x, columns) = places.items()
-    found = []
-    for name, column in ((name, column) for name, column in COLUMNS.items() if column.best):
-        word, colors = ("lower", "Blues_r") if column.best is min else ("higher", "Blues")
-        axes = _axes(f"{column.heading}, {word} is better", xlabel=short(x), ylabel=short(y))
+    (y, rows), (x, columns), *_ = numbers.items()
+    cells: dict[tuple[int, int], list[Point]] = {}
+    for p in points:
+        cells.setdefault((rows.index(p.values[y]), columns.index(p.values[x])), []).append(p)
+    images = []
+    for name, (heading, best, _) in COLUMNS.items():
+        if best is None or any(p.measures[name] is None for p in points):
+            continue
+        axes = _axes(f"{heading}, {'lower' if best is min else 'higher'} is better", xlabel=short(x), ylabel=short(y))
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         axes.grid(False)
-        cells = np.full((len(rows), len(columns)), np.nan)
-        for p in sorted(points, key=lambda p: p.measures[name] or 0.0, reverse=word == "lower"):  # the best comes last
-            cells[rows[p.values[y]], columns[p.values[x]]] = p.measures[name]
-        for (row, place), value in np.ndenumerate(cells):
-            axes.text(place, row, "" if np.isnan(value) else f"{value:.3f}", ha="center", va="center", fontsize=8)
-        axes.imshow(cells, cmap=colors, alpha=0.5, aspect="auto", origin="lower")
-        found.append(_image(axes))
-    return found
+        values = np.full((len(rows), len(columns)), np.nan)
+        for (row, place), group in cells.items():
+            values[row, place] = best(p.measures[name] for p in group)
+            axes.text(place, row, f"{values[row, place]:.3f}", ha="center", va="center", fontsize=8)
+        axes.imshow(values, cmap="Blues_r" if best is min else "Blues", alpha=0.5, aspect="auto", origin="lower")
+        images.append(_image(axes))
+    return images
 
 
 def _axes(title: str, **words: Any) -> Any:

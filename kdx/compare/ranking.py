@@ -5,7 +5,6 @@ R held-out rows, N students, B resamples.
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +32,6 @@ COLUMNS = {  # by name in summary.json; what matters most comes first
 }  # fmt: skip
 RANKED_BY = ("kl", "ce")  # those of COLUMNS with a ranking: eval_rows.jsonl has their sums
 NUM_RESAMPLES = 4000
-SEED = 0  # the same runs give the same intervals
 DIGITS = 6  # values that agree to so many decimals are tied
 SAME_BUDGET = 0.05  # relative difference in trained tokens; the order of rows alone changes a few percent
 SEED_KEY = "train.seed"
@@ -122,7 +120,6 @@ class Comparison:
     rankings: list[Ranking]
     runs: list[Run]
     differing: list[str]  # all keys that differ
-    why_apart: str  # why there are several tables; empty if there are not
 
     @property
     def not_ranked(self) -> list[Run]:
@@ -132,11 +129,11 @@ class Comparison:
 # Statistics
 
 
-def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMPLES, seed: int = SEED) -> np.ndarray:
+def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
     """Draw R of R rows with replacement, `num` times, and return each student's mean per counted position, [B, N].
 
     counted: [R]; sums: [R, N]. A mean is a ratio of sums, and a draw takes the same rows for all students: rows that are
-    hard for all of them cancel in the differences.
+    hard for all of them cancel in the differences. The same runs give the same intervals.
     """
     generator, size = np.random.default_rng(seed), len(counted)
     both = np.column_stack([sums, counted]).astype(float)
@@ -165,13 +162,7 @@ def compared(runs: list[Run]) -> Comparison:
     for run in runs:
         if not run.reason:
             groups.setdefault(canonical(run.measured_on), []).append(run)
-    rankings, why = [make_ranking(group) for group in groups.values()], ""
-    if len(rankings) > 1:
-        first, *others = (ranking.measured_on for ranking in rankings)
-        apart = [name for name, value in first.items() if any(other[name] != value for other in others)]
-        why = "Measures compare only on the same held-out rows and with the same teacher. "
-        why += f"These {len(rankings)} tables differ in: {' and '.join(apart)}."
-    return Comparison(rankings, runs, differing(runs), why)
+    return Comparison([make_ranking(group) for group in groups.values()], runs, differing(runs))
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
@@ -220,9 +211,6 @@ def make_points(runs: Sequence[Run]) -> list[Point]:
             if name in RANKED_BY and mean is not None and len(group) > 1:
                 point.intervals[name, "seeds"] = min(taken) - mean, max(taken) - mean
         points.append(point)
-    times = Counter(point.label for point in points)
-    for point in points:
-        point.label += f" [{point.runs[0].name}]" if times[point.label] > 1 else ""
     return points
 
 

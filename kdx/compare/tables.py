@@ -10,6 +10,10 @@ from typing import Any
 
 from kdx.compare.ranking import COLUMNS, DIGITS, NUM_RESAMPLES, RANKED_BY, Comparison, Interval, Point, Ranking, shown
 
+APART = (
+    "Measures compare only on the same held-out rows and with the same teacher in the same precision. "
+    "Each of these tables has its own."
+)
 CAVEAT = (
     "★ best; * not distinguishable from the best: the 95 % interval of the difference includes 0 (paired bootstrap over "
     f"held-out rows, {NUM_RESAMPLES:,} resamples; seeds and the choice of the best of many are not accounted for). "
@@ -117,20 +121,19 @@ def as_json(comparison: Comparison) -> str:
         for ranking in comparison.rankings
     ]  # fmt: skip
     left_out = [{"run": run.name, "state": run.state, "reason": run.reason} for run in comparison.not_ranked]
-    tree = {"tables": tables, "why_apart": comparison.why_apart, "not_ranked": left_out}
-    return json.dumps(tree, indent=2, ensure_ascii=False, default=str) + "\n"
+    return json.dumps({"tables": tables, "not_ranked": left_out}, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def as_markdown(comparison: Comparison, names: Sequence[str] = ()) -> str:
     """Write the tables for an issue, a pull request or the terminal. names: these COLUMNS alone, without intervals."""
-    parts = [_escaped(comparison.why_apart)]
+    parts = [_escaped(APART)] if len(comparison.rankings) > 1 else []
     for ranking in comparison.rankings:
         parts += [_escaped(ranking.title), _table(grid(ranking, names or COLUMNS))]
         if not names and len(ranking.points) > 1:
             parts.append(_table(intervals(ranking)))
     parts += [_escaped(CAVEAT)] if comparison.rankings else []
     parts += [_table(not_ranked(comparison))] if comparison.not_ranked else []
-    return "\n\n".join(filter(None, parts)) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _table(rows: Grid) -> str:
