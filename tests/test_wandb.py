@@ -316,7 +316,7 @@ def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> Non
     (scatter,), (parallel,) = kinds["Scatter Plot"], kinds["Parallel Coordinates Plot"]
     assert {scatter["xAxis"], scatter["yAxis"]} == {"summary:eval/kl", "summary:eval/ce"}
     axes = [column["accessor"] for column in parallel["columns"]]
-    assert axes[:3] == ["summary:temperature", "summary:alpha", "config:loss.value.most"]
+    assert {"config:loss.value.most", "config:loss.value.alpha"} <= set(axes)
     assert {"summary:eval/kl", "summary:eval/ce"} <= set(axes)
     assert {curve["xAxis"] for curve in kinds["Run History Line Plot"]} == {"tokens"}
     curves = {name for curve in kinds["Run History Line Plot"] for name in curve["metrics"]}

@@ -3,20 +3,15 @@
 import os
 from typing import Any
 
-from kdx.compare.ranking import MOST_KEYS, Comparison
+from kdx.compare.ranking import COLUMNS, MOST_KEYS, Comparison
 from kdx.errors import ConfigError, MachineError
 
-CURVES = {
-    "Held out, at temperature 1": ("eval/kl", "eval/ce", "eval/agreement"),
-    "Training (not comparable across temperature and alpha)": ("train/loss", "train/kd", "train/ce"),
-}
-POINT = {"loss.temperature": "temperature", "loss.alpha": "alpha"}  # logged as plain summary values by every run
-HELD_OUT = ("eval/kl", "eval/reverse_kl", "eval/agreement", "eval/ce", "eval/accuracy")
+TRAINING = ("train/loss", "train/kd", "train/ce")
 PATIENCE = 20  # seconds for the server to answer
 
 
 def save(comparison: Comparison) -> str:
-    """Save a dashboard in the W&B project of these runs and return its address; offline runs show once they are synced.
+    """Save a dashboard in the W&B project of these runs and return its address. It shows what has been uploaded.
 
     Raises ConfigError if there is nothing to show or no way to, MachineError if the server does not answer.
     """
@@ -52,21 +47,24 @@ def save(comparison: Comparison) -> str:
 
 
 def _sections(comparison: Comparison) -> list[Any]:
-    """Curves over tokens, parallel coordinates from the swept keys to the held-out measures, CE against KL."""
+    """CE against KL, parallel coordinates from the keys that differ to the held-out measures, curves over tokens."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    own = [key for key in comparison.differing[:MOST_KEYS] if key not in POINT]
-    held_out = {name: wr.SummaryMetric(name) for name in HELD_OUT}
-    axes = [*map(wr.SummaryMetric, POINT.values()), *map(wr.Config, own), *held_out.values()]
+    held_out = [f"eval/{name}" for name, column in COLUMNS.items() if column.best]
+    axes = [*map(wr.Config, comparison.differing[:MOST_KEYS]), *map(wr.SummaryMetric, held_out)]
     columns = [wr.ParallelCoordinatesPlotColumn(axis) for axis in axes]
-    title = "CE against KL, lower is better in both"
-    panels = [
-        wr.ScatterPlot(title=title, x=held_out["eval/kl"], y=held_out["eval/ce"]),
+    kl, ce = map(wr.SummaryMetric, ("eval/kl", "eval/ce"))
+    which = [
+        wr.ScatterPlot(title="CE against KL, lower is better in both", x=kl, y=ce),
         wr.ParallelCoordinatesPlot(title="From settings to measures", columns=columns),
     ]
-    sections = [ws.Section("Which is better", panels=panels, is_open=True)]
-    for title, names in CURVES.items():
-        plots = [wr.LinePlot(title=name, x="tokens", y=[name], max_runs_to_show=len(comparison.runs)) for name in names]
-        sections.append(ws.Section(title, panels=plots, is_open=True))
-    return sections
+    most = {"max_runs_to_show": len(comparison.runs)}
+    panels = {
+        "Which is better": which,
+        "Held out, at temperature 1": [wr.LinePlot(title=y, x="tokens", y=[y], **most) for y in held_out],
+        "Training (not comparable across temperature and alpha)": [
+            wr.LinePlot(title=y, x="tokens", y=[y], **most) for y in TRAINING
+        ],
+    }
+    return [ws.Section(title, panels=plots, is_open=True) for title, plots in panels.items()]
