@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from made_runs import write_run, write_sweep
 
 from kdx.compare import ranking, tables
@@ -48,11 +47,10 @@ def point(table: Ranking, label: str) -> ranking.Point:
 
 
 def edit(file: Path, change: Any) -> None:
-    """Change a JSON or YAML file in place."""
-    is_yaml = file.suffix == ".yaml"
-    tree = yaml.safe_load(file.read_text()) if is_yaml else json.loads(file.read_text())
+    """Change a JSON file in place."""
+    tree = json.loads(file.read_text())
     change(tree)
-    file.write_text(yaml.safe_dump(tree) if is_yaml else json.dumps(tree))
+    file.write_text(json.dumps(tree))
 
 
 class TestIntervals:
@@ -186,8 +184,6 @@ class TestRanking:
             {"loss__temperature": 1.0, "loss__alpha": 0},  # a baseline, whatever the rest of its loss is
             {"student__init": "pretrained", "student__layers": None},  # only a cut student has layers
             {"train__eval_every": 10},  # measuring changes nothing unless it stops the run or chooses the weights
-            {"train__max_nonfinite": 3},
-            {"train__early_stopping": {"patience": None, "min_delta": 0.1}},
             {"tracking__mode": "offline", "sweep__name": "other", "train__log_every": 1},
         ],
     )
@@ -221,7 +217,7 @@ def test_runs_of_another_length_are_marked(tmp_path, capsys):
 class TestDigits:
     @pytest.mark.parametrize(
         ("values", "places"),
-        [((0.5, 0.6), 3), ((0.5001, 0.5002), 4), ((3.00001, 3.00002), 5), ((0.5, 0.5), 3), ((0.5, 0.5 + 1e-9), 3)],
+        [((0.5, 0.6), 3), ((3.00001, 3.00002), 5), ((0.5, 0.5 + 1e-9), 3)],
     )
     def test_figures_have_as_many_digits_as_differ(self, values, places):
         assert tables.decimals(values) == places
@@ -229,8 +225,6 @@ class TestDigits:
     @pytest.mark.parametrize(
         ("interval", "text"),
         [
-            (None, ""),
-            ((0.0, 0.0), "tied"),
             ((-1e-9, 1e-9), "tied"),
             ((-0.00002, 0.00003), "-0.00002 to +0.00003"),
             ((-0.3058, -0.2473), "-0.306 to -0.247"),
