@@ -270,12 +270,3 @@ class TestTeacher:
             for answer, one in zip(teacher.answers(batches), alone, strict=True):
                 torch.testing.assert_close(answer.hidden, one, rtol=1e-12, atol=1e-12)
         assert teacher.passes == passes
-
-    def test_a_store_that_cannot_be_written_leaves_the_live_teacher(self, llama, rows, opened, caplog, tmp_path):
-        (tmp_path / "store").write_text("a file where the folder should be")
-        store, batch = opened(), collate(rows[:3], 0)
-        teacher = Counting(llama, store)
-        assert torch.equal(teacher.answer(batch).hidden, Teacher.live(teacher, batch))
-        store.save_answer("a", "b")
-        store.close()
-        assert len(caplog.records) == 1

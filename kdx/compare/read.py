@@ -4,7 +4,6 @@ No torch: it reads JSON and YAML, and runs after every job of a sweep.
 """
 
 import argparse
-import glob
 import json
 import os
 from collections.abc import Sequence
@@ -28,14 +27,19 @@ EXAMPLE = "Example: kdx compare outputs/sweeps/NAME"
 
 def main(words: list[str]) -> int:
     """Run `kdx compare PATH… [--out DIR] [--wandb]` and return the exit code."""
-    parser = argparse.ArgumentParser("kdx compare", description="Compare runs, sweeps and globs of them.")
+    parser = argparse.ArgumentParser("kdx compare", description="Compare runs and sweeps.")
     parser.error = _usage_error  # type: ignore[method-assign]
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="a run folder, a sweep's folder, or a glob")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; by default the sweep's own folder")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="a run folder or a sweep's folder")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to write; by default into PATH, or into ./comparison if there are several",
+    )
     parser.add_argument("--wandb", action="store_true", help="also save a W&B dashboard of these runs")
     args = parser.parse_intermixed_args(words)
     paths = [Path(word) for word in args.paths]
-    out = args.out or default_out(paths)
+    out = args.out or (paths[0] if len(paths) == 1 and paths[0].is_dir() else Path("comparison"))
     comparison = compare(paths, out)
     CONSOLE.print(Markdown(as_markdown(comparison, IN_TERMINAL)))
     CONSOLE.print(f"Wrote {out / 'compare.html'}, .csv, .json and .md", markup=False)
@@ -50,14 +54,8 @@ def _usage_error(message: str) -> NoReturn:
     raise ConfigError("kdx compare", message, "Usage: kdx compare PATH... [--out DIR] [--wandb]")
 
 
-def default_out(paths: Sequence[Path]) -> Path:
-    """Return the folder of the one sweep that is compared, else ./comparison."""
-    is_sweep = len(paths) == 1 and paths[0].is_dir() and any(paths[0].glob(f"*/{MARK}"))
-    return paths[0] if is_sweep else Path("comparison")
-
-
 def compare(paths: Sequence[Path], out: Path) -> Comparison:
-    """Rank the runs in these folders and globs, and write compare.csv, .json, .md and .html into `out`.
+    """Rank the runs in these folders, and write compare.csv, .json, .md and .html into `out`.
 
     Raises ConfigError if there is nothing to compare. A run that cannot be read is listed with the reason.
     """
@@ -70,16 +68,15 @@ def compare(paths: Sequence[Path], out: Path) -> Comparison:
 
 
 def find(paths: Sequence[Path]) -> dict[str, Path]:
-    """Return the run folders in these folders and globs by name, the path below their common parent.
+    """Return the run folders in these folders by name, the path below their common parent.
 
     Raises ConfigError if a path does not exist or there is no run at all.
     """
     folders: dict[Path, Path] = {}  # each once, however it is reached
     for path in paths:
-        places = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
-        if not places:
+        if not path.exists():
             raise ConfigError(str(path), "does not exist", EXAMPLE)
-        folders |= {mark.parent.resolve(): mark.parent for place in places for mark in place.rglob(MARK)}
+        folders |= {mark.parent.resolve(): mark.parent for mark in path.rglob(MARK)}
     if not folders:
         raise ConfigError(" ".join(map(str, paths)) or "kdx compare", "no runs found", EXAMPLE)
     shared = os.path.commonpath([folder.parent for folder in folders])
@@ -119,7 +116,5 @@ def _load(file: Path) -> Any:
         if file.suffix == ".jsonl":
             return [json.loads(line) for line in text.split("\n") if line]
         return yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
-    except FileNotFoundError:
-        raise ValueError(f"{file.name} is missing") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file.name} cannot be read: {' '.join(str(error).split())[:100]}") from None
