@@ -72,15 +72,14 @@ def find(paths: Sequence[Path]) -> dict[str, Path]:
 
     Raises ConfigError if a path does not exist or there is no run at all.
     """
-    folders: dict[Path, Path] = {}  # each once, however it is reached
     for path in paths:
         if not path.exists():
             raise ConfigError(str(path), "does not exist", EXAMPLE)
-        folders |= {mark.parent.resolve(): mark.parent for mark in path.rglob(MARK)}
+    folders = sorted({mark.parent.resolve() for path in paths for mark in path.rglob(MARK)})
     if not folders:
         raise ConfigError(" ".join(map(str, paths)) or "kdx compare", "no runs found", EXAMPLE)
     shared = os.path.commonpath([folder.parent for folder in folders])
-    return {str(folder.relative_to(shared)): folders[folder] for folder in sorted(folders)}
+    return {str(folder.relative_to(shared)): folder for folder in folders}
 
 
 def read_run(name: str, folder: Path) -> Run:
