@@ -51,7 +51,7 @@ python -m kdx store stat | verify | prune [--unused-days N] [teacher.store_dir=F
 fill KEY=VALUE ...   run the teacher over all rows of a run or sweep (words as for the run), so that its jobs need not
 stat                 list the teachers, their rows and sizes, and when each was last used
 verify               compare the checksum of every row; exit code 3 if one is damaged
-prune                join small shards and drop damaged rows; with --unused-days N, remove teachers unused for N days
+prune                remove damaged files; with --unused-days N, remove teachers unused for N days
 
 The folder is $KDX_STORE, else outputs/teacher-store."""
 

@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20  # a writer's buffer is flushed when it holds so much,
 FLUSH_SECONDS = 30.0  # or so long after the last flush: what a kill may cost
-ROW_OVERHEAD = 200  # bytes of a row's name, place and checksum in a shard's header
 HEAD = "head.safetensors"
 REFUSALS = (OSError, SafetensorError)  # safetensors wraps a full disk in an error of its own
 
@@ -84,15 +83,12 @@ class Shard:
         row = self._file.get_tensor(name)
         return row if checksum(name, row) == self.checksums[name] else None
 
-    def whole_rows(self) -> dict[str, Tensor]:
-        return {name: row for name in self.checksums if (row := self.read(name)) is not None}
-
 
 class TeacherStore:
     """One teacher's folder in the store, as one process sees it."""
 
-    def __init__(self, root: Path, identity: Identity, *, name: str, limit_bytes: float | None = None) -> None:
-        self.root, self.identity, self.name, self.limit_bytes = root, identity, name, limit_bytes
+    def __init__(self, root: Path, identity: Identity, *, name: str, limit_gb: float | None = None) -> None:
+        self.root, self.identity, self.name, self.limit_gb = root, identity, name, limit_gb
         self.folder, self.rows = root / identity.key, root / identity.key / "rows"
         self.counts = Counts()
         self.is_full = False  # no more rows are written
@@ -111,7 +107,7 @@ class TeacherStore:
         self._flush_if_due()
         if self.missing(digests):
             self._refresh()
-        rows = [] if self.missing(digests) else [row for d in digests if (row := self._row(d)) is not None]
+        rows = [row for digest in digests if (row := self._row(digest)) is not None]
         if len(rows) < len(digests):
             return None
         self.counts.hits += len(rows)
@@ -136,9 +132,8 @@ class TeacherStore:
         """Write the buffered rows as a shard."""
         if not self._buffer or self.is_full:
             return
-        if self.limit_bytes and size_of(self.root) + self._buffer_bytes > self.limit_bytes:
-            self._stop(f"teacher.store_limit_gb={self.limit_bytes / 1e9:g} is reached")
-            return
+        if self.limit_gb and size_of(self.root) + self._buffer_bytes > self.limit_gb * 1e9:
+            return self._stop(f"teacher.store_limit_gb={self.limit_gb:g} is reached")
         with self._writing():
             write_shard(self.rows / f"{uuid.uuid4().hex}.safetensors", self._buffer)
             self._buffer, self._buffer_bytes, self._flushed_at = {}, 0, time.monotonic()
@@ -219,12 +214,12 @@ def open_store(
     if config.store == "off" or (config.store == "auto" and not is_repeated):
         return None, "off" if config.store == "off" else "off (one epoch: nothing to reuse)"
     root = at_home(config.store_dir, "teacher.store_dir").resolve()
-    limit_bytes = config.store_limit_gb and config.store_limit_gb * 1e9
-    store = TeacherStore(root, identity, name=str(config.base_model or config.path), limit_bytes=limit_bytes)
+    name = str(config.base_model or config.path)
+    store = TeacherStore(root, identity, name=name, limit_gb=config.store_limit_gb)
     missing = store.missing(list(counted))
     shape = load_config(config, "teacher").get_text_config()
     num_vectors = sum(counted[d] for d in missing) + (0 if (store.folder / HEAD).exists() else shape.vocab_size)
-    grows = num_vectors * shape.hidden_size * DTYPES[identity.dtype].itemsize + len(missing) * ROW_OVERHEAD
+    grows = num_vectors * shape.hidden_size * DTYPES[identity.dtype].itemsize
     may_take, free = room(root)
     if grows > may_take:
         fault = f"needs {grows:,} bytes in {root}, {free:,} are free and a tenth of the disk is left to others"
@@ -251,7 +246,7 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def open_shard(path: Path) -> Shard | None:
-    """Open a shard; None if it was compacted since the folder was listed, or if it is damaged, which is logged."""
+    """Open a shard; None if it is not there (any more), or if it is damaged, which is logged."""
     try:
         return Shard(path)
     except FileNotFoundError:
@@ -261,50 +256,31 @@ def open_shard(path: Path) -> Shard | None:
         return None
 
 
+def whole(path: Path) -> dict[str, Tensor] | None:
+    """Read all tensors of a file; None if it is not there, or if it or one of them is damaged."""
+    if (shard := open_shard(path)) is None:
+        return None
+    tensors = {name: tensor for name in shard.checksums if (tensor := shard.read(name)) is not None}
+    return tensors if len(tensors) == len(shard.checksums) else None
+
+
 def load_head(folder: Path) -> tuple[Head, int] | None:
     """Load a teacher's head and its number of parameters; None if they are not there or damaged."""
-    shard = open_shard(folder / HEAD)
-    parts = shard.whole_rows() if shard else {}
-    if shard is None or len(parts) < len(shard.checksums):
+    if (parts := whole(folder / HEAD)) is None:
         return None
     scale, softcap, num_parameters = parts["numbers"].tolist()
     head = Head(parts["weight"], parts.get("bias"), scale, None if math.isnan(softcap) else softcap)
     return head, int(num_parameters)
 
 
-def count_rows(folder: Path, *, is_verify: bool) -> tuple[int, int]:
-    """Count a teacher's rows and what is damaged: unless is_verify, only files that cannot be opened are."""
-    num_rows = num_bad = 0
-    for path in (*paths_in(folder / "rows"), folder / HEAD):
-        if shard := open_shard(path):
-            num_rows += len(shard.checksums) if path.name != HEAD else 0
-            num_bad += len(shard.checksums) - len(shard.whole_rows()) if is_verify else 0
-        else:
-            num_bad += path.exists()
-    return num_rows, num_bad
+def count_rows(folder: Path) -> int:
+    """Count a teacher's rows."""
+    return sum(len(shard.checksums) for path in paths_in(folder / "rows") if (shard := open_shard(path)))
 
 
-def compact(folder: Path) -> None:
-    """Join a teacher's shards up to SHARD_BYTES and drop what is damaged. Raises OSError or SafetensorError.
-
-    Safe while others read and write: rows keep their bits, and a shard goes when its rows are on disk again.
-    """
-    groups: list[list[Path]] = []
-    for path in paths_in(folder / "rows"):
-        if not groups or sum(p.stat().st_size for p in groups[-1]) >= SHARD_BYTES:
-            groups.append([])
-        groups[-1].append(path)
-    for group in groups:
-        shards = [shard for path in group if (shard := open_shard(path))]
-        rows = {digest: row for shard in shards for digest, row in shard.whole_rows().items()}
-        if len(group) == len(shards) == 1 and len(rows) == len(shards[0].checksums):
-            continue
-        if rows:
-            write_shard(folder / "rows" / f"{uuid.uuid4().hex}.safetensors", rows)
-        for path in group:
-            path.unlink(missing_ok=True)
-    if load_head(folder) is None:
-        (folder / HEAD).unlink(missing_ok=True)
+def damaged_files(folder: Path) -> list[Path]:
+    """List the files of a teacher's rows and head that cannot be opened, or in which a checksum is wrong."""
+    return [path for path in (*paths_in(folder / "rows"), folder / HEAD) if path.exists() and whole(path) is None]
 
 
 def paths_in(rows: Path) -> list[Path]:

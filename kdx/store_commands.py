@@ -1,4 +1,4 @@
-"""What `kdx store …` does: fill the teacher's store ahead of the runs, show it, verify it, compact it."""
+"""What `kdx store …` does: fill the teacher's store ahead of the runs, show it, verify it, prune it."""
 
 import argparse
 import os
@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from kdx.build import build_teacher
 from kdx.config import Config, replaced
 from kdx.data.batches import collate
 from kdx.data.encode import load_data
 from kdx.data.files import at_home
-from kdx.errors import ConfigError, MachineError, printable
+from kdx.errors import ConfigError, MachineError
 from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, teacher_samples
 from kdx.run.files import in_bytes, read_json, size_of
 from kdx.run.launch import build_accelerator
 from kdx.run.report import store_line
 from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries, working
-from kdx.store import compact, count_rows
+from kdx.store import count_rows, damaged_files
 from kdx.tokenizer import load_tokenizer, pad_id_of
 
 FILL_ROWS = 8  # rows in a pass, unless teacher.micro_batch_size says
@@ -95,22 +95,18 @@ def _usage_error(message: str) -> NoReturn:
 
 
 def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> None:
-    table = Table("teacher", "dtype", title=str(root), title_justify="left")
-    for column in ("rows", "size", "last used", "damaged"):
-        table.add_column(column, justify="right")
-    total_bad = 0
+    columns = [Column(name, justify="right") for name in ("rows", "size", "last used")]
+    table, damaged = Table("teacher", "dtype", *columns, title=escape(str(root)), title_justify="left"), []
     for folder in teachers:
         about, used = read_json(folder / "teacher.json"), time.localtime(_used(folder))
-        name, dtype, quantization = (printable(str(about.get(k, "?"))) for k in ("name", "dtype", "quantization"))
-        num_rows, num_bad = count_rows(folder, is_verify=is_verify)
-        total_bad += num_bad
-        cells = (f"{name}\n{folder.name}", f"{dtype}\n{quantization.replace('none', '')}")
-        numbers = (f"{num_rows:,}", in_bytes(size_of(folder)), time.strftime("%Y-%m-%d", used))
-        table.add_row(*map(escape, cells), *numbers, f"{num_bad:,}" if is_verify else "not verified")
+        precision = f"{about.get('dtype')}\n{about.get('quantization')}".removesuffix("none")
+        cells = (f"{about.get('name')}\n{folder.name}", precision, f"{count_rows(folder):,}", in_bytes(size_of(folder)))
+        table.add_row(*map(escape, cells), time.strftime("%Y-%m-%d", used))
+        damaged += damaged_files(folder) if is_verify else []
     CONSOLE.print(table)
-    if is_verify and total_bad:
-        hint = "Run kdx store prune to drop them; the teacher computes them again when they are needed"
-        raise MachineError(str(root), f"{total_bad:,} damaged", hint)
+    if damaged:
+        hint = "Run kdx store prune to remove them; the teacher computes their rows again when they are needed"
+        raise MachineError(str(root), f"{len(damaged):,} damaged files, such as {damaged[0]}", hint)
 
 
 def _prune(root: Path, teachers: list[Path], unused_days: float | None) -> None:
@@ -121,7 +117,8 @@ def _prune(root: Path, teachers: list[Path], unused_days: float | None) -> None:
             shutil.rmtree(folder)
             CONSOLE.print(f"removed {folder}, unused for {days:.0f} days", markup=False)
         else:
-            compact(folder)
+            for file in damaged_files(folder):
+                file.unlink(missing_ok=True)
     for left in root.rglob(".tmp-*"):
         if now - left.stat().st_mtime > 3600:  # its writer was killed
             left.unlink()

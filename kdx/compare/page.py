@@ -5,7 +5,6 @@ Jinja escapes all text; pictures are SVG images that hold no text of the runs.
 
 import base64
 import io
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from kdx.compare import tables
-from kdx.compare.ranking import HEADINGS, RANKED_BY, Comparison, Point, Ranking, shown
+from kdx.compare.ranking import COLUMNS, RANKED_BY, Comparison, Point, Ranking, Run, short
 
 # Okabe and Ito's colors, which color-blind people can tell apart, and shapes: one look each for a few students.
 LOOKS = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P")]
 BASELINE, OTHER = ("#000000", "X"), ("#b4b9c0", ".")
-HEAT_MAPS = {"kl": min, "ce": min, "agreement": max}  # measure → which of its values is best
-AXES = ("loss.temperature", "loss.alpha")
+MOST_TICKS = 12  # of a heat map's axis
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": "#666666", "axes.grid": True, "grid.color": "#e8e8e8",
@@ -36,10 +34,9 @@ def page(comparison: Comparison) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals |= {"tables": tables, "shown": shown, "zip_longest": zip_longest}
-    environment.globals |= {"pictures": pictures, "heat_maps": heat_maps, "prompts": prompts, "looks_of": looks_of}
+    functions = {f.__name__: f for f in (looks_of, heat_maps, pictures, prompts)}
     with matplotlib.rc_context(STYLE):
-        return environment.get_template("page.html.j2").render(c=comparison)
+        return environment.get_template("page.html.j2").render(c=comparison, tables=tables, **functions)
 
 
 def looks_of(ranking: Ranking) -> dict[Point, tuple[str, str]]:
@@ -51,11 +48,12 @@ def looks_of(ranking: Ranking) -> dict[Point, tuple[str, str]]:
 
 def pictures(ranking: Ranking) -> list[dict[str, str]]:
     """Draw CE against KL with the Pareto front, and held-out measures over tokens, one line a run."""
-    looks, pairs = looks_of(ranking), {p: (p.measures["kl"], p.measures["ce"]) for p in ranking.by("kl")}
+    looks = looks_of(ranking)
+    pairs = {p: (p.measures["kl"], p.measures["ce"]) for p in ranking.points if "kl" in p.rank}
 
-    def draw(axes: Any, point: Point, curve: list[Any]) -> None:
+    def draw(axes: Any, point: Point, run: Run, curve: list[Any]) -> None:
         color, marker = looks.get(point, OTHER)
-        label = f"#{point.number}" if point in looks else ""
+        label = f"#{point.number}" if point in looks and run is point.runs[0] else ""  # seeds of a student once
         axes.plot(*zip(*curve, strict=True), color=color, marker=marker, markevery=[-1], label=label)
 
     found = []
@@ -64,18 +62,48 @@ def pictures(ranking: Ranking) -> list[dict[str, str]]:
         front = sorted(pairs[point] for point in pairs if point.pareto_front)
         axes.step(*zip(*front, strict=True), where="post", color="#888888", linewidth=1)
         for point, pair in pairs.items():
-            draw(axes, point, [pair])
+            draw(axes, point, point.runs[0], [pair])
         found.append(_image(axes))
     for measure in RANKED_BY:
-        axes = _axes(f"Held-out {HEADINGS[measure]} over tokens")
+        axes = _axes(f"Held-out {COLUMNS[measure].heading} over tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        for point in ranking.by(measure):
-            for run in point.runs:
-                late = run.curve[len(run.curve) // 2 :]  # the steep start would flatten what tells runs apart
-                draw(axes, point, [(line["tokens"], line[f"eval/{measure}"]) for line in late])
-        if any(len(line.get_xdata()) > 1 for line in axes.lines):
+        for run, point in ((run, p) for p in ranking.points for run in p.runs):
+            curve = [(line["tokens"], value) for line in run.curve if (value := line[f"eval/{measure}"]) is not None]
+            if len(curve) > 1:
+                draw(axes, point, run, curve[len(curve) // 2 :])  # the steep start would flatten what tells runs apart
+        if axes.lines:
             found.append(_image(axes))
     return found
+
+
+def heat_maps(ranking: Ranking) -> list[dict[str, str]]:
+    """Draw measures over the first two numbers that vary, such as τ and α; where more keys vary, the best of them."""
+    points = [p for p in ranking.points if not p.baseline]
+    found: dict[str, set[Any]] = {key: {p.values.get(key) for p in points} for p in points for key in p.values}
+    numbers = {
+        key: sorted(v) for key, v in found.items() if {*map(type, v)} <= {int, float} and 1 < len(v) <= MOST_TICKS
+    }
+    if len(numbers) < 2:
+        return []
+    (y, rows), (x, columns), *_ = numbers.items()
+    cells: dict[tuple[int, int], list[Point]] = {}
+    for p in points:
+        cells.setdefault((rows.index(p.values[y]), columns.index(p.values[x])), []).append(p)
+    images = []
+    for name, (heading, best, _) in COLUMNS.items():
+        if best is None or any(p.measures[name] is None for p in points):
+            continue
+        axes = _axes(f"{heading}, {'lower' if best is min else 'higher'} is better", xlabel=short(x), ylabel=short(y))
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.grid(False)
+        values = np.full((len(rows), len(columns)), np.nan)
+        for (row, place), group in cells.items():
+            values[row, place] = best(p.measures[name] for p in group)
+            axes.text(place, row, f"{values[row, place]:.3f}", ha="center", va="center", fontsize=8)
+        axes.imshow(values, cmap="Blues_r" if best is min else "Blues", alpha=0.5, aspect="auto", origin="lower")
+        images.append(_image(axes))
+    return images
 
 
 def _axes(title: str, **words: Any) -> Any:
@@ -84,36 +112,12 @@ def _axes(title: str, **words: Any) -> Any:
 
 def _image(axes: Any) -> dict[str, str]:
     """Encode a figure as the source of an <img>."""
-    if handles := dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True)):  # seeds of a student once
-        axes.legend([*handles.values()], [*handles], fontsize=8, frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
     stream = io.BytesIO()
     axes.figure.savefig(stream, format="svg", metadata={"Date": None})
     source = f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"
     return {"src": source, "alt": axes.get_title(loc="left")}
-
-
-def heat_maps(ranking: Ranking) -> list[dict[str, str]]:
-    """Draw measures over τ and α, if both vary; where other keys vary too, the best of them."""
-    points = [p for p in ranking.points if not {*AXES} - p.values.keys()]  # a baseline has no temperature
-    temperatures, alphas = (sorted({p.values[axis] for p in points}) for axis in AXES)
-    if min(len(temperatures), len(alphas)) < 2:
-        return []
-    found = []
-    for measure, best in HEAT_MAPS.items():
-        title = f"{HEADINGS[measure]}, {'higher' if best is max else 'lower'} is better"
-        axes = _axes(title, xlabel="α", ylabel="τ")
-        axes.set_xticks(range(len(alphas)), alphas)
-        axes.set_yticks(range(len(temperatures)), temperatures)
-        axes.grid(False)
-        cells = np.full((len(temperatures), len(alphas)), np.nan)
-        for p in sorted(points, key=lambda p: p.measures[measure] or 0.0, reverse=best is min):  # the best comes last
-            temperature, alpha = (p.values[axis] for axis in AXES)
-            cells[temperatures.index(temperature), alphas.index(alpha)] = p.measures[measure]
-        for (y, x), value in np.ndenumerate(cells):
-            axes.text(x, y, "" if np.isnan(value) else f"{value:.3f}", ha="center", va="center", fontsize=8)
-        axes.imshow(cells, cmap="Blues" if best is max else "Blues_r", alpha=0.5, aspect="auto", origin="lower")
-        found.append(_image(axes))
-    return found
 
 
 def prompts(ranking: Ranking) -> list[dict[Point, dict[str, Any]]]:

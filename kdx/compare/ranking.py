@@ -5,24 +5,33 @@ R held-out rows, N students, B resamples.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kdx.run.identity import canonical, used
 
-RANKED_BY = ("kl", "ce")  # lower is better
-HEADINGS = {
-    "kl": "KL", "ce": "CE", "agreement": "agreement", "steps": "steps", "tokens": "tokens", "reverse_kl": "reverse KL",
-    "accuracy": "accuracy", "perplexity": "perplexity", "tokens_per_second": "tokens/s", "seconds": "seconds",
+
+class Column(NamedTuple):
+    """A measure or cost of a student."""
+
+    heading: str
+    best: Callable[..., Any] | None = None  # min or max: measures with a heat map
+    places: int | None = None  # decimals; None: as many as tell the students apart
+
+
+COLUMNS = {  # by name in summary.json; what matters most comes first
+    "kl": Column("KL", min), "ce": Column("CE", min), "agreement": Column("agreement", max),
+    "steps": Column("steps", places=0), "tokens": Column("tokens", places=0), "reverse_kl": Column("reverse KL"),
+    "accuracy": Column("accuracy"), "perplexity": Column("perplexity"),
+    "tokens_per_second": Column("tokens/s", places=0), "seconds": Column("seconds", places=0),
 }  # fmt: skip
-COSTS = ("steps", "tokens", "tokens_per_second", "seconds")
+RANKED_BY = ("kl", "ce")  # those of COLUMNS with a ranking: eval_rows.jsonl has their sums
 NUM_RESAMPLES = 4000
-SEED = 0  # the same runs give the same intervals
 DIGITS = 6  # values that agree to so many decimals are tied
 SAME_BUDGET = 0.05  # relative difference in trained tokens; the order of rows alone changes a few percent
 SEED_KEY = "train.seed"
@@ -58,8 +67,8 @@ class Run:
         data, environment = self.summary["data"], self.summary["environment"]
         return {
             "held-out rows": data["validation_fingerprint"],
-            "teacher": environment.get("teacher_digest") or self.config.get("teacher.path"),
-            "precision of the teacher": environment.get("teacher_precision"),
+            "teacher": environment["teacher_digest"],
+            "precision of the teacher": environment["teacher_precision"],
         }
 
     @property
@@ -77,7 +86,7 @@ class Point:
     baseline: bool  # trained without a teacher
     values: dict[str, Any]  # the keys that differ between students
     runs: list[Run]
-    measures: dict[str, float | None]  # costs too
+    measures: dict[str, float | None]
     number: int = 0  # its line in the table
     rank: dict[str, int] = field(default_factory=dict)
     # (measure, "minus_best" or "minus_baseline") → of the difference; (measure, "seeds") → seeds around their mean
@@ -85,15 +94,13 @@ class Point:
     pareto_front: bool = False
     other_budget: bool = False  # trained on more or fewer tokens than most of the table
 
+    def __str__(self) -> str:
+        return f"#{self.number} {self.label}"
+
     def is_best(self, measure: str) -> bool:
         """Whether it is the best by a measure, or not distinguishable from the best."""
         low, high = self.intervals.get((measure, "minus_best"), (1, 1))
         return self.rank.get(measure) == 1 or low <= 0 <= high
-
-    @property
-    def setting(self) -> str:
-        """What it has in common with its baseline: everything but the loss."""
-        return canonical({key: value for key, value in self.values.items() if not key.startswith("loss.")})
 
 
 @dataclass(frozen=True)
@@ -102,15 +109,8 @@ class Ranking:
 
     points: list[Point]  # by KL, or by CE without a teacher
     references: dict[str, dict[str, Any]]  # measures of the teacher and the untouched students
-
-    def by(self, measure: str) -> list[Point]:
-        """Return the points that have a measure, best first."""
-        return sorted((p for p in self.points if measure in p.rank), key=lambda p: p.rank[measure])
-
-    @property
-    def first(self) -> Run:
-        """A run, for what all have in common."""
-        return self.points[0].runs[0]
+    title: str
+    measured_on: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -120,27 +120,20 @@ class Comparison:
     rankings: list[Ranking]
     runs: list[Run]
     differing: list[str]  # all keys that differ
-    why_apart: str  # why there are several tables; empty if there are not
 
     @property
     def not_ranked(self) -> list[Run]:
         return [run for run in self.runs if run.reason]
 
 
-def shown(value: Any) -> str:
-    """Write a config's value as people do; cut long ones."""
-    text = value if isinstance(value, str) else canonical(value)
-    return text if len(text) <= 28 else f"…{text[-27:]}"
-
-
 # Statistics
 
 
-def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMPLES, seed: int = SEED) -> np.ndarray:
+def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
     """Draw R of R rows with replacement, `num` times, and return each student's mean per counted position, [B, N].
 
     counted: [R]; sums: [R, N]. A mean is a ratio of sums, and a draw takes the same rows for all students: rows that are
-    hard for all of them cancel in the differences.
+    hard for all of them cancel in the differences. The same runs give the same intervals.
     """
     generator, size = np.random.default_rng(seed), len(counted)
     both = np.column_stack([sums, counted]).astype(float)
@@ -169,13 +162,7 @@ def compared(runs: list[Run]) -> Comparison:
     for run in runs:
         if not run.reason:
             groups.setdefault(canonical(run.measured_on), []).append(run)
-    rankings, why = [make_ranking(group) for group in groups.values()], ""
-    if len(rankings) > 1:
-        first, *others = (ranking.first.measured_on for ranking in rankings)
-        apart = [name for name, value in first.items() if any(other[name] != value for other in others)]
-        why = "Measures compare only on the same held-out rows and with the same teacher. "
-        why += f"These {len(rankings)} tables differ in: {' and '.join(apart)}."
-    return Comparison(rankings, runs, differing(runs), why)
+    return Comparison([make_ranking(group) for group in groups.values()], runs, differing(runs))
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
@@ -188,62 +175,73 @@ def differing(runs: Sequence[Run]) -> list[str]:
     return [key for key in dict.fromkeys([*swept, *values]) if len(values.get(key, ())) > 1]
 
 
+def make_ranking(runs: Sequence[Run]) -> Ranking:
+    """Rank runs that were measured on the same rows with the same teacher."""
+    first, points = runs[0], make_points(runs)
+    rank(points)
+    points.sort(key=lambda p: (p.rank.get("kl", len(points)), p.rank["ce"], p.label))
+    references = {"teacher": first.summary["teacher"]}
+    for number, point in enumerate(points, 1):
+        point.number = number
+        own = [f" {setting(key, value)}" for key, value in point.values.items() if key.startswith("student.")]
+        references.setdefault(f"untouched student{','.join(own)}", point.runs[0].summary["untouched"])
+    references = {label: found for label, found in references.items() if found.get("ce") is not None}
+    data, precision = first.summary["data"], first.measured_on["precision of the teacher"]
+    title = f"{len(first.rows)} held-out rows, {data['counted_validation_tokens']:,} counted tokens, τ = 1; teacher: "
+    title += first.config.get("teacher.base_model") or first.config.get("teacher.path") or "none"
+    return Ranking(points, references, f"{title} ({precision})" if precision else title, first.measured_on)
+
+
+def make_points(runs: Sequence[Run]) -> list[Point]:
+    """Average runs that differ only in the seed."""
+    keys = [key for key in differing(runs) if key != SEED_KEY]
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.student, []).append(run)
+    points = []
+    for group in groups.values():
+        first, baseline = group[0], group[0].used["loss.alpha"] == 0
+        values = {key: first.used[key] for key in keys if key in first.used}
+        label = [BASELINE] * baseline + [setting(k, v) for k, v in values.items() if (k, v) != ("loss.alpha", 0)]
+        point = Point(", ".join(label[:MOST_KEYS]) or first.name, baseline, values, group, {})
+        for name in COLUMNS:
+            known = [run.summary["student"].get(name, run.summary["run"].get(name)) for run in group]
+            taken = [value for value in known if value is not None]
+            mean = point.measures[name] = math.fsum(taken) / len(group) if len(taken) == len(group) else None
+            if name in RANKED_BY and mean is not None and len(group) > 1:
+                point.intervals[name, "seeds"] = min(taken) - mean, max(taken) - mean
+        points.append(point)
+    return points
+
+
+def setting(key: str, value: Any) -> str:
+    """Write a key of a config and its value for people."""
+    return f"{short(key)} {shown(value)}"
+
+
 def short(key: str) -> str:
     """Name a key for people: τ, α, else its last part, or its group if that tells more."""
     group, _, last = key.rpartition(".")
     return GREEK.get(key) or (group if last in ("name", "path", "init") else last)
 
 
-def make_ranking(runs: Sequence[Run]) -> Ranking:
-    """Rank runs that were measured on the same rows with the same teacher."""
-    keys = [key for key in differing(runs) if key != SEED_KEY]
-    points = make_points(runs, keys)
-    rank(points)
-    points.sort(key=lambda p: (p.rank.get("kl", len(points)), p.rank["ce"], p.label))
-    references = {"teacher": runs[0].summary["teacher"]}
-    for number, point in enumerate(points, 1):
-        point.number = number
-        own = [f" {short(key)} {shown(value)}" for key, value in point.values.items() if key.startswith("student.")]
-        references.setdefault(f"untouched student{','.join(own)}", point.runs[0].summary["untouched"])
-    return Ranking(points, {label: found for label, found in references.items() if found.get("ce") is not None})
-
-
-def make_points(runs: Sequence[Run], keys: Sequence[str]) -> list[Point]:
-    """Average runs that differ only in the seed. keys: those that differ between students."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.student, []).append(run)
-    points = []
-    for group in groups.values():
-        used = group[0].used
-        values = {key: used[key] for key in keys if key in used}
-        label = [BASELINE] * (used["loss.alpha"] == 0)
-        label += [f"{short(k)} {shown(v)}" for k, v in values.items() if (k, v) != ("loss.alpha", 0)][:MOST_KEYS]
-        summaries = [run.summary["student"] | run.summary["run"] for run in group]
-        found = {name: [summary.get(name) for summary in summaries] for name in HEADINGS}
-        means = {name: None if None in taken else math.fsum(taken) / len(group) for name, taken in found.items()}
-        point = Point(", ".join(label) or group[0].name, used["loss.alpha"] == 0, values, group, means)
-        for name in RANKED_BY:
-            if len(group) > 1 and (mean := means[name]) is not None:
-                point.intervals[name, "seeds"] = min(found[name]) - mean, max(found[name]) - mean
-        points.append(point)
-    labels = [point.label for point in points]
-    for point in points:
-        if labels.count(point.label) > 1:
-            point.label += f" [{point.runs[0].name}]"
-    return points
+def shown(value: Any) -> str:
+    """Write a config's value as people do; cut long ones."""
+    text = value if isinstance(value, str) else canonical(value)
+    return text if len(text) <= 28 else f"…{text[-27:]}"
 
 
 def rank(points: list[Point]) -> None:
     """Set ranks, intervals, the Pareto front and the marks of other budgets."""
-    rounded = {m: {p: round(v, DIGITS) for p in points if (v := p.measures[m]) is not None} for m in RANKED_BY}
-    for measure, values in rounded.items():
-        for point, value in values.items():
-            point.rank[measure] = 1 + sum(other < value for other in values.values())
-        if values:
-            _set_intervals(measure, [*values])
-    both = [point for point in points if len(point.rank) == len(RANKED_BY)]
-    for point, is_on in zip(both, pareto([(rounded["kl"][p], rounded["ce"][p]) for p in both]), strict=True):
+    for measure in RANKED_BY:
+        sign = -1 if COLUMNS[measure].best is max else 1
+        rounded = {p: sign * round(v, DIGITS) for p in points if (v := p.measures[measure]) is not None}
+        for point, value in rounded.items():
+            point.rank[measure] = 1 + sum(other < value for other in rounded.values())
+        if len(rounded) > 1:
+            _set_intervals(measure, [*rounded])
+    both = [point for point in points if {"kl", "ce"} <= point.rank.keys()]
+    for point, is_on in zip(both, pareto([(p.rank["kl"], p.rank["ce"]) for p in both]), strict=True):
         point.pareto_front = is_on
     budgets = [point.measures["tokens"] or 0 for point in points]
     for point, budget in zip(points, budgets, strict=True):
@@ -256,9 +254,10 @@ def _set_intervals(measure: str, points: list[Point]) -> None:
     sums = [np.mean([[row[measure] for row in run.rows] for run in point.runs], axis=0) for point in points]
     counted = np.array([row["counted"] for row in points[0].runs[0].rows])
     means = dict(zip(points, resampled_means(counted, np.column_stack(sums)).T, strict=True))
-    baselines = {point.setting: point for point in points if point.baseline}
+    settings = {p: canonical({k: v for k, v in p.values.items() if not k.startswith("loss.")}) for p in points}
+    baselines = {settings[point]: point for point in points if point.baseline}
     best = min(points, key=lambda p: (p.rank[measure], p.label))
     for point in points:
-        for name, other in (("minus_best", best), ("minus_baseline", baselines.get(point.setting, point))):
+        for name, other in (("minus_best", best), ("minus_baseline", baselines.get(settings[point], point))):
             if other is not point:
                 point.intervals[measure, name] = interval(means[point] - means[other])

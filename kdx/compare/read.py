@@ -4,44 +4,48 @@ No torch: it reads JSON and YAML, and runs after every job of a sweep.
 """
 
 import argparse
-import glob
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from rich.markdown import Markdown
 
-from kdx.compare.ranking import RANKED_BY, Comparison, Ranking, Run, compared, make_points
-from kdx.compare.tables import as_csv, as_json, as_markdown, as_text, title
+from kdx.compare.ranking import COLUMNS, Comparison, Run, compared, make_ranking
+from kdx.compare.tables import as_csv, as_json, as_markdown
 from kdx.config import leaves
 from kdx.errors import ConfigError
 from kdx.run.files import write_beside
 from kdx.run.tracking import CONSOLE
 
 MARK = "status.json"  # a folder with it is a run's
+IN_TERMINAL = [*COLUMNS][:5]  # as many as fit
 EXAMPLE = "Example: kdx compare outputs/sweeps/NAME"
 
 
 def main(words: list[str]) -> int:
     """Run `kdx compare PATH… [--out DIR] [--wandb]` and return the exit code."""
-    parser = argparse.ArgumentParser("kdx compare", description="Compare runs, sweeps and globs of them.")
+    parser = argparse.ArgumentParser("kdx compare", description="Compare runs and sweeps.")
     parser.error = _usage_error  # type: ignore[method-assign]
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="a run folder, a sweep's folder, or a glob")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; by default the sweep's own folder")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="a run folder or a sweep's folder")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to write; by default into PATH, or into ./comparison if there are several",
+    )
     parser.add_argument("--wandb", action="store_true", help="also save a W&B dashboard of these runs")
     args = parser.parse_intermixed_args(words)
     paths = [Path(word) for word in args.paths]
+    out = args.out or (paths[0] if len(paths) == 1 and paths[0].is_dir() else Path("comparison"))
+    comparison = compare(paths, out)
+    CONSOLE.print(Markdown(as_markdown(comparison, IN_TERMINAL)))
+    CONSOLE.print(f"Wrote {out / 'compare.html'}, .csv, .json and .md", markup=False)
     if args.wandb:
         from kdx.compare import workspace
 
-        workspace.check()
-    out = args.out or default_out(paths)
-    comparison = compare(paths, out)
-    CONSOLE.print(as_text(comparison), markup=False)
-    CONSOLE.print(f"Wrote {out / 'compare.html'}, .csv, .json and .md", markup=False)
-    if args.wandb:
         CONSOLE.print(f"Dashboard: {workspace.save(comparison)}", markup=False)
     return 0
 
@@ -50,14 +54,8 @@ def _usage_error(message: str) -> NoReturn:
     raise ConfigError("kdx compare", message, "Usage: kdx compare PATH... [--out DIR] [--wandb]")
 
 
-def default_out(paths: Sequence[Path]) -> Path:
-    """Return the folder of the one sweep that is compared, else ./comparison."""
-    is_sweep = len(paths) == 1 and paths[0].is_dir() and any(paths[0].glob(f"*/{MARK}"))
-    return paths[0] if is_sweep else Path("comparison")
-
-
 def compare(paths: Sequence[Path], out: Path) -> Comparison:
-    """Rank the runs in these folders and globs, and write compare.csv, .json, .md and .html into `out`.
+    """Rank the runs in these folders, and write compare.csv, .json, .md and .html into `out`.
 
     Raises ConfigError if there is nothing to compare. A run that cannot be read is listed with the reason.
     """
@@ -70,59 +68,52 @@ def compare(paths: Sequence[Path], out: Path) -> Comparison:
 
 
 def find(paths: Sequence[Path]) -> dict[str, Path]:
-    """Return the run folders in these folders and globs by name, the path below their common parent.
+    """Return the run folders in these folders by name, the path below their common parent.
 
     Raises ConfigError if a path does not exist or there is no run at all.
     """
-    folders: dict[Path, Path] = {}  # each once, however it is reached
     for path in paths:
-        places = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
-        if not places:
+        if not path.exists():
             raise ConfigError(str(path), "does not exist", EXAMPLE)
-        folders |= {mark.parent.resolve(): mark.parent for place in places for mark in place.rglob(MARK)}
+    folders = sorted({mark.parent.resolve() for path in paths for mark in path.rglob(MARK)})
     if not folders:
         raise ConfigError(" ".join(map(str, paths)) or "kdx compare", "no runs found", EXAMPLE)
     shared = os.path.commonpath([folder.parent for folder in folders])
-    return {str(folder.relative_to(shared)): folders[folder] for folder in sorted(folders)}
+    return {str(folder.relative_to(shared)): folder for folder in folders}
 
 
 def read_run(name: str, folder: Path) -> Run:
     """Read a run folder. A run that is not done, or of which a file does not parse, is not ranked for this reason."""
     run = Run(name, folder)
     try:
-        status = _load(folder / MARK, json.loads)
+        status = _load(folder / MARK)
         run.state = status["state"]
-        run.config = leaves(_load(folder / "config.yaml", yaml.safe_load))
-        if (folder / "record.json").exists():  # older runs have none
-            run.swept = _load(folder / "record.json", json.loads)["swept"]
+        run.config = leaves(_load(folder / "config.yaml"))
+        run.swept = _load(folder / "record.json")["swept"]
         if run.state != "done":  # only then are all measures finite
             raise ValueError(status.get("reason") or f"step {status['step']} of {status['max_steps']}")
-        run.summary = _load(folder / "summary.json", json.loads)
+        run.summary = _load(folder / "summary.json")
         if run.summary["student"]["ce"] is None:
             raise ValueError("nothing was held out")
-        run.rows = sorted(_load(folder / "eval_rows.jsonl", _lines), key=lambda line: str(line["row"]))
-        run.curve = [line for line in _load(folder / "metrics.jsonl", _lines) if "eval/ce" in line]
-        run.samples = _load(folder / "samples.json", json.loads)
-        title(Ranking(make_points([run], []), {}))  # this and what follows reads all that ranking will
-        _ = run.measured_on, [run.summary[part].get("ce") for part in ("teacher", "untouched")]
-        measured = ["counted", *(name for name in RANKED_BY if run.summary["student"].get(name) is not None)]
-        _ = [row[name] for row in run.rows for name in measured], [line["tokens"] for line in run.curve]
+        run.rows = sorted(_load(folder / "eval_rows.jsonl"), key=lambda line: str(line["row"]))
+        if len(run.rows) != (expected := run.summary["data"]["num_validation_rows"]):
+            raise ValueError(f"eval_rows.jsonl has {len(run.rows)} of {expected} rows")
+        run.curve = [line for line in _load(folder / "metrics.jsonl") if "eval/ce" in line]
+        run.samples = _load(folder / "samples.json")
+        make_ranking([run])  # reads what ranking will
+    except (KeyError, TypeError, AttributeError) as error:
+        run.reason = f"a file lacks what kdx writes into it ({type(error).__name__}: {error})"
     except ValueError as error:
         run.reason = str(error)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        run.reason = f"a file lacks what kdx writes into it ({type(error).__name__}: {error})"
     return run
 
 
-def _load(file: Path, parse: Callable[[str], Any]) -> Any:
+def _load(file: Path) -> Any:
     """Parse a file. Raises ValueError that names it."""
     try:
-        return parse(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file.name} is missing") from None
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".jsonl":
+            return [json.loads(line) for line in text.split("\n") if line]
+        return yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file.name} cannot be read: {' '.join(str(error).split())[:100]}") from None
-
-
-def _lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.split("\n") if line]

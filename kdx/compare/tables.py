@@ -1,16 +1,19 @@
-"""Write a comparison as tables: for the terminal, and as CSV, JSON and Markdown."""
+"""Write a comparison as tables: CSV, JSON and Markdown, which the terminal shows too."""
 
 import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from kdx.compare.ranking import COSTS, DIGITS, HEADINGS, NUM_RESAMPLES, RANKED_BY, Comparison, Interval, Point, Ranking
+from kdx.compare.ranking import COLUMNS, DIGITS, NUM_RESAMPLES, RANKED_BY, Comparison, Interval, Point, Ranking, shown
 
-IN_TERMINAL = [*HEADINGS][:5]  # as many as fit beside a label
+APART = (
+    "Measures compare only on the same held-out rows and with the same teacher in the same precision. "
+    "Each of these tables has its own."
+)
 CAVEAT = (
     "★ best; * not distinguishable from the best: the 95 % interval of the difference includes 0 (paired bootstrap over "
     f"held-out rows, {NUM_RESAMPLES:,} resamples; seeds and the choice of the best of many are not accounted for). "
@@ -35,33 +38,25 @@ def difference(interval: Interval | None) -> str:
     return "tied" if low == high == 0 else f"{low:+.{places}f} to {high:+.{places}f}"
 
 
-def title(ranking: Ranking) -> str:
-    data, config = ranking.first.summary["data"], ranking.first.config
-    teacher = config.get("teacher.base_model") or config.get("teacher.path") or "none"
-    precision = ranking.first.summary["environment"].get("teacher_precision")
-    num_rows, num_counted = data["num_validation_rows"], data["counted_validation_tokens"]
-    text = f"{num_rows} held-out rows, {num_counted:,} counted tokens, τ = 1; teacher: {teacher}"
-    return f"{text} ({precision})" if precision else text
-
-
-def grid(ranking: Ranking, names: Iterable[str] = HEADINGS) -> Grid:
+def grid(ranking: Ranking, names: Iterable[str] = COLUMNS) -> Grid:
     """Lay out measures and costs for people: the students, then the teacher and the untouched student."""
     points = ranking.points
-    columns = [["student", *map(_label, points), *ranking.references], *(_column(ranking, name) for name in names)]
+    columns = [["student", *map(str, points), *ranking.references], *(_column(ranking, name) for name in names)]
     columns.append(["front", *("●" * p.pareto_front for p in points)])
     if any(len(p.runs) > 1 for p in points):
         columns.append(["seeds", *(str(len(p.runs)) for p in points)])
     return list(zip_longest(*columns, fillvalue=""))
 
 
-def _label(point: Point) -> str:
-    return f"#{point.number} {point.label}"
+def kinds(ranking: Ranking) -> list[str]:
+    """Return the look of each row of the grid."""
+    return ["best" if 1 in p.rank.values() else "" for p in ranking.points] + ["reference"] * len(ranking.references)
 
 
 def _column(ranking: Ranking, name: str) -> list[str]:
     """Write one measure or cost of all students and references, with as many digits as tell the students apart."""
-    values = [p.measures[name] for p in ranking.points]
-    places = 0 if name in COSTS else decimals(value for value in values if value is not None)
+    column, values = COLUMNS[name], [p.measures[name] for p in ranking.points]
+    places = decimals(value for value in values if value is not None) if column.places is None else column.places
     values += [measures.get(name) for measures in ranking.references.values()]
     texts = ["" if value is None else f"{value:,.{places}f}" for value in values]
     for i, p in enumerate(ranking.points):
@@ -71,16 +66,26 @@ def _column(ranking: Ranking, name: str) -> list[str]:
             texts[i] = f"* {texts[i]}"
         elif p.other_budget and name in ("steps", "tokens"):
             texts[i] = f"† {texts[i]}"
-    return [HEADINGS[name], *texts]
+    return [column.heading, *texts]
 
 
 def intervals(ranking: Ranking) -> Grid:
     """Lay out the differences to the best and to the baseline, and those of seeds to their mean."""
     names = sorted({name for point in ranking.points for name in point.intervals}, reverse=True)
-    headings = ["student", *(f"{HEADINGS[measure]} {kind.replace('_', ' ')}" for measure, kind in names)]
-    return [tuple(headings)] + [
-        (_label(point), *(difference(point.intervals.get(name)) for name in names)) for point in ranking.points
-    ]
+    headings = ("student", *(f"{COLUMNS[measure].heading} {kind.replace('_', ' ')}" for measure, kind in names))
+    return [headings, *((str(p), *(difference(p.intervals.get(name)) for name in names)) for p in ranking.points)]
+
+
+def not_ranked(comparison: Comparison) -> Grid:
+    """Lay out the runs that are not ranked, and why."""
+    return [("not ranked", "state", "reason"), *((run.name, run.state, run.reason) for run in comparison.not_ranked)]
+
+
+def settings(comparison: Comparison) -> Grid:
+    """Lay out all keys that differ between the configs."""
+    keys = comparison.differing
+    rows = ((run.name, *(shown(run.used[key]) if key in run.used else "—" for key in keys)) for run in comparison.runs)
+    return [("run", *keys), *rows]
 
 
 def _row(point: Point, keys: Sequence[str]) -> dict[str, Any]:
@@ -100,8 +105,7 @@ def as_csv(comparison: Comparison) -> str:
     tables = enumerate(comparison.rankings, 1)
     rows = [{"table": i, **_row(p, comparison.differing)} for i, ranking in tables for p in ranking.points]
     text = io.StringIO()
-    names = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(text, list(names), lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -111,52 +115,31 @@ def as_json(comparison: Comparison) -> str:
     """Write everything but curves and samples, which are in the run folders."""
     tables = [
         {
-            "title": title(ranking), "measured_on": ranking.first.measured_on,
+            "title": ranking.title, "measured_on": ranking.measured_on,
             "students": [_row(point, comparison.differing) for point in ranking.points], "references": ranking.references,
         }
         for ranking in comparison.rankings
     ]  # fmt: skip
-    not_ranked = [{"run": run.name, "state": run.state, "reason": run.reason} for run in comparison.not_ranked]
-    tree = {"tables": tables, "why_apart": comparison.why_apart, "not_ranked": not_ranked}
-    return json.dumps(tree, indent=2, ensure_ascii=False, default=str) + "\n"
+    left_out = [{"run": run.name, "state": run.state, "reason": run.reason} for run in comparison.not_ranked]
+    return json.dumps({"tables": tables, "not_ranked": left_out}, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
-def as_text(comparison: Comparison) -> str:
-    """Write the columns that matter most for a terminal; no line is broken."""
-
-    def aligned(rows: Grid) -> str:
-        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-        lines = ("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows)
-        return "\n".join(lines)
-
-    return "\n\n".join(_parts(comparison, aligned, str, IN_TERMINAL))
-
-
-def as_markdown(comparison: Comparison) -> str:
-    """Write the tables for an issue or a pull request."""
-
-    def escaped(text: str) -> str:
-        return re.sub(r"([\\`*_\[\]|<~#])", r"\\\1", " ".join(text.split()))
-
-    def table(rows: Grid) -> str:
-        lines = ["| " + " | ".join(map(escaped, cells)) + " |" for cells in rows]
-        return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
-
-    return "\n\n".join(_parts(comparison, table, escaped, HEADINGS)) + "\n"
-
-
-def _parts(
-    comparison: Comparison, table: Callable[[Grid], str], text: Callable[[str], str], names: Iterable[str]
-) -> Iterator[str]:
-    """Yield tables and paragraphs."""
-    if comparison.why_apart:
-        yield text(comparison.why_apart)
+def as_markdown(comparison: Comparison, names: Sequence[str] = ()) -> str:
+    """Write the tables for an issue, a pull request or the terminal. names: these COLUMNS alone, without intervals."""
+    parts = [_escaped(APART)] if len(comparison.rankings) > 1 else []
     for ranking in comparison.rankings:
-        yield from (text(title(ranking)), table(grid(ranking, names)))
-        if names is HEADINGS and len(ranking.points) > 1:
-            yield table(intervals(ranking))
-    if comparison.rankings:
-        yield text(CAVEAT)
-    if comparison.not_ranked:
-        rows = [(run.name, run.state, run.reason) for run in comparison.not_ranked]
-        yield table([("not ranked", "state", "reason"), *rows])
+        parts += [_escaped(ranking.title), _table(grid(ranking, names or COLUMNS))]
+        if not names and len(ranking.points) > 1:
+            parts.append(_table(intervals(ranking)))
+    parts += [_escaped(CAVEAT)] if comparison.rankings else []
+    parts += [_table(not_ranked(comparison))] if comparison.not_ranked else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Grid) -> str:
+    lines = ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in rows]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]|<~#])", r"\\\1", " ".join(text.split()))
