@@ -132,16 +132,16 @@ def register_source(function: Source) -> Source:
     return function
 
 
-def check_source(config: DataConfig) -> None:
+def check_source(config: DataConfig, where: str = "data") -> None:
     """Refuse a source or options that the registry does not know, before anything is read. Raises ConfigError."""
     if config.name == "mix":
-        for part, _ in parts_of(config).values():
-            check_source(part)
+        for name, (part, _) in parts_of(config).items():
+            check_source(part, f"data.sources.{name}")
         return
     if config.name not in _SOURCES:
         hint = did_you_mean(config.name, sorted(_SOURCES)) + ". For your own: KDX_PLUGINS=module"
-        raise ConfigError("data.name", f"no source is named {config.name!r}", hint)
-    if faults := option_faults(_SOURCES[config.name], _options(config), "data."):
+        raise ConfigError(f"{where}.name", f"no source is named {config.name!r}", hint)
+    if faults := option_faults(_SOURCES[config.name], _options(config), f"{where}."):
         raise together(faults)
 
 
