@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal as in_bytes
 from rich.table import Table
 
 from kdx import plugins
@@ -27,7 +28,7 @@ from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, HeldOut
 from kdx.objective import BLOCK_BYTES, chunk_bytes
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report, results
-from kdx.run.files import in_bytes, usage_of
+from kdx.run.files import usage_of
 from kdx.run.folder import Record
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries

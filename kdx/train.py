@@ -186,7 +186,6 @@ class Training:
                     random_states,
                     lambda path: describe(self.student, self.tokenizer, path),
                     scaler=self.machine.scaler,
-                    with_best=self.config.train.keep == "best",
                 )
         self.machine.wait_for_everyone()
         self._saved_at, self.is_save_due = time.monotonic(), False
@@ -289,7 +288,7 @@ class Training:
             hint = "Lower optim.lr, or set train.keep=last"
             raise DivergedError(f"step {state.step}", "no held-out measure was finite, so there is no best step", hint)
         if state.best_step != state.step:
-            checkpoint.load_weights([checkpoint.best_file(folder.path)], self.student)
+            checkpoint.load_weights(checkpoint.best_file(folder.path), self.student)
 
 
 def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop: StopRequest) -> None:

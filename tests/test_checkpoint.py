@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from kdx.cli import compose
 from kdx.errors import ConfigError, MachineError
 from kdx.run import checkpoint
-from kdx.run.files import MANIFEST
+from kdx.run.checkpoint import MANIFEST
 from kdx.run.folder import Record, RunFolder
 from kdx.run.tracking import Tracker
 from kdx.student import save_student
@@ -39,9 +39,7 @@ def save(run_dir: Path, step: int, width: int = 4) -> Path:
     checkpoint.folder_of(run_dir).mkdir(exist_ok=True)
     checkpoint.save_weights(checkpoint.best_file(run_dir), model)
     states, state = [checkpoint.random_state()], {"step": step}
-    return checkpoint.save(
-        run_dir, model, optimizer.state_dict(), schedule, state, states, lambda folder: None, with_best=True
-    )
+    return checkpoint.save(run_dir, model, optimizer.state_dict(), schedule, state, states, lambda folder: None)
 
 
 def names(run_dir: Path) -> list[str]:

@@ -8,14 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal as in_bytes
+
 from kdx.causal_lm import DTYPES
-from kdx.config import as_dict
 from kdx.data.encode import Data
 from kdx.errors import DivergedError, MachineError
-from kdx.evaluate import MAX_NEW_TOKENS, MEASURES, Judge, peak_memory
+from kdx.evaluate import MAX_NEW_TOKENS, Judge, peak_memory
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report
-from kdx.run.files import in_bytes, usage_of, write_beside, write_json
+from kdx.run.files import usage_of, write_beside, write_json
 from kdx.run.folder import RunFolder
 from kdx.run.tracking import CONSOLE, Tracker, log, run_name
 from kdx.student import cast, save_student
@@ -61,13 +62,10 @@ def check_room(training: Training, path: Path) -> None:
 
 
 def warn_about(folder: RunFolder, data: Data) -> None:
-    """Warn about what makes the measures, or the distillation, doubtful. Raises MachineError if a file is missing."""
+    """Warn about what makes the measures, or the distillation, doubtful."""
     if not folder.is_main:
         return
     untouched = folder.kept("untouched.json")
-    if not untouched:
-        what = "is missing or damaged, and the student has been trained since it was written"
-        raise MachineError(str(folder.path / "untouched.json"), what, "Start again in another folder")
     counted = int(data.held_out.num_counted.sum())
     if not len(data.held_out):
         log.warning("nothing is held out (data.validation=null): this run cannot be compared with others")
@@ -77,10 +75,8 @@ def warn_about(folder: RunFolder, data: Data) -> None:
     if teacher is not None and student is not None and teacher > student:
         log.warning(
             "the teacher's held-out CE (%.3f) is above the untouched student's (%.3f): distillation will pull towards "
-            "a worse model on these rows; a wrong chat template is the usual cause",
-            teacher,
-            student,
-        )
+            "a worse model on these rows; a wrong chat template is the usual cause", teacher, student,
+        )  # fmt: skip
 
 
 def keep_student(training: Training, folder: RunFolder) -> None:
@@ -115,7 +111,11 @@ def finish(
     if not training.machine.is_main_process:
         return {}
     before = folder.kept("untouched.json")
-    samples = _joined(judge.prompts, before, answers)
+    columns = (judge.prompts, before["teacher_samples"], before["untouched_samples"], answers)
+    samples = [
+        {"prompt": prompt["messages"], "reference": prompt["reference"], "teacher": t, "untouched": u, "student": s}
+        for prompt, t, u, s in zip(*columns, strict=False)
+    ]  # none if tracking.samples was off when the run began
     store = training.teacher.store if training.teacher else None
     summary = {
         "student": measures | {"num_parameters": student.num_parameters()},
@@ -137,11 +137,11 @@ def finish(
             "peak_memory_bytes": peak_memory(training.machine.device),
             "store": asdict(store.counts) if store else None,
         },
-        "data": report.counts(data) | {k: v for k, v in facts(data, training).items() if "fingerprint" in k},
+        "data": report.counts(data),
         "environment": report.environment(training, folder.path),
     }
     if (folder.path / "student").is_dir():
-        write_beside(folder.path / "student" / "README.md", report.model_card(as_dict(config), summary))
+        write_beside(folder.path / "student" / "README.md", report.model_card(config, summary))
     write_beside(folder.path / "eval_rows.jsonl", "".join(json.dumps(row) + "\n" for row in final.rows))
     write_json(folder.path / "samples.json", samples)
     write_beside(folder.path / "samples.md", report.samples_page(samples, MAX_NEW_TOKENS))
@@ -164,18 +164,7 @@ def _check_finite(training: Training, measures: dict[str, float | None]) -> None
     state = training.state
     if 0 < state.step == state.num_nonfinite:
         raise DivergedError(f"step {state.step}", "every step was skipped: the student learnt nothing", HINT)
-    wrong = [name for name in MEASURES if measures[name] is not None and not math.isfinite(measures[name] or 0.0)]
+    wrong = [name for name, value in measures.items() if not math.isfinite(value or 0.0)]
     if wrong:
         what = f"the student's held-out {', '.join(wrong)} are not finite; it is never ranked"
         raise DivergedError(f"step {state.step}", what, "Lower optim.lr, or set train.keep=best with train.eval_every")
-
-
-def _joined(prompts: list[dict[str, Any]], before: dict[str, Any], student: list[str]) -> list[dict[str, Any]]:
-    """Join the sample answers of all models, prompt by prompt."""
-    nothing = [None] * len(prompts)  # tracking.samples was off when the run began
-    columns = [before[name] if len(before[name]) == len(prompts) else nothing for name in
-               ("teacher_samples", "untouched_samples")]  # fmt: skip
-    return [
-        {"prompt": p["messages"], "reference": p["reference"], "teacher": t, "untouched": u, "student": s}
-        for p, t, u, s in zip(prompts, *columns, student, strict=True)
-    ]

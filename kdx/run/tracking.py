@@ -2,7 +2,6 @@
 
 import json
 import logging
-import netrc
 import os
 import secrets
 import shlex
@@ -13,21 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kdx.config import Config, as_dict
 from kdx.errors import printable
-from kdx.run.files import write_beside
 from kdx.run.folder import Record, RunFolder
 from kdx.run.redact import redact
 
 log = logging.getLogger("kdx")
 
 CONSOLE = Console(soft_wrap=True, highlight=False)
-HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # where `wandb login` keeps its key, now and formerly
 SAMPLES_PATIENCE = 5  # seconds for W&B to take the table of samples
 SETTINGS = {  # of the W&B client; an environment variable such as WANDB_FINISH_TIMEOUT wins
     "save_code": False,  # neither code nor diffs
@@ -60,9 +56,7 @@ def _clean(record: logging.LogRecord) -> bool:
 @contextmanager
 def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
     """Log kdx's lines in the main process: to the console and, with times, to a file if there is one."""
-    handlers: list[logging.Handler] = [logging.NullHandler()]
-    if is_main:
-        handlers = [_ConsoleHandler()]
+    handlers: list[logging.Handler] = [_ConsoleHandler() if is_main else logging.NullHandler()]
     if is_main and file is not None:
         to_file = logging.FileHandler(file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -81,17 +75,18 @@ def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
 
 
 @contextmanager
-def working(what: str, total: int, is_main: bool = True) -> Iterator[Callable[[], None]]:
-    """Show the progress of something long → a function to call after each part."""
+def working(what: str, total: int, is_main: bool = True, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Show the progress of something long on a terminal → a function to call after each part, with words to show."""
     if not (is_main and CONSOLE.is_terminal):
-        if is_main and total > 1:
-            log.info("%s (%d batches)", what, total)
-        yield lambda: None
+        yield lambda words="": None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=CONSOLE, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=CONSOLE, transient=True, speed_estimate_period=300) as progress:
+        task = progress.add_task(what, total=total, completed=done, words="")
+        yield lambda words="": progress.update(task, advance=1, words=words)
 
 
 class Tracker:
@@ -107,22 +102,18 @@ class Tracker:
         self.first_step, self.max_steps = state.step, training.max_steps
         self.wandb: Any = None
         self.wandb_line, self.sync = "W&B: disabled", ""
-        self.progress: Progress | None = None
+        self._show: Callable[..., None] = lambda words: None
         self._has_warned = False
-        if is_main:
-            self._truncate(state)
-
-    def _truncate(self, state: Any) -> None:
-        """Drop the lines after the checkpoint, so that a resumed run has each step once."""
-        lines = self.file.read_bytes() if self.file.exists() else b""
-        if len(lines) < state.lines:
-            log.warning("%s lacks lines up to step %d", self.file, state.step)
-        if len(lines) > state.lines:
-            write_beside(self.file, lines[: state.lines])
+        if is_main and self.file.exists() and self.file.stat().st_size > state.lines:
+            os.truncate(self.file, state.lines)  # what comes after the checkpoint: a resumed run has each step once
 
     def __enter__(self) -> "Tracker":
-        if self.is_main:
-            self._start_wandb()
+        mode = wandb_mode(self.config.tracking.mode) if self.is_main else "disabled"
+        if mode != "disabled":
+            try:
+                self.wandb = self._open(mode)
+            except Exception as error:  # a run never fails because of W&B
+                log.warning("W&B is off for this run: %s", _short(error))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -130,60 +121,49 @@ class Tracker:
         self._try(lambda run: run.finish(exit_code=code))
         self.wandb = None
 
-    def _start_wandb(self) -> None:
-        """Open the W&B run, under its old id if the run is resumed; offline where the server cannot be reached."""
-        mode = wandb_mode(self.config.tracking.mode)
-        if mode == "disabled":
-            return
-        try:
-            self.wandb = run = self._open(mode)
-        except Exception as error:  # a run never fails because of W&B
-            log.warning("W&B is off for this run: %s", _short(error))
-            return
-        online = [] if run.offline else ["--include-online"]  # without it `wandb sync` skips such a run
-        self.sync = shlex.join(["wandb", "sync", *online, str(Path(run.dir).parent)])
-        self.wandb_line = f"W&B: offline; to upload: {self.sync}" if run.offline else f"W&B: {run.url}"
-        self._try(lambda run: run.define_metric("tokens", hidden=True))
-        self._try(lambda run: run.define_metric("*", step_metric="tokens"))
-        columns = {"alpha": self.config.loss.alpha, "temperature": self.config.loss.temperature}
-        self._try(lambda run: run.summary.update(columns))
-
     def _open(self, mode: Any) -> Any:
+        """Open the W&B run, under its old id if the run is resumed; offline where the server cannot be reached."""
         import wandb
 
-        config, tracking, environment = self.config, self.config.tracking, os.environ
+        config, tracking = self.config, self.config.tracking
         wandb_dir, id_file = _wandb_dir(self.folder.path, config), self.folder.path / "wandb_id.txt"
-        wandb_dir.mkdir(parents=True, exist_ok=True)
         arguments = redact(
             {
-                "project": tracking.project or environment.get("WANDB_PROJECT") or "kdx",
-                "entity": tracking.entity or environment.get("WANDB_ENTITY"),
-                "name": tracking.name or environment.get("WANDB_NAME") or run_name(self.folder, config, self.record),
-                "group": config.sweep.name or environment.get("WANDB_RUN_GROUP"),
+                "project": tracking.project or _unless_set("WANDB_PROJECT", "kdx"),
+                "entity": tracking.entity,
+                "name": tracking.name or _unless_set("WANDB_NAME", run_name(self.folder, config, self.record)),
+                "group": config.sweep.name,
                 "job_type": "baseline" if config.loss.alpha == 0 else "student",
-                "notes": tracking.notes or environment.get("WANDB_NOTES"),
-                "tags": [*tracking.tags, *filter(None, environment.get("WANDB_TAGS", "").split(","))] or None,
+                "notes": tracking.notes,
+                "tags": tracking.tags or None,
                 "config": as_dict(config),
             }
         )
         arguments["dir"] = str(wandb_dir.parent)
         arguments["id"] = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
-        chosen = {key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in environment}
+        chosen = {key: value for key, value in SETTINGS.items() if _unless_set(f"WANDB_{key.upper()}", True)}
         arguments["settings"] = wandb.Settings(**chosen)
-        environment["WANDB_SILENT"] = "true"
-        with _redacted_argv():
-            try:
-                run = wandb.init(mode=mode, resume="allow" if mode == "online" else None, **arguments)
-            except Exception as error:
-                if mode == "offline" or isinstance(error, ValueError):  # such as a tag that is too long
-                    raise
-                log.warning("cannot reach W&B (%s): this run is kept offline", _short(error))
-                with suppress(SystemExit):  # raised if its service failed
-                    wandb.teardown()  # the client still holds the id
-                for empty in wandb_dir.glob(f"run-*-{arguments['id']}"):  # it would make `wandb sync` of many runs fail
-                    shutil.rmtree(empty, ignore_errors=True)
-                run = wandb.init(mode="offline", **arguments)
+        typed, sys.argv = sys.argv, redact(sys.argv)  # W&B reads it when a run opens
+        try:
+            run = wandb.init(mode=mode, resume=None if mode == "offline" else "allow", **arguments)
+        except Exception as error:
+            if mode == "offline" or isinstance(error, ValueError):  # such as a tag that is too long
+                raise
+            log.warning("cannot reach W&B (%s): this run is kept offline", _short(error))
+            with suppress(SystemExit):  # raised if its service failed
+                wandb.teardown()  # the client still holds the id
+            for empty in wandb_dir.glob(f"run-*-{arguments['id']}"):  # it would make `wandb sync` of many runs fail
+                shutil.rmtree(empty, ignore_errors=True)
+            run = wandb.init(mode="offline", **arguments)
+        finally:
+            sys.argv = typed
         id_file.write_text(run.id + "\n")  # an agent of a W&B sweep chooses the id itself
+        run.define_metric("tokens", hidden=True)
+        run.define_metric("*", step_metric="tokens")
+        run.summary.update({"alpha": config.loss.alpha, "temperature": config.loss.temperature})
+        online = [] if run.offline else ["--include-online"]  # without it `wandb sync` skips such a run
+        self.sync = shlex.join(["wandb", "sync", *online, str(Path(run.dir).parent)])
+        self.wandb_line = f"W&B: offline; to upload: {self.sync}" if run.offline else f"W&B: {run.url}"
         return run
 
     def header(self, lines: list[str]) -> None:
@@ -203,7 +183,7 @@ class Tracker:
         if "eval/ce" in metrics:
             shown = {k.removeprefix("eval/"): f"{v:.4f}" for k, v in metrics.items() if v is not None}
             log.info("step %d held-out: %s", state.step, ", ".join(f"{k} {v}" for k, v in shown.items()))
-        elif self.progress is None and metrics["train/loss"] is not None:
+        elif not CONSOLE.is_terminal and metrics["train/loss"] is not None:
             loss, speed = metrics["train/loss"], metrics["speed/tokens_per_second"]
             left = (self.max_steps - state.step) * state.tokens / max(state.step, 1) / max(speed, 1e-9)
             minutes = f"{int(left) // 60}:{int(left) % 60:02d} left"
@@ -212,23 +192,12 @@ class Tracker:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Show a progress bar on a terminal while training; elsewhere log() prints plain lines."""
-        if not (self.is_main and CONSOLE.is_terminal) or self.max_steps == 0:
+        with working("training", self.max_steps, self.is_main, done=self.first_step) as self._show:
             yield
-            return
-        columns = (
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[speed]:.0f} tokens/s"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with Progress(*columns, console=CONSOLE, speed_estimate_period=300) as self.progress:
-            start = {"total": self.max_steps, "completed": self.first_step}
-            self.task = self.progress.add_task("", **start, loss=float("nan"), speed=0.0)
-            yield
-        self.progress = None
 
     def advance(self, step: int, loss: float, speed: float) -> None:
         """Move the progress bar."""
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step, loss=loss, speed=speed)
+        self._show(f"loss {loss:.3f}  {speed:.0f} tokens/s")
 
     def samples(self, samples: list[dict[str, Any]]) -> None:
         """Send the sample answers as a W&B table."""
@@ -285,15 +254,9 @@ def _wandb_dir(path: Path, config: Config) -> Path:
     return outputs / "wandb"
 
 
-@contextmanager
-def _redacted_argv() -> Iterator[None]:
-    """Hide secrets in sys.argv, which W&B reads when a run opens."""
-    typed = sys.argv
-    sys.argv = redact(typed)
-    try:
-        yield
-    finally:
-        sys.argv = typed
+def _unless_set(variable: str, value: Any) -> Any:
+    """Return a value that an environment variable of W&B's own has precedence over."""
+    return None if variable in os.environ else value
 
 
 def _short(error: Exception) -> str:
@@ -301,25 +264,17 @@ def _short(error: Exception) -> str:
 
 
 def wandb_mode(asked: str) -> Any:
-    """Return online, offline or disabled: as asked, else as WANDB_MODE says, else online with a login."""
+    """Return the mode that is asked for, else that of WANDB_MODE, else online with a login."""
     if asked != "auto":
         return asked
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode in ("online", "offline", "disabled"):
-        return mode
-    return "online" if mode != "dryrun" and has_login() else "offline"
+    return os.environ.get("WANDB_MODE") or ("online" if has_login() else "offline")
 
 
 def has_login() -> bool:
-    """Return whether there is a key for W&B's server, in the environment or from `wandb login`."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    own = os.environ.get("WANDB_BASE_URL")
-    try:
-        logins = netrc.netrc(os.environ.get("NETRC"))
-        return any(logins.authenticators(host) for host in ([urlparse(own).netloc] if own else HOSTS))
-    except (OSError, netrc.NetrcParseError):
-        return False
+    """Return whether W&B's client has a key for its server, from the environment or from `wandb login`."""
+    import wandb
+
+    return bool(wandb.login(prompt=False, verify=False))
 
 
 def quiet_libraries() -> None:
@@ -328,6 +283,7 @@ def quiet_libraries() -> None:
     import huggingface_hub
     import transformers
 
+    os.environ["WANDB_SILENT"] = "true"
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
