@@ -1,6 +1,5 @@
 """Checkpoints: model, optimizer, schedule and random numbers of one step, whole or not there."""
 
-import contextlib
 import json
 import random
 import shutil
@@ -69,10 +68,7 @@ def save(
 
 def remove_all(run_dir: Path) -> None:
     """Remove the checkpoints of a run that is done."""
-    for path in [*found(run_dir), best_file(run_dir)]:
-        remove(path)
-    with contextlib.suppress(OSError):  # something else is in there, or it is a link to another disk
-        folder_of(run_dir).rmdir()
+    remove(folder_of(run_dir))
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -115,8 +111,7 @@ def load(
     if scaler:
         scaler.load_state_dict(rest["scaler"])
     _set_random_state(rest["random"][rank])
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return state
+    return read_json(folder / "state.json")
 
 
 def save_weights(file: Path, model: nn.Module) -> None:

@@ -62,32 +62,30 @@ class RunFolder:
         """Return whether this run is done. Raises ConfigError, with a diff, if the folder has another run."""
         if self.status().get("state") != "done" or not self.kept("summary.json"):
             return False
-        return not any(key in LONGER for key, _, _ in self._differences(config))
+        return not any(key in LONGER for key, _, _ in self._differences(config, {}))
 
-    def _differences(self, config: Config) -> list[tuple[str, Any, Any]]:
+    def _differences(self, config: Config, facts: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         """Return what differs from the run that is here and may differ. Raises ConfigError for the rest.
 
         A run that failed before it saved anything binds nobody: its command may be corrected.
         """
-        was, now = self.kept("data.json"), identity(config)
+        was, now = self.kept("data.json"), identity(config) | facts
         if not was or not is_resumable(self.path):
             return []
         found = differences({key: was.get(key) for key in now}, now)
         if refused := [d for d in found if not may_differ(*d, config)]:
-            raise self.another_run(refused)
+            keys = ", ".join(key for key, _, _ in refused)
+            hint = (
+                "Use another folder (hydra.run.dir=..., in a sweep sweep.name=...); run.like= starts a new run like it"
+            )
+            error = ConfigError(str(self.path), f"holds a run with another {keys}", hint)
+            error.lines += table(refused)
+            raise error
         trained = self.kept("trained.json")
         if trained and any(key in LONGER for key, _, _ in found) and not any(self.path.glob("checkpoints/step-*")):
             what = f"has trained to step {trained['state']['step']} and kept no checkpoint to train on from"
             raise ConfigError(str(self.path), what, "Type the same train.max_steps, or start again elsewhere")
         return found
-
-    def another_run(self, found: list[tuple[str, Any, Any]]) -> ConfigError:
-        """Build the error for a folder whose run differs from what was asked: key, was, now."""
-        keys = ", ".join(key for key, _, _ in found)
-        hint = "Use another folder (hydra.run.dir=..., in a sweep sweep.name=...); run.like= starts a new run like it"
-        error = ConfigError(str(self.path), f"holds a run with another {keys}", hint)
-        error.lines += table(found)
-        return error
 
     @contextmanager
     def claim(self, config: Config, record: Record, is_main: bool = True) -> Iterator[None]:
@@ -98,7 +96,7 @@ class RunFolder:
         self.is_main = is_main
         with claim(self.path) if is_main else nullcontext():
             if is_main:
-                self._differences(config)
+                self._differences(config, {})
                 remove_leftovers(self.path)
                 remove_leftovers(self.path / "checkpoints")
                 self._write_record(config, record)
@@ -121,15 +119,9 @@ class RunFolder:
 
         facts: what only a started run knows beside its identity (fingerprints of the rows, number of processes).
         """
-        if not self.is_main:
-            return
-        # Models and data of a hub are downloaded by now, so that their commits are known.
-        was, now = self.kept("data.json"), identity(config) | facts
-        found = differences({key: was.get(key) for key in facts}, facts)
-        if was and found and is_resumable(self.path):
-            raise self.another_run(found)
-        if was != now:
-            self.keep("data.json", now)
+        if self.is_main:  # models and data of a hub are downloaded by now, so that their commits are known
+            self._differences(config, facts)
+            self.keep("data.json", identity(config) | facts)
 
     def begin_again(self) -> None:
         """Say that a run which was stopped has nothing to resume from."""
@@ -149,20 +141,19 @@ class RunFolder:
         """Write how the run ends to status.json. Whichever process fails writes why: the others cannot know."""
         try:
             yield
-        except (Stopped, KeyboardInterrupt) as error:
-            if self.is_main and self.status().get("state") not in ("done", "failed", "diverged"):
-                code = error.code if isinstance(error, Stopped) and isinstance(error.code, int) else 130
-                self.write_status("interrupted", f"stopped by a signal at step {self.step}", code)
-            raise
         except BaseException as error:
             failure = out_of_memory(error) or error
+            state = "diverged" if isinstance(failure, DivergedError) else "failed"
             is_clear = isinstance(failure, KdxError)
             reason = str(failure) if is_clear else f"{type(failure).__name__}: {failure}".splitlines()[0]
-            state = "diverged" if isinstance(failure, DivergedError) else "failed"
-            now = self.status().get("state")
-            if now == "running" or (self.is_main and now != "done"):  # what fails after a run is done loses nothing
+            code: Any = exit_code(failure)
+            if isinstance(error, Stopped | KeyboardInterrupt):
+                state, reason = "interrupted", f"stopped by a signal at step {self.step}"
+                code = error.code if isinstance(error, Stopped) else 130
+            # The first reason stays, and what fails after a run is done loses nothing.
+            if self.status().get("state") == "running":
                 with suppress(OSError):  # a full disk: the error itself is printed
-                    self.write_status(state, reason, exit_code(failure))
+                    self.write_status(state, reason, code)
             raise
         if self.is_main:
             self.write_status("done")

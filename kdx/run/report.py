@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from kdx.config import Config
 from kdx.data.encode import Data
 from kdx.errors import printable
 from kdx.run.folder import Record
+from kdx.run.tracking import without
 from kdx.store import TeacherStore
 from kdx.version import __version__
 
@@ -94,8 +96,7 @@ def next_commands(run_dir: Path, config: Config, record: Record, *, has_samples:
     if config.sweep.name:
         lines.append(f"python -m kdx compare {folder.parent}")
     elif record.command:
-        idle = ("run.", "sweep.", "hydra.", "loss.temperature=", "loss.alpha=")
-        words = [word for word in record.command if not word.lstrip("+~").startswith(idle)]
+        words = without(record.command, "run.", "sweep.", "hydra.", "loss.temperature=", "loss.alpha=")
         sweep = shlex.join([*words, "loss.temperature=1,2,4", "loss.alpha=0.3,0.7"])
         lines.append(f"python -m kdx -m {sweep}")
     return ["next:", *(f"  {line}" for line in lines)]
@@ -160,19 +161,18 @@ def store_line(store: TeacherStore) -> str:
 
 def samples_page(samples: list[dict[str, Any]], max_new_tokens: int) -> str:
     """Write samples.md: each prompt, and the greedy answers of teacher, untouched student and student."""
+
+    def quoted(text: str) -> str:  # as a block, so that no markup in it takes effect
+        return indent(printable(text), "    ")
+
     parts = [f"# Samples\n\nGreedy answers of at most {max_new_tokens} tokens to held-out prompts.\n"]
     for i, sample in enumerate(samples, 1):
         parts.append(f"## {i}\n")
-        parts += [f"**{m['role']}**\n\n{_quoted(m['content'])}\n" for m in sample["prompt"]]
+        parts += [f"**{m['role']}**\n\n{quoted(m['content'])}\n" for m in sample["prompt"]]
         for who in ("reference", "teacher", "untouched", "student"):
             if sample[who] is not None:
-                parts.append(f"*{who}*\n\n{_quoted(sample[who])}\n")
+                parts.append(f"*{who}*\n\n{quoted(sample[who])}\n")
     return "\n".join(parts)
-
-
-def _quoted(text: str) -> str:
-    """Indent text as a block, so that no markup in it takes effect."""
-    return "\n".join("    " + line for line in printable(text).splitlines() or [""])
 
 
 def model_card(config: Config, summary: dict[str, Any]) -> str:
@@ -213,10 +213,8 @@ print(chat([{{"role": "user", "content": "Hello, how are you?"}}])[0]["generated
 
 
 def public_name(source: Any) -> str:
-    """Name a model or data by its hub id or its package, or by the last part of its path."""
+    """Name a model or data by its hub id, or by the last part of its path."""
     path = getattr(source, "base_model", None) or source.path or source.name
-    name = path if isinstance(path, str) else path[0]
-    if name.startswith("pkg:"):
-        return name.removeprefix("pkg:").split("/")[0].replace("_", "-")
+    name = (path if isinstance(path, str) else path[0]).removeprefix("pkg:")
     is_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     return name.rstrip("/").rsplit("/", 1)[-1] if is_local else name

@@ -18,7 +18,7 @@ from kdx.optim import state_bytes
 from kdx.run import checkpoint, report
 from kdx.run.files import usage_of, write_beside, write_json
 from kdx.run.folder import RunFolder
-from kdx.run.tracking import CONSOLE, Tracker, log, run_name
+from kdx.run.tracking import CONSOLE, Tracker, log
 from kdx.student import cast, save_student
 from kdx.train import HINT, Training, num_bytes
 
@@ -45,7 +45,7 @@ def bytes_on_disk(training: Training) -> tuple[int, int, int]:
     best = num * itemsize if config.train.keep == "best" else 0
     is_saved = config.train.save_every or config.train.save_minutes
     moments = round(num * state_bytes(config.optim, next(student.parameters()))) if is_saved else 0
-    return num * saved if training.max_steps else 0, best, num * itemsize + best + moments if is_saved else 0
+    return num * saved, best, num * itemsize + best + moments if is_saved else 0
 
 
 def check_room(training: Training, path: Path) -> None:
@@ -55,7 +55,7 @@ def check_room(training: Training, path: Path) -> None:
     num_saves = (training.max_steps - 1) // config.save_every if config.save_every else 0
     needed = student + best + min(checkpoint.KEPT + 1, num_saves) * one
     free = usage_of(path).free
-    if training.max_steps and needed > free:
+    if needed > free:
         what = f"the student and its checkpoints need {in_bytes(needed)}, and {in_bytes(free)} are free"
         hint = "Free some space, or choose another disk with hydra.run.dir=..."
         raise MachineError(str(path), what, hint + "; train.save_every=0 writes fewer checkpoints" * (num_saves > 0))
@@ -72,7 +72,7 @@ def warn_about(folder: RunFolder, data: Data) -> None:
     elif counted < FEW_TOKENS:
         log.warning("only %d counted held-out tokens: measures are uncertain; raise data.validation", counted)
     teacher, student = untouched["teacher"]["ce"], untouched["untouched"]["ce"]
-    if teacher is not None and student is not None and teacher > student:
+    if (teacher or 0.0) > (student or math.inf):
         log.warning(
             "the teacher's held-out CE (%.3f) is above the untouched student's (%.3f): distillation will pull towards "
             "a worse model on these rows; a wrong chat template is the usual cause", teacher, student,
@@ -122,7 +122,7 @@ def finish(
         "untouched": before["untouched"],
         "teacher": before["teacher"],
         "run": {
-            "name": run_name(folder, config, tracker.record),
+            "name": tracker.name,
             "formula": training.objective.mix.formula(),
             "steps": state.step,
             "kept_step": state.kept_step,

@@ -28,7 +28,7 @@ OPTIMIZERS = ("torch.Adam", "torch.AdamW", "torch.Adamax", "torch.RAdam", "torch
 
 def is_asked(variable: str = ASKED) -> bool:
     """Return whether accelerate's environment, or the user's, asks for FSDP (or for what `variable` names)."""
-    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
+    return os.environ.get(variable, "").lower() == "true"
 
 
 def plugin(config: Config) -> FullyShardedDataParallelPlugin | None:
@@ -45,7 +45,6 @@ def plugin(config: Config) -> FullyShardedDataParallelPlugin | None:
     asked += [f"optim.name={config.optim.name}"] * (config.optim.name not in OPTIMIZERS)
     if asked:
         raise MachineError(asked[0], "cannot be combined with FSDP", "Start without it")
-    os.environ[ASKED] = "true"  # the only spelling that accelerate reads
     # The arithmetic of any run: autocast over fp32 weights, gradients summed in fp32. Every process loads the models
     # itself: accelerate would leave all but the first without weights, the teacher's too.
     return FullyShardedDataParallelPlugin(

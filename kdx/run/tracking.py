@@ -14,27 +14,28 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from kdx.config import Config, as_dict
-from kdx.errors import printable
+from kdx.errors import one_line, printable
 from kdx.run.folder import Record, RunFolder
 from kdx.run.redact import redact
 
 log = logging.getLogger("kdx")
 
 CONSOLE = Console(soft_wrap=True, highlight=False)
+SHOWN = ("train/loss", "speed/tokens_per_second")  # what lines on the console have, beside measures
 SAMPLES_PATIENCE = 5  # seconds for W&B to take the table of samples
-SETTINGS = {  # of the W&B client; an environment variable such as WANDB_FINISH_TIMEOUT wins
-    "save_code": False,  # neither code nor diffs
-    "console": "off",
-    "quiet": True,
-    "silent": True,
-    "init_timeout": 30,
-    "finish_timeout": 60,  # without it a run would wait for a lost server forever
-    "finish_timeout_raises": True,
-    "x_transaction_log_flush_interval": 1,  # a killed run keeps its rows
-    "program": "kdx",
+WANDB = {  # how its client is used, unless the environment says otherwise
+    "WANDB_PROJECT": "kdx",
+    "WANDB_PROGRAM": "kdx",
+    "WANDB_SAVE_CODE": "false",  # neither code nor diffs
+    "WANDB_CONSOLE": "off",
+    "WANDB_SILENT": "true",
+    "WANDB_INIT_TIMEOUT": "30",
+    "WANDB_FINISH_TIMEOUT": "60",  # without it a run would wait for a lost server forever
+    "WANDB_FINISH_TIMEOUT_RAISES": "true",
+    "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # a killed run keeps its rows
 }
 
 
@@ -43,26 +44,25 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
-        text = f"warning: {record.getMessage()}" if is_warning else record.getMessage()
-        CONSOLE.print(text, style="yellow" if is_warning else None, markup=False)
+        CONSOLE.print("warning: " * is_warning + self.format(record), style="yellow" * is_warning, markup=False)
 
 
-def _clean(record: logging.LogRecord) -> bool:
+class _Clean(logging.Formatter):
     """Remove secrets and control characters: lines quote paths and rows."""
-    record.msg, record.args = printable(redact(record.getMessage())), ()
-    return True
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(redact(super().format(record)))
 
 
 @contextmanager
 def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
     """Log kdx's lines in the main process: to the console and, with times, to a file if there is one."""
     handlers: list[logging.Handler] = [_ConsoleHandler() if is_main else logging.NullHandler()]
+    handlers[0].setFormatter(_Clean())
     if is_main and file is not None:
-        to_file = logging.FileHandler(file, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers.append(to_file)
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers[1].setFormatter(_Clean("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
-        handler.addFilter(_clean)
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -80,10 +80,7 @@ def working(what: str, total: int, is_main: bool = True, done: int = 0) -> Itera
     if not (is_main and CONSOLE.is_terminal):
         yield lambda words="": None
         return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"),
-        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-    )  # fmt: skip
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
     with Progress(*columns, console=CONSOLE, transient=True, speed_estimate_period=300) as progress:
         task = progress.add_task(what, total=total, completed=done, words="")
         yield lambda words="": progress.update(task, advance=1, words=words)
@@ -99,6 +96,7 @@ class Tracker:
         state = training.state
         self.file = folder.path / "metrics.jsonl"
         self.folder, self.config, self.record, self.is_main = folder, config, record, is_main
+        self.name = run_name(folder, config, record)
         self.first_step, self.max_steps = state.step, training.max_steps
         self.wandb: Any = None
         self.wandb_line, self.sync = "W&B: disabled", ""
@@ -113,7 +111,7 @@ class Tracker:
             try:
                 self.wandb = self._open(mode)
             except Exception as error:  # a run never fails because of W&B
-                log.warning("W&B is off for this run: %s", _short(error))
+                log.warning("W&B is off for this run: %s", one_line(error))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -126,33 +124,32 @@ class Tracker:
         import wandb
 
         config, tracking = self.config, self.config.tracking
-        wandb_dir, id_file = _wandb_dir(self.folder.path, config), self.folder.path / "wandb_id.txt"
-        arguments = redact(
-            {
-                "project": tracking.project or _unless_set("WANDB_PROJECT", "kdx"),
-                "entity": tracking.entity,
-                "name": tracking.name or _unless_set("WANDB_NAME", run_name(self.folder, config, self.record)),
-                "group": config.sweep.name,
-                "job_type": "baseline" if config.loss.alpha == 0 else "student",
-                "notes": tracking.notes,
-                "tags": tracking.tags or None,
-                "config": as_dict(config),
-            }
-        )
-        arguments["dir"] = str(wandb_dir.parent)
+        id_file = self.folder.path / "wandb_id.txt"
+        parent = self.folder.path.parent  # the files of runs side by side are together, to be synced at once
+        arguments: dict[str, Any] = {
+            "project": tracking.project,
+            "entity": tracking.entity,
+            "name": tracking.name or os.environ.get("WANDB_NAME") or self.name,
+            "group": config.sweep.name,
+            "job_type": "baseline" if config.loss.alpha == 0 else "student",
+            "notes": tracking.notes,
+            "tags": tracking.tags or None,
+            "config": as_dict(config),
+        }
+        arguments = redact(arguments)
+        arguments["dir"] = str(parent)
+        arguments["resume"] = "allow"  # offline W&B takes no notice of it
         arguments["id"] = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
-        chosen = {key: value for key, value in SETTINGS.items() if _unless_set(f"WANDB_{key.upper()}", True)}
-        arguments["settings"] = wandb.Settings(**chosen)
         typed, sys.argv = sys.argv, redact(sys.argv)  # W&B reads it when a run opens
         try:
-            run = wandb.init(mode=mode, resume=None if mode == "offline" else "allow", **arguments)
+            run = wandb.init(mode=mode, **arguments)
         except Exception as error:
-            if mode == "offline" or isinstance(error, ValueError):  # such as a tag that is too long
+            if mode == "offline":
                 raise
-            log.warning("cannot reach W&B (%s): this run is kept offline", _short(error))
+            log.warning("cannot reach W&B (%s): this run is kept offline", one_line(error))
             with suppress(SystemExit):  # raised if its service failed
                 wandb.teardown()  # the client still holds the id
-            for empty in wandb_dir.glob(f"run-*-{arguments['id']}"):  # it would make `wandb sync` of many runs fail
+            for empty in parent.glob(f"wandb/run-*-{arguments['id']}"):  # it would make `wandb sync` of many runs fail
                 shutil.rmtree(empty, ignore_errors=True)
             run = wandb.init(mode="offline", **arguments)
         finally:
@@ -180,14 +177,9 @@ class Tracker:
             file.write(json.dumps(line) + "\n")
         sent = {name: value for name, value in line.items() if value is not None and name != "step"}
         self._try(lambda run: run.log(sent, step=state.step))
-        if "eval/ce" in metrics:
-            shown = {k.removeprefix("eval/"): f"{v:.4f}" for k, v in metrics.items() if v is not None}
-            log.info("step %d held-out: %s", state.step, ", ".join(f"{k} {v}" for k, v in shown.items()))
-        elif not CONSOLE.is_terminal and metrics["train/loss"] is not None:
-            loss, speed = metrics["train/loss"], metrics["speed/tokens_per_second"]
-            left = (self.max_steps - state.step) * state.tokens / max(state.step, 1) / max(speed, 1e-9)
-            minutes = f"{int(left) // 60}:{int(left) % 60:02d} left"
-            log.info("step %d/%d  loss %.4f  %.0f tokens/s  %s", state.step, self.max_steps, loss, speed, minutes)
+        if "eval/ce" in metrics or not CONSOLE.is_terminal:  # else the progress bar shows it
+            shown = [f"{k} {v:,.6g}" for k, v in sent.items() if k.startswith("eval/") or k in SHOWN]
+            log.info("step %d/%d  %s", state.step, self.max_steps, "  ".join(shown))
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -201,27 +193,28 @@ class Tracker:
 
     def samples(self, samples: list[dict[str, Any]]) -> None:
         """Send the sample answers as a W&B table."""
+        if not samples or self.wandb is None:
+            return
+        import wandb
+
         columns = ["prompt", "reference", "teacher", "untouched", "student"]
-        data = [[s["prompt"][-1]["content"], *(s[c] or "" for c in columns[1:])] for s in samples]
+        rows = [[s["prompt"][-1]["content"], *(s[c] or "" for c in columns[1:])] for s in samples]
 
         def send(run: Any) -> None:
-            import wandb
+            run.log({"samples": wandb.Table(columns=columns, data=rows)})
 
-            run.log({"samples": wandb.Table(columns=columns, data=data)})
-
-        if samples and self.wandb is not None:  # the client asks the server first, and would wait for a lost one
-            thread = threading.Thread(target=self._try, args=(send,), daemon=True)
-            thread.start()
-            thread.join(SAMPLES_PATIENCE)
+        # The client asks the server first, and would wait for a lost one.
+        thread = threading.Thread(target=self._try, args=(send,), daemon=True)
+        thread.start()
+        thread.join(SAMPLES_PATIENCE)
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Set plain final scalars: what dashboards compare and a W&B sweep optimises."""
-        parts = (("eval", "student"), ("untouched", "untouched"), ("teacher", "teacher"), ("run", "run"))
         scalars = {
-            f"{name}/{key}": value
-            for name, part in parts
+            f"{'eval' if part == 'student' else part}/{key}": value
+            for part in ("student", "untouched", "teacher", "run")
             for key, value in summary[part].items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(value, int | float)
         }
         self._try(lambda run: run.summary.update(scalars))
 
@@ -233,7 +226,7 @@ class Tracker:
             action(self.wandb)
         except Exception as error:  # a run never fails because of W&B
             if not self._has_warned:
-                log.warning("W&B: %s; metrics.jsonl has everything; to upload the rest: %s", _short(error), self.sync)
+                log.warning("W&B: %s; metrics.jsonl has everything; to upload the rest: %s", one_line(error), self.sync)
             self._has_warned = True
 
 
@@ -241,26 +234,12 @@ def run_name(folder: RunFolder, config: Config, record: Record) -> str:
     """Name a run: by its point in a sweep, else by what was typed."""
     if config.sweep.name:
         return folder.path.name
-    idle = ("tracking.", "hydra.", "run.", "train.log")
-    words = [word for word in record.words if not word.lstrip("+~").startswith(idle)]
-    return str(redact(" ".join(words)))[:100] or "default"
+    return str(redact(" ".join(without(record.words, "tracking.", "hydra.", "run.", "train.log"))))[:100] or "default"
 
 
-def _wandb_dir(path: Path, config: Config) -> Path:
-    """Return where W&B's files go: in a sweep's folder, and those of single runs together."""
-    if config.sweep.name:
-        return path.parent / "wandb"
-    outputs = next((p for p in path.parents if p.name == "outputs"), path.parent)
-    return outputs / "wandb"
-
-
-def _unless_set(variable: str, value: Any) -> Any:
-    """Return a value that an environment variable of W&B's own has precedence over."""
-    return None if variable in os.environ else value
-
-
-def _short(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:160]
+def without(words: list[str], *beginnings: str) -> list[str]:
+    """Leave out the words that begin with one of these."""
+    return [word for word in words if not word.lstrip("+~").startswith(beginnings)]
 
 
 def wandb_mode(asked: str) -> Any:
@@ -283,7 +262,7 @@ def quiet_libraries() -> None:
     import huggingface_hub
     import transformers
 
-    os.environ["WANDB_SILENT"] = "true"
+    os.environ.update(WANDB | os.environ)
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
