@@ -154,9 +154,6 @@ class Training:
             log.warning("this run no longer repeats bit for bit: %s", "; ".join(notes))
         state.other_versions += notes
         state.versions, state.stopped_by = self.versions, "max_steps"
-        best = newest / "best.safetensors"
-        if best.is_file() and self.machine.is_main_process:
-            checkpoint.restore_best(best, folder.path)
         self.machine.wait_for_everyone()  # all may read the best weights at once, if no step is left
         log.info("resuming from %s", newest)
 

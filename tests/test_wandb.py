@@ -173,26 +173,6 @@ def test_neither_secrets_nor_code_leave_the_machine(server: Server, online: Stor
 
 
 @only_full
-def test_a_sweep_online(place: Path, server: Server) -> None:
-    """One group of students and the baseline; the job that fails is marked failed, and none bleeds into the next."""
-    words = ["-m", "loss.alpha=0,0.7", "+loss.most=0,2", "loss.name=fussy", "sweep.name=group", "train.max_steps=2"]
-    told = kdx(place, *words, **server.environment)
-    assert told.returncode == 5, told.stderr
-    arrived = {
-        kept.about["displayName"]: kept for kept in server.runs.values() if kept.about.get("groupName") == "group"
-    }
-    assert {name.rsplit("_", 1)[0]: (kept.about["jobType"], kept.exit_codes) for name, kept in arrived.items()} == {
-        "alpha-0": ("baseline", [0]),
-        "alpha-0.7_most-0": ("student", [1]),
-        "alpha-0.7_most-2": ("student", [0]),
-    }
-    failed = next(kept for name, kept in arrived.items() if "most-0" in name)
-    assert failed.summary["alpha"] == 0.7
-    assert "eval/kl" not in failed.summary
-    assert all((place / "outputs/sweeps/group" / name / "status.json").is_file() for name in arrived)
-
-
-@only_full
 def test_a_stopped_run_goes_on_in_its_wandb_run(place: Path, server: Server) -> None:
     """Stopped twice and gone on with, once online and once offline: still one run, each step once."""
     words = ["loss.name=eventful", "train.max_steps=14", "hydra.run.dir=outputs/stopped"]

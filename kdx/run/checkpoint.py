@@ -90,8 +90,7 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """
     skipped: list[str] = []
     for folder in found(run_dir):
-        fault = verify(folder)
-        if fault is None:
+        if not (fault := verify(folder)):
             return folder, skipped
         skipped.append(f"{folder.name}: {fault}")
     if skipped:
@@ -111,6 +110,10 @@ def load(
     if scaler:
         scaler.load_state_dict(rest["scaler"])
     _set_random_state(rest["random"][rank])
+    best = folder / "best.safetensors"
+    if best.is_file() and rank == 0:
+        with whole_file(folder.parent / best.name) as path:
+            shutil.copyfile(best, path)
     return read_json(folder / "state.json")
 
 
@@ -118,12 +121,6 @@ def save_weights(file: Path, model: nn.Module) -> None:
     """Save a model's weights alone. Raises MachineError."""
     with saving("the best weights", file), whole_file(file) as path:
         save_file(_untied(model), path)
-
-
-def restore_best(file: Path, run_dir: Path) -> None:
-    """Put the best weights that a checkpoint holds back in their place."""
-    with whole_file(best_file(run_dir)) as path:
-        shutil.copyfile(file, path)
 
 
 def load_weights(file: Path, model: nn.Module) -> None:

@@ -72,10 +72,10 @@ def locked(file: Path) -> Iterator[None]:
         yield
 
 
-def write_beside(file: Path, text: str | bytes) -> None:
+def write_beside(file: Path, text: str) -> None:
     """Write a whole file, or raise OSError and leave the old one."""
     with whole_file(file) as path:
-        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        path.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -54,8 +54,7 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
     num_micro = batches.batch_size // (batches.micro_batch_size * machine.num_processes)
     micro = f" in {num_micro} micro-batches of {batches.micro_batch_size}" if num_micro > 1 else ""
     steps_from = came.get("train.epochs" if config.train.max_steps is None else "train.max_steps", "")
-    is_asked = training.max_length == config.data.max_length
-    length_from = came.get("data.max_length", "") if is_asked else " (as long as the models can read)"
+    length_from = came.get("data.max_length", "") if training.max_length == config.data.max_length else ""
     epochs, optim = training.max_steps / batches.steps_per_epoch, config.optim
     lines = {}
     if teacher is not None:

@@ -149,8 +149,7 @@ def finish(
     folder.write_status("done")
     if not config.train.keep_checkpoints:
         checkpoint.remove_all(folder.path)
-    tracker.samples(samples)
-    tracker.summary(summary)
+    tracker.finish(summary, samples)
     CONSOLE.print(report.closing_table(summary))
     if store:
         log.info(report.store_line(store))

@@ -191,32 +191,27 @@ class Tracker:
         """Move the progress bar."""
         self._show(f"loss {loss:.3f}  {speed:.0f} tokens/s")
 
-    def samples(self, samples: list[dict[str, Any]]) -> None:
-        """Send the sample answers as a W&B table."""
-        if not samples or self.wandb is None:
-            return
-        import wandb
-
-        columns = ["prompt", "reference", "teacher", "untouched", "student"]
-        rows = [[s["prompt"][-1]["content"], *(s[c] or "" for c in columns[1:])] for s in samples]
-
-        def send(run: Any) -> None:
-            run.log({"samples": wandb.Table(columns=columns, data=rows)})
-
-        # The client asks the server first, and would wait for a lost one.
-        thread = threading.Thread(target=self._try, args=(send,), daemon=True)
-        thread.start()
-        thread.join(SAMPLES_PATIENCE)
-
-    def summary(self, summary: dict[str, Any]) -> None:
-        """Set plain final scalars: what dashboards compare and a W&B sweep optimises."""
+    def finish(self, summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        """Send final scalars, which dashboards compare and a W&B sweep optimises, and the sample answers as a table."""
         scalars = {
             f"{'eval' if part == 'student' else part}/{key}": value
             for part in ("student", "untouched", "teacher", "run")
             for key, value in summary[part].items()
             if isinstance(value, int | float)
         }
+        columns = ["prompt", "reference", "teacher", "untouched", "student"]
+        rows = [[s["prompt"][-1]["content"], *(s[c] or "" for c in columns[1:])] for s in samples]
+
+        def send(run: Any) -> None:
+            import wandb
+
+            run.log({"samples": wandb.Table(columns=columns, data=rows)})
+
         self._try(lambda run: run.summary.update(scalars))
+        if samples:  # the client asks the server first, and would wait for a lost one
+            thread = threading.Thread(target=self._try, args=(send,), daemon=True)
+            thread.start()
+            thread.join(SAMPLES_PATIENCE)
 
     def _try(self, action: Callable[[Any], object]) -> None:
         """Do something with the W&B run, if there is one; report its first failure."""
@@ -243,17 +238,13 @@ def without(words: list[str], *beginnings: str) -> list[str]:
 
 
 def wandb_mode(asked: str) -> Any:
-    """Return the mode that is asked for, else that of WANDB_MODE, else online with a login."""
-    if asked != "auto":
-        return asked
-    return os.environ.get("WANDB_MODE") or ("online" if has_login() else "offline")
-
-
-def has_login() -> bool:
-    """Return whether W&B's client has a key for its server, from the environment or from `wandb login`."""
+    """Return the mode that is asked for, else that of WANDB_MODE, else online if its client has a key for its server."""
+    mode = asked if asked != "auto" else os.environ.get("WANDB_MODE")
+    if mode:
+        return mode
     import wandb
 
-    return bool(wandb.login(prompt=False, verify=False))
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
 def quiet_libraries() -> None:
