@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.filesize import decimal as in_bytes
 from rich.table import Table
 
 from kdx import plugins
@@ -28,7 +27,7 @@ from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, HeldOut
 from kdx.objective import BLOCK_BYTES, chunk_bytes
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report, results
-from kdx.run.files import usage_of
+from kdx.run.files import in_bytes, usage_of
 from kdx.run.folder import Record
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries
@@ -179,9 +178,9 @@ def memory_table(training: Training, cost: Cost) -> Table:
     table.add_column("saves", justify="right")
     for what, size, saving, saves in rows:
         if size or saves:
-            used, saved = in_bytes(size) if size else "", in_bytes(saves) if saves else ""
+            used, saved = in_bytes(round(size)) if size else "", in_bytes(round(saves)) if saves else ""
             table.add_row(what, used, saving if saves else "", saved)
-    table.add_row("total", in_bytes(activations + 2 * weight * num + states + teacher_bytes + chunk))
+    table.add_row("total", in_bytes(round(activations + 2 * weight * num + states + teacher_bytes + chunk)))
     return table
 
 

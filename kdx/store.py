@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.filesize import decimal as in_bytes
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,7 +34,7 @@ from kdx.causal_lm import DTYPES, Head, load_config
 from kdx.config import TeacherConfig
 from kdx.data.files import at_home
 from kdx.errors import MachineError
-from kdx.run.files import open_to_umask, read_json, room, size_of, whole_file, write_json
+from kdx.run.files import in_bytes, open_to_umask, read_json, room, size_of, whole_file, write_json
 
 log = logging.getLogger(__name__)
 

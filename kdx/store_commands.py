@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from rich.filesize import decimal as in_bytes
 from rich.markup import escape
 from rich.table import Table
 
@@ -19,7 +18,7 @@ from kdx.data.encode import load_data
 from kdx.data.files import at_home
 from kdx.errors import ConfigError, MachineError, printable
 from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, teacher_samples
-from kdx.run.files import read_json, size_of
+from kdx.run.files import in_bytes, read_json, size_of
 from kdx.run.launch import build_accelerator
 from kdx.run.report import store_line
 from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries, working

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from rich.filesize import decimal as in_bytes
 from safetensors import SafetensorError
 
 from kdx.errors import MachineError, out_of_memory
@@ -54,7 +55,7 @@ def saving(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        problem = f"cannot save {what}: {error} ({usage_of(path).free:,} bytes free)"
+        problem = f"cannot save {what}: {error} ({in_bytes(usage_of(path).free)} free)"
         hint = "Free some space, then run the same command again to resume"
         raise out_of_memory(error) or MachineError(str(path), problem, hint) from error
 

@@ -8,15 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.filesize import decimal as in_bytes
-
 from kdx.causal_lm import DTYPES
 from kdx.data.encode import Data
 from kdx.errors import DivergedError, MachineError
 from kdx.evaluate import MAX_NEW_TOKENS, Judge, peak_memory
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report
-from kdx.run.files import usage_of, write_beside, write_json
+from kdx.run.files import in_bytes, usage_of, write_beside, write_json
 from kdx.run.folder import RunFolder
 from kdx.run.tracking import CONSOLE, Tracker, log
 from kdx.student import cast, save_student
@@ -52,13 +50,13 @@ def check_room(training: Training, path: Path) -> None:
     """Refuse a run whose student and checkpoints do not fit on its disk. Raises MachineError."""
     config = training.config.train
     student, best, one = bytes_on_disk(training)
-    num_saves = (training.max_steps - 1) // config.save_every if config.save_every else 0
-    needed = student + best + min(checkpoint.KEPT + 1, num_saves) * one
+    is_saved = 0 < config.save_every < training.max_steps
+    needed = student + best + (checkpoint.KEPT + 1) * one * is_saved
     free = usage_of(path).free
     if needed > free:
         what = f"the student and its checkpoints need {in_bytes(needed)}, and {in_bytes(free)} are free"
         hint = "Free some space, or choose another disk with hydra.run.dir=..."
-        raise MachineError(str(path), what, hint + "; train.save_every=0 writes fewer checkpoints" * (num_saves > 0))
+        raise MachineError(str(path), what, hint + "; train.save_every=0 writes fewer checkpoints" * is_saved)
 
 
 def warn_about(folder: RunFolder, data: Data) -> None:
