@@ -235,8 +235,8 @@ def test_model_paths(refused, words, told):
 # ---- the machine
 Usage = namedtuple("Usage", "total used free")
 MACHINE = {
-    ("train.save_every=1", "train.max_steps=3"): r"run: the student and its checkpoints need \d+ kB, and 10 B are free. Free some space, or choose another disk with hydra.run.dir=...; train.save_every=0 writes fewer checkpoints",
-    ("train.save_every=0",): r"run: the student and its checkpoints need \d+ kB, and 10 B are free. Free some space, or choose another disk with hydra.run.dir=...",
+    ("train.save_every=1", "train.max_steps=3"): r"run: the student and its checkpoints need [\d.]+ kB, and 10 bytes are free. Free some space, or choose another disk with hydra.run.dir=...; train.save_every=0 writes fewer checkpoints",
+    ("train.save_every=0",): r"run: the student and its checkpoints need [\d.]+ kB, and 10 bytes are free. Free some space, or choose another disk with hydra.run.dir=...",
     ("teacher.store=on", "teacher.store_dir=store"): r"teacher.store: needs [\d,]+ bytes in \S*store, 10 are free and a tenth of the disk is left to others. Free space, set teacher.store_dir=..., or use teacher.store=off",
 }  # fmt: skip
 

@@ -95,8 +95,7 @@ def spread(student: nn.Module, objective: Objective) -> None:
         return
     shard: Any
     for weight, shard in zip(student.parameters(), objective.model.parameters(), strict=True):
-        full = weight.to(shard.device)
-        shard.copy_(distribute_tensor(full, shard.device_mesh, shard.placements, src_data_rank=None))
+        shard.copy_(distribute_tensor(weight.to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None))
 
 
 def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Any]:
