@@ -26,16 +26,16 @@ log = logging.getLogger("kdx")
 CONSOLE = Console(soft_wrap=True, highlight=False)
 SHOWN = ("train/loss", "speed/tokens_per_second")  # what lines on the console have, beside measures
 SAMPLES_PATIENCE = 5  # seconds for W&B to take the table of samples
-WANDB = {  # how its client is used, unless the environment says otherwise
-    "WANDB_PROJECT": "kdx",
-    "WANDB_PROGRAM": "kdx",
-    "WANDB_SAVE_CODE": "false",  # neither code nor diffs
-    "WANDB_CONSOLE": "off",
-    "WANDB_SILENT": "true",
-    "WANDB_INIT_TIMEOUT": "30",
-    "WANDB_FINISH_TIMEOUT": "60",  # without it a run would wait for a lost server forever
-    "WANDB_FINISH_TIMEOUT_RAISES": "true",
-    "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",  # a killed run keeps its rows
+SETTINGS = {  # of the W&B client; an environment variable such as WANDB_FINISH_TIMEOUT wins
+    "project": "kdx",
+    "program": "kdx",
+    "save_code": False,  # neither code nor diffs
+    "console": "off",
+    "silent": True,
+    "init_timeout": 30,
+    "finish_timeout": 60,  # without it a run would wait for a lost server forever
+    "finish_timeout_raises": True,
+    "x_transaction_log_flush_interval": 1,  # a killed run keeps its rows
 }
 
 
@@ -137,6 +137,8 @@ class Tracker:
             "config": as_dict(config),
         }
         arguments = redact(arguments)
+        settings = {name: value for name, value in SETTINGS.items() if f"WANDB_{name.upper()}" not in os.environ}
+        arguments["settings"] = wandb.Settings(**settings)
         arguments["dir"] = str(parent)
         arguments["resume"] = "allow"  # offline W&B takes no notice of it
         arguments["id"] = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
@@ -253,7 +255,7 @@ def quiet_libraries() -> None:
     import huggingface_hub
     import transformers
 
-    os.environ.update(WANDB | os.environ)
+    os.environ["WANDB_SILENT"] = "true"
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
