@@ -181,9 +181,9 @@ def memory_table(training: Training, cost: Cost) -> Table:
     table.add_column("saves", justify="right")
     for what, size, saving, saves in rows:
         if size or saves:
-            used, saved = in_bytes(size) if size else "", in_bytes(saves) if saves else ""
+            used, saved = in_bytes(round(size)) if size else "", in_bytes(round(saves)) if saves else ""
             table.add_row(what, used, saving if saves else "", saved)
-    table.add_row("total", in_bytes(activations + 2 * weight * num + states + teacher_bytes + chunk))
+    table.add_row("total", in_bytes(round(activations + 2 * weight * num + states + teacher_bytes + chunk)))
     return table
 
 

@@ -178,7 +178,7 @@ class TrackingConfig(Group):
     entity: Text | None  # W&B entity; null takes WANDB_ENTITY
     name: Text | None
     """Name of the run; null takes WANDB_NAME, then the words typed."""
-    tags: list[Text]  # W&B tags, besides WANDB_TAGS
+    tags: list[Text]  # W&B tags; an empty list takes WANDB_TAGS
     notes: Text | None  # W&B notes; null takes WANDB_NOTES
     samples: bool  # Have teacher, untouched student and student answer a few held-out prompts
 

@@ -64,7 +64,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
     record = record or Record(words=config._words, command=config._words)
     if folder.is_done(config):
         CONSOLE.print(f"{path} is done already", markup=False)
-        return Summary(**folder.summary())
+        return Summary(**folder.kept("summary.json"))
     machine.wait_for_everyone()  # all have looked before rank 0 writes
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest(path))
@@ -86,7 +86,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         training = Training(config, objective, teacher, batches, tokenizer, max_length, machine)
         judge = Judge(data, training, stop)
         folder.max_steps = training.max_steps
-        folder.begin(results.facts(data, training))  # refused if it is another run's
+        folder.begin(config, results.facts(data, training))  # refused if it is another run's
         if not training.restore(folder):
             results.check_room(training, path)
             with training.whole():

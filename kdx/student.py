@@ -12,8 +12,7 @@ from kdx.causal_lm import load_causal_lm, load_config, loading, locate, ready
 from kdx.config import ModelConfig, StudentConfig, TeacherConfig
 from kdx.cut import cut, stored_tensors, take_generation_config
 from kdx.errors import ModelError
-from kdx.run.checkpoint import REFUSALS, not_saved
-from kdx.run.files import whole_folder
+from kdx.run.files import saving, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -99,12 +98,9 @@ def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 
     Raises MachineError if the disk is full or cannot be written.
     """
-    try:
-        with whole_folder(folder) as beside:
-            model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-    except REFUSALS as error:
-        raise not_saved(folder, "the student", error) from error
+    with saving("the student", folder), whole_folder(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
 
 
 def load_saved(folder: Path, model: PreTrainedModel) -> None:

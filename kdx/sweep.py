@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 
 from kdx.config import Config, as_dict, leaves, short_key
 from kdx.errors import ConfigError, InUseError, KdxError, printable
-from kdx.run.claim import claim
+from kdx.run.claim import claim, holder
 from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import config_identity, digest
@@ -246,8 +246,8 @@ def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
         except KdxError as error:
             failed[path] = str(error).splitlines()[0].removeprefix(f"{path}: ")
         else:
-            if holder := run.holder():
-                held[path] = holder
+            if by := holder(path):
+                held[path] = by
             elif path.name in _failed or _has_failed(run, since):
                 failed[path] = f"{state}: {reason}" if reason else "see its error above"
             else:

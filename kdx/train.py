@@ -154,9 +154,6 @@ class Training:
             log.warning("this run no longer repeats bit for bit: %s", "; ".join(notes))
         state.other_versions += notes
         state.versions, state.stopped_by = self.versions, "max_steps"
-        best = newest / "best.safetensors"
-        if best.is_file() and self.machine.is_main_process:
-            checkpoint.restore_best(best, folder.path)
         self.machine.wait_for_everyone()  # all may read the best weights at once, if no step is left
         log.info("resuming from %s", newest)
 
@@ -186,7 +183,6 @@ class Training:
                     random_states,
                     lambda path: describe(self.student, self.tokenizer, path),
                     scaler=self.machine.scaler,
-                    with_best=self.config.train.keep == "best",
                 )
         self.machine.wait_for_everyone()
         self._saved_at, self.is_save_due = time.monotonic(), False
@@ -289,7 +285,7 @@ class Training:
             hint = "Lower optim.lr, or set train.keep=last"
             raise DivergedError(f"step {state.step}", "no held-out measure was finite, so there is no best step", hint)
         if state.best_step != state.step:
-            checkpoint.load_weights([checkpoint.best_file(folder.path)], self.student)
+            checkpoint.load_weights(checkpoint.best_file(folder.path), self.student)
 
 
 def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop: StopRequest) -> None:

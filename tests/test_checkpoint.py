@@ -1,6 +1,7 @@
 """Checkpoints: in which order the disk keeps them, what is pruned, and what a full disk leaves."""
 
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -13,15 +14,13 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from kdx.cli import compose
-from kdx.errors import ConfigError, MachineError
+from kdx.errors import MachineError
 from kdx.run import checkpoint
-from kdx.run.files import MANIFEST
+from kdx.run.checkpoint import MANIFEST
 from kdx.run.folder import Record, RunFolder
 from kdx.run.tracking import Tracker
-from kdx.student import save_student
 from kdx.train import State
 
 FILES = {"model.safetensors", "optimizer.pt", "random.pt", "best.safetensors", "state.json", "MANIFEST.json"}
@@ -39,9 +38,7 @@ def save(run_dir: Path, step: int, width: int = 4) -> Path:
     checkpoint.folder_of(run_dir).mkdir(exist_ok=True)
     checkpoint.save_weights(checkpoint.best_file(run_dir), model)
     states, state = [checkpoint.random_state()], {"step": step}
-    return checkpoint.save(
-        run_dir, model, optimizer.state_dict(), schedule, state, states, lambda folder: None, with_best=True
-    )
+    return checkpoint.save(run_dir, model, optimizer.state_dict(), schedule, state, states, lambda folder: None)
 
 
 def names(run_dir: Path) -> list[str]:
@@ -98,34 +95,12 @@ def short_files(num_bytes: int) -> Iterator[None]:
 def test_a_checkpoint_that_cannot_be_saved_prunes_none(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
-    with short_files(100_000), pytest.raises(MachineError):
+    with short_files(100_000), pytest.raises(MachineError, match=r"cannot save .*: .* free\)") as error:
         save(tmp_path, 3, width=200)
+    assert error.value.exit_code == 3
     assert names(tmp_path) == ["step-00000002", "step-00000001"]
     assert all(checkpoint.verify(folder) is None for folder in checkpoint.found(tmp_path))
     assert not list(tmp_path.rglob(".tmp-*"))
-
-
-@pytest.mark.parametrize("what", ["student", "best"])
-def test_a_full_disk_leaves_what_was_there(tmp_path, make_tokenizer, what):
-    tokenizer = make_tokenizer()
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=2, n_embd=64, n_head=2, n_positions=16))
-    place = tmp_path / "student" if what == "student" else tmp_path / "best.safetensors"
-
-    def write() -> None:
-        if what == "student":
-            save_student(model, tokenizer, place)
-        else:
-            checkpoint.save_weights(place, model)
-
-    write()
-    file = place / "model.safetensors" if what == "student" else place
-    before, listed = file.read_bytes(), set(tmp_path.rglob("*"))
-    with short_files(100_000), pytest.raises(MachineError, match="bytes free") as error:
-        write()
-    assert error.value.exit_code == 3
-    assert error.value.lines[0].startswith(f"{place}: cannot save the {what}")
-    assert set(tmp_path.rglob("*")) == listed
-    assert file.read_bytes() == before
 
 
 def test_every_generator_goes_on_from_where_it_was(tmp_path):
@@ -144,45 +119,15 @@ def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path):
     folder = save(tmp_path, 1)
     torch.save({"schedule": Path("x")}, folder / "random.pt")
     model, optimizer, schedule = parts()
-    with pytest.raises(ConfigError, match="Weights only load failed"):
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         checkpoint.load(folder, model, optimizer.load_state_dict, schedule, rank=0, scaler=None)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "{", "\0\0"])
-def test_a_manifest_that_is_none_verifies_nothing(tmp_path, text):
-    folder = save(tmp_path, 1)
-    (folder / MANIFEST).write_text(text)
-    assert MANIFEST in str(checkpoint.verify(folder))
-
-
-def test_any_other_file_of_the_same_size_is_noticed(tmp_path):
-    folder = save(tmp_path, 1)
-    assert checkpoint.verify(folder) is None
-    for name in sorted(FILES - {MANIFEST}):
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert name in str(checkpoint.verify(folder))
-        (folder / name).write_bytes(content)
-
-
-def resumed(path: Path, lines: int) -> Path:
-    """The metrics of a run that is resumed from a checkpoint which counts on so many bytes of them."""
-    training = SimpleNamespace(state=State(step=2, lines=lines), max_steps=4)
-    return Tracker(
-        RunFolder(path),
-        compose(["teacher=none", "student=hf", "student.path=x", "loss=cross_entropy"]),
-        Record(),
-        training,
-        is_main=True,
-    ).file
-
-
-def test_metrics_are_cut_back_to_what_the_checkpoint_counts_on(tmp_path, caplog):
+def test_metrics_are_cut_back_to_what_the_checkpoint_counts_on(tmp_path):
     kept = b'{"step": 1}\n{"step": 2}\n'
+    config = compose(["teacher=none", "student=hf", "student.path=x", "loss=cross_entropy"])
+    training = SimpleNamespace(state=State(step=2, lines=len(kept)), max_steps=4)
     for after in (b"", b'{"step": 2}\n{"step": 3}\n', b'{"step": 3'):
         (tmp_path / "metrics.jsonl").write_bytes(kept + after)
-        assert resumed(tmp_path, len(kept)).read_bytes() == kept
-    assert caplog.messages == []
-    (tmp_path / "metrics.jsonl").unlink()
-    resumed(tmp_path, len(kept))
-    assert caplog.messages == [f"{tmp_path / 'metrics.jsonl'} lacks lines up to step 2"]
+        Tracker(RunFolder(tmp_path), config, Record(), training, is_main=True)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == kept

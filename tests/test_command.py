@@ -64,7 +64,7 @@ def test_the_documented_run(place: Path) -> None:
     assert "Traceback" not in told.stderr
     (run_dir,) = (p.parent for p in place.glob("outputs/*/*/summary.json"))
     summary = json.loads((run_dir / "summary.json").read_text())
-    (kept,) = place.glob("outputs/wandb/offline-run-*")
+    (kept,) = place.glob("outputs/*/wandb/offline-run-*")
     assert "wandb sync " in told.stdout and kept.name in told.stdout
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(kept)]
     record = json.loads(subprocess.run(inspect, capture_output=True, text=True, check=True).stdout)

@@ -131,9 +131,6 @@ def test_the_files_behind_a_config_are_known_without_reading_them(tmp_path, data
     assert source_files(data_config("custom", name="tickets", path=str(train))) is None  # one's own
 
 
-GOOD = b'{"source": "a", "target": "b"}\n'
-
-
 def test_all_files_are_looked_at_before_the_unreadable_ones_are_said(tmp_path):
     write(tmp_path / "good.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'"caf\xe9"')

@@ -154,7 +154,7 @@ def test_what_is_not_finite_in_one_process_stops_all_and_is_named(two: Path) -> 
         ({"FSDP_OFFLOAD_PARAMS": "true"}, [], "FSDP_OFFLOAD_PARAMS: "),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, [], "FSDP_ACTIVATION_CHECKPOINTING: cannot be combined with FSDP"),
         ({}, ["train.compile=true"], "train.compile: "),
-        ({}, ["optim.name=torch.Adafactor"], "optim.name: torch.Adafactor cannot be combined with FSDP"),
+        ({}, ["optim.name=torch.Adafactor"], "optim.name=torch.Adafactor: cannot be combined with FSDP"),
         ({}, [], "ACCELERATE_USE_FSDP: needs several GPUs"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "ACCELERATE_USE_DEEPSPEED: is not supported"),
     ],
@@ -174,7 +174,7 @@ def test_weights_that_stay_whole_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(name, value)
     shape = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
     objective = Objective(LlamaForCausalLM(shape), 8, Mix())
-    idle = SimpleNamespace(prepare=lambda *given: given)
+    idle = SimpleNamespace(prepare=lambda *given: given, autocast=lambda _: lambda forward: forward)
     with pytest.raises(MachineError, match="ACCELERATE_USE_FSDP: was asked for, but accelerate left weights whole"):
         sharding.prepare(idle, objective, torch.optim.AdamW(objective.parameters()))  # type: ignore[arg-type]
 

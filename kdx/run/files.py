@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -12,74 +13,70 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from rich.filesize import decimal as in_bytes
+from safetensors import SafetensorError
 
-from kdx.errors import MachineError
+from kdx.errors import MachineError, out_of_memory
 
 FREE_SHARE = 0.1  # of a disk that is left to others
-MANIFEST = "MANIFEST.json"  # size and xxhash of every other file of a checkpoint
 
 
 @contextlib.contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, and rename it to `file` on success; on an error nothing is left."""
+    """Yield a temporary path to write a file, or a folder, at; rename it to `file` on success, leave nothing on an error."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    path = temporary(file)
+    path = file.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{file.name}")
     try:
         yield path
+        for part in path.iterdir() if path.is_dir() else ():
+            fsync(part)
         fsync(path)
+        if path.is_dir():  # nothing can be renamed to a folder that has files
+            remove(file)
         os.replace(path, file)
         fsync(file.parent)
     except BaseException:
-        path.unlink(missing_ok=True)
+        remove(path)
         raise
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, and rename it to `folder` on success, replacing what was there."""
+    with whole_file(folder) as path:
+        path.mkdir()
+        yield path
+        open_to_umask(*(file for file in path.iterdir() if file.is_file()))
+
+
+@contextlib.contextmanager
+def saving(what: str, path: Path) -> Iterator[None]:
+    """Raise MachineError for a disk that is full or refuses, which torch and safetensors wrap in their own errors."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = f"cannot save {what}: {error} ({in_bytes(usage_of(path).free)} free)"
+        hint = "Free some space, then run the same command again to resume"
+        raise out_of_memory(error) or MachineError(str(path), problem, hint) from error
 
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Hold a lock file, once no other process does."""
-    from filelock import BaseFileLock, FileLock, SoftFileLock  # not for whoever only asks what is done
+    from filelock import FileLock, SoftFileLock  # not for whoever only asks what is done
 
-    lock: BaseFileLock = FileLock(file)
     try:
-        lock.acquire()
+        held = FileLock(file).acquire()
     except OSError:  # NFS, mounted without locks: a file that is there as long as its process lives
-        lock = SoftFileLock(f"{file}.soft")
-        lock.acquire()
-    try:
+        held = SoftFileLock(f"{file}.soft").acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
-@contextlib.contextmanager
-def whole_folder(folder: Path, *, is_sealed: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder, and rename it to `folder` on success, replacing what was there.
-
-    is_sealed: add a manifest, so that `verify` can tell damage.
-    """
-    path = temporary(folder)
-    try:
-        path.mkdir(parents=True)
-        yield path
-        files = [file for file in path.iterdir() if file.is_file()]
-        open_to_umask(*files)
-        if is_sealed:
-            manifest = {file.name: {"size": file.stat().st_size, "xxh3": digest_of(file)} for file in sorted(files)}
-            (path / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        for part in [*path.iterdir(), path]:
-            fsync(part)
-        remove(folder)
-        os.replace(path, folder)
-        fsync(folder.parent)
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-
-
-def write_beside(file: Path, text: str | bytes) -> None:
+def write_beside(file: Path, text: str) -> None:
     """Write a whole file, or raise OSError and leave the old one."""
     with whole_file(file) as path:
-        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        path.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -95,29 +92,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def verify(folder: Path) -> str | None:
-    """Compare a sealed folder with its manifest → what is wrong, or None."""
-    manifest = read_json(folder / MANIFEST)
-    if not manifest:
-        return f"{MANIFEST} is missing or damaged"
-    for name, expected in manifest.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected.get("size"):
-            return f"{name} has {file.stat().st_size} bytes instead of {expected.get('size')}"
-        if digest_of(file) != expected.get("xxh3"):
-            return f"{name} is damaged (its checksum differs)"
-    return None
-
-
 def digest_of(file: Path) -> str:
     """Hash a file's content (xxh3, 128 bits, in hex)."""
-    digest = xxhash.xxh3_128()
     with open(file, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def cache_dir() -> Path:
@@ -125,23 +103,20 @@ def cache_dir() -> Path:
     return Path(os.environ.get("KDX_CACHE") or "~/.cache/kdx").expanduser()
 
 
-def temporary(path: Path) -> Path:
-    """Return a unique name beside a path."""
-    return path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder so that a kill leaves no half of it under its name."""
-    if folder.is_dir():
-        path = temporary(folder)
-        os.replace(folder, path)
-        shutil.rmtree(path, ignore_errors=True)
+def remove(path: Path) -> None:
+    """Remove a file, or a folder so that a kill leaves no half of it under its name."""
+    if path.is_dir():
+        beside = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}")
+        os.replace(path, beside)
+        shutil.rmtree(beside, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process was writing or removing in a folder."""
     for path in folder.glob(".tmp-*"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        remove(path)
 
 
 def fsync(path: Path) -> None:
@@ -177,15 +152,6 @@ def size_of(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.stat(os.path.join(place, name)).st_size
     return total
-
-
-def in_bytes(number: float) -> str:
-    """Format a number of bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
 
 
 def of_disk(error: OSError, folder: Path | str) -> MachineError:

@@ -1,13 +1,12 @@
 """A run's folder: what was asked, who holds it, what state it is in, and what the run leaves there. No torch."""
 
-import json
 import logging
 import os
 import platform
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import yaml
 
 from kdx import plugins
 from kdx.config import Config, as_dict
-from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, exit_code, out_of_memory
-from kdx.run.claim import claim, holder
+from kdx.errors import ConfigError, DivergedError, KdxError, exit_code, out_of_memory
+from kdx.run.claim import claim
 from kdx.run.files import local_time, read_json, remove_leftovers, write_beside, write_json
 from kdx.run.identity import differences, identity, may_differ, table
 from kdx.run.redact import redact
@@ -54,55 +53,39 @@ class RunFolder:
         self.is_main = True
         self._since = local_time()
         self._written = 0.0
-        self._config: Config | None = None
 
     def status(self) -> dict[str, Any]:
         """Read status.json; empty if there is none."""
         return read_json(self.path / "status.json")
 
-    def summary(self) -> dict[str, Any]:
-        """Read the summary of a run that is done. Raises MachineError."""
-        summary = read_json(self.path / "summary.json")
-        if not summary:
-            what = "status.json says done, but summary.json is missing or damaged"
-            raise MachineError(str(self.path), what, "Start again in another folder")
-        return summary
-
-    def holder(self) -> str | None:
-        """Name the process that is running in this folder, if there is one."""
-        return holder(self.path)
-
     def is_done(self, config: Config) -> bool:
         """Return whether this run is done. Raises ConfigError, with a diff, if the folder has another run."""
-        if self.status().get("state") != "done":
+        if self.status().get("state") != "done" or not self.kept("summary.json"):
             return False
-        return not any(key in LONGER for key, _, _ in self._differences(config))
+        return not any(key in LONGER for key, _, _ in self._differences(config, {}))
 
-    def _differences(self, config: Config) -> list[tuple[str, Any, Any]]:
+    def _differences(self, config: Config, facts: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         """Return what differs from the run that is here and may differ. Raises ConfigError for the rest.
 
         A run that failed before it saved anything binds nobody: its command may be corrected.
         """
-        self._config, now = config, identity(config)
-        was = read_json(self.path / "data.json")
+        was, now = self.kept("data.json"), identity(config) | facts
         if not was or not is_resumable(self.path):
             return []
         found = differences({key: was.get(key) for key in now}, now)
         if refused := [d for d in found if not may_differ(*d, config)]:
-            raise self.another_run(refused)
-        trained = read_json(self.path / "trained.json")
+            keys = ", ".join(key for key, _, _ in refused)
+            hint = (
+                "Use another folder (hydra.run.dir=..., in a sweep sweep.name=...); run.like= starts a new run like it"
+            )
+            error = ConfigError(str(self.path), f"holds a run with another {keys}", hint)
+            error.lines += table(refused)
+            raise error
+        trained = self.kept("trained.json")
         if trained and any(key in LONGER for key, _, _ in found) and not any(self.path.glob("checkpoints/step-*")):
             what = f"has trained to step {trained['state']['step']} and kept no checkpoint to train on from"
             raise ConfigError(str(self.path), what, "Type the same train.max_steps, or start again elsewhere")
         return found
-
-    def another_run(self, found: list[tuple[str, Any, Any]]) -> ConfigError:
-        """Build the error for a folder whose run differs from what was asked: key, was, now."""
-        keys = ", ".join(key for key, _, _ in found)
-        hint = "Use another folder (hydra.run.dir=..., in a sweep sweep.name=...); run.like= starts a new run like it"
-        error = ConfigError(str(self.path), f"holds a run with another {keys}", hint)
-        error.lines += table(found)
-        return error
 
     @contextmanager
     def claim(self, config: Config, record: Record, is_main: bool = True) -> Iterator[None]:
@@ -111,49 +94,34 @@ class RunFolder:
         Raises InUseError if another process runs here, ConfigError if the folder has another run.
         """
         self.is_main = is_main
-        if not is_main:
-            with self._reporting():
-                yield
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            hint = "Choose another folder with hydra.run.dir=..."
-            raise MachineError(str(self.path), f"cannot write there: {error.strerror}", hint) from None
-        with claim(self.path):
-            self._differences(config)
-            remove_leftovers(self.path)
-            remove_leftovers(self.path / "checkpoints")
-            self._write_record(config, record)
-            self.step = self.status().get("step", 0)  # how far it was, until it is resumed
-            self.write_status("running")
+        with claim(self.path) if is_main else nullcontext():
+            if is_main:
+                self._differences(config, {})
+                remove_leftovers(self.path)
+                remove_leftovers(self.path / "checkpoints")
+                self._write_record(config, record)
+                self.step = self.status().get("step", 0)  # how far it was, until it is resumed
+                self.write_status("running")
             with self._reporting():
                 yield
 
     def _write_record(self, config: Config, record: Record) -> None:
         """Write what was asked: the config, the words and the command, without secrets, and the user's own code."""
-        asked = json.loads(json.dumps(redact(as_dict(config)), default=str))
-        write_beside(self.path / "config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
+        asked = yaml.safe_dump(redact(as_dict(config)), sort_keys=False, allow_unicode=True)
+        write_beside(self.path / "config.yaml", asked)
         write_beside(self.path / "overrides.yaml", yaml.safe_dump(redact(record.words), allow_unicode=True))
         write_json(self.path / "record.json", {"swept": record.swept, "sources": record.sources})
         write_beside(self.path / "command.txt", shlex.join(["python", "-m", "kdx", *redact(record.command)]) + "\n")
         plugins.keep(self.path)
 
-    def begin(self, facts: dict[str, Any]) -> None:
+    def begin(self, config: Config, facts: dict[str, Any]) -> None:
         """Keep what decides which student comes out, or compare it with what was kept. Raises ConfigError.
 
         facts: what only a started run knows beside its identity (fingerprints of the rows, number of processes).
         """
-        if not self.is_main:
-            return
-        assert self._config is not None
-        # Models and data of a hub are downloaded by now, so that their commits are known.
-        was, now = read_json(self.path / "data.json"), identity(self._config) | facts
-        found = differences({key: was.get(key) for key in facts}, facts)
-        if was and found and is_resumable(self.path):
-            raise self.another_run(found)
-        if was != now:
-            self.keep("data.json", now)
+        if self.is_main:  # models and data of a hub are downloaded by now, so that their commits are known
+            self._differences(config, facts)
+            self.keep("data.json", identity(config) | facts)
 
     def begin_again(self) -> None:
         """Say that a run which was stopped has nothing to resume from."""
@@ -173,24 +141,20 @@ class RunFolder:
         """Write how the run ends to status.json. Whichever process fails writes why: the others cannot know."""
         try:
             yield
-        except (Stopped, KeyboardInterrupt) as error:
-            if self.is_main and self.status().get("state") not in ("done", "failed", "diverged"):
-                code = error.code if isinstance(error, Stopped) and isinstance(error.code, int) else 130
-                self.write_status("interrupted", f"stopped by a signal at step {self.step}", code)
-            raise
         except BaseException as error:
-            if isinstance(error, SystemExit):
-                what = f"code of your own ended the process (sys.exit({error.code!r}))"
-                error = ConfigError("KDX_PLUGINS", what, "Raise an error there, or return")
             failure = out_of_memory(error) or error
+            state = "diverged" if isinstance(failure, DivergedError) else "failed"
             is_clear = isinstance(failure, KdxError)
             reason = str(failure) if is_clear else f"{type(failure).__name__}: {failure}".splitlines()[0]
-            state = "diverged" if isinstance(failure, DivergedError) else "failed"
-            now = self.status().get("state")
-            if now == "running" or (self.is_main and now != "done"):  # what fails after a run is done loses nothing
+            code: Any = exit_code(failure)
+            if isinstance(error, Stopped | KeyboardInterrupt):
+                state, reason = "interrupted", f"stopped by a signal at step {self.step}"
+                code = error.code if isinstance(error, Stopped) else 130
+            # The first reason stays, and what fails after a run is done loses nothing.
+            if self.status().get("state") == "running":
                 with suppress(OSError):  # a full disk: the error itself is printed
-                    self.write_status(state, reason, exit_code(failure))
-            raise error
+                    self.write_status(state, reason, code)
+            raise
         if self.is_main:
             self.write_status("done")
 

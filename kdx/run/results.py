@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from kdx.causal_lm import DTYPES
-from kdx.config import as_dict
 from kdx.data.encode import Data
 from kdx.errors import DivergedError, MachineError
-from kdx.evaluate import MAX_NEW_TOKENS, MEASURES, Judge, peak_memory
+from kdx.evaluate import MAX_NEW_TOKENS, Judge, peak_memory
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report
 from kdx.run.files import in_bytes, usage_of, write_beside, write_json
 from kdx.run.folder import RunFolder
-from kdx.run.tracking import CONSOLE, Tracker, log, run_name
+from kdx.run.tracking import CONSOLE, Tracker, log
 from kdx.student import cast, save_student
 from kdx.train import HINT, Training, num_bytes
 
@@ -44,43 +43,38 @@ def bytes_on_disk(training: Training) -> tuple[int, int, int]:
     best = num * itemsize if config.train.keep == "best" else 0
     is_saved = config.train.save_every or config.train.save_minutes
     moments = round(num * state_bytes(config.optim, next(student.parameters()))) if is_saved else 0
-    return num * saved if training.max_steps else 0, best, num * itemsize + best + moments if is_saved else 0
+    return num * saved, best, num * itemsize + best + moments if is_saved else 0
 
 
 def check_room(training: Training, path: Path) -> None:
     """Refuse a run whose student and checkpoints do not fit on its disk. Raises MachineError."""
     config = training.config.train
     student, best, one = bytes_on_disk(training)
-    num_saves = (training.max_steps - 1) // config.save_every if config.save_every else 0
-    needed = student + best + min(checkpoint.KEPT + 1, num_saves) * one
+    is_saved = 0 < config.save_every < training.max_steps
+    needed = student + best + (checkpoint.KEPT + 1) * one * is_saved
     free = usage_of(path).free
-    if training.max_steps and needed > free:
+    if needed > free:
         what = f"the student and its checkpoints need {in_bytes(needed)}, and {in_bytes(free)} are free"
         hint = "Free some space, or choose another disk with hydra.run.dir=..."
-        raise MachineError(str(path), what, hint + "; train.save_every=0 writes fewer checkpoints" * (num_saves > 0))
+        raise MachineError(str(path), what, hint + "; train.save_every=0 writes fewer checkpoints" * is_saved)
 
 
 def warn_about(folder: RunFolder, data: Data) -> None:
-    """Warn about what makes the measures, or the distillation, doubtful. Raises MachineError if a file is missing."""
+    """Warn about what makes the measures, or the distillation, doubtful."""
     if not folder.is_main:
         return
     untouched = folder.kept("untouched.json")
-    if not untouched:
-        what = "is missing or damaged, and the student has been trained since it was written"
-        raise MachineError(str(folder.path / "untouched.json"), what, "Start again in another folder")
     counted = int(data.held_out.num_counted.sum())
     if not len(data.held_out):
         log.warning("nothing is held out (data.validation=null): this run cannot be compared with others")
     elif counted < FEW_TOKENS:
         log.warning("only %d counted held-out tokens: measures are uncertain; raise data.validation", counted)
     teacher, student = untouched["teacher"]["ce"], untouched["untouched"]["ce"]
-    if teacher is not None and student is not None and teacher > student:
+    if (teacher or 0.0) > (student or math.inf):
         log.warning(
             "the teacher's held-out CE (%.3f) is above the untouched student's (%.3f): distillation will pull towards "
-            "a worse model on these rows; a wrong chat template is the usual cause",
-            teacher,
-            student,
-        )
+            "a worse model on these rows; a wrong chat template is the usual cause", teacher, student,
+        )  # fmt: skip
 
 
 def keep_student(training: Training, folder: RunFolder) -> None:
@@ -115,14 +109,18 @@ def finish(
     if not training.machine.is_main_process:
         return {}
     before = folder.kept("untouched.json")
-    samples = _joined(judge.prompts, before, answers)
+    columns = (judge.prompts, before["teacher_samples"], before["untouched_samples"], answers)
+    samples = [
+        {"prompt": prompt["messages"], "reference": prompt["reference"], "teacher": t, "untouched": u, "student": s}
+        for prompt, t, u, s in zip(*columns, strict=False)
+    ]  # none if tracking.samples was off when the run began
     store = training.teacher.store if training.teacher else None
     summary = {
         "student": measures | {"num_parameters": student.num_parameters()},
         "untouched": before["untouched"],
         "teacher": before["teacher"],
         "run": {
-            "name": run_name(folder, config, tracker.record),
+            "name": tracker.name,
             "formula": training.objective.mix.formula(),
             "steps": state.step,
             "kept_step": state.kept_step,
@@ -137,11 +135,11 @@ def finish(
             "peak_memory_bytes": peak_memory(training.machine.device),
             "store": asdict(store.counts) if store else None,
         },
-        "data": report.counts(data) | {k: v for k, v in facts(data, training).items() if "fingerprint" in k},
+        "data": report.counts(data),
         "environment": report.environment(training, folder.path),
     }
     if (folder.path / "student").is_dir():
-        write_beside(folder.path / "student" / "README.md", report.model_card(as_dict(config), summary))
+        write_beside(folder.path / "student" / "README.md", report.model_card(config, summary))
     write_beside(folder.path / "eval_rows.jsonl", "".join(json.dumps(row) + "\n" for row in final.rows))
     write_json(folder.path / "samples.json", samples)
     write_beside(folder.path / "samples.md", report.samples_page(samples, MAX_NEW_TOKENS))
@@ -149,8 +147,7 @@ def finish(
     folder.write_status("done")
     if not config.train.keep_checkpoints:
         checkpoint.remove_all(folder.path)
-    tracker.samples(samples)
-    tracker.summary(summary)
+    tracker.finish(summary, samples)
     CONSOLE.print(report.closing_table(summary))
     if store:
         log.info(report.store_line(store))
@@ -164,18 +161,7 @@ def _check_finite(training: Training, measures: dict[str, float | None]) -> None
     state = training.state
     if 0 < state.step == state.num_nonfinite:
         raise DivergedError(f"step {state.step}", "every step was skipped: the student learnt nothing", HINT)
-    wrong = [name for name in MEASURES if measures[name] is not None and not math.isfinite(measures[name] or 0.0)]
+    wrong = [name for name, value in measures.items() if not math.isfinite(value or 0.0)]
     if wrong:
         what = f"the student's held-out {', '.join(wrong)} are not finite; it is never ranked"
         raise DivergedError(f"step {state.step}", what, "Lower optim.lr, or set train.keep=best with train.eval_every")
-
-
-def _joined(prompts: list[dict[str, Any]], before: dict[str, Any], student: list[str]) -> list[dict[str, Any]]:
-    """Join the sample answers of all models, prompt by prompt."""
-    nothing = [None] * len(prompts)  # tracking.samples was off when the run began
-    columns = [before[name] if len(before[name]) == len(prompts) else nothing for name in
-               ("teacher_samples", "untouched_samples")]  # fmt: skip
-    return [
-        {"prompt": p["messages"], "reference": p["reference"], "teacher": t, "untouched": u, "student": s}
-        for p, t, u, s in zip(prompts, *columns, student, strict=True)
-    ]

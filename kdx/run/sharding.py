@@ -14,11 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -32,7 +28,7 @@ OPTIMIZERS = ("torch.Adam", "torch.AdamW", "torch.Adamax", "torch.RAdam", "torch
 
 def is_asked(variable: str = ASKED) -> bool:
     """Return whether accelerate's environment, or the user's, asks for FSDP (or for what `variable` names)."""
-    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
+    return os.environ.get(variable, "").lower() == "true"
 
 
 def plugin(config: Config) -> FullyShardedDataParallelPlugin | None:
@@ -44,14 +40,11 @@ def plugin(config: Config) -> FullyShardedDataParallelPlugin | None:
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise MachineError("FSDP_VERSION", "must be 2", "Set fsdp_version: 2")
-    if config.optim.name not in OPTIMIZERS:
-        what = f"{config.optim.name} cannot be combined with FSDP"
-        raise MachineError("optim.name", what, f"Choices: {', '.join(OPTIMIZERS)}")
     asked = [name for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING") if is_asked(name)]
     asked += ["train.compile"] * config.train.compile + ["train.precision=fp16"] * (precision == "fp16")
+    asked += [f"optim.name={config.optim.name}"] * (config.optim.name not in OPTIMIZERS)
     if asked:
         raise MachineError(asked[0], "cannot be combined with FSDP", "Start without it")
-    os.environ[ASKED] = "true"  # the only spelling that accelerate reads
     # The arithmetic of any run: autocast over fp32 weights, gradients summed in fp32. Every process loads the models
     # itself: accelerate would leave all but the first without weights, the teacher's too.
     return FullyShardedDataParallelPlugin(
@@ -64,24 +57,14 @@ def prepare(machine: Accelerator, objective: Objective, optimizer: Any) -> tuple
 
     Raises MachineError if the student cannot be sharded.
     """
-    student: Any = objective.model
-    if not is_asked():
-        module, optimizer = machine.prepare(objective, optimizer)
-        return module, optimizer, student
-    whole = copy.deepcopy(student).to("cpu")
-    forward = objective.forward
-
-    def under_autocast(*inputs: Any) -> Any:
-        with machine.autocast(AutocastKwargs(cache_enabled=False)):  # a cache would keep every weight whole
-            return forward(*inputs)
-
-    objective.forward = under_autocast  # type: ignore[method-assign, assignment]  # accelerate does so without FSDP
-    try:
-        module, optimizer = machine.prepare(objective, optimizer)
-    except (KeyError, ValueError) as error:  # layers that the model does not have, or a tied head in two places
-        hint = "Use fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and name no layers"
-        raise MachineError(ASKED, f"cannot shard this student: {' '.join(str(error).split())[:200]}", hint) from None
-    if not all(isinstance(weight, DTensor) for weight in objective.parameters()):
+    whole: Any = objective.model
+    if is_asked():
+        whole = copy.deepcopy(whole).to("cpu")
+        # Autocast as accelerate applies it without FSDP, but without a cache, which would keep every weight whole.
+        uncached = machine.autocast(AutocastKwargs(cache_enabled=False))
+        objective.forward = uncached(objective.forward)  # type: ignore[method-assign]
+    module, optimizer = machine.prepare(objective, optimizer)
+    if is_asked() and not all(isinstance(weight, DTensor) for weight in objective.parameters()):
         raise MachineError(ASKED, "was asked for, but accelerate left weights whole", "Start without it")
     return module, optimizer, whole
 
@@ -110,28 +93,26 @@ def spread(student: nn.Module, objective: Objective) -> None:
     """Copy the whole student into what is trained."""
     if objective.model is student:
         return
-    for weight, sharded in zip(student.parameters(), objective.model.parameters(), strict=True):
-        shard: Any = sharded
-        full = weight.to(shard.device)
-        shard.copy_(distribute_tensor(full, shard.device_mesh, shard.placements, src_data_rank=None))
+    shard: Any
+    for weight, shard in zip(student.parameters(), objective.model.parameters(), strict=True):
+        shard.copy_(distribute_tensor(weight.to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None))
 
 
 def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Any]:
     """Return the optimizer's state with whole tensors; under FSDP in the main process alone."""
     if not is_asked():
-        state: dict[str, Any] = optimizer.state_dict()
-        return state
+        return dict(optimizer.state_dict())
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_optimizer_state_dict(objective, optimizer.optimizer, options=options)
 
 
 def set_optimizer_state(objective: Objective, optimizer: Any, state: dict[str, Any]) -> None:
     """Load what optimizer_state returned."""
-    if not is_asked():
+    if is_asked():
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(objective, optimizer.optimizer, state, options=options)
+    else:
         optimizer.load_state_dict(state)
-        return
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(objective, optimizer.optimizer, state, options=options)
 
 
 def plain(tensor: Tensor) -> Tensor:

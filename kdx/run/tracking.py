@@ -2,7 +2,6 @@
 
 import json
 import logging
-import netrc
 import os
 import secrets
 import shlex
@@ -13,32 +12,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from kdx.config import Config, as_dict
-from kdx.errors import printable
-from kdx.run.files import write_beside
+from kdx.errors import one_line, printable
 from kdx.run.folder import Record, RunFolder
 from kdx.run.redact import redact
 
 log = logging.getLogger("kdx")
 
 CONSOLE = Console(soft_wrap=True, highlight=False)
-HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # where `wandb login` keeps its key, now and formerly
+SHOWN = ("train/loss", "speed/tokens_per_second")  # what lines on the console have, beside measures
 SAMPLES_PATIENCE = 5  # seconds for W&B to take the table of samples
 SETTINGS = {  # of the W&B client; an environment variable such as WANDB_FINISH_TIMEOUT wins
+    "project": "kdx",
+    "program": "kdx",
     "save_code": False,  # neither code nor diffs
     "console": "off",
-    "quiet": True,
     "silent": True,
     "init_timeout": 30,
     "finish_timeout": 60,  # without it a run would wait for a lost server forever
     "finish_timeout_raises": True,
     "x_transaction_log_flush_interval": 1,  # a killed run keeps its rows
-    "program": "kdx",
 }
 
 
@@ -47,28 +44,25 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
-        text = f"warning: {record.getMessage()}" if is_warning else record.getMessage()
-        CONSOLE.print(text, style="yellow" if is_warning else None, markup=False)
+        CONSOLE.print("warning: " * is_warning + self.format(record), style="yellow" * is_warning, markup=False)
 
 
-def _clean(record: logging.LogRecord) -> bool:
+class _Clean(logging.Formatter):
     """Remove secrets and control characters: lines quote paths and rows."""
-    record.msg, record.args = printable(redact(record.getMessage())), ()
-    return True
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(redact(super().format(record)))
 
 
 @contextmanager
 def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
     """Log kdx's lines in the main process: to the console and, with times, to a file if there is one."""
-    handlers: list[logging.Handler] = [logging.NullHandler()]
-    if is_main:
-        handlers = [_ConsoleHandler()]
+    handlers: list[logging.Handler] = [_ConsoleHandler() if is_main else logging.NullHandler()]
+    handlers[0].setFormatter(_Clean())
     if is_main and file is not None:
-        to_file = logging.FileHandler(file, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers.append(to_file)
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers[1].setFormatter(_Clean("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
-        handler.addFilter(_clean)
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -81,17 +75,15 @@ def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
 
 
 @contextmanager
-def working(what: str, total: int, is_main: bool = True) -> Iterator[Callable[[], None]]:
-    """Show the progress of something long → a function to call after each part."""
+def working(what: str, total: int, is_main: bool = True, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Show the progress of something long on a terminal → a function to call after each part, with words to show."""
     if not (is_main and CONSOLE.is_terminal):
-        if is_main and total > 1:
-            log.info("%s (%d batches)", what, total)
-        yield lambda: None
+        yield lambda words="": None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=CONSOLE, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
+    with Progress(*columns, console=CONSOLE, transient=True, speed_estimate_period=300) as progress:
+        task = progress.add_task(what, total=total, completed=done, words="")
+        yield lambda words="": progress.update(task, advance=1, words=words)
 
 
 class Tracker:
@@ -104,25 +96,22 @@ class Tracker:
         state = training.state
         self.file = folder.path / "metrics.jsonl"
         self.folder, self.config, self.record, self.is_main = folder, config, record, is_main
+        self.name = run_name(folder, config, record)
         self.first_step, self.max_steps = state.step, training.max_steps
         self.wandb: Any = None
         self.wandb_line, self.sync = "W&B: disabled", ""
-        self.progress: Progress | None = None
+        self._show: Callable[..., None] = lambda words: None
         self._has_warned = False
-        if is_main:
-            self._truncate(state)
-
-    def _truncate(self, state: Any) -> None:
-        """Drop the lines after the checkpoint, so that a resumed run has each step once."""
-        lines = self.file.read_bytes() if self.file.exists() else b""
-        if len(lines) < state.lines:
-            log.warning("%s lacks lines up to step %d", self.file, state.step)
-        if len(lines) > state.lines:
-            write_beside(self.file, lines[: state.lines])
+        if is_main and self.file.exists() and self.file.stat().st_size > state.lines:
+            os.truncate(self.file, state.lines)  # what comes after the checkpoint: a resumed run has each step once
 
     def __enter__(self) -> "Tracker":
-        if self.is_main:
-            self._start_wandb()
+        mode = wandb_mode(self.config.tracking.mode) if self.is_main else "disabled"
+        if mode != "disabled":
+            try:
+                self.wandb = self._open(mode)
+            except Exception as error:  # a run never fails because of W&B
+                log.warning("W&B is off for this run: %s", one_line(error))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -130,60 +119,50 @@ class Tracker:
         self._try(lambda run: run.finish(exit_code=code))
         self.wandb = None
 
-    def _start_wandb(self) -> None:
+    def _open(self, mode: Any) -> Any:
         """Open the W&B run, under its old id if the run is resumed; offline where the server cannot be reached."""
-        mode = wandb_mode(self.config.tracking.mode)
-        if mode == "disabled":
-            return
+        import wandb
+
+        config, tracking = self.config, self.config.tracking
+        id_file = self.folder.path / "wandb_id.txt"
+        parent = self.folder.path.parent  # the files of runs side by side are together, to be synced at once
+        arguments: dict[str, Any] = {
+            "project": tracking.project,
+            "entity": tracking.entity,
+            "name": tracking.name or os.environ.get("WANDB_NAME") or self.name,
+            "group": config.sweep.name,
+            "job_type": "baseline" if config.loss.alpha == 0 else "student",
+            "notes": tracking.notes,
+            "tags": tracking.tags or None,
+            "config": as_dict(config),
+        }
+        arguments = redact(arguments)
+        settings = {name: value for name, value in SETTINGS.items() if f"WANDB_{name.upper()}" not in os.environ}
+        arguments["settings"] = wandb.Settings(**settings)
+        arguments["dir"] = str(parent)
+        arguments["resume"] = "allow"  # offline W&B takes no notice of it
+        arguments["id"] = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
+        typed, sys.argv = sys.argv, redact(sys.argv)  # W&B reads it when a run opens
         try:
-            self.wandb = run = self._open(mode)
-        except Exception as error:  # a run never fails because of W&B
-            log.warning("W&B is off for this run: %s", _short(error))
-            return
+            run = wandb.init(mode=mode, **arguments)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            log.warning("cannot reach W&B (%s): this run is kept offline", one_line(error))
+            with suppress(SystemExit):  # raised if its service failed
+                wandb.teardown()  # the client still holds the id
+            for empty in parent.glob(f"wandb/run-*-{arguments['id']}"):  # it would make `wandb sync` of many runs fail
+                shutil.rmtree(empty, ignore_errors=True)
+            run = wandb.init(mode="offline", **arguments)
+        finally:
+            sys.argv = typed
+        id_file.write_text(run.id + "\n")  # an agent of a W&B sweep chooses the id itself
+        run.define_metric("tokens", hidden=True)
+        run.define_metric("*", step_metric="tokens")
+        run.summary.update({"alpha": config.loss.alpha, "temperature": config.loss.temperature})
         online = [] if run.offline else ["--include-online"]  # without it `wandb sync` skips such a run
         self.sync = shlex.join(["wandb", "sync", *online, str(Path(run.dir).parent)])
         self.wandb_line = f"W&B: offline; to upload: {self.sync}" if run.offline else f"W&B: {run.url}"
-        self._try(lambda run: run.define_metric("tokens", hidden=True))
-        self._try(lambda run: run.define_metric("*", step_metric="tokens"))
-        columns = {"alpha": self.config.loss.alpha, "temperature": self.config.loss.temperature}
-        self._try(lambda run: run.summary.update(columns))
-
-    def _open(self, mode: Any) -> Any:
-        import wandb
-
-        config, tracking, environment = self.config, self.config.tracking, os.environ
-        wandb_dir, id_file = _wandb_dir(self.folder.path, config), self.folder.path / "wandb_id.txt"
-        wandb_dir.mkdir(parents=True, exist_ok=True)
-        arguments = redact(
-            {
-                "project": tracking.project or environment.get("WANDB_PROJECT") or "kdx",
-                "entity": tracking.entity or environment.get("WANDB_ENTITY"),
-                "name": tracking.name or environment.get("WANDB_NAME") or run_name(self.folder, config, self.record),
-                "group": config.sweep.name or environment.get("WANDB_RUN_GROUP"),
-                "job_type": "baseline" if config.loss.alpha == 0 else "student",
-                "notes": tracking.notes or environment.get("WANDB_NOTES"),
-                "tags": [*tracking.tags, *filter(None, environment.get("WANDB_TAGS", "").split(","))] or None,
-                "config": as_dict(config),
-            }
-        )
-        arguments["dir"] = str(wandb_dir.parent)
-        arguments["id"] = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
-        chosen = {key: value for key, value in SETTINGS.items() if f"WANDB_{key.upper()}" not in environment}
-        arguments["settings"] = wandb.Settings(**chosen)
-        environment["WANDB_SILENT"] = "true"
-        with _redacted_argv():
-            try:
-                run = wandb.init(mode=mode, resume="allow" if mode == "online" else None, **arguments)
-            except Exception as error:
-                if mode == "offline" or isinstance(error, ValueError):  # such as a tag that is too long
-                    raise
-                log.warning("cannot reach W&B (%s): this run is kept offline", _short(error))
-                with suppress(SystemExit):  # raised if its service failed
-                    wandb.teardown()  # the client still holds the id
-                for empty in wandb_dir.glob(f"run-*-{arguments['id']}"):  # it would make `wandb sync` of many runs fail
-                    shutil.rmtree(empty, ignore_errors=True)
-                run = wandb.init(mode="offline", **arguments)
-        id_file.write_text(run.id + "\n")  # an agent of a W&B sweep chooses the id itself
         return run
 
     def header(self, lines: list[str]) -> None:
@@ -200,61 +179,41 @@ class Tracker:
             file.write(json.dumps(line) + "\n")
         sent = {name: value for name, value in line.items() if value is not None and name != "step"}
         self._try(lambda run: run.log(sent, step=state.step))
-        if "eval/ce" in metrics:
-            shown = {k.removeprefix("eval/"): f"{v:.4f}" for k, v in metrics.items() if v is not None}
-            log.info("step %d held-out: %s", state.step, ", ".join(f"{k} {v}" for k, v in shown.items()))
-        elif self.progress is None and metrics["train/loss"] is not None:
-            loss, speed = metrics["train/loss"], metrics["speed/tokens_per_second"]
-            left = (self.max_steps - state.step) * state.tokens / max(state.step, 1) / max(speed, 1e-9)
-            minutes = f"{int(left) // 60}:{int(left) % 60:02d} left"
-            log.info("step %d/%d  loss %.4f  %.0f tokens/s  %s", state.step, self.max_steps, loss, speed, minutes)
+        if "eval/ce" in metrics or not CONSOLE.is_terminal:  # else the progress bar shows it
+            shown = [f"{k} {v:,.6g}" for k, v in sent.items() if k.startswith("eval/") or k in SHOWN]
+            log.info("step %d/%d  %s", state.step, self.max_steps, "  ".join(shown))
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Show a progress bar on a terminal while training; elsewhere log() prints plain lines."""
-        if not (self.is_main and CONSOLE.is_terminal) or self.max_steps == 0:
+        with working("training", self.max_steps, self.is_main, done=self.first_step) as self._show:
             yield
-            return
-        columns = (
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[speed]:.0f} tokens/s"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with Progress(*columns, console=CONSOLE, speed_estimate_period=300) as self.progress:
-            start = {"total": self.max_steps, "completed": self.first_step}
-            self.task = self.progress.add_task("", **start, loss=float("nan"), speed=0.0)
-            yield
-        self.progress = None
 
     def advance(self, step: int, loss: float, speed: float) -> None:
         """Move the progress bar."""
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step, loss=loss, speed=speed)
+        self._show(f"loss {loss:.3f}  {speed:.0f} tokens/s")
 
-    def samples(self, samples: list[dict[str, Any]]) -> None:
-        """Send the sample answers as a W&B table."""
+    def finish(self, summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        """Send final scalars, which dashboards compare and a W&B sweep optimises, and the sample answers as a table."""
+        scalars = {
+            f"{'eval' if part == 'student' else part}/{key}": value
+            for part in ("student", "untouched", "teacher", "run")
+            for key, value in summary[part].items()
+            if isinstance(value, int | float)
+        }
         columns = ["prompt", "reference", "teacher", "untouched", "student"]
-        data = [[s["prompt"][-1]["content"], *(s[c] or "" for c in columns[1:])] for s in samples]
+        rows = [[s["prompt"][-1]["content"], *(s[c] or "" for c in columns[1:])] for s in samples]
 
         def send(run: Any) -> None:
             import wandb
 
-            run.log({"samples": wandb.Table(columns=columns, data=data)})
+            run.log({"samples": wandb.Table(columns=columns, data=rows)})
 
-        if samples and self.wandb is not None:  # the client asks the server first, and would wait for a lost one
+        self._try(lambda run: run.summary.update(scalars))
+        if samples:  # the client asks the server first, and would wait for a lost one
             thread = threading.Thread(target=self._try, args=(send,), daemon=True)
             thread.start()
             thread.join(SAMPLES_PATIENCE)
-
-    def summary(self, summary: dict[str, Any]) -> None:
-        """Set plain final scalars: what dashboards compare and a W&B sweep optimises."""
-        parts = (("eval", "student"), ("untouched", "untouched"), ("teacher", "teacher"), ("run", "run"))
-        scalars = {
-            f"{name}/{key}": value
-            for name, part in parts
-            for key, value in summary[part].items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        self._try(lambda run: run.summary.update(scalars))
 
     def _try(self, action: Callable[[Any], object]) -> None:
         """Do something with the W&B run, if there is one; report its first failure."""
@@ -264,7 +223,7 @@ class Tracker:
             action(self.wandb)
         except Exception as error:  # a run never fails because of W&B
             if not self._has_warned:
-                log.warning("W&B: %s; metrics.jsonl has everything; to upload the rest: %s", _short(error), self.sync)
+                log.warning("W&B: %s; metrics.jsonl has everything; to upload the rest: %s", one_line(error), self.sync)
             self._has_warned = True
 
 
@@ -272,54 +231,22 @@ def run_name(folder: RunFolder, config: Config, record: Record) -> str:
     """Name a run: by its point in a sweep, else by what was typed."""
     if config.sweep.name:
         return folder.path.name
-    idle = ("tracking.", "hydra.", "run.", "train.log")
-    words = [word for word in record.words if not word.lstrip("+~").startswith(idle)]
-    return str(redact(" ".join(words)))[:100] or "default"
+    return str(redact(" ".join(without(record.words, "tracking.", "hydra.", "run.", "train.log"))))[:100] or "default"
 
 
-def _wandb_dir(path: Path, config: Config) -> Path:
-    """Return where W&B's files go: in a sweep's folder, and those of single runs together."""
-    if config.sweep.name:
-        return path.parent / "wandb"
-    outputs = next((p for p in path.parents if p.name == "outputs"), path.parent)
-    return outputs / "wandb"
-
-
-@contextmanager
-def _redacted_argv() -> Iterator[None]:
-    """Hide secrets in sys.argv, which W&B reads when a run opens."""
-    typed = sys.argv
-    sys.argv = redact(typed)
-    try:
-        yield
-    finally:
-        sys.argv = typed
-
-
-def _short(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:160]
+def without(words: list[str], *beginnings: str) -> list[str]:
+    """Leave out the words that begin with one of these."""
+    return [word for word in words if not word.lstrip("+~").startswith(beginnings)]
 
 
 def wandb_mode(asked: str) -> Any:
-    """Return online, offline or disabled: as asked, else as WANDB_MODE says, else online with a login."""
-    if asked != "auto":
-        return asked
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode in ("online", "offline", "disabled"):
+    """Return the mode that is asked for, else that of WANDB_MODE, else online if its client has a key for its server."""
+    mode = asked if asked != "auto" else os.environ.get("WANDB_MODE")
+    if mode:
         return mode
-    return "online" if mode != "dryrun" and has_login() else "offline"
+    import wandb
 
-
-def has_login() -> bool:
-    """Return whether there is a key for W&B's server, in the environment or from `wandb login`."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    own = os.environ.get("WANDB_BASE_URL")
-    try:
-        logins = netrc.netrc(os.environ.get("NETRC"))
-        return any(logins.authenticators(host) for host in ([urlparse(own).netloc] if own else HOSTS))
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
 def quiet_libraries() -> None:
@@ -328,6 +255,7 @@ def quiet_libraries() -> None:
     import huggingface_hub
     import transformers
 
+    os.environ["WANDB_SILENT"] = "true"
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
