@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -192,6 +193,22 @@ def load_config(config: ModelConfig, group: str) -> Any:
     path = locate(config, group)
     with loading(path, "config", f"{group}.path"):
         return AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+
+def generation_config(config: ModelConfig, group: str) -> GenerationConfig:
+    """Read a model's generation config; without one, what its config says of stopping. Raises ModelError."""
+    path = locate(config, group)
+    with loading(path, "generation config", f"{group}.path"):
+        try:
+            return GenerationConfig.from_pretrained(path, revision=config.revision)
+        except OSError:
+            return GenerationConfig.from_model_config(load_config(config, group))
+
+
+def stop_ids(config: GenerationConfig) -> list[int]:
+    """Return the ids that end a generation."""
+    ids = config.eos_token_id
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def load_causal_lm(

@@ -1,7 +1,6 @@
 """Cut a student out of its teacher: some of its layers, and its embeddings, norms and head; proved before a step."""
 
 import collections
-import contextlib
 import copy
 import json
 import re
@@ -13,11 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
-from kdx.causal_lm import load_config, loading, locate, ready
-from kdx.config import ModelConfig, TeacherConfig
+from kdx.causal_lm import generation_config, load_config, loading, locate, ready
+from kdx.config import TeacherConfig
 from kdx.errors import ConfigError, ModelError
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -65,7 +64,7 @@ def cut(
         tensors = stored_tensors(path, teacher.revision)
         model = assemble(kind, config, tensors, kept, dtype=dtype, attn_implementation=attn_implementation)
     model.config.name_or_path = path
-    take_generation_config(model, teacher, "teacher")
+    model.generation_config = generation_config(teacher, "teacher")
     return ready(model, "student")
 
 
@@ -226,10 +225,3 @@ def stored_tensors(path: str, revision: str | None) -> Iterator[tuple[str, Tenso
         file = cached_file(path, name, revision=revision)
         is_safe = name.endswith(".safetensors")
         yield from (load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)).items()
-
-
-def take_generation_config(model: PreTrainedModel, source: ModelConfig, group: str) -> None:
-    """Give a model the generation config of the folder it comes from; without one it keeps its config's ids."""
-    path = locate(source, group)
-    with loading(path, "generation config", f"{group}.path"), contextlib.suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(path, revision=source.revision)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kdx.causal_lm import load_causal_lm, load_config, loading, locate, ready
+from kdx.causal_lm import generation_config, load_causal_lm, load_config, loading, locate, ready, stop_ids
 from kdx.config import ModelConfig, StudentConfig, TeacherConfig
-from kdx.cut import cut, stored_tensors, take_generation_config
+from kdx.cut import cut, stored_tensors
 from kdx.errors import ModelError
 from kdx.run.files import saving, whole_folder
 
@@ -38,7 +38,7 @@ def load_student(
             model = AutoModelForCausalLM.from_config(
                 shape, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=config.trust_remote_code
             )
-        take_generation_config(model, source, group)
+        model.generation_config = generation_config(source, group)
         ready(model, "student")
     freeze_unread(model)
     if getattr(model.config, "output_router_logits", False):
@@ -123,8 +123,7 @@ def teach_to_stop(model: PreTrainedModel, tokenizer: Any, stops: list[int]) -> N
 
     stops: the one that ends most rows first; the tokenizer's end of text becomes that one, unless it is among them.
     """
-    own = model.generation_config.eos_token_id
-    known = [] if own is None else own if isinstance(own, list) else [own]
+    known = stop_ids(model.generation_config)
     if new := [token for token in stops if token not in known]:
         ids = [*known, *new]
         model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import ModelCardData
 from rich.table import Table
 
+from kdx.causal_lm import generation_config, stop_ids
 from kdx.config import Config
 from kdx.data.encode import Data
 from kdx.errors import printable
@@ -66,18 +67,30 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
     lines["device"] = f"{machine.device}{processes}, {training.versions['precision']}"
     for name, what, rows in (("data", f"{config.data.name}: ", data.train), ("held out", "", data.held_out)):
         lines[name] = f"{what}{len(rows):,} rows, {int(rows.num_counted.sum()):,} counted tokens"
-    for name, counted in (("left out", data.dropped), ("changed", data.changed)):
+    for name, counted in (("left out", data.dropped), ("changed", data.changed), ("read as", data.said)):
         if counted:
             lines[name] = "; ".join(f"{number:,} {rule}" for rule, number in counted.items())
     lines |= {
         "chat template": data.template,
+        "stops at": _stops(config, training),
         "objective": training.objective.mix.formula(),
         "steps": f"{training.max_steps:,}{steps_from}, batch size {batches.batch_size}{micro}, {epochs:,.2f} epochs",
         "optimizer": f"{optim.name.partition('.')[2]}, lr {optim.lr:g}{came.get('optim.lr', '')}, {optim.schedule}, "
-        f"warmup_steps {optim.warmup_steps:g}",
+        + (f"{optim.warmup_steps:.0%} warm-up" if optim.warmup_steps < 1 else f"{optim.warmup_steps} steps of warm-up"),
         "row length": f"at most {training.max_length} tokens{length_from}",
     }
-    return [f"kdx {__version__}", *(f"  {name:<16}{text}" for name, text in lines.items())]
+    unused = (
+        [f"  not used: {', '.join(f'{what} ({n:,} rows)' for what, n in data.unused.items())}"] if data.unused else []
+    )
+    return [f"kdx {__version__}", *(f"  {name:<16}{text}" for name, text in lines.items()), *unused]
+
+
+def _stops(config: Config, training: Any) -> str:
+    """Name the tokens at which the student will stop, and the teacher if it stops elsewhere."""
+    ours = stop_ids(training.student.generation_config)
+    theirs = stop_ids(generation_config(config.teacher, "teacher")) if config.teacher.path else ours
+    names = [", ".join(training.tokenizer.convert_ids_to_tokens(ids)) or "nothing" for ids in (ours, theirs)]
+    return names[0] + (f"; the teacher stops at {names[1]}" if set(ours) != set(theirs) else "")
 
 
 def _origin(config: Config) -> str:
