@@ -24,7 +24,7 @@ from runs import (
     write_pairs,
 )
 
-from kdx.evaluate import HeldOut
+from kdx.evaluate import Judge
 from kdx.run import checkpoint
 from kdx.train import Training
 
@@ -158,16 +158,16 @@ def test_a_log_line_spans_a_stop(place, tmp_path):
 
 
 def signal_in_measures(call, patch):
-    """Send SIGTERM at the first batch of held-out rows, when they are measured for the nth time."""
-    known, calls = HeldOut.measure, 0
+    """Send SIGTERM when held-out rows are measured for the nth time: the run stops after their first batch."""
+    known, calls = Judge.__call__, []
 
-    def measure(self, model, precision, after_each):
-        nonlocal calls
-        calls += 1
-        before = signal_self if calls == call else (lambda: None)
-        return known(self, model, precision, lambda: (before(), after_each()))
+    def judge(self, model, **how):
+        calls.append(1)
+        if len(calls) == call:
+            signal_self()
+        return known(self, model, **how)
 
-    patch.setattr(HeldOut, "measure", measure)
+    patch.setattr(Judge, "__call__", judge)
 
 
 def test_a_stop_while_measuring_costs_no_step(place, tmp_path):
