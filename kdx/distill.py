@@ -114,7 +114,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
     is_repeated = bool(record.swept) or max_steps > batches.steps_per_epoch
     rows = rows_to_ask(config, data, batches, max_steps)
     teacher = load_teacher(config.teacher, machine.device, max_length, rows, is_repeated=is_repeated)
-    with nullcontext() if teacher is None else closing(teacher):
+    with closing(teacher.store) if teacher and teacher.store else nullcontext():
         student = build_student(config, machine.device, max_length)
         heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
         loss = config.loss

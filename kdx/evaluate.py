@@ -60,47 +60,43 @@ class Judge:
         rows, like = run.data.held_out, run.batches
         groups = by_length(rows, max(like.micro_batch_size, MIN_ROWS))[like.rank :: like.num_processes]
         self.batches = [collate([rows[i] for i in group], like.pad_id) for group in groups]
-        self.answers: list[Answer] = []  # of the teacher, in main memory, by batch; taken once
-        self.teacher_measures = Measures([])  # from the same pass as the student's; empty without a teacher
+        self.answers: list[Answer] | None = None  # of the teacher, in main memory, by batch; taken once
+        self.teacher_measures = Measures([])
 
     @torch.no_grad()
     def __call__(self, model: Any, *, as_saved: bool = False) -> Measures:
         """Measure a student in the precision it trains in, or, with its weights cast, as anyone would who loads it."""
-        self._ask_teacher()
+        if self.run.teacher is not None and self.answers is None:
+            self._ask_teacher()
         was_training, machine = model.training, self.run.machine
         model.eval()
         head = head_of(model).cut(self.run.objective.num_ids)
-        student_rows: list[dict[str, Any]] = []
-        teacher_rows: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         precision = nullcontext() if as_saved else machine.autocast()
         with precision, working("Evaluating student", len(self.batches), machine.is_main_process) as advance:
             head = head.in_compute_dtype()
             for i, micro_batch in enumerate(self.batches):
                 batch = micro_batch.to(machine.device)
                 hidden = counted_hidden(model, batch)
-                answer = self.answers[i] if self.answers else None
-                ours, theirs = score(hidden, head, answer, batch.counted_labels)
-                student_rows += _by_row(ours, batch)
-                teacher_rows += _by_row(theirs, batch) if theirs else []
+                rows += _by_row(score(hidden, head, batch, self.answers[i] if self.answers else None), batch)
                 advance()
                 self.stop.check()
         model.train(was_training)
-        self.teacher_measures = Measures(gather_object(teacher_rows))
-        return Measures(gather_object(student_rows))
+        return Measures(gather_object(rows))
 
     def _ask_teacher(self) -> None:
-        """Take the teacher's answers to the held-out rows, once."""
-        teacher = self.run.teacher
-        if teacher is None or self.answers:
-            return
+        """Take the teacher's answers to the held-out rows, and measure them as a student's."""
+        teacher, rows = self.run.teacher, []
+        self.answers = []
         head = teacher.head.cut(self.run.objective.num_ids)
-        answers = []
         with working("Evaluating teacher", len(self.batches), self.run.machine.is_main_process) as advance:
             for batch in self.batches:
-                answers.append(Answer(teacher.answer(batch).hidden.cpu(), head))
+                answer = Answer(teacher.answer(batch).hidden.cpu(), head)
+                rows += _by_row(score(answer.hidden, head, batch.to(head.weight.device)), batch)
+                self.answers.append(answer)
                 advance()
                 self.stop.check()
-        self.answers = answers
+        self.teacher_measures = Measures(gather_object(rows))
 
     def before_training(self) -> dict[str, Any]:
         """Measure and sample the teacher and the untouched student: untouched.json."""
@@ -132,50 +128,34 @@ def teacher_samples(teacher: Teacher | None, tokenizer: Any, prompts: list[dict[
     return answers
 
 
-def score(
-    hidden: Tensor, head: Head, answer: Answer | None, labels: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Measure N positions, a chunk at a time → each measure [N] of the student, and ce and accuracy of the teacher."""
+def score(hidden: Tensor, head: Head, batch: MicroBatch, answer: Answer | None = None) -> dict[str, Tensor]:
+    """Measure a batch's N counted positions, a chunk at a time → each measure [N]; ce and accuracy without an answer."""
     parts: list[dict[str, Tensor]] = []
-    teacher_parts: list[dict[str, Tensor]] = []
-    for chunk in chunks_of(len(labels), chunk_size_of(head)):
+    for chunk in chunks_of(len(hidden), chunk_size_of(head)):
         product = head.product(hidden[chunk])
         teacher_product = None
         if answer is not None:
             teacher_product = answer.head.product(answer.hidden[chunk]).to(product.device)
         for block in blocks_of(product):
-            label = labels[chunk][block].unsqueeze(-1)
+            label = batch.counted_labels[chunk][block].unsqueeze(-1)
             s = loss.log_probabilities(head.finish(product[block]))
             choice = s.argmax(-1, keepdim=True)
             part = {"ce": -s.gather(-1, label), "accuracy": (choice == label).float()}
             if answer is not None and teacher_product is not None:
                 t = loss.log_probabilities(answer.head.finish(teacher_product[block]))
-                teacher_choice = t.argmax(-1, keepdim=True)
-                part["kl"] = loss.forward_kl(s, t)
-                part["reverse_kl"] = loss.reverse_kl(s, t)
-                part["agreement"] = (choice == teacher_choice).float()
-                teacher_parts.append({"ce": -t.gather(-1, label), "accuracy": (teacher_choice == label).float()})
+                part["kl"], part["reverse_kl"] = loss.forward_kl(s, t), loss.reverse_kl(s, t)
+                part["agreement"] = (choice == t.argmax(-1, keepdim=True)).float()
             parts.append(part)
-    return _joined(parts), _joined(teacher_parts)
-
-
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name].flatten() for part in parts]) for name in parts[0]} if parts else {}
+    return {name: torch.cat([part[name].flatten() for part in parts]) for name in (parts[0] if parts else ())}
 
 
 def _by_row(values: dict[str, Tensor], batch: MicroBatch) -> list[dict[str, Any]]:
     """Sum each measure over the positions of each row, in float64."""
-    num_rows = len(batch.row_ids)
-    row_of = batch.row_of.cpu()
-    sums = {
-        name: torch.zeros(num_rows, dtype=torch.float64).index_add_(0, row_of, value.double().cpu()).tolist()
-        for name, value in values.items()
-    }
-    counted = torch.bincount(row_of, minlength=num_rows).tolist()
+    row_of, zeros = batch.row_of.cpu(), torch.zeros(len(batch.row_ids), dtype=torch.float64)
+    sums = {name: zeros.index_add(0, row_of, value.double().cpu()).tolist() for name, value in values.items()}
     return [
-        {"row": batch.row_ids[i], "counted": counted[i]}
-        | {name: sums[name][i] if name in sums else None for name in MEASURES}
-        for i in range(num_rows)
+        {"row": row, "counted": counted} | {name: sums[name][i] if name in sums else None for name in MEASURES}
+        for i, (row, counted) in enumerate(zip(batch.row_ids, batch.num_counted, strict=True))
     ]
 
 

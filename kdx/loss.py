@@ -138,8 +138,7 @@ def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
 
 
 def _check_share(name: str, value: float, *, ends: bool) -> None:
-    is_number = isinstance(value, int | float)
-    if not (is_number and (0 <= value <= 1 if ends else 0 < value < 1)):
+    if not (0 <= value <= 1 if ends else 0 < value < 1):
         raise ValueError(f"{name} is {value}; it must be between 0 and 1{'' if ends else ', both excluded'}")
 
 

@@ -89,9 +89,9 @@ class Objective(nn.Module):
     model: the student. num_ids: the tokenizer's real ids; rows of the head past them are padding and are left out.
     """
 
-    def __init__(self, model: nn.Module, num_ids: int, mix: Mix, chunk_size: int | None = None) -> None:
+    def __init__(self, model: nn.Module, num_ids: int, mix: Mix) -> None:
         super().__init__()
-        self.model, self.num_ids, self.mix, self.chunk_size = model, num_ids, mix, chunk_size
+        self.model, self.num_ids, self.mix = model, num_ids, mix
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # where accelerate's FSDP wraps
 
     def forward(
@@ -103,7 +103,7 @@ class Objective(nn.Module):
         """
         hidden = counted_hidden(self.model, batch)
         head = head_of(self.model).cut(self.num_ids)
-        size = self.chunk_size or chunk_size_of(head)
+        size = chunk_size_of(head)
         return summed_loss(hidden, head, answer, batch.counted_labels, self.mix, size, factor, batch.weights)
 
 

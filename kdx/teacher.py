@@ -60,11 +60,6 @@ class Teacher:
     def is_loaded(self) -> bool:
         return "model" in vars(self)
 
-    def close(self) -> None:
-        """Flush the store."""
-        if self.store is not None:
-            self.store.close()
-
     def answers(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Answer]:
         """Yield the answer to each micro-batch; several are computed in one pass if `rows_at_once` allows."""
         size = max(len(batch.row_ids) for batch in micro_batches)

@@ -20,7 +20,7 @@ from kdx.config import Config, TrainConfig
 from kdx.data.batches import Batches, StepBatch
 from kdx.data.encode import Data
 from kdx.errors import DivergedError, MachineError
-from kdx.evaluate import Judge, Measures, peak_memory
+from kdx.evaluate import Judge, peak_memory
 from kdx.objective import Objective
 from kdx.optim import build_optimizer, build_schedule
 from kdx.run import checkpoint, sharding
@@ -174,22 +174,18 @@ class Training:
         self.machine.wait_for_everyone()
         self._saved_step, self._saved_at, self.is_save_due = self.state.step, time.monotonic(), False
 
-    def measure(self, judge: Judge) -> Measures:
-        """Take the held-out measures of the student as it is."""
-        with self.whole():
-            return judge(self.student)
-
-    def keep_if_best(self, means: dict[str, float | None], folder: RunFolder) -> None:
-        """Note whether the held-out measure improved, and keep the weights if they may become the student."""
+    def measure(self, judge: Judge, folder: RunFolder) -> dict[str, float | None]:
+        """Take the held-out measures of the student as it is, and keep its weights if they are the best so far."""
         state, config = self.state, self.config.train
-        value = means["kl"] if means["kl"] is not None else means["ce"]
-        state.num_worse += 1
-        if value is not None and value < state.best - config.early_stopping.min_delta:
-            state.best, state.best_step, state.num_worse = value, state.step, 0
-            if config.keep == "best":
-                with self.whole():
-                    if self.machine.is_main_process:
-                        checkpoint.save_weights(checkpoint.best_file(folder.path), self.student)
+        with self.whole():
+            means = judge(self.student).means()
+            value = means["kl"] if means["kl"] is not None else means["ce"]
+            state.measured, state.num_worse = state.step, state.num_worse + 1
+            if value is not None and value < state.best - config.early_stopping.min_delta:
+                state.best, state.best_step, state.num_worse = value, state.step, 0
+                if config.keep == "best" and self.machine.is_main_process:
+                    checkpoint.save_weights(checkpoint.best_file(folder.path), self.student)
+        return means
 
     def forward_backward(self, batch: StepBatch, stop: StopRequest) -> tuple[dict[str, float], float]:
         """Accumulate one step's gradient and clip it → each term's mean over the step's counted positions, and the norm.
@@ -288,9 +284,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
             # Measure once in a while. The end of the run is measured after the student is saved.
             is_due = config.eval_every and state.step % config.eval_every == 0
             if is_due and state.measured < state.step < run.max_steps:
-                measures = run.measure(judge).means()
-                run.keep_if_best(measures, folder)
-                state.measured = state.step
+                measures = run.measure(judge, folder)
                 tracker.log(state, {f"eval/{name}": value for name, value in measures.items()})
 
             # Save once in a while.
@@ -314,7 +308,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
         # The weights of the last step may be the best. They are saved first: nothing is lost if measuring fails.
         if config.keep == "best" and state.measured < state.step:
             run.save(folder)
-            run.keep_if_best(run.measure(judge).means(), folder)
+            run.measure(judge, folder)
         if config.keep_checkpoints:
             run.save(folder)
         if state.window:  # after the last checkpoint: a longer run from there logs at other steps

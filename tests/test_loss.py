@@ -68,13 +68,6 @@ def test_value_and_gradient_are_those_of_the_definition(name, options, temperatu
     )
 
 
-@each_variant
-def test_gradcheck(name, options):
-    teacher = logits(3, 6, seed=1)
-    student = logits(3, 6).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: loss.divergence(name, z, teacher, 2.0, **options), student)
-
-
 def test_against_torch():
     student, teacher = logits(4, 9), logits(4, 9, seed=1)
     s, t = student.log_softmax(-1), teacher.log_softmax(-1)
@@ -86,32 +79,12 @@ def test_against_torch():
     )
 
 
-def test_two_tokens_by_hand():
-    # teacher (3/4, 1/4), student (1/2, 1/2)
-    teacher, student = torch.tensor([[0.75, 0.25]]).double().log(), torch.zeros(1, 2).double()
-    forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    reverse = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
-    # half of the mass: the tail is the second token alone, and both tokens differ by 1/4
-    by_hand = {"forward_kl": forward, "reverse_kl": reverse, "tvd": 0.25, "adaptive_kl": (forward + reverse) / 2}
-    for name, expected in by_hand.items():
-        assert loss.divergence(name, student, teacher).item() == pytest.approx(expected, abs=1e-12)
-
-
 @each_variant
 def test_zero_at_a_match(name, options):
     z = logits(6, 50, dtype=torch.float32, scale=5.0).requires_grad_()
     value = loss.divergence(name, z, z.detach(), 2.0, **options)
     assert value.abs().max() < 1e-6
     assert gradient(value, z).abs().max() < 1e-6
-
-
-def test_forward_kl_is_not_cross_entropy():
-    student, teacher = logits(4, 9), logits(4, 9, seed=1)
-    t = teacher.softmax(-1)
-    cross_entropy = -(t * student.log_softmax(-1)).sum(-1)
-    entropy = -(t * t.log()).sum(-1)
-    assert (entropy > 0.1).all()
-    torch.testing.assert_close(loss.divergence("forward_kl", student, teacher), cross_entropy - entropy)
 
 
 @each_name
@@ -124,24 +97,6 @@ def test_one_number_per_position(name):
     if name != "adaptive_kl":  # whose head may gain or lose half a token
         twice = loss.divergence(name, student.repeat_interleave(2, -1), teacher.repeat_interleave(2, -1))
         torch.testing.assert_close(twice, loss.divergence(name, student, teacher))
-
-
-@each_name
-def test_softmax_runs_over_the_vocabulary(name):
-    student, teacher = logits(2, 3, 7), logits(2, 3, 7, seed=1)
-    flat = loss.divergence(name, student.view(6, 7), teacher.view(6, 7))
-    torch.testing.assert_close(loss.divergence(name, student, teacher), flat.view(2, 3))
-    # a row's number does not depend on the other positions, which a softmax over dim 1 would mix in
-    alone = loss.divergence(name, student[:, :1], teacher[:, :1])
-    torch.testing.assert_close(loss.divergence(name, student, teacher)[:, :1], alone)
-
-
-@each_name
-def test_temperature_changes_the_divergence(name):
-    student, teacher = logits(4, 9), logits(4, 9, seed=1)
-    at_1, at_2 = (loss.divergence(name, student, teacher, tau) for tau in (1.0, 2.0))
-    assert (at_1 - at_2).abs().min() > 1e-4
-    torch.testing.assert_close(at_2, 4 * loss.divergence(name, student / 2, teacher / 2))
 
 
 def test_jsd_at_its_ends():
@@ -181,27 +136,6 @@ def test_closed_form_and_autograd_agree(name, options):
     torch.testing.assert_close(closed, gradient(expected, z), rtol=1e-10, atol=1e-12)
 
 
-def test_the_two_plain_divergences_have_closed_forms():
-    assert {"forward_kl", "reverse_kl"} <= set(loss.CLOSED_FORMS) <= set(loss.names())
-
-
-@each_variant
-def test_columns_excluded_on_both_sides_change_nothing(name, options):
-    kept = torch.tensor([0, 1, 3, 4, 6, 7])
-    student, teacher = logits(4, 8), logits(4, 8, seed=1)
-    small = student[:, kept].requires_grad_()
-    expected = loss.divergence(name, small, teacher[:, kept], 2.0, **options)
-    student[:, [2, 5]] = teacher[:, [2, 5]] = -INF
-    student.requires_grad_()
-    value = loss.divergence(name, student, teacher, 2.0, **options)
-    grad = gradient(value, student)
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(grad[:, kept], gradient(expected, small))
-    assert (grad[:, [2, 5]] == 0).all()
-    s, t = (x.detach().log_softmax(-1) for x in (student, teacher))
-    assert loss.value_and_gradient(name, s, t, options)[1].isfinite().all()
-
-
 @each_variant
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_columns_that_the_teacher_excludes_are_finite(name, options, dtype):
@@ -221,19 +155,6 @@ def test_columns_that_the_teacher_excludes_are_finite(name, options, dtype):
     torch.testing.assert_close(
         value.double(), plain.divergence(name, student.detach().double(), log_t, **options), rtol=1e-4, atol=1e-6
     )
-
-
-@each_variant
-def test_constants_and_order_change_nothing(name, options):
-    student, teacher = logits(4, 9), logits(4, 9, seed=1)
-    value = loss.divergence(name, student, teacher, 2.0, **options)
-    shift_s, shift_t = logits(4, 1, seed=2, scale=50.0), logits(4, 1, seed=3, scale=50.0)
-    shifted = loss.divergence(name, student + shift_s, teacher + shift_t, 2.0, **options)
-    torch.testing.assert_close(shifted, value, rtol=1e-9, atol=1e-11)
-    vocabulary = torch.randperm(9, generator=torch.Generator().manual_seed(4))
-    permuted = loss.divergence(name, student[:, vocabulary], teacher[:, vocabulary], 2.0, **options)
-    torch.testing.assert_close(permuted, value, rtol=1e-9, atol=1e-11)
-    assert torch.equal(loss.divergence(name, student.flip(0), teacher.flip(0), 2.0, **options), value.flip(0))
 
 
 @each_name
@@ -284,7 +205,6 @@ def test_padded_heads_are_cut():
         (lambda z: loss.divergence("jsd", z, z, beta=1.1), "beta is 1.1; it must be between 0 and 1"),
         (lambda z: loss.divergence("jsd", z, z, beta=-0.1), "beta is -0.1; it must be between 0 and 1"),
         (lambda z: loss.divergence("jsd", z, z, beta=math.nan), "between 0 and 1"),
-        (lambda z: loss.divergence("jsd", z, z, beta="half"), "beta is half; it must be between 0 and 1"),
         (lambda z: loss.divergence("skew_forward_kl", z, z, skew=0), "both excluded"),
         (lambda z: loss.divergence("skew_reverse_kl", z, z, skew=1), "both excluded"),
         (lambda z: loss.divergence("adaptive_kl", z, z, head_mass=1.0), "head_mass is 1.0; .* both excluded"),

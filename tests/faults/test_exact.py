@@ -188,7 +188,7 @@ def test_a_stop_comes_before_measures(place, tmp_path):
     def fault(patch):
         signal_at(2)(patch)
         known = Training.measure
-        patch.setattr(Training, "measure", lambda self, judge: measured.append(self.state.step) or known(self, judge))
+        patch.setattr(Training, "measure", lambda self, *how: measured.append(self.state.step) or known(self, *how))
 
     assert run_here(config, tmp_path / "run", fault) == 143
     assert measured == []
