@@ -14,7 +14,7 @@ from kdx.config import Config
 from kdx.data.batches import Row, collate
 from kdx.distill import prepared
 from kdx.errors import MEMORY, printable
-from kdx.objective import BLOCK_BYTES, chunk_size_of
+from kdx.objective import chunk_size_of
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report, results
 from kdx.run.files import in_bytes, usage_of
@@ -24,7 +24,6 @@ from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries
 from kdx.teacher import Answer
 from kdx.train import Training
 
-SOFTMAXES = 6  # float32 tensors of a block at once: both logits, log-probabilities, gradients
 LONGEST_SHOWN = 1200  # characters of the row that is shown
 
 
@@ -103,10 +102,8 @@ def memory_of_a_step(training: Training, activation_bytes: float) -> dict[str, f
         parts["teacher"] = teacher.model.get_memory_footprint() if teacher.is_loaded else teacher.head.weight.nbytes
     with training.machine.autocast():
         head = head_of(student)
-        logits = min(tokens, chunk_size_of(head)) * head.num_ids
-        parts["logits of a chunk"] = 2.0 * logits * head.compute_dtype.itemsize  # the student's and the teacher's
-    if training.machine.device.type != "cpu":  # where a block is not small beside a chunk
-        parts["logits of a chunk"] += SOFTMAXES * min(BLOCK_BYTES, 4 * logits)
+        rows = min(tokens, chunk_size_of(head))
+        parts["logits of a chunk"] = 2.0 * rows * head.num_ids * head.compute_dtype.itemsize  # of student and teacher
     return parts
 
 

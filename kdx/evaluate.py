@@ -68,7 +68,7 @@ class Judge:
         """Measure a student in the precision it trains in, or, with its weights cast, as anyone would who loads it."""
         if self.run.teacher is not None and self.answers is None:
             self._ask_teacher()
-        was_training, machine = model.training, self.run.machine
+        machine = self.run.machine
         model.eval()
         head = head_of(model).cut(self.run.objective.num_ids)
         rows: list[dict[str, Any]] = []
@@ -81,7 +81,6 @@ class Judge:
                 rows += _by_row(score(hidden, head, batch, self.answers[i] if self.answers else None), batch)
                 advance()
                 self.stop.check()
-        model.train(was_training)
         return Measures(gather_object(rows))
 
     def _ask_teacher(self) -> None:
@@ -163,7 +162,7 @@ def _by_row(values: dict[str, Tensor], batch: MicroBatch) -> list[dict[str, Any]
 def answer(model: Any, tokenizer: Any, prompt: str) -> str:
     """Continue a rendered conversation greedily, whatever the model's own generation config prefers."""
     inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-    own, was_training = model.generation_config, model.training
+    own = model.generation_config
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     pad = own.pad_token_id if own.pad_token_id is not None else pad_id_of(tokenizer)
     # Not an argument of generate(): unset values would be taken from the model's own.
@@ -172,7 +171,6 @@ def answer(model: Any, tokenizer: Any, prompt: str) -> str:
     )
     model.eval()
     output = model.generate(**inputs)
-    model.train(was_training)
     model.generation_config = own
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

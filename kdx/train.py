@@ -185,6 +185,7 @@ class Training:
                 state.best, state.best_step, state.num_worse = value, state.step, 0
                 if config.keep == "best" and self.machine.is_main_process:
                     checkpoint.save_weights(checkpoint.best_file(folder.path), self.student)
+        self.objective.train()
         return means
 
     def forward_backward(self, batch: StepBatch, stop: StopRequest) -> tuple[dict[str, float], float]:

@@ -16,6 +16,7 @@ import yaml
 from runs import config_of, lines, log_of, losses_of, run_here, status, words_of
 from safetensors.torch import load_file
 from standins import write_dialogpt, write_llama
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdx.cli import compose
@@ -332,7 +333,7 @@ def test_keep_best_and_early_stopping(place: Path, tmp_path: Path) -> None:
 def test_less_than_min_delta_is_no_improvement(place: Path) -> None:
     training = object.__new__(Training)
     training.config, training.state = short(place, "train.early_stopping.min_delta=0.1"), State(step=1)
-    training.whole, training.student = nullcontext, None
+    training.whole, training.student, training.objective = nullcontext, None, nn.Module()
     for value, worse in ((1.0, 0), (0.95, 1), (0.85, 0)):
         means = {"kl": value, "ce": 0.0}
         judge: Any = lambda model, means=means: SimpleNamespace(means=lambda: means)  # noqa: E731
