@@ -52,7 +52,7 @@ class Mix:
         """τ², or 1 without `loss.scale_by_temperature`."""
         return self.temperature**2 if self.scale_by_temperature else 1.0
 
-    def loss(self, terms: dict[str, float]) -> float:
+    def loss(self, terms: dict[str, Any]) -> Any:
         """Combine the terms as the loss does."""
         return sum(weight * terms[name] for name, weight in self.weights.items())
 
@@ -249,7 +249,7 @@ class _ChunkedSum(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(kd_sum, ce_sum)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        total = factor * (mix.alpha * kd_sum + (1 - mix.alpha) * ce_sum)
+        total = factor * mix.loss({"kd": kd_sum, "ce": ce_sum})
         return total.to(grad_dtype), kd_sum, ce_sum
 
     @staticmethod
