@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kdx import loss
-from kdx.build import build_batches, build_teacher, rows_to_ask
 from kdx.causal_lm import Head
 from kdx.cli import compose
 from kdx.data.batches import Row, collate
 from kdx.data.encode import load_data
 from kdx.run.launch import build_accelerator
-from kdx.teacher import Teacher
-from kdx.tokenizer import load_tokenizer
+from kdx.teacher import Teacher, load_teacher
+from kdx.tokenizer import load_tokenizer, pad_id_of
 
 NUM_ROWS = 8
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -65,8 +64,8 @@ if __name__ == "__main__":
     machine = build_accelerator(config)
     shared = load_tokenizer(config)
     data = load_data(config.data, shared)
-    batches = build_batches(config, data.train, shared.tokenizer, machine)
-    teacher = build_teacher(config, machine.device, shared.max_length, rows_to_ask(config, data, batches), is_repeated=True)
+    rows = dict(zip(data.held_out.digests, data.held_out.num_counted.tolist(), strict=True))
+    teacher = load_teacher(config.teacher, machine.device, shared.max_length, rows, is_repeated=True)
     assert teacher is not None
-    for name, by_temperature in certify(teacher, [*data.held_out], batches.pad_id).items():
+    for name, by_temperature in certify(teacher, [*data.held_out], pad_id_of(shared.tokenizer)).items():
         print(f"{name:15}", *(f"τ={t:g}: KL {value:.2g}" for t, value in by_temperature.items()), sep="   ")

@@ -48,7 +48,7 @@ FAULTS = {
     "temperature_squared": Fault(
         "τ² is in the value, not in the gradient",
         "kdx/objective.py",
-        "grad.mul_(mix.alpha * factor / mix.temperature)",
+        "grad.mul_(mix.alpha * mix.factor / mix.temperature)",
         "grad.mul_(mix.alpha / mix.temperature)",
         ("test_objective.py",),
     ),
@@ -118,8 +118,8 @@ FAULTS = {
     "best_weights": Fault(
         "train.keep=best saves the last weights",
         "kdx/train.py",
-        'if self.config.train.keep == "last" or state.step == 0:',
-        "if state.step >= 0:",
+        "if self.kept_step < step:",
+        "if step < 0:",
         ("test_run.py",),
     ),
     "baseline_alpha": Fault(

@@ -11,14 +11,15 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from kdx.build import build_student, build_teacher
 from kdx.causal_lm import device_dtype
 from kdx.cli import compose
 from kdx.data.batches import Row
 from kdx.data.encode import load_data
+from kdx.distill import build_student
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import quiet_libraries
 from kdx.store_commands import fill
+from kdx.teacher import load_teacher
 from kdx.tokenizer import load_tokenizer
 
 PAIRS = ("smollm2", "dialogpt")
@@ -61,7 +62,7 @@ def prepare_work(pair: str, folder: Path, *, steps: int) -> Work:
     if pair == "smollm2":  # the others read model folders
         build_student(config, machine.device, shared.max_length).save_pretrained(folder / "student")
         shared.tokenizer.save_pretrained(folder / "student")
-        teacher = build_teacher(config, machine.device, shared.max_length, {}, is_repeated=False)
+        teacher = load_teacher(config.teacher, machine.device, shared.max_length, {}, is_repeated=False)
         assert teacher is not None
         teacher.model.save_pretrained(folder / "teacher")
     work = {

@@ -2,34 +2,36 @@
 
 import math
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from kdx import plugins
-from kdx.build import (
-    build_batches,
-    build_objective,
-    build_student,
-    build_teacher,
-    check_names,
-    is_repeated,
-    rows_to_ask,
-)
-from kdx.config import Config
-from kdx.data.encode import load_data
+from kdx.causal_lm import attention_for, checkpoint_activations, head_of
+from kdx.config import Config, TrainConfig
+from kdx.data.batches import Batches
+from kdx.data.encode import Data, load_data
+from kdx.data.sources import check_source
+from kdx.errors import ConfigError, together
 from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, Judge
+from kdx.objective import Mix, Objective, check_loss
+from kdx.optim import optimizer_class
 from kdx.run import report, results
 from kdx.run.folder import Record, RunFolder
 from kdx.run.launch import build_accelerator
 from kdx.run.signals import StopRequest
 from kdx.run.tracking import CONSOLE, Tracker, logging_to, quiet_libraries
-from kdx.student import teach_to_stop
-from kdx.tokenizer import load_tokenizer
-from kdx.train import Training, train
+from kdx.student import load_student, teach_to_stop
+from kdx.teacher import load_teacher
+from kdx.tokenizer import check_heads, load_tokenizer, pad_id_of
+from kdx.train import Training, num_steps, train
 
 
 @dataclass(frozen=True)
@@ -71,27 +73,14 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         stack.enter_context(folder.claim(config, record, is_main))
         stack.enter_context(logging_to(path / "kdx.log", is_main))
         started = time.time()
-        check_names(config)
-        shared = load_tokenizer(config)
-        tokenizer, max_length = shared.tokenizer, shared.max_length
-        data = load_data(config.data, shared, NUM_SAMPLES, MAX_NEW_TOKENS)
-        batches = build_batches(config, data.train, tokenizer, machine)
-        asked, repeats = rows_to_ask(config, data, batches), is_repeated(config, record, batches)
-        teacher = build_teacher(config, machine.device, max_length, asked, is_repeated=repeats)
-        if teacher is not None:
-            stack.callback(teacher.close)
-        student = build_student(config, machine.device, max_length)
-        teach_to_stop(student, tokenizer, data.stops)
-        objective = build_objective(config, student, teacher, shared.num_ids)
-        training = Training(config, objective, teacher, batches, tokenizer, max_length, machine)
-        judge = Judge(data, training, stop)
+        training = stack.enter_context(prepared(config, record, machine))
+        data, judge = training.data, Judge(training, stop)
         folder.max_steps = training.max_steps
         folder.begin(config, results.facts(data, training))  # refused if it is another run's
         if not training.restore(folder):
             results.check_room(training, path)
             with training.whole():
-                folder.keep("untouched.json", judge.before_training(training.student))
-        judge.free_teacher()
+                folder.keep("untouched.json", judge.before_training())
         with Tracker(folder, config, record, training, is_main=is_main) as tracker:
             tracker.header(report.header(config, record, data, training))
             results.warn_about(folder, data)
@@ -103,3 +92,87 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
             (summary,) = broadcast_object_list([summary])  # the main process made it
     stop.check_late()
     return Summary(**summary)
+
+
+@contextmanager
+def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[Training]:
+    """Build all parts of a run; the teacher's store is closed at the end. Raises KdxError."""
+    check_names(config)
+    shared = load_tokenizer(config)
+    tokenizer, max_length = shared.tokenizer, shared.max_length
+    data = load_data(config.data, shared, NUM_SAMPLES, MAX_NEW_TOKENS)
+    batches = Batches(
+        data.train,
+        batch_size=config.train.batch_size,
+        micro_batch_size=micro_batch_size(config.train, machine.num_processes),
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        pad_id=pad_id_of(tokenizer),
+        rank=machine.process_index,
+        num_processes=machine.num_processes,
+    )
+    max_steps = num_steps(config.train, batches)
+    is_repeated = bool(record.swept) or max_steps > batches.steps_per_epoch
+    rows = rows_to_ask(config, data, batches, max_steps)
+    teacher = load_teacher(config.teacher, machine.device, max_length, rows, is_repeated=is_repeated)
+    with closing(teacher.store) if teacher and teacher.store else nullcontext():
+        student = build_student(config, machine.device, max_length)
+        teach_to_stop(student, tokenizer, data.stops)
+        heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
+        loss = config.loss
+        mix = Mix(loss.name, loss.alpha, loss.temperature, loss.scale_by_temperature, loss.options)
+        objective = Objective(student, check_heads(shared.num_ids, heads), mix)
+        yield Training(config, data, tokenizer, max_length, batches, max_steps, teacher, objective, machine)
+
+
+def check_names(config: Config) -> None:
+    """Check the names and options that only registries know, before data or models are read. Raises ConfigError."""
+    errors = []
+    checks = (
+        partial(check_loss, config.loss),
+        partial(optimizer_class, config.optim),
+        partial(check_source, config.data),
+    )
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            errors.append(error)
+    if errors:
+        raise together(errors)
+
+
+def rows_to_ask(config: Config, data: Data, batches: Batches, max_steps: int) -> dict[str, int]:
+    """Return digest → counted positions of each row held out and, with a distillation term, trained on."""
+    asked = dict(zip(data.held_out.digests, data.held_out.num_counted.tolist(), strict=True))
+    if config.loss.alpha > 0:
+        digests, num_counted = data.train.digests, data.train.num_counted.tolist()
+        asked |= {digests[i]: num_counted[i] for i in batches.rows_seen(max_steps)}
+    return asked
+
+
+def build_student(config: Config, device: torch.device, max_length: int) -> Any:
+    """Load the student with its master weights on a device. Raises ConfigError or ModelError."""
+    student: Any = load_student(
+        config.student,
+        config.teacher,
+        dtype=torch.float64 if config.train.precision == "fp64" else torch.float32,
+        attn_implementation=attention_for(config.student, device, max_length),
+        seed=config.train.seed,
+    )
+    student = student.to(device)
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(student)
+    if config.train.compile:
+        student.base_model.compile()
+    return student
+
+
+def micro_batch_size(config: TrainConfig, num_processes: int) -> int:
+    """Return the rows at once on one device. Raises ConfigError if the batch cannot be shared out evenly."""
+    size, asked = config.batch_size, config.micro_batch_size
+    share = num_processes * (1 if asked == "auto" else asked)
+    if size % share:
+        what = f"is {size}, not a multiple of {share} (processes × train.micro_batch_size)"
+        raise ConfigError("train.batch_size", what, f"Try {max(share, size // share * share)}")
+    return size // num_processes if asked == "auto" else asked

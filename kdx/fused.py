@@ -29,7 +29,7 @@ def compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(gradient_in_place, dynamic=False)
 
 
-def sums(
+def terms(
     product: Tensor,
     teacher_product: Tensor | None,
     labels: Tensor,
@@ -38,19 +38,18 @@ def sums(
     mix: "Mix",
     weights: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor] | None:
-    """Replace a chunk's product by its gradient on a GPU → the sums of kd (τ² included) and ce.
+    """Replace a chunk's product by its gradient on a GPU → kd (without τ²) and ce of each position.
 
     None, with nothing changed: on other devices, for a divergence without a closed form, if it cannot be compiled.
     """
-    if product.device.type not in DEVICES or (teacher_head is not None and not loss.has_closed_form(mix.name)):
+    if product.device.type not in DEVICES or (teacher_head is not None and mix.name not in loss.CLOSED_FORMS):
         return None
-    factor = mix.temperature**2 if mix.scale_by_temperature else 1.0
     dtype = torch.float64 if product.dtype == torch.float64 else torch.float32
     ones = torch.ones(len(labels), dtype=dtype, device=product.device)
     kd_weights, ce_weights = weights.get("kd", ones), weights.get("ce", ones)
     # Numbers come as tensors and positions as a dynamic size: nothing is compiled anew for a batch or a point of a sweep.
     inverse_temperature = torch.full((), 1 / mix.temperature, dtype=dtype, device=product.device)
-    of_kd, of_ce = kd_weights * (mix.alpha * factor / mix.temperature), ce_weights * (1 - mix.alpha)
+    of_kd, of_ce = kd_weights * (mix.alpha * mix.factor / mix.temperature), ce_weights * (1 - mix.alpha)
     for tensor in (product, teacher_product, labels, of_kd, of_ce):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -62,8 +61,7 @@ def sums(
         DEVICES.clear()
         log.warning("the loss cannot be compiled here, and is slower without: %s", str(error).strip().split("\n")[0])
         return None
-    kd_sum, ce_sum = ((x * weight).sum(dtype=torch.float64) for x, weight in ((kd, kd_weights), (ce, ce_weights)))
-    return factor * kd_sum, ce_sum
+    return kd * kd_weights, ce * ce_weights
 
 
 def gradient_in_place(

@@ -32,7 +32,7 @@ BLOCK_BYTES = 2**26  # of one elsewhere: large enough to fill a GPU, small besid
 HEAD_ROWS = 2**14  # rows of the head's gradient summed at once in float32, without a second matrix of the head's size
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Mix:
     """The numbers of the formula above: which divergence, its weight and its temperature."""
 
@@ -44,10 +44,15 @@ class Mix:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each term in the loss; `kd` includes the temperature's square already."""
+        """The weight of each term in the loss; `kd` includes `factor` already."""
         return {"kd": self.alpha, "ce": 1 - self.alpha}
 
-    def loss(self, terms: dict[str, float]) -> float:
+    @property
+    def factor(self) -> float:
+        """τ², or 1 without `loss.scale_by_temperature`."""
+        return self.temperature**2 if self.scale_by_temperature else 1.0
+
+    def loss(self, terms: dict[str, Any]) -> Any:
         """Combine the terms as the loss does."""
         return sum(weight * terms[name] for name, weight in self.weights.items())
 
@@ -57,40 +62,25 @@ class Mix:
             return "loss = CE(student, labels)"
         options = "".join(f", {key}={value}" for key, value in self.options.items())
         at = f"{self.name}(teacher, student{options}; τ={self.temperature:g})"
-        factors = [self.alpha, self.temperature**2 if self.scale_by_temperature else 1.0]
-        kd = "".join(f"{factor:g}·" for factor in factors if factor != 1) + at
+        kd = "".join(f"{factor:g}·" for factor in (self.alpha, self.factor) if factor != 1) + at
         ce = f" + {1 - self.alpha:g}·CE(student, labels)" if self.alpha < 1 else ""
         return f"loss = {kd}{ce}"
 
 
-def mix_of(config: LossConfig) -> Mix:
-    """Build the mix that a config describes."""
-    return Mix(
-        name=config.name,
-        alpha=config.alpha,
-        temperature=config.temperature,
-        scale_by_temperature=config.scale_by_temperature,
-        options=config.options,
-    )
-
-
 def check_loss(config: LossConfig) -> None:
     """Refuse a divergence or options that the registry does not know. Raises ConfigError."""
-    if config.name == "cross_entropy":
-        faults = option_faults(lambda: None, config.options, "loss.")
-    elif config.name not in loss.names():
-        hint = f"{did_you_mean(config.name, [*loss.names(), 'cross_entropy'])}. Your own: KDX_PLUGINS=module"
-        raise ConfigError("loss.name", f"no divergence is named {config.name!r}", hint)
-    else:
-        faults = option_faults(loss.get(config.name), config.options, "loss.", num_given=2)
-    if faults:
+    name, options = config.name, config.options
+    if name not in (choices := [*loss.names(), "cross_entropy"]):
+        hint = f"{did_you_mean(name, choices)}. Your own: KDX_PLUGINS=module"
+        raise ConfigError("loss.name", f"no divergence is named {name!r}", hint)
+    function = loss.get("forward_kl" if name == "cross_entropy" else name)  # neither of these two has options
+    if faults := option_faults(function, options, "loss.", num_given=2):
         raise together(faults)
-    if config.name != "cross_entropy":
+    if name != "cross_entropy":
         try:
-            loss.check_options(config.name, config.options)  # ranges, and what the function returns
+            loss.check_options(name, options)  # ranges, and what the function returns
         except ValueError as error:
-            hint = f"See the function {loss.get(config.name).__module__}.{config.name}"
-            raise ConfigError("loss", str(error), hint) from None
+            raise ConfigError("loss", str(error), f"See the function {function.__module__}.{name}") from None
 
 
 class Objective(nn.Module):
@@ -99,9 +89,9 @@ class Objective(nn.Module):
     model: the student. num_ids: the tokenizer's real ids; rows of the head past them are padding and are left out.
     """
 
-    def __init__(self, model: nn.Module, num_ids: int, mix: Mix, chunk_size: int | None = None) -> None:
+    def __init__(self, model: nn.Module, num_ids: int, mix: Mix) -> None:
         super().__init__()
-        self.model, self.num_ids, self.mix, self.chunk_size = model, num_ids, mix, chunk_size
+        self.model, self.num_ids, self.mix = model, num_ids, mix
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # where accelerate's FSDP wraps
 
     def forward(
@@ -113,7 +103,7 @@ class Objective(nn.Module):
         """
         hidden = counted_hidden(self.model, batch)
         head = head_of(self.model).cut(self.num_ids)
-        size = self.chunk_size or chunk_size_of(head)
+        size = chunk_size_of(head)
         return summed_loss(hidden, head, answer, batch.counted_labels, self.mix, size, factor, batch.weights)
 
 
@@ -143,19 +133,17 @@ def distillation_loss(
         loss.check_options(name, options)
     if not 0 <= alpha <= 1 or not temperature > 0:
         raise ValueError(f"alpha is {alpha} (between 0 and 1), temperature {temperature} (above 0)")
-    if alpha > 0 and (teacher_hidden is None or teacher_head is None or name == "cross_entropy"):
+    answer = None if teacher_hidden is None or teacher_head is None else Answer(teacher_hidden, teacher_head)
+    if alpha > 0 and (answer is None or name == "cross_entropy"):
         raise ValueError(f"alpha is {alpha}: it needs the teacher's hidden states, its head and a divergence")
     counted = (labels != IGNORED).nonzero().squeeze(-1)
     if num_tokens is None:
         num_tokens = len(counted)
     if len(counted) < len(labels):
         student_hidden, labels = student_hidden[counted], labels[counted]
-        if teacher_hidden is not None:
-            teacher_hidden = teacher_hidden[counted.to(teacher_hidden.device)]
-    answer = None if teacher_hidden is None or teacher_head is None else Answer(teacher_hidden, teacher_head)
-    mix = Mix(
-        name=name, alpha=alpha, temperature=temperature, scale_by_temperature=scale_by_temperature, options=options
-    )
+        if answer is not None:
+            answer = Answer(answer.hidden[counted.to(answer.hidden.device)], answer.head)
+    mix = Mix(name, alpha, temperature, scale_by_temperature, options)
     total, _ = summed_loss(student_hidden, student_head, answer, labels, mix, chunk_size, 1 / max(num_tokens, 1))
     return total
 
@@ -174,15 +162,15 @@ def summed_loss(
 
     weights: by term, a factor [N] for each position: the student's own words, say, have no cross-entropy.
     """
+    if mix.alpha == 0:
+        answer = None
     if answer is not None:  # one tokenizer, heads padded differently: keep the ids that both have
         num_ids = min(head.num_ids, answer.head.num_ids)
         head, answer = head.cut(num_ids), Answer(answer.hidden, answer.head.cut(num_ids))
-    # In float16 a gradient times 1/num_tokens would underflow: the scaler's own factor has to come first.
-    outside, inside = (factor, 1.0) if hidden.dtype == torch.float16 else (1.0, factor)
     total, kd, ce = _ChunkedSum.apply(
-        hidden, head.weight, head.bias, head, answer, labels, mix, chunk_size, inside, weights or {}
+        hidden, head.weight, head.bias, head, answer, labels, mix, chunk_size, factor, weights or {}
     )
-    return total * outside, {"kd": kd, "ce": ce}
+    return total, {"kd": kd, "ce": ce}
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -208,33 +196,34 @@ class _ChunkedSum(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=grad_dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad_dtype) if wants_bias and bias is not None else None
-        kd_sum, ce_sum = (torch.zeros((), dtype=_sum_dtype(hidden), device=hidden.device) for _ in range(2))
+        sum_dtype = torch.float32 if hidden.device.type == "mps" else torch.float64  # Apple's MPS has no float64
+        kd_sum, ce_sum = (torch.zeros((), dtype=sum_dtype, device=hidden.device) for _ in range(2))
         # backward() passes over the gradients once more on a GPU: it applies the factor there.
         factor_now, factor_later = (factor, 1.0) if hidden.device.type == "cpu" else (1.0, factor)
 
         for rows in chunks_of(len(labels), chunk_size):
             product = head.product(hidden[rows])
-            teacher_product = None
-            if mix.alpha > 0 and answer is not None:
-                teacher_product = answer.head.product(answer.hidden[rows]).to(product.device)
+            teacher_head = teacher_product = None
+            if answer is not None:
+                teacher_head = answer.head
+                teacher_product = teacher_head.product(answer.hidden[rows]).to(product.device)
             chunk_weights = {name: weight[rows] for name, weight in weights.items()}
-            teacher_head = None if teacher_product is None or answer is None else answer.head
-            sums = fused.sums(product, teacher_product, labels[rows], head, teacher_head, mix, chunk_weights)
-            if sums is not None:
-                kd_sum += sums[0]
-                ce_sum += sums[1]
+            terms = fused.terms(product, teacher_product, labels[rows], head, teacher_head, mix, chunk_weights)
+            if terms is not None:
+                kd_sum += mix.factor * terms[0].sum(dtype=sum_dtype)
+                ce_sum += terms[1].sum(dtype=sum_dtype)
                 if grad_bias is not None:
                     grad_bias += product.sum(0, dtype=grad_dtype)
             # The softmaxes pass over [n, V] many times: a few rows at once stay in the processor's cache.
-            for block in blocks_of(product) if sums is None else ():
+            for block in blocks_of(product) if terms is None else ():
                 logits = head.finish(product[block])
                 teacher_logits = None
                 if teacher_head is not None and teacher_product is not None:
                     teacher_logits = teacher_head.finish(teacher_product[block])
                 weighted = {name: weight[block] for name, weight in chunk_weights.items()}
                 kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[rows][block], mix, weighted)
-                kd_sum += kd
-                ce_sum += ce
+                kd_sum += mix.factor * kd.sum(dtype=sum_dtype)
+                ce_sum += ce.sum(dtype=sum_dtype)
                 grad = head.through(logits, grad)
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
@@ -260,7 +249,7 @@ class _ChunkedSum(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(kd_sum, ce_sum)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        total = factor * (mix.alpha * kd_sum + (1 - mix.alpha) * ce_sum)
+        total = factor * mix.loss({"kd": kd_sum, "ce": ce_sum})
         return total.to(grad_dtype), kd_sum, ce_sum
 
     @staticmethod
@@ -278,14 +267,10 @@ class _ChunkedSum(torch.autograd.Function):
 
 def chunk_size_of(head: Head) -> int:
     """Choose how many positions a chunk has by the size of their logits."""
-    return max(1, chunk_bytes(head.weight.device) // (head.compute_dtype.itemsize * head.num_ids))
-
-
-def chunk_bytes(device: torch.device) -> int:
-    """Choose the size of a chunk's product on a device."""
-    if device.type != "cuda":
-        return CHUNK_BYTES
-    return min(GPU_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
+    device, size = head.weight.device, CHUNK_BYTES
+    if device.type == "cuda":
+        size = min(GPU_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
+    return max(1, size // (head.compute_dtype.itemsize * head.num_ids))
 
 
 def chunks_of(num_rows: int, size: int) -> Iterator[slice]:
@@ -297,24 +282,17 @@ def chunks_of(num_rows: int, size: int) -> Iterator[slice]:
 
 def blocks_of(product: Tensor) -> Iterator[slice]:
     """Split the rows of a chunk [n, V] for the softmaxes, which need several float32 copies of what they work on."""
-    num_rows, row_bytes = product.shape[0], 4 * product.shape[1]
-    if product.device.type == "cpu":
-        size = max(1, CACHE_BYTES // row_bytes) * torch.get_num_threads()
-    else:
-        size = max(1, BLOCK_BYTES // row_bytes)
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of sums over positions: float64, except on Apple's MPS, which has none."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
+    is_cpu = product.device.type == "cpu"
+    size = max(1, (CACHE_BYTES if is_cpu else BLOCK_BYTES) // (4 * product.shape[1]))
+    size *= torch.get_num_threads() if is_cpu else 1
+    for start in range(0, len(product), size):
+        yield slice(start, start + size)
 
 
 def _loss_and_gradient(
     logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, mix: Mix, weights: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum one block: kd (τ² included), ce, and the gradient [n, V] of alpha·kd + (1−alpha)·ce by the logits."""
+    """Compute one block: kd (without τ²) and ce of each position, and the gradient [n, V] of the loss by the logits."""
     s1 = loss.log_probabilities(logits)
     rows = torch.arange(len(labels), device=labels.device)
     ce = -s1[rows, labels]
@@ -323,12 +301,10 @@ def _loss_and_gradient(
         t = loss.log_probabilities(teacher_logits, mix.temperature)
         s = s1 if mix.temperature == 1 else loss.log_probabilities(logits, mix.temperature)
         kd, grad = loss.value_and_gradient(mix.name, s, t, mix.options)
-        factor = mix.temperature**2 if mix.scale_by_temperature else 1.0
-        grad.mul_(mix.alpha * factor / mix.temperature)  # the logits are divided by τ on the way in
+        grad.mul_(mix.alpha * mix.factor / mix.temperature)  # the logits are divided by τ on the way in
         if "kd" in weights:
             kd = kd * weights["kd"]
             grad.mul_(weights["kd"].unsqueeze(-1))
-        kd = factor * kd.sum(dtype=_sum_dtype(logits))
     if mix.alpha < 1:
         by_label = s1.exp_()
         by_label[rows, labels] -= 1
@@ -338,4 +314,4 @@ def _loss_and_gradient(
     if "ce" in weights:
         ce = ce * weights["ce"]
     assert grad is not None
-    return kd, ce.sum(dtype=_sum_dtype(logits)), grad
+    return kd, ce, grad

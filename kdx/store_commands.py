@@ -11,7 +11,6 @@ from typing import NoReturn
 from rich.markup import escape
 from rich.table import Column, Table
 
-from kdx.build import build_teacher
 from kdx.config import Config, replaced
 from kdx.data.batches import collate
 from kdx.data.encode import load_data
@@ -23,6 +22,7 @@ from kdx.run.launch import build_accelerator
 from kdx.run.report import store_line
 from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries, working
 from kdx.store import count_rows, damaged_files
+from kdx.teacher import load_teacher
 from kdx.tokenizer import load_tokenizer, pad_id_of
 
 FILL_ROWS = 8  # rows in a pass, unless teacher.micro_batch_size says
@@ -46,7 +46,7 @@ def _fill(config: Config) -> None:
     data = load_data(config.data, shared, NUM_SAMPLES, MAX_NEW_TOKENS)
     rows = {row.digest: row for row in (*data.held_out, *data.train)}
     counted = {digest: row.num_counted for digest, row in rows.items()}
-    teacher = build_teacher(config, machine.device, max_length, counted, is_repeated=True)
+    teacher = load_teacher(config.teacher, machine.device, max_length, counted, is_repeated=True)
     if teacher is None or (store := teacher.store) is None:
         raise ConfigError("teacher", "is none, so there is nothing to store", "Choose a teacher")
     log.info("teacher cache: %s", teacher.store_words)

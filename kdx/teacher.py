@@ -1,7 +1,9 @@
 """The teacher: what it answers about a batch, from its store where every row is there, else computed live."""
 
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 from kdx.causal_lm import DTYPES, Head, attention_for, counted_hidden, device_dtype, head_of, load_causal_lm
 from kdx.config import TeacherConfig
 from kdx.data.batches import MicroBatch, merged
-from kdx.store import Identity, TeacherStore, load_head
+from kdx.run.identity import model_digest
+from kdx.store import Identity, TeacherStore, load_head, open_store
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Teacher:
     """A frozen model whose body is loaded only when a row is asked for that its store lacks.
 
     load: loads the whole model. device: where its head works if it comes from the store. rows_at_once: of its pass, by
-    default the student's.
+    default the student's. store_words: where the store is, or why there is none.
     """
 
     def __init__(
@@ -36,11 +39,10 @@ class Teacher:
         store: TeacherStore | None = None,
         device: torch.device | None = None,
         rows_at_once: int | None = None,
+        store_words: str = "off",
     ) -> None:
-        self.identity, self.store, self.rows_at_once = identity, store, rows_at_once
-        self.store_words = "off"  # where the store is, or why there is none
+        self.identity, self.store, self.rows_at_once, self.store_words = identity, store, rows_at_once, store_words
         self._load = load
-        self._model: Any = None
         stored = load_head(store.folder) if store else None
         if stored:
             self.head, self.num_parameters = stored[0].to(device), stored[1]
@@ -49,29 +51,14 @@ class Teacher:
             if store:
                 store.save_head(self.head, self.num_parameters)
 
-    @property
+    @cached_property
     def model(self) -> Any:
         """The whole model, loaded when it is first asked for. Raises ModelError or MachineError."""
-        if self._model is None:
-            self._model = self._load().requires_grad_(False).eval()
-        return self._model
+        return self._load().requires_grad_(False).eval()
 
     @property
     def is_loaded(self) -> bool:
-        return self._model is not None
-
-    def load(self) -> None:
-        """Load the body now, so that what is wrong with it shows before training. Raises ModelError or MachineError."""
-        _ = self.model
-
-    def free(self) -> None:
-        """Let go of the body; the head stays."""
-        self._model = None
-
-    def close(self) -> None:
-        """Flush the store."""
-        if self.store is not None:
-            self.store.close()
+        return "model" in vars(self)
 
     def answers(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Answer]:
         """Yield the answer to each micro-batch; several are computed in one pass if `rows_at_once` allows."""
@@ -87,13 +74,9 @@ class Teacher:
         """Answer a batch; if the store lacks one of its rows all are computed, in one layout, and stored."""
         if self.store is None:
             return Answer(self.live(batch), self.head)
-        if (rows := self.store.read(batch.row_digests)) is not None:
-            return Answer(joined(rows, self.head.weight.device), self.head)
-        hidden = self.live(batch)
-        computed = hidden.cpu().split(batch.num_counted)
-        settled = self.store.write(batch.row_digests, computed)
-        is_as_computed = all(one is other for one, other in zip(settled, computed, strict=True))
-        return Answer(hidden if is_as_computed else torch.cat(settled), self.head)
+        if (rows := self.store.read(batch.row_digests)) is None:
+            rows = self.store.write(batch.row_digests, self.live(batch).cpu().split(batch.num_counted))
+        return Answer(joined(rows, self.head.weight.device), self.head)
 
     @torch.no_grad()
     def live(self, batch: MicroBatch) -> Tensor:
@@ -112,22 +95,27 @@ def joined(rows: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.cat(list(rows), out=pinned).to(device, non_blocking=True)
 
 
-def dtype_of(config: TeacherConfig, device: torch.device) -> str:
-    """Choose the dtype of the frozen weights on a device."""
-    return device_dtype(device) if config.precision == "auto" else config.precision
-
-
 def load_teacher(
-    config: TeacherConfig, device: torch.device, max_length: int, identity: Identity, store: TeacherStore | None = None
-) -> Teacher:
-    """Return the frozen teacher on a device, or spread over all. Raises ModelError or MachineError."""
+    config: TeacherConfig, device: torch.device, max_length: int, rows: dict[str, int], *, is_repeated: bool
+) -> Teacher | None:
+    """Open the teacher's store for these rows, and load the teacher if it lacks one; None without a teacher.
+
+    rows: digest → counted positions. is_repeated: whether rows are asked for more than once. The model is on the
+    device, or spread over all. Raises ModelError, or MachineError if the store must be on and has no room.
+    """
+    if config.path is None:
+        return None
+    digest = model_digest(config, "teacher") or uuid.uuid4().hex  # unknown: equal to nothing
+    dtype = device_dtype(device) if config.precision == "auto" else config.precision
+    identity = Identity(digest, dtype, config.quantization)
+    store, store_words = open_store(config, identity, rows, is_repeated=is_repeated)
 
     def load() -> Any:
         device_map = config.device_map or (None if config.quantization == "none" else str(device))
         model = load_causal_lm(
             config,
             "teacher",
-            dtype=DTYPES[identity.dtype],
+            dtype=DTYPES[dtype],
             attn_implementation=attention_for(config, device, max_length),
             quantization=config.quantization,
             device_map=device_map,
@@ -135,4 +123,7 @@ def load_teacher(
         return model if device_map else model.to(device)
 
     rows_at_once = None if config.micro_batch_size == "auto" else int(config.micro_batch_size)
-    return Teacher(load, identity, store=store, device=device, rows_at_once=rows_at_once)
+    teacher = Teacher(load, identity, store=store, device=device, rows_at_once=rows_at_once, store_words=store_words)
+    if store and store.missing(list(rows)):
+        _ = teacher.model  # what is wrong with the model shows now, not in the middle of the run
+    return teacher

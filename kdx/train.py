@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
-from kdx.build import num_steps
 from kdx.config import Config, TrainConfig
 from kdx.data.batches import Batches, StepBatch
+from kdx.data.encode import Data
 from kdx.errors import DivergedError, MachineError
-from kdx.evaluate import Judge, Measures, peak_memory
+from kdx.evaluate import Judge, peak_memory
 from kdx.objective import Objective
 from kdx.optim import build_optimizer, build_schedule
 from kdx.run import checkpoint, sharding
@@ -35,6 +36,7 @@ log = logging.getLogger("kdx")
 
 LIBRARIES = ("kdx", "torch", "transformers", "accelerate", "tokenizers", "bitsandbytes")
 HINT = "Lower optim.lr, raise optim.warmup_steps, use train.precision=fp32, or train.on_nonfinite=skip"
+TERMS = {"kd": "the distillation term", "ce": "the cross-entropy"}
 
 
 @dataclass
@@ -44,80 +46,64 @@ class State:
     step: int = 0
     tokens: int = 0  # input tokens without padding
     counted_tokens: int = 0  # those in the loss
-    best: float | None = None  # held-out measure
+    seconds: float = 0.0  # spent in steps, without measuring and saving
+    window: list[dict[str, Any]] = field(default_factory=list)  # steps since the last line of metrics
+    best: float = math.inf  # held-out measure
     best_step: int = 0
     num_worse: int = 0  # held-out measures in a row without improvement
     measured: int = 0  # the last step with held-out measures
-    saved: int = 0  # the last step with a checkpoint
-    lines: int = 0  # bytes of metrics.jsonl
-    stopped_by: str = "max_steps"
-    kept_step: int = 0  # whose weights became the student
-    seconds: float = 0.0  # spent in steps, without measuring and saving
-    step_seconds: list[float] = field(default_factory=list)
-    window: list[dict[str, Any]] = field(default_factory=list)  # steps since the last line of metrics
     num_nonfinite: int = 0  # steps that were skipped
+    lines: int = 0  # bytes of metrics.jsonl
     versions: dict[str, str] = field(default_factory=dict)
     other_versions: list[str] = field(default_factory=list)  # with which a part of the run was made
 
-    def count(self, batch: StepBatch, values: dict[str, float], lr: float, seconds: float, *, is_skipped: bool) -> None:
-        """Count one finished step. values: its terms and grad_norm; those of a skipped step count in no mean."""
+    def count(self, batch: StepBatch, values: dict[str, float], seconds: float, *, is_skipped: bool) -> None:
+        """Count one finished step. values: its terms, norm and rate; those of a skipped step count in no mean."""
         self.step += 1
         self.tokens += batch.num_input_tokens
         self.counted_tokens += batch.num_tokens
         self.seconds += seconds
-        self.step_seconds = [*self.step_seconds[-199:], seconds]  # enough for a median
-        part: dict[str, Any] = {
-            "counted": batch.num_tokens,
-            "tokens": batch.num_input_tokens,
-            "seconds": seconds,
-            **values,
-        }
-        if is_skipped:
-            part = dict.fromkeys(part, 0) | {"grad_norm": None}
-        elif not math.isfinite(part["grad_norm"]):  # of fp16, whose scaler skips such a step by itself
-            part["grad_norm"] = None
-        self.window.append(part | {"lr": lr, "epoch": batch.epoch})
-
-    def is_out_of_patience(self, config: TrainConfig) -> bool:
-        """Return whether the held-out measure has not improved for `train.early_stopping.patience` measures."""
-        patience = config.early_stopping.patience
-        return patience is not None and self.num_worse >= patience
+        counted = 0 if is_skipped else batch.num_tokens
+        part = {"counted": counted, "tokens": batch.num_input_tokens, "seconds": seconds, "epoch": batch.epoch}
+        self.window.append(part | values)
 
 
+@dataclass(eq=False)
 class Training:
-    """The student with its optimizer, schedule and batches, and the state of its training.
+    """The parts of a run: the student with its optimizer, schedule and batches, and the state of its training.
 
     student: the whole model, to be measured and saved; the same as objective.model, but under FSDP.
     versions: of what decides the last bits of a run; a run that is resumed with others says so.
     is_finished: whether the student was trained, and saved, before this process started.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        objective: Objective,
-        teacher: Teacher | None,
-        batches: Batches,
-        tokenizer: Any,
-        max_length: int,
-        machine: Accelerator,
-    ) -> None:
-        self.config, self.objective, self.teacher, self.batches = config, objective, teacher, batches
-        self.tokenizer, self.max_length, self.machine = tokenizer, max_length, machine
-        self.max_steps = num_steps(config.train, batches)
+    config: Config
+    data: Data
+    tokenizer: Any
+    max_length: int
+    batches: Batches
+    max_steps: int
+    teacher: Teacher | None
+    objective: Objective
+    machine: Accelerator
+
+    def __post_init__(self) -> None:
+        config, objective, machine = self.config, self.objective, self.machine
         optimizer = build_optimizer(config.optim, objective)
         self.schedule = build_schedule(config.optim, optimizer, self.max_steps)
         self.module, self.optimizer, self.student = sharding.prepare(machine, objective, optimizer)
         self.whole = partial(sharding.whole, objective, self.student)
         torch.manual_seed(config.train.seed + machine.process_index)  # dropout; fresh weights are drawn by now
-        stored = "on" if teacher and teacher.store else "off"
+        plain = "fp64" if config.train.precision == "fp64" else "fp32"
+        mixed = machine.mixed_precision
         self.versions = {name: version(name) for name in LIBRARIES}
-        self.versions |= {"teacher.store": stored, "precision": precision_of(config, machine)}
+        self.versions["teacher.store"] = "on" if self.teacher and self.teacher.store else "off"
+        self.versions["precision"] = plain if mixed == "no" else f"{mixed} autocast over fp32 weights"
         self.save_dtype = saved_dtype(config.student, config.teacher)
         self.state = State(versions=self.versions)
         self.is_finished = False
         self.is_save_due = False  # by train.save_minutes
-        self._saved_at = time.monotonic()
+        self._saved_step, self._saved_at = 0, time.monotonic()
 
     def restore(self, folder: RunFolder) -> bool:
         """Load a finished training, or the newest whole checkpoint → False at step 0. Raises KdxError."""
@@ -139,12 +125,11 @@ class Training:
         return True
 
     def _resume(self, folder: RunFolder, newest: Path) -> None:
-        def set_state(state: Any) -> None:
-            sharding.set_optimizer_state(self.objective, self.optimizer, state)
-
+        set_state = partial(sharding.set_optimizer_state, self.objective, self.optimizer)
         rank, scaler = self.machine.process_index, self.machine.scaler
         kept = checkpoint.load(newest, self.student, set_state, self.schedule, rank=rank, scaler=scaler)
         self.state = state = self._read_state(kept, newest / "state.json")
+        self._saved_step = state.step
         notes = [
             f"{name} {was} up to step {state.step}, then {self.versions[name]}"
             for name, was in state.versions.items()
@@ -152,8 +137,7 @@ class Training:
         ]
         if notes:
             log.warning("this run no longer repeats bit for bit: %s", "; ".join(notes))
-        state.other_versions += notes
-        state.versions, state.stopped_by = self.versions, "max_steps"
+        state.versions, state.other_versions = self.versions, [*state.other_versions, *notes]
         self.machine.wait_for_everyone()  # all may read the best weights at once, if no step is left
         log.info("resuming from %s", newest)
 
@@ -162,14 +146,13 @@ class Training:
             raise MachineError(str(file), "was written by another version of kdx", "Resume with that version")
         return State(**kept)
 
-    def save(self, folder: RunFolder, *, unless_there: bool = False) -> None:
-        """Write a checkpoint of this step. All processes must call it. Raises MachineError."""
-        if unless_there and self.state.saved == self.state.step:
+    def save(self, folder: RunFolder) -> None:
+        """Write a checkpoint of this step unless it is there. All processes must call it. Raises MachineError."""
+        if self._saved_step == self.state.step:
             return
         if self.teacher and self.teacher.store:
             self.teacher.store.flush()  # a resumed run reads the same rows
         random_states = gather_object([checkpoint.random_state()])
-        self.state.saved = self.state.step
         optimizer = sharding.optimizer_state(self.objective, self.optimizer)
         with self.whole():
             if self.machine.is_main_process:
@@ -181,30 +164,25 @@ class Training:
                     self.schedule,
                     asdict(self.state),
                     random_states,
-                    lambda path: describe(self.student, self.tokenizer, path),
+                    partial(describe, self.student, self.tokenizer),
                     scaler=self.machine.scaler,
                 )
         self.machine.wait_for_everyone()
-        self._saved_at, self.is_save_due = time.monotonic(), False
+        self._saved_step, self._saved_at, self.is_save_due = self.state.step, time.monotonic(), False
 
-    def measure(self, judge: Judge) -> Measures:
-        """Take the held-out measures of the student as it is."""
+    def measure(self, judge: Judge, folder: RunFolder) -> dict[str, float | None]:
+        """Take the held-out measures of the student as it is, and keep its weights if they are the best so far."""
+        state, config = self.state, self.config.train
         with self.whole():
-            return judge(self.student)
-
-    def keep_if_best(self, measures: Measures, folder: RunFolder) -> None:
-        """Note whether the held-out measure improved, and keep the weights if they may become the student."""
-        means, state, config = measures.means(), self.state, self.config.train
-        value = means["kl"] if means["kl"] is not None else means["ce"]
-        best = math.inf if state.best is None else state.best
-        if value is not None and value < best - config.early_stopping.min_delta:
-            state.best, state.best_step, state.num_worse = value, state.step, 0
-            if config.keep == "best":
-                with self.whole():
-                    if self.machine.is_main_process:
-                        checkpoint.save_weights(checkpoint.best_file(folder.path), self.student)
-        else:
-            state.num_worse += 1
+            means = judge(self.student).means()
+            value = means["kl"] if means["kl"] is not None else means["ce"]
+            state.measured, state.num_worse = state.step, state.num_worse + 1
+            if value is not None and value < state.best - config.early_stopping.min_delta:
+                state.best, state.best_step, state.num_worse = value, state.step, 0
+                if config.keep == "best" and self.machine.is_main_process:
+                    checkpoint.save_weights(checkpoint.best_file(folder.path), self.student)
+        self.objective.train()
+        return means
 
     def forward_backward(self, batch: StepBatch, stop: StopRequest) -> tuple[dict[str, float], float]:
         """Accumulate one step's gradient and clip it → each term's mean over the step's counted positions, and the norm.
@@ -213,57 +191,49 @@ class Training:
         """
         machine, config = self.machine, self.config.train
         factor = machine.num_processes / max(batch.num_tokens, 1)  # DDP and FSDP average gradients over processes
-        asks = self.teacher is not None and self.objective.mix.alpha > 0
-        answers = self.teacher.answers(batch.micro_batches) if self.teacher and asks else repeat(None)
-        sums, names = [], []
+        is_taught = self.teacher and self.objective.mix.alpha > 0
+        answers = self.teacher.answers(batch.micro_batches) if self.teacher and is_taught else repeat(None)
+        self._parts: list[dict[str, Tensor]] = []  # the sum of each term, by micro-batch
         for i, (micro_batch, answer) in enumerate(zip(batch.micro_batches, answers, strict=False), 1):
             # FSDP reduces each time: it would keep whole gradients otherwise, and saving memory is what it is for.
             is_reduced = i == len(batch.micro_batches) or machine.is_fsdp2
             with nullcontext() if is_reduced else machine.no_sync(self.module):
                 total, terms = self.module(micro_batch.to(machine.device), answer, factor)
                 machine.backward(total)
-            names = [*terms]
-            sums.append(torch.stack([*terms.values()]))
-        self._sums = torch.stack(sums)  # [micro-batches, terms]
+            self._parts.append(terms)
+        sums = torch.stack([torch.stack([*terms.values()]) for terms in self._parts]).sum(0)
         is_late = time.monotonic() - self._saved_at > 60 * (config.save_minutes or math.inf)
-        flags = sums[0].new_tensor([stop.signal is not None, is_late and machine.is_main_process])
-        reduced = machine.reduce(torch.cat([self._sums.sum(0), flags]), reduction="sum")
+        flags = sums.new_tensor([stop.signal is not None, is_late and machine.is_main_process])
+        reduced = machine.reduce(torch.cat([sums, flags]), reduction="sum")
         clipped = machine.clip_grad_norm_(self.objective.parameters(), config.max_grad_norm or math.inf)
         *values, asked, is_late, norm = torch.cat([reduced, sharding.plain(clipped).to(reduced)[None]]).tolist()
         stop.is_agreed = bool(asked)
         self.is_save_due = bool(is_late)
-        return {name: value / max(batch.num_tokens, 1) for name, value in zip(names, values, strict=True)}, norm
+        return {name: value / max(batch.num_tokens, 1) for name, value in zip(terms, values, strict=True)}, norm
 
     def update(self, batch: StepBatch, terms: dict[str, float], norm: float) -> bool:
         """Step optimizer and schedule → False if the step is not finite and was skipped. Raises DivergedError."""
-        is_finite = self.is_finite(terms, norm)
-        if is_finite:
-            self.optimizer.step()
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        if not math.isfinite(norm) and self.machine.scaler is None:  # the scaler of fp16 skips such a step by itself
+            bad.append("gradient")
+        if bad:
+            self._skip_or_stop(batch, bad[0])
         else:
-            self._skip_or_stop(batch, terms)
-        if not (is_finite and self.machine.optimizer_step_was_skipped):
+            self.optimizer.step()
+        if bad or not self.machine.optimizer_step_was_skipped:
             self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return is_finite
+        return not bad
 
-    def is_finite(self, terms: dict[str, float], norm: float) -> bool:
-        """Return whether a step may change the weights. The scaler of fp16 skips gradients that overflow by itself."""
-        return all(map(math.isfinite, terms.values())) and (self.machine.scaler is not None or math.isfinite(norm))
-
-    def _skip_or_stop(self, batch: StepBatch, terms: dict[str, float]) -> None:
+    def _skip_or_stop(self, batch: StepBatch, name: str) -> None:
         """Skip a step that is not finite, and say which rows it had. Raises DivergedError unless steps may be skipped."""
         state, config = self.state, self.config.train
-        bad = [name for name, value in terms.items() if not math.isfinite(value)]
-        names = {"kd": "the distillation term", "ce": "the cross-entropy"}
-        what = names.get(bad[0], bad[0]) if bad else "the gradient"
-        rows = batch.where
-        if bad:  # name the rows of the micro-batches whose sum is not finite
-            is_bad = (~self._sums[:, [*terms].index(bad[0])].isfinite()).tolist()
-            parts = zip(batch.micro_batches, is_bad, strict=True)
-            rows = [where for micro_batch, is_one in parts if is_one for where in micro_batch.where if where]
-        rows = gather_object(rows)
+        parts = zip(batch.micro_batches, self._parts, strict=True)  # of a term, those where its sum is not finite
+        is_bad = [micro for micro, terms in parts if name not in terms or not terms[name].isfinite()]
+        rows = gather_object([where for micro_batch in is_bad for where in micro_batch.where if where])
         more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-        what += f" is not finite; the weights are still those of step {state.step} (rows: {', '.join(rows[:8])}{more})"
+        what = f"{TERMS.get(name, f'the {name}')} is not finite; the weights are still those of step {state.step}"
+        what += f" (rows: {', '.join(rows[:8])}{more})"
         if config.on_nonfinite == "stop" or state.num_nonfinite >= config.max_nonfinite:
             if config.on_nonfinite == "skip":
                 what += f"; {state.num_nonfinite} steps were skipped before (train.max_nonfinite)"
@@ -273,18 +243,19 @@ class Training:
             self.machine.scaler.update()
         log.warning("step %d is skipped: %s", state.step + 1, what)
 
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights become the student."""
+        return self.state.step if self.config.train.keep == "last" else self.state.best_step
+
     def choose_weights(self, folder: RunFolder) -> None:
         """Leave the last or the best weights in the whole student. Raises DivergedError if no measure was finite."""
         sharding.gather(self.objective, self.student)
-        state = self.state
-        state.kept_step = state.step
-        if self.config.train.keep == "last" or state.step == 0:
-            return
-        state.kept_step = state.best_step
-        if state.best_step == 0:
+        step = self.state.step
+        if self.kept_step == 0 < step:
             hint = "Lower optim.lr, or set train.keep=last"
-            raise DivergedError(f"step {state.step}", "no held-out measure was finite, so there is no best step", hint)
-        if state.best_step != state.step:
+            raise DivergedError(f"step {step}", "no held-out measure was finite, so there is no best step", hint)
+        if self.kept_step < step:
             checkpoint.load_weights(checkpoint.best_file(folder.path), self.student)
 
 
@@ -294,6 +265,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
     The loop runs once more than there are steps, so that the last step is logged and measured like any other.
     """
     state, config = run.state, run.config.train
+    patience = config.early_stopping.patience or math.inf
     keep_memory(run.machine.device.type)
     run.objective.train()
     try:
@@ -309,18 +281,16 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
             # Measure once in a while. The end of the run is measured after the student is saved.
             is_due = config.eval_every and state.step % config.eval_every == 0
             if is_due and state.measured < state.step < run.max_steps:
-                measures = run.measure(judge)
-                run.keep_if_best(measures, folder)
-                state.measured = state.step
-                tracker.log(state, {f"eval/{name}": value for name, value in measures.named().items()})
+                measures = run.measure(judge, folder)
+                tracker.log(state, {f"eval/{name}": value for name, value in measures.items()})
 
             # Save once in a while.
             is_due = config.save_every and state.step % config.save_every == 0
-            if (is_due or run.is_save_due) and state.saved < state.step < run.max_steps:
+            if (is_due or run.is_save_due) and state.step < run.max_steps:
                 run.save(folder)
 
             # Stop at the end, or when the held-out measure no longer improves.
-            if batch is None or state.is_out_of_patience(config):
+            if batch is None or state.num_worse >= patience:
                 break
 
             # One step: sums over micro-batches and processes, one division by the counted tokens of the whole step.
@@ -328,51 +298,47 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
             terms, norm = run.forward_backward(batch, stop)
             is_finite = run.update(batch, terms, norm)
             seconds = time.perf_counter() - started
-            state.count(batch, terms | {"grad_norm": norm}, lr, seconds, is_skipped=not is_finite)
+            state.count(batch, terms | {"grad_norm": norm, "lr": lr}, seconds, is_skipped=not is_finite)
             tracker.advance(state.step, run.objective.mix.loss(terms), batch.num_input_tokens / seconds)
             folder.at(state.step)
-        finish(run, judge, folder)
+
+        # The weights of the last step may be the best. They are saved first: nothing is lost if measuring fails.
+        if config.keep == "best" and state.measured < state.step:
+            run.save(folder)
+            run.measure(judge, folder)
+        if config.keep_checkpoints:
+            run.save(folder)
         if state.window:  # after the last checkpoint: a longer run from there logs at other steps
             tracker.log(state, means(run))
     except Stopped:
-        run.save(folder, unless_there=True)
+        run.save(folder)
         raise
-
-
-def finish(run: Training, judge: Judge, folder: RunFolder) -> None:
-    """Measure the last step if its weights may be the best, and write a last checkpoint if checkpoints are kept."""
-    state, config = run.state, run.config.train
-    if state.step < run.max_steps:
-        state.stopped_by = "early_stopping"
-    elif config.keep == "best" and state.step > 0:
-        run.save(folder, unless_there=True)  # nothing is lost if measuring fails
-        run.keep_if_best(run.measure(judge), folder)
-    if config.keep_checkpoints:
-        run.save(folder, unless_there=True)
 
 
 def means(run: Training) -> dict[str, float | None]:
     """Average the steps since the last line of metrics, weighted by their counted tokens, and start anew."""
-    window, mix = run.state.window, run.objective.mix
-    counted, seconds = (sum(part[name] for part in window) for name in ("counted", "seconds"))
-    terms = {name: sum(part[name] * part["counted"] for part in window) / max(counted, 1) for name in mix.weights}
-    is_used = {name: bool(counted) and (name == "ce" or weight > 0) for name, weight in mix.weights.items()}
-    tokens, last = sum(part["tokens"] for part in window), window[-1]
+    window, mix, last = run.state.window, run.objective.mix, run.state.window[-1]
+    used = [part for part in window if part["counted"]]
     window.clear()
+    counted, tokens, seconds = (sum(part[name] for part in used) for name in ("counted", "tokens", "seconds"))
+    terms = {name: sum(part[name] * part["counted"] for part in used) / max(counted, 1) for name in mix.weights}
     return {
-        "train/loss": mix.loss(terms) if counted else None,
-        **{f"train/{name}": value if is_used[name] else None for name, value in terms.items()},
-        "speed/tokens_per_second": tokens / seconds if counted else None,
-        **{f"train/{name}": last[name] for name in ("lr", "grad_norm", "epoch")},
+        "train/loss": mix.loss(terms) if used else None,
+        **{f"train/{k}": value if used and (k == "ce" or mix.weights[k] > 0) else None for k, value in terms.items()},
+        "speed/tokens_per_second": tokens / seconds if used else None,
+        "train/lr": last["lr"],
+        "train/grad_norm": last["grad_norm"] if math.isfinite(last["grad_norm"]) else None,
+        "train/epoch": last["epoch"],
         "memory/peak_bytes": peak_memory(run.machine.device),
     }
 
 
-def precision_of(config: Config, machine: Accelerator) -> str:
-    """Say what the student computes in."""
-    if machine.mixed_precision in ("bf16", "fp16"):
-        return f"{machine.mixed_precision} autocast over fp32 weights"
-    return "fp64" if config.train.precision == "fp64" else "fp32"
+def num_steps(config: TrainConfig, batches: Batches) -> int:
+    """Return the number of optimizer steps of a run."""
+    if config.max_steps is not None:
+        return config.max_steps
+    assert config.epochs is not None
+    return math.ceil(config.epochs * batches.steps_per_epoch - 1e-9)  # 0.07 · 100 is 7 steps
 
 
 def num_bytes(file: Path) -> int:

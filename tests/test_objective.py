@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from standins import write_tokenizer
-from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kdx import fused, loss, objective
@@ -105,11 +104,8 @@ def test_any_chunk_size_gives_the_plain_value_and_gradients(name, dtype, toleran
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("jsd", {"beta": 0}),
         ("jsd", {"beta": 0.2}),
-        ("jsd", {"beta": 1}),
         ("skew_forward_kl", {"skew": 0.6}),
-        ("skew_reverse_kl", {"skew": 0.6}),
         ("adaptive_kl", {"head_mass": 0.8}),
     ],
 )
@@ -118,18 +114,6 @@ def test_options_reach_the_divergence(name, options, alpha):
     case = Case()
     expected = case.value_and_gradients(case.plain(name, alpha, **options))
     assert_close(case.value_and_gradients(case.loss(name=name, alpha=alpha, chunk_size=3, **options)), expected, 1e-9)
-
-
-@each_name
-def test_gradcheck(name):
-    case = Case(n=3, v=6, softcap=3.0, scale=0.5)
-    case.labels[1] = IGNORED
-
-    def value(hidden, weight, bias):
-        case.hidden, case.weight, case.bias = hidden, weight, bias
-        return case.loss(name=name, chunk_size=2)
-
-    assert torch.autograd.gradcheck(value, case.leaves)
 
 
 @each_name
@@ -163,15 +147,6 @@ def test_cross_entropy_alone_is_torchs():
 
 
 @each_name
-def test_one_set_of_hidden_states_serves_every_temperature(name):
-    # what a teacher's kept answers must allow; the top of a distribution at τ = 1 does not
-    case = Case()
-    for temperature in (0.5, 1.0, 3.0):
-        expected = case.value_and_gradients(case.plain(name, temperature=temperature))
-        assert_close(case.value_and_gradients(case.loss(name=name, temperature=temperature)), expected, 1e-9)
-
-
-@each_name
 @pytest.mark.parametrize("chunk_size", [16, 64])
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_bf16_is_no_further_from_float64_than_plain_bf16(name, chunk_size, alpha):
@@ -198,26 +173,6 @@ def test_the_denominator_is_not_rounded_to_bf16():
     sums = case.value_and_gradients(case.loss(num_tokens=1))
     means = case.value_and_gradients(case.loss(num_tokens=1021))  # 1/1021 is 0.2 % off in bf16
     torch.testing.assert_close(means[1], (sums[1].double() / 1021).bfloat16(), rtol=0, atol=0)
-
-
-def test_the_denominator_does_not_underflow_in_float16():
-    """What a scaler multiplies the loss by reaches the gradients before they are rounded."""
-    case, scale = Case(dtype=torch.float16), 2**20
-    expected = case.value_and_gradients(case.loss(num_tokens=1))
-    torch.testing.assert_close(case.value_and_gradients(case.loss(num_tokens=scale) * scale), expected, rtol=0, atol=0)
-
-
-@each_name
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)])
-def test_teacher_and_student_may_differ_in_dtype(name, dtypes):
-    exact = Case()
-    exact.teacher_hidden = exact.teacher_hidden.bfloat16().double()
-    exact.teacher_head = Head(*(x.bfloat16().double() for x in (exact.teacher_head.weight, exact.teacher_head.bias)))
-    case, other = (exact.to(dtype) for dtype in dtypes)
-    case.teacher_hidden, case.teacher_head = other.teacher_hidden, other.teacher_head
-    got = case.value_and_gradients(case.loss(name=name))
-    assert {x.dtype for x in got} == {dtypes[0]}
-    assert_close(got, exact.value_and_gradients(exact.plain(name)), 0.05 if torch.bfloat16 in dtypes else 2e-4)
 
 
 # ---- masks and the denominator
@@ -264,26 +219,6 @@ def test_weights_of_positions_are_those_of_the_plain_loop(name, alpha):
     for chunk_size in (2, N):
         got = case.value_and_gradients(weighted(case, weights, chunk_size, name, alpha))
         assert_close(got, expected, 1e-9)
-
-
-def test_a_term_without_weights_weighs_1_everywhere():
-    case = Case()
-    expected = case.value_and_gradients(case.loss(alpha=0.6))
-    assert_close(case.value_and_gradients(weighted(case, {}, N, "forward_kl", 0.6)), expected, 1e-12)
-    half = {"ce": torch.full((N,), 0.5).double()}
-    got = weighted(case, half, 3, "forward_kl", 0.6)
-    torch.testing.assert_close(got, case.plain("forward_kl", 0.6, weights=half))
-
-
-def test_gradcheck_with_weights():
-    case = Case(n=3, v=6)
-    weights = {"kd": torch.tensor([0.5, 2, 0]).double(), "ce": torch.tensor([1.0, 0, 3]).double()}
-
-    def value(hidden, weight, bias):
-        case.hidden, case.weight, case.bias = hidden, weight, bias
-        return weighted(case, weights, 2, "reverse_kl", 0.6)
-
-    assert torch.autograd.gradcheck(value, case.leaves)
 
 
 def weighted(case, weights, chunk_size, name, alpha):
@@ -368,33 +303,11 @@ def test_mixed_precision_matches_heads_in_that_precision():
 # ---- own losses, errors, words
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    """A copy of the registry, so that a test's own losses are gone after it."""
-    monkeypatch.setattr(loss, "_REGISTRY", dict(loss._REGISTRY))
-
-
-def test_own_loss_with_its_options(registry):
-    @loss.register
-    def squared_gap(student, teacher, power: float = 2.0):
-        return (student.exp() - teacher.exp()).abs().pow(power).sum(-1)
-
-    case = Case()
-    student, teacher = case.logits()
-    gaps = ((student / 3).softmax(-1) - (teacher / 3).softmax(-1)).abs() ** 4
-    expected = case.value_and_gradients(9 * gaps.sum(-1).mean())
-    got = case.loss(name="squared_gap", alpha=1.0, temperature=3.0, chunk_size=2, power=4.0)
-    assert_close(case.value_and_gradients(got), expected, 1e-9)
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"name": "kl"}, "choices: adaptive_kl, forward_kl"),
-        ({"name": "jsd", "gamma": 1}, "its options: beta"),
-        ({"name": "jsd", "beta": 2}, "between 0 and 1"),
         ({"alpha": 1.5}, r"alpha is 1\.5 \(between 0 and 1\)"),
-        ({"alpha": -0.1}, "between 0 and 1"),
         ({"temperature": 0.0}, r"temperature 0\.0 \(above 0\)"),
         ({"name": "cross_entropy", "alpha": 0.5}, "it needs the teacher's hidden states, its head and a divergence"),
     ],
@@ -533,10 +446,11 @@ def gradients(model):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("micro_batch_size", [8, 4, 1])
-def test_any_split_gives_the_same_gradient(accelerator, teacher, kind, alpha, micro_batch_size):
+def test_any_split_gives_the_same_gradient(accelerator, teacher, monkeypatch, kind, alpha, micro_batch_size):
+    monkeypatch.setattr(objective, "chunk_size_of", lambda head: 5)
     expected, expected_loss = naive_step(student_model(kind=kind), teacher.model, alpha, 2.0)
     model = student_model(kind=kind)
-    module = Objective(model, NUM_IDS, Mix(alpha=alpha, temperature=2.0), chunk_size=5)
+    module = Objective(model, NUM_IDS, Mix(alpha=alpha, temperature=2.0))
     step = step_of(ROWS, micro_batch_size)
     assert step.num_tokens == sum(sum(row.counted[1:]) for row in ROWS)
     assert (
@@ -600,40 +514,6 @@ def test_the_end_of_a_turn_counts_though_it_pads(teacher):
         assert (other - ce).abs() > 0.5
 
 
-def test_hooks_of_the_wrapper_see_every_gradient(tmp_path, teacher):
-    # DDP syncs in hooks that fire only if its own forward runs and every parameter is inside of it
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        expected, _ = naive_step(student_model(), teacher.model, 0.6, 2.0)
-        model = student_model()
-        module = nn.parallel.DistributedDataParallel(Objective(model, NUM_IDS, Mix(alpha=0.6, temperature=2.0)))
-        seen = []
-
-        def halve(_, bucket):
-            seen.extend(bucket.parameters())
-            done = torch.futures.Future()
-            done.set_result(bucket.buffer() / 2)
-            return done
-
-        module.register_comm_hook(None, halve)
-        batch = collate(ROWS, END)
-        total, _ = module(batch, teacher.answer(batch))
-        (total / len(batch.counted_labels)).backward()
-        assert {id(p) for p in seen} == {id(p) for p in model.parameters()}
-        assert_close(gradients(model), [g / 2 for g in expected], 1e-9)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_the_teacher_gets_no_gradient(teacher):
-    batch = collate(ROWS, END)
-    module = Objective(student_model(), NUM_IDS, Mix(alpha=0.6))
-    answer = teacher.answer(batch)
-    assert not answer.hidden.requires_grad
-    module(batch, answer)[0].backward()
-    assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
-
-
 # ---- any shape
 
 
@@ -677,26 +557,15 @@ def test_chunks_are_all_rows_in_order_and_of_nearly_one_length(num_rows, size):
     assert len(lengths) == -(-num_rows // size)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_how_many_rows_a_block_has_changes_nothing(monkeypatch, softcap):
+@pytest.mark.parametrize("how", [{}, {"softcap": 3.0}])
+@pytest.mark.parametrize(("cache_bytes", "head_rows"), [(1, 2), (4 * V * 3, 7)])
+def test_how_many_rows_a_block_has_changes_nothing(monkeypatch, how, cache_bytes, head_rows):
     """Softmaxes are taken a block of rows at a time, in place of the product; the head's gradient some ids at a time."""
-    told = []
-    for cache_bytes, head_rows in ((1, 2), (4 * 11 * 3, 7), (2**20, 11)):
-        monkeypatch.setattr(objective, "CACHE_BYTES", cache_bytes)
-        monkeypatch.setattr(objective, "HEAD_ROWS", head_rows)
-        torch.manual_seed(0)
-        hidden = torch.randn(13, 5, dtype=torch.float64, requires_grad=True)
-        weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((11, 5), (11,)))
-        teacher = Head(torch.randn(11, 4, dtype=torch.float64))
-        labels = torch.randint(0, 11, (13,))
-        total = distillation_loss(
-            hidden, Head(weight, bias, softcap=softcap), torch.randn(13, 4, dtype=torch.float64), teacher, labels,
-            alpha=0.4, temperature=2.0, chunk_size=6,
-        )  # fmt: skip
-        told.append((total, *torch.autograd.grad(total, (hidden, weight, bias))))
-    for other in told[1:]:
-        for one, two in zip(told[0], other, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+    case = Case(n=13, **how)
+    whole = case.value_and_gradients(case.loss(chunk_size=6))
+    monkeypatch.setattr(objective, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(objective, "HEAD_ROWS", head_rows)
+    assert_close(case.value_and_gradients(case.loss(chunk_size=6)), whole, 1e-12)
 
 
 def test_merged_micro_batches_are_one_batch_of_all_rows(teacher):

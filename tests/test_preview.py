@@ -1,5 +1,7 @@
 """kdx check: what a run would be, without training."""
 
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -8,52 +10,50 @@ from processes import in_process
 from runs import config_of, words_of
 from transformers import AutoTokenizer
 
-from kdx import build, check
+from kdx import check
 from kdx.cli import compose
 from kdx.data.batches import Row
-from kdx.data.encode import load_data
-from kdx.distill import distill
+from kdx.distill import distill, prepared
 from kdx.errors import DataError
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, results
+from kdx.run.folder import Record
 from kdx.run.launch import build_accelerator
 from kdx.teacher import Teacher
-from kdx.tokenizer import load_tokenizer
-from kdx.train import Training
 
 
-def made(config):
-    """The training of a config and its data, as a run would build them."""
-    machine = build_accelerator(config)
-    shared = load_tokenizer(config)
-    tokenizer, max_length = shared.tokenizer, shared.max_length
-    data = load_data(config.data, shared, 3, 48)
-    batches = build.build_batches(config, data.train, tokenizer, machine)
-    student = build.build_student(config, machine.device, max_length)
-    objective = build.build_objective(config, student, None, tokenizer)
-    return Training(config, objective, None, batches, tokenizer, max_length, machine), data
+@pytest.fixture
+def made():
+    """Build the training of a config, as a run would."""
+    with ExitStack() as stack:
+        yield lambda config: stack.enter_context(prepared(config, Record(), build_accelerator(config)))
 
 
 def test_it_says_what_would_be_trained_and_trains_nothing(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     check.check(config_of(place, "train.max_steps=4", "train.save_every=2"), Path("run"))
     told = capsys.readouterr().out
-    for part in ("objective", "⟦", "⟧", "optim=adamw_8bit", "train.gradient_checkpointing=true", "total",
-                 "tokens in 4 steps", "for 2 held-out measures", "checkpoints", "free"):  # fmt: skip
+    for part in ("objective", "⟦", "⟧", "activations", "optimizer", "teacher", "logits", "total",
+                 "lower train.micro_batch_size", "tokens in 4 steps", "checkpoints", "free"):  # fmt: skip
         assert part in told
     assert list(tmp_path.iterdir()) == []
-    saved = ["train.gradient_checkpointing=true", "optim=adamw_8bit"]
-    check.check(config_of(place, *saved), Path("run"))
-    assert not any(word in capsys.readouterr().out for word in (*saved, "train.micro_batch_size=1"))
 
 
-def test_time_is_that_of_steps_and_of_measures(place):
-    training, data = made(config_of(place, "train.max_steps=5", "train.eval_every=2"))
-    tokens = int(5 / training.batches.steps_per_epoch * data.train.lengths.sum())
-    told = check.time_line(training, data, check.Cost(0.0, 1.0, 2.0, 4.0))
-    assert f"about {check.minutes(3 * tokens)} for {tokens:,} tokens in 5 steps" in told
-    assert f"{check.minutes((1 + 4 * 4) * int(data.held_out.lengths.sum()))} for 4 held-out measures" in told
-    assert [check.minutes(s) for s in (7.4, 99, 100, 5990, 36_000)] == ["7 s", "99 s", "2 min", "100 min", "10.0 h"]
+def test_time_is_that_of_the_steps(place, made):
+    training = made(config_of(place, "train.max_steps=5"))
+    tokens = int(5 / training.batches.steps_per_epoch * training.data.train.lengths.sum())
+    assert f"about {timedelta(seconds=3 * tokens)} for {tokens:,} tokens in 5 steps" in check.time_line(training, 3.0)
+
+
+def test_the_parts_of_memory_are_those_of_their_tensors(place, made):
+    training = made(config_of(place, "train.micro_batch_size=4", "train.gradient_checkpointing=false"))
+    parts = check.memory_of_a_step(training, 100.0)
+    longest = sorted(training.data.train.lengths.tolist())[-4:]
+    assert parts["activations"] == 100.0 * 4 * longest[-1]
+    assert parts["weights and gradients"] == sum(2 * p.nbytes for p in training.student.parameters())
+    assert parts["optimizer"] == sum(8 * p.numel() for p in training.student.parameters())
+    assert parts["teacher"] >= sum(p.nbytes for p in training.teacher.model.parameters())
+    assert parts["logits of a chunk"] == 2 * 4 * 4 * longest[-1] * training.student.config.vocab_size
 
 
 def test_all_data_faults_are_said(place, tmp_path):
@@ -101,11 +101,11 @@ def test_what_an_optimizer_keeps_is_measured(choice, per_weight):
 
 
 @pytest.mark.parametrize("choice", [[], ["train.keep=best"]])
-def test_the_bytes_on_disk_are_those_a_run_writes(place, tmp_path, choice):
+def test_the_bytes_on_disk_are_those_a_run_writes(place, made, tmp_path, choice):
     """Of each checkpoint, of the student and of the best weights, but for headers and the small files beside them."""
     more = ["train.max_steps=2", "train.save_every=1", "train.eval_every=1", "train.keep_checkpoints=true"]
     config = config_of(place, f"student.path={place / 'llama'}", *more, *choice)
-    student, best, one = results.bytes_on_disk(made(config)[0])
+    student, best, one = results.bytes_on_disk(made(config))
     distill(config, tmp_path)
 
     def size(*files):

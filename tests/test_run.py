@@ -2,28 +2,28 @@
 
 import json
 import math
-import platform
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
 from runs import config_of, lines, log_of, losses_of, run_here, status, words_of
 from safetensors.torch import load_file
-from standins import write_dialogpt, write_llama, write_pairs
+from standins import write_dialogpt, write_llama
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdx.build import micro_batch_size
 from kdx.cli import compose
 from kdx.config import Config
 from kdx.data.encode import load_data
-from kdx.distill import Summary, distill
-from kdx.errors import ConfigError, InUseError, MachineError
+from kdx.distill import Summary, distill, micro_batch_size
+from kdx.errors import ConfigError, MachineError
 from kdx.run import checkpoint, report, results
 from kdx.run.folder import Record, RunFolder
 from kdx.tokenizer import load_tokenizer
@@ -208,24 +208,6 @@ def test_done_is_done_and_another_config_is_refused(place: Path, finished: Path,
     assert not RunFolder(tmp_path / "none").is_done(config)
 
 
-def test_a_stopped_run_whose_data_changed_is_refused(place: Path, tmp_path: Path) -> None:
-    file = write_pairs(tmp_path / "data.jsonl", 20)
-    config = short(place, f"data.path={file}", "train.max_steps=1")
-    distill(config, tmp_path / "run")
-    for name in ("status.json", "summary.json"):
-        (tmp_path / "run" / name).unlink()
-    file.write_text(file.read_text().replace("I am sure", "I am quite sure of it"))
-    with pytest.raises(ConfigError, match="holds a run with another data"):
-        distill(config, tmp_path / "run")
-
-
-def test_a_folder_in_use_is_refused(place: Path, tmp_path: Path) -> None:
-    owner = {"pid": 1, "started": psutil.Process(1).create_time(), "host": platform.node()}
-    (tmp_path / "heartbeat.json").write_text(json.dumps(owner))
-    with pytest.raises(InUseError, match="in use by pid 1 on host"):
-        distill(short(place), tmp_path)
-
-
 def test_a_state_of_another_version_is_refused(
     stopped: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,11 +272,6 @@ def test_dropout_is_on_while_training_and_off_while_measuring(place: Path, tmp_p
     assert losses_of(tmp_path / "run-still") != losses_of(tmp_path / "run-student")
 
 
-def test_training_helps(place: Path, tmp_path: Path) -> None:
-    summary = distill(short(place, "train.max_steps=40"), tmp_path)
-    assert summary.student["ce"] < summary.untouched["ce"] - 1
-
-
 def test_alpha_zero_measures_the_teacher_and_trains_without(place: Path, tmp_path: Path) -> None:
     one = distill(short(place, "loss=cross_entropy"), tmp_path / "one")
     two = distill(short(place, "loss.alpha=0"), tmp_path / "two")
@@ -305,12 +282,6 @@ def test_alpha_zero_measures_the_teacher_and_trains_without(place: Path, tmp_pat
     assert without.student["kl"] is without.student["agreement"] is without.teacher["ce"] is None
     trained = [line for line in lines(tmp_path / "one" / "metrics.jsonl") if "train/loss" in line]
     assert all(line["train/kd"] is None and line["train/loss"] == line["train/ce"] for line in trained)
-
-
-def test_held_out_rows_ignore_training_choices(place: Path, tmp_path: Path) -> None:
-    choices = ("train.log_every=1", "train.seed=5", "data.take=10", "train.batch_size=16")
-    runs = [distill(short(place, word, "train.max_steps=0"), tmp_path / word) for word in choices]
-    assert len({run.data["validation_fingerprint"] for run in runs}) == 1
 
 
 # ---- choices
@@ -362,18 +333,20 @@ def test_keep_best_and_early_stopping(place: Path, tmp_path: Path) -> None:
 def test_less_than_min_delta_is_no_improvement(place: Path) -> None:
     training = object.__new__(Training)
     training.config, training.state = short(place, "train.early_stopping.min_delta=0.1"), State(step=1)
+    training.whole, training.student, training.objective = nullcontext, None, nn.Module()
     for value, worse in ((1.0, 0), (0.95, 1), (0.85, 0)):
-        measures: Any = type("", (), {"means": lambda self, value=value: {"kl": value, "ce": 0.0}})()
-        training.keep_if_best(measures, RunFolder(Path()))
+        means = {"kl": value, "ce": 0.0}
+        judge: Any = lambda model, means=means: SimpleNamespace(means=lambda: means)  # noqa: E731
+        training.measure(judge, RunFolder(Path()))
         assert training.state.num_worse == worse
 
 
 def test_a_batch_is_shared_out_evenly(place: Path) -> None:
     config = short(place, "train.batch_size=6", "train.micro_batch_size=auto").train
     assert micro_batch_size(config, 3) == 2
-    with pytest.raises(ConfigError, match="is 6, not a multiple of 4 processes"):
+    with pytest.raises(ConfigError, match="is 6, not a multiple of 4 "):
         micro_batch_size(config, 4)
-    with pytest.raises(ConfigError, match="2 processes × train"):
+    with pytest.raises(ConfigError, match="is 6, not a multiple of 4 "):
         micro_batch_size(short(place, "train.batch_size=6", "train.micro_batch_size=2").train, 2)
 
 

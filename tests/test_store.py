@@ -243,8 +243,7 @@ class TestTeacher:
         assert second.num_parameters == live.num_parameters
         second.answer(collate(rows[3:6], 0))
         assert second.loads == 1 and second.is_loaded
-        second.free()
-        assert not second.is_loaded and torch.equal(second.head.weight, head_of(live.model).weight)
+        assert torch.equal(second.head.weight, head_of(live.model).weight)
         assert Counting(llama, opened(), device=torch.device("meta")).head.weight.is_meta
 
     def test_a_batch_with_a_missing_row_is_computed_as_a_whole(self, llama, rows, opened):
@@ -270,3 +269,12 @@ class TestTeacher:
             for answer, one in zip(teacher.answers(batches), alone, strict=True):
                 torch.testing.assert_close(answer.hidden, one, rtol=1e-12, atol=1e-12)
         assert teacher.passes == passes
+
+    def test_a_store_that_cannot_be_written_leaves_the_live_teacher(self, llama, rows, opened, caplog, tmp_path):
+        (tmp_path / "store").write_text("a file where the folder should be")
+        store, batch = opened(), collate(rows[:3], 0)
+        teacher = Counting(llama, store)
+        assert torch.equal(teacher.answer(batch).hidden, Teacher.live(teacher, batch))
+        store.save_answer("a", "b")
+        store.close()
+        assert len(caplog.records) == 1

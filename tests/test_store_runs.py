@@ -15,6 +15,7 @@ from standins import write_dialogpt, write_llama
 from kdx.cli import compose
 from kdx.distill import distill
 from kdx.errors import ConfigError, MachineError
+from kdx.run.folder import Record
 from kdx.store import count_rows, damaged_files
 from kdx.store_commands import manage
 
@@ -128,6 +129,8 @@ class TestRoom:
         once = distill(config_of(place, None, *words, "train.max_steps=4"), tmp_path / "once")
         assert once.run["store"] is None and not (tmp_path / "store").exists()
         assert "off (one epoch: nothing to reuse)" in (tmp_path / "once" / "kdx.log").read_text()
+        swept = Record(swept=["loss.temperature"])
+        assert distill(config_of(place, None, *words, "train.max_steps=4"), tmp_path / "swept", swept).run["store"]
         often = distill(config_of(place, None, *words, "train.max_steps=5"), tmp_path / "often")
         assert sum(figures(often, "computed", "hits")) == NUM_HELD_OUT + 5 * 8
 

@@ -238,11 +238,6 @@ class StepBatch:
     num_tokens: int  # counted positions of the whole step, over all processes
     num_input_tokens: int  # tokens without padding of the whole step, over all processes
 
-    @property
-    def where(self) -> list[str]:
-        """File and line of this process's rows."""
-        return [where for micro_batch in self.micro_batches for where in micro_batch.where if where]
-
 
 @dataclass(frozen=True)
 class Batches:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -104,8 +103,8 @@ def finish(
     final = judge(student, as_saved=True)
     measures = final.means()
     _check_finite(training, measures)
-    tracker.log(state, {f"eval/{name}": value for name, value in final.named().items()})
-    answers = judge.samples(student)
+    tracker.log(state, {f"eval/{name}": value for name, value in measures.items()})
+    answers = judge.samples()
     if not training.machine.is_main_process:
         return {}
     before = folder.kept("untouched.json")
@@ -123,14 +122,14 @@ def finish(
             "name": tracker.name,
             "formula": training.objective.mix.formula(),
             "steps": state.step,
-            "kept_step": state.kept_step,
-            "stopped_by": state.stopped_by,
+            "kept_step": training.kept_step,
+            "stopped_by": "early_stopping" if state.step < training.max_steps else "max_steps",
             "num_nonfinite": state.num_nonfinite,
             "other_versions": state.other_versions,
             "tokens": state.tokens,
             "counted_tokens": state.counted_tokens,
             "seconds": time.time() - started,
-            "seconds_per_step": statistics.median(state.step_seconds) if state.step_seconds else None,
+            "seconds_per_step": state.seconds / state.step if state.step else None,
             "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
             "peak_memory_bytes": peak_memory(training.machine.device),
             "store": asdict(store.counts) if store else None,

@@ -13,14 +13,12 @@ from runs import (
     litter,
     outcome,
     run_here,
-    signal_at,
     signal_self,
     start,
     status,
     straight,
     summary_of,
 )
-from safetensors.torch import load_file
 
 from kdx.evaluate import Judge
 from kdx.run import checkpoint, results
@@ -170,14 +168,6 @@ def test_out_of_memory_in_training_keeps_the_last_checkpoint(place, tmp_path, un
     assert outcome(tmp_path / "run") == expected
 
 
-def test_a_longer_run_from_a_kept_checkpoint_is_the_straight_one(place, tmp_path):
-    words = [*WORDS[1:], "optim.schedule=constant", "train.keep_checkpoints=true", "train.log_every=3"]
-    longer = config_of(place, *words, "train.max_steps=6")
-    assert run_here(config_of(place, *words, "train.max_steps=4"), tmp_path / "run") == 0
-    assert run_here(longer, tmp_path / "run") == 0
-    assert outcome(tmp_path / "run") == straight(longer, tmp_path / "straight")
-
-
 def test_what_saved_nothing_may_be_corrected_in_its_folder(place, tmp_path):
     def fault(patch):
         patch.setattr(Training, "forward_backward", raises(torch.OutOfMemoryError("CUDA out of memory")))
@@ -195,10 +185,3 @@ def test_a_signal_when_all_is_done_leaves_the_run_done(place, tmp_path):
 
     assert run_here(config_of(place, *WORDS), tmp_path / "run", fault) == 143  # of a sweep, no other job begins
     assert status(tmp_path / "run")["state"] == "done"
-
-
-def test_the_best_weights_of_a_stopped_run_are_finite(place, tmp_path):
-    config = config_of(place, *WORDS, "train.keep=best", "train.eval_every=1")
-    assert run_here(config, tmp_path / "run", signal_at(3)) == 143
-    weights = load_file(tmp_path / "run/checkpoints/step-00000003/best.safetensors")
-    assert all(tensor.isfinite().all() for tensor in weights.values())

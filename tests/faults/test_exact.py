@@ -24,7 +24,8 @@ from runs import (
     write_pairs,
 )
 
-from kdx.evaluate import HeldOut
+from kdx import train
+from kdx.evaluate import Judge
 from kdx.run import checkpoint
 from kdx.train import Training
 
@@ -158,16 +159,16 @@ def test_a_log_line_spans_a_stop(place, tmp_path):
 
 
 def signal_in_measures(call, patch):
-    """Send SIGTERM at the first batch of held-out rows, when they are measured for the nth time."""
-    known, calls = HeldOut.measure, 0
+    """Send SIGTERM when held-out rows are measured for the nth time: the run stops after their first batch."""
+    known, calls = Judge.__call__, []
 
-    def measure(self, model, precision, after_each):
-        nonlocal calls
-        calls += 1
-        before = signal_self if calls == call else (lambda: None)
-        return known(self, model, precision, lambda: (before(), after_each()))
+    def judge(self, model, **how):
+        calls.append(1)
+        if len(calls) == call:
+            signal_self()
+        return known(self, model, **how)
 
-    patch.setattr(HeldOut, "measure", measure)
+    patch.setattr(Judge, "__call__", judge)
 
 
 def test_a_stop_while_measuring_costs_no_step(place, tmp_path):
@@ -188,7 +189,7 @@ def test_a_stop_comes_before_measures(place, tmp_path):
     def fault(patch):
         signal_at(2)(patch)
         known = Training.measure
-        patch.setattr(Training, "measure", lambda self, judge: measured.append(self.state.step) or known(self, judge))
+        patch.setattr(Training, "measure", lambda self, *how: measured.append(self.state.step) or known(self, *how))
 
     assert run_here(config, tmp_path / "run", fault) == 143
     assert measured == []
@@ -199,33 +200,21 @@ def test_a_stop_comes_before_measures(place, tmp_path):
 # ---- what no longer repeats bit for bit is noted
 
 
-def marks_of(run_dir):
-    return json.loads((run_dir / "summary.json").read_text())["run"]["other_versions"]
-
-
-def test_other_library_versions_are_noted(stopped, tmp_path):
+def test_other_versions_and_a_store_that_comes_are_noted(stopped, tmp_path):
+    """What a store keeps was computed in other batches: the last bits differ."""
     folder, words = stopped
     shutil.copytree(folder / "run", tmp_path / "run")
 
     def other_versions(patch):
-        from kdx import train
-
         known = train.version
         patch.setattr(train, "version", lambda name: "0.0" if name == "torch" else known(name))
 
-    assert run_here(config_of(folder / "place", *words), tmp_path / "run", other_versions) == 0
-    assert "this run no longer repeats bit for bit: torch" in log_of(tmp_path / "run")
-    (mark,) = marks_of(tmp_path / "run")
-    assert mark.endswith("up to step 5, then 0.0")
-
-
-def test_a_store_that_comes_is_noted(stopped, tmp_path):
-    """What it keeps was computed in other batches: the last bits differ."""
-    folder, words = stopped
-    shutil.copytree(folder / "run", tmp_path / "run")
     store = ("teacher.store=on", f"teacher.store_dir={tmp_path / 'store'}")
-    assert run_here(config_of(folder / "place", *words, *store), tmp_path / "run") == 0
-    assert marks_of(tmp_path / "run") == ["teacher.store off up to step 5, then on"]
+    assert run_here(config_of(folder / "place", *words, *store), tmp_path / "run", other_versions) == 0
+    assert "this run no longer repeats bit for bit: torch" in log_of(tmp_path / "run")
+    marks = json.loads((tmp_path / "run/summary.json").read_text())["run"]["other_versions"]
+    assert marks[0].startswith("torch ") and marks[0].endswith("up to step 5, then 0.0")
+    assert marks[1:] == ["teacher.store off up to step 5, then on"]
 
 
 # ---- damage

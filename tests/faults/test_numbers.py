@@ -23,7 +23,7 @@ from runs import (
 from safetensors.torch import load_file
 
 from kdx import loss
-from kdx.evaluate import HeldOut
+from kdx.evaluate import Judge
 from kdx.train import Training
 
 WORDS = ("train.micro_batch_size=2", "train.max_steps=7", "train.save_every=2")
@@ -91,37 +91,23 @@ def test_what_was_skipped_before_a_stop_counts_after_it(place, tmp_path, capfd):
 
 def nan_at_the_end(patch):
     """Make a final measure NaN, as weights that overflow do."""
-    known, calls = HeldOut.measure, []
+    known = Judge.__call__
 
-    def measure(self, *given):
-        calls.append(1)
-        student, teacher = known(self, *given)
-        if len(calls) == 2:  # the first is before training
-            student.rows[0]["ce"] = math.nan
-        return student, teacher
+    def judge(self, model, *, as_saved=False):
+        measures = known(self, model, as_saved=as_saved)
+        if as_saved:
+            measures.rows[0]["ce"] = math.nan
+        return measures
 
-    patch.setattr(HeldOut, "measure", measure)
-
-
-def nan_again(patch):
-    known = HeldOut.measure
-
-    def measure(self, *given):
-        student, teacher = known(self, *given)
-        student.rows[0]["ce"] = math.nan
-        return student, teacher
-
-    patch.setattr(HeldOut, "measure", measure)
+    patch.setattr(Judge, "__call__", judge)
 
 
 def test_final_measures_that_are_not_finite_are_no_done_run(place, tmp_path, capfd):
     """The student stays, and the same command says the same again without training."""
     config = config_of(place, *WORDS)
-    for fault in (nan_at_the_end, nan_again):
-        assert run_here(config, tmp_path / "run", fault) == 4
-        assert (
-            "step 7: the student's held-out ce, perplexity are not finite; it is never ranked" in capfd.readouterr().err
-        )
+    for _ in range(2):
+        assert run_here(config, tmp_path / "run", nan_at_the_end) == 4
+        assert "step 7: the student's held-out ce, perplexity are not finite; it is never ranked" in capfd.readouterr().err
         assert status(tmp_path / "run")["state"] == "diverged"
         assert (tmp_path / "run/student/model.safetensors").is_file()
         assert not (tmp_path / "run/summary.json").exists()
@@ -144,12 +130,18 @@ def test_a_run_that_learnt_nothing_is_not_done(place, tmp_path, capfd):
 
 @pytest.mark.parametrize("name", ["kd", "ce", "norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_any_term_that_is_not_finite_stops_a_step(name, value):
+@pytest.mark.parametrize("scaler", [None, "fp16"])
+def test_any_term_that_is_not_finite_stops_a_step(name, value, scaler):
     """Of fp16 not the gradient's norm: its scaler skips such a step by itself."""
-    training = object.__new__(Training)
-    terms = {"kd": 0.0, "ce": 0.0, "norm": 0.0} | {name: value}
+    training, did = object.__new__(Training), []
+    training.machine = SimpleNamespace(scaler=scaler, optimizer_step_was_skipped=False)
+    training.optimizer = SimpleNamespace(step=lambda: did.append("step"), zero_grad=lambda **_: None)
+    training.schedule = SimpleNamespace(step=lambda: None)
+    training._skip_or_stop = lambda batch, name: did.append(name)
+    terms = {"kd": 0.0, "ce": 0.0, "norm": 0.0}
+    assert training.update(None, {"kd": 0.0, "ce": 0.0}, 0.0)
+    terms |= {name: value}
     norm = terms.pop("norm")
-    for scaler in (None, object()):
-        training.machine = SimpleNamespace(scaler=scaler)
-        assert training.is_finite({"kd": 0.0, "ce": 0.0}, 0.0)
-        assert training.is_finite(terms, norm) == (name == "norm" and scaler is not None)
+    is_step = name == "norm" and scaler is not None
+    assert training.update(None, terms, norm) == is_step
+    assert did == ["step", "step" if is_step else name.replace("norm", "gradient")]
