@@ -13,10 +13,10 @@ from kdx import plugins
 from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, one_line, out_of_memory, printable
 from kdx.run.redact import redact
 from kdx.version import __version__
-from kdx.words import CONF, groups_in, key_of
+from kdx.words import groups_in, key_of
 
 if TYPE_CHECKING:
-    from kdx.compose import Plan, Source
+    from kdx.compose import Plan
     from kdx.config import Config
 
 __all__ = ["compose", "main"]
@@ -78,7 +78,7 @@ def _main(argv: list[str]) -> int:
         print(f"kdx {__version__}")
         return 0
     if argv in (["help"], ["--help"], ["-h"]):
-        return _help([CONF])
+        return _help()
     if name in ("check", "store", "compare"):
         return _command(name, argv[1:])
     if name and "=" not in name and name[0] not in "+~-":
@@ -86,8 +86,8 @@ def _main(argv: list[str]) -> int:
     return _run(argv)
 
 
-def _help(roots: list[Path]) -> int:
-    groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(roots).items()]
+def _help(config_dir: str | None = None) -> int:
+    groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(config_dir).items()]
     print(HELP.format(groups="\n".join(groups)))
     return 0
 
@@ -114,18 +114,17 @@ def _command(name: str, words: list[str]) -> int:
         fill([point.config for point in plan.points])
         return 0
     from kdx.check import check
-    from kdx.config import replaced
     from kdx.run.folder import Record
+    from kdx.run.identity import config_identity
 
-    seen: list[Config] = []
+    seen: list[dict[str, Any]] = []
     for point in plan.points:  # alpha and temperature change neither data nor memory nor time
-        loss = replaced(point.config.loss, alpha=point.config.loss.alpha > 0, temperature=1.0)
+        same = config_identity(point.config) | {"loss.alpha": point.config.loss.alpha > 0, "loss.temperature": None}
         title = " ".join(word for word in point.words if key_of(word) in plan.swept)
-        is_new = (same := replaced(point.config, loss=loss)) not in seen
-        print(f"\n{title}" + ("" if is_new else ": as a point above") if title else "", flush=True)
-        if is_new:
+        print(f"\n{title}" + (": as a point above" if same in seen else "") if title else "", flush=True)
+        if same not in seen:
             seen.append(same)
-            check(point.config, plan.sweep_dir or plan.run_dir, Record(point.words, plan.swept, point.sources))
+            check(point.config, plan.folder, Record(point.words, plan.swept, point.sources))
     return 0
 
 
@@ -133,7 +132,7 @@ def _run(argv: list[str]) -> int:
     """Show the config, or do one run or a sweep. Raises KdxError."""
     args = _parsed(argv)
     if args.help:
-        return _help(_source(args).roots())
+        return _help(args.config_dir)
     if args.hydra_help or args.info or args.shell_completion or (args.cfg and (args.cfg != "job" or args.package)):
         _hydra(argv)
         return 0
@@ -146,51 +145,63 @@ def _run(argv: list[str]) -> int:
         print(yaml.safe_dump(redact(as_dict(plan.points[0].config)), sort_keys=False, allow_unicode=True), end="")
         return 0
     argv = plan.command or argv
-    if plan.sweep_dir:
+    if plan.is_sweep:
         return _sweep(plan, argv)
     from kdx import sweep
     from kdx.run.folder import Record
 
     (point,) = plan.points
-    record = Record(point.words, [], point.sources, argv)
 
     def work() -> int:
-        sweep.start_run(point.config, record, plan.run_dir)
+        sweep.start_run(point.config, Record(point.words, [], point.sources, argv), plan.folder)
         return 0
 
-    return guarded(work, plan.run_dir)
+    return guarded(work, plan.folder)
 
 
 def _sweep(plan: "Plan", argv: list[str]) -> int:
-    """Have Hydra go through the points of a sweep; a job that another process does is passed over."""
+    """Do the jobs of a sweep one after the other, or have Hydra's launcher or sweeper do them."""
     from kdx import sweep
+    from kdx.run.folder import Record
 
-    assert plan.sweep_dir
-    if plan.baseline and os.environ.get("RANK", "0") == "0" and not sweep.is_worker():
-        baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
+    config, num_baselines = plan.points[0].config.sweep, len(plan.jobs) - len(plan.points)
+    if num_baselines > 0 and os.environ.get("RANK", "0") == "0" and not sweep.is_worker():
+        baselines = f"{num_baselines} baseline{'s' if num_baselines > 1 else ''} (alpha=0)"
         print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
-    flags = ["--multirun", *_flags(plan.source)]
     since = sweep.started()
-    job = partial(run_job, swept=plan.swept, argv=argv, since=since, is_shared=bool(plan.jobs))
-    parts = [[*flags, *part] for part in (plan.baseline, plan.words) if part]
-    workers = plan.points[0].config.sweep.workers
-    launch = partial(_hydra, job=job)
-    return sweep.run(plan.sweep_dir, plan.jobs, parts, launch, since=since, workers=workers, argv=argv)
+
+    def do_all() -> None:
+        if plan.hydra:
+            words = [point.words for point in plan.jobs.values()]
+            job = partial(run_job, words, config_dir=plan.config_dir, swept=plan.swept, argv=argv, since=since)
+            return _hydra(["--multirun", *_flags(plan.config_dir), *plan.hydra], job)
+        for folder, point in plan.jobs.items():
+            sweep.do_job(point.config, Record(point.words, plan.swept, point.sources, argv), folder, since=since)
+        return None
+
+    jobs = {folder: point.config for folder, point in plan.jobs.items()}
+    return sweep.run(plan.folder, jobs, do_all, since=since, workers=config.workers, argv=argv)
 
 
-def run_job(cfg: Any, *, swept: list[str], argv: list[str], since: float, is_shared: bool) -> float:
-    """Do one job of a sweep, in whatever process Hydra's launcher runs it → the measure that the sweep compares."""
+def run_job(
+    jobs: list[list[str]], cfg: Any, *, config_dir: str | None, swept: list[str], argv: list[str], since: float
+) -> float:
+    """Do one job of a sweep, in whatever process Hydra runs it → the measure that the sweep compares.
+
+    jobs: the words of all jobs, of which cfg has the number; empty if a sweeper chooses the words as it goes.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     from kdx import sweep
-    from kdx.compose import point_of
+    from kdx.compose import composer_for
     from kdx.run.folder import Record
 
     hydra_part = HydraConfig.get()
-    point, folder = point_of(hydra_part), Path(hydra_part.runtime.output_dir)
+    point = composer_for(config_dir).point(jobs[cfg.kdx_job] if jobs else list(hydra_part.overrides.task))
+    folder = Path(hydra_part.sweep.dir) / sweep.job_name(swept, point.words, point.config)
     record = Record(point.words, swept, point.sources, argv)
     is_own_gpu = not str(hydra_part.launcher.get("_target_")).endswith(".BasicLauncher")
-    return sweep.do_job(point.config, record, folder, guarded, since=since, is_shared=is_shared, is_own_gpu=is_own_gpu)
+    return sweep.do_job(point.config, record, folder, since=since, is_shared=bool(jobs), is_own_gpu=is_own_gpu)
 
 
 def _hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
@@ -214,7 +225,7 @@ def _planned(args: argparse.Namespace) -> "Plan":
     """Compose everything that a command line asks for. Raises ConfigError."""
     from kdx.compose import plan
 
-    words, source = list(args.overrides), _source(args)
+    words, config_dir = list(args.overrides), args.config_dir
     asked = {key_of(word): word.partition("=")[2].strip("'\"") for word in words}
     resume, like = (asked.get(key, "null") for key in ("run.resume", "run.like"))
     if resume != "null":
@@ -223,29 +234,20 @@ def _planned(args: argparse.Namespace) -> "Plan":
         if like != "null" or args.multirun:
             beside = "run.like" if like != "null" else "-m"
             raise ConfigError("run.resume", f"resumes one run, and {beside} is given too", f"Leave out {beside}")
-        return resumed(resume, words, source)
-    if like != "null":
-        from kdx.resume import alike
+        return resumed(resume, words, config_dir)
+    if like == "null":
+        return plan(words, config_dir, args.multirun)
+    from kdx.resume import alike
 
-        words, of_run = alike(like, words, _parsed)
-        source = of_run if not any(vars(source).values()) else source
-    made = plan(words, source, args.multirun)
-    if like != "null":
-        made.command = [*_flags(source), *(["-m"] if args.multirun else []), *words]
+    words, of_run = alike(like, words)
+    config_dir = config_dir or of_run
+    made = plan(words, config_dir, args.multirun)
+    made.command = [*_flags(config_dir), *(["-m"] if args.multirun else []), *words]
     return made
 
 
-def _source(args: argparse.Namespace) -> "Source":
-    from kdx.compose import Source
-
-    return Source(args.config_dir, args.config_path, args.config_name)
-
-
-def _flags(source: "Source") -> list[str]:
-    """The flags of Hydra that name this source."""
-    folders = {"--config-dir": source.config_dir, "--config-path": source.config_path}
-    flags = [f"{flag}={Path(folder).resolve()}" for flag, folder in folders.items() if folder]
-    return [*flags, *([f"--config-name={source.config_name}"] if source.config_name else [])]
+def _flags(config_dir: str | None) -> list[str]:
+    return [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
@@ -259,7 +261,10 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         raise ConfigError("command line", message, hint)
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.config_path or args.config_name:
+        refuse("kdx has a config.yaml of its own; add options of yours with --config-dir FOLDER")
+    return args
 
 
 def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:

@@ -28,7 +28,6 @@ from kdx.run.signals import STOPS, num_processes
 
 MAX_LETTERS = 60  # of a value in a folder's name; the hash tells long ones apart
 STARTED = "KDX_SWEEP_STARTED"  # in the environment of a worker: when its command started
-Guarded = Callable[[Callable[[], int], Path], int]  # call a function and report its error → the exit code
 
 
 def swept_keys(words: list[Override]) -> list[str]:
@@ -54,12 +53,6 @@ def points(words: list[Override]) -> list[list[str]]:
 def baseline_words(words: list[Override]) -> list[str]:
     """Return the words of the same sweep without distillation: alpha = 0 in place of all that is typed of the loss."""
     return [*(str(w.input_line) for w in words if w.key_or_group.split(".")[0] != "loss"), "loss.alpha=0"]
-
-
-def missing_baselines(configs: list[Config], baselines: list[Config]) -> int:
-    """Count the distinct baselines that are not among the points themselves."""
-    own, wanted = ({digest(config_identity(c)) for c in group} for group in (configs, baselines))
-    return len(wanted - own)
 
 
 def sweep_name(keys: list[str], configs: list[Config]) -> str:
@@ -108,8 +101,7 @@ def started() -> float:
 def run(
     folder: Path,
     jobs: dict[Path, Config],
-    parts: list[list[str]],
-    launch: Callable[[list[str]], None],
+    do_all: Callable[[], None],
     *,
     since: float,
     workers: int = 1,
@@ -117,8 +109,8 @@ def run(
 ) -> int:
     """Do what is left of a sweep, in `workers` processes, and compare → the exit code. Raises ConfigError.
 
-    jobs: by their folders; empty where a sweeper chooses the points as it goes. parts: the words of the baselines' sweep
-    and of the points'. launch: has Hydra sweep over such words and call do_job for each point. argv: what was typed.
+    jobs: by their folders; empty where a sweeper chooses the points as it goes. do_all: calls do_job for each point.
+    argv: what was typed.
     """
     _failed.clear()
     if workers > 1 and not is_worker():
@@ -129,15 +121,14 @@ def run(
         if code not in (0, 5):
             return code
     else:
-        for words in parts:
-            launch(words)
+        do_all()
     if is_worker() or not _is_main():  # the parent, or rank 0, reports
         return 5 if _failed else 0
     return _report(folder, jobs, since)
 
 
 def do_job(
-    config: Config, record: Record, folder: Path, guarded: Guarded, *, since: float, is_shared: bool, is_own_gpu: bool
+    config: Config, record: Record, folder: Path, *, since: float, is_shared: bool = True, is_own_gpu: bool = False
 ) -> float:
     """Do one job of a sweep → its measure; infinity if it failed or was passed over. Exits after a signal.
 
@@ -147,6 +138,8 @@ def do_job(
     is_shared: whether jobs may be passed over; a sweeper that chooses points by their measures needs every one.
     is_own_gpu: whether the job needs a GPU of its own, because other jobs run at the same time.
     """
+    from kdx.cli import guarded
+
     measure, is_tried = math.inf, False
 
     def work() -> int:
@@ -211,24 +204,19 @@ def _agreed(decide: Callable[[], str]) -> str:
 
 def _run_workers(number: int, argv: Sequence[str], since: float) -> int:
     """Run the same command in several processes and forward signals to them → the worst exit code."""
-    workers: list[subprocess.Popen[bytes]] = []
-    noted: list[int] = []
+    environment = {"OMP_NUM_THREADS": str(max(1, num_cores() // number))} | os.environ
+    environment |= {STARTED: repr(since), "TTY_COMPATIBLE": "0"}  # lines, not bars: they share a terminal
+    command = [sys.executable, "-m", "kdx", *argv]
+    workers = [subprocess.Popen(command, env=environment) for _ in range(number)]
 
     def forward(number: int, _: Any) -> None:
-        noted.append(number)
         for worker in workers:
             worker.send_signal(number)
 
     before = {n: signal.signal(n, forward) for n in STOPS if signal.getsignal(n) != signal.SIG_IGN}
-    environment = {"OMP_NUM_THREADS": str(max(1, num_cores() // number))} | os.environ
-    environment |= {STARTED: repr(since), "TTY_COMPATIBLE": "0"}  # lines, not bars: they share a terminal
-    while len(workers) < number and not noted:
-        workers.append(subprocess.Popen([sys.executable, "-m", "kdx", *argv], env=environment))
-    if noted:  # by whom the last one was not there yet
-        forward(noted[0], None)
     codes = [worker.wait() for worker in workers]
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
     return max(128 - code if code < 0 else code for code in codes)
 
 
@@ -253,7 +241,8 @@ def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
             else:
                 left[path] = "was killed" if state == "running" else state
     if not held and not left:
-        _print_comparison(folder, since)
+        with suppress(InUseError), claim(folder):  # of two that end at the same time one writes
+            _write_page(folder, is_printed=True)
     for what, found in (("failed", failed), ("held by other processes", held), ("left", left)):
         if found:
             rows = [f"  {os.path.relpath(path)}  {printable(why)}" for path, why in found.items()]
@@ -261,15 +250,6 @@ def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
     if left:
         print("kdx: type the same command again to do what is left", file=sys.stderr)
     return 5 if failed else 0
-
-
-def _print_comparison(folder: Path, since: float) -> None:
-    """Write and print the comparison, unless another process has done so since this command started."""
-    mark = folder / ".compared"
-    with suppress(InUseError), claim(folder):
-        if not mark.exists() or mark.stat().st_mtime < since:
-            _write_page(folder, is_printed=True)
-            mark.touch()
 
 
 def _write_page(folder: Path, *, is_printed: bool = False) -> None:

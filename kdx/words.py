@@ -1,20 +1,16 @@
-"""What people type: other tools' names for kdx's keys, renamed keys, and the nearest key to a typo."""
+"""What people type: other tools' names for kdx's keys, and the nearest key to a typo."""
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-from kdx.errors import ConfigError
-
 CONF = Path(import_module("kdx.conf").__path__[0]).resolve()
 CHOICES = ("teacher", "student", "data", "loss", "optim", "experiment", "recipe", "pair")
 OPTIONAL = CHOICES[-3:]  # groups of which nothing may be chosen
-RENAMED: dict[str, str] = {}  # keys of earlier versions, old → new; typed, the old one still works
 
 # kdx's name: the names that it has in HF Trainer, TRL, peft, axolotl, Lightning and papers.
-_MEANT = {
+MEANT = {
     "loss.alpha": "distillation_weight distill_weight kd_alpha kd_weight kd_ratio alpha_kd soft_loss_weight",
     "loss.temperature": "kd_temperature distillation_temperature tau",
     "loss=NAME": "loss_fn loss_type divergence kd_loss kl_type",
@@ -94,7 +90,7 @@ _NONE = {
 }
 FOREIGN = {
     word: f"Did you mean {meant}" + ("" if "? " in meant else "?")
-    for meant, words in _MEANT.items()
+    for meant, words in MEANT.items()
     for word in words.split()
 }
 FOREIGN |= {word: f"No equivalent: {why}" for why, words in _NONE.items() for word in words.split()}
@@ -105,8 +101,6 @@ def hint_for(key: str, known: Sequence[str]) -> str:
     group, last = key.split(".")[0], key.rsplit(".", 1)[-1]
     if group in OPTIONAL:
         return f'Begin the YAML of that {group} with the line "# @package _global_"'
-    if key in RENAMED:
-        return f"It is now {RENAMED[key]}"
     if key in FOREIGN:
         return FOREIGN[key]
     same = [k for k in known if k.rsplit(".", 1)[-1] == last]
@@ -119,34 +113,15 @@ def hint_for(key: str, known: Sequence[str]) -> str:
     return f"Did you mean {' or '.join(near)}?" if near else "See all keys with: python -m kdx --cfg job"
 
 
-def is_mistyped(key: str, known: Iterable[str]) -> bool:
-    """Tell whether an option's name looks like a typo of one of these keys of its group."""
-    group, _, name = key.partition(".")
-    own = [k.removeprefix(f"{group}.") for k in known if k.startswith(f"{group}.")]
-    return bool(get_close_matches(name, own, n=1, cutoff=0.8))
-
-
 def key_of(word: str) -> str:
     """Return the key of a word as typed."""
     return word.lstrip("+~").partition("=")[0]
 
 
-def renamed(words: list[str]) -> list[str]:
-    """Replace the keys that earlier versions had, naming the new one on stderr. Raises ConfigError if both are typed."""
-    keys = set(map(key_of, words))
-    for old in keys & RENAMED.keys():
-        new = RENAMED[old]
-        if new in keys:
-            raise ConfigError(old, f"is now {new}, and both are given", f"Leave out {old}")
-        print(f"kdx: {old} is now {new}", file=sys.stderr)
-        words = [word.replace(old, new, 1) if key_of(word) == old else word for word in words]
-    return words
-
-
-def groups_in(roots: Iterable[Path]) -> dict[str, list[str]]:
-    """Find the config groups in these folders, and the options of each."""
+def groups_in(config_dir: str | None = None) -> dict[str, list[str]]:
+    """Find the config groups of conf/ and of one's own folder, and the options of each."""
     groups: dict[str, set[str]] = {}
-    for root in roots:
+    for root in [CONF, *([Path(config_dir)] if config_dir else [])]:
         for file in root.glob("*/**/*.yaml"):
             group, *option = file.relative_to(root).with_suffix("").parts
             groups.setdefault(group, set()).add("/".join(option))

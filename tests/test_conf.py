@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from kdx import loss
-from kdx.compose import Composer, Source
+from kdx.compose import Composer
 from kdx.data.sources import check_source
 from kdx.optim import optimizer_class
 
@@ -28,7 +28,7 @@ NEEDS = {  # what an option cannot have a value for
 
 @pytest.fixture(scope="module")
 def composer() -> Composer:
-    return Composer(Source())
+    return Composer()
 
 
 def option(file: Path) -> str:

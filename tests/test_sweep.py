@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Override
 from processes import SERVER, ended, free_port
 
 from kdx import sweep
-from kdx.cli import compose, guarded
+from kdx.cli import compose
 from kdx.config import SAFE_NAME
 from kdx.errors import ConfigError
 from kdx.run.claim import BEAT, claim
@@ -163,14 +163,14 @@ class Folders:
         """One process that goes through these jobs → the exit code."""
         since = time.time()
 
-        def launch(_: list[str]) -> None:
+        def do_all() -> None:
             for job in names:
-                before, shared = len(self.runs), {"since": since, "is_shared": True, "is_own_gpu": False}
-                measure = sweep.do_job(self.config, Record(), self.root / job, guarded, **shared)
+                before = len(self.runs)
+                measure = sweep.do_job(self.config, Record(), self.root / job, since=since)
                 assert measure == (1.5 if len(self.runs) > before and job not in self.raises else math.inf)
 
         time.sleep(0.02)  # files have times of a clock that ticks slowly
-        return sweep.run(self.root, {self.root / job: self.config for job in names}, [[]], launch, since=since)
+        return sweep.run(self.root, {self.root / job: self.config for job in names}, do_all, since=since)
 
 
 @pytest.fixture
@@ -240,18 +240,6 @@ def test_a_signal_ends_the_sweep_and_what_is_left_is_left(folders: Folders) -> N
     assert folders.runs == ["stopped"]
 
 
-def test_the_last_comparison_is_printed_by_one_process(folders: Folders) -> None:
-    folders.leave("a", "done")
-    since = time.time()
-    time.sleep(0.02)
-    jobs = {folders.root / "a": folders.config}
-    for _ in range(2):  # two terminals that end at the same time
-        assert sweep.run(folders.root, jobs, [], lambda _: None, since=since) == 0
-    assert folders.printed == [True]
-    assert folders.sweep("a") == 0
-    assert folders.printed == [True, True]  # typed again
-
-
 # Several processes
 
 
@@ -271,7 +259,7 @@ def workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 
 def run_workers(folders: Folders, script: str) -> int:
     jobs = {folders.root / str(i): folders.config for i in range(2)}
-    return sweep.run(folders.root, jobs, [["x"]], lambda _: None, since=7.5, workers=3, argv=[script])
+    return sweep.run(folders.root, jobs, lambda: None, since=7.5, workers=3, argv=[script])
 
 
 def test_workers_run_the_same_command_and_the_worst_exit_code_counts(
@@ -295,7 +283,7 @@ def test_a_signal_is_forwarded_to_the_workers(folders: Folders, workers: list[li
 
 def test_workers_need_points_that_are_known(folders: Folders) -> None:
     with pytest.raises(ConfigError, match=r"sweep\.workers: is 2"):
-        sweep.run(folders.root, {}, [[]], lambda _: None, since=0, workers=2)
+        sweep.run(folders.root, {}, lambda: None, since=0, workers=2)
 
 
 def agree(rank: int, port: int) -> None:
