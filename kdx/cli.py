@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx import plugins
-from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, one_line, out_of_memory, printable
+from kdx.errors import ConfigError, KdxError, MachineError, one_line, printable, user_error
 from kdx.run.redact import redact
+from kdx.run.signals import is_main, num_processes
 from kdx.version import __version__
 from kdx.words import groups_in, key_of
 
@@ -67,7 +68,7 @@ def main() -> None:
     """Run `python -m kdx …`. Exits with the codes of errors.py."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and kdx prints one line
     code = guarded(lambda: _main(sys.argv[1:]))
-    if code and os.environ.get("WORLD_SIZE", "1") not in ("0", "1"):
+    if code and num_processes() > 1:
         print(f"kdx: exit code {code}, whatever the launcher reports", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -165,7 +166,7 @@ def _sweep(plan: "Plan", argv: list[str]) -> int:
     from kdx.run.folder import Record
 
     config, num_baselines = plan.points[0].config.sweep, len(plan.jobs) - len(plan.points)
-    if num_baselines > 0 and os.environ.get("RANK", "0") == "0" and not sweep.is_worker():
+    if num_baselines > 0 and is_main() and not sweep.is_worker():
         baselines = f"{num_baselines} baseline{'s' if num_baselines > 1 else ''} (alpha=0)"
         print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
     since = sweep.started()
@@ -273,8 +274,6 @@ def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
         return work()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(bool(error.code))
-    except KdxError as error:
-        return _print(error)
     except KeyboardInterrupt:
         print("kdx: interrupted", file=sys.stderr, flush=True)
         return 130
@@ -282,13 +281,8 @@ def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except Exception as error:
-        if memory := out_of_memory(error):
-            return _print(memory)
-        if isinstance(error, OSError) and error.errno in MACHINE:
-            from kdx.run.files import of_disk
-
-            return _print(of_disk(error, folder))
-        return _bug()
+        known = user_error(error, folder)
+        return _print(known) if known else _bug()
 
 
 def _print(error: KdxError) -> int:

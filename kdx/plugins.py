@@ -86,12 +86,14 @@ def _unlike(value: Any, wanted: Any) -> str:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
     from pydantic.errors import PydanticUserError
 
+    from kdx.checked import should
+
     try:
         TypeAdapter(wanted, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        return " or ".join(dict.fromkeys(str(fault["msg"]) for fault in error.errors())).replace("Input", "It", 1)
+        return f"It should {should(fault['msg'] for fault in error.errors())}"
     except (PydanticUserError, TypeError):  # an annotation that only its author understands
-        return ""
+        pass
     return ""
 
 

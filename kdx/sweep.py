@@ -24,7 +24,7 @@ from kdx.run.claim import claim
 from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import config_identity, digest
-from kdx.run.signals import STOPS, num_processes
+from kdx.run.signals import STOPS, is_main, num_processes
 
 MAX_LETTERS = 60  # of a value in a folder's name; the hash tells long ones apart
 STARTED = "KDX_SWEEP_STARTED"  # in the environment of a worker: when its command started
@@ -69,19 +69,13 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
 def job_name(keys: list[str], words: list[str], config: Config) -> str:
     """Name a job by its point and a hash of its config: temperature-2_alpha-0.7_1a2b3c."""
     typed = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
-    tree = as_dict(config)
-    flat = leaves(tree)
-    parts = ["baseline"] if config.loss.alpha == 0 and "loss.alpha" not in keys else []
+    flat, is_baseline = leaves(as_dict(config)), config.loss.alpha == 0
+    parts = ["baseline"] if is_baseline and "loss.alpha" not in keys else []
     for key in keys:
-        if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
-            continue  # the rest of the loss is not used
-        value = flat.get(key, tree.get(key))
-        if isinstance(value, dict):  # a group
-            value = next((value[k] for k in ("name", "path", "init") if value.get(k)), key)
-        if key.split(".")[0] not in tree:  # an experiment: the config has its values, not its name
-            value = typed.get(key)
-        value = int(value) if isinstance(value, float) and value.is_integer() else value
-        parts.append(f"{short_key(key, list(flat))}-{_safe(str(value))}")
+        if not is_baseline or not key.startswith("loss") or key == "loss.alpha":  # the rest of the loss is not used
+            value = flat.get(key, typed.get(key))
+            value = int(value) if isinstance(value, float) and value.is_integer() else value
+            parts.append(f"{short_key(key, list(flat))}-{_safe(str(value))}")
     return "_".join([*parts, digest(config_identity(config))])
 
 
@@ -90,7 +84,7 @@ def _safe(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text)[:MAX_LETTERS].strip("-.") or "x"
 
 
-_failed: set[str] = set()  # names of jobs that failed in this process
+_failed: set[Path] = set()  # folders of jobs that failed in this process
 
 
 def started() -> float:
@@ -113,6 +107,7 @@ def run(
     argv: what was typed.
     """
     _failed.clear()
+    code = 0
     if workers > 1 and not is_worker():
         if not jobs or num_processes() > 1:
             what = f"is {workers}, but workers share only points that are known in advance, without torchrun"
@@ -122,9 +117,9 @@ def run(
             return code
     else:
         do_all()
-    if is_worker() or not _is_main():  # the parent, or rank 0, reports
-        return 5 if _failed else 0
-    return _report(folder, jobs, since)
+    if not is_worker() and is_main():  # the parent, or rank 0, reports
+        _report(folder, jobs, since)
+    return 5 if _failed else code
 
 
 def do_job(
@@ -140,26 +135,25 @@ def do_job(
     """
     from kdx.cli import guarded
 
-    measure, is_tried = math.inf, False
+    measure = math.inf
 
     def work() -> int:
-        nonlocal measure, is_tried
+        nonlocal measure
         with ExitStack() as held:
             reason = _agreed(lambda: _claim(config, folder, since, held)) if is_shared else ""
-            if _is_main():
+            if is_main():
                 print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
             if not reason:
-                is_tried = True
                 measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or is_worker())
+        if not reason and is_main():
+            _write_page(folder.parent)
         return 0
 
     code = guarded(work, folder)
     if code > 128 or (code and num_processes() > 1):  # a signal, or an error for which the other ranks would wait
         sys.exit(code)
     if code:
-        _failed.add(folder.name)
-    if is_tried and _is_main():
-        _write_page(folder.parent)
+        _failed.add(folder)
     return measure
 
 
@@ -173,24 +167,30 @@ def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool 
     return distill(config, folder, record).measure
 
 
+def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, str]:
+    """Say how a job stands: done, held, failed (by this command) or left, and why. Raises ConfigError."""
+    run = RunFolder(folder)
+    status = run.status()
+    state, reason = status.get("state", "not started"), status.get("reason", "see its error above")
+    if state == "done" and (config is None or run.is_done(config)):
+        return "done", "done already"
+    if holder := run.holder():
+        return "held by other processes", f"in use by {holder}, passed over"
+    is_new = state in ("failed", "diverged") and (folder / "status.json").stat().st_mtime >= since
+    if is_new or folder in _failed:
+        return "failed", f"{state}: {reason}"
+    return "left", "was killed" if state == "running" else state
+
+
 def _claim(config: Config, folder: Path, since: float, held: ExitStack) -> str:
     """Claim a job, or say why it is not to be done now. Raises ConfigError if the folder has another run."""
-    run = RunFolder(folder)
-    for _ in range(2):  # again once it is ours: another process may have done it a moment ago
-        if run.is_done(config):
-            return "done already"
-        if _has_failed(run, since):
-            return "failed since this command started, not tried again"
+    what, why = _standing(folder, config, since)
+    if what == "left":
         try:
             held.enter_context(claim(folder))
-        except InUseError as error:
+        except InUseError as error:  # another process was faster
             return f"{error.args[1]}, passed over"
-    return ""
-
-
-def _has_failed(run: RunFolder, since: float) -> bool:
-    is_failed = run.status().get("state") in ("failed", "diverged")
-    return is_failed and (run.path / "status.json").stat().st_mtime >= since
+    return "" if what == "left" else why
 
 
 def _agreed(decide: Callable[[], str]) -> str:
@@ -220,36 +220,25 @@ def _run_workers(number: int, argv: Sequence[str], since: float) -> int:
     return max(128 - code if code < 0 else code for code in codes)
 
 
-def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
-    """Say what failed, what others hold and what is left; if nothing is, compare → the exit code."""
-    failed, held, left = {}, {}, {}
+def _report(folder: Path, jobs: dict[Path, Config], since: float) -> None:
+    """Say what failed, what others hold and what is left; if nothing is, compare."""
+    found: dict[str, list[str]] = {"failed": [], "held by other processes": [], "left": [], "done": []}
     known = jobs or dict.fromkeys(sorted(file.parent for file in folder.glob("*/status.json")))
     for path, config in known.items():
-        run = RunFolder(path)
-        status = run.status()
-        state, reason = status.get("state", "not started"), status.get("reason", "")
         try:
-            if state == "done" and (config is None or run.is_done(config)):
-                continue
+            what, why = _standing(path, config, since)
         except KdxError as error:
-            failed[path] = str(error).splitlines()[0].removeprefix(f"{path}: ")
-        else:
-            if holder := run.holder():
-                held[path] = holder
-            elif path.name in _failed or _has_failed(run, since):
-                failed[path] = f"{state}: {reason}" if reason else "see its error above"
-            else:
-                left[path] = "was killed" if state == "running" else state
-    if not held and not left:
+            what, why = "failed", str(error).splitlines()[0].removeprefix(f"{path}: ")
+        found[what].append(f"  {os.path.relpath(path)}  {printable(why)}")
+        _failed.update([path] if what == "failed" else [])
+    if len(found["failed"] + found["done"]) == len(known):
         with suppress(InUseError), claim(folder):  # of two that end at the same time one writes
             _write_page(folder, is_printed=True)
-    for what, found in (("failed", failed), ("held by other processes", held), ("left", left)):
-        if found:
-            rows = [f"  {os.path.relpath(path)}  {printable(why)}" for path, why in found.items()]
-            print(f"kdx: {len(found)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
-    if left:
+    for what, rows in found.items():
+        if rows and what != "done":
+            print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
+    if found["left"]:
         print("kdx: type the same command again to do what is left", file=sys.stderr)
-    return 5 if failed else 0
 
 
 def _write_page(folder: Path, *, is_printed: bool = False) -> None:
@@ -265,7 +254,3 @@ def _write_page(folder: Path, *, is_printed: bool = False) -> None:
 def is_worker() -> bool:
     """Whether this process is one of those that `sweep.workers` started."""
     return STARTED in os.environ
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"

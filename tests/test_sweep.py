@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from kdx import sweep
 from kdx.cli import compose
 from kdx.config import SAFE_NAME
 from kdx.errors import ConfigError
-from kdx.run.claim import BEAT, claim
+from kdx.run.claim import BEAT
 from kdx.run.folder import Record
 
 
@@ -211,18 +210,6 @@ def test_a_failing_job_does_not_stop_the_rest_and_is_tried_again_by_the_next_com
     assert folders.runs == ["bad", "good", "bad"]
 
 
-def test_what_another_process_did_while_this_one_claimed_is_not_done_again(
-    folders: Folders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def late(folder: Path) -> AbstractContextManager[None]:
-        folders.leave(folder.name, folder.name)
-        return claim(folder)
-
-    monkeypatch.setattr(sweep, "claim", late)
-    assert folders.sweep("done", "failed") == 5
-    assert folders.runs == []
-
-
 def test_a_job_whose_data_have_changed_is_refused_and_fails(
     folders: Folders, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,7 +274,13 @@ def test_workers_need_points_that_are_known(folders: Folders) -> None:
 
 
 def agree(rank: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     for i in range(3):
         assert sweep._agreed(lambda i=i: f"answer {i} of rank {rank}") == f"answer {i} of rank 0"  # type: ignore[misc]
 

@@ -1,7 +1,6 @@
 """Files and folders that are whole or not there: written under a temporary name, fsynced, renamed."""
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-
-from kdx.errors import MachineError
 
 FREE_SHARE = 0.1  # of a disk that is left to others
 MANIFEST = "MANIFEST.json"  # size and xxhash of every other file of a checkpoint
@@ -186,14 +183,6 @@ def in_bytes(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} TB"
-
-
-def of_disk(error: OSError, folder: Path | str) -> MachineError:
-    """Turn a disk's refusal into a user error."""
-    where, what, hint = str(error.filename or folder), error.strerror or "cannot be written", "Choose another folder"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what, hint = f"{what} ({usage_of(Path(where)).free:,} bytes free)", "Free some space, or choose another folder"
-    return MachineError(where, what, hint)
 
 
 def open_to_umask(*files: Path) -> None:

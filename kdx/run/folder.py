@@ -16,7 +16,7 @@ import yaml
 
 from kdx import plugins
 from kdx.config import Config, as_dict
-from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, exit_code, out_of_memory
+from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, user_error
 from kdx.run.claim import claim, holder
 from kdx.run.files import local_time, read_json, remove_leftovers, write_beside, write_json
 from kdx.run.identity import differences, identity, may_differ, table
@@ -182,14 +182,14 @@ class RunFolder:
             if isinstance(error, SystemExit):
                 what = f"code of your own ended the process (sys.exit({error.code!r}))"
                 error = ConfigError("KDX_PLUGINS", what, "Raise an error there, or return")
-            failure = out_of_memory(error) or error
+            failure = user_error(error, self.path) or error
             is_clear = isinstance(failure, KdxError)
             reason = str(failure) if is_clear else f"{type(failure).__name__}: {failure}".splitlines()[0]
             state = "diverged" if isinstance(failure, DivergedError) else "failed"
             now = self.status().get("state")
             if now == "running" or (self.is_main and now != "done"):  # what fails after a run is done loses nothing
                 with suppress(OSError):  # a full disk: the error itself is printed
-                    self.write_status(state, reason, exit_code(failure))
+                    self.write_status(state, reason, getattr(failure, "exit_code", 1))
             raise error
         if self.is_main:
             self.write_status("done")
