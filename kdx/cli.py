@@ -78,19 +78,11 @@ def _main(argv: list[str]) -> int:
     if name in ("version", "--version"):
         print(f"kdx {__version__}")
         return 0
-    if argv in (["help"], ["--help"], ["-h"]):
-        return _help()
     if name in ("check", "store", "compare"):
         return _command(name, argv[1:])
-    if name and "=" not in name and name[0] not in "+~-":
+    if name not in ("", "help") and "=" not in name and name[0] not in "+~-":
         raise ConfigError(name, "is not a command, and not KEY=VALUE either", "See python -m kdx --help")
     return _run(argv)
-
-
-def _help(config_dir: str | None = None) -> int:
-    groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(config_dir).items()]
-    print(HELP.format(groups="\n".join(groups)))
-    return 0
 
 
 def _command(name: str, words: list[str]) -> int:
@@ -121,19 +113,20 @@ def _command(name: str, words: list[str]) -> int:
     seen: list[dict[str, Any]] = []
     for point in plan.points:  # alpha and temperature change neither data nor memory nor time
         same = config_identity(point.config) | {"loss.alpha": point.config.loss.alpha > 0, "loss.temperature": None}
-        title = " ".join(word for word in point.words if key_of(word) in plan.swept)
-        print(f"\n{title}" + (": as a point above" if same in seen else "") if title else "", flush=True)
         if same not in seen:
             seen.append(same)
+            print("", *(word for word in point.words if key_of(word) in plan.swept), flush=True)
             check(point.config, plan.folder, Record(point.words, plan.swept, point.sources))
     return 0
 
 
 def _run(argv: list[str]) -> int:
     """Show the config, or do one run or a sweep. Raises KdxError."""
-    args = _parsed(argv)
+    args = _parsed(argv if argv != ["help"] else ["--help"])
     if args.help:
-        return _help(args.config_dir)
+        groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(args.config_dir).items()]
+        print(HELP.format(groups="\n".join(groups)))
+        return 0
     if args.hydra_help or args.info or args.shell_completion or (args.cfg and (args.cfg != "job" or args.package)):
         _hydra(argv)
         return 0
@@ -152,12 +145,8 @@ def _run(argv: list[str]) -> int:
     from kdx.run.folder import Record
 
     (point,) = plan.points
-
-    def work() -> int:
-        sweep.start_run(point.config, Record(point.words, [], point.sources, argv), plan.folder)
-        return 0
-
-    return guarded(work, plan.folder)
+    sweep.start_run(point.config, Record(point.words, [], point.sources, argv), plan.folder)
+    return 0
 
 
 def _sweep(plan: "Plan", argv: list[str]) -> int:
@@ -286,8 +275,6 @@ def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
 
 
 def _print(error: KdxError) -> int:
-    if os.environ.get("KDX_DEBUG") == "1":
-        traceback.print_exc()
     for line in error.lines:
         print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
     return error.exit_code

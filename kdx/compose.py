@@ -219,9 +219,6 @@ class Composer:
             place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "YAML"
             raise ConfigError(place, f"does not parse: {error.problem}", "Fix the YAML") from None
         except (*HYDRA_ERRORS, UnicodeDecodeError) as error:
-            if found := re.search(r"'hydra/(launcher|sweeper)/(submitit|optuna|ax|nevergrad)\w*'", str(error)):
-                package = f"hydra-{found[2]}-{found[1]}"
-                raise ConfigError(f"hydra/{found[1]}", f"needs {package}", f"pip install {package}") from None
             hint = "`python -m kdx --info defaults` lists what is composed"
             raise ConfigError("config", _reason(error), hint) from None
 

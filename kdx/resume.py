@@ -29,12 +29,7 @@ def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
             where, "has no checkpoint to resume from", f"Start a new run from its words: run.like={folder}"
         )
     new = [word for word in words if word not in recorded and key_of(word) != "run.resume"]
-    composer = composer_for(config_dir)
-    typed = [word for word in composer.parsed(new) if not word.key_or_group.startswith("hydra")]
-    for word in typed:
-        if word.key_or_group in composer.groups:
-            hint = f"Set single keys, or start a new run from its words: run.like={folder}"
-            raise ConfigError(str(word.input_line), "is another choice than the run's", hint)
+    typed = [word for word in composer_for(config_dir).parsed(new) if not word.key_or_group.startswith("hydra")]
     keys = {word.key_or_group for word in typed}
     tree, faults = laid_over(tree, typed)
     flat = leaves(tree)

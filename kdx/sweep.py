@@ -174,23 +174,25 @@ def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, s
     state, reason = status.get("state", "not started"), status.get("reason", "see its error above")
     if state == "done" and (config is None or run.is_done(config)):
         return "done", "done already"
-    if holder := run.holder():
-        return "held by other processes", f"in use by {holder}, passed over"
     is_new = state in ("failed", "diverged") and (folder / "status.json").stat().st_mtime >= since
     if is_new or folder in _failed:
         return "failed", f"{state}: {reason}"
+    if holder := run.holder():
+        return "held by other processes", f"in use by {holder}, passed over"
     return "left", "was killed" if state == "running" else state
 
 
 def _claim(config: Config, folder: Path, since: float, held: ExitStack) -> str:
     """Claim a job, or say why it is not to be done now. Raises ConfigError if the folder has another run."""
     what, why = _standing(folder, config, since)
-    if what == "left":
-        try:
-            held.enter_context(claim(folder))
-        except InUseError as error:  # another process was faster
-            return f"{error.args[1]}, passed over"
-    return "" if what == "left" else why
+    if what != "left":
+        return why
+    try:
+        held.enter_context(claim(folder))
+    except InUseError as error:  # another process was faster
+        return f"{error.args[1]}, passed over"
+    what, why = _standing(folder, config, since)  # again: it may have done the job a moment ago
+    return why if what in ("done", "failed") else ""
 
 
 def _agreed(decide: Callable[[], str]) -> str:
