@@ -4,7 +4,6 @@ import copy
 import functools
 import os
 import re
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kdx import sweep
@@ -127,16 +126,12 @@ class Composer:
         """Read words as Hydra does; values become ++KEY=VALUE, so that every key reaches the check. Raises ConfigError."""
         faults, overrides = [], []
         for word in (hydras for typed in words for hydras in self._spelt(typed)):
-            if "=" not in word and not word.startswith("~"):
-                faults.append(ConfigError(word, "is not KEY=VALUE", "A value with spaces needs quotes: KEY='\"a b\"'"))
-                continue
             try:
                 overrides += self._parser.parse_overrides([word])
             except HydraException as error:
                 what = _reason(error).removeprefix(f"Error parsing override '{word}' ").partition(" expecting ")[0]
-                key, _, value = word.removeprefix("++").partition("=")
-                quoted = shlex.quote(f'{key}="{value}"')
-                faults.append(ConfigError(key or word, f"cannot be read ({what})", f"Quote the value: {quoted}"))
+                hint = "Words are KEY=VALUE, and a value with spaces or signs in it needs quotes: 'KEY=\"a b\"'"
+                faults.append(ConfigError(word.removeprefix("++"), f"cannot be read ({what})", hint))
         if faults:
             raise together(faults)
         return overrides
@@ -144,7 +139,7 @@ class Composer:
     def _spelt(self, word: str) -> list[str]:
         """Spell a typed word as Hydra needs it."""
         key, is_assigned, value = word.lstrip("+").partition("=")
-        if word.startswith("~") or not is_assigned or key.startswith(("hydra.", "hydra/")) or "@" in key:
+        if word.startswith("~") or not is_assigned or key.startswith(("hydra.", "hydra/")):
             return [word]
         if key in OPTIONAL and value == "null":
             return [f"~{key}"]
@@ -261,35 +256,28 @@ def apply(words: list[Override], cfg: DictConfig) -> list[ConfigError]:
 
 
 def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[ConfigError]]:
-    """Set typed values in a composed config → it as plain values, and what is wrong.
+    """Set typed values in a composed config → it as plain values, and what is wrong; a value that is wrong is null.
 
-    Of max_steps and epochs the one that is typed wins: the other is null, unless it is typed too. What is missing or
-    cannot be resolved is left out.
+    Of max_steps and epochs the one that is typed wins: the other is null, unless it is typed too.
     """
     cfg, typed = copy.deepcopy(OmegaConf.create(base)), {word.key_or_group for word in words}
     faults = apply(words, cfg)
     for key, other in PAIRS.items():
         if key in typed and other not in typed and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, other, None)
-
-    def values_of(node: Any, key: str) -> Any:
-        if isinstance(node, ListConfig):
-            return [values_of(item, f"{key}[{i}]") for i, item in enumerate(node)]
-        if not isinstance(node, DictConfig):
-            return node
-        values = {}
-        for name in node:
-            here = f"{key}.{name!s}".lstrip(".")
-            try:
-                if here != "hydra":
-                    values[str(name)] = values_of(node[name], here)
-            except MissingMandatoryValue:
-                faults.append(ConfigError(here, "is missing", f"Set it: {here}=..."))
-            except OmegaConfBaseException as error:  # of an interpolation
-                faults.append(ConfigError(here, _reason(error), "Set what it names, or give a value"))
-        return values
-
-    return values_of(cfg, ""), faults
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    for key in leaves(plain(cfg)):
+        try:
+            value = OmegaConf.select(cfg, key, throw_on_missing=True)
+            if OmegaConf.is_list(value):
+                OmegaConf.to_container(value, resolve=True)
+        except MissingMandatoryValue:
+            faults.append(ConfigError(key, "is missing", f"Set it: {key}=..."))
+            OmegaConf.update(cfg, key, None)
+        except OmegaConfBaseException as error:  # of an interpolation
+            faults.append(ConfigError(key, _reason(error), "Set what it names, or give a value"))
+            OmegaConf.update(cfg, key, None)
+    return OmegaConf.to_container(cfg, resolve=True), faults  # type: ignore[return-value]
 
 
 def _reason(error: Exception) -> str:

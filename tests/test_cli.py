@@ -123,11 +123,11 @@ MISTAKES = {
     "+foo.bar=1": "foo.bar: is not a key of kdx",
     "optim.lr=${oc.env:KDX_LR}": "optim.lr: Environment variable 'KDX_LR' not found. Set what it names",
     "optim.lr=${train.nothing}": "optim.lr: Interpolation key 'train.nothing' not found",
-    "data.path=a b=c": "cannot be read (mismatched input '='). Quote the value: 'data.path=\"a b=c\"'",
+    "data.path=a b=c": "cannot be read (mismatched input '='). Words are KEY=VALUE, and",
     "loss._target_=os.system": "loss._target_: names code to run",
     "hydra/launcher=parallel": "Did you mean sweep.workers=2?",
-    "loss.alpha": "is not KEY=VALUE. A value with spaces needs quotes",
-    "loss.alpha==1": "cannot be read (extraneous input '='). Quote the value",
+    "loss.alpha": "cannot be read (missing EQUAL at '<EOF>'). Words are KEY=VALUE",
+    "loss.alpha==1": "cannot be read (extraneous input '=')",
     "~data.path": "data.path: is missing",
 }
 
