@@ -5,14 +5,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx import plugins
 from kdx.errors import ConfigError, KdxError, MachineError, one_line, printable, user_error
 from kdx.run.redact import redact
-from kdx.run.signals import is_main, num_processes
+from kdx.run.signals import num_processes
 from kdx.version import __version__
 from kdx.words import groups_in, key_of
 
@@ -28,8 +27,10 @@ python -m kdx                                    the default run: SmolLM2-135M t
 python -m kdx teacher=NAME student=NAME          choose from the groups below; org/name is any model of the hub
 python -m kdx -m loss.temperature=1,2,4          a sweep: one run for each combination of the values
 python -m kdx --cfg job                          print the composed configuration
-python -m kdx check KEY=VALUE ...                what such a run would be: data, memory, time
-python -m kdx store fill KEY=VALUE ...           fill the teacher's cache for all runs; store stat | verify | prune
+python -m kdx check [-m] KEY=VALUE ...           what such a run, or each point of a sweep, would be: data, memory, time
+python -m kdx store fill KEY=VALUE ...           run the teacher over all rows, so that the runs need not
+python -m kdx store stat | verify | prune        its cache ($KDX_STORE, else outputs/teacher-store): list, compare
+                                                 checksums, drop what is damaged; prune --unused-days N, old teachers too
 python -m kdx compare PATH ...                   rank runs and sweeps: a table and a page
 python -m kdx run.resume=FOLDER                  resume a run; run.like=FOLDER starts a new one from its words
 
@@ -41,20 +42,6 @@ conf/ has a comment on every key; `--cfg job` prints them with this run's values
 
 Flags of Hydra: --hydra-help. Exit codes: 0 ok, 1 a bug, 2 config or data, 3 machine, 4 diverged,
 5 jobs of a sweep failed, 129, 130 or 143 stopped by a signal (the run can be resumed)."""
-CHECK_HELP = """python -m kdx check [-m] KEY=VALUE ...
-
-Read config, data and models as the run would, and print what it would train, its memory, disk and time.
-With -m: for every point of the sweep."""
-
-STORE_HELP = """python -m kdx store fill KEY=VALUE ...
-python -m kdx store stat | verify | prune [--unused-days N] [teacher.store_dir=FOLDER]
-
-fill KEY=VALUE ...   run the teacher over all rows of a run or sweep (words as for the run), so that its jobs need not
-stat                 list the teachers, their rows and sizes, and when each was last used
-verify               compare the checksum of every row; exit code 3 if one is damaged
-prune                join small shards and drop damaged rows; with --unused-days N, remove teachers unused for N days
-
-The folder is $KDX_STORE, else outputs/teacher-store."""
 
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> "Config":
@@ -74,38 +61,59 @@ def main() -> None:
 
 
 def _main(argv: list[str]) -> int:
+    """Show something, do one run or a sweep, or what a command says. Raises KdxError."""
     name = argv[0] if argv else ""
-    if name in ("version", "--version"):
+    if name == "--version":
         print(f"kdx {__version__}")
         return 0
-    if name in ("check", "store", "compare"):
-        return _command(name, argv[1:])
-    if name not in ("", "help") and "=" not in name and name[0] not in "+~-":
-        raise ConfigError(name, "is not a command, and not KEY=VALUE either", "See python -m kdx --help")
-    return _run(argv)
-
-
-def _command(name: str, words: list[str]) -> int:
-    """Run `kdx check`, `kdx store` or `kdx compare`. Raises KdxError."""
-    is_help = bool({"--help", "-h"} & {*words})
     if name == "compare":
         from kdx.compare.read import main as compare
 
-        return compare(words)
-    if is_help:
-        print(CHECK_HELP if name == "check" else STORE_HELP)
-        return 0
-    if name == "store" and words[:1] != ["fill"]:
+        return compare(argv[1:])
+    is_help = name == "help" or bool({"--help", "-h"} & {*argv})
+    if name == "store" and argv[1:2] != ["fill"] and not is_help:
         from kdx.store_commands import manage
 
-        return manage(words)
-    plan = _planned(_parsed(words[name == "store" :]))
+        return manage(argv[1:])
+    words = argv[{"help": 1, "check": 1, "store": 2}.get(name, 0) :]
+    if words and words[0] == name and "=" not in name and name[0] not in "+~-":
+        raise ConfigError(name, "is not a command, and not KEY=VALUE either", "See python -m kdx --help")
+    args = _parsed(words)
+    if is_help:
+        groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(args.config_dir).items()]
+        print(HELP.format(groups="\n".join(groups)))
+        return 0
+    if args.hydra_help or args.info or args.shell_completion or (args.cfg and (args.cfg != "job" or args.package)):
+        run_hydra(argv)
+        return 0
+    plan = _planned(args)
+    if args.cfg:
+        import yaml
+
+        from kdx.config import as_dict
+
+        print(yaml.safe_dump(redact(as_dict(plan.points[0].config)), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    if name == "check":
+        return _check(plan)
     if name == "store":
         plugins.load()
         from kdx.store_commands import fill
 
         fill([point.config for point in plan.points])
         return 0
+    from kdx import sweep
+    from kdx.run.folder import Record
+
+    argv = plan.command or argv
+    if plan.is_sweep:
+        return sweep.run(plan, argv)
+    (point,) = plan.points
+    sweep.start_run(point.config, Record(point.words, [], point.sources, argv), plan.folder)
+    return 0
+
+
+def _check(plan: "Plan") -> int:
     from kdx.check import check
     from kdx.run.folder import Record
     from kdx.run.identity import config_identity
@@ -120,81 +128,7 @@ def _command(name: str, words: list[str]) -> int:
     return 0
 
 
-def _run(argv: list[str]) -> int:
-    """Show the config, or do one run or a sweep. Raises KdxError."""
-    args = _parsed(argv if argv != ["help"] else ["--help"])
-    if args.help:
-        groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(args.config_dir).items()]
-        print(HELP.format(groups="\n".join(groups)))
-        return 0
-    if args.hydra_help or args.info or args.shell_completion or (args.cfg and (args.cfg != "job" or args.package)):
-        _hydra(argv)
-        return 0
-    plan = _planned(args)
-    if args.cfg:
-        import yaml
-
-        from kdx.config import as_dict
-
-        print(yaml.safe_dump(redact(as_dict(plan.points[0].config)), sort_keys=False, allow_unicode=True), end="")
-        return 0
-    argv = plan.command or argv
-    if plan.is_sweep:
-        return _sweep(plan, argv)
-    from kdx import sweep
-    from kdx.run.folder import Record
-
-    (point,) = plan.points
-    sweep.start_run(point.config, Record(point.words, [], point.sources, argv), plan.folder)
-    return 0
-
-
-def _sweep(plan: "Plan", argv: list[str]) -> int:
-    """Do the jobs of a sweep one after the other, or have Hydra's launcher or sweeper do them."""
-    from kdx import sweep
-    from kdx.run.folder import Record
-
-    config, num_baselines = plan.points[0].config.sweep, len(plan.jobs) - len(plan.points)
-    if num_baselines > 0 and is_main() and not sweep.is_worker():
-        baselines = f"{num_baselines} baseline{'s' if num_baselines > 1 else ''} (alpha=0)"
-        print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
-    since = sweep.started()
-
-    def do_all() -> None:
-        if plan.hydra:
-            words = [point.words for point in plan.jobs.values()]
-            job = partial(run_job, words, config_dir=plan.config_dir, swept=plan.swept, argv=argv, since=since)
-            return _hydra(["--multirun", *_flags(plan.config_dir), *plan.hydra], job)
-        for folder, point in plan.jobs.items():
-            sweep.do_job(point.config, Record(point.words, plan.swept, point.sources, argv), folder, since=since)
-        return None
-
-    jobs = {folder: point.config for folder, point in plan.jobs.items()}
-    return sweep.run(plan.folder, jobs, do_all, since=since, workers=config.workers, argv=argv)
-
-
-def run_job(
-    jobs: list[list[str]], cfg: Any, *, config_dir: str | None, swept: list[str], argv: list[str], since: float
-) -> float:
-    """Do one job of a sweep, in whatever process Hydra runs it → the measure that the sweep compares.
-
-    jobs: the words of all jobs, of which cfg has the number; empty if a sweeper chooses the words as it goes.
-    """
-    from hydra.core.hydra_config import HydraConfig
-
-    from kdx import sweep
-    from kdx.compose import composer_for
-    from kdx.run.folder import Record
-
-    hydra_part = HydraConfig.get()
-    point = composer_for(config_dir).point(jobs[cfg.kdx_job] if jobs else list(hydra_part.overrides.task))
-    folder = Path(hydra_part.sweep.dir) / sweep.job_name(swept, point.words, point.config)
-    record = Record(point.words, swept, point.sources, argv)
-    is_own_gpu = not str(hydra_part.launcher.get("_target_")).endswith(".BasicLauncher")
-    return sweep.do_job(point.config, record, folder, since=since, is_shared=bool(jobs), is_own_gpu=is_own_gpu)
-
-
-def _hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
+def run_hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
     """Run Hydra's own command line on these words. Raises ConfigError."""
     import hydra
     from hydra.errors import HydraException
@@ -232,12 +166,9 @@ def _planned(args: argparse.Namespace) -> "Plan":
     words, of_run = alike(like, words)
     config_dir = config_dir or of_run
     made = plan(words, config_dir, args.multirun)
-    made.command = [*_flags(config_dir), *(["-m"] if args.multirun else []), *words]
+    flags = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
+    made.command = [*flags, *(["-m"] if args.multirun else []), *words]
     return made
-
-
-def _flags(config_dir: str | None) -> list[str]:
-    return [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:

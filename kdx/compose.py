@@ -54,7 +54,9 @@ class Plan:
     is_sweep: bool = False
     swept: list[str] = field(default_factory=list)  # the keys with several values
     jobs: dict[Path, Point] = field(default_factory=dict)  # baselines and points; none if a sweeper chooses as it goes
-    hydra: list[str] = field(default_factory=list)  # words for a launcher or sweeper of Hydra that does the jobs
+    hydra: list[str] = field(
+        default_factory=list
+    )  # the command line of Hydra, if its launcher or sweeper does the jobs
     command: list[str] = field(default_factory=list)  # what repeats a run that names another one; else what was typed
 
 
@@ -85,9 +87,10 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
     configs = [point.config for point in points]
     if not configs[0].sweep.name:
         return plan([*words, f"sweep.name={sweep.sweep_name(swept, configs)}"], config_dir, is_multirun=True)
+    flags = ["--multirun", *([f"--config-dir={Path(config_dir).resolve()}"] if config_dir else [])]
     made = Plan(points, Path(str(hydra.sweep.dir)), config_dir, is_sweep=True, swept=swept)
     if not str(hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):  # Optuna chooses as it goes
-        made.hydra = [str(word.input_line) for word in typed]
+        made.hydra = [*flags, *(str(word.input_line) for word in typed)]
         return made
     baselines: list[Point] = []
     if all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha for c in configs):
@@ -95,7 +98,7 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
     named = [(sweep.job_name(swept, job.words, job.config), job) for job in (*baselines, *points)]
     made.jobs = {made.folder / name: job for name, job in named}
     if not str(hydra.launcher.get("_target_")).endswith(".BasicLauncher"):
-        made.hydra = [*for_hydra, f"+kdx_job=range({len(made.jobs)})"]
+        made.hydra = [*flags, *for_hydra, f"+kdx_job=range({len(made.jobs)})"]
     return made
 
 

@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
@@ -25,6 +27,9 @@ from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import config_identity, digest
 from kdx.run.signals import STOPS, is_main, num_processes
+
+if TYPE_CHECKING:
+    from kdx.compose import Plan
 
 MAX_LETTERS = 60  # of a value in a folder's name; the hash tells long ones apart
 STARTED = "KDX_SWEEP_STARTED"  # in the environment of a worker: when its command started
@@ -87,39 +92,52 @@ def _safe(text: str) -> str:
 _failed: set[Path] = set()  # folders of jobs that failed in this process
 
 
-def started() -> float:
-    """Return when this command started, in seconds since 1970; its workers share it."""
-    return float(os.environ.get(STARTED) or time.time())
+def run(plan: "Plan", argv: list[str]) -> int:
+    """Do what is left of a sweep, in `sweep.workers` processes, and compare → the exit code. Raises ConfigError.
 
-
-def run(
-    folder: Path,
-    jobs: dict[Path, Config],
-    do_all: Callable[[], None],
-    *,
-    since: float,
-    workers: int = 1,
-    argv: Sequence[str] = (),
-) -> int:
-    """Do what is left of a sweep, in `workers` processes, and compare → the exit code. Raises ConfigError.
-
-    jobs: by their folders; empty where a sweeper chooses the points as it goes. do_all: calls do_job for each point.
-    argv: what was typed.
+    argv: what was typed; the workers run it too, and share the time at which the command started.
     """
     _failed.clear()
-    code = 0
+    since, code = float(os.environ.get(STARTED) or time.time()), 0
+    workers, num_baselines = plan.points[0].config.sweep.workers, len(plan.jobs) - len(plan.points)
+    if num_baselines > 0 and is_main() and not is_worker():
+        baselines = f"{num_baselines} baseline{'s' if num_baselines > 1 else ''} (alpha=0)"
+        print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
     if workers > 1 and not is_worker():
-        if not jobs or num_processes() > 1:
+        if plan.hydra or num_processes() > 1:
             what = f"is {workers}, but workers share only points that are known in advance, without torchrun"
             raise ConfigError("sweep.workers", what, "Leave it out")
-        code = _run_workers(min(workers, len(jobs)), argv, since)
+        code = _run_workers(min(workers, len(plan.jobs)), argv, since)
         if code not in (0, 5):
             return code
+    elif plan.hydra:
+        from kdx.cli import run_hydra
+
+        words = [point.words for point in plan.jobs.values()]
+        run_hydra(plan.hydra, partial(_hydras_job, words, plan.config_dir, Record([], plan.swept, {}, argv), since))
     else:
-        do_all()
+        for folder, point in plan.jobs.items():
+            do_job(point.config, Record(point.words, plan.swept, point.sources, argv), folder, since=since)
     if not is_worker() and is_main():  # the parent, or rank 0, reports
-        _report(folder, jobs, since)
+        _report(plan, since)
     return 5 if _failed else code
+
+
+def _hydras_job(jobs: list[list[str]], config_dir: str | None, record: Record, since: float, cfg: Any) -> float:
+    """Do one job in whatever process Hydra's launcher runs it → the measure that its sweeper compares.
+
+    jobs: the words of all jobs, of which cfg has the number; empty if the sweeper chooses the words as it goes.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    from kdx.compose import composer_for
+
+    hydra = HydraConfig.get()
+    point = composer_for(config_dir).point(jobs[cfg.kdx_job] if jobs else list(hydra.overrides.task))
+    folder = Path(hydra.sweep.dir) / job_name(record.swept, point.words, point.config)
+    record = replace(record, words=point.words, sources=point.sources)
+    is_own_gpu = not str(hydra.launcher.get("_target_")).endswith(".BasicLauncher")
+    return do_job(point.config, record, folder, since=since, is_shared=bool(jobs), is_own_gpu=is_own_gpu)
 
 
 def do_job(
@@ -222,20 +240,20 @@ def _run_workers(number: int, argv: Sequence[str], since: float) -> int:
     return max(128 - code if code < 0 else code for code in codes)
 
 
-def _report(folder: Path, jobs: dict[Path, Config], since: float) -> None:
+def _report(plan: "Plan", since: float) -> None:
     """Say what failed, what others hold and what is left; if nothing is, compare."""
     found: dict[str, list[str]] = {"failed": [], "held by other processes": [], "left": [], "done": []}
-    known = jobs or dict.fromkeys(sorted(file.parent for file in folder.glob("*/status.json")))
-    for path, config in known.items():
+    known = [*plan.jobs] or sorted(file.parent for file in plan.folder.glob("*/status.json"))
+    for path in known:
         try:
-            what, why = _standing(path, config, since)
+            what, why = _standing(path, plan.jobs[path].config if plan.jobs else None, since)
         except KdxError as error:
             what, why = "failed", str(error).splitlines()[0].removeprefix(f"{path}: ")
         found[what].append(f"  {os.path.relpath(path)}  {printable(why)}")
         _failed.update([path] if what == "failed" else [])
     if len(found["failed"] + found["done"]) == len(known):
-        with suppress(InUseError), claim(folder):  # of two that end at the same time one writes
-            _write_page(folder, is_printed=True)
+        with suppress(InUseError), claim(plan.folder):  # of two that end at the same time one writes
+            _write_page(plan.folder, is_printed=True)
     for what, rows in found.items():
         if rows and what != "done":
             print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)

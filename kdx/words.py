@@ -17,10 +17,7 @@ MEANT = {
     "optim.lr": "learning_rate base_lr max_lr",
     "optim=NAME": "optimizer optim_name",
     "optim.schedule": "lr_scheduler_type lr_scheduler lr_schedule",
-    "optim.schedule_options": "lr_scheduler_kwargs",
     "optim.warmup_steps? Below 1 it is a share of all steps": "warmup_ratio num_warmup_steps warmup",
-    "optim.eps": "adam_epsilon",
-    "optim.betas=[0.9,0.999]": "adam_beta1 adam_beta2",
     "train.micro_batch_size": "per_device_train_batch_size per_device_eval_batch_size per_gpu_batch_size",
     "train.batch_size": "train_batch_size global_batch_size effective_batch_size",
     "train.micro_batch_size? A step accumulates train.batch_size rows": "gradient_accumulation_steps "
@@ -38,7 +35,6 @@ MEANT = {
     "train.early_stopping.patience": "early_stopping_patience patience",
     "train.seed": "random_seed seed_everything",
     "train.seed or data.seed": "seed",
-    "train.compile": "torch_compile",
     "train.precision=bf16": "bf16",
     "train.precision=fp16": "fp16",
     "train.precision": "mixed_precision dtype student.precision student.dtype student.torch_dtype",
@@ -58,7 +54,6 @@ MEANT = {
     "student.attn_implementation": "flash_attention use_flash_attention_2 flash_attn",
     "tracking.mode": "report_to use_wandb logger wandb",
     "tracking.project": "wandb_project project_name",
-    "tracking.entity": "wandb_entity",
     "tracking.name": "run_name wandb_name experiment_name",
     "hydra.run.dir": "run.dir output_dir out_dir save_dir default_root_dir logging_dir",
     "run.resume": "resume_from_checkpoint ckpt_path",
@@ -84,9 +79,6 @@ _NONE = {
     "a run always trains and measures; train.max_steps=0 only measures": "do_train do_eval do_predict",
     "data are encoded once, before training": "dataloader_num_workers num_workers remove_unused_columns num_proc "
     "dataset_num_proc dataset_prepared_path",
-    "every run has a folder of its own": "overwrite_output_dir",
-    "kdx has no label smoothing": "label_smoothing_factor label_smoothing",
-    "kdx adds no noise to embeddings": "neftune_noise_alpha",
 }
 FOREIGN = {
     word: f"Did you mean {meant}" + ("" if "? " in meant else "?")

@@ -1,6 +1,5 @@
 """The points of a sweep, names that are the same on any day and fit for a path, and who does which job."""
 
-import math
 import os
 import re
 import signal
@@ -9,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,10 @@ from processes import SERVER, ended, free_port
 
 from kdx import sweep
 from kdx.cli import compose
-from kdx.config import SAFE_NAME
+from kdx.compose import Plan, Point
+from kdx.config import SAFE_NAME, replaced
 from kdx.errors import ConfigError
 from kdx.run.claim import BEAT
-from kdx.run.folder import Record
 
 
 def parsed(*words: str) -> list[Override]:
@@ -133,18 +133,16 @@ class Folders:
         self.leave(folder.name, "done")
         return 1.5
 
+    def plan(self, *names: str, workers: int = 1) -> Plan:
+        config = replaced(self.config, sweep=replaced(self.config.sweep, workers=workers))
+        point = Point([], config, {})
+        jobs = {self.root / name: point for name in names}
+        return Plan([point] * len(names), self.root, is_sweep=True, jobs=jobs)
+
     def sweep(self, *names: str) -> int:
         """One process that goes through these jobs → the exit code."""
-        since = time.time()
-
-        def do_all() -> None:
-            for job in names:
-                before = len(self.runs)
-                measure = sweep.do_job(self.config, Record(), self.root / job, since=since)
-                assert measure == (1.5 if len(self.runs) > before and job not in self.raises else math.inf)
-
         time.sleep(0.02)  # files have times of a clock that ticks slowly
-        return sweep.run(self.root, {self.root / job: self.config for job in names}, do_all, since=since)
+        return sweep.run(self.plan(*names), [])
 
 
 @pytest.fixture
@@ -173,7 +171,7 @@ def test_a_failing_job_does_not_stop_the_rest_and_is_tried_again_by_the_next_com
 ) -> None:
     folders.raises = {"bad": ConfigError("loss.most", "is too small", "Raise it")}
     folders.leave("bad", "failed", age=60)
-    assert folders.sweep("bad", "good", "bad") == 5
+    assert folders.sweep("bad", "good") == 5
     assert folders.runs == ["bad", "good"]  # once by each command
     err = capsys.readouterr().err
     assert err.endswith(
@@ -212,8 +210,7 @@ def workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 
 
 def run_workers(folders: Folders, script: str) -> int:
-    jobs = {folders.root / str(i): folders.config for i in range(2)}
-    return sweep.run(folders.root, jobs, lambda: None, since=7.5, workers=3, argv=[script])
+    return sweep.run(folders.plan("0", "1", workers=3), [script])
 
 
 def test_workers_run_the_same_command_and_the_worst_exit_code_counts(
@@ -221,7 +218,9 @@ def test_workers_run_the_same_command_and_the_worst_exit_code_counts(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(sweep, "num_cores", lambda: 8)
-    script = f"import os, sys; sys.exit(3 if os.environ['{sweep.STARTED}'] == '7.5' and os.environ['OMP_NUM_THREADS'] == '4' else 1)"
+    script = (
+        f"import os, sys; sys.exit(3 if os.environ['{sweep.STARTED}'] and os.environ['OMP_NUM_THREADS'] == '4' else 1)"
+    )
     assert run_workers(folders, script) == 3
     assert workers == [[sys.executable, "-m", "kdx", script]] * 2  # no more than there are jobs
 
@@ -237,7 +236,7 @@ def test_a_signal_is_forwarded_to_the_workers(folders: Folders, workers: list[li
 
 def test_workers_need_points_that_are_known(folders: Folders) -> None:
     with pytest.raises(ConfigError, match=r"sweep\.workers: is 2"):
-        sweep.run(folders.root, {}, lambda: None, since=0, workers=2)
+        sweep.run(replace(folders.plan("0", workers=2), hydra=["x"]), [])
 
 
 def agree(rank: int, port: int) -> None:
