@@ -46,9 +46,11 @@ Flags of Hydra: --hydra-help. Exit codes: 0 ok, 1 a bug, 2 config or data, 3 mac
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> "Config":
     """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
-    from kdx.compose import compose
+    from kdx.compose import plan
 
-    return compose(overrides, config_dir)
+    (point,) = plan(list(overrides or []), config_dir).points
+    point.config._words = point.words
+    return point.config
 
 
 def main() -> None:

@@ -60,13 +60,6 @@ class Plan:
     command: list[str] = field(default_factory=list)  # what repeats a run that names another one; else what was typed
 
 
-def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
-    """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
-    (point,) = plan(list(overrides or []), config_dir).points
-    point.config._words = point.words
-    return point.config
-
-
 def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = False) -> Plan:
     """Compose and check every run that a command line asks for. Raises one ConfigError with a line per fault."""
     composer = composer_for(config_dir)

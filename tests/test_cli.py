@@ -364,18 +364,6 @@ def test_hydra_sweeps_over_the_same_points(capfd, monkeypatch):
     assert (code, lines[0]) == (0, "kdx: 2 of 2 jobs left:")
 
 
-def test_a_sweep_over_options_of_ones_own(capfd, monkeypatch):
-    """Hydra's jobs are composed from the same folders as what was checked."""
-    write("mine/loss/sharp.yaml", "defaults: [forward_kl, _self_]\ntemperature: 0.5\n")
-    done = {}
-    monkeypatch.setattr("kdx.sweep.do_job", lambda config, record, folder, *_, **__: done.setdefault(folder, config))
-    run(capfd, "--config-dir", "mine", "-m", "loss=sharp,jsd", "train.epochs=2", "sweep.baseline=false")
-    assert [(c.loss.temperature, c.train.epochs, c.train.max_steps) for c in done.values()] == [
-        (0.5, 2, None),
-        (2, 2, None),
-    ]
-
-
 def test_every_point_of_a_sweep_is_checked():
     with pytest.raises(ConfigError) as caught:
         sweep("loss=forward_kl,nope", "loss.alpha=0.1,3")
