@@ -54,9 +54,7 @@ class Plan:
     is_sweep: bool = False
     swept: list[str] = field(default_factory=list)  # the keys with several values
     jobs: dict[Path, Point] = field(default_factory=dict)  # baselines and points; none if a sweeper chooses as it goes
-    hydra: list[str] = field(
-        default_factory=list
-    )  # the command line of Hydra, if its launcher or sweeper does the jobs
+    hydra: list[str] = field(default_factory=list)  # Hydra's command line, if a launcher or sweeper of it is chosen
     command: list[str] = field(default_factory=list)  # what repeats a run that names another one; else what was typed
 
 
@@ -171,9 +169,8 @@ class Composer:
         keys = {word.key_or_group for word in typed}
         choices, faults = self._choices(typed)
         composed, sources = self._composed(choices)
-        tree, wrong = laid_over(
-            composed, [w for w in typed if not self._is_choice(w) and w.key_or_group[:6] != "hydra."]
-        )
+        values = [w for w in typed if not self._is_choice(w) and not w.key_or_group.startswith("hydra.")]
+        tree, wrong = laid_over(composed, values)
         faults += wrong
         data = tree["data"]
         if "data.path" in keys and "data" not in keys and data.get("path") and data.get("name") == "chitchat":

