@@ -84,12 +84,7 @@ def _of_options(tree: dict[str, Any], typed: set[str], known: list[str]) -> list
 
 
 def _of_code(tree: dict[str, Any], typed: set[str]) -> list[ConfigError]:
-    """Code that a file would have run: a model's own must be asked for by typing it."""
-    found = []
-    for key, value in leaves(tree).items():
-        if key.endswith(".trust_remote_code") and value is True and key not in typed:
-            what = "runs a model's own code, so a file alone cannot ask for it"
-            found.append(ConfigError(key, what, f"Type {key}=true"))
-        if key.endswith("_target_"):
-            found.append(ConfigError(key, "names code to run", "kdx runs none that a config names: remove it"))
-    return found
+    """Code of a model that a file alone would have run: it must be asked for by typing it."""
+    keys = [key for key, value in leaves(tree).items() if key.endswith(".trust_remote_code") and value is True]
+    what = "runs a model's own code, so a file alone cannot ask for it"
+    return [ConfigError(key, what, f"Type {key}=true") for key in keys if key not in typed]

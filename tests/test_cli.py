@@ -14,7 +14,7 @@ from processes import in_process as run
 from kdx import __version__, cli, plugins
 from kdx.cli import compose
 from kdx.compose import Composer, Plan, plan
-from kdx.config import as_dict, leaves, short_key
+from kdx.config import as_dict, leaves
 from kdx.errors import ConfigError, KdxError
 from kdx.resume import alike, newest, resumed
 from kdx.run.redact import redact
@@ -113,7 +113,6 @@ MISTAKES = {
     "foo=1": "is not a key of kdx. See all keys with: python -m kdx --cfg job",
     "optim.lr=${oc.env:KDX_LR}": "optim.lr: Environment variable 'KDX_LR' not found. Set what it names",
     "data.path=a b=c": "cannot be read (mismatched input '='). Words are KEY=VALUE, and",
-    "loss._target_=os.system": "loss._target_: names code to run",
     "hydra/launcher=parallel": "Did you mean sweep.workers=2?",
     "loss.alpha": "cannot be read (missing EQUAL at '<EOF>'). Words are KEY=VALUE",
     "~data.path": "data.path: is missing",
@@ -277,17 +276,6 @@ def test_yaml_of_ones_own_that_is_wrong(file, text, word, says):
         plan([word], "mine")
     assert says in str(caught.value)
     assert len(caught.value.lines) == 1
-
-
-def test_a_short_key_is_the_shortest_that_is_unique():
-    keys = list(leaves(as_dict(compose())))
-    assert [short_key(key, keys) for key in ("loss.temperature", "optim.lr", "train.seed", "teacher.path")] == [
-        "temperature",
-        "lr",
-        "train.seed",
-        "teacher.path",
-    ]
-    assert short_key("loss.temperature", [*keys, "rollout.temperature"]) == "loss.temperature"
 
 
 # Sweeps

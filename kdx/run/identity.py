@@ -111,14 +111,15 @@ def table(found: Differences) -> list[str]:
 def content_hash(file: Path) -> str:
     """Hash a file. The hash of a big one is kept in $KDX_CACHE until its size or modification time changes."""
     stat = file.stat()
+    if stat.st_size <= BLOCK:
+        return digest_of(file)
     about = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     known = cache_dir() / "hashes" / xxhash.xxh3_128_hexdigest(about.encode())
-    if stat.st_size > BLOCK and known.is_file():
+    if known.is_file():
         return known.read_text()
     content = digest_of(file)
-    if stat.st_size > BLOCK:
-        with suppress(OSError):  # it only saves time
-            write_beside(known, content)
+    with suppress(OSError):  # it only saves time
+        write_beside(known, content)
     return content
 
 
