@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 
 from kdx.config import Config, as_dict, leaves, short_key
 from kdx.errors import ConfigError, InUseError, KdxError, printable
-from kdx.run.claim import claim
+from kdx.run.claim import claim, holder
 from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import config_identity, digest
@@ -195,8 +195,8 @@ def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, s
     is_new = state in ("failed", "diverged") and (folder / "status.json").stat().st_mtime >= since
     if is_new or folder in _failed:
         return "failed", f"{state}: {reason}"
-    if holder := run.holder():
-        return "held by other processes", f"in use by {holder}, passed over"
+    if owner := holder(folder):
+        return "held by other processes", f"in use by {owner}, passed over"
     return "left", "was killed" if state == "running" else state
 
 

@@ -17,7 +17,7 @@ import yaml
 from kdx import plugins
 from kdx.config import Config, as_dict
 from kdx.errors import ConfigError, DivergedError, KdxError, MachineError, user_error
-from kdx.run.claim import claim, holder
+from kdx.run.claim import claim
 from kdx.run.files import local_time, read_json, remove_leftovers, write_beside, write_json
 from kdx.run.identity import differences, identity, may_differ, table
 from kdx.run.redact import redact
@@ -67,10 +67,6 @@ class RunFolder:
             what = "status.json says done, but summary.json is missing or damaged"
             raise MachineError(str(self.path), what, "Start again in another folder")
         return summary
-
-    def holder(self) -> str | None:
-        """Name the process that is running in this folder, if there is one."""
-        return holder(self.path)
 
     def is_done(self, config: Config) -> bool:
         """Return whether this run is done. Raises ConfigError, with a diff, if the folder has another run."""
