@@ -10,6 +10,7 @@ import os
 import platform
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import psutil
 
 from kdx.errors import InUseError
-from kdx.run.files import read_json, temporary
+from kdx.run.files import read_json
 
 LOCK, BEAT = ".lock", "heartbeat.json"
 HEARTBEAT = 30.0  # seconds between two heartbeats
@@ -84,7 +85,7 @@ def _take(lock: Any) -> bool:
 
 def _write(beat: Path) -> bool:
     """Write the first heartbeat, in place of a dead process's; False if another process was faster."""
-    dead, aside = read_json(beat), temporary(beat)
+    dead, aside = read_json(beat), beat.with_name(f".tmp-{uuid.uuid4().hex[:8]}")
     with suppress(FileNotFoundError):  # without locks two may try: the second finds none, or has moved the first one's
         beat.rename(aside)
         if read_json(aside) != dead:
