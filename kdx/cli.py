@@ -5,18 +5,18 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx import plugins
-from kdx.errors import MACHINE, ConfigError, KdxError, MachineError, one_line, out_of_memory, printable
+from kdx.errors import ConfigError, KdxError, MachineError, one_line, printable, user_error
 from kdx.run.redact import redact
+from kdx.run.signals import num_processes
 from kdx.version import __version__
-from kdx.words import CONF, groups_in, key_of
+from kdx.words import groups_in, key_of
 
 if TYPE_CHECKING:
-    from kdx.compose import Plan, Source
+    from kdx.compose import Plan
     from kdx.config import Config
 
 __all__ = ["compose", "main"]
@@ -27,8 +27,10 @@ python -m kdx                                    the default run: SmolLM2-135M t
 python -m kdx teacher=NAME student=NAME          choose from the groups below; org/name is any model of the hub
 python -m kdx -m loss.temperature=1,2,4          a sweep: one run for each combination of the values
 python -m kdx --cfg job                          print the composed configuration
-python -m kdx check KEY=VALUE ...                what such a run would be: data, memory, time
-python -m kdx store fill KEY=VALUE ...           fill the teacher's cache for all runs; store stat | verify | prune
+python -m kdx check [-m] KEY=VALUE ...           what such a run, or each point of a sweep, would be: data, memory, time
+python -m kdx store fill KEY=VALUE ...           run the teacher over all rows, so that the runs need not
+python -m kdx store stat | verify | prune        its cache ($KDX_STORE, else outputs/teacher-store): list, compare
+                                                 checksums, drop what is damaged; prune --unused-days N, old teachers too
 python -m kdx compare PATH ...                   rank runs and sweeps: a table and a page
 python -m kdx run.resume=FOLDER                  resume a run; run.like=FOLDER starts a new one from its words
 
@@ -40,102 +42,51 @@ conf/ has a comment on every key; `--cfg job` prints them with this run's values
 
 Flags of Hydra: --hydra-help. Exit codes: 0 ok, 1 a bug, 2 config or data, 3 machine, 4 diverged,
 5 jobs of a sweep failed, 129, 130 or 143 stopped by a signal (the run can be resumed)."""
-CHECK_HELP = """python -m kdx check [-m] KEY=VALUE ...
-
-Read config, data and models as the run would, and print what it would train, its memory, disk and time.
-With -m: for every point of the sweep."""
-
-STORE_HELP = """python -m kdx store fill KEY=VALUE ...
-python -m kdx store stat | verify | prune [--unused-days N] [teacher.store_dir=FOLDER]
-
-fill KEY=VALUE ...   run the teacher over all rows of a run or sweep (words as for the run), so that its jobs need not
-stat                 list the teachers, their rows and sizes, and when each was last used
-verify               compare the checksum of every row; exit code 3 if one is damaged
-prune                remove damaged files; with --unused-days N, remove teachers unused for N days
-
-The folder is $KDX_STORE, else outputs/teacher-store."""
 
 
 def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> "Config":
     """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
-    from kdx.compose import compose
+    from kdx.compose import plan
 
-    return compose(overrides, config_dir)
+    (point,) = plan(list(overrides or []), config_dir).points
+    point.config._words = point.words
+    return point.config
 
 
 def main() -> None:
     """Run `python -m kdx …`. Exits with the codes of errors.py."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and kdx prints one line
     code = guarded(lambda: _main(sys.argv[1:]))
-    if code and os.environ.get("WORLD_SIZE", "1") not in ("0", "1"):
+    if code and num_processes() > 1:
         print(f"kdx: exit code {code}, whatever the launcher reports", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def _main(argv: list[str]) -> int:
+    """Show something, do one run or a sweep, or what a command says. Raises KdxError."""
     name = argv[0] if argv else ""
-    if name in ("version", "--version"):
+    if name == "--version":
         print(f"kdx {__version__}")
         return 0
-    if argv in (["help"], ["--help"], ["-h"]):
-        return _help([CONF])
-    if name in ("check", "store", "compare"):
-        return _command(name, argv[1:])
-    if name and "=" not in name and name[0] not in "+~-":
-        raise ConfigError(name, "is not a command, and not KEY=VALUE either", "See python -m kdx --help")
-    return _run(argv)
-
-
-def _help(roots: list[Path]) -> int:
-    groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(roots).items()]
-    print(HELP.format(groups="\n".join(groups)))
-    return 0
-
-
-def _command(name: str, words: list[str]) -> int:
-    """Run `kdx check`, `kdx store` or `kdx compare`. Raises KdxError."""
-    is_help = bool({"--help", "-h"} & {*words})
     if name == "compare":
         from kdx.compare.read import main as compare
 
-        return compare(words)
-    if is_help:
-        print(CHECK_HELP if name == "check" else STORE_HELP)
-        return 0
-    if name == "store" and words[:1] != ["fill"]:
+        return compare(argv[1:])
+    is_help = name == "help" or bool({"--help", "-h"} & {*argv})
+    if name == "store" and argv[1:2] != ["fill"] and not is_help:
         from kdx.store_commands import manage
 
-        return manage(words)
-    plan = _planned(_parsed(words[name == "store" :]))
-    if name == "store":
-        plugins.load()
-        from kdx.store_commands import fill
-
-        fill([point.config for point in plan.points])
+        return manage(argv[1:])
+    words = argv[{"help": 1, "check": 1, "store": 2}.get(name, 0) :]
+    if words and words[0] == name and "=" not in name and name[0] not in "+~-":
+        raise ConfigError(name, "is not a command, and not KEY=VALUE either", "See python -m kdx --help")
+    args = _parsed(words)
+    if is_help:
+        groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(args.config_dir).items()]
+        print(HELP.format(groups="\n".join(groups)))
         return 0
-    from kdx.check import check
-    from kdx.config import replaced
-    from kdx.run.folder import Record
-
-    seen: list[Config] = []
-    for point in plan.points:  # alpha and temperature change neither data nor memory nor time
-        loss = replaced(point.config.loss, alpha=point.config.loss.alpha > 0, temperature=1.0)
-        title = " ".join(word for word in point.words if key_of(word) in plan.swept)
-        is_new = (same := replaced(point.config, loss=loss)) not in seen
-        print(f"\n{title}" + ("" if is_new else ": as a point above") if title else "", flush=True)
-        if is_new:
-            seen.append(same)
-            check(point.config, plan.sweep_dir or plan.run_dir, Record(point.words, plan.swept, point.sources))
-    return 0
-
-
-def _run(argv: list[str]) -> int:
-    """Show the config, or do one run or a sweep. Raises KdxError."""
-    args = _parsed(argv)
-    if args.help:
-        return _help(_source(args).roots())
     if args.hydra_help or args.info or args.shell_completion or (args.cfg and (args.cfg != "job" or args.package)):
-        _hydra(argv)
+        run_hydra(argv)
         return 0
     plan = _planned(args)
     if args.cfg:
@@ -145,55 +96,41 @@ def _run(argv: list[str]) -> int:
 
         print(yaml.safe_dump(redact(as_dict(plan.points[0].config)), sort_keys=False, allow_unicode=True), end="")
         return 0
-    argv = plan.command or argv
-    if plan.sweep_dir:
-        return _sweep(plan, argv)
-    from kdx import sweep
-    from kdx.run.folder import Record
+    if name == "check":
+        return _check(plan)
+    if name == "store":
+        plugins.load()
+        from kdx.store_commands import fill
 
-    (point,) = plan.points
-    record = Record(point.words, [], point.sources, argv)
-
-    def work() -> int:
-        sweep.start_run(point.config, record, plan.run_dir)
+        fill([point.config for point in plan.points])
         return 0
-
-    return guarded(work, plan.run_dir)
-
-
-def _sweep(plan: "Plan", argv: list[str]) -> int:
-    """Have Hydra go through the points of a sweep; a job that another process does is passed over."""
     from kdx import sweep
-
-    assert plan.sweep_dir
-    if plan.baseline and os.environ.get("RANK", "0") == "0" and not sweep.is_worker():
-        baselines = f"{plan.num_baselines} baseline{'s' if plan.num_baselines > 1 else ''} (alpha=0)"
-        print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
-    flags = ["--multirun", *_flags(plan.source)]
-    since = sweep.started()
-    job = partial(run_job, swept=plan.swept, argv=argv, since=since, is_shared=bool(plan.jobs))
-    parts = [[*flags, *part] for part in (plan.baseline, plan.words) if part]
-    workers = plan.points[0].config.sweep.workers
-    launch = partial(_hydra, job=job)
-    return sweep.run(plan.sweep_dir, plan.jobs, parts, launch, since=since, workers=workers, argv=argv)
-
-
-def run_job(cfg: Any, *, swept: list[str], argv: list[str], since: float, is_shared: bool) -> float:
-    """Do one job of a sweep, in whatever process Hydra's launcher runs it → the measure that the sweep compares."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from kdx import sweep
-    from kdx.compose import point_of
     from kdx.run.folder import Record
 
-    hydra_part = HydraConfig.get()
-    point, folder = point_of(hydra_part), Path(hydra_part.runtime.output_dir)
-    record = Record(point.words, swept, point.sources, argv)
-    is_own_gpu = not str(hydra_part.launcher.get("_target_")).endswith(".BasicLauncher")
-    return sweep.do_job(point.config, record, folder, guarded, since=since, is_shared=is_shared, is_own_gpu=is_own_gpu)
+    argv = plan.command or argv
+    if plan.is_sweep:
+        return sweep.run(plan, argv)
+    (point,) = plan.points
+    sweep.start_run(point.config, Record(point.words, [], point.sources, argv), plan.folder)
+    return 0
 
 
-def _hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
+def _check(plan: "Plan") -> int:
+    from kdx.check import check
+    from kdx.run.folder import Record
+    from kdx.run.identity import config_identity
+
+    seen: list[dict[str, Any]] = []
+    for point in plan.points:  # alpha and temperature change neither data nor memory nor time
+        same = config_identity(point.config) | {"loss.alpha": point.config.loss.alpha > 0, "loss.temperature": None}
+        if same not in seen:
+            seen.append(same)
+            print("", *(word for word in point.words if key_of(word) in plan.swept), flush=True)
+            check(point.config, plan.folder, Record(point.words, plan.swept, point.sources))
+    return 0
+
+
+def run_hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
     """Run Hydra's own command line on these words. Raises ConfigError."""
     import hydra
     from hydra.errors import HydraException
@@ -214,7 +151,7 @@ def _planned(args: argparse.Namespace) -> "Plan":
     """Compose everything that a command line asks for. Raises ConfigError."""
     from kdx.compose import plan
 
-    words, source = list(args.overrides), _source(args)
+    words, config_dir = list(args.overrides), args.config_dir
     asked = {key_of(word): word.partition("=")[2].strip("'\"") for word in words}
     resume, like = (asked.get(key, "null") for key in ("run.resume", "run.like"))
     if resume != "null":
@@ -223,29 +160,17 @@ def _planned(args: argparse.Namespace) -> "Plan":
         if like != "null" or args.multirun:
             beside = "run.like" if like != "null" else "-m"
             raise ConfigError("run.resume", f"resumes one run, and {beside} is given too", f"Leave out {beside}")
-        return resumed(resume, words, source)
-    if like != "null":
-        from kdx.resume import alike
+        return resumed(resume, words, config_dir)
+    if like == "null":
+        return plan(words, config_dir, args.multirun)
+    from kdx.resume import alike
 
-        words, of_run = alike(like, words, _parsed)
-        source = of_run if not any(vars(source).values()) else source
-    made = plan(words, source, args.multirun)
-    if like != "null":
-        made.command = [*_flags(source), *(["-m"] if args.multirun else []), *words]
+    words, of_run = alike(like, words)
+    config_dir = config_dir or of_run
+    made = plan(words, config_dir, args.multirun)
+    flags = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
+    made.command = [*flags, *(["-m"] if args.multirun else []), *words]
     return made
-
-
-def _source(args: argparse.Namespace) -> "Source":
-    from kdx.compose import Source
-
-    return Source(args.config_dir, args.config_path, args.config_name)
-
-
-def _flags(source: "Source") -> list[str]:
-    """The flags of Hydra that name this source."""
-    folders = {"--config-dir": source.config_dir, "--config-path": source.config_path}
-    flags = [f"{flag}={Path(folder).resolve()}" for flag, folder in folders.items() if folder]
-    return [*flags, *([f"--config-name={source.config_name}"] if source.config_name else [])]
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
@@ -259,7 +184,10 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         raise ConfigError("command line", message, hint)
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.config_path or args.config_name:
+        refuse("kdx has a config.yaml of its own; add options of yours with --config-dir FOLDER")
+    return args
 
 
 def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
@@ -268,8 +196,6 @@ def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
         return work()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(bool(error.code))
-    except KdxError as error:
-        return _print(error)
     except KeyboardInterrupt:
         print("kdx: interrupted", file=sys.stderr, flush=True)
         return 130
@@ -277,18 +203,11 @@ def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except Exception as error:
-        if memory := out_of_memory(error):
-            return _print(memory)
-        if isinstance(error, OSError) and error.errno in MACHINE:
-            from kdx.run.files import of_disk
-
-            return _print(of_disk(error, folder))
-        return _bug()
+        known = user_error(error, folder)
+        return _print(known) if known else _bug()
 
 
 def _print(error: KdxError) -> int:
-    if os.environ.get("KDX_DEBUG") == "1":
-        traceback.print_exc()
     for line in error.lines:
         print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
     return error.exit_code

@@ -2,54 +2,37 @@
 
 import copy
 import functools
-import math
 import os
 import re
-import shlex
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir, initialize_config_module
+from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kdx import sweep
 from kdx.checked import checked
 from kdx.config import Config, leaves
 from kdx.errors import ConfigError, did_you_mean, one_line, together
-from kdx.words import CONF, FOREIGN, OPTIONAL, groups_in, renamed
+from kdx.words import CONF, FOREIGN, OPTIONAL, groups_in
 
 SOURCES = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")  # the header says where these came from
-PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # setting one frees the other
+PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # typing one frees the other
 MODELS = ("teacher", "student")
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where YAML is read: kdx's conf/ and what Hydra's flags of these names add."""
-
-    config_dir: str | None = None
-    config_path: str | None = None
-    config_name: str | None = None
-
-    def roots(self) -> list[Path]:
-        """List the folders that hold groups. Raises ConfigError."""
-        for flag, folder in (("--config-dir", self.config_dir), ("--config-path", self.config_path)):
-            if folder and not Path(folder).is_dir():
-                raise ConfigError(flag, f"{folder} is not a folder", "Name the folder that holds teacher/, data/, …")
-        return [Path(folder) for folder in (self.config_path or CONF, self.config_dir) if folder]
+version.setbase("1.3")
+setup_globals()  # Hydra's resolvers: ${now:...}
 
 
 @dataclass(frozen=True)
@@ -63,93 +46,69 @@ class Point:
 
 @dataclass
 class Plan:
-    """A command line: its points and, of a sweep, the words for Hydra."""
+    """What a command line asks for: one run, or a sweep."""
 
     points: list[Point]
-    source: Source
-    run_dir: Path  # of a single run
-    words: list[str] = field(default_factory=list)  # for Hydra's sweeper
-    swept: list[str] = field(default_factory=list)
-    sweep_dir: Path | None = None
-    baseline: list[str] = field(default_factory=list)  # words of the baselines' own sweep; none if there is none
-    num_baselines: int = 0
-    jobs: dict[Path, Config] = field(default_factory=dict)  # by their folders, if kdx names them
+    folder: Path  # of the run or the sweep
+    config_dir: str | None = None
+    is_sweep: bool = False
+    swept: list[str] = field(default_factory=list)  # the keys with several values
+    jobs: dict[Path, Point] = field(default_factory=dict)  # baselines and points; none if a sweeper chooses as it goes
+    hydra: list[str] = field(default_factory=list)  # Hydra's command line, if a launcher or sweeper of it is chosen
     command: list[str] = field(default_factory=list)  # what repeats a run that names another one; else what was typed
 
 
-def compose(overrides: list[str] | None = None, config_dir: str | None = None) -> Config:
-    """Compose a Config from the words of a run, checked as the command line is. Raises ConfigError."""
-    (point,) = plan(list(overrides or []), Source(config_dir=config_dir)).points
-    point.config._words = point.words
-    return point.config
-
-
-def plan(words: list[str], source: Source, is_multirun: bool = False) -> Plan:
+def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = False) -> Plan:
     """Compose and check every run that a command line asks for. Raises one ConfigError with a line per fault."""
-    composer = Composer(source)
+    composer = composer_for(config_dir)
     typed = composer.parsed(words)
-    hydra_part = composer.hydra_part(typed)
-    if not is_multirun and getattr(hydra_part.mode, "name", "") != "MULTIRUN":
-        for key in sweep.swept_keys(typed):
-            raise ConfigError(key, "has several values, which is a sweep", "Add -m: python -m kdx -m ...")
-        return Plan([composer.point(words)], source, Path(str(hydra_part.run.dir)))
-    if params := plain(hydra_part.sweeper.get("params") or {}):
+    every, swept = sweep.points(typed), sweep.swept_keys(typed)
+    if not every:
+        raise ConfigError("sweep", "has no points", "Choose a pattern that some option matches")
+    for_hydra, hydra = composer.hydra(every[0])
+    if not is_multirun and getattr(hydra.mode, "name", "") != "MULTIRUN":
+        if swept:
+            raise ConfigError(swept[0], "has several values, which is a sweep", "Add -m: python -m kdx -m ...")
+        return Plan([composer.point(every[0])], Path(str(hydra.run.dir)), config_dir)
+    if params := plain(hydra.sweeper.get("params") or {}):
         # Hydra would sweep over these besides the words: merged, a typed word takes the place of the same key.
-        words = [*(f"{key}={value}" for key, value in params.items()), *words, "hydra.sweeper.params=null"]
-        typed = composer.parsed(words)
-    points, swept = composer.points(typed), sweep.swept_keys(typed)
+        merged = [*(f"{key}={value}" for key, value in params.items()), *words, "hydra.sweeper.params=null"]
+        return plan(merged, config_dir, is_multirun=True)
+    points = composer.points(every)
     configs = [point.config for point in points]
-    added = [] if configs[0].sweep.name else [f"++sweep.name={sweep.sweep_name(swept, configs)}"]
-    hydra_part = composer.hydra_part([*typed, *composer.parsed(added)])
-    is_named = "kdx_job" in str(plain(hydra_part.sweep)["subdir"])
-    added += [f"hydra.sweep.subdir='${{kdx_job:\"{','.join(swept)}\"}}'"] if is_named else []
-    made = Plan(
-        points,
-        source,
-        Path(),
-        [*(str(word.input_line) for word in typed), *added],
-        swept,
-        Path(str(hydra_part.sweep.dir)),
-    )
-    knows_points = str(hydra_part.sweeper.get("_target_")).endswith(".BasicSweeper")  # Optuna chooses as it goes
-    without: list[Point] = []
-    has_baseline = all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha for c in configs)
-    if knows_points and has_baseline:
-        baseline = sweep.baseline_words(typed)
-        without = composer.points(composer.parsed(baseline))
-        made.num_baselines = sweep.missing_baselines(configs, [point.config for point in without])
-        made.baseline = [*baseline, *added] if made.num_baselines else []
-    if knows_points and is_named:
-        jobs = [*(without if made.baseline else []), *points]
-        folder = Path(str(hydra_part.sweep.dir))
-        made.jobs = {folder / sweep.job_name(swept, job.words, job.config): job.config for job in jobs}
+    if not configs[0].sweep.name:
+        return plan([*words, f"sweep.name={sweep.sweep_name(swept, configs)}"], config_dir, is_multirun=True)
+    flags = ["--multirun", *([f"--config-dir={Path(config_dir).resolve()}"] if config_dir else [])]
+    made = Plan(points, Path(str(hydra.sweep.dir)), config_dir, is_sweep=True, swept=swept)
+    if not str(hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):  # Optuna chooses as it goes
+        made.hydra = [*flags, *(str(word.input_line) for word in typed)]
+        return made
+    baselines: list[Point] = []
+    if all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha for c in configs):
+        baselines = composer.points(sweep.points(composer.parsed(sweep.baseline_words(typed))))
+    named = [(sweep.job_name(swept, job.words, job.config), job) for job in (*baselines, *points)]
+    made.jobs = {made.folder / name: job for name, job in named}
+    if not str(hydra.launcher.get("_target_")).endswith(".BasicLauncher"):
+        made.hydra = [*flags, *for_hydra, f"+kdx_job=range({len(made.jobs)})"]
     return made
-
-
-def point_of(hydra_part: Any) -> Point:
-    """Compose a job of a sweep from what Hydra says of it, in whatever process a launcher runs it."""
-    searched = {info.provider: info for info in hydra_part.runtime.config_sources}
-    main, own = searched["main"], searched.get("command-line")
-    path = main.path if main.schema == "file" else None
-    source = Source(own and own.path, path, hydra_part.job.config_name)
-    return _composer(source).point(list(hydra_part.overrides.task))
-
-
-def _job_name(swept: str, *, _root_: DictConfig) -> str:
-    point = point_of(_root_.hydra)
-    return sweep.job_name([key for key in swept.split(",") if key], point.words, point.config)
-
-
-# hydra.sweep.subdir asks for it, also in a launcher's processes: they import this before anything is called.
-OmegaConf.register_new_resolver("kdx_job", _job_name, replace=True)
 
 
 class Composer:
     """Composes many points from few compositions: Hydra's is slow, so each set of choices is composed once."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.groups = groups_in(source.roots())
+    def __init__(self, folder: str | None = None) -> None:
+        config_dir = Path(folder).resolve() if folder else None
+        if config_dir and not config_dir.is_dir():
+            hint = "Name the folder that holds teacher/, data/, …"
+            raise ConfigError("--config-dir", f"{config_dir} is not a folder", hint)
+        search = create_config_search_path("pkg://kdx.conf")
+        if config_dir:
+            search.prepend("command-line", f"file://{config_dir}", SearchPathQuery("schema", None))
+            for file in config_dir.rglob("*.yaml"):
+                if (CONF / (name := file.relative_to(config_dir))).exists():
+                    raise ConfigError(str(file), f"is not read: kdx's conf/{name} has the same name", "Rename it")
+        self.groups = groups_in(folder)
+        self._loader: Any = ConfigLoaderImpl(search)
         self._parser = OverridesParser.create(config_loader=self)  # type: ignore[arg-type]
         self._composed = functools.cache(self._compose)
 
@@ -160,18 +119,13 @@ class Composer:
     def parsed(self, words: list[str]) -> list[Override]:
         """Read words as Hydra does; values become ++KEY=VALUE, so that every key reaches the check. Raises ConfigError."""
         faults, overrides = [], []
-        for word in (hydras for typed in renamed(words) for hydras in self._spelt(typed)):
-            if "=" not in word and not word.startswith("~"):
-                hint = "A value with spaces needs quotes: KEY='\"a b\"'"
-                faults.append(ConfigError(word, "is not KEY=VALUE", hint))
-                continue
+        for word in (hydras for typed in words for hydras in self._spelt(typed)):
             try:
                 overrides += self._parser.parse_overrides([word])
             except HydraException as error:
                 what = _reason(error).removeprefix(f"Error parsing override '{word}' ").partition(" expecting ")[0]
-                key, _, value = word.removeprefix("++").partition("=")
-                quoted = shlex.quote(f'{key}="{value}"')
-                faults.append(ConfigError(key or word, f"cannot be read ({what})", f"Quote the value: {quoted}"))
+                hint = "Words are KEY=VALUE, and a value with spaces or signs in it needs quotes: 'KEY=\"a b\"'"
+                faults.append(ConfigError(word.removeprefix("++"), f"cannot be read ({what})", hint))
         if faults:
             raise together(faults)
         return overrides
@@ -179,32 +133,32 @@ class Composer:
     def _spelt(self, word: str) -> list[str]:
         """Spell a typed word as Hydra needs it."""
         key, is_assigned, value = word.lstrip("+").partition("=")
-        if word.startswith("~") or not is_assigned or key.startswith(("hydra.", "hydra/")) or "@" in key:
+        if word.startswith("~") or not is_assigned or key.startswith(("hydra.", "hydra/")):
             return [word]
         if key in OPTIONAL and value == "null":
             return [f"~{key}"]
         if key in MODELS and "/" in value and not {*value.split(",")} & {*self.groups[key]}:
             return [f"{key}=hf", f"++{key}.path={value}"]
-        return [word] if key in self.groups else [f"++{key}={value}"]
+        return [f"{key}={value}"] if key in self.groups else [f"++{key}={value}"]
 
-    def hydra_part(self, words: list[Override]) -> DictConfig:
-        """Compose Hydra's own part of the config, and what it reads of `sweep`. Raises ConfigError."""
-        cfg = copy.deepcopy(self._composed(self._choices(words)[0])[0])
-        own = [w for w in words if w.key_or_group.startswith(("hydra.", "sweep.")) and not w.is_sweep_override()]
-        if faults := apply(own, cfg):
+    def hydra(self, words: list[str]) -> tuple[list[str], Any]:
+        """Return the words that decide Hydra's own part of the config, and that part. Raises ConfigError."""
+        typed = self.parsed(words)
+        choices, _ = self._choices(typed)
+        values = [word for word in typed if word.key_or_group.startswith(("hydra.", "sweep."))]
+        cfg = copy.deepcopy(self._composed(choices)[0])
+        if faults := apply(values, cfg):
             raise together(faults)
-        return cfg.hydra
+        return [*choices, *(str(word.input_line) for word in values)], cfg.hydra
 
-    def points(self, words: list[Override]) -> list[Point]:
+    def points(self, every: list[list[str]]) -> list[Point]:
         """Compose every point of a sweep. Raises ConfigError with the faults of all."""
         points, faults = [], []
-        for point in sweep.points(words):
+        for words in every:
             try:
-                points.append(self.point(point))
+                points.append(self.point(words))
             except ConfigError as error:
                 faults.append(error)
-        if not points and not faults:
-            raise ConfigError("sweep", "has no points", "Choose a pattern that some option matches")
         if faults:
             raise together(faults)
         return points
@@ -212,100 +166,69 @@ class Composer:
     def point(self, words: list[str]) -> Point:
         """Compose and check one run. Raises ConfigError with all that is wrong."""
         typed = self.parsed(words)
+        keys = {word.key_or_group for word in typed}
         choices, faults = self._choices(typed)
         composed, sources = self._composed(choices)
-        cfg = copy.deepcopy(composed)
-        values = [word for word in typed if not self._is_choice(word) and not word.key_or_group.startswith("hydra.")]
-        faults += apply(values, cfg)
-        keys = {word.key_or_group for word in typed}
-        rank = {key: (math.inf, "typed") if key in keys else sources[key] for key in SOURCES}
-        _free(cfg, {key: at for key, (at, _) in rank.items()})
-        tree = _resolved(cfg, faults)
-        is_given = "data.path" in keys and "path" in tree["data"] and "data" not in keys
-        if is_given and tree["data"].get("name") == "chitchat":
+        values = [w for w in typed if not self._is_choice(w) and not w.key_or_group.startswith("hydra.")]
+        tree, wrong = laid_over(composed, values)
+        faults += wrong
+        data = tree["data"]
+        if "data.path" in keys and "data" not in keys and data.get("path") and data.get("name") == "chitchat":
             hint = "Choose the format: data=pairs or data=messages"
             faults.append(ConfigError("data.path", "is given, but data=chitchat has its own data", hint))
-        in_yaml = [key for key in leaves(plain(composed)) if not key.startswith("hydra.")]
-        config = checked(tree, faults, keys, in_yaml)
+        config = checked(tree, faults, keys, [key for key in leaves(plain(composed)) if not key.startswith("hydra.")])
         said = [word.removeprefix("++") for word in words if not word.startswith("hydra.")]
-        return Point(said, config, {key: place for key, (_, place) in rank.items()})
+        return Point(said, config, sources | {key: "typed" for key in SOURCES if key in keys})
 
     def _is_choice(self, word: Override) -> bool:
         return word.key_or_group in self.groups or word.key_or_group.startswith("hydra/")
 
     def _choices(self, words: list[Override]) -> tuple[tuple[str, ...], list[ConfigError]]:
-        """Split off the words that choose from groups, of several values the first, and what is wrong with them."""
+        """Split off the words that choose from groups, and what is wrong with them."""
         kept, faults = [], []
         for word in filter(self._is_choice, words):
-            key, options = word.key_or_group, self.groups.get(word.key_or_group)
-            if options is None or word.is_delete() or word.package:
-                line = str(word.input_line)
-                if line in FOREIGN:
-                    faults.append(ConfigError(line, "is not an option", FOREIGN[line]))
-                else:
-                    kept.append(line)
+            line, key = str(word.input_line), word.key_or_group
+            options, value = self.groups.get(key), line.partition("=")[2].strip("'\"")
+            if line not in FOREIGN and (options is None or word.is_delete() or value in options):
+                kept.append(line)
                 continue
-            values = [str(v) for v in word.sweep_string_iterator()] if word.is_sweep_override() else [str(word.value())]
-            values = ["null" if value == "None" else value for value in values] or [""]  # a glob without a match
-            wrong = [value for value in values if value not in options]
-            for value in wrong:
-                hints = [FOREIGN.get(f"{key}={value}") or did_you_mean(value, options) + "."]
-                hints += [f"Any other model: {key}=hf {key}.path=org/name or a folder."] if key in MODELS else []
-                hint = " ".join([*hints, "Your own options: --config-dir FOLDER"])
-                faults.append(ConfigError(f"{key}={value}", f"{key} has no option {value or repr(value)}", hint))
-            kept += [] if wrong else [f"{key}={values[0]}"]
+            hints = [FOREIGN.get(line) or did_you_mean(value, options or []) + "."]
+            hints += [f"Any other model: {key}=hf {key}.path=org/name or a folder."] if key in MODELS else []
+            hint = " ".join([*hints, "Your own options: --config-dir FOLDER"])
+            faults.append(ConfigError(line, f"{key} has no option {value or repr(value)}", hint))
         return tuple(kept), faults
 
-    def _compose(self, choices: tuple[str, ...]) -> tuple[DictConfig, dict[str, tuple[float, str]]]:
-        """Compose what YAML says under some choices, leaving Hydra's global state as it was → it, and _layers of it.
-
-        Raises ConfigError.
-        """
-        state, name = GlobalHydra.instance(), self.source.config_name or "config"
-        before, path = state.hydra, self.source.config_path
-        state.clear()
+    def _compose(self, choices: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
+        """Compose what YAML says under some choices → it, and which file set each of SOURCES. Raises ConfigError."""
         try:
-            start = initialize_config_dir(str(Path(path).resolve()), "kdx", "1.3") if path else None
-            with start or initialize_config_module("kdx.conf", "kdx", "1.3"):
-                loader: Any = state.config_loader()
-                if self.source.config_dir:  # as Hydra's own command line adds it
-                    folder = f"file://{Path(self.source.config_dir).resolve()}"
-                    loader.get_search_path().prepend("command-line", folder, SearchPathQuery("schema", None))
-                    loader.repository.initialize_sources(loader.get_search_path())
-                cfg = hydra_compose(name, list(choices), return_hydra_config=True)
-                return cfg, self._layers(loader, name, list(choices))
+            cfg = self._loader.load_configuration("config", list(choices), RunMode.RUN)
+            return cfg, self._sources(list(choices))
         except yaml.MarkedYAMLError as error:
             place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "YAML"
             raise ConfigError(place, f"does not parse: {error.problem}", "Fix the YAML") from None
         except (*HYDRA_ERRORS, UnicodeDecodeError) as error:
-            if found := re.search(r"'hydra/(launcher|sweeper)/(submitit|optuna|ax|nevergrad)\w*'", str(error)):
-                package = f"hydra-{found[2]}-{found[1]}"
-                raise ConfigError(f"hydra/{found[1]}", f"needs {package}", f"pip install {package}") from None
             hint = "`python -m kdx --info defaults` lists what is composed"
             raise ConfigError("config", _reason(error), hint) from None
-        finally:
-            GlobalHydra.instance().hydra = before
 
-    def _layers(self, loader: Any, name: str, choices: list[str]) -> dict[str, tuple[float, str]]:
-        """Find which layer of those that Hydra merges set each key of SOURCES last, and its file. Raises ConfigError."""
-        found: dict[str, tuple[float, str]] = {}
-        for at, layer in enumerate(loader.compute_defaults_list(name, choices, RunMode.RUN).defaults):
-            if layer.config_path.startswith("hydra"):
-                continue
-            loaded = loader.repository.load_config(layer.config_path)
-            file, own = f"{layer.config_path}.yaml", self.source.config_dir
-            if own and loaded.path == "pkg://kdx.conf" and (Path(own) / file).is_file():
-                raise ConfigError(f"{own}/{file}", f"is not read: kdx's conf/{file} has the same name", "Rename it")
-            is_own = loaded.path != "pkg://kdx.conf"
-            place = os.path.relpath(loaded.path.removeprefix("file://")) if is_own else "conf"
-            if not OmegaConf.is_dict(loaded.config):
-                raise ConfigError(f"{place}/{file}", "is a list", "Write keys and values: KEY: VALUE")
-            keys = leaves(plain(loaded.config), f"{layer.package}." if layer.package else "")
-            found |= {key: (at, f"{place}/{file}") for key in SOURCES if key in keys}
+    def _sources(self, choices: list[str]) -> dict[str, str]:
+        """Find the file that set each key of SOURCES last, of those that Hydra merges."""
+        found: dict[str, str] = {}
+        for layer in self._loader.compute_defaults_list("config", choices, RunMode.RUN).defaults:
+            if not layer.config_path.startswith("hydra"):
+                loaded = self._loader.repository.load_config(layer.config_path)
+                is_own = loaded.path != "pkg://kdx.conf"
+                place = os.path.relpath(loaded.path.removeprefix("file://")) if is_own else "conf"
+                keys = leaves(plain(loaded.config), f"{layer.package}." if layer.package else "")
+                found |= {key: f"{place}/{layer.config_path}.yaml" for key in SOURCES if key in keys}
         return found
 
 
-_composer: Callable[[Source], Composer] = functools.cache(Composer)
+_composer = functools.cache(Composer)
+
+
+def composer_for(config_dir: str | None) -> Composer:
+    """Return the Composer of a folder of options, the same each time. Raises ConfigError."""
+    return _composer(config_dir and str(Path(config_dir).resolve()))
 
 
 def plain(node: Any) -> dict[str, Any]:
@@ -325,42 +248,29 @@ def apply(words: list[Override], cfg: DictConfig) -> list[ConfigError]:
     return faults
 
 
-def laid_over(tree: dict[str, Any], words: list[Override]) -> tuple[dict[str, Any], list[ConfigError]]:
-    """Set typed values in a config that was composed before → the new one, and what is wrong with the words."""
-    cfg, keys = OmegaConf.create(tree), {word.key_or_group for word in words}
+def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[ConfigError]]:
+    """Set typed values in a composed config → it as plain values, and what is wrong; a value that is wrong is null.
+
+    Of max_steps and epochs the one that is typed wins: the other is null, unless it is typed too.
+    """
+    cfg, typed = copy.deepcopy(OmegaConf.create(base)), {word.key_or_group for word in words}
     faults = apply(words, cfg)
-    _free(cfg, {key: key in keys for key in PAIRS})
-    return plain(cfg), faults
-
-
-def _free(cfg: DictConfig, rank: dict[str, float]) -> None:
-    """Let the later of max_steps and epochs win: the other is null, unless both were set in one place."""
     for key, other in PAIRS.items():
-        if OmegaConf.select(cfg, key) is not None and rank[key] > rank[other]:
+        if key in typed and other not in typed and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, other, None)
-
-
-def _resolved(cfg: DictConfig, faults: list[ConfigError]) -> dict[str, Any]:
-    """Return a composed config as plain values. What is missing or cannot be resolved is left out and reported."""
-
-    def values_of(node: Any, key: str) -> Any:
-        if isinstance(node, ListConfig):
-            return [values_of(item, f"{key}[{i}]") for i, item in enumerate(node)]
-        if not isinstance(node, DictConfig):
-            return node
-        values = {}
-        for name in node:
-            here = f"{key}.{name!s}".lstrip(".")
-            try:
-                if here != "hydra":
-                    values[str(name)] = values_of(node[name], here)
-            except MissingMandatoryValue:
-                faults.append(ConfigError(here, "is missing", f"Set it: {here}=..."))
-            except OmegaConfBaseException as error:  # of an interpolation
-                faults.append(ConfigError(here, _reason(error), "Set what it names, or give a value"))
-        return values
-
-    return dict(values_of(cfg, ""))
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    for key in leaves(plain(cfg)):
+        try:
+            value = OmegaConf.select(cfg, key, throw_on_missing=True)
+            if OmegaConf.is_list(value):
+                OmegaConf.to_container(value, resolve=True)
+        except MissingMandatoryValue:
+            faults.append(ConfigError(key, "is missing", f"Set it: {key}=..."))
+            OmegaConf.update(cfg, key, None)
+        except OmegaConfBaseException as error:  # of an interpolation
+            faults.append(ConfigError(key, _reason(error), "Set what it names, or give a value"))
+            OmegaConf.update(cfg, key, None)
+    return OmegaConf.to_container(cfg, resolve=True), faults  # type: ignore[return-value]
 
 
 def _reason(error: Exception) -> str:

@@ -90,7 +90,6 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
             results.keep_student(training, folder)  # before it is measured: nothing there can cost training
             summary = results.finish(training, judge, data, folder, tracker, started)
             (summary,) = broadcast_object_list([summary])  # the main process made it
-    stop.check_late()
     return Summary(**summary)
 
 

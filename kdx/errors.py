@@ -67,12 +67,18 @@ class DivergedError(KdxError):
     exit_code = 4
 
 
-def exit_code(error: BaseException) -> int:
-    """Return the exit code of a process that this error ends."""
+def user_error(error: BaseException, folder: object = "disk") -> KdxError | None:
+    """Return an error that a user can do something about: itself, of the disk, or of memory. None for a bug.
+
+    folder: where the disk is that refused, if the error does not say.
+    """
     if isinstance(error, KdxError):
-        return error.exit_code
-    is_machines = (isinstance(error, OSError) and error.errno in MACHINE) or out_of_memory(error)
-    return MachineError.exit_code if is_machines else 1
+        return error
+    if isinstance(error, OSError) and error.errno in MACHINE:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "Free some space, or choose another folder" if is_full else "Choose another folder"
+        return MachineError(str(error.filename or folder), error.strerror or "cannot be written", hint)
+    return out_of_memory(error)
 
 
 def out_of_memory(error: BaseException) -> MachineError | None:

@@ -16,14 +16,9 @@ from typing import Any, get_type_hints
 from kdx.errors import ConfigError, KdxError, did_you_mean
 
 
-def named() -> list[str]:
-    """List the modules that KDX_PLUGINS names."""
-    return [name.strip() for name in os.environ.get("KDX_PLUGINS", "").split(",") if name.strip()]
-
-
 def load() -> None:
     """Import every plug-in. Raises ConfigError."""
-    if named() and os.getcwd() not in sys.path:
+    if os.environ.get("KDX_PLUGINS") and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     for name in _all():
         try:
@@ -86,14 +81,18 @@ def _unlike(value: Any, wanted: Any) -> str:
     from pydantic import ConfigDict, TypeAdapter, ValidationError
     from pydantic.errors import PydanticUserError
 
+    from kdx.checked import should
+
     try:
         TypeAdapter(wanted, config=ConfigDict(strict=True, arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        return " or ".join(dict.fromkeys(str(fault["msg"]) for fault in error.errors())).replace("Input", "It", 1)
+        return f"It should {should(fault['msg'] for fault in error.errors())}"
     except (PydanticUserError, TypeError):  # an annotation that only its author understands
-        return ""
+        pass
     return ""
 
 
 def _all() -> list[str]:
-    return list(dict.fromkeys([*named(), *(entry.module for entry in entry_points(group="kdx.plugins"))]))
+    """List the modules that KDX_PLUGINS names and those of installed packages."""
+    named = [name.strip() for name in os.environ.get("KDX_PLUGINS", "").split(",") if name.strip()]
+    return list(dict.fromkeys([*named, *(entry.module for entry in entry_points(group="kdx.plugins"))]))

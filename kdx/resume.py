@@ -1,60 +1,53 @@
 """run.resume and run.like: from the folder of an earlier run to a checked Config."""
 
 import argparse
-import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from kdx.checked import checked
-from kdx.compose import PAIRS, SOURCES, Composer, Plan, Point, Source, laid_over
+from kdx.compose import PAIRS, SOURCES, Plan, Point, composer_for, laid_over
 from kdx.config import leaves
 from kdx.errors import ConfigError
 from kdx.run.claim import holder
+from kdx.run.files import read_json
 from kdx.run.folder import is_resumable
 from kdx.run.redact import HIDDEN
 from kdx.words import key_of
 
 
-def resumed(name: str, words: list[str], source: Source) -> Plan:
+def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
     """Resume a run in its own folder, under its own config with what is typed laid over it. Raises ConfigError."""
     folder = newest() if name == "last" else Path(name)
     where = f"run.resume={name}"
     tree, recorded = _read(folder / "config.yaml", where), _read(folder / "overrides.yaml", where)
     if not is_resumable(folder):
-        hint = f"Start a new run from its words: run.like={folder}"
-        raise ConfigError(where, "has no checkpoint to resume from", hint)
+        raise ConfigError(
+            where, "has no checkpoint to resume from", f"Start a new run from its words: run.like={folder}"
+        )
     new = [word for word in words if word not in recorded and key_of(word) != "run.resume"]
-    composer = Composer(source)
-    overrides = [o for o in composer.parsed(new) if not o.key_or_group.startswith("hydra")]
-    for override in overrides:
-        if override.key_or_group in composer.groups:
-            hint = f"Set single keys, or start a new run from its words: run.like={folder}"
-            raise ConfigError(str(override.input_line), "is another choice than the run's", hint)
-    keys = {override.key_or_group for override in overrides}
-    tree, faults = laid_over(tree, overrides)
+    typed = [word for word in composer_for(config_dir).parsed(new) if not word.key_or_group.startswith("hydra")]
+    keys = {word.key_or_group for word in typed}
+    tree, faults = laid_over(tree, typed)
     flat = leaves(tree)
     hidden = [key for key, value in flat.items() if HIDDEN in str(value)]
     faults += [ConfigError(key, "was recorded without its secret", f"Type it again: {key}=...") for key in hidden]
-    tree["run"]["resume"] = str(folder)
     config = checked(tree, faults, keys, list(flat))
-    sources = _sources(folder) | {key: "typed" for key in keys if key in SOURCES}
+    sources = read_json(folder / "record.json").get("sources", {}) | {key: "typed" for key in keys if key in SOURCES}
     kept = [word for word in recorded if key_of(word) not in keys]
-    return Plan([Point([*kept, *new], config, sources)], source, folder, command=_command(folder))
+    return Plan([Point([*kept, *new], config, sources)], folder, config_dir, command=_command(folder))
 
 
-def alike(name: str, words: list[str], parse: Callable[[list[str]], argparse.Namespace]) -> tuple[list[str], Source]:
-    """Return the words of an earlier run, those typed now laid over them, and where it read its YAML. Raises ConfigError."""
+def alike(name: str, words: list[str]) -> tuple[list[str], str | None]:
+    """Return the words of an earlier run with those typed now laid over them, and its --config-dir. Raises ConfigError."""
     where, folder = f"run.like={name}", Path(name)
-    recorded = _read(folder / "overrides.yaml", where)
     typed = {key_of(word) for word in words}
     typed |= {PAIRS[key] for key in typed & PAIRS.keys()}
     kept = []
-    for word in recorded:
+    for word in _read(folder / "overrides.yaml", where):
         if key_of(word) in typed or word.startswith("sweep."):
             continue
         if HIDDEN in word:
@@ -63,16 +56,17 @@ def alike(name: str, words: list[str], parse: Callable[[list[str]], argparse.Nam
             print(f"kdx: {word} is not taken from {folder}: type it if that code may run", file=sys.stderr)
             continue
         kept.append(word)
-    args = parse(_command(folder))
-    source = Source(args.config_dir, args.config_path, args.config_name)
-    return [*kept, *(word for word in words if key_of(word) != "run.like")], source
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--config-dir", "-cd")
+    config_dir: str | None = flags.parse_known_args(_command(folder))[0].config_dir
+    return [*kept, *(word for word in words if key_of(word) != "run.like")], config_dir
 
 
 def newest() -> Path:
     """Find the run under outputs/ that stopped last and can be resumed. Raises ConfigError."""
     files = [file for depth in ("*", "*/*", "sweeps/*/*") for file in Path("outputs").glob(f"{depth}/status.json")]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        state = json.loads(file.read_text(encoding="utf-8")).get("state")
+        state = read_json(file).get("state")
         if state in ("interrupted", "failed", "running") and is_resumable(file.parent) and not holder(file.parent):
             return file.parent
     raise ConfigError("run.resume=last", "no run under outputs/ can be resumed", "Name a run folder")
@@ -88,8 +82,3 @@ def _read(file: Path, where: str) -> Any:
 def _command(folder: Path) -> list[str]:
     file = folder / "command.txt"
     return shlex.split(file.read_text(encoding="utf-8"), comments=True)[3:] if file.is_file() else []
-
-
-def _sources(folder: Path) -> dict[str, str]:
-    file = folder / "record.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))["sources"]) if file.is_file() else {}

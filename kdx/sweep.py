@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
@@ -24,11 +26,13 @@ from kdx.run.claim import claim, holder
 from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import config_identity, digest
-from kdx.run.signals import STOPS, num_processes
+from kdx.run.signals import STOPS, is_main, num_processes
+
+if TYPE_CHECKING:
+    from kdx.compose import Plan
 
 MAX_LETTERS = 60  # of a value in a folder's name; the hash tells long ones apart
 STARTED = "KDX_SWEEP_STARTED"  # in the environment of a worker: when its command started
-Guarded = Callable[[Callable[[], int], Path], int]  # call a function and report its error → the exit code
 
 
 def swept_keys(words: list[Override]) -> list[str]:
@@ -56,12 +60,6 @@ def baseline_words(words: list[Override]) -> list[str]:
     return [*(str(w.input_line) for w in words if w.key_or_group.split(".")[0] != "loss"), "loss.alpha=0"]
 
 
-def missing_baselines(configs: list[Config], baselines: list[Config]) -> int:
-    """Count the distinct baselines that are not among the points themselves."""
-    own, wanted = ({digest(config_identity(c)) for c in group} for group in (configs, baselines))
-    return len(wanted - own)
-
-
 def sweep_name(keys: list[str], configs: list[Config]) -> str:
     """Name a sweep by its keys and a hash of what its points have in common, the same on any day."""
     values: dict[str, list[Any]] = {}
@@ -76,19 +74,13 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
 def job_name(keys: list[str], words: list[str], config: Config) -> str:
     """Name a job by its point and a hash of its config: temperature-2_alpha-0.7_1a2b3c."""
     typed = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
-    tree = as_dict(config)
-    flat = leaves(tree)
-    parts = ["baseline"] if config.loss.alpha == 0 and "loss.alpha" not in keys else []
+    flat, is_baseline = leaves(as_dict(config)), config.loss.alpha == 0
+    parts = ["baseline"] if is_baseline and "loss.alpha" not in keys else []
     for key in keys:
-        if config.loss.alpha == 0 and key.startswith("loss") and key != "loss.alpha":
-            continue  # the rest of the loss is not used
-        value = flat.get(key, tree.get(key))
-        if isinstance(value, dict):  # a group
-            value = next((value[k] for k in ("name", "path", "init") if value.get(k)), key)
-        if key.split(".")[0] not in tree:  # an experiment: the config has its values, not its name
-            value = typed.get(key)
-        value = int(value) if isinstance(value, float) and value.is_integer() else value
-        parts.append(f"{short_key(key, list(flat))}-{_safe(str(value))}")
+        if not is_baseline or not key.startswith("loss") or key == "loss.alpha":  # the rest of the loss is not used
+            value = flat.get(key, typed.get(key))
+            value = int(value) if isinstance(value, float) and value.is_integer() else value
+            parts.append(f"{short_key(key, list(flat))}-{_safe(str(value))}")
     return "_".join([*parts, digest(config_identity(config))])
 
 
@@ -97,47 +89,59 @@ def _safe(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text)[:MAX_LETTERS].strip("-.") or "x"
 
 
-_failed: set[str] = set()  # names of jobs that failed in this process
+_failed: set[Path] = set()  # folders of jobs that failed in this process
 
 
-def started() -> float:
-    """Return when this command started, in seconds since 1970; its workers share it."""
-    return float(os.environ.get(STARTED) or time.time())
+def run(plan: "Plan", argv: list[str]) -> int:
+    """Do what is left of a sweep, in `sweep.workers` processes, and compare → the exit code. Raises ConfigError.
 
-
-def run(
-    folder: Path,
-    jobs: dict[Path, Config],
-    parts: list[list[str]],
-    launch: Callable[[list[str]], None],
-    *,
-    since: float,
-    workers: int = 1,
-    argv: Sequence[str] = (),
-) -> int:
-    """Do what is left of a sweep, in `workers` processes, and compare → the exit code. Raises ConfigError.
-
-    jobs: by their folders; empty where a sweeper chooses the points as it goes. parts: the words of the baselines' sweep
-    and of the points'. launch: has Hydra sweep over such words and call do_job for each point. argv: what was typed.
+    argv: what was typed; the workers run it too, and share the time at which the command started.
     """
     _failed.clear()
+    since, code = float(os.environ.get(STARTED) or time.time()), 0
+    workers, num_baselines = plan.points[0].config.sweep.workers, len(plan.jobs) - len(plan.points)
+    if num_baselines > 0 and is_main() and not is_worker():
+        baselines = f"{num_baselines} baseline{'s' if num_baselines > 1 else ''} (alpha=0)"
+        print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
     if workers > 1 and not is_worker():
-        if not jobs or num_processes() > 1:
+        if plan.hydra or num_processes() > 1:
             what = f"is {workers}, but workers share only points that are known in advance, without torchrun"
             raise ConfigError("sweep.workers", what, "Leave it out")
-        code = _run_workers(min(workers, len(jobs)), argv, since)
+        code = _run_workers(min(workers, len(plan.jobs)), argv, since)
         if code not in (0, 5):
             return code
+    elif plan.hydra:
+        from kdx.cli import run_hydra
+
+        words = [point.words for point in plan.jobs.values()]
+        run_hydra(plan.hydra, partial(_hydras_job, words, plan.config_dir, Record([], plan.swept, {}, argv), since))
     else:
-        for words in parts:
-            launch(words)
-    if is_worker() or not _is_main():  # the parent, or rank 0, reports
-        return 5 if _failed else 0
-    return _report(folder, jobs, since)
+        for folder, point in plan.jobs.items():
+            do_job(point.config, Record(point.words, plan.swept, point.sources, argv), folder, since=since)
+    if not is_worker() and is_main():  # the parent, or rank 0, reports
+        _report(plan, since)
+    return 5 if _failed else code
+
+
+def _hydras_job(jobs: list[list[str]], config_dir: str | None, record: Record, since: float, cfg: Any) -> float:
+    """Do one job in whatever process Hydra's launcher runs it → the measure that its sweeper compares.
+
+    jobs: the words of all jobs, of which cfg has the number; empty if the sweeper chooses the words as it goes.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    from kdx.compose import composer_for
+
+    hydra = HydraConfig.get()
+    point = composer_for(config_dir).point(jobs[cfg.kdx_job] if jobs else list(hydra.overrides.task))
+    folder = Path(hydra.sweep.dir) / job_name(record.swept, point.words, point.config)
+    record = replace(record, words=point.words, sources=point.sources)
+    is_own_gpu = not str(hydra.launcher.get("_target_")).endswith(".BasicLauncher")
+    return do_job(point.config, record, folder, since=since, is_shared=bool(jobs), is_own_gpu=is_own_gpu)
 
 
 def do_job(
-    config: Config, record: Record, folder: Path, guarded: Guarded, *, since: float, is_shared: bool, is_own_gpu: bool
+    config: Config, record: Record, folder: Path, *, since: float, is_shared: bool = True, is_own_gpu: bool = False
 ) -> float:
     """Do one job of a sweep → its measure; infinity if it failed or was passed over. Exits after a signal.
 
@@ -147,26 +151,27 @@ def do_job(
     is_shared: whether jobs may be passed over; a sweeper that chooses points by their measures needs every one.
     is_own_gpu: whether the job needs a GPU of its own, because other jobs run at the same time.
     """
-    measure, is_tried = math.inf, False
+    from kdx.cli import guarded
+
+    measure = math.inf
 
     def work() -> int:
-        nonlocal measure, is_tried
+        nonlocal measure
         with ExitStack() as held:
             reason = _agreed(lambda: _claim(config, folder, since, held)) if is_shared else ""
-            if _is_main():
+            if is_main():
                 print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
             if not reason:
-                is_tried = True
                 measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or is_worker())
+        if not reason and is_main():
+            _write_page(folder.parent)
         return 0
 
     code = guarded(work, folder)
     if code > 128 or (code and num_processes() > 1):  # a signal, or an error for which the other ranks would wait
         sys.exit(code)
     if code:
-        _failed.add(folder.name)
-    if is_tried and _is_main():
-        _write_page(folder.parent)
+        _failed.add(folder)
     return measure
 
 
@@ -180,24 +185,32 @@ def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool 
     return distill(config, folder, record).measure
 
 
+def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, str]:
+    """Say how a job stands: done, held, failed (by this command) or left, and why. Raises ConfigError."""
+    run = RunFolder(folder)
+    status = run.status()
+    state, reason = status.get("state", "not started"), status.get("reason", "see its error above")
+    if state == "done" and (config is None or run.is_done(config)):
+        return "done", "done already"
+    is_new = state in ("failed", "diverged") and (folder / "status.json").stat().st_mtime >= since
+    if is_new or folder in _failed:
+        return "failed", f"{state}: {reason}"
+    if owner := holder(folder):
+        return "held by other processes", f"in use by {owner}, passed over"
+    return "left", "was killed" if state == "running" else state
+
+
 def _claim(config: Config, folder: Path, since: float, held: ExitStack) -> str:
     """Claim a job, or say why it is not to be done now. Raises ConfigError if the folder has another run."""
-    run = RunFolder(folder)
-    for _ in range(2):  # again once it is ours: another process may have done it a moment ago
-        if run.is_done(config):
-            return "done already"
-        if _has_failed(run, since):
-            return "failed since this command started, not tried again"
-        try:
-            held.enter_context(claim(folder))
-        except InUseError as error:
-            return f"{error.args[1]}, passed over"
-    return ""
-
-
-def _has_failed(run: RunFolder, since: float) -> bool:
-    is_failed = run.status().get("state") in ("failed", "diverged")
-    return is_failed and (run.path / "status.json").stat().st_mtime >= since
+    what, why = _standing(folder, config, since)
+    if what != "left":
+        return why
+    try:
+        held.enter_context(claim(folder))
+    except InUseError as error:  # another process was faster
+        return f"{error.args[1]}, passed over"
+    what, why = _standing(folder, config, since)  # again: it may have done the job a moment ago
+    return why if what in ("done", "failed") else ""
 
 
 def _agreed(decide: Callable[[], str]) -> str:
@@ -211,65 +224,41 @@ def _agreed(decide: Callable[[], str]) -> str:
 
 def _run_workers(number: int, argv: Sequence[str], since: float) -> int:
     """Run the same command in several processes and forward signals to them → the worst exit code."""
-    workers: list[subprocess.Popen[bytes]] = []
-    noted: list[int] = []
+    environment = {"OMP_NUM_THREADS": str(max(1, num_cores() // number))} | os.environ
+    environment |= {STARTED: repr(since), "TTY_COMPATIBLE": "0"}  # lines, not bars: they share a terminal
+    command = [sys.executable, "-m", "kdx", *argv]
+    workers = [subprocess.Popen(command, env=environment) for _ in range(number)]
 
     def forward(number: int, _: Any) -> None:
-        noted.append(number)
         for worker in workers:
             worker.send_signal(number)
 
     before = {n: signal.signal(n, forward) for n in STOPS if signal.getsignal(n) != signal.SIG_IGN}
-    environment = {"OMP_NUM_THREADS": str(max(1, num_cores() // number))} | os.environ
-    environment |= {STARTED: repr(since), "TTY_COMPATIBLE": "0"}  # lines, not bars: they share a terminal
-    while len(workers) < number and not noted:
-        workers.append(subprocess.Popen([sys.executable, "-m", "kdx", *argv], env=environment))
-    if noted:  # by whom the last one was not there yet
-        forward(noted[0], None)
     codes = [worker.wait() for worker in workers]
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
     return max(128 - code if code < 0 else code for code in codes)
 
 
-def _report(folder: Path, jobs: dict[Path, Config], since: float) -> int:
-    """Say what failed, what others hold and what is left; if nothing is, compare → the exit code."""
-    failed, held, left = {}, {}, {}
-    known = jobs or dict.fromkeys(sorted(file.parent for file in folder.glob("*/status.json")))
-    for path, config in known.items():
-        run = RunFolder(path)
-        status = run.status()
-        state, reason = status.get("state", "not started"), status.get("reason", "")
+def _report(plan: "Plan", since: float) -> None:
+    """Say what failed, what others hold and what is left; if nothing is, compare."""
+    found: dict[str, list[str]] = {"failed": [], "held by other processes": [], "left": [], "done": []}
+    known = [*plan.jobs] or sorted(file.parent for file in plan.folder.glob("*/status.json"))
+    for path in known:
         try:
-            if state == "done" and (config is None or run.is_done(config)):
-                continue
+            what, why = _standing(path, plan.jobs[path].config if plan.jobs else None, since)
         except KdxError as error:
-            failed[path] = str(error).splitlines()[0].removeprefix(f"{path}: ")
-        else:
-            if by := holder(path):
-                held[path] = by
-            elif path.name in _failed or _has_failed(run, since):
-                failed[path] = f"{state}: {reason}" if reason else "see its error above"
-            else:
-                left[path] = "was killed" if state == "running" else state
-    if not held and not left:
-        _print_comparison(folder, since)
-    for what, found in (("failed", failed), ("held by other processes", held), ("left", left)):
-        if found:
-            rows = [f"  {os.path.relpath(path)}  {printable(why)}" for path, why in found.items()]
-            print(f"kdx: {len(found)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
-    if left:
+            what, why = "failed", str(error).splitlines()[0].removeprefix(f"{path}: ")
+        found[what].append(f"  {os.path.relpath(path)}  {printable(why)}")
+        _failed.update([path] if what == "failed" else [])
+    if len(found["failed"] + found["done"]) == len(known):
+        with suppress(InUseError), claim(plan.folder):  # of two that end at the same time one writes
+            _write_page(plan.folder, is_printed=True)
+    for what, rows in found.items():
+        if rows and what != "done":
+            print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
+    if found["left"]:
         print("kdx: type the same command again to do what is left", file=sys.stderr)
-    return 5 if failed else 0
-
-
-def _print_comparison(folder: Path, since: float) -> None:
-    """Write and print the comparison, unless another process has done so since this command started."""
-    mark = folder / ".compared"
-    with suppress(InUseError), claim(folder):
-        if not mark.exists() or mark.stat().st_mtime < since:
-            _write_page(folder, is_printed=True)
-            mark.touch()
 
 
 def _write_page(folder: Path, *, is_printed: bool = False) -> None:
@@ -285,7 +274,3 @@ def _write_page(folder: Path, *, is_printed: bool = False) -> None:
 def is_worker() -> bool:
     """Whether this process is one of those that `sweep.workers` started."""
     return STARTED in os.environ
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"

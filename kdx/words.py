@@ -1,30 +1,23 @@
-"""What people type: other tools' names for kdx's keys, renamed keys, and the nearest key to a typo."""
+"""What people type: other tools' names for kdx's keys, and the nearest key to a typo."""
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-from kdx.errors import ConfigError
-
 CONF = Path(import_module("kdx.conf").__path__[0]).resolve()
 CHOICES = ("teacher", "student", "data", "loss", "optim", "experiment", "recipe", "pair")
 OPTIONAL = CHOICES[-3:]  # groups of which nothing may be chosen
-RENAMED: dict[str, str] = {}  # keys of earlier versions, old → new; typed, the old one still works
 
 # kdx's name: the names that it has in HF Trainer, TRL, peft, axolotl, Lightning and papers.
-_MEANT = {
+MEANT = {
     "loss.alpha": "distillation_weight distill_weight kd_alpha kd_weight kd_ratio alpha_kd soft_loss_weight",
     "loss.temperature": "kd_temperature distillation_temperature tau",
     "loss=NAME": "loss_fn loss_type divergence kd_loss kl_type",
     "optim.lr": "learning_rate base_lr max_lr",
     "optim=NAME": "optimizer optim_name",
     "optim.schedule": "lr_scheduler_type lr_scheduler lr_schedule",
-    "optim.schedule_options": "lr_scheduler_kwargs",
     "optim.warmup_steps? Below 1 it is a share of all steps": "warmup_ratio num_warmup_steps warmup",
-    "optim.eps": "adam_epsilon",
-    "optim.betas=[0.9,0.999]": "adam_beta1 adam_beta2",
     "train.micro_batch_size": "per_device_train_batch_size per_device_eval_batch_size per_gpu_batch_size",
     "train.batch_size": "train_batch_size global_batch_size effective_batch_size",
     "train.micro_batch_size? A step accumulates train.batch_size rows": "gradient_accumulation_steps "
@@ -42,7 +35,6 @@ _MEANT = {
     "train.early_stopping.patience": "early_stopping_patience patience",
     "train.seed": "random_seed seed_everything",
     "train.seed or data.seed": "seed",
-    "train.compile": "torch_compile",
     "train.precision=bf16": "bf16",
     "train.precision=fp16": "fp16",
     "train.precision": "mixed_precision dtype student.precision student.dtype student.torch_dtype",
@@ -62,7 +54,6 @@ _MEANT = {
     "student.attn_implementation": "flash_attention use_flash_attention_2 flash_attn",
     "tracking.mode": "report_to use_wandb logger wandb",
     "tracking.project": "wandb_project project_name",
-    "tracking.entity": "wandb_entity",
     "tracking.name": "run_name wandb_name experiment_name",
     "hydra.run.dir": "run.dir output_dir out_dir save_dir default_root_dir logging_dir",
     "run.resume": "resume_from_checkpoint ckpt_path",
@@ -88,13 +79,10 @@ _NONE = {
     "a run always trains and measures; train.max_steps=0 only measures": "do_train do_eval do_predict",
     "data are encoded once, before training": "dataloader_num_workers num_workers remove_unused_columns num_proc "
     "dataset_num_proc dataset_prepared_path",
-    "every run has a folder of its own": "overwrite_output_dir",
-    "kdx has no label smoothing": "label_smoothing_factor label_smoothing",
-    "kdx adds no noise to embeddings": "neftune_noise_alpha",
 }
 FOREIGN = {
     word: f"Did you mean {meant}" + ("" if "? " in meant else "?")
-    for meant, words in _MEANT.items()
+    for meant, words in MEANT.items()
     for word in words.split()
 }
 FOREIGN |= {word: f"No equivalent: {why}" for why, words in _NONE.items() for word in words.split()}
@@ -105,8 +93,6 @@ def hint_for(key: str, known: Sequence[str]) -> str:
     group, last = key.split(".")[0], key.rsplit(".", 1)[-1]
     if group in OPTIONAL:
         return f'Begin the YAML of that {group} with the line "# @package _global_"'
-    if key in RENAMED:
-        return f"It is now {RENAMED[key]}"
     if key in FOREIGN:
         return FOREIGN[key]
     same = [k for k in known if k.rsplit(".", 1)[-1] == last]
@@ -119,34 +105,15 @@ def hint_for(key: str, known: Sequence[str]) -> str:
     return f"Did you mean {' or '.join(near)}?" if near else "See all keys with: python -m kdx --cfg job"
 
 
-def is_mistyped(key: str, known: Iterable[str]) -> bool:
-    """Tell whether an option's name looks like a typo of one of these keys of its group."""
-    group, _, name = key.partition(".")
-    own = [k.removeprefix(f"{group}.") for k in known if k.startswith(f"{group}.")]
-    return bool(get_close_matches(name, own, n=1, cutoff=0.8))
-
-
 def key_of(word: str) -> str:
     """Return the key of a word as typed."""
     return word.lstrip("+~").partition("=")[0]
 
 
-def renamed(words: list[str]) -> list[str]:
-    """Replace the keys that earlier versions had, naming the new one on stderr. Raises ConfigError if both are typed."""
-    keys = set(map(key_of, words))
-    for old in keys & RENAMED.keys():
-        new = RENAMED[old]
-        if new in keys:
-            raise ConfigError(old, f"is now {new}, and both are given", f"Leave out {old}")
-        print(f"kdx: {old} is now {new}", file=sys.stderr)
-        words = [word.replace(old, new, 1) if key_of(word) == old else word for word in words]
-    return words
-
-
-def groups_in(roots: Iterable[Path]) -> dict[str, list[str]]:
-    """Find the config groups in these folders, and the options of each."""
+def groups_in(config_dir: str | None = None) -> dict[str, list[str]]:
+    """Find the config groups of conf/ and of one's own folder, and the options of each."""
     groups: dict[str, set[str]] = {}
-    for root in roots:
+    for root in [CONF, *([Path(config_dir)] if config_dir else [])]:
         for file in root.glob("*/**/*.yaml"):
             group, *option = file.relative_to(root).with_suffix("").parts
             groups.setdefault(group, set()).add("/".join(option))

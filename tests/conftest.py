@@ -87,8 +87,7 @@ def beside_models(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / name).symlink_to(models / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["kdx"])
-    for name in ("HYDRA_FULL_ERROR", "KDX_DEBUG"):
-        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     return tmp_path
 
 

@@ -27,7 +27,7 @@ SERVER.set_forkserver_preload(["kdx.distill", "warm"])
 def in_process(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, list[str]]:
     """The command, in this process → exit code, stdout, lines of stderr."""
     sys.argv = ["kdx", *argv]
-    with mock.patch.dict(os.environ), pytest.raises(SystemExit) as left:  # it sets HYDRA_FULL_ERROR, KDX_DEBUG
+    with mock.patch.dict(os.environ), pytest.raises(SystemExit) as left:  # it sets HYDRA_FULL_ERROR
         cli.main()
     out, err = capfd.readouterr()
     return int(left.value.code or 0), out, err.splitlines()

@@ -117,17 +117,6 @@ def test_a_heartbeat_that_was_cut_short_counts_until_it_is_stale(tmp_path: Path,
         assert str(os.getpid()) in str(holder(tmp_path))
 
 
-def test_a_job_that_slurm_starts_again_is_not_held_by_its_first_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    beat = tmp_path / claims.BEAT
-    beat.write_text(json.dumps({"pid": 7, "started": 0, "host": "elsewhere", "slurm": ["41", "0"]}))
-    for job, start, is_held in (("41", "0", True), ("42", "1", True), ("41", "1", False)):
-        monkeypatch.setenv("SLURM_JOB_ID", job)
-        monkeypatch.setenv("SLURM_RESTART_COUNT", start)
-        assert bool(holder(tmp_path)) is is_held
-
-
 def test_a_pid_that_was_given_to_another_process_holds_nothing(tmp_path: Path, locking: bool) -> None:
     leave_heartbeat(tmp_path, host=platform.node(), pid=os.getpid(), started=1.0)
     assert holder(tmp_path) is None

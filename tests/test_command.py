@@ -1,4 +1,4 @@
-"""The command as people type it, in processes of its own: the mission's two commands, plug-ins, the hub, W&B."""
+"""The command as people type it, in processes of its own: the documented run, the hub, W&B, a stop."""
 
 import json
 import os
@@ -7,19 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from standins import FUSSY, put_on_hub, write_chats, write_dialogpt, write_pairs
-
-PLUGIN = (
-    FUSSY
-    + """
-from kdx.data.sources import register_source
-
-@register_source
-def tickets(path, min_turns=2):
-    for i in range(30):
-        yield {"source": f"What is ticket {i}?", "target": f"It is ticket {i} of {path}, of {min_turns} turns."}
-"""
-)
+from standins import put_on_hub, write_chats, write_dialogpt, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +20,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     put_on_hub(folder / "hub", "microsoft/DialoGPT-small", small)
     write_pairs(folder / "pairs.jsonl")
     write_chats(folder / "chats.jsonl")
-    (folder / "my_plugin.py").write_text(PLUGIN)
     return folder
 
 
@@ -48,10 +35,6 @@ def kdx(place: Path, *words: str, **environment: str) -> subprocess.CompletedPro
     }
     command = [sys.executable, "-m", "kdx", *words]
     return subprocess.run(command, cwd=place, env=clean | environment, capture_output=True, text=True, check=False)
-
-
-def states(sweep: Path) -> dict[str, str]:
-    return {f.parent.name: json.loads(f.read_text())["state"] for f in sorted(sweep.glob("*/status.json"))}
 
 
 def test_the_documented_run(place: Path) -> None:
@@ -77,29 +60,6 @@ def test_the_documented_run(place: Path) -> None:
     )
     assert flat["eval/kl"] == pytest.approx(summary["student"]["kl"])
     assert flat["untouched/kl"] == pytest.approx(summary["untouched"]["kl"])
-
-
-def test_a_sweep_with_a_loss_and_a_source_of_ones_own(place: Path) -> None:
-    """A job that fails does not stop the rest; the same command tries only that one again."""
-    words = ["-m", "teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=custom"]
-    words += ["data.name=tickets", "data.path=t.db", "data.min_turns=3", "loss.name=fussy", "loss.most=0,2"]
-    words += ["train.max_steps=2", "sweep.name=own", "tracking.mode=disabled"]
-    told = kdx(place, *words, KDX_PLUGINS="my_plugin")
-    assert told.returncode == 5, told.stderr
-    assert "2 points + 1 baseline (alpha=0); sweep.baseline=false leaves them out" in told.stdout
-    folder = place / "outputs" / "sweeps" / "own"
-    done = states(folder)
-    assert sorted(done.values()) == ["done", "done", "failed"]
-    (failed,) = (name for name, state in done.items() if state == "failed")
-    assert failed.startswith("most-0_")
-    assert json.loads((folder / failed / "status.json").read_text())["reason"] == "RuntimeError: most is too small"
-    assert "your own code" in told.stderr
-    assert (folder / failed / "plugins" / "my_plugin.py").read_text() == PLUGIN
-    whole = [folder / name for name, state in done.items() if state == "done"]
-    before = {p: p.stat().st_mtime_ns for job in whole for p in job.rglob("*") if p.is_file()}
-    assert kdx(place, *words, KDX_PLUGINS="my_plugin").returncode == 5
-    assert before == {p: p.stat().st_mtime_ns for job in whole for p in job.rglob("*") if p.is_file()}
-    assert json.loads((folder / "compare.json").read_text())["tables"]
 
 
 def test_a_stopped_run_says_how_to_resume(place: Path) -> None:

@@ -62,13 +62,6 @@ def test_workers_take_free_gpus_first_and_then_share_them_evenly(locks: Path) ->
         single.communicate("\n")
 
 
-def test_two_slurm_jobs_number_their_gpus_anew(locks: Path) -> None:
-    with other(locks, "worker", "0,1", SLURM_JOB_ID="7") as one, other(locks, "worker", "0,1", SLURM_JOB_ID="8") as two:
-        assert gpu_of(one) == gpu_of(two) == "0"
-        one.communicate("\n")
-        two.communicate("\n")
-
-
 @pytest.mark.parametrize(
     ("gpus", "names"), [("0,1", ["0", "1"]), ("2", ["2"]), ("", []), ("-1", []), ("1,-1,0", ["1"]), (" 0 , 3", ["0", "3"])]
 )  # fmt: skip

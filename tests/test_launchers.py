@@ -11,32 +11,17 @@ from processes import environment
 from standins import write_place
 
 PLUGIN = '''
-import json, os, signal, time
+import os, signal
 from pathlib import Path
-import torch
 from kdx.loss import forward_kl, register
 
 calls = 0
-
-def hold():
-    Path(f"held-{os.getpid()}").touch()
-    while not Path("go").exists():
-        time.sleep(0.01)
-
-if Path("hold-imports").exists():
-    hold()
 
 @register
 def own(student, teacher, most: float = 9.0):
     """Forward KL that breaks for one point of a sweep, and is preempted once at another."""
     global calls
     calls += 1
-    if calls == 1:
-        with open("seen.jsonl", "a") as file:
-            told = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": torch.get_num_threads(), "pid": os.getpid()}
-            file.write(json.dumps(told) + chr(10))
-    if most >= 4 and len(student) > 2 and Path("hold-steps").exists():  # not where it is tried on two rows
-        hold()
     if most == 0:
         raise RuntimeError("most is too small")
     if most == 2 and calls == 6 and "SUBMITIT_FOLDER" in os.environ and not Path("preempted").exists():
@@ -58,27 +43,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def kdx(
-    place: Path, *words: str, points: str = "0,2", program: str = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
+def kdx(place: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m kdx` with the sweep's words and these."""
     left_out = ("WANDB_", "HF_", "KDX_", "OMP_", "MKL_", "CUDA_", "SLURM_")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     clean |= {"HF_HUB_OFFLINE": "1", "NETRC": "none", "KDX_PLUGINS": "my_plugin"}
-    command = [sys.executable, *(["-c", program] if program else ["-m", "kdx"]), *WORDS, f"+loss.most={points}", *words]
+    command = [sys.executable, "-m", "kdx", *WORDS, "+loss.most=0,2", *words]
     return subprocess.run(command, cwd=place, env=clean | environment, capture_output=True, text=True, check=False)
 
 
 def states(sweep: Path) -> dict[str, str]:
     return {f.parent.name: json.loads(f.read_text())["state"] for f in sorted(sweep.glob("*/status.json"))}
-
-
-def seen(place: Path) -> list[dict]:
-    """What each job noted of its process."""
-    file = place / "seen.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    file.unlink()
-    return lines
 
 
 def check_outcome(told: subprocess.CompletedProcess[str], sweep: Path) -> None:
@@ -141,18 +116,7 @@ def test_submitit_keeps_no_secret_of_the_environment(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     files = [file for file in (place / "outputs").rglob("*") if file.is_file()]
     assert not [file for file in files if b"opensesame" in file.read_bytes()]
-    pickles = list((place / "outputs/sweeps/secret").rglob("*.pkl"))
-    assert [b"${oc.env:DB_PW}" in file.read_bytes() for file in pickles] == [True] * 2
-
-
-def test_without_the_plug_in_the_command_that_installs_it_is_told(place: Path) -> None:
-    program = "import hydra_plugins; hydra_plugins.__path__ = []\nfrom kdx.cli import main; main()"
-    for launcher, package in (("slurm", "submitit"), ("submitit_local", "submitit")):
-        told = kdx(place, f"hydra/launcher={launcher}", program=program)
-        assert told.returncode == 2
-        what = f"needs hydra-{package}-launcher"
-        mend = f"pip install hydra-{package}-launcher"
-        assert told.stderr == f"kdx: error: hydra/launcher: {what}. {mend}\n"
+    assert len(list((place / "outputs/sweeps/secret").rglob("*.pkl"))) == 2
 
 
 def test_a_launcher_that_can_start_nothing_is_the_machines_fault(place: Path) -> None:

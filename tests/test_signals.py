@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from kdx.errors import MachineError
 from kdx.run import signals
 from kdx.run.signals import Stopped, StopRequest
 
@@ -130,7 +129,7 @@ def test_submitits_handler_is_called_when_all_is_saved(send: Callable[[int], Non
 
     before = [signal.signal(signal.SIGUSR2, requeue), signal.signal(signal.SIGTERM, lambda *_: calls.append("passed"))]
     try:
-        with pytest.raises(MachineError, match="timed-out too many times"):
+        with pytest.raises(RuntimeError, match="timed-out too many times"):
             run(work)
     finally:
         signal.signal(signal.SIGUSR2, before[0])

@@ -1,6 +1,5 @@
 """The points of a sweep, names that are the same on any day and fit for a path, and who does which job."""
 
-import math
 import os
 import re
 import signal
@@ -9,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,11 @@ from hydra.core.override_parser.types import Override
 from processes import SERVER, ended, free_port
 
 from kdx import sweep
-from kdx.cli import compose, guarded
-from kdx.config import SAFE_NAME
+from kdx.cli import compose
+from kdx.compose import Plan, Point
+from kdx.config import SAFE_NAME, replaced
 from kdx.errors import ConfigError
-from kdx.run.claim import BEAT, claim
-from kdx.run.folder import Record
+from kdx.run.claim import BEAT
 
 
 def parsed(*words: str) -> list[Override]:
@@ -36,36 +35,13 @@ def name(keys: list[str], *words: str) -> str:
 # Points and names
 
 
-def test_points_are_every_combination_in_the_order_typed() -> None:
+def test_points_are_every_combination_in_the_order_typed_and_of_an_interval_the_ends() -> None:
+    assert sweep.points(parsed("loss.alpha=interval(0,1)")) == [["loss.alpha=0.0"], ["loss.alpha=1.0"]]
     words = parsed("train.max_steps=5", "loss.temperature=1,2", "loss.alpha=0.3,0.7")
     assert sweep.points(words) == [
         ["train.max_steps=5", f"loss.temperature={t}", f"loss.alpha={a}"] for t in (1, 2) for a in (0.3, 0.7)
     ]
     assert sweep.swept_keys(words) == ["loss.temperature", "loss.alpha"]
-
-
-@pytest.mark.parametrize(
-    ("word", "values"),
-    [
-        ("loss.temperature=1,2,4", ["1", "2", "4"]),
-        ("loss.temperature=choice(1,2)", ["1", "2"]),
-        ("train.seed=range(0,3)", ["0", "1", "2"]),
-        ("loss=forward_kl,jsd", ["forward_kl", "jsd"]),
-        ("++loss.beta=0.1,0.2", ["0.1", "0.2"]),
-        ("data.path=[a,b],[c]", ["[a,b]", "[c]"]),
-        ("loss.alpha=interval(0,1)", ["0.0", "1.0"]),  # the ends of an interval are checked
-    ],
-)
-def test_every_way_to_write_values(word: str, values: list[str]) -> None:
-    key = word.split("=")[0]
-    assert sweep.points(parsed(word)) == [[f"{key}={value}"] for value in values]
-    assert sweep.swept_keys(parsed(word)) == [key.lstrip("+")]
-
-
-def test_a_list_is_one_value_and_of_a_key_typed_twice_the_last_counts() -> None:
-    assert sweep.swept_keys(parsed("data.path=[a,b]")) == []
-    assert sweep.points(parsed("train.seed=1,2", "train.seed=3")) == [["train.seed=3"]]
-    assert sweep.swept_keys(parsed("train.seed=1,2", "train.seed=3")) == []
 
 
 def test_a_name_says_the_point_by_the_shortest_unique_part_of_each_key() -> None:
@@ -95,8 +71,6 @@ def test_a_baseline_is_named_by_what_is_used() -> None:
         (["loss"], ["loss=jsd"]),
         (["loss.beta"], ["loss=jsd", "loss.beta=0.25"]),
         (["teacher", "student"], ["teacher=dialogpt_medium", "student=dialogpt_small"]),
-        (["student"], ["student=cut"]),
-        (["experiment"], ["experiment=demo"]),
         (["data.path"], ["data=pairs", "data.path=['/a b/ü.jsonl',../c.jsonl]"]),
         (["data.path"], ["data=pairs", f"data.path={'long/' * 90}x.jsonl"]),
         (["train.max_grad_norm"], ["train.max_grad_norm=null"]),
@@ -159,18 +133,16 @@ class Folders:
         self.leave(folder.name, "done")
         return 1.5
 
+    def plan(self, *names: str, workers: int = 1) -> Plan:
+        config = replaced(self.config, sweep=replaced(self.config.sweep, workers=workers))
+        point = Point([], config, {})
+        jobs = {self.root / name: point for name in names}
+        return Plan([point] * len(names), self.root, is_sweep=True, jobs=jobs)
+
     def sweep(self, *names: str) -> int:
         """One process that goes through these jobs → the exit code."""
-        since = time.time()
-
-        def launch(_: list[str]) -> None:
-            for job in names:
-                before, shared = len(self.runs), {"since": since, "is_shared": True, "is_own_gpu": False}
-                measure = sweep.do_job(self.config, Record(), self.root / job, guarded, **shared)
-                assert measure == (1.5 if len(self.runs) > before and job not in self.raises else math.inf)
-
         time.sleep(0.02)  # files have times of a clock that ticks slowly
-        return sweep.run(self.root, {self.root / job: self.config for job in names}, [[]], launch, since=since)
+        return sweep.run(self.plan(*names), [])
 
 
 @pytest.fixture
@@ -199,7 +171,7 @@ def test_a_failing_job_does_not_stop_the_rest_and_is_tried_again_by_the_next_com
 ) -> None:
     folders.raises = {"bad": ConfigError("loss.most", "is too small", "Raise it")}
     folders.leave("bad", "failed", age=60)
-    assert folders.sweep("bad", "good", "bad") == 5
+    assert folders.sweep("bad", "good") == 5
     assert folders.runs == ["bad", "good"]  # once by each command
     err = capsys.readouterr().err
     assert err.endswith(
@@ -211,18 +183,6 @@ def test_a_failing_job_does_not_stop_the_rest_and_is_tried_again_by_the_next_com
     assert folders.runs == ["bad", "good", "bad"]
 
 
-def test_what_another_process_did_while_this_one_claimed_is_not_done_again(
-    folders: Folders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def late(folder: Path) -> AbstractContextManager[None]:
-        folders.leave(folder.name, folder.name)
-        return claim(folder)
-
-    monkeypatch.setattr(sweep, "claim", late)
-    assert folders.sweep("done", "failed") == 5
-    assert folders.runs == []
-
-
 def test_a_job_whose_data_have_changed_is_refused_and_fails(
     folders: Folders, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,26 +190,6 @@ def test_a_job_whose_data_have_changed_is_refused_and_fails(
     assert folders.sweep("changed", "good") == 5
     assert folders.runs == ["good"]
     assert "changed  holds a run with another plugins. Set sweep.name=..." in capsys.readouterr().err
-
-
-def test_a_signal_ends_the_sweep_and_what_is_left_is_left(folders: Folders) -> None:
-    folders.raises = {"stopped": SystemExit(143)}  # type: ignore[dict-item]
-    with pytest.raises(SystemExit) as stopped:
-        folders.sweep("stopped", "good")
-    assert stopped.value.code == 143
-    assert folders.runs == ["stopped"]
-
-
-def test_the_last_comparison_is_printed_by_one_process(folders: Folders) -> None:
-    folders.leave("a", "done")
-    since = time.time()
-    time.sleep(0.02)
-    jobs = {folders.root / "a": folders.config}
-    for _ in range(2):  # two terminals that end at the same time
-        assert sweep.run(folders.root, jobs, [], lambda _: None, since=since) == 0
-    assert folders.printed == [True]
-    assert folders.sweep("a") == 0
-    assert folders.printed == [True, True]  # typed again
 
 
 # Several processes
@@ -270,8 +210,7 @@ def workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 
 
 def run_workers(folders: Folders, script: str) -> int:
-    jobs = {folders.root / str(i): folders.config for i in range(2)}
-    return sweep.run(folders.root, jobs, [["x"]], lambda _: None, since=7.5, workers=3, argv=[script])
+    return sweep.run(folders.plan("0", "1", workers=3), [script])
 
 
 def test_workers_run_the_same_command_and_the_worst_exit_code_counts(
@@ -279,7 +218,9 @@ def test_workers_run_the_same_command_and_the_worst_exit_code_counts(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(sweep, "num_cores", lambda: 8)
-    script = f"import os, sys; sys.exit(3 if os.environ['{sweep.STARTED}'] == '7.5' and os.environ['OMP_NUM_THREADS'] == '4' else 1)"
+    script = (
+        f"import os, sys; sys.exit(3 if os.environ['{sweep.STARTED}'] and os.environ['OMP_NUM_THREADS'] == '4' else 1)"
+    )
     assert run_workers(folders, script) == 3
     assert workers == [[sys.executable, "-m", "kdx", script]] * 2  # no more than there are jobs
 
@@ -295,11 +236,17 @@ def test_a_signal_is_forwarded_to_the_workers(folders: Folders, workers: list[li
 
 def test_workers_need_points_that_are_known(folders: Folders) -> None:
     with pytest.raises(ConfigError, match=r"sweep\.workers: is 2"):
-        sweep.run(folders.root, {}, [[]], lambda _: None, since=0, workers=2)
+        sweep.run(replace(folders.plan("0", workers=2), hydra=["x"]), [])
 
 
 def agree(rank: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     for i in range(3):
         assert sweep._agreed(lambda i=i: f"answer {i} of rank {rank}") == f"answer {i} of rank 0"  # type: ignore[misc]
 

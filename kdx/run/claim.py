@@ -19,11 +19,11 @@ from typing import Any
 import psutil
 
 from kdx.errors import InUseError
+from kdx.run.files import read_json
 
 LOCK, BEAT = ".lock", "heartbeat.json"
 HEARTBEAT = 30.0  # seconds between two heartbeats
 STALE = 300.0  # seconds after which a heartbeat counts as that of a dead process
-SLURM = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")  # a job that Slurm started again is not held by its first start
 _held: dict[Path, Any] = {}  # folders that this process holds → their locks
 
 
@@ -85,17 +85,16 @@ def _take(lock: Any) -> bool:
 
 def _write(beat: Path) -> bool:
     """Write the first heartbeat, in place of a dead process's; False if another process was faster."""
-    with suppress(FileNotFoundError, FileExistsError):
-        if beat.exists():
-            dead, aside = _owner(beat), beat.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{beat.name}")
-            beat.rename(aside)  # without locks two may try: the second finds none, or has moved the first one's
-            if _owner(aside) != dead:
-                aside.rename(beat)
-                return False
-            aside.unlink()
-        with beat.open("x") as file:
-            json.dump(_me(), file)
-            return True
+    dead, aside = read_json(beat), beat.with_name(f".tmp-{uuid.uuid4().hex[:8]}")
+    with suppress(FileNotFoundError):  # without locks two may try: the second finds none, or has moved the first one's
+        beat.rename(aside)
+        if read_json(aside) != dead:
+            aside.rename(beat)
+            return False
+        aside.unlink()
+    with suppress(FileExistsError), beat.open("x") as file:
+        json.dump({"pid": os.getpid(), "started": _started(os.getpid()), "host": platform.node()}, file)
+        return True
     return False
 
 
@@ -105,27 +104,12 @@ def _keep_beating(beat: Path, done: threading.Event) -> None:
             os.utime(beat)
 
 
-def _me() -> dict[str, Any]:
-    slurm = [os.environ.get(name, "0") for name in SLURM]
-    return {"pid": os.getpid(), "started": _started(os.getpid()), "host": platform.node(), "slurm": slurm}
-
-
-def _owner(beat: Path) -> dict[str, Any]:
-    """Read who wrote a heartbeat; empty if there is none, or it is being written."""
-    with suppress(FileNotFoundError, ValueError):
-        return dict(json.loads(beat.read_text()))
-    return {}
-
-
 def _is_fresh(beat: Path) -> bool:
     """Whether a heartbeat is that of a process that still runs, as far as this host can tell."""
     with suppress(FileNotFoundError):
-        owner, me, age = _owner(beat), _me(), time.time() - beat.stat().st_mtime
-        job, start = owner.get("slurm", me["slurm"])
-        if age > STALE or (job == me["slurm"][0] and start != me["slurm"][1]):
-            return False
-        if owner.get("host") != me["host"]:
-            return True
+        owner, age = read_json(beat), time.time() - beat.stat().st_mtime
+        if age > STALE or owner.get("host") != platform.node():
+            return age <= STALE
         started = _started(owner["pid"])
         return started is not None and abs(started - owner["started"]) < 2  # seconds: clocks are corrected
     return False
@@ -140,5 +124,5 @@ def _started(pid: int) -> float | None:
 
 
 def _describe(beat: Path) -> str:
-    owner = _owner(beat)
+    owner = read_json(beat)
     return f"pid {owner['pid']} on host {owner['host']}" if owner else "another process"

@@ -1,7 +1,6 @@
 """Files and folders that are whole or not there: written under a temporary name, fsynced, renamed."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -152,14 +151,6 @@ def size_of(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.stat(os.path.join(place, name)).st_size
     return total
-
-
-def of_disk(error: OSError, folder: Path | str) -> MachineError:
-    """Turn a disk's refusal into a user error."""
-    where, what, hint = str(error.filename or folder), error.strerror or "cannot be written", "Choose another folder"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what, hint = f"{what} ({usage_of(Path(where)).free:,} bytes free)", "Free some space, or choose another folder"
-    return MachineError(where, what, hint)
 
 
 def open_to_umask(*files: Path) -> None:

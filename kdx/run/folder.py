@@ -15,7 +15,7 @@ import yaml
 
 from kdx import plugins
 from kdx.config import Config, as_dict
-from kdx.errors import ConfigError, DivergedError, KdxError, exit_code, out_of_memory
+from kdx.errors import ConfigError, DivergedError, KdxError, user_error
 from kdx.run.claim import claim
 from kdx.run.files import local_time, read_json, remove_leftovers, write_beside, write_json
 from kdx.run.identity import differences, identity, may_differ, table
@@ -142,11 +142,11 @@ class RunFolder:
         try:
             yield
         except BaseException as error:
-            failure = out_of_memory(error) or error
+            failure = user_error(error, self.path) or error
             state = "diverged" if isinstance(failure, DivergedError) else "failed"
             is_clear = isinstance(failure, KdxError)
             reason = str(failure) if is_clear else f"{type(failure).__name__}: {failure}".splitlines()[0]
-            code: Any = exit_code(failure)
+            code: Any = getattr(failure, "exit_code", 1)
             if isinstance(error, Stopped | KeyboardInterrupt):
                 state, reason = "interrupted", f"stopped by a signal at step {self.step}"
                 code = error.code if isinstance(error, Stopped) else 130

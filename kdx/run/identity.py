@@ -18,6 +18,7 @@ import xxhash
 from kdx import plugins
 from kdx.config import COMMIT, Config, ModelConfig, as_dict, leaves
 from kdx.data.files import resolve_path
+from kdx.errors import shortened
 from kdx.run.files import cache_dir, digest_of, write_beside
 from kdx.run.redact import redact
 
@@ -101,7 +102,8 @@ def may_differ(key: str, was: Any, now: Any, config: Config) -> bool:
 
 def table(found: Differences) -> list[str]:
     """Lay out key, was and now in three columns."""
-    rows = [("key", "was", "now"), *((key, _short(was), _short(now)) for key, was, now in found)]
+    texts = [["null" if v is None else shortened(" ".join(str(v).split()), 40) for v in row] for row in found]
+    rows = [["key", "was", "now"], *texts]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return [f"  {key:{widths[0]}}  {was:{widths[1]}}  {now}" for key, was, now in rows]
 
@@ -109,14 +111,15 @@ def table(found: Differences) -> list[str]:
 def content_hash(file: Path) -> str:
     """Hash a file. The hash of a big one is kept in $KDX_CACHE until its size or modification time changes."""
     stat = file.stat()
+    if stat.st_size <= BLOCK:
+        return digest_of(file)
     about = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     known = cache_dir() / "hashes" / xxhash.xxh3_128_hexdigest(about.encode())
-    if stat.st_size > BLOCK and known.is_file():
+    if known.is_file():
         return known.read_text()
     content = digest_of(file)
-    if stat.st_size > BLOCK:
-        with suppress(OSError):  # it only saves time
-            write_beside(known, content)
+    with suppress(OSError):  # it only saves time
+        write_beside(known, content)
     return content
 
 
@@ -167,8 +170,3 @@ def _joined(parts: Sequence[str | None]) -> str | None:
 
 def _number(text: str) -> int | float:
     return int(float(text)) if float(text).is_integer() else float(text)
-
-
-def _short(value: Any) -> str:
-    text = "null" if value is None else " ".join(str(value).split())
-    return text if len(text) <= 60 else text[:28] + " … " + text[-28:]

@@ -1,23 +1,18 @@
 """How torchrun or accelerate launched this process: its device, its precision, and the other processes."""
 
-import functools
 import gc
-import itertools
 import os
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from torch.distributed import PrefixStore, rendezvous
+from accelerate.utils import broadcast_object_list
 
 from kdx import causal_lm
 from kdx.config import Config
 from kdx.errors import MachineError
 from kdx.run import sharding
-
-_decisions = itertools.count()
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -26,7 +21,7 @@ def build_accelerator(config: Config) -> Accelerator:
         if sharding.is_asked(f"ACCELERATE_USE_{name}"):
             raise MachineError(f"ACCELERATE_USE_{name}", "is not supported", "Start without it, or with FSDP")
     fsdp = sharding.plugin(config)
-    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    cpu = not _has_gpu()
     precision: str = config.train.precision
     if precision == "auto":
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "")  # accelerate's config; "no" is fp32
@@ -53,23 +48,11 @@ def build_accelerator(config: Config) -> Accelerator:
     return machine
 
 
-@functools.cache
-def _meeting() -> tuple[PrefixStore, int, int]:
-    """Meet the other ranks once → their store, this rank and how many there are. Rank 0 may be who serves the store."""
-    store, rank, num_ranks = next(rendezvous("env://"))
-    store = PrefixStore("kdx", store)
-    store.set_timeout(timedelta(days=1))  # rank 0 may have to hash the weights of a large teacher
-    return store, rank, num_ranks
-
-
 def agreed(decide: Callable[[], str]) -> str:
-    """Decide in rank 0 and return its decision in every rank, before any process group exists."""
-    store, rank, num_ranks = _meeting()
-    name = str(next(_decisions))
-    if rank == 0:
-        store.set(name, decide())
-    decision = str(store.get(name).decode())
-    store.set(f"{name}/{rank}", "read")
-    if rank == 0:  # the store may end with it
-        store.wait([f"{name}/{other}" for other in range(num_ranks)])
-    return decision
+    """Decide in rank 0 and return its decision in every rank."""
+    is_main = PartialState(cpu=not _has_gpu()).is_main_process
+    return str(broadcast_object_list([decide() if is_main else ""])[0])
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()

@@ -7,17 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kdx.errors import MachineError
-
-# A closed terminal sends SIGHUP (Windows has none); `sbatch --signal=USR1@120` warns before the time limit.
-STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+# A closed terminal sends SIGHUP; `sbatch --signal=USR1@120` warns before the time limit.
+STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 SAME = 0.5  # seconds within which a second signal is the first one, sent to the process and to its group
-
-
-def say(text: str) -> None:
-    """Write a line to stderr from a signal handler: not through buffers that may be in use."""
-    with suppress(OSError):  # the terminal may be gone
-        os.write(2, f"{text}\n".encode())
 
 
 class Stopped(SystemExit):
@@ -58,11 +50,6 @@ class StopRequest:
         if num_processes() == 1 and self.is_asked:
             raise self.stopped()
 
-    def check_late(self) -> None:
-        """Raise Stopped after a run that was done before it could stop: no other job begins, and none is requeued."""
-        if self.signal not in (None, self._requeue):
-            raise self.stopped()
-
     def __enter__(self) -> "StopRequest":
         numbers = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
         if callable(signal.getsignal(self._requeue)):
@@ -81,20 +68,21 @@ class StopRequest:
 
             resume = f"Resume with: python -m kdx run.resume={self.path}"
             start = f"Nothing was saved yet. Start again with: python -m kdx run.like={self.path}"
-            _say_once(f"kdx: stopped. {resume if is_resumable(self.path) else start}")
+            _say(f"kdx: stopped. {resume if is_resumable(self.path) else start}")
             if self.signal == self._requeue and callable(requeue := self._before[self._requeue]):
-                _call(requeue, self._requeue)
+                requeue(self._requeue, None)
+        elif not error and self.signal not in (None, self._requeue):
+            raise self.stopped()  # the run was done before it could stop: no other job begins, and none is requeued
 
     def _handle(self, number: int, _: Any) -> None:
         if self.signal is None:
-            is_warning = number == getattr(signal, "SIGUSR1", None) and number != self._requeue
-            self.signal = signal.SIGTERM if is_warning else number
+            self.signal = signal.SIGTERM if number == signal.SIGUSR1 != self._requeue else number
             self._since = time.monotonic()
             if not self._is_checked:
                 raise self.stopped()
-            _say_once("\nkdx: stopping after this step and saving. Press Ctrl-C again to quit now")
+            _say("\nkdx: stopping after this step and saving. Press Ctrl-C again to quit now")
         elif time.monotonic() - self._since > SAME:
-            _say_once("kdx: quit; steps since the last checkpoint are lost")
+            _say("kdx: quit; steps since the last checkpoint are lost")
             os._exit(128 + number)
 
 
@@ -103,15 +91,13 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _say_once(text: str) -> None:
-    """Say a line, of several processes in the first."""
-    if os.environ.get("RANK", "0") == "0":
-        say(text)
+def is_main() -> bool:
+    """Whether this is the only process of this run under torchrun, or the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
-def _call(requeue: Any, number: int) -> None:
-    try:
-        requeue(number, None)
-    except Exception as error:  # the job timed out too many times
-        hint = "Type the same command again; hydra.launcher.max_num_timeout=... sets how often it is requeued"
-        raise MachineError("time limit", " ".join(str(error).split()).rstrip("."), hint) from None
+def _say(text: str) -> None:
+    """Write a line to stderr from a signal handler, not through buffers in use; of several processes in the first."""
+    if is_main():
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"{text}\n".encode())

@@ -107,7 +107,9 @@ def test_final_measures_that_are_not_finite_are_no_done_run(place, tmp_path, cap
     config = config_of(place, *WORDS)
     for _ in range(2):
         assert run_here(config, tmp_path / "run", nan_at_the_end) == 4
-        assert "step 7: the student's held-out ce, perplexity are not finite; it is never ranked" in capfd.readouterr().err
+        assert (
+            "step 7: the student's held-out ce, perplexity are not finite; it is never ranked" in capfd.readouterr().err
+        )
         assert status(tmp_path / "run")["state"] == "diverged"
         assert (tmp_path / "run/student/model.safetensors").is_file()
         assert not (tmp_path / "run/summary.json").exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from processes import environment
-from runs import PATIENCE, Run, litter, start_command, status, steps_of, words_of, write_dialogpt, write_pairs
+from runs import PATIENCE, Run, litter, start_command, status, steps_of, words_of
 
 PLUGIN = '''
 import os, time
@@ -160,30 +160,3 @@ def test_workers_that_are_stopped_save_and_jobs_that_fail_are_tried_once_by_each
     assert [steps_of(jobs(own)[f"most-{i}"]) for i in (2, 3, 4)] == [[1, 2, 3]] * 3
     table = again.text.split("kdx: 3 of 6 jobs failed:\n")[1].splitlines()
     assert [line.split("  failed: ")[1] for line in table] == ["RuntimeError: most is too small"] * 3
-
-
-def other_plugin(folder: Path) -> None:
-    (folder / "shared_loss.py").write_text(PLUGIN + "# changed\n")
-
-
-def other_data(folder: Path) -> None:
-    write_pairs(folder / "pairs.jsonl", 41)
-
-
-def other_teacher(folder: Path) -> None:
-    shutil.rmtree(folder / "teacher")
-    write_dialogpt(folder / "teacher", 2, 16, pickled=False, seed=7)
-
-
-def test_a_job_whose_data_teacher_or_plugin_changed_is_refused_with_the_way_out(own: Path) -> None:
-    own_words = ["+loss.most=2,3"]
-    assert sweep(own, *own_words).code == 0
-    before = {name: whole(job) for name, job in jobs(own).items()}
-    for change, keys in ((other_plugin, "plugins"), (other_data, "data, plugins"), (other_teacher, "data, teacher, ")):
-        change(own)
-        again = sweep(own, *own_words)
-        assert again.code == 5, again.text
-        assert again.text.count(f"holds a run with another {keys}") == 4  # when it is met, and in the end
-        assert "key      was" in again.text
-        assert "sweep.name=" in again.text
-        assert {name: whole(job) for name, job in jobs(own).items()} == before
