@@ -58,8 +58,8 @@ def rows_to_show(training: Training) -> dict[str, Row]:
     rows = training.data.train
     some = rows.lengths.argsort(kind="stable")
     turns = [sum(is_counted for is_counted, _ in groupby(rows[int(i)].counted)) for i in some[-MOST_READ:]]
-    numbers = {"shortest": some[0], "longest": some[-1], "busiest": some[-MOST_READ:][turns.index(max(turns))]}
-    return {what: rows[int(i)] for what, i in numbers.items()}
+    numbers = {some[-MOST_READ:][turns.index(max(turns))]: "most varied", some[0]: "shortest", some[-1]: "longest"}
+    return {what: rows[int(i)] for i, what in numbers.items()}
 
 
 def marked(tokenizer: Any, row: Row) -> str:

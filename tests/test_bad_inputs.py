@@ -56,7 +56,7 @@ def refused(place: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., lis
 PATHS = {
     "data/trian.jsonl": "data.path: data/trian.jsonl does not exist. Did you mean data/t.jsonl?",
     "t.josnl": "data.path: t.josnl does not exist on disk, and loading it from the hub failed: *. Check the name, data.subset, data.split and the network. Did you mean t.jsonl?",
-    "notes": "data.path: the folder notes has no .jsonl, .json, .csv, .parquet file of the split train. notes has: a.txt",
+    "notes": "data.path: the folder notes has no .jsonl, .json, .csv, .parquet, .arrow file of the split train. notes has: a.txt",
     "pkg:no-such-package": "3 data.path: the package no-such-package is not installed. Run: pip install --no-deps no-such-package",
 }  # fmt: skip
 WORDS: dict[tuple[str, ...], list[str]] = {

@@ -85,6 +85,11 @@ def keep_student(training: Training, folder: RunFolder) -> None:
         training.student.to(training.machine.device)  # under FSDP it was loaded into main memory
     else:
         training.choose_weights(folder)
+    state = training.state
+    if state.step < training.max_steps:
+        log.info("stopped early, after step %d: no better measure since step %d", state.step, state.best_step)
+    if training.kept_step < state.step:
+        log.info("the student has the weights of step %d, the best measured (train.keep=best)", training.kept_step)
     cast(training.student, DTYPES[training.save_dtype])
     if training.is_finished or training.max_steps == 0:
         return
