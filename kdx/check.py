@@ -101,7 +101,8 @@ def cost_of_a_token(training: Training) -> tuple[float, float]:
 def memory_of_a_step(training: Training, activation_bytes: float) -> dict[str, float]:
     """Estimate what is in memory at the peak of a step, part by part."""
     student, teacher, batches = training.student, training.teacher, training.batches
-    lengths = sorted(training.data.train.lengths.tolist(), reverse=True)[: batches.micro_batch_size]
+    lengths = sorted(training.data.train.lengths.tolist(), reverse=True)
+    lengths = lengths[: max(1, (batches.micro_batch_tokens or 0) // lengths[0]) or batches.micro_batch_size]
     tokens, num = lengths[0] * len(lengths), student.num_parameters()
     parts = {
         "activations": activation_bytes * tokens,

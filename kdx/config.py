@@ -143,6 +143,8 @@ class TrainConfig(Group):
     """Rows in one optimizer step, over all processes."""
     micro_batch_size: Positive | Literal["auto"]
     """Rows per forward pass on one device; auto is batch_size ÷ processes. Accumulation is derived."""
+    micro_batch_tokens: Positive | None
+    """Or as many rows of similar length as fit into this many tokens, padding included; the gradient is the same."""
     max_steps: Annotated[int, Field(ge=0, le=10**9)] | None
     """Optimizer steps; exactly one of max_steps and epochs. 0 measures and trains nothing."""
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None
@@ -260,6 +262,9 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
         both = "are both set" if train.epochs else "are both null"
         found.append(("train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"))
     micro = train.micro_batch_size
+    if isinstance(micro, int) and train.micro_batch_tokens:
+        what = "says how many tokens a micro-batch has, and train.micro_batch_size how many rows"
+        found.append(("train.micro_batch_tokens", what, "Set one of them"))
     if isinstance(micro, int) and train.batch_size % micro:
         what = f"is {train.batch_size}, not a multiple of train.micro_batch_size={micro}"
         found.append(("train.batch_size", what, f"Try {max(micro, train.batch_size // micro * micro)}"))

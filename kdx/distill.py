@@ -104,6 +104,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         data.train,
         batch_size=config.train.batch_size,
         micro_batch_size=micro_batch_size(config.train, machine.num_processes),
+        micro_batch_tokens=config.train.micro_batch_tokens,
         seed=config.train.seed,
         shuffle=config.data.shuffle,
         pad_id=pad_id_of(tokenizer),

@@ -69,7 +69,8 @@ class Judge:
         self.run, self.stop = run, stop
         self.prompts: list[dict[str, Any]] = run.data.prompts if run.config.tracking.samples else []
         rows, like = run.data.held_out, run.batches
-        groups = by_length(rows, max(like.micro_batch_size, MIN_ROWS))[like.rank :: like.num_processes]
+        groups = by_length(rows, max(like.micro_batch_size, MIN_ROWS), like.micro_batch_tokens)
+        groups = groups[like.rank :: like.num_processes]
         self.batches = [collate([rows[i] for i in group], like.pad_id) for group in groups]
         self.answers: list[Answer] | None = None  # of the teacher, in main memory, by batch; taken once
         self.teacher_measures = Measures([])

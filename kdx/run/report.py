@@ -54,6 +54,8 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
     processes += ", the student sharded (FSDP)" if machine.is_fsdp2 else ""
     num_micro = batches.batch_size // (batches.micro_batch_size * machine.num_processes)
     micro = f" in {num_micro} micro-batches of {batches.micro_batch_size}" if num_micro > 1 else ""
+    if batches.micro_batch_tokens:
+        micro = f" in micro-batches of at most {batches.micro_batch_tokens:,} tokens"
     steps_from = came.get("train.epochs" if config.train.max_steps is None else "train.max_steps", "")
     length_from = came.get("data.max_length", "") if training.max_length == config.data.max_length else ""
     epochs, optim = training.max_steps / batches.steps_per_epoch, config.optim
