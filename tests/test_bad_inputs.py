@@ -70,6 +70,7 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("data.chat_template='{% for m in messages %}{{ m.content'",): ["data.chat_template: is not Jinja: * (line 1). Fix it, or give another"],
     ("data.path=[t.jsonl,empty.jsonl]",): ["empty.jsonl: has no rows. Was the copy cut short? Copy it again, or leave it out"],
     ("train.precision=fp16",): ["3 train.precision: fp16 needs a GPU. Use train.precision=bf16 or fp32"],
+    ("train.use_liger_kernel=true",): ["3 train.use_liger_kernel: needs a CUDA GPU and the package liger-kernel. Leave it out, or: pip install liger-kernel"],
 }  # fmt: skip
 
 
