@@ -91,7 +91,7 @@ def test_the_summary(finished: Path) -> None:
     }  # fmt: skip
     assert summary["data"].keys() == {
         "num_rows", "num_validation_rows", "counted_tokens", "counted_validation_tokens", "num_dropped",
-        "num_truncated", "fingerprint", "validation_fingerprint",
+        "num_truncated", "num_noted", "num_unused", "fingerprint", "validation_fingerprint",
     }  # fmt: skip
     assert summary["environment"].keys() >= {"kdx", "torch", "precision", "teacher_digest", "git_commit", "command"}
     assert summary["run"]["steps"] == summary["run"]["kept_step"] == 4

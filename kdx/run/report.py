@@ -41,6 +41,8 @@ def counts(data: Data) -> dict[str, Any]:
         "counted_validation_tokens": int(data.held_out.num_counted.sum()),
         "num_dropped": dict(data.dropped),
         "num_truncated": dict(data.changed),
+        "num_noted": dict(data.said),
+        "num_unused": dict(data.unused),
         "fingerprint": data.fingerprint,
         "validation_fingerprint": data.held_out_fingerprint,
     }
@@ -69,7 +71,7 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
     lines["device"] = f"{machine.device}{processes}, {training.versions['precision']}"
     for name, what, rows in (("data", f"{config.data.name}: ", data.train), ("held out", "", data.held_out)):
         lines[name] = f"{what}{len(rows):,} rows, {int(rows.num_counted.sum()):,} counted tokens"
-    for name, counted in (("left out", data.dropped), ("changed", data.changed), ("read as", data.said)):
+    for name, counted in (("left out", data.dropped), ("changed", data.changed), ("notes", data.said)):
         if counted:
             lines[name] = "; ".join(f"{number:,} {rule}" for rule, number in counted.items())
     lines |= {
