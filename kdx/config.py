@@ -115,6 +115,10 @@ class LossConfig(OpenGroup):
     temperature: Annotated[float, Field(gt=0, le=1e6)]
     """Softens both distributions in the distillation term; CE is always at 1."""
     scale_by_temperature: bool  # Multiply the distillation term by temperature² (Hinton et al., 2015)
+    alpha_end: Annotated[float, Field(ge=0, le=1)] | None
+    """What alpha moves to by the last step, in equal steps; null: it stays."""
+    temperature_end: Annotated[float, Field(gt=0, le=1e6)] | None
+    """What the temperature moves to by the last step, in equal steps; null: it stays."""
 
 
 class OptimConfig(OpenGroup):
@@ -259,6 +263,8 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
         found.append(("loss.alpha", what, "Choose loss=cross_entropy, or a teacher"))
     if loss.name == "cross_entropy" and loss.alpha > 0:
         found.append(("loss.alpha", f"is {loss.alpha:g}, but cross_entropy is alpha 0", "Set loss.alpha=0"))
+    if loss.alpha == 0 and loss.alpha_end:
+        found.append(("loss.alpha_end", "is set, but alpha 0 is a run without a teacher", "Begin with loss.alpha=0.01"))
     if (train.max_steps is None) == (train.epochs is None):
         both = "are both set" if train.epochs else "are both null"
         found.append(("train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"))

@@ -122,7 +122,8 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         teach_to_stop(student, tokenizer, data.stops)
         heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
         loss = config.loss
-        mix = Mix(loss.name, loss.alpha, loss.temperature, loss.scale_by_temperature, loss.options)
+        ends = (loss.alpha_end, loss.temperature_end)
+        mix = Mix(loss.name, loss.alpha, loss.temperature, loss.scale_by_temperature, loss.options, *ends)
         objective = Objective(student, check_heads(shared.num_ids, heads), mix)
         yield Training(config, data, tokenizer, max_length, batches, max_steps, teacher, objective, machine)
 
