@@ -86,7 +86,8 @@ def test_the_summary(finished: Path) -> None:
         assert summary[who].keys() == {*MEASURES, "perplexity", "num_parameters"}
         assert summary[who]["perplexity"] == pytest.approx(math.exp(summary[who]["ce"]))
     assert summary["run"].keys() == {
-        "name", "formula", "steps", "kept_step", "stopped_by", "num_nonfinite", "other_versions", "tokens",
+        "name", "formula", "steps", "kept_step", "stopped_by", "num_nonfinite", "other_versions", "tokens", "effective_alpha_start",
+        "effective_alpha_end",
         "counted_tokens", "seconds", "seconds_per_step", "tokens_per_second", "peak_memory_bytes", "store",
     }  # fmt: skip
     assert summary["data"].keys() == {

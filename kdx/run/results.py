@@ -119,6 +119,8 @@ def finish(
         for prompt, t, u, s in zip(*columns, strict=False)
     ]  # none if tracking.samples was off when the run began
     store = training.teacher.store if training.teacher else None
+    logged = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    pulls = [value for line in logged if (value := line.get("train/effective_alpha")) is not None]
     summary = {
         "student": measures | {"num_parameters": student.num_parameters()},
         "untouched": before["untouched"],
@@ -131,6 +133,8 @@ def finish(
             "stopped_by": "early_stopping" if state.step < training.max_steps else "max_steps",
             "num_nonfinite": state.num_nonfinite,
             "other_versions": state.other_versions,
+            "effective_alpha_start": pulls[0] if pulls else None,
+            "effective_alpha_end": pulls[-1] if pulls else None,
             "tokens": state.tokens,
             "counted_tokens": state.counted_tokens,
             "seconds": time.time() - started,
@@ -153,6 +157,10 @@ def finish(
         checkpoint.remove_all(folder.path)
     tracker.finish(summary, samples)
     CONSOLE.print(report.closing_table(summary))
+    if pulls and 0 < config.loss.alpha < 1:
+        log.info(
+            "effective alpha, the teacher's share of the gradient: %.2f at first, %.2f at last", pulls[0], pulls[-1]
+        )
     if store:
         log.info(report.store_line(store))
     for line in report.next_commands(folder.path, config, tracker.record, has_samples=bool(samples)):
