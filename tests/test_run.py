@@ -192,7 +192,7 @@ def test_done_is_done_and_another_config_is_refused(place: Path, finished: Path,
     def content() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
 
-    words = ["data=messages", f"data.path={place / 'chats.jsonl'}", "train.max_steps=4", "train.eval_every=2"]
+    words = ["data=messages", f"data.path={place / 'chats.jsonl'}", "train.max_steps=4", "eval.every=2"]
     words += ["teacher.license=mit", "tracking.samples=true", "data.validation=8"]
     before, config = content(), config_of(place, *words)
     assert RunFolder(finished).is_done(config)
@@ -320,7 +320,7 @@ def test_a_quantised_teacher(place: Path, tmp_path: Path) -> None:
 
 def test_keep_best_and_early_stopping(place: Path, tmp_path: Path) -> None:
     """At a rate that ruins the student an early measure is the best: its weights are kept, and the run stops."""
-    words = ("train.eval_every=1", "train.keep=best", "train.early_stopping.patience=2", "train.max_steps=20")
+    words = ("eval.every=1", "train.keep=best", "train.early_stopping.patience=2", "train.max_steps=20")
     summary = distill(short(place, *words, "optim.lr=0.5", "optim.schedule=constant"), tmp_path)
     measured = [line["eval/kl"] for line in lines(tmp_path / "metrics.jsonl") if "eval/kl" in line]
     best = min(range(len(measured) - 1), key=lambda i: measured[i])
