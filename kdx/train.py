@@ -177,7 +177,7 @@ class Training:
         state, config = self.state, self.config.train
         with self.whole():
             means = judge(self.student).means()
-            value = means[self.config.eval.metric if self.teacher else "ce"]
+            value = means["ce"] if means[self.config.eval.metric] is None else means[self.config.eval.metric]
             state.measured, state.num_worse = state.step, state.num_worse + 1
             if value is not None and value < state.best - config.early_stopping.min_delta:
                 state.best, state.best_step, state.num_worse = value, state.step, 0

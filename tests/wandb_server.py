@@ -119,6 +119,11 @@ class Server:
         self.views.append(told)
         return {"upsertView": {"view": {"id": str(len(self.views)), "name": told["name"]}, "inserted": True}}
 
+    def _View(self, told: dict[str, Any]) -> dict[str, Any]:
+        known = {view["name"]: str(i) for i, view in enumerate(self.views, 1)}
+        found = [{"node": {"id": known[name], "displayName": "", "spec": '{"version": 5}'}} for name in known if name == told["viewName"]]
+        return {"project": {"allViews": {"edges": found}}}
+
     def _ServerFeaturesQuery(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
 

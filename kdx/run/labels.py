@@ -35,7 +35,7 @@ def tags(config: Config, record: Record) -> list[str]:
     typed = {key_of(word): word.partition("=")[2] for word in record.words}
     found = ["baseline" if config.loss.alpha == 0 else config.loss.name, _student(config)]
     found += [_model(config.teacher)] if config.teacher.path else []
-    found += [typed[group] for group in ("adapter", "experiment") if typed.get(group) not in (None, "none", "null")]
+    found += [typed[group] for group in ("adapter", "experiment") if typed.get(group, "") not in ("", "none", "null")]
     return [tag[:LONGEST] for tag in dict.fromkeys(found)]
 
 

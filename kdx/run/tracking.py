@@ -238,7 +238,7 @@ class Tracker:
             self._has_warned = True
 
 
-def open_run(mode: str, folder: Path, id: str, finish_timeout: int = 60, **about: Any) -> Any:
+def open_run(mode: Any, folder: Path, id: str, finish_timeout: int = 60, **about: Any) -> Any:
     """Open a W&B run whose files lie in folder/wandb; offline where the server cannot be reached."""
     import wandb
 
