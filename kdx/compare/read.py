@@ -44,9 +44,8 @@ def main(words: list[str]) -> int:
     if args.wandb:
         from kdx.compare import wandb_run, workspace
 
-        address = workspace.save(comparison)
-        for line in (wandb_run.publish(comparison, out, "auto"), f"Dashboard: {address}"):
-            CONSOLE.print(line, markup=False)
+        CONSOLE.print(wandb_run.publish(comparison, out, "auto"), markup=False)
+        CONSOLE.print(f"Dashboard: {workspace.save(comparison)}", markup=False)
     return 0
 
 

@@ -1,6 +1,7 @@
 """The comparison at W&B: a run of its own, `comparison`, in the group of its sweep."""
 
 import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -28,6 +29,7 @@ def publish(comparison: Comparison, folder: Path, mode: str = "") -> str:
 
     mode: as tracking.mode; by default that of the runs, and what was sent already is not sent again.
     """
+    os.environ["WANDB_SILENT"] = "true"
     text = as_json(comparison)
     digest = hashlib.sha256(text.encode()).hexdigest()
     sent = read_json(folder / SENT)

@@ -6,7 +6,7 @@ from typing import Any
 
 from kdx.compare.ranking import COLUMNS, MOST_KEYS, Comparison
 from kdx.compare.wandb_run import name_of, tracked
-from kdx.errors import ConfigError, MachineError
+from kdx.errors import ConfigError, MachineError, one_line
 from kdx.run.identity import digest
 
 TRAINING = ("train/loss", "train/kd", "train/ce")
@@ -19,11 +19,9 @@ def save(comparison: Comparison) -> str:
 
     Raises ConfigError if there is nothing to show or no way to, MachineError if the server does not answer.
     """
-    os.environ["WANDB_SILENT"] = "true"
     try:
         import wandb
         import wandb_workspaces.workspaces as ws
-        from wandb.sdk.lib.service.service_connection import WandbApiFailedError
         from wandb_workspaces import expr
         from wandb_workspaces.workspaces import internal
     except ImportError:
@@ -47,10 +45,9 @@ def save(comparison: Comparison) -> str:
         with suppress(ValueError):  # there is none yet
             workspace._internal_id = internal.get_view_dict(workspace.entity, workspace.project, view)["id"]
         return str(workspace.save().url)
-    except (wandb.Error, WandbApiFailedError) as error:
-        what = " ".join(str(error).split())[:200].rstrip(".")
+    except Exception as error:  # of the server, or of W&B's libraries
         hint = "The comparison is written; run the same command again to save the dashboard"
-        raise MachineError("--wandb", what, hint) from None
+        raise MachineError("--wandb", one_line(error).rstrip("."), hint) from None
 
 
 def _sections(comparison: Comparison) -> list[Any]:
