@@ -281,7 +281,8 @@ def _under_new_names(cfg: DictConfig, typed: set[str]) -> list[ConfigError]:
     for old, new in RENAMED.items():
         group, _, name = old.partition(".")
         if name in (cfg.get(group) or ()):
-            if new not in typed and OmegaConf.select(cfg, new) != OmegaConf.select(_defaults(), new):
+            default = OmegaConf.select(OmegaConf.load(CONF / "config.yaml"), new)
+            if new not in typed and OmegaConf.select(cfg, new) != default:
                 faults.append(_both(old, new))
             OmegaConf.set_struct(cfg, False)
             OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
@@ -290,11 +291,6 @@ def _under_new_names(cfg: DictConfig, typed: set[str]) -> list[ConfigError]:
 
 def _both(old: str, new: str) -> ConfigError:
     return ConfigError(old, f"is the old name of {new}, and both are given", f"Leave out {old}")
-
-
-@functools.cache
-def _defaults() -> Any:
-    return OmegaConf.load(CONF / "config.yaml")
 
 
 def _reason(error: Exception) -> str:

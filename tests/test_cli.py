@@ -18,7 +18,7 @@ from kdx.config import as_dict, leaves
 from kdx.errors import ConfigError, KdxError
 from kdx.resume import alike, newest, resumed
 from kdx.run.redact import redact
-from kdx.words import MEANT
+from kdx.words import MEANT, new_name
 
 HF = ["student=hf", "student.path=x"]
 
@@ -52,6 +52,26 @@ def faults(composer: Composer, *typed: str) -> list[str]:
 
 def sweep(*typed: str) -> Plan:
     return plan(list(typed), is_multirun=True)
+
+
+def test_a_renamed_key_works_under_its_old_name(composer, tmp_path, monkeypatch, capsys):
+    """Typed, swept or in YAML: one line names the new key. Both at once are refused."""
+    new_name.cache_clear()
+    assert composer.point(["train.eval_every=7"]).config.eval.every == 7
+    assert composer.point(["train.eval_every=8"]).config.eval.every == 8
+    assert capsys.readouterr().err == "kdx: train.eval_every is called eval.every now\n"
+    assert [point.config.eval.every for point in sweep("train.eval_every=7,8").points] == [7, 8]
+    (line,) = faults(composer, "train.eval_every=7", "eval.every=5")
+    assert line.startswith("train.eval_every: is the old name of eval.every, and both are given. Leave out")
+    monkeypatch.chdir(tmp_path)
+    write("own/experiment/old.yaml", "# @package _global_\ntrain:\n  eval_every: 3\n")
+    write("own/experiment/both.yaml", "# @package _global_\ntrain:\n  eval_every: 3\neval:\n  every: 4\n")
+    own = Composer("own")
+    assert own.point(["experiment=old"]).config.eval.every == 3
+    for word in ("eval.every=5", "train.eval_every=5"):  # what is typed wins
+        assert own.point(["experiment=old", word]).config.eval.every == 5
+    (line,) = faults(own, "experiment=both")
+    assert line.startswith("train.eval_every: is the old name of eval.every, and both are given")
 
 
 # What is refused

@@ -158,7 +158,9 @@ class Server:
         for i, spec in enumerate(told["input"]["artifactFiles"]):
             url = f"{self.url}/artifact/{spec['artifactID']}/{spec['name']}"
             about = {"id": str(i), "name": spec["name"], "displayName": spec["name"], "storagePath": None}
-            nodes.append({"node": about | {"uploadUrl": url, "uploadHeaders": [], "artifact": {"id": spec["artifactID"]}}})
+            nodes.append(
+                {"node": about | {"uploadUrl": url, "uploadHeaders": [], "artifact": {"id": spec["artifactID"]}}}
+            )
         return {"createArtifactFiles": {"files": {"edges": nodes}}}
 
     def _CommitArtifact(self, told: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def page(comparison: Comparison) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    functions = {f.__name__: f for f in (looks_of, images, prompts)}
+    functions = {"looks_of": looks_of, "images": lambda r: [*map(_image, drawings(r))], "prompts": prompts}
     with matplotlib.rc_context(STYLE):
         return environment.get_template("page.html.j2").render(c=comparison, tables=tables, **functions)
 
@@ -44,11 +44,6 @@ def looks_of(ranking: Ranking) -> dict[Point, tuple[str, str]]:
     students = sorted((p for p in ranking.points if not p.baseline), key=lambda p: not p.pareto_front)
     baselines = {p: BASELINE for p in ranking.points if p.baseline}
     return dict(zip(students, LOOKS, strict=False)) | baselines
-
-
-def images(ranking: Ranking) -> list[dict[str, str]]:
-    """Encode the drawings as the sources of <img>."""
-    return [_image(axes) for axes in drawings(ranking)]
 
 
 def drawings(ranking: Ranking) -> list[Any]:

@@ -42,30 +42,25 @@ def tags(config: Config, record: Record) -> list[str]:
 def config_of(config: Config, record: Record, training: Any) -> dict[str, Any]:
     """Describe a run as typed and as resolved. `point` is the same for runs that differ only in train.seed."""
     tree = {group: dict(node) for group, node in as_dict(config).items() if group not in ("run", "sweep", "tracking")}
+    data, teacher = training.data, training.teacher
     tree["data"]["max_length"] = training.max_length
     if config.loss.alpha == 0:  # the rest of the loss is not used
         tree["loss"] = {"alpha": 0.0}
-    data, teacher = training.data, training.teacher
     return tree | {
         "typed": [word for word in record.words if not word.lstrip("+~").startswith(("run.", "tracking.", "hydra."))],
         "point": run_name(config, replace(record, swept=[key for key in record.swept if key != "train.seed"])),
         "resolved": {
-            "hash": digest(config_identity(config)),
-            "max_length": training.max_length,
-            "steps": training.max_steps,
-            "dtype": training.versions["precision"],
-            "save_dtype": training.save_dtype,
-            "device": str(training.machine.device),
-            "processes": training.machine.num_processes,
+            "hash": digest(config_identity(config)), "max_length": training.max_length, "steps": training.max_steps,
+            "dtype": training.versions["precision"], "save_dtype": training.save_dtype,
+            "device": str(training.machine.device), "processes": training.machine.num_processes,
             "counted_tokens": int(data.train.num_counted.sum()),
             "counted_validation_tokens": int(data.held_out.num_counted.sum()),
             "teacher_parameters": teacher and teacher.num_parameters,
             "student_parameters": training.student.num_parameters(),
-            "fingerprint": data.fingerprint,
-            "validation_fingerprint": data.held_out_fingerprint,
+            "fingerprint": data.fingerprint, "validation_fingerprint": data.held_out_fingerprint,
             "versions": training.versions,
         },
-    }
+    }  # fmt: skip
 
 
 def _public(value: Any) -> str:

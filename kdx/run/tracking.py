@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
@@ -45,19 +46,6 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
         CONSOLE.print("warning: " * is_warning + self.format(record), style="yellow" * is_warning, markup=False)
-
-
-class _RunLog(logging.Handler):
-    """Log lines to the run's log tab at W&B."""
-
-    def __init__(self, run: Any) -> None:
-        super().__init__()
-        self.run = run
-        self.setFormatter(_Clean())
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(Exception):  # a run never fails because of W&B
-            self.run.write_logs(self.format(record))
 
 
 class _Clean(logging.Formatter):
@@ -148,22 +136,22 @@ class Tracker:
             mode,
             self.folder.path.parent,  # the files of runs side by side are together, to be synced at once
             id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4),
-            project=tracking.project,
-            entity=tracking.entity,
-            name=tracking.name or os.environ.get("WANDB_NAME") or self.name,
-            group=tracking.group or config.sweep.name,
+            project=tracking.project, entity=tracking.entity, group=tracking.group or config.sweep.name,
+            name=tracking.name or os.environ.get("WANDB_NAME") or self.name, notes=tracking.notes,
             job_type="baseline" if config.loss.alpha == 0 else "student",
-            notes=tracking.notes,
             tags=[*dict.fromkeys([*labels.tags(config, self.record), *typed])],
             config=labels.config_of(config, self.record, self._training),
             finish_timeout=60 if tracking.log_model == "none" else 3600,  # seconds; a student takes long to upload
-        )
+        )  # fmt: skip
         id_file.write_text(run.id + "\n")  # an agent of a W&B sweep chooses the id itself
         run.define_metric("tokens", hidden=True)
         run.define_metric("*", step_metric="tokens")
         temperature = {"temperature": config.loss.temperature} if config.loss.alpha > 0 else {}
         run.summary.update({"alpha": config.loss.alpha} | temperature)
-        self.sync, self._log = sync_line(run), _RunLog(run)
+        online = [] if run.offline else ["--include-online"]  # without it `wandb sync` skips such a run
+        self.sync = shlex.join(["wandb", "sync", *online, str(Path(run.dir).parent)])
+        self._log = logging.StreamHandler(SimpleNamespace(write=run.write_logs, flush=bool))  # to its log tab
+        self._log.setFormatter(_Clean())
         self.wandb_line = f"W&B: offline; to upload: {self.sync}" if run.offline else f"W&B: {run.url}"
         return run
 
@@ -242,7 +230,7 @@ def open_run(mode: Any, folder: Path, id: str, finish_timeout: int = 60, **about
     """Open a W&B run whose files lie in folder/wandb; offline where the server cannot be reached."""
     import wandb
 
-    settings = SETTINGS | {"finish_timeout": finish_timeout}
+    settings = {"finish_timeout": finish_timeout} | SETTINGS
     settings = {name: value for name, value in settings.items() if f"WANDB_{name.upper()}" not in os.environ}
     arguments = redact(about) | {"settings": wandb.Settings(**settings), "dir": str(folder), "id": id}
     arguments["resume"] = "allow"  # offline W&B takes no notice of it
@@ -260,12 +248,6 @@ def open_run(mode: Any, folder: Path, id: str, finish_timeout: int = 60, **about
         return wandb.init(mode="offline", **arguments)
     finally:
         sys.argv = typed
-
-
-def sync_line(run: Any) -> str:
-    """Return the command that uploads what W&B has not received of a run."""
-    online = [] if run.offline else ["--include-online"]  # without it `wandb sync` skips such a run
-    return shlex.join(["wandb", "sync", *online, str(Path(run.dir).parent)])
 
 
 def without(words: list[str], *beginnings: str) -> list[str]:
