@@ -47,7 +47,7 @@ COMMON = (
     f"train.max_steps={STEPS}", "train.log_every=1", "train.precision=fp32", "train.seed=0", "train.save_every=0",
     "teacher.precision=fp32", "student.save_dtype=fp32", "tracking.mode=disabled", "tracking.samples=false",
     "optim.lr=5e-4", "optim.schedule=cosine", "optim.warmup_steps=0.1", "loss.alpha=0.7", "loss.temperature=2",
-    "data.seed=0", "data.validation=8", "train.eval_every=10",
+    "data.seed=0", "data.validation=8", "eval.every=10",
 )  # fmt: skip
 DEFAULT_PAIR = ("train.batch_size=4", "data.max_length=96", "data.take=24")
 GPT2 = (
@@ -79,7 +79,7 @@ CASES = {
     "alpha0": Case("alpha 0", (*GPT2, "loss.alpha=0")),
     "best": Case(
         "best weights, early stopping",
-        (*LLAMA, "train.keep=best", "train.eval_every=2", "train.early_stopping.patience=2", "optim.lr=0.1"),
+        (*LLAMA, "train.keep=best", "eval.every=2", "train.early_stopping.patience=2", "optim.lr=0.1"),
     ),
     "gloo": Case("two processes", (*GPT2, "train.micro_batch_size=2"), num_processes=2),
 }

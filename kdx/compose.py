@@ -25,7 +25,7 @@ from kdx import sweep
 from kdx.checked import checked
 from kdx.config import Config, leaves
 from kdx.errors import ConfigError, did_you_mean, one_line, together
-from kdx.words import CONF, FOREIGN, OPTIONAL, groups_in
+from kdx.words import CONF, FOREIGN, OPTIONAL, RENAMED, groups_in, key_of, new_name
 
 SOURCES = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")  # the header says where these came from
 PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # typing one frees the other
@@ -119,7 +119,8 @@ class Composer:
 
     def parsed(self, words: list[str]) -> list[Override]:
         """Read words as Hydra does; values become ++KEY=VALUE, so that every key reaches the check. Raises ConfigError."""
-        faults, overrides = [], []
+        keys, overrides = {key_of(word) for word in words}, []
+        faults = [_both(old, new) for old, new in RENAMED.items() if {old, new} <= keys]
         for word in (hydras for typed in words for hydras in self._spelt(typed)):
             try:
                 overrides += self._parser.parse_overrides([word])
@@ -136,6 +137,7 @@ class Composer:
         key, is_assigned, value = word.lstrip("+").partition("=")
         if word.startswith("~") or not is_assigned or key.startswith(("hydra.", "hydra/")):
             return [word]
+        key = new_name(key)
         if key.startswith(TEXTS):  # it is hard to type a line break; two backslashes and n stay
             value = re.sub(r"(?<!\\)\\([nt])", lambda found: {"n": "\n", "t": "\t"}[found[1]], value)
         if key in OPTIONAL and value == "null":
@@ -257,7 +259,7 @@ def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[Co
     Of max_steps and epochs the one that is typed wins: the other is null, unless it is typed too.
     """
     cfg, typed = copy.deepcopy(OmegaConf.create(base)), {word.key_or_group for word in words}
-    faults = apply(words, cfg)
+    faults = _under_new_names(cfg, typed) + apply(words, cfg)
     for key, other in PAIRS.items():
         if key in typed and other not in typed and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, other, None)
@@ -274,6 +276,24 @@ def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[Co
             faults.append(ConfigError(key, _reason(error), "Set what it names, or give a value"))
             OmegaConf.update(cfg, key, None)
     return OmegaConf.to_container(cfg, resolve=True), faults  # type: ignore[return-value]
+
+
+def _under_new_names(cfg: DictConfig, typed: set[str]) -> list[ConfigError]:
+    """Rename keys of YAML → what is wrong. typed: keys whose values are replaced anyway."""
+    faults = []
+    for old, new in RENAMED.items():
+        group, _, name = old.partition(".")
+        if name in (cfg.get(group) or ()):
+            default = OmegaConf.select(OmegaConf.load(CONF / "config.yaml"), new)
+            if new not in typed and OmegaConf.select(cfg, new) != default:
+                faults.append(_both(old, new))
+            OmegaConf.set_struct(cfg, False)
+            OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
+    return faults
+
+
+def _both(old: str, new: str) -> ConfigError:
+    return ConfigError(old, f"is the old name of {new}, and both are given", f"Leave out {old}")
 
 
 def _reason(error: Exception) -> str:

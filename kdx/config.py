@@ -161,8 +161,6 @@ class TrainConfig(Group):
     use_liger_kernel: bool  # Norms, rotary embeddings and MLPs of the student by Liger's kernels, on a CUDA GPU
     log_every: Positive
     """Steps between log lines."""
-    eval_every: Count
-    """Steps between held-out measures during training; 0 measures at the end only."""
     save_every: Count
     """Steps between checkpoints; 0 leaves it to save_minutes."""
     save_minutes: Annotated[float, Field(ge=0)] | None
@@ -178,16 +176,26 @@ class TrainConfig(Group):
     """Order of rows, dropout, fresh weights."""
 
 
+class EvalConfig(Group):
+    every: Count | Literal["auto"]
+    """Steps between held-out measures during training; 0 measures at the end only; auto takes up to five that cost little."""
+    metric: Literal["kl", "ce"]
+    """What train.keep=best, early stopping and a sweep compare; CE where there is no teacher."""
+
+
 class TrackingConfig(Group):
     mode: Literal["auto", "online", "offline", "disabled"]
     """W&B: auto is WANDB_MODE, then online with a login, else offline."""
     project: Text | None  # W&B project; null takes WANDB_PROJECT, then kdx
     entity: Text | None  # W&B entity; null takes WANDB_ENTITY
     name: Text | None
-    """Name of the run; null takes WANDB_NAME, then the words typed."""
-    tags: list[Text]  # W&B tags; an empty list takes WANDB_TAGS
+    """Name of the run; null takes WANDB_NAME, then what distinguishes it: its point in a sweep, else models and loss."""
+    group: Text | None  # W&B group; null takes the sweep's name, then WANDB_RUN_GROUP
+    tags: list[Text]  # W&B tags, besides those that kdx gives; an empty list takes WANDB_TAGS
     notes: Text | None  # W&B notes; null takes WANDB_NOTES
     samples: bool  # Have teacher, untouched student and student answer a few held-out prompts
+    log_model: Literal["none", "end"]  # Upload the student with its card as a W&B artifact when the run ends
+    alerts: bool  # W&B sends an alert if the run diverges or fails
 
 
 class RunConfig(Group):
@@ -210,6 +218,7 @@ class Config(Group):
     loss: LossConfig
     optim: OptimConfig
     train: TrainConfig
+    eval: EvalConfig
     tracking: TrackingConfig
     run: RunConfig
     sweep: SweepConfig
@@ -278,8 +287,14 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
     if train.max_steps and optim.warmup_steps > train.max_steps:
         what = f"is {optim.warmup_steps}, more than train.max_steps={train.max_steps}"
         found.append(("optim.warmup_steps", what, f"Expected 0 to {train.max_steps}, or a share below 1"))
-    needs = {"train.keep=best": train.keep == "best", "train.early_stopping.patience": train.early_stopping.patience}
-    if config.data.validation is None or not train.eval_every:
-        what, hint = "needs held-out measures during training", "Set train.eval_every and data.validation"
-        found += [(key, what, hint) for key, is_on in needs.items() if is_on]
+    if config.data.validation is None or config.eval.every == 0:
+        found += unmeasured(config)
     return found
+
+
+def unmeasured(config: Config) -> list[tuple[str, str, str]]:
+    """Say what needs held-out measures during training, where there are none → where, what, hint for each."""
+    train = config.train
+    needs = {"train.keep=best": train.keep == "best", "train.early_stopping.patience": train.early_stopping.patience}
+    what, hint = "needs held-out measures during training", "Set eval.every and data.validation"
+    return [(key, what, hint) for key, is_on in needs.items() if is_on]

@@ -33,7 +33,7 @@ from kdx.run.tracking import CONSOLE, Tracker, logging_to, quiet_libraries
 from kdx.student import load_student, teach_to_stop
 from kdx.teacher import load_teacher
 from kdx.tokenizer import check_heads, load_tokenizer, pad_id_of
-from kdx.train import Training, num_steps, train
+from kdx.train import Training, num_steps, steps_to_measure, train
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ class Summary:
     run: dict[str, Any]
     data: dict[str, Any]
     environment: dict[str, Any]
+    metric: str = "kl"  # eval.metric; not in the file
 
     @property
     def measure(self) -> float:
-        """What a sweep compares: held-out KL(teacher ‖ student) at temperature 1, or CE without a teacher."""
-        value = self.student["kl"] if self.student["kl"] is not None else self.student["ce"]
+        """What a sweep compares: eval.metric of the held-out rows at temperature 1, or CE without a teacher."""
+        value = self.student[self.metric] if self.student[self.metric] is not None else self.student["ce"]
         return math.inf if value is None else float(value)
 
 
@@ -68,7 +69,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
     record = record or Record(words=config._words, command=config._words)
     if folder.is_done(config):
         CONSOLE.print(f"{path} is done already", markup=False)
-        return Summary(**folder.kept("summary.json"))
+        return Summary(**folder.kept("summary.json"), metric=config.eval.metric)
     machine.wait_for_everyone()  # all have looked before rank 0 writes
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest(path))
@@ -92,7 +93,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
             results.keep_student(training, folder)  # before it is measured: nothing there can cost training
             summary = results.finish(training, judge, data, folder, tracker, started)
             (summary,) = broadcast_object_list([summary])  # the main process made it
-    return Summary(**summary)
+    return Summary(**summary, metric=config.eval.metric)
 
 
 @contextmanager
@@ -114,6 +115,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         num_processes=machine.num_processes,
     )
     max_steps = num_steps(config.train, batches)
+    measured_at = steps_to_measure(config, data, batches, max_steps)
     is_repeated = bool(record.swept) or max_steps > batches.steps_per_epoch
     rows = rows_to_ask(config, data, batches, max_steps)
     teacher = load_teacher(config.teacher, machine.device, max_length, rows, is_repeated=is_repeated)
@@ -125,7 +127,8 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         ends = (loss.alpha_end, loss.temperature_end)
         mix = Mix(loss.name, loss.alpha, loss.temperature, loss.scale_by_temperature, loss.options, *ends)
         objective = Objective(student, check_heads(shared.num_ids, heads), mix)
-        yield Training(config, data, tokenizer, max_length, batches, max_steps, teacher, objective, machine)
+        parts = (config, data, tokenizer, max_length, batches, max_steps, measured_at, teacher, objective, machine)
+        yield Training(*parts)
 
 
 def check_names(config: Config) -> None:

@@ -253,7 +253,7 @@ def _report(plan: "Plan", since: float) -> None:
         _failed.update([path] if what == "failed" else [])
     if len(found["failed"] + found["done"]) == len(known):
         with suppress(InUseError), claim(plan.folder):  # of two that end at the same time one writes
-            _write_page(plan.folder, is_printed=True)
+            _write_page(plan.folder, is_last=True)
     for what, rows in found.items():
         if rows and what != "done":
             print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
@@ -261,12 +261,19 @@ def _report(plan: "Plan", since: float) -> None:
         print("kdx: type the same command again to do what is left", file=sys.stderr)
 
 
-def _write_page(folder: Path, *, is_printed: bool = False) -> None:
-    """Compare the sweep so far. An error there must not end the sweep."""
-    from kdx.compare import compare, main
+def _write_page(folder: Path, *, is_last: bool = False) -> None:
+    """Compare the sweep so far; at its end print that, and put it into W&B. An error there must not end the sweep."""
+    from kdx.compare.read import compare, show
 
     try:
-        _ = main([str(folder)]) if is_printed else compare([folder], folder)
+        if not is_last:
+            compare([folder], folder)
+            return
+        comparison = show([folder], folder)
+        from kdx.compare.wandb_run import publish
+
+        if line := publish(comparison, folder):
+            print(f"kdx: {line}", flush=True)
     except Exception as error:
         print(f"kdx: no comparison of {folder}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
 

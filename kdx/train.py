@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Container
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -16,10 +17,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from kdx.config import Config, TrainConfig
+from kdx.config import Config, TrainConfig, unmeasured
 from kdx.data.batches import Batches, StepBatch
 from kdx.data.encode import Data
-from kdx.errors import DivergedError, MachineError
+from kdx.errors import ConfigError, DivergedError, MachineError, together
 from kdx.evaluate import Judge, peak_memory
 from kdx.objective import PULLS, Objective, pulls_of
 from kdx.optim import build_optimizer, build_schedule
@@ -84,6 +85,7 @@ class Training:
     max_length: int
     batches: Batches
     max_steps: int
+    measured_at: Container[int]  # steps
     teacher: Teacher | None
     objective: Objective
     machine: Accelerator
@@ -176,7 +178,7 @@ class Training:
         state, config = self.state, self.config.train
         with self.whole():
             means = judge(self.student).means()
-            value = means["kl"] if means["kl"] is not None else means["ce"]
+            value = means["ce"] if means[self.config.eval.metric] is None else means[self.config.eval.metric]
             state.measured, state.num_worse = state.step, state.num_worse + 1
             if value is not None and value < state.best - config.early_stopping.min_delta:
                 state.best, state.best_step, state.num_worse = value, state.step, 0
@@ -287,8 +289,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
                 raise stop.stopped()
 
             # Measure once in a while. The end of the run is measured after the student is saved.
-            is_due = config.eval_every and state.step % config.eval_every == 0
-            if is_due and state.measured < state.step < run.max_steps:
+            if state.step in run.measured_at and state.measured < state.step < run.max_steps:
                 measures = run.measure(judge, folder)
                 tracker.log(state, {f"eval/{name}": value for name, value in measures.items()})
 
@@ -351,6 +352,21 @@ def num_steps(config: TrainConfig, batches: Batches) -> int:
         return config.max_steps
     assert config.epochs is not None
     return math.ceil(config.epochs * batches.steps_per_epoch - 1e-9)  # 0.07 · 100 is 7 steps
+
+
+def steps_to_measure(config: Config, data: Data, batches: Batches, max_steps: int) -> Container[int]:
+    """Return the steps with held-out measures, the end aside. Raises ConfigError if they are needed and there are none.
+
+    eval.every=auto takes n evenly spaced ones, n = min(5, ⌊0.3 · training tokens ÷ held-out tokens⌋).
+    """
+    if config.eval.every != "auto":
+        return range(config.eval.every, max_steps, config.eval.every) if config.eval.every else ()
+    read, held_out = max_steps * int(data.train.lengths.sum()), int(data.held_out.lengths.sum())
+    num = min(5, 3 * read // (10 * batches.steps_per_epoch * held_out)) if held_out else 0
+    steps = {max_steps * i // (num + 1) for i in range(1, num + 1)} - {0}
+    if max_steps and not steps and (errors := [ConfigError(*fault) for fault in unmeasured(config)]):
+        raise together(errors)
+    return steps
 
 
 def num_bytes(file: Path) -> int:

@@ -1,13 +1,16 @@
 """What people type: other tools' names for kdx's keys, and the nearest key to a typo."""
 
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 CONF = Path(import_module("kdx.conf").__path__[0]).resolve()
 CHOICES = ("teacher", "student", "data", "loss", "optim", "experiment", "recipe", "pair")
 OPTIONAL = CHOICES[-3:]  # groups of which nothing may be chosen
+RENAMED = {"train.eval_every": "eval.every", "data.system": "data.system_prompt"}  # keys under their old names, which still work
 
 # kdx's name: the names that it has in HF Trainer, TRL, peft, axolotl, Lightning and papers.
 MEANT = {
@@ -26,12 +29,11 @@ MEANT = {
     "train.max_steps": "num_train_steps total_steps num_steps",
     "train.max_grad_norm": "gradient_clip_val grad_clip clip_grad_norm",
     "train.log_every": "logging_steps log_every_n_steps",
-    "train.eval_every": "eval_steps eval_strategy evaluation_strategy val_check_interval "
+    "eval.every": "eval_steps eval_strategy evaluation_strategy val_check_interval eval_every "
     "check_val_every_n_epoch evals_per_epoch",
     "train.save_every or train.save_minutes": "save_steps save_strategy saves_per_epoch",
     "train.keep_checkpoints? The two newest are kept until a run is done": "save_total_limit save_only_model",
-    "train.keep=best with train.eval_every? The best is by held-out KL": "load_best_model_at_end metric_for_best_model "
-    "greater_is_better",
+    "train.keep=best? The best is by eval.metric": "load_best_model_at_end metric_for_best_model greater_is_better",
     "train.early_stopping.patience": "early_stopping_patience patience",
     "train.seed": "random_seed seed_everything",
     "train.seed or data.seed": "seed",
@@ -103,6 +105,14 @@ def hint_for(key: str, known: Sequence[str]) -> str:
     near = same or get_close_matches(key, known, n=1, cutoff=0.7)
     near = near or [f"{choice}=NAME" for choice in get_close_matches(key, CHOICES, n=1, cutoff=0.7)]
     return f"Did you mean {' or '.join(near)}?" if near else "See all keys with: python -m kdx --cfg job"
+
+
+@cache
+def new_name(key: str) -> str:
+    """Return the name that a key has now, and say so once if it was renamed."""
+    if key in RENAMED:
+        print(f"kdx: {key} is called {RENAMED[key]} now", file=sys.stderr)
+    return RENAMED.get(key, key)
 
 
 def key_of(word: str) -> str:

@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on chats with samples and a held-out measure on the way, which several tests read."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    words = ["data=messages", f"data.path={place / 'chats.jsonl'}", "train.max_steps=4", "train.eval_every=2"]
+    words = ["data=messages", f"data.path={place / 'chats.jsonl'}", "train.max_steps=4", "eval.every=2"]
     words += ["teacher.license=mit", "tracking.samples=true", "data.validation=8"]
     assert run_here(config_of(place, *words), run_dir) == 0
     return run_dir

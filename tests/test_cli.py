@@ -18,7 +18,7 @@ from kdx.config import as_dict, leaves
 from kdx.errors import ConfigError, KdxError
 from kdx.resume import alike, newest, resumed
 from kdx.run.redact import redact
-from kdx.words import MEANT
+from kdx.words import MEANT, new_name
 
 HF = ["student=hf", "student.path=x"]
 
@@ -52,6 +52,26 @@ def faults(composer: Composer, *typed: str) -> list[str]:
 
 def sweep(*typed: str) -> Plan:
     return plan(list(typed), is_multirun=True)
+
+
+def test_a_renamed_key_works_under_its_old_name(composer, tmp_path, monkeypatch, capsys):
+    """Typed, swept or in YAML: one line names the new key. Both at once are refused."""
+    new_name.cache_clear()
+    assert composer.point(["train.eval_every=7"]).config.eval.every == 7
+    assert composer.point(["train.eval_every=8"]).config.eval.every == 8
+    assert capsys.readouterr().err == "kdx: train.eval_every is called eval.every now\n"
+    assert [point.config.eval.every for point in sweep("train.eval_every=7,8").points] == [7, 8]
+    (line,) = faults(composer, "train.eval_every=7", "eval.every=5")
+    assert line.startswith("train.eval_every: is the old name of eval.every, and both are given. Leave out")
+    monkeypatch.chdir(tmp_path)
+    write("own/experiment/old.yaml", "# @package _global_\ntrain:\n  eval_every: 3\n")
+    write("own/experiment/both.yaml", "# @package _global_\ntrain:\n  eval_every: 3\neval:\n  every: 4\n")
+    own = Composer("own")
+    assert own.point(["experiment=old"]).config.eval.every == 3
+    for word in ("eval.every=5", "train.eval_every=5"):  # what is typed wins
+        assert own.point(["experiment=old", word]).config.eval.every == 5
+    (line,) = faults(own, "experiment=both")
+    assert line.startswith("train.eval_every: is the old name of eval.every, and both are given")
 
 
 # What is refused
@@ -161,8 +181,8 @@ CONTRADICTIONS = {
     ("train.max_steps=null", "train.epochs=null"): "are both null",
     ("train.batch_size=6", "train.micro_batch_size=4"): "not a multiple of train.micro_batch_size=4. Try 4",
     ("train.max_steps=3", "optim.warmup_steps=5"): "more than train.max_steps=3",
-    ("train.keep=best",): "Set train.eval_every and data.validation",
-    ("train.early_stopping.patience=2", "train.eval_every=5", "data.validation=null"): "needs held-out measures",
+    ("train.keep=best", "eval.every=0"): "Set eval.every and data.validation",
+    ("train.early_stopping.patience=2", "eval.every=5", "data.validation=null"): "needs held-out measures",
     ("loss=cross_entropy", "loss.alpha=0.5"): "cross_entropy is alpha 0",
     ("teacher=none", *HF): "nothing to distil from",
     ("teacher=none", "loss=cross_entropy"): "is cut from the teacher, and there is none",
@@ -290,7 +310,7 @@ def test_yaml_of_ones_own_that_is_wrong(file, text, word, says):
         (["loss=glob(*skew*)"], "loss.name", ["skew_forward_kl", "skew_reverse_kl"]),
         (["data=pairs", "data.path=[a,b],[c]"], "data.path", [["a", "b"], ["c"]]),
         (["tracking.notes='a, b','c'"], "tracking.notes", ["a, b", "c"]),
-        (["train.eval_every=${train.log_every},7"], "train.eval_every", [10, 7]),
+        (["eval.every=${train.log_every},7"], "eval.every", [10, 7]),
         (["experiment=demo,dialogpt"], "train.max_steps", [20, None]),
         (["~pair", "student.layers=3,[0,29]"], "student.layers", [3, [0, 29]]),
         (["student=org/a,org/b"], "student.path", ["org/a", "org/b"]),

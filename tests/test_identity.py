@@ -43,7 +43,7 @@ def differing(was: dict, now: dict) -> list[str]:
 
 def test_what_cannot_change_the_student_is_left_out() -> None:
     free = ["tracking.mode=disabled", "train.log_every=3", "train.save_every=7", "sweep.name=x", "teacher.store=on"]
-    free += ["teacher.store_dir=x", "train.keep_checkpoints=true", "teacher.license=mit", "train.eval_every=3"]
+    free += ["teacher.store_dir=x", "train.keep_checkpoints=true", "teacher.license=mit", "eval.every=3"]
     plain = config_identity(config())
     assert config_identity(config(*free, "student.layers=3")) == plain  # the student is not cut
     other = [
@@ -57,8 +57,8 @@ def test_what_cannot_change_the_student_is_left_out() -> None:
     other += ["teacher.precision=fp32", "teacher.micro_batch_size=4", "data.template.user=x", "train.on_nonfinite=skip"]
     for word in other:
         assert config_identity(config(word)) != plain, word
-    assert config_identity(config("train.keep=best", "train.eval_every=3")) != config_identity(
-        config("train.keep=best", "train.eval_every=4")
+    assert config_identity(config("train.keep=best", "eval.every=3")) != config_identity(
+        config("train.keep=best", "eval.every=4")
     )
     cut = ["student=cut", "student.layers=2"]
     assert differing(config_identity(compose(cut)), config_identity(compose(["student=cut", "student.layers=3"]))) == [

@@ -103,7 +103,7 @@ def test_what_an_optimizer_keeps_is_measured(choice, per_weight):
 @pytest.mark.parametrize("choice", [[], ["train.keep=best"]])
 def test_the_bytes_on_disk_are_those_a_run_writes(place, made, tmp_path, choice):
     """Of each checkpoint, of the student and of the best weights, but for headers and the small files beside them."""
-    more = ["train.max_steps=2", "train.save_every=1", "train.eval_every=1", "train.keep_checkpoints=true"]
+    more = ["train.max_steps=2", "train.save_every=1", "eval.every=1", "train.keep_checkpoints=true"]
     config = config_of(place, f"student.path={place / 'llama'}", *more, *choice)
     student, best, one = results.bytes_on_disk(made(config))
     distill(config, tmp_path)

@@ -24,7 +24,7 @@ from kdx.objective import Mix, Objective
 from kdx.run import launch, sharding
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-WORDS = ["train.max_steps=4", "train.eval_every=2", "train.save_every=2", "train.keep=best", "train.precision=fp64"]
+WORDS = ["train.max_steps=4", "eval.every=2", "train.save_every=2", "train.keep=best", "train.precision=fp64"]
 WORDS += ["train.keep_checkpoints=true", "student.save_dtype=fp32", "optim.lr=1e-3", "data.validation=7"]
 PROGRAM = '''
 import os, signal, sys

@@ -27,7 +27,7 @@ from kdx.errors import ConfigError, MachineError
 from kdx.run import checkpoint, report, results
 from kdx.run.folder import Record, RunFolder
 from kdx.tokenizer import load_tokenizer
-from kdx.train import State, Training
+from kdx.train import State, Training, steps_to_measure
 
 MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
 
@@ -194,7 +194,7 @@ def test_done_is_done_and_another_config_is_refused(place: Path, finished: Path,
     def content() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
 
-    words = ["data=messages", f"data.path={place / 'chats.jsonl'}", "train.max_steps=4", "train.eval_every=2"]
+    words = ["data=messages", f"data.path={place / 'chats.jsonl'}", "train.max_steps=4", "eval.every=2"]
     words += ["teacher.license=mit", "tracking.samples=true", "data.validation=8"]
     before, config = content(), config_of(place, *words)
     assert RunFolder(finished).is_done(config)
@@ -322,7 +322,7 @@ def test_a_quantised_teacher(place: Path, tmp_path: Path) -> None:
 
 def test_keep_best_and_early_stopping(place: Path, tmp_path: Path) -> None:
     """At a rate that ruins the student an early measure is the best: its weights are kept, and the run stops."""
-    words = ("train.eval_every=1", "train.keep=best", "train.early_stopping.patience=2", "train.max_steps=20")
+    words = ("eval.every=1", "train.keep=best", "train.early_stopping.patience=2", "train.max_steps=20")
     summary = distill(short(place, *words, "optim.lr=0.5", "optim.schedule=constant"), tmp_path)
     measured = [line["eval/kl"] for line in lines(tmp_path / "metrics.jsonl") if "eval/kl" in line]
     best = min(range(len(measured) - 1), key=lambda i: measured[i])
@@ -330,6 +330,52 @@ def test_keep_best_and_early_stopping(place: Path, tmp_path: Path) -> None:
     assert summary.run["steps"] == best + 1 + 2
     assert summary.run["kept_step"] == best + 1
     assert summary.student["kl"] == pytest.approx(measured[best], rel=1e-2)  # fp16
+
+
+def test_measuring_changes_no_weights(place: Path, tmp_path: Path) -> None:
+    """eval.every=auto measures at evenly spaced steps; the student, trained with dropout, is bitwise the same."""
+    students = []
+    for every, steps in (("auto", [1, 3, 4, 6]), ("0", [6])):
+        distill(short(place, f"eval.every={every}", "train.max_steps=6"), tmp_path / every)
+        assert [line["step"] for line in lines(tmp_path / every / "metrics.jsonl") if "eval/kl" in line] == steps
+        students.append((tmp_path / every / "student" / "model.safetensors").read_bytes())
+    assert students[0] == students[1]
+
+
+@pytest.mark.parametrize(
+    ("every", "train", "held_out", "max_steps", "steps"),
+    [
+        ("auto", 1000, 10, 60, [10, 20, 30, 40, 50]),
+        ("auto", 1000, 100, 60, [15, 30, 45]),  # ⌊0.3 · 1000 ÷ 100⌋ = 3
+        ("auto", 1000, 100, 30, [15]),  # half an epoch
+        ("auto", 1000, 400, 60, []),
+        ("auto", 20000, 10, 3, [1, 2]),
+        ("auto", 1000, 0, 60, []),
+        (20, 1000, 10, 60, [20, 40]),
+        (0, 1000, 10, 60, []),
+    ],
+)
+def test_the_steps_to_measure_are_decided_from_counts(place: Path, every, train, held_out, max_steps, steps) -> None:
+    data: Any = SimpleNamespace(
+        train=SimpleNamespace(lengths=torch.tensor([train - 1, 1])),
+        held_out=SimpleNamespace(lengths=torch.tensor([held_out])),
+    )
+    batches: Any = SimpleNamespace(steps_per_epoch=60)
+    found = steps_to_measure(short(place, f"eval.every={every}"), data, batches, max_steps)
+    assert [step for step in range(max_steps + 1) if step in found] == steps
+    best = short(place, f"eval.every={every}", "train.keep=best") if every else None
+    if every == "auto" and not steps:
+        with pytest.raises(ConfigError, match=r"train.keep=best: needs held-out measures"):
+            steps_to_measure(best, data, batches, max_steps)
+
+
+def test_the_metric_that_decides(place: Path, tmp_path: Path) -> None:
+    """eval.metric chooses the best weights, and what a sweep compares; without a teacher it is CE."""
+    words = ("eval.every=1", "eval.metric=ce", "train.keep=best", "train.max_steps=6", "optim.lr=0.2")
+    summary = distill(short(place, *words), tmp_path)
+    measured = [line["eval/ce"] for line in lines(tmp_path / "metrics.jsonl") if "eval/ce" in line]
+    assert summary.run["kept_step"] == 1 + min(range(6), key=lambda i: measured[i])
+    assert summary.measure == summary.student["ce"] != summary.student["kl"]
 
 
 def test_less_than_min_delta_is_no_improvement(place: Path) -> None:

@@ -162,7 +162,7 @@ class TestRoom:
 def config_of_doubles(place, store):
     """Data with rows twice, a student with dropout, a teacher in bf16: any other layout would show."""
     words = [f"data.path={place / 'doubles.jsonl'}", f"student.path={place / 'dropout'}", "train.max_steps=14"]
-    return config_of(place, store, *words, "train.micro_batch_size=4", "train.save_every=3", "train.eval_every=4")
+    return config_of(place, store, *words, "train.micro_batch_size=4", "train.save_every=3", "eval.every=4")
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,7 @@ def steps(stored_run: StoredRun) -> list[int]:
 def online(place: Path, server: Server) -> StoredRun:
     """A plain run online, with secrets among its words, as the server has it."""
     words = ["loss.temperature=3", "hydra.run.dir=outputs/online", f"tracking.notes={SECRET}"]
+    words += ["tracking.log_model=end", "tracking.group=together"]
     words += ["tracking.tags=[one,open sesame]"]
     told = kdx(place, *words, MY_TOKEN="open sesame", **server.environment)
     assert told.returncode == 0, told.stderr
@@ -130,14 +131,25 @@ def test_a_run_online(place: Path, online: StoredRun) -> None:
     """All of a run arrives: what it is called and belongs to, config, curves over tokens, final figures, samples."""
     kept, run_dir = online, place / "outputs" / "online"
     assert kept.exit_codes == [0]
-    assert kept.about["displayName"].startswith("loss.temperature=3 teacher=hf ")
+    assert kept.about["displayName"] == "medium → small · forward_kl α0.7 τ3"
     assert kept.about["jobType"] == "student"
-    assert not kept.about.get("groupName")
-    assert set(kept.about["tags"]) == {"one", "[redacted]"}
+    assert kept.about["groupName"] == "together"
+    assert set(kept.about["tags"]) == {"forward_kl", "medium", "small", "one", "[redacted]"}
     assert kept.about["notes"] == "[redacted]"
 
     assert kept.config["loss"]["temperature"] == 3
     assert kept.config["student"]["path"] == "small"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert {"loss.temperature=3", "train.max_steps=8"} <= {*kept.config["typed"]}
+    resolved, environment = kept.config["resolved"], summary["environment"]
+    assert kept.config["data"]["max_length"] == resolved["max_length"] == 128
+    assert (resolved["steps"], resolved["device"]) == (summary["run"]["steps"], environment["device"])
+    assert resolved["student_parameters"] == summary["student"]["num_parameters"]
+    assert resolved["teacher_parameters"] == summary["teacher"]["num_parameters"]
+    for name in ("counted_tokens", "counted_validation_tokens", "fingerprint", "validation_fingerprint"):
+        assert resolved[name] == summary["data"][name]
+    assert resolved["versions"].items() <= environment.items()
+    assert not {"run", "sweep", "tracking"} & kept.config.keys()
     told_metrics = kept.config["_wandb"]["m"]
     names = [metric.get("1") for metric in told_metrics]
     (every,) = (metric for metric in told_metrics if metric.get("2") == "*")
@@ -150,17 +162,27 @@ def test_a_run_online(place: Path, online: StoredRun) -> None:
     for row in kept.history:
         assert logged[row["_step"]].items() <= (row | {"step": row["_step"]}).items()
 
-    summary = json.loads((run_dir / "summary.json").read_text())
     for name, part in (("eval", "student"), ("untouched", "untouched"), ("teacher", "teacher")):
         for measure in ("ce", "kl", "reverse_kl", "agreement", "accuracy", "perplexity", "num_parameters"):
             assert kept.summary.get(f"{name}/{measure}") == summary[part][measure]
     assert kept.summary["run/tokens"] == summary["run"]["tokens"]
     assert (kept.summary["alpha"], kept.summary["temperature"]) == (0.7, 3)
+    logged_lines = "\n".join(kept.lines["output.log"])
+    assert "teacher         medium, 65,216 parameters" in logged_lines and "step 8/8  eval/ce" in logged_lines
 
     (table,) = (json.loads(file) for name, file in kept.files.items() if name.startswith("media/table/samples"))
     assert table["columns"] == ["prompt", "reference", "teacher", "untouched", "student"]
     samples = json.loads((run_dir / "samples.json").read_text())
     assert [row[-1] for row in table["data"]] == [sample["student"] for sample in samples]
+
+
+def test_the_student_as_an_artifact(place: Path, server: Server, online: StoredRun) -> None:
+    """tracking.log_model=end uploads what is in student/, card included."""
+    (number,) = (i for i, made in enumerate(server.artifacts, 1) if made["artifactTypeName"] == "model")
+    assert server.artifacts[number - 1]["runName"] == online.id
+    sent = {name: body for (of, name), body in server.artifact_files.items() if of == str(number)}
+    del sent["wandb_manifest.json"]
+    assert sent == {file.name: file.read_bytes() for file in (place / "outputs/online/student").iterdir()}
 
 
 def test_neither_secrets_nor_code_leave_the_machine(server: Server, online: StoredRun) -> None:
@@ -246,13 +268,78 @@ def test_a_sweep_without_a_server_is_uploaded_by_one_command(place: Path, server
     done = run(place, "wandb", "sync", str(sweep / "wandb"), **server.environment)
     assert done.returncode == 0, done.stderr
     arrived = [kept for kept in server.runs.values() if kept.about.get("groupName") == "absent"]
+    assert [kept.about["displayName"] for kept in arrived].count("comparison") == 1
+    arrived = [kept for kept in arrived if kept.about["displayName"] != "comparison"]
     assert {kept.id for kept in arrived} == {file.read_text().strip() for file in sweep.glob("*/wandb_id.txt")}
     assert sorted(kept.summary["temperature"] for kept in arrived) == [1, 2]
     for kept in arrived:
         assert kept.exit_codes == [0]
         assert kept.about["jobType"] == "student"
-        summary = json.loads((sweep / kept.about["displayName"] / "summary.json").read_text())
-        assert kept.summary["eval/kl"] == summary["student"]["kl"]
+
+
+def check_comparison(server: Server, sweep: Path) -> StoredRun:
+    """Compare a sweep's runs at the server, and the run `comparison`, with the files of the sweep."""
+    arrived = {kept.id: kept for kept in server.runs.values() if kept.about.get("groupName") == sweep.name}
+    for file in sweep.glob("*/wandb_id.txt"):
+        kept = arrived.pop(file.read_text().strip())
+        summary = json.loads((file.parent / "summary.json").read_text())
+        assert {kept.summary[f"eval/{name}"] == value for name, value in summary["student"].items()} == {True}
+        assert (kept.about["jobType"] == "baseline") == ("temperature" not in kept.summary)
+        curve = [line for line in lines(file.parent / "metrics.jsonl") if "eval/kl" in line]
+        assert [row["eval/kl"] for row in kept.history if "eval/kl" in row] == [line["eval/kl"] for line in curve]
+        assert len(curve) > 1
+    (comparison,) = arrived.values()
+    assert (comparison.about["displayName"], comparison.about["jobType"]) == ("comparison", "comparison")
+    files = {name: body for name, body in comparison.files.items() if name.startswith("media/")}
+    (page,) = (body for name, body in files.items() if name.startswith("media/html/page"))
+    assert page == (sweep / "compare.html").read_bytes()
+    (table,) = (json.loads(body) for name, body in files.items() if name.startswith("media/table/ranking"))
+    (ranked,) = json.loads((sweep / "compare.json").read_text())["tables"]
+    for cells, student in zip(table["data"], ranked["students"], strict=True):
+        row = dict(zip(table["columns"], cells, strict=True))
+        assert row["point"].endswith(student["label"])
+        assert (row["pareto"], "kl" in row["tied"]) == (student["pareto_front"], student["kl_is_best"])
+        for name in ("kl", "ce", "agreement", "kl_minus_best_low", "ce_minus_best_high", "runs"):
+            assert row[name] == student.get(name)
+    assert {name.split("/")[3].rsplit("_", 2)[0] for name in files if "images" in name} >= {"CE_against_KL", "KL", "CE"}
+    return comparison
+
+
+SIX = ["loss.temperature=1,2,4", "loss.alpha=0.3,0.7", "train.max_steps=4", "tracking.samples=false"]
+
+
+def test_a_sweep_online(place: Path, server: Server) -> None:
+    """Six points and their baseline in a group, named by what differs, and at the end their comparison, once."""
+    told = kdx(place, "-m", *SIX, "sweep.name=six", **server.environment)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.splitlines()[-1] == f"kdx: W&B: {server.url}/team/kdx/groups/six"
+    check_comparison(server, place / "outputs/sweeps/six")
+    names = {kept.about["displayName"] for kept in server.runs.values() if kept.about.get("groupName") == "six"}
+    assert names == {"baseline", "comparison", *(f"τ={t} α={a}" for t in (1, 2, 4) for a in (0.3, 0.7))}
+    known = len(server.received)
+    again = kdx(place, "-m", *SIX, "sweep.name=six", **server.environment)
+    assert again.stdout.splitlines()[-1] == told.stdout.splitlines()[-1]
+    assert len(server.received) == known  # nothing new, nothing sent
+
+
+@only_full
+def test_a_sweep_offline_arrives_whole(place: Path, server: Server) -> None:
+    """One `wandb sync` brings runs and comparison."""
+    told = kdx(place, "-m", *SIX, "sweep.name=later", WANDB_MODE="offline")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.splitlines()[-1].startswith("kdx: W&B: offline; to upload: wandb sync ")
+    sync(place, server, told.stdout)
+    check_comparison(server, place / "outputs/sweeps/later")
+
+
+@only_full
+def test_a_failed_run_alerts(place: Path, server: Server) -> None:
+    """If tracking.alerts asks for it."""
+    words = ["loss.name=fussy", "+loss.most=0.5", "hydra.run.dir=outputs/failed", "tracking.alerts=true"]
+    assert kdx(place, *words, **server.environment).returncode == 1
+    (alert,) = server.alerts
+    assert (alert["title"], alert["severity"]) == ("A run failed", "ERROR")
+    assert alert["text"].endswith("most is too small")
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +355,9 @@ def swept(place: Path) -> Path:
 def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> None:
     """Saved by the real library once the runs are synced."""
     sync(place, server, "wandb sync outputs/sweeps/swept/wandb")
-    told = run(place, "kdx", "compare", "outputs/sweeps/swept", "--wandb", **server.environment)
-    assert (told.returncode, told.stderr) == (0, "")
+    for _ in range(2):  # the second time it is renewed
+        told = run(place, "kdx", "compare", "outputs/sweeps/swept", "--wandb", **server.environment)
+        assert (told.returncode, told.stderr) == (0, "")
     (view,) = server.views
     assert told.stdout.splitlines()[-1] == f"Dashboard: {server.url}/team/kdx?nw={view['name'][3:-2]}"
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("team", "kdx", "kdx: swept")
@@ -281,8 +369,13 @@ def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> Non
     panels = [panel for part in section["panelBankConfig"]["sections"] for panel in part["panels"]]
     kinds = {kind: [p["config"] for p in panels if p["viewType"] == kind] for kind in (p["viewType"] for p in panels)}
     assert sorted(kinds) == ["Parallel Coordinates Plot", "Run History Line Plot", "Scatter Plot"]
-    (scatter,), (parallel,) = kinds["Scatter Plot"], kinds["Parallel Coordinates Plot"]
+    (scatter, plane), (parallel,) = kinds["Scatter Plot"], kinds["Parallel Coordinates Plot"]
     assert {scatter["xAxis"], scatter["yAxis"]} == {"summary:eval/kl", "summary:eval/ce"}
+    assert scatter["zAxis"] == "config:loss.value.alpha"
+    assert (plane["xAxis"], plane["yAxis"]) == ("config:loss.value.temperature", "config:loss.value.alpha")
+    assert [part["isOpen"] for part in section["panelBankConfig"]["sections"]] == [True, True, False]
+    bands = [curve for curve in kinds["Run History Line Plot"] if curve["metrics"][0].startswith("eval/")]
+    assert {(curve["groupBy"], curve["groupArea"]) for curve in bands} == {("point.value", "minmax")}
     axes = [column["accessor"] for column in parallel["columns"]]
     assert {"config:loss.value.most", "config:loss.value.alpha"} <= set(axes)
     assert {"summary:eval/kl", "summary:eval/ce"} <= set(axes)

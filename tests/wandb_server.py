@@ -51,6 +51,9 @@ class Server:
     def __init__(self) -> None:
         self.runs: dict[str, StoredRun] = {}
         self.views: list[dict[str, Any]] = []  # saved dashboards
+        self.alerts: list[dict[str, Any]] = []
+        self.artifacts: list[dict[str, Any]] = []
+        self.artifact_files: dict[tuple[str, str], bytes] = {}  # by the artifact's number and the file's name
         self.asked: list[str] = []  # names of GraphQL operations, in order
         self.received: list[bytes] = []
         self.answering = threading.Event()
@@ -91,6 +94,9 @@ class Server:
         upload = re.fullmatch(r"/upload/([^/]+)/(.+)", path)
         if upload:
             self.runs[upload[1]].files[upload[2]] = body
+        part = re.fullmatch(r"/artifact/([^/]+)/(.+)", path)
+        if part:
+            self.artifact_files[part[1], part[2]] = body
         return {}
 
     def _Viewer(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -116,8 +122,49 @@ class Server:
         return {"project": {"internalId": "1", "runCount": len(found), "readOnly": False, "runs": runs}}
 
     def _UpsertView2(self, told: dict[str, Any]) -> dict[str, Any]:
-        self.views.append(told)
+        if told.get("id"):
+            self.views[int(told["id"]) - 1] = told
+        else:
+            self.views.append(told)
         return {"upsertView": {"view": {"id": str(len(self.views)), "name": told["name"]}, "inserted": True}}
+
+    def _View(self, told: dict[str, Any]) -> dict[str, Any]:
+        found = [
+            {"node": {"id": str(i), "displayName": view["displayName"], "spec": view["spec"]}}
+            for i, view in enumerate(self.views, 1)
+            if view["name"] == told["viewName"]
+        ]
+        return {"project": {"allViews": {"edges": found}}}
+
+    def _NotifyScriptableRunAlert(self, told: dict[str, Any]) -> dict[str, Any]:
+        self.alerts.append(told)
+        return {"notifyScriptableRunAlert": {"success": True}}
+
+    def _ArtifactType(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"artifact": None}}
+
+    def _CreateArtifact(self, told: dict[str, Any]) -> dict[str, Any]:
+        self.artifacts.append(told.get("input") or told)
+        about = {"id": str(len(self.artifacts)), "state": "PENDING"}
+        return {"createArtifact": {"artifact": about | {"artifactSequence": {"id": "1", "latestArtifact": None}}}}
+
+    def _CreateArtifactManifest(self, told: dict[str, Any]) -> dict[str, Any]:
+        file = {"id": "1", "name": told["name"], "displayName": told["name"], "uploadHeaders": []}
+        file["uploadUrl"] = f"{self.url}/artifact/{told['artifactID']}/{told['name']}"
+        return {"createArtifactManifest": {"artifactManifest": {"id": "1", "file": file}}}
+
+    def _CreateArtifactFiles(self, told: dict[str, Any]) -> dict[str, Any]:
+        nodes = []
+        for i, spec in enumerate(told["input"]["artifactFiles"]):
+            url = f"{self.url}/artifact/{spec['artifactID']}/{spec['name']}"
+            about = {"id": str(i), "name": spec["name"], "displayName": spec["name"], "storagePath": None}
+            nodes.append(
+                {"node": about | {"uploadUrl": url, "uploadHeaders": [], "artifact": {"id": spec["artifactID"]}}}
+            )
+        return {"createArtifactFiles": {"files": {"edges": nodes}}}
+
+    def _CommitArtifact(self, told: dict[str, Any]) -> dict[str, Any]:
+        return {"commitArtifact": {"artifact": {"id": told["artifactID"], "digest": ""}}}
 
     def _ServerFeaturesQuery(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}

@@ -34,7 +34,7 @@ def page(comparison: Comparison) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    functions = {f.__name__: f for f in (looks_of, heat_maps, pictures, prompts)}
+    functions = {"looks_of": looks_of, "images": lambda r: [*map(_image, drawings(r))], "prompts": prompts}
     with matplotlib.rc_context(STYLE):
         return environment.get_template("page.html.j2").render(c=comparison, tables=tables, **functions)
 
@@ -46,7 +46,16 @@ def looks_of(ranking: Ranking) -> dict[Point, tuple[str, str]]:
     return dict(zip(students, LOOKS, strict=False)) | baselines
 
 
-def pictures(ranking: Ranking) -> list[dict[str, str]]:
+def drawings(ranking: Ranking) -> list[Any]:
+    """Draw all pictures of a ranking → their axes."""
+    found = pictures(ranking) + heat_maps(ranking)
+    for axes in found:
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False)
+    return found
+
+
+def pictures(ranking: Ranking) -> list[Any]:
     """Draw CE against KL with the Pareto front, and held-out measures over tokens, one line a run."""
     looks = looks_of(ranking)
     pairs = {p: (p.measures["kl"], p.measures["ce"]) for p in ranking.points if "kl" in p.rank}
@@ -63,7 +72,7 @@ def pictures(ranking: Ranking) -> list[dict[str, str]]:
         axes.step(*zip(*front, strict=True), where="post", color="#888888", linewidth=1)
         for point, pair in pairs.items():
             draw(axes, point, point.runs[0], [pair])
-        found.append(_image(axes))
+        found.append(axes)
         shades = {p: value for p in pairs if (value := p.measures["effective_alpha_end"]) is not None}
         if len(shades) > 1:
             axes = _axes("The same by effective alpha at the end", xlabel="KL", ylabel="CE")
@@ -71,7 +80,7 @@ def pictures(ranking: Ranking) -> list[dict[str, str]]:
             for point in shades:
                 axes.annotate(f"#{point.number}", pairs[point], xytext=(4, 3), textcoords="offset points", fontsize=8)
             axes.figure.colorbar(dots)
-            found.append(_image(axes))
+            found.append(axes)
     for measure in RANKED_BY:
         axes = _axes(f"Held-out {COLUMNS[measure].heading} over tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -80,11 +89,11 @@ def pictures(ranking: Ranking) -> list[dict[str, str]]:
             if len(curve) > 1:
                 draw(axes, point, run, curve[len(curve) // 2 :])  # the steep start would flatten what tells runs apart
         if axes.lines:
-            found.append(_image(axes))
+            found.append(axes)
     return found
 
 
-def heat_maps(ranking: Ranking) -> list[dict[str, str]]:
+def heat_maps(ranking: Ranking) -> list[Any]:
     """Draw measures over the first two numbers that vary, such as τ and α; where more keys vary, the best of them."""
     points = [p for p in ranking.points if not p.baseline]
     found: dict[str, set[Any]] = {key: {p.values.get(key) for p in points} for p in points for key in p.values}
@@ -97,7 +106,7 @@ def heat_maps(ranking: Ranking) -> list[dict[str, str]]:
     cells: dict[tuple[int, int], list[Point]] = {}
     for p in points:
         cells.setdefault((rows.index(p.values[y]), columns.index(p.values[x])), []).append(p)
-    images = []
+    drawn = []
     for name, (heading, best, _) in COLUMNS.items():
         if best is None or any(p.measures[name] is None for p in points):
             continue
@@ -110,8 +119,8 @@ def heat_maps(ranking: Ranking) -> list[dict[str, str]]:
             values[row, place] = best(p.measures[name] for p in group)
             axes.text(place, row, f"{values[row, place]:.3f}", ha="center", va="center", fontsize=8)
         axes.imshow(values, cmap="Blues_r" if best is min else "Blues", alpha=0.5, aspect="auto", origin="lower")
-        images.append(_image(axes))
-    return images
+        drawn.append(axes)
+    return drawn
 
 
 def _axes(title: str, **words: Any) -> Any:
@@ -120,8 +129,6 @@ def _axes(title: str, **words: Any) -> Any:
 
 def _image(axes: Any) -> dict[str, str]:
     """Encode a figure as the source of an <img>."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False)
     stream = io.BytesIO()
     axes.figure.savefig(stream, format="svg", metadata={"Date": None})
     source = f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}"

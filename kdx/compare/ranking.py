@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdx.run.identity import canonical, used
+from kdx.run.labels import short
 
 
 class Column(NamedTuple):
@@ -38,7 +39,6 @@ SAME_BUDGET = 0.05  # relative difference in trained tokens; the order of rows a
 SAME_MIXTURE = 0.03  # of effective alpha, at start and end
 SEED_KEY = "train.seed"
 MOST_KEYS = 5  # keys in a label; all that differ are in a table of their own
-GREEK = {"loss.temperature": "τ", "loss.alpha": "α"}
 BASELINE = "baseline (alpha = 0)"
 Interval = tuple[float, float]
 
@@ -233,12 +233,6 @@ def same_mixtures(ranking: Ranking) -> list[list[Point]]:
 def setting(key: str, value: Any) -> str:
     """Write a key of a config and its value for people."""
     return f"{short(key)} {shown(value)}"
-
-
-def short(key: str) -> str:
-    """Name a key for people: τ, α, else its last part, or its group if that tells more."""
-    group, _, last = key.rpartition(".")
-    return GREEK.get(key) or (group if last in ("name", "path", "init") else last)
 
 
 def shown(value: Any) -> str:

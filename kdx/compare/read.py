@@ -36,18 +36,25 @@ def main(words: list[str]) -> int:
         metavar="DIR",
         help="where to write; by default into PATH, or into ./comparison if there are several",
     )
-    parser.add_argument("--wandb", action="store_true", help="also save a W&B dashboard of these runs")
+    parser.add_argument("--wandb", action="store_true", help="also put it into W&B, with a dashboard of these runs")
     args = parser.parse_intermixed_args(words)
     paths = [Path(word) for word in args.paths]
     out = args.out or (paths[0] if len(paths) == 1 and paths[0].is_dir() else Path("comparison"))
+    comparison = show(paths, out)
+    if args.wandb:
+        from kdx.compare import wandb_run, workspace
+
+        CONSOLE.print(wandb_run.publish(comparison, out, "auto"), markup=False)
+        CONSOLE.print(f"Dashboard: {workspace.save(comparison)}", markup=False)
+    return 0
+
+
+def show(paths: Sequence[Path], out: Path) -> Comparison:
+    """Compare, and print the table."""
     comparison = compare(paths, out)
     CONSOLE.print(Markdown(as_markdown(comparison, IN_TERMINAL)))
     CONSOLE.print(f"Wrote {out / 'compare.html'}, .csv, .json and .md", markup=False)
-    if args.wandb:
-        from kdx.compare import workspace
-
-        CONSOLE.print(f"Dashboard: {workspace.save(comparison)}", markup=False)
-    return 0
+    return comparison
 
 
 def _usage_error(message: str) -> NoReturn:

@@ -107,7 +107,7 @@ def settings(comparison: Comparison) -> Grid:
     return [("run", *keys), *rows]
 
 
-def _row(point: Point, keys: Sequence[str]) -> dict[str, Any]:
+def row_of(point: Point, keys: Sequence[str]) -> dict[str, Any]:
     """Return a student at full precision. keys: those of its config to put in."""
     row = {"label": point.label, "baseline": point.baseline, "runs": " ".join(run.name for run in point.runs)}
     row |= {key: point.runs[0].used.get(key) for key in keys} | point.measures
@@ -122,7 +122,7 @@ def _row(point: Point, keys: Sequence[str]) -> dict[str, Any]:
 def as_csv(comparison: Comparison) -> str:
     """Write a line for each student."""
     tables = enumerate(comparison.rankings, 1)
-    rows = [{"table": i, **_row(p, comparison.differing)} for i, ranking in tables for p in ranking.points]
+    rows = [{"table": i, **row_of(p, comparison.differing)} for i, ranking in tables for p in ranking.points]
     text = io.StringIO()
     writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
     writer.writeheader()
@@ -135,7 +135,7 @@ def as_json(comparison: Comparison) -> str:
     tables = [
         {
             "title": ranking.title, "measured_on": ranking.measured_on,
-            "students": [_row(point, comparison.differing) for point in ranking.points], "references": ranking.references,
+            "students": [row_of(point, comparison.differing) for point in ranking.points], "references": ranking.references,
         }
         for ranking in comparison.rankings
     ]  # fmt: skip

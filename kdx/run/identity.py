@@ -73,7 +73,7 @@ def used(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("student.init") != "cut":
         unused.append("student.layers")
     if config.get("train.keep") == "last" and config.get("train.early_stopping.patience") is None:
-        unused += ["train.eval_every", "train.early_stopping."]
+        unused += ["eval.", "train.eval_every", "train.early_stopping."]  # older runs have train.eval_every
     if config.get("train.on_nonfinite") == "stop":
         unused.append("train.max_nonfinite")
     return {k: v for k, v in config.items() if k == "loss.alpha" or not k.startswith(tuple(unused))}
@@ -102,7 +102,9 @@ def may_differ(key: str, was: Any, now: Any, config: Config) -> bool:
         name, warmup = config.optim.schedule, config.optim.warmup_steps
         is_constant = name == "constant" or (name == "constant_with_warmup" and (warmup >= 1 or warmup == 0))
         is_constant &= config.loss.alpha_end is None and config.loss.temperature_end is None
-        return is_constant and was is not None and now is not None and now > was
+        # With eval.every=auto the steps that are measured depend on how many there are.
+        is_auto = config.eval.every == "auto" and "eval.every" in used(leaves(as_dict(config)))
+        return is_constant and not is_auto and was is not None and now is not None and now > was
     if key == "train.max_nonfinite":
         return was is None or (now is not None and now > was)
     return key == "train.on_nonfinite" and now == "skip"

@@ -176,4 +176,4 @@ def _check_finite(training: Training, measures: dict[str, float | None]) -> None
     wrong = [name for name, value in measures.items() if not math.isfinite(value or 0.0)]
     if wrong:
         what = f"the student's held-out {', '.join(wrong)} are not finite; it is never ranked"
-        raise DivergedError(f"step {state.step}", what, "Lower optim.lr, or set train.keep=best with train.eval_every")
+        raise DivergedError(f"step {state.step}", what, "Lower optim.lr, or set train.keep=best")

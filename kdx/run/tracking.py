@@ -11,13 +11,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
-from kdx.config import Config, as_dict
-from kdx.errors import one_line, printable
+from kdx.config import Config
+from kdx.errors import DivergedError, one_line, printable
+from kdx.run import labels
 from kdx.run.folder import Record, RunFolder
 from kdx.run.redact import redact
 
@@ -33,8 +35,7 @@ SETTINGS = {  # of the W&B client; an environment variable such as WANDB_FINISH_
     "console": "off",
     "silent": True,
     "init_timeout": 30,
-    "finish_timeout": 60,  # without it a run would wait for a lost server forever
-    "finish_timeout_raises": True,
+    "finish_timeout_raises": True,  # a lost server would keep a run waiting forever
     "x_transaction_log_flush_interval": 1,  # a killed run keeps its rows
 }
 
@@ -96,72 +97,61 @@ class Tracker:
         state = training.state
         self.file = folder.path / "metrics.jsonl"
         self.folder, self.config, self.record, self.is_main = folder, config, record, is_main
-        self.name = run_name(folder, config, record)
+        self._training, self.name = training, redact(labels.run_name(config, record))
         self.first_step, self.max_steps = state.step, training.max_steps
         self.wandb: Any = None
         self.wandb_line, self.sync = "W&B: disabled", ""
         self._show: Callable[..., None] = lambda words: None
         self._has_warned = False
+        self._log: logging.Handler = logging.NullHandler()
         if is_main and self.file.exists() and self.file.stat().st_size > state.lines:
             os.truncate(self.file, state.lines)  # what comes after the checkpoint: a resumed run has each step once
 
     def __enter__(self) -> "Tracker":
-        mode = wandb_mode(self.config.tracking.mode) if self.is_main else "disabled"
-        if mode != "disabled":
-            try:
+        try:
+            mode = wandb_mode(self.config.tracking.mode) if self.is_main else "disabled"
+            if mode != "disabled":
                 self.wandb = self._open(mode)
-            except Exception as error:  # a run never fails because of W&B
-                log.warning("W&B is off for this run: %s", one_line(error))
+                log.addHandler(self._log)
+        except Exception as error:  # a run never fails because of W&B
+            log.warning("W&B is off for this run: %s", one_line(error))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        code = 0 if error is None else error.code if isinstance(error, SystemExit) else 1
+        is_failed = error is not None and not isinstance(error, SystemExit | KeyboardInterrupt)
+        code = 1 if is_failed else getattr(error, "code", 0 if error is None else 130)
+        if is_failed and self.config.tracking.alerts:
+            what = "diverged" if isinstance(error, DivergedError) else "failed"
+            self._try(lambda run: run.alert(f"A run {what}", redact(f"{self.name}: {error}"), "ERROR"))
         self._try(lambda run: run.finish(exit_code=code))
         self.wandb = None
+        log.removeHandler(self._log)
 
     def _open(self, mode: Any) -> Any:
         """Open the W&B run, under its old id if the run is resumed; offline where the server cannot be reached."""
-        import wandb
-
         config, tracking = self.config, self.config.tracking
         id_file = self.folder.path / "wandb_id.txt"
-        parent = self.folder.path.parent  # the files of runs side by side are together, to be synced at once
-        arguments: dict[str, Any] = {
-            "project": tracking.project,
-            "entity": tracking.entity,
-            "name": tracking.name or os.environ.get("WANDB_NAME") or self.name,
-            "group": config.sweep.name,
-            "job_type": "baseline" if config.loss.alpha == 0 else "student",
-            "notes": tracking.notes,
-            "tags": tracking.tags or None,
-            "config": as_dict(config),
-        }
-        arguments = redact(arguments)
-        settings = {name: value for name, value in SETTINGS.items() if f"WANDB_{name.upper()}" not in os.environ}
-        arguments["settings"] = wandb.Settings(**settings)
-        arguments["dir"] = str(parent)
-        arguments["resume"] = "allow"  # offline W&B takes no notice of it
-        arguments["id"] = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
-        typed, sys.argv = sys.argv, redact(sys.argv)  # W&B reads it when a run opens
-        try:
-            run = wandb.init(mode=mode, **arguments)
-        except Exception as error:
-            if mode == "offline":
-                raise
-            log.warning("cannot reach W&B (%s): this run is kept offline", one_line(error))
-            with suppress(SystemExit):  # raised if its service failed
-                wandb.teardown()  # the client still holds the id
-            for empty in parent.glob(f"wandb/run-*-{arguments['id']}"):  # it would make `wandb sync` of many runs fail
-                shutil.rmtree(empty, ignore_errors=True)
-            run = wandb.init(mode="offline", **arguments)
-        finally:
-            sys.argv = typed
+        typed = tracking.tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
+        run = open_run(
+            mode,
+            self.folder.path.parent,  # the files of runs side by side are together, to be synced at once
+            id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4),
+            project=tracking.project, entity=tracking.entity, group=tracking.group or config.sweep.name,
+            name=tracking.name or os.environ.get("WANDB_NAME") or self.name, notes=tracking.notes,
+            job_type="baseline" if config.loss.alpha == 0 else "student",
+            tags=[*dict.fromkeys([*labels.tags(config, self.record), *typed])],
+            config=labels.config_of(config, self.record, self._training),
+            finish_timeout=60 if tracking.log_model == "none" else 3600,  # seconds; a student takes long to upload
+        )  # fmt: skip
         id_file.write_text(run.id + "\n")  # an agent of a W&B sweep chooses the id itself
         run.define_metric("tokens", hidden=True)
         run.define_metric("*", step_metric="tokens")
-        run.summary.update({"alpha": config.loss.alpha, "temperature": config.loss.temperature})
+        temperature = {"temperature": config.loss.temperature} if config.loss.alpha > 0 else {}
+        run.summary.update({"alpha": config.loss.alpha} | temperature)
         online = [] if run.offline else ["--include-online"]  # without it `wandb sync` skips such a run
         self.sync = shlex.join(["wandb", "sync", *online, str(Path(run.dir).parent)])
+        self._log = logging.StreamHandler(SimpleNamespace(write=run.write_logs, flush=bool))  # to its log tab
+        self._log.setFormatter(_Clean())
         self.wandb_line = f"W&B: offline; to upload: {self.sync}" if run.offline else f"W&B: {run.url}"
         return run
 
@@ -209,7 +199,16 @@ class Tracker:
 
             run.log({"samples": wandb.Table(columns=columns, data=rows)})
 
+        def send_model(run: Any) -> None:
+            import wandb
+
+            student = wandb.Artifact(f"student-{run.id}", "model", metadata=summary["student"])
+            student.add_dir(str(self.folder.path / "student"))
+            run.log_artifact(student)
+
         self._try(lambda run: run.summary.update(scalars))
+        if self.config.tracking.log_model == "end" and (self.folder.path / "student").is_dir():
+            self._try(send_model)
         if samples:  # the client asks the server first, and would wait for a lost one
             thread = threading.Thread(target=self._try, args=(send,), daemon=True)
             thread.start()
@@ -227,11 +226,28 @@ class Tracker:
             self._has_warned = True
 
 
-def run_name(folder: RunFolder, config: Config, record: Record) -> str:
-    """Name a run: by its point in a sweep, else by what was typed."""
-    if config.sweep.name:
-        return folder.path.name
-    return str(redact(" ".join(without(record.words, "tracking.", "hydra.", "run.", "train.log"))))[:100] or "default"
+def open_run(mode: Any, folder: Path, id: str, finish_timeout: int = 60, **about: Any) -> Any:
+    """Open a W&B run whose files lie in folder/wandb; offline where the server cannot be reached."""
+    import wandb
+
+    settings = {"finish_timeout": finish_timeout} | SETTINGS
+    settings = {name: value for name, value in settings.items() if f"WANDB_{name.upper()}" not in os.environ}
+    arguments = redact(about) | {"settings": wandb.Settings(**settings), "dir": str(folder), "id": id}
+    arguments["resume"] = "allow"  # offline W&B takes no notice of it
+    typed, sys.argv = sys.argv, redact(sys.argv)  # W&B reads it when a run opens
+    try:
+        return wandb.init(mode=mode, **arguments)
+    except Exception as error:
+        if mode == "offline":
+            raise
+        log.warning("cannot reach W&B (%s): this run is kept offline", one_line(error))
+        with suppress(SystemExit):  # raised if its service failed
+            wandb.teardown()  # the client still holds the id
+        for empty in folder.glob(f"wandb/run-*-{id}"):  # it would make `wandb sync` of many runs fail
+            shutil.rmtree(empty, ignore_errors=True)
+        return wandb.init(mode="offline", **arguments)
+    finally:
+        sys.argv = typed
 
 
 def without(words: list[str], *beginnings: str) -> list[str]:

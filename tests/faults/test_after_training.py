@@ -105,7 +105,7 @@ def test_what_goes_wrong_in_the_final_measures_costs_no_step(undisturbed, tmp_pa
 
 def test_keep_best_measures_again_what_it_kept(place, tmp_path):
     """The weights of the best step are the student, whether it is measured by the process that trained it or another."""
-    words = ("train.keep=best", "train.eval_every=1", "optim.lr=2", "optim.schedule=constant")
+    words = ("train.keep=best", "eval.every=1", "optim.lr=2", "optim.schedule=constant")
     config = config_of(place, *WORDS, *words)
     expected = straight(config, tmp_path / "straight")
     assert run_here(config, tmp_path / "run", partial(in_final_measures, raises(RuntimeError("a bug")))) == 1

@@ -34,7 +34,7 @@ KINDS = {
     "8-bit optimizer": ("optim=adamw_8bit",),
     "bf16 autocast": ("train.precision=bf16",),
     "keep=best, early stopping": (
-        "train.eval_every=2", "train.keep=best", "train.early_stopping.patience=3", "optim.lr=0.2",
+        "eval.every=2", "train.keep=best", "train.early_stopping.patience=3", "optim.lr=0.2",
     ),
     "a half-filled store": ("teacher.store=on",),
 }  # fmt: skip
@@ -173,7 +173,7 @@ def signal_in_measures(call, patch):
 
 def test_a_stop_while_measuring_costs_no_step(place, tmp_path):
     """The checkpoint is of the step that was measured; a resumed run measures it again, and logs it once."""
-    config = config_of(place, "train.max_steps=6", "train.eval_every=4", "train.save_every=0", "train.log_every=4")
+    config = config_of(place, "train.max_steps=6", "eval.every=4", "train.save_every=0", "train.log_every=4")
     expected = straight(config, tmp_path / "straight")
     assert run_here(config, tmp_path / "run", partial(signal_in_measures, 2)) == 143
     assert checkpoints_of(tmp_path / "run") == ["step-00000004"]
@@ -183,7 +183,7 @@ def test_a_stop_while_measuring_costs_no_step(place, tmp_path):
 
 
 def test_a_stop_comes_before_measures(place, tmp_path):
-    config = config_of(place, "train.max_steps=6", "train.eval_every=2", "train.micro_batch_size=4")
+    config = config_of(place, "train.max_steps=6", "eval.every=2", "train.micro_batch_size=4")
     measured = []
 
     def fault(patch):
@@ -229,7 +229,7 @@ DAMAGES = ("flipped", "truncated", "emptied", "deleted")
 @pytest.fixture(scope="module")
 def interrupted(place, tmp_path_factory):
     """A run stopped with two checkpoints of every kind of file, its config, and what it must end in."""
-    words = ("train.micro_batch_size=4", "train.max_steps=9", "train.eval_every=2", "train.keep=best")
+    words = ("train.micro_batch_size=4", "train.max_steps=9", "eval.every=2", "train.keep=best")
     config = config_of(place, *words, "train.save_every=4")
     folder = tmp_path_factory.mktemp("interrupted")
     expected = straight(config, folder / "straight")

@@ -12,7 +12,7 @@ from runs import PATIENCE, config_of, litter, outcome, start, status, unreadable
 @pytest.fixture(scope="module")
 def undisturbed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     """The config of the runs below, what they end in, and how many seconds one takes."""
-    config = config_of(place, "train.micro_batch_size=2", "train.eval_every=10")
+    config = config_of(place, "train.micro_batch_size=2", "eval.every=10")
     for name in ("first", "straight"):  # the first process pays for what the others find
         began, run_dir = time.monotonic(), tmp_path_factory.mktemp(name) / "run"
         run = start(config, run_dir)

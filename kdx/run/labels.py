@@ -1,0 +1,86 @@
+"""What a run is called at W&B: name, tags, config. Nothing in a name or a tag is local or secret. No torch."""
+
+from dataclasses import replace
+from typing import Any
+
+from kdx.config import Config, ModelConfig, as_dict, leaves
+from kdx.run.folder import Record
+from kdx.run.identity import canonical, config_identity, digest
+from kdx.words import key_of
+
+GREEK = {"loss.temperature": "τ", "loss.alpha": "α"}
+LONGEST = 64  # characters of a tag that W&B takes
+
+
+def short(key: str) -> str:
+    """Name a key for people: τ, α, else its last part, or its group if that tells more."""
+    group, _, last = key.rpartition(".")
+    return GREEK.get(key) or (group if last in ("name", "path", "init") else last)
+
+
+def run_name(config: Config, record: Record) -> str:
+    """Name a run by the values that its sweep varies, else by teacher, student and loss."""
+    loss, typed = config.loss, {key_of(word): word.partition("=")[2] for word in record.words}
+    if record.swept:
+        flat = leaves(as_dict(config))
+        keys = [key for key in record.swept if loss.alpha > 0 or not key.startswith("loss")]
+        parts = [f"{short(key)}={_public(flat.get(key, typed.get(key)))}" for key in keys]
+        return " ".join([*["baseline"] * (loss.alpha == 0), *parts])
+    teacher = f"{_model(config.teacher)} → " if config.teacher.path else ""
+    return f"{teacher}{_student(config)} · {_objective(config)}"
+
+
+def tags(config: Config, record: Record) -> list[str]:
+    """Tag a run with its divergence, teacher, student, and what else is chosen by name; a baseline as one."""
+    typed = {key_of(word): word.partition("=")[2] for word in record.words}
+    found = ["baseline" if config.loss.alpha == 0 else config.loss.name, _student(config)]
+    found += [_model(config.teacher)] if config.teacher.path else []
+    found += [typed[group] for group in ("adapter", "experiment") if typed.get(group, "") not in ("", "none", "null")]
+    return [tag[:LONGEST] for tag in dict.fromkeys(found)]
+
+
+def config_of(config: Config, record: Record, training: Any) -> dict[str, Any]:
+    """Describe a run as typed and as resolved. `point` is the same for runs that differ only in train.seed."""
+    tree = {group: dict(node) for group, node in as_dict(config).items() if group not in ("run", "sweep", "tracking")}
+    data, teacher = training.data, training.teacher
+    tree["data"]["max_length"] = training.max_length
+    if config.loss.alpha == 0:  # the rest of the loss is not used
+        tree["loss"] = {"alpha": 0.0}
+    return tree | {
+        "typed": [word for word in record.words if not word.lstrip("+~").startswith(("run.", "tracking.", "hydra."))],
+        "point": run_name(config, replace(record, swept=[key for key in record.swept if key != "train.seed"])),
+        "resolved": {
+            "hash": digest(config_identity(config)), "max_length": training.max_length, "steps": training.max_steps,
+            "dtype": training.versions["precision"], "save_dtype": training.save_dtype,
+            "device": str(training.machine.device), "processes": training.machine.num_processes,
+            "counted_tokens": int(data.train.num_counted.sum()),
+            "counted_validation_tokens": int(data.held_out.num_counted.sum()),
+            "teacher_parameters": teacher and teacher.num_parameters,
+            "student_parameters": training.student.num_parameters(),
+            "fingerprint": data.fingerprint, "validation_fingerprint": data.held_out_fingerprint,
+            "versions": training.versions,
+        },
+    }  # fmt: skip
+
+
+def _public(value: Any) -> str:
+    """Write a value of a config; of a path its last part."""
+    text = value if isinstance(value, str) else canonical(value)
+    return text.rstrip("/").rsplit("/", 1)[-1].removeprefix("pkg:")
+
+
+def _model(model: ModelConfig) -> str:
+    return _public(model.base_model or model.path).removesuffix("-Instruct")
+
+
+def _student(config: Config) -> str:
+    layers, init = config.student.layers, config.student.init
+    if init == "cut":
+        return f"{layers} layers" if isinstance(layers, int) else f"layers {canonical(layers)}"
+    return "fresh " * (init == "random") + _model(config.student)
+
+
+def _objective(config: Config) -> str:
+    loss = config.loss
+    options = "".join(f" {name}={_public(value)}" for name, value in loss.options.items())
+    return f"{loss.name} α{loss.alpha:g} τ{loss.temperature:g}{options}" if loss.alpha > 0 else "cross_entropy"
