@@ -60,6 +60,7 @@ class ModelConfig(Group):
 
 
 class TeacherConfig(ModelConfig):
+    adapter: Path | None  # Folder of a LoRA adapter (peft), merged into the weights when they are loaded
     precision: Dtype  # Dtype of the frozen weights; auto takes bf16 where the processor has it
     quantization: Literal["none", "8bit", "4bit"]  # bitsandbytes quantisation of the frozen weights
     device_map: Literal["auto"] | None  # auto spreads the teacher over all devices (accelerate)
@@ -129,6 +130,21 @@ class OptimConfig(OpenGroup):
     """Further arguments of that schedule (scheduler_specific_kwargs)."""
     warmup_steps: Count | Annotated[float, Field(ge=0, lt=1)]
     """Steps of linear warm-up; below 1, a share of all steps."""
+
+
+class AdapterConfig(Group):
+    name: Literal["none", "lora"]  # Train all weights, or small matrices beside the frozen ones (peft's LoraConfig)
+    r: Positive
+    """Rank of each adapter."""
+    lora_alpha: Above0
+    """An adapter's output is multiplied by lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    """Dropout of an adapter's input."""
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)]
+    """all-linear (but the output head), names of layers, or a regular expression of whole names, as peft reads them."""
+    quantization: Literal["none", "8bit", "4bit"]  # bitsandbytes quantisation of the frozen base; needs a GPU
+    save: Literal["merged", "adapter"]
+    """The student: an ordinary model folder, or peft's adapter folder, which needs the base beside it."""
 
 
 class EarlyStoppingConfig(Group):
@@ -202,6 +218,7 @@ class Config(Group):
     data: DataConfig
     loss: LossConfig
     optim: OptimConfig
+    adapter: AdapterConfig
     train: TrainConfig
     tracking: TrackingConfig
     run: RunConfig
@@ -259,6 +276,17 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
     if (train.max_steps is None) == (train.epochs is None):
         both = "are both set" if train.epochs else "are both null"
         found.append(("train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"))
+    if config.adapter.name != "none" and student.init != "pretrained":
+        if config.adapter.quantization != "none":
+            what = f"needs weights of its own to quantise, and student.init is {student.init}"
+            found.append(("adapter.quantization", what, "Choose adapter=lora"))
+        if config.adapter.save == "adapter":
+            what = f"is adapter, but with student.init={student.init} nobody has the base that it needs"
+            found.append(("adapter.save", what, "Set adapter.save=merged"))
+    if teacher.adapter and (teacher.path is None or teacher.quantization != "none" or student.init == "cut"):
+        reason = "student is cut from the teacher's own files" if student.init == "cut" else "weights are quantised"
+        what = "cannot be merged: there is no teacher" if teacher.path is None else f"cannot be merged: the {reason}"
+        found.append(("teacher.adapter", what, "Merge it into a folder of its own first, and name that as teacher.path"))
     micro = train.micro_batch_size
     if isinstance(micro, int) and train.batch_size % micro:
         what = f"is {train.batch_size}, not a multiple of train.micro_batch_size={micro}"
