@@ -118,9 +118,9 @@ def test_a_base_is_in_the_dtype_it_computes_in_and_adapters_in_fp32(place, made)
 
 @pytest.mark.parametrize("size", [4, 1])
 def test_gradients_are_those_of_the_whole_loss(place, made, size):
-    words = ["train.precision=fp64", "teacher.precision=fp64", "student.path=" + str(place / "teacher"), "loss.alpha=0.6"]
+    words = ["train.precision=fp64", "teacher.precision=fp64", "loss.alpha=0.6"]
     training = made(config_of(place, *LORA, *words, f"train.micro_batch_size={size}", "train.max_grad_norm=null"))
-    training.objective.train()
+    training.objective.eval()  # without dropout
     moved(training)
     batch = batch_of(training)
     training.forward_backward(batch, Asked())
@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_whole_loss(place, made, size):
     total = plain.loss(torch.cat(logits), torch.cat(taught), torch.cat(labels), mix.name, mix.alpha, mix.temperature)
     expected = torch.autograd.grad(total, list(trained(training.student).values()))
     for (name, grad), theirs in zip(ours.items(), expected, strict=True):
-        torch.testing.assert_close(grad, theirs, rtol=1e-9, atol=1e-12, msg=name)
+        torch.testing.assert_close(grad, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_recomputed_activations_train_every_adapter(place, tmp_path):
@@ -164,8 +164,8 @@ def test_merged_is_the_adapter_in_every_measure(place, made):
     assert not is_adapted(training.student)
     assert not any("lora" in name or "base_layer" in name for name in training.student.state_dict())
     after = judge(training.student).means()
-    assert before == pytest.approx(after, abs=1e-6)
-    assert abs(after["kl"] - Judge(untouched, Asked())(untouched.student).means()["kl"]) > 1e-3
+    assert before == pytest.approx(after, abs=1e-6, rel=1e-6)
+    assert abs(after["kl"] - Judge(untouched, Asked())(untouched.student).means()["kl"]) > 1e-4
 
 
 @pytest.mark.parametrize("save", ["merged", "adapter"])
@@ -202,6 +202,7 @@ def test_a_merged_student_is_an_ordinary_model_and_is_measured_as_saved(place, t
     assert summary_of(tmp_path / "run")["student"] == before["student"]
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks
 def test_an_adapter_folder_loads_with_peft_is_trained_further_and_teaches(place, tmp_path, made):
     from peft import PeftModel
 
