@@ -308,7 +308,8 @@ def locate(config: ModelConfig, group: str) -> str:
         if group == "teacher":
             raise ModelError(key, f"{folder} is a LoRA adapter", f"Name its base, and teacher.adapter={folder}")
         if not (base := adapter_base(folder)):
-            raise ModelError(key, f"{folder} is an adapter that names no base", "Add base_model_name_or_path to its config")
+            what, hint = f"{folder} is an adapter that names no base", "Add base_model_name_or_path to its config"
+            raise ModelError(key, what, hint)
         return locate(replaced(config, path=base), group)
     for index in folder.glob("*.index.json"):
         shards = read_json(index).get("weight_map") or {"": ""}

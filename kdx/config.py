@@ -286,7 +286,7 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
     if teacher.adapter and (teacher.path is None or teacher.quantization != "none" or student.init == "cut"):
         reason = "student is cut from the teacher's own files" if student.init == "cut" else "weights are quantised"
         what = "cannot be merged: there is no teacher" if teacher.path is None else f"cannot be merged: the {reason}"
-        found.append(("teacher.adapter", what, "Merge it into a folder of its own first, and name that as teacher.path"))
+        found.append(("teacher.adapter", what, "Merge it into a folder first, and name that as teacher.path"))
     micro = train.micro_batch_size
     if isinstance(micro, int) and train.batch_size % micro:
         what = f"is {train.batch_size}, not a multiple of train.micro_batch_size={micro}"

@@ -157,9 +157,12 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
 
     A base that is frozen beside adapters is in the dtype that it computes in, or quantised.
     """
-    adapter, device, dtype = config.adapter, machine.device, torch.float64 if config.train.precision == "fp64" else torch.float32
-    is_adapted, is_quantised = adapter.name != "none", adapter.name != "none" and adapter.quantization != "none"
-    if is_quantised and device.type == "cpu":
+    adapter, device = config.adapter, machine.device
+    is_adapted, quantised = adapter.name != "none", dict[str, Any]()
+    if is_adapted and adapter.quantization != "none":
+        quantised = {"quantization": adapter.quantization, "device_map": str(device)}
+    dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
+    if quantised and device.type == "cpu":
         raise MachineError("adapter.quantization", f"is {adapter.quantization}, which needs a GPU", "Use adapter=lora")
     if is_adapted and config.student.init != "pretrained":
         log.warning("the student is %s: adapters alone can hardly move it as far as it must go", config.student.init)
@@ -169,10 +172,9 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
         dtype=DTYPES.get(machine.mixed_precision, dtype) if is_adapted else dtype,
         attn_implementation=attention_for(config.student, device, max_length),
         seed=config.train.seed,
-        quantization=adapter.quantization if is_quantised else "none",
-        device_map=str(device) if is_quantised else None,
+        **quantised,
     )
-    student = student if is_quantised else student.to(device)
+    student = student if quantised else student.to(device)
     if is_adapted:
         add_adapter(student, adapter, config.student.path, config.train.seed)
     elif adapter_base(Path(config.student.path or "")):

@@ -26,12 +26,11 @@ def load_student(
     dtype: torch.dtype,
     attn_implementation: str | None,
     seed: int,
-    quantization: str = "none",
-    device_map: str | None = None,
+    **quantised: Any,
 ) -> PreTrainedModel:
     """Return the student in eval mode, its master weights in `dtype`. Raises ConfigError or ModelError.
 
-    quantization: of a base that is trained beside (bitsandbytes), with device_map, where it is then.
+    quantised: how load_causal_lm quantises a pretrained base, and where it then is.
     Its generation config is left as its model's, or as that of the teacher it is cut from.
     """
     source, group = _source(config, teacher)
@@ -39,8 +38,7 @@ def load_student(
     if getattr(shape, "quantization_config", None):
         raise ModelError(f"{group}.path", f"{source.path} is quantised and cannot be trained", "Use its full weights")
     if config.init == "pretrained":
-        model = load_causal_lm(config, "student", dtype=dtype, attn_implementation=attn_implementation,
-                               quantization=quantization, device_map=device_map)
+        model = load_causal_lm(config, "student", dtype=dtype, attn_implementation=attn_implementation, **quantised)
     elif config.init == "cut":
         model = cut(teacher, config.layers, dtype=dtype, attn_implementation=attn_implementation)
     else:
@@ -91,7 +89,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast a student's weights to the dtype it is saved in, or to bfloat16 if float16 would overflow."""
     if getattr(model, "hf_quantizer", None):
         return  # saved as an adapter alone
-    adapters = set(map(id, trained(model).values())) if is_adapted(model) else set()  # stay in float32, as peft loads them
+    adapters = set(map(id, trained(model).values())) if is_adapted(model) else ()  # stay in float32, as peft loads them
     weights = [
         tensor
         for tensor in model.state_dict(keep_vars=True).values()
@@ -132,8 +130,8 @@ def load_saved(folder: Path, model: PreTrainedModel) -> None:
     with loading(str(folder), "student", str(folder)):
         if is_adapted(model):
             saved = load_file(folder / "adapter_model.safetensors")
-            names = {name: name.replace(".default.", ".") for name in trained(model)}
-            model.load_state_dict({name: saved[f"base_model.model.{short}"] for name, short in names.items()}, strict=False)
+            keys = {name: f"base_model.model.{name.replace('.default.', '.')}" for name in trained(model)}
+            model.load_state_dict({name: saved[key] for name, key in keys.items()}, strict=False)
             return
         saved = type(model).from_pretrained(folder, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())

@@ -1,19 +1,20 @@
 """Adapters: what they train, what is kept of them, and what is saved."""
 
-import copy
+import dataclasses
 import json
-from functools import partial
 
 import plain
 import pytest
 import torch
 import transformers as hf
-from runs import config_of, log_of, outcome, run_here, signal_at, straight, summary_of
+from runs import config_of, log_of, run_here, signal_at, summary_of
 from safetensors.torch import load_file
 from standins import write_dialogpt
 
-from kdx.adapter import is_adapted, merge_adapter, trained
+from kdx import check
+from kdx.adapter import is_adapted, trained
 from kdx.cli import compose
+from kdx.data.batches import collate
 from kdx.distill import prepared
 from kdx.errors import ConfigError, KdxError
 from kdx.evaluate import Judge
@@ -69,7 +70,9 @@ def test_a_key_of_adapter_without_an_adapter_is_refused(place):
 def test_the_group_has_its_rate_and_a_cut_student_its_own(place):
     assert compose(["student=dialogpt_small", "teacher=dialogpt_medium", "adapter=lora"]).optim.lr == 2e-4
     assert compose(["adapter=lora"]).optim.lr == 1.5e-3
-    assert compose(["student=dialogpt_small", "teacher=dialogpt_medium", "adapter=qlora"]).adapter.quantization == "4bit"
+    assert (
+        compose(["student=dialogpt_small", "teacher=dialogpt_medium", "adapter=qlora"]).adapter.quantization == "4bit"
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,9 @@ def test_gradients_are_those_of_the_whole_loss(place, made, size):
     logits, taught, labels = [], [], []
     for micro in batch.micro_batches:
         where = micro.positions
-        logits.append(training.student(micro.input_ids, attention_mask=micro.attention_mask).logits.flatten(0, 1)[where])
+        logits.append(
+            training.student(micro.input_ids, attention_mask=micro.attention_mask).logits.flatten(0, 1)[where]
+        )
         with torch.no_grad():
             answer = training.teacher.model(micro.input_ids, attention_mask=micro.attention_mask)
         taught.append(answer.logits.flatten(0, 1)[where])
@@ -137,7 +142,7 @@ def test_gradients_are_those_of_the_whole_loss(place, made, size):
     mix = training.objective.mix
     total = plain.loss(torch.cat(logits), torch.cat(taught), torch.cat(labels), mix.name, mix.alpha, mix.temperature)
     expected = torch.autograd.grad(total, list(trained(training.student).values()))
-    for (name, grad), theirs in zip(ours.items(), expected, strict=True):
+    for grad, theirs in zip(ours.values(), expected, strict=True):
         torch.testing.assert_close(grad, theirs, rtol=1e-9, atol=1e-12)
 
 
@@ -170,7 +175,14 @@ def test_merged_is_the_adapter_in_every_measure(place, made):
 
 @pytest.mark.parametrize("save", ["merged", "adapter"])
 def test_a_stopped_run_goes_on_bit_for_bit_and_keeps_megabytes(place, tmp_path, save):
-    words = [*LORA, "adapter.lora_dropout=0.1", f"adapter.save={save}", "train.max_steps=6", "train.eval_every=2", "train.keep=best"]
+    words = [
+        *LORA,
+        "adapter.lora_dropout=0.1",
+        f"adapter.save={save}",
+        "train.max_steps=6",
+        "train.eval_every=2",
+        "train.keep=best",
+    ]
     config, file = config_of(place, *words), "model" if save == "merged" else "adapter_model"
     assert run_here(config, tmp_path / "straight") == 0
     assert run_here(config, tmp_path / "stopped", signal_at(3)) == 143
@@ -230,3 +242,39 @@ def test_an_adapter_folder_loads_with_peft_is_trained_further_and_teaches(place,
     untaught = made(config_of(place, f"teacher.path={place / 'student'}"))
     assert taught.teacher.identity.teacher != untaught.teacher.identity.teacher
     assert made(config_of(place, f"teacher.path={place / 'student'}")).teacher.identity == untaught.teacher.identity
+
+
+# ---- what fits
+
+
+@pytest.mark.parametrize("size", [4, 1])
+@pytest.mark.parametrize("store", ["off", "on"])
+@pytest.mark.parametrize("adapter", [[], ["adapter=lora"]], ids=["full", "lora"])
+def test_the_peak_that_check_predicts_is_that_of_a_step(tmp_path, place, made, adapter, store, size):
+    write_dialogpt(tmp_path / "wide", 3, 64, pickled=False)
+    words = [f"teacher.store={store}", f"train.micro_batch_size={size}", "train.precision=bf16", "train.batch_size=8"]
+    words += ["data.shuffle=false", f"student.path={tmp_path / 'wide'}", *adapter]
+    training = made(config_of(place, *words))
+    if store == "on":
+        for rows in (training.data.train, training.data.held_out):
+            for row in range(len(rows)):
+                training.teacher.answer(collate([rows[row]], 0))
+        training.teacher.store.flush()
+        training = made(config_of(place, *words))
+        assert not training.teacher.is_loaded
+    measured = check.rises(training, 1e12)
+    kept = check.kept_in_memory(training)
+    told = sum(kept.values()) + check.predicted(measured, size)
+
+    rows = training.data.train
+    longest = [rows[int(i)] for i in rows.lengths.argsort(kind="stable")[-8:]]
+    pad = training.batches.pad_id
+    micro = [collate(longest[i : i + size], pad) for i in reversed(range(0, 8, size))]
+    batch = dataclasses.replace(batch_of(training), micro_batches=micro)
+    with plain.PeakBytes() as counted:
+        for _ in range(3):
+            training.objective.train()
+            terms, norm = training.forward_backward(batch, Asked())
+            training.update(batch, terms, norm)
+    there = kept["weights"] + kept["teacher"]
+    assert told == pytest.approx(there + counted.peak, rel=0.1)

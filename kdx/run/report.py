@@ -193,10 +193,11 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     teacher, student, run, rows = config.teacher, config.student, summary["run"], public_name(config.data)
     base = teacher if student.init == "cut" else student
     is_adapter = config.adapter.name != "none" and config.adapter.save == "adapter"
+    relation: dict[str, Any] = {"base_model_relation": "adapter"} if is_adapter else {}
     metadata = ModelCardData(
         base_model=public_name(base), license=base.license or "unknown", library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation", datasets=[rows], tags=["distillation", "kdx"],
-        **({"base_model_relation": "adapter"} if is_adapter else {}),
+        **relation,
     )  # fmt: skip
     title = f"A student of {public_name(teacher)}" if teacher.path else f"{public_name(student)}, fine-tuned"
     table = "\n".join(f"| {' | '.join(row)} |" for row in measures(summary))
