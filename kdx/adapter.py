@@ -50,8 +50,8 @@ def add_adapter(model: Any, config: AdapterConfig, path: str | None, seed: int) 
         settings = config.model_dump(include={"r", "lora_alpha", "lora_dropout", "target_modules"})
         lora = LoraConfig(**settings, exclude_modules=outside if is_multimodal else None)
         try:
-            with warnings.catch_warnings():  # that GPT-2's layers have their weights transposed, which peft sees itself
-                warnings.simplefilter("ignore", UserWarning)
+            with warnings.catch_warnings():  # as of GPT-2's weights, which are transposed: peft sees that itself
+                warnings.simplefilter("ignore")
                 model.add_adapter(lora)
         except (TypeError, ValueError) as error:
             hint = "Name layers of the model: adapter.target_modules=[q_proj,v_proj]"
@@ -78,11 +78,13 @@ def merge_adapter(model: Any, dtype: torch.dtype) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: list[Any] = [(name, part) for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
-    for name, layer in layers:
+    for name, layer in reversed(layers):  # a mixture's experts have an adapter inside an adapter
         base = layer.get_base_layer()
-        base.weight.data = base.weight.data.to(torch.promote_types(base.weight.dtype, torch.float32))
+        for weight in base.parameters(recurse=False):
+            weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
         layer.merge()
-        base.weight.data = base.weight.data.to(dtype)
+        for weight in base.parameters(recurse=False):
+            weight.data = weight.data.to(dtype)
         model.set_submodule(name, base)
     del model.peft_config
     model._hf_peft_config_loaded = False

@@ -103,7 +103,7 @@ class Training:
         self.versions["precision"] = plain if mixed == "no" else f"{mixed} autocast over fp32 weights"
         if is_adapted(self.student):
             base = config.adapter.quantization if config.adapter.quantization != "none" else str(self.student.dtype)[6:]
-            self.versions["precision"] += f" of adapters, over a frozen base in {base}"
+            self.versions["precision"] += f", beside a frozen base in {base}"
         self.save_dtype = saved_dtype(config.student, config.teacher)
         self.state = State(versions=self.versions)
         self.is_finished = False

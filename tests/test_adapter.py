@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from standins import write_dialogpt
 
 from kdx import check
-from kdx.adapter import is_adapted, trained
+from kdx.adapter import add_adapter, dequantise, is_adapted, merge_adapter, trained
 from kdx.cli import compose
 from kdx.data.batches import collate
 from kdx.distill import prepared
@@ -20,6 +20,7 @@ from kdx.errors import ConfigError, KdxError
 from kdx.evaluate import Judge
 from kdx.run.folder import Record
 from kdx.run.launch import build_accelerator
+from kdx.student import load_student
 
 LORA = ["adapter=lora", "adapter.r=4", "optim.lr=1e-2"]
 
@@ -157,6 +158,40 @@ def test_recomputed_activations_train_every_adapter(place, tmp_path):
         torch.testing.assert_close(tensor, saved[name], rtol=1e-4, atol=1e-6)
 
 
+TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+GROUPS = {"num_key_value_heads": 1, "head_dim": 8}
+EYES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SHAPES = {
+    "llama": lambda: hf.LlamaConfig(**TINY, num_key_value_heads=1),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**TINY),
+    "mixtral, fused experts": lambda: hf.MixtralConfig(**TINY, **GROUPS, num_local_experts=3),
+    "gemma3, with eyes": lambda: hf.Gemma3Config(
+        text_config=hf.Gemma3TextConfig(**TINY, **GROUPS),
+        vision_config=hf.SiglipVisionConfig(**EYES, image_size=28, patch_size=14),
+        image_token_index=39,
+        mm_tokens_per_image=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_any_text_model_has_adapters_and_takes_them_in(kind):
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(SHAPES[kind]()).eval()
+    names, ids = set(model.state_dict()), torch.arange(3, 20)[None]
+    add_adapter(model, compose(["student=hf", "student.path=x", "adapter=lora"]).adapter, None, seed=0)
+    assert trained(model) and not any("vision" in name for name in trained(model))
+    for tensor in trained(model).values():
+        tensor.data += 0.05 * torch.randn_like(tensor)
+    model(ids).logits.logsumexp(-1).sum().backward()
+    assert kind.startswith("mixtral") or all(tensor.grad.any() for tensor in trained(model).values())
+    with torch.no_grad():
+        before = model(ids).logits
+        merge_adapter(model, torch.float32)
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
+    assert set(model.state_dict()) == names
+
+
 # ---- what is left
 
 
@@ -242,6 +277,28 @@ def test_an_adapter_folder_loads_with_peft_is_trained_further_and_teaches(place,
     untaught = made(config_of(place, f"teacher.path={place / 'student'}"))
     assert taught.teacher.identity.teacher != untaught.teacher.identity.teacher
     assert made(config_of(place, f"teacher.path={place / 'student'}")).teacher.identity == untaught.teacher.identity
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of bitsandbytes, without its kernels for CPUs
+def test_a_quantised_base_takes_its_adapters_in_as_it_was(place, tmp_path):
+    config = config_of(place, f"student.path={place / 'llama'}", "adapter=qlora")
+    how = {"dtype": torch.bfloat16, "attn_implementation": None, "seed": 0}
+    small = load_student(config.student, config.teacher, **how, quantization="4bit", device_map="cpu")
+    whole = load_student(config.student, config.teacher, **how)
+    for model in (small, whole):
+        add_adapter(model, config.adapter, config.student.path, seed=0)
+        torch.manual_seed(3)
+        for tensor in trained(model).values():
+            assert tensor.dtype == torch.float32
+            tensor.data += 0.1 * torch.randn_like(tensor)
+    assert small.get_memory_footprint() < 0.8 * whole.get_memory_footprint()
+    dequantise(small, config.adapter, config.student)
+    for model in (small, whole):
+        merge_adapter(model, torch.bfloat16)
+    ours, theirs = small.state_dict(), whole.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    small.to("cpu").save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
 # ---- what fits
