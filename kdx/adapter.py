@@ -3,7 +3,6 @@
 Hu et al., 2021, arXiv:2106.09685; over a quantised base: Dettmers et al., 2023, arXiv:2305.14314.
 """
 
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from kdx.config import AdapterConfig, StudentConfig
 from kdx.data.files import resolve_path
 from kdx.errors import ConfigError, one_line
 from kdx.run.identity import adapter_base
-
-log = logging.getLogger(__name__)
 
 
 def is_adapted(model: Any) -> bool:
@@ -33,7 +30,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def add_adapter(model: Any, config: AdapterConfig, path: str | None, seed: int) -> None:
     """Freeze a student and put adapters beside the linear layers of its text model; they begin as nothing.
 
-    path: of the student; if it is an adapter folder, that adapter is loaded and trained further, with its own rank.
+    path: of the student; if it is an adapter folder, that adapter is loaded and trained further.
     Adapters are in float32, or in float64 beside a float64 base. Raises ConfigError or ModelError.
     """
     from peft import LoraConfig  # late: importing it takes a second
@@ -43,6 +40,10 @@ def add_adapter(model: Any, config: AdapterConfig, path: str | None, seed: int) 
     folder = Path(resolve_path(path, "student.path")) if path else None
     if folder and adapter_base(folder):
         load_adapter(model, folder, "student.path")
+        for name in ("r", "lora_alpha"):
+            if (has := getattr(model.peft_config["default"], name)) != (asked := getattr(config, name)):
+                what = f"is {asked:g}, but the adapter in {folder} has {has:g}"
+                raise ConfigError(f"adapter.{name}", what, f"Set adapter.{name}={has:g}")
     else:
         text = set(map(id, model.get_decoder().modules()))
         outside = [name for name, module in model.named_modules() if name and id(module) not in text]
@@ -69,8 +70,6 @@ def load_adapter(model: Any, folder: Path, key: str) -> None:
     """Load an adapter folder into a model and train it further. Raises ModelError."""
     with loading(str(folder), "adapter", key):
         model.load_adapter(str(folder), is_trainable=True)
-    config = model.peft_config["default"]
-    log.info("the adapter in %s: r %s, lora_alpha %s", folder, config.r, config.lora_alpha)
 
 
 def merge_adapter(model: Any, dtype: torch.dtype) -> None:
@@ -93,9 +92,8 @@ def merge_adapter(model: Any, dtype: torch.dtype) -> None:
 def dequantise(model: Any, config: AdapterConfig, student: StudentConfig) -> None:
     """Put the base as it was before it was quantised, in bfloat16, under a student's adapters."""
     adapters, device = trained(model), model.device
-    plain: Any = load_causal_lm(
-        student, "student", dtype=torch.bfloat16, attn_implementation=model.config._attn_implementation
-    )
+    attention = model.config._attn_implementation
+    plain: Any = load_causal_lm(student, "student", dtype=torch.bfloat16, attn_implementation=attention)
     add_adapter(plain, config, student.path, seed=0)
     plain.load_state_dict({name: tensor.cpu() for name, tensor in adapters.items()}, strict=False)
     for name, part in plain.named_children():
@@ -103,7 +101,3 @@ def dequantise(model: Any, config: AdapterConfig, student: StudentConfig) -> Non
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     vars(model).pop("quantization_method", None)  # with it, transformers refuses to move or save the model
-    for part, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
-        if hasattr(part, name):
-            delattr(part, name)
-    model.is_quantized = model.is_loaded_in_4bit = model.is_loaded_in_8bit = False

@@ -45,7 +45,7 @@ def check(config: Config, path: Path, record: Record | None = None) -> None:
             log.info("the %s row as the student sees it, counted tokens between ⟦ and ⟧ (%s):", what, row.where)
             text = printable(marked(training.tokenizer, row))
             CONSOLE.print(shortened(text, LONGEST_SHOWN), markup=False, style="dim")
-        seconds = seconds_of_a_token(training)
+        seconds = min(a_pass(training, 1) for _ in range(2))  # the first is to warm up
         for line in memory_lines(training):
             log.info(line)
         log.info(f"to save memory: {MEMORY}")
@@ -93,8 +93,9 @@ class PeakBytes(TorchDispatchMode):
         return result
 
 
-def a_pass(training: Training, num_rows: int) -> int:
-    """Run teacher and student, forwards and backwards, on the longest rows → their input tokens. Gradients add up."""
+def a_pass(training: Training, num_rows: int) -> float:
+    """Run teacher and student, forwards and backwards, on the longest rows → seconds a token. Gradients add up."""
+    started = time.perf_counter()
     teacher, machine, rows = training.teacher, training.machine, training.data.train
     training.objective.train()
     longest = [rows[int(i)] for i in rows.lengths.argsort(kind="stable")[-num_rows:]]
@@ -106,15 +107,7 @@ def a_pass(training: Training, num_rows: int) -> int:
     total.backward()
     if machine.device.type != "cpu":  # wait until it has done what it was asked to
         torch.accelerator.synchronize()
-    return sum(len(row.tokens) for row in longest)
-
-
-def seconds_of_a_token(training: Training) -> float:
-    """Time a pass over the longest row, once warm."""
-    a_pass(training, 1)
-    started = time.perf_counter()
-    tokens = a_pass(training, 1)
-    return (time.perf_counter() - started) / tokens
+    return (time.perf_counter() - started) / sum(len(row.tokens) for row in longest)
 
 
 def rise(training: Training, num_rows: int) -> int:
@@ -170,8 +163,7 @@ def memory_lines(training: Training) -> list[str]:
     fits = [size for size in range(1, share + 1) if share % size == 0 and predicted(measured, size) <= free]
     best = f"train.micro_batch_size={fits[-1]}" if fits else "no micro-batch"
     best += " (the whole batch)" if fits and fits[-1] == share else ""
-    fits_line = f"  fits            {best}, with {in_bytes(round(free))} free for a step"
-    return ["memory of a step:", *lines, fits_line]
+    return ["memory of a step:", *lines, f"  fits            {best}, with {in_bytes(round(free))} free for a step"]
 
 
 def kept_in_memory(training: Training) -> dict[str, float]:

@@ -140,11 +140,11 @@ class AdapterConfig(Group):
     """An adapter's output is multiplied by lora_alpha / r."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     """Dropout of an adapter's input."""
-    target_modules: Text | Annotated[list[Text], Field(min_length=1)]
-    """all-linear (but the output head), names of layers, or a regular expression of whole names, as peft reads them."""
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)]  # As peft reads it: all-linear, names, a pattern
     quantization: Literal["none", "8bit", "4bit"]  # bitsandbytes quantisation of the frozen base; needs a GPU
-    save: Literal["merged", "adapter"]
-    """The student: an ordinary model folder, or peft's adapter folder, which needs the base beside it."""
+    save: Literal[
+        "merged", "adapter"
+    ]  # The student: an ordinary model folder, or peft's, which needs the base beside it
 
 
 class EarlyStoppingConfig(Group):
@@ -277,12 +277,12 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
         both = "are both set" if train.epochs else "are both null"
         found.append(("train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"))
     if config.adapter.name != "none" and student.init != "pretrained":
-        if config.adapter.quantization != "none":
-            what = f"needs weights of its own to quantise, and student.init is {student.init}"
-            found.append(("adapter.quantization", what, "Choose adapter=lora"))
-        if config.adapter.save == "adapter":
-            what = f"is adapter, but with student.init={student.init} nobody has the base that it needs"
-            found.append(("adapter.save", what, "Set adapter.save=merged"))
+        what = f"needs a base that is a model of its own, and student.init is {student.init}"
+        asked = {
+            "quantization=none": config.adapter.quantization != "none",
+            "save=merged": config.adapter.save != "merged",
+        }
+        found += [(f"adapter.{w.split('=')[0]}", what, f"Set adapter.{w}") for w, is_asked in asked.items() if is_asked]
     if teacher.adapter and (teacher.path is None or teacher.quantization != "none" or student.init == "cut"):
         reason = "student is cut from the teacher's own files" if student.init == "cut" else "weights are quantised"
         what = "cannot be merged: there is no teacher" if teacher.path is None else f"cannot be merged: the {reason}"

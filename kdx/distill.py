@@ -165,7 +165,7 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     if quantised and device.type == "cpu":
         raise MachineError("adapter.quantization", f"is {adapter.quantization}, which needs a GPU", "Use adapter=lora")
     if is_adapted and config.student.init != "pretrained":
-        log.warning("the student is %s: adapters alone can hardly move it as far as it must go", config.student.init)
+        log.warning("the student is %s: it must move further than adapters can take it", config.student.init)
     student: Any = load_student(
         config.student,
         config.teacher,

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from runs import config_of, log_of, run_here, signal_at, summary_of
 from safetensors.torch import load_file
-from standins import write_dialogpt
+from standins import write_dialogpt, write_llama
 
 from kdx import check
 from kdx.adapter import add_adapter, dequantise, is_adapted, merge_adapter, trained
@@ -79,8 +79,8 @@ def test_the_group_has_its_rate_and_a_cut_student_its_own(place):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["adapter=lora", "adapter.save=adapter", "student=cut", "student.path=null"], "nobody has the base"),
-        (["adapter=qlora", "student=cut", "student.path=null"], "Choose adapter=lora"),
+        (["adapter=lora", "adapter.save=adapter", "student=cut", "student.path=null"], r"Set adapter\.save=merged"),
+        (["adapter=qlora", "student=cut", "student.path=null"], r"Set adapter\.quantization=none"),
         (["teacher.adapter=x", "teacher.quantization=4bit"], "cannot be merged: the weights are quantised"),
     ],
 )
@@ -261,13 +261,15 @@ def test_an_adapter_folder_loads_with_peft_is_trained_further_and_teaches(place,
     base = hf.AutoModelForCausalLM.from_pretrained(place / "student", dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, folder).eval()
 
-    again = made(config_of(place, "adapter=lora", f"student.path={folder}", "data.validation=8"))
+    again = made(config_of(place, "adapter=lora", "adapter.r=4", f"student.path={folder}"))
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         expected = theirs(ids).logits
         torch.testing.assert_close(again.student.eval()(ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert again.student.peft_config["default"].r == 4
     assert len(trained(again.student)) == 16
+    with pytest.raises(ConfigError, match=r"adapter\.r: is 16, but the adapter in .* has 4"):
+        made(config_of(place, "adapter=lora", f"student.path={folder}"))
     with pytest.raises(ConfigError, match="Add adapter=lora"):
         made(config_of(place, f"student.path={folder}"))
 
@@ -281,7 +283,8 @@ def test_an_adapter_folder_loads_with_peft_is_trained_further_and_teaches(place,
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of bitsandbytes, without its kernels for CPUs
 def test_a_quantised_base_takes_its_adapters_in_as_it_was(place, tmp_path):
-    config = config_of(place, f"student.path={place / 'llama'}", "adapter=qlora")
+    wide = write_llama(tmp_path / "wide", layers=2, width=64)
+    config = config_of(place, f"student.path={wide}", "adapter=qlora")
     how = {"dtype": torch.bfloat16, "attn_implementation": None, "seed": 0}
     small = load_student(config.student, config.teacher, **how, quantization="4bit", device_map="cpu")
     whole = load_student(config.student, config.teacher, **how)
@@ -297,8 +300,8 @@ def test_a_quantised_base_takes_its_adapters_in_as_it_was(place, tmp_path):
         merge_adapter(model, torch.bfloat16)
     ours, theirs = small.state_dict(), whole.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    small.to("cpu").save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    small.to("cpu").save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
 # ---- what fits

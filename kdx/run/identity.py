@@ -145,15 +145,17 @@ def _model(model: ModelConfig, group: str, patterns: Sequence[str], place: str |
     """Hash the files of a local model that match these patterns, or name a hub model's commit."""
     if not (path := place or model.path):
         return None
+    hashes: list[str | None]
     if adapter := getattr(model, "adapter", None):
         parts = sorted(Path(resolve_path(adapter, "teacher.adapter")).glob("adapter_*"))
-        return _joined([_model(replaced(model, adapter=None), group, patterns, place), *map(content_hash, parts)])
+        hashes = [*map(content_hash, parts)] or [None]  # a hub's adapter is not known
+        return _joined([_model(replaced(model, adapter=None), group, patterns, place), *hashes])
     folder = Path(resolve_path(path, f"{group}.{'tokenizer' if place else 'path'}"))
     if not folder.is_dir():
         return _commit("models", path, None if place else model.revision)
     patterns = [*patterns, *([model.gguf_file] if model.gguf_file else []), *["*.py"] * model.trust_remote_code]
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    hashes: list[str | None] = [f"{file.name}:{content_hash(file)}" for file in files]
+    hashes = [f"{file.name}:{content_hash(file)}" for file in files]
     if base := adapter_base(folder):
         hashes.append(_model(replaced(model, path=base), group, patterns))
     return _joined(hashes)
