@@ -1,22 +1,27 @@
 """The loss and a training step at the sizes of real models, as multiples of the time of their matrix products.
 
     python benchmarks/gpu.py loss [--shapes 4096,128256,2048,4096] [--chunk 2048]     N, V, d, D
+    python benchmarks/gpu.py memory [--rows 4 --length 1024] [--checkpointing]      peak of a step, full, LoRA and QLoRA
     python benchmarks/gpu.py step [--student 16,2048,8192,32,8] [--teacher 28,3072,8192,24,8] [--rows 8 --length 1024]
 
 Weights are random and made on the device, so nothing is downloaded. Matrix products in bf16, AdamW over fp32 weights.
-`loss` first compares kdx's gradients with torch's in float64. --tiny is a quick check on any machine. Whole runs beside
+`memory` predicts a peak as `kdx check` does and measures it; its QLoRA student and teacher have the shape of Llama-3.1 8B
+(without a GPU they are not quantised). `loss` first compares kdx's gradients with torch's in float64. --tiny is a quick check on any machine. Whole runs beside
 Hugging Face's Trainer and TRL are in benchmarks/step.py.
 
 N counted positions, V vocabulary, d / D width of student / teacher.
 """
 
 import argparse
+import gc
 import random
 import statistics
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -24,15 +29,22 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kdx.causal_lm import Head, check_split, counted_hidden, head_of
+from kdx import check
+from kdx.adapter import add_adapter
+from kdx.causal_lm import Head, check_split, checkpoint_activations, counted_hidden, head_of
+from kdx.cli import compose
 from kdx.data.batches import MicroBatch, Row, collate
 from kdx.loss import divergence
-from kdx.objective import chunk_size_of, distillation_loss
+from kdx.objective import Mix, Objective, chunk_size_of, distillation_loss
+from kdx.optim import build_optimizer
+from kdx.store import Identity
+from kdx.teacher import Teacher
 
 ALPHA, TEMPERATURE = 0.7, 2.0
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = ["4096,128256,2048,4096", "16384,128256,2048,4096", "8192,151936,896,3584", "8192,151665,896,3584"]
 STUDENT, TEACHER = "16,2048,8192,32,8", "28,3072,8192,24,8"  # the shapes of Llama-3.2 1B and 3B
+LARGE = "32,4096,14336,32,8"  # of Llama-3.1 8B
 PLAIN_BYTES = 40e9  # of the plain loss's logits: what needs more is not tried
 
 Work = Callable[[], Any]
@@ -265,9 +277,99 @@ def step_contestants(args: argparse.Namespace, batch: MicroBatch) -> dict[str, W
     }
 
 
+# Memory
+
+
+class Longest(list[Row]):
+    """Rows of nearly one length, with the column that kdx check looks for the longest in."""
+
+    @property
+    def lengths(self) -> Any:
+        return np.array([len(row.tokens) for row in self])
+
+
+def quantised(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Put 4-bit layers (bitsandbytes, nf4) in the place of a model's linear ones, but for the head; one at a time."""
+    import bitsandbytes as bnb
+
+    for name, layer in list(model.model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            small = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+            small.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4").to(DEVICE)
+            model.model.set_submodule(name, small)
+    return model
+
+
+def measure_memory(args: argparse.Namespace, student_shape: str, teacher_shape: str, kind: str) -> list[str]:
+    """Predict the peak of a step as `kdx check` does, measure it over real steps → the cells of a table."""
+    small = quantised if kind == "qlora" and DEVICE.type == "cuda" else lambda model: model
+    student = make_model(student_shape, args.vocabulary, torch.float32 if kind == "full" else torch.bfloat16)
+    student = small(student)
+    if kind != "full":
+        add_adapter(student, compose(["student=hf", "student.path=x", "adapter=lora"]).adapter, None, seed=0)
+    if args.checkpointing:
+        checkpoint_activations(student)
+    live = small(make_model(teacher_shape, args.vocabulary, torch.bfloat16))
+    teacher = Teacher(lambda: live, Identity("", "bf16", "none"))
+    objective = Objective(student, args.vocabulary, Mix(alpha=ALPHA, temperature=TEMPERATURE))
+    optim = compose([f"optim={args.optim}"]).optim
+    optimizer = build_optimizer(optim, objective)
+    machine = SimpleNamespace(
+        device=DEVICE, num_processes=1, autocast=lambda: torch.autocast(DEVICE.type, torch.bfloat16)
+    )
+    rng = random.Random(0)
+    tokens = [[rng.randrange(args.vocabulary) for _ in range(args.length)] for _ in range(args.rows)]
+    counted = [t >= args.length // 4 for t in range(args.length)]
+    rows = Longest(Row(id=str(i), tokens=part, counted=counted) for i, part in enumerate(tokens))
+    training: Any = SimpleNamespace(
+        student=student, teacher=teacher, objective=objective, optimizer=optimizer, machine=machine,
+        batches=SimpleNamespace(batch_size=args.rows, micro_batch_size=args.rows, pad_id=0),
+        data=SimpleNamespace(train=rows), config=SimpleNamespace(optim=optim),
+    )  # fmt: skip
+    predicted = [{size: check.rise(training, size) for size in sizes} for sizes in ((1, 2), (args.rows,))]
+    kept = sum(check.kept_in_memory(training).values())
+    told = [kept + check.predicted(measured, args.rows) for measured in predicted]
+
+    def step() -> None:
+        check.a_pass(training, args.rows)
+        nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    if DEVICE.type == "cuda":
+        ms, _ = measure(step, args.repeats)
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        with check.PeakBytes() as tensors:
+            ms, _ = measure(step, args.repeats)
+        peak = tensors.peak + kept - check.kept_in_memory(training)["optimizer"]
+    speed = 1e3 * args.rows * args.length / ms
+    return [*(f"{size / 1e9:.3g}" for size in (*told, peak)), f"{ms:.1f}", f"{speed:,.0f}"]
+
+
+def memory_table(args: argparse.Namespace) -> None:
+    """Print predicted and measured peaks in GB, and the time of a step: each kind of student under a live teacher."""
+    table = Table(title=f"{args.rows} rows of {args.length} tokens, {args.optim}, live teacher; peak GB of a step")
+    for column in ("", "from 1 and 2 rows", "from all rows", "measured", "ms", "tokens/s"):
+        table.add_column(column, justify="right" if column else "left")
+    large = (LARGE, LARGE) if not args.tiny else (args.student, args.teacher)
+    for kind, shapes in (("full", None), ("lora", None), ("qlora", large)):
+        try:
+            table.add_row(kind, *measure_memory(args, *(shapes or (args.student, args.teacher)), kind))
+        except torch.OutOfMemoryError as error:
+            table.add_row(kind, type(error).__name__)
+        gc.collect()
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    Console().print(table)
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("loss", "step"))
+    parser.add_argument("what", choices=("loss", "step", "memory"))
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a check on a CPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--chunk", type=int, help="positions of a chunk; left out: what kdx chooses")
@@ -279,6 +381,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the student's activations")
+    parser.add_argument("--optim", default="adamw", help="of `memory`: an option of conf/optim")
     parser.add_argument("--compile", action="store_true", help="torch.compile the bodies")
     parser.add_argument("--liger", action="store_true", help="Liger's norms, rotary embeddings and SwiGLU")
     args = parser.parse_args(words)
@@ -294,6 +397,8 @@ def main(words: list[str] | None = None) -> None:
             num, ids, width, teacher_width = map(int, sizes.split(","))
             title = f"N {num:,}, V {ids:,}, d {width:,}, D {teacher_width:,}"
             show(title, loss_contestants(num, ids, width, teacher_width, args.chunk), args.repeats, num)
+    elif args.what == "memory":
+        memory_table(args)
     else:
         batch = make_batch(args.rows, args.length, args.vocabulary)
         num_tokens = int(batch.attention_mask.sum())

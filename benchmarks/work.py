@@ -60,7 +60,7 @@ def prepare_work(pair: str, folder: Path, *, steps: int) -> Work:
     shared = load_tokenizer(config)
     rows = load_data(config.data, shared).train
     if pair == "smollm2":  # the others read model folders
-        build_student(config, machine.device, shared.max_length).save_pretrained(folder / "student")
+        build_student(config, machine, shared.max_length).save_pretrained(folder / "student")
         shared.tokenizer.save_pretrained(folder / "student")
         teacher = load_teacher(config.teacher, machine.device, shared.max_length, {}, is_repeated=False)
         assert teacher is not None

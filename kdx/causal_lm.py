@@ -31,12 +31,12 @@ from transformers import (
 )
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
-from kdx.config import SAFE_NAME, ModelConfig
+from kdx.config import SAFE_NAME, ModelConfig, replaced
 from kdx.data.batches import MicroBatch
 from kdx.data.files import nearby, resolve_path
 from kdx.errors import KdxError, MachineError, ModelError, of_hub, one_line, out_of_memory
 from kdx.run.files import cache_dir, locked, read_json, whole_folder
-from kdx.run.identity import content_hash
+from kdx.run.identity import adapter_base, content_hash
 
 log = logging.getLogger(__name__)
 
@@ -305,8 +305,12 @@ def locate(config: ModelConfig, group: str) -> str:
     if not folder.is_dir() and not HUB_NAME.fullmatch(path):
         raise ModelError(key, f"{path} does not exist", nearby(folder))
     if (folder / "adapter_config.json").is_file():
-        hint = "Merge it first: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
-        raise ModelError(key, f"{folder} is a LoRA adapter, which kdx would ignore", hint)
+        if group == "teacher":
+            raise ModelError(key, f"{folder} is a LoRA adapter", f"Name its base, and teacher.adapter={folder}")
+        if not (base := adapter_base(folder)):
+            what, hint = f"{folder} is an adapter that names no base", "Add base_model_name_or_path to its config"
+            raise ModelError(key, what, hint)
+        return locate(replaced(config, path=base), group)
     for index in folder.glob("*.index.json"):
         shards = read_json(index).get("weight_map") or {"": ""}
         if not all(SAFE_NAME.fullmatch(str(name)) for name in shards.values()):

@@ -1,20 +1,24 @@
 """`kdx check`: read config, data and models as a run would, say what it would be, and train nothing."""
 
+import math
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdx import plugins
-from kdx.causal_lm import head_of
+from kdx.adapter import trained
 from kdx.config import Config
 from kdx.data.batches import Row, collate
 from kdx.distill import prepared
 from kdx.errors import MEMORY, printable, shortened
-from kdx.objective import chunk_size_of
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report, results
 from kdx.run.files import in_bytes, usage_of
@@ -42,11 +46,9 @@ def check(config: Config, path: Path, record: Record | None = None) -> None:
             log.info("the %s row as the student sees it, counted tokens between ⟦ and ⟧ (%s):", what, row.where)
             text = printable(marked(training.tokenizer, row))
             CONSOLE.print(shortened(text, LONGEST_SHOWN), markup=False, style="dim")
-        activation_bytes, seconds = cost_of_a_token(training)
-        parts = memory_of_a_step(training, activation_bytes)
-        log.info("memory of a step:")
-        for name, size in [*parts.items(), ("total", sum(parts.values()))]:
-            log.info(f"  {name:<22}{in_bytes(round(size)):>10}")
+        seconds = min(a_pass(training, 1) for _ in range(2))  # the first is to warm up
+        for line in memory_lines(training):
+            log.info(line)
         log.info(f"to save memory: {MEMORY}")
         for line in [*disk_lines(training, path), time_line(training, seconds)]:
             log.info(line)
@@ -69,53 +71,125 @@ def marked(tokenizer: Any, row: Row) -> str:
     return "".join(f"⟦{text}⟧" if is_counted else text for text, is_counted in texts)
 
 
-def cost_of_a_token(training: Training) -> tuple[float, float]:
-    """Run teacher and student on the longest row, without a step → bytes kept for the backward pass, and seconds."""
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside the block that are alive at the same time, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.made = 0  # made: since the dead were last left out
+        self.alive: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
+                size = x.untyped_storage().nbytes()
+                self.made += size - self.alive.get(ref := StorageWeakRef(x.untyped_storage()), 0)
+                self.alive[ref] = size
+        if self.made > self.peak:
+            self.alive = {ref: size for ref, size in self.alive.items() if not ref.expired()}
+            self.made = sum(self.alive.values())
+            self.peak = max(self.peak, self.made)
+        return result
+
+
+def a_pass(training: Training, num_rows: int) -> float:
+    """Run teacher and student, forwards and backwards, on the longest rows → seconds a token. Gradients add up."""
+    started = time.perf_counter()
     teacher, machine, rows = training.teacher, training.machine, training.data.train
-    row = rows[int(rows.lengths.argmax())]
-    batch = collate([row], training.batches.pad_id).to(machine.device)
-    own = {p.untyped_storage().data_ptr() for p in training.student.parameters()}
-    saved: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     training.objective.train()
-    for _ in range(2):  # the first is to warm up
-        saved.clear()
-        started, answer = time.perf_counter(), None
-        if teacher is not None and training.objective.mix.alpha > 0:  # nothing is written to its store
-            answer = Answer(teacher.live(batch), teacher.head) if teacher.is_loaded else teacher.answer(batch)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), machine.autocast():
-            total, _ = training.objective(batch, answer)
-        total.backward()
-        if machine.device.type != "cpu":  # wait until it has done what it was asked to
-            torch.accelerator.synchronize()
-        seconds = time.perf_counter() - started
-    return sum(saved.values()) / len(row.tokens), seconds / len(row.tokens)
+    longest = [rows[int(i)] for i in rows.lengths.argsort(kind="stable")[-num_rows:]]
+    batch, answer = collate(longest, training.batches.pad_id).to(machine.device), None
+    if teacher is not None and training.objective.mix.alpha > 0:  # nothing is written to its store
+        answer = Answer(teacher.live(batch), teacher.head) if teacher.is_loaded else teacher.answer(batch)
+    with machine.autocast():
+        total, _ = training.objective(batch, answer)
+    total.backward()
+    if machine.device.type != "cpu":  # wait until it has done what it was asked to
+        torch.accelerator.synchronize()
+    return (time.perf_counter() - started) / sum(len(row.tokens) for row in longest)
 
 
-def memory_of_a_step(training: Training, activation_bytes: float) -> dict[str, float]:
-    """Estimate what is in memory at the peak of a step, part by part."""
-    student, teacher, batches = training.student, training.teacher, training.batches
-    lengths = sorted(training.data.train.lengths.tolist(), reverse=True)
-    lengths = lengths[: max(1, (batches.micro_batch_tokens or 0) // lengths[0]) or batches.micro_batch_size]
-    tokens, num = lengths[0] * len(lengths), student.num_parameters()
-    parts = {
-        "activations": activation_bytes * tokens,
-        "weights and gradients": 2.0 * num * student.dtype.itemsize,
-        "optimizer": num * state_bytes(training.config.optim, next(student.parameters())),
-    }
+def rows_at_once(training: Training) -> int:
+    """Return how many of the longest rows a micro-batch has."""
+    batches = training.batches
+    most = (batches.micro_batch_tokens or 0) // int(training.data.train.lengths.max())
+    return max(1, most) if batches.micro_batch_tokens else batches.micro_batch_size
+
+
+def rise(training: Training, num_rows: int) -> int:
+    """Measure by how many bytes a step of micro-batches of so many of the longest rows rises above what is kept."""
+    num_micro = math.ceil(training.batches.batch_size / (num_rows * training.machine.num_processes))
+    is_cuda = training.machine.device.type == "cuda"
+    training.optimizer.zero_grad(set_to_none=True)
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if is_cuda else 0
+    with nullcontext() if is_cuda else PeakBytes() as counted:
+        for _ in range(min(2, num_micro)):  # the second has the gradients of the first beside it
+            a_pass(training, num_rows)
+    training.optimizer.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated() - before if counted is None else counted.peak
+
+
+def rises(training: Training, free: float) -> dict[int, int]:
+    """Measure it for micro-batches of 1, 2, 4, … rows, up to the run's own or to what is still free."""
+    measured: dict[int, int] = {}
+    most = max(2, rows_at_once(training))
+    for size in [*(2**i for i in range(most.bit_length()) if 2**i < most), most]:
+        if len(measured) > 1 and predicted(measured, size) > free:
+            break
+        try:
+            measured[size] = rise(training, size)
+        except torch.OutOfMemoryError:
+            if not measured:
+                raise
+            break
+    return measured
+
+
+def predicted(measured: dict[int, int], num_rows: int) -> float:
+    """Return the rise of a micro-batch, where it was not measured on the line through the two largest that were."""
+    if num_rows in measured:
+        return measured[num_rows]
+    (small, low), (large, high) = [(0, 0), *sorted(measured.items())][-2:]
+    line = high + (high - low) / (large - small) * (num_rows - large)
+    return max(line, *(bytes for size, bytes in measured.items() if size <= num_rows))
+
+
+def memory_lines(training: Training) -> list[str]:
+    """Say what is in memory at the peak of a step, part by part, and the largest micro-batch that fits."""
+    parts, free = kept_in_memory(training), free_bytes(training.machine.device)
+    free -= parts["optimizer"]  # the rest is there
+    measured, micro = rises(training, free), rows_at_once(training)
+    gradients = sum(tensor.nbytes for tensor in trained(training.student).values())
+    parts |= {"gradients": gradients, "activations, logits": predicted(measured, micro) - gradients}
+    parts["total"] = sum(parts.values())
+    lines = [f"  {name:<22}{in_bytes(round(size)):>10}" for name, size in parts.items()]
+    share = training.batches.batch_size // training.machine.num_processes
+    fits = [size for size in range(1, share + 1) if share % size == 0 and predicted(measured, size) <= free]
+    best = f"train.micro_batch_size={fits[-1]}" if fits else "no micro-batch"
+    best += " (the whole batch)" if fits and fits[-1] == share else ""
+    return ["memory of a step:", *lines, f"  fits            {best}, with {in_bytes(round(free))} free for a step"]
+
+
+def kept_in_memory(training: Training) -> dict[str, float]:
+    """Return the bytes that are there from one step to the next."""
+    student, teacher = training.student, training.teacher
+    tensors = list(trained(student).values())
+    moments = sum(tensor.numel() for tensor in tensors) * state_bytes(training.config.optim, tensors[0])
+    parts = {"weights": student.get_memory_footprint(), "optimizer": moments}
     if teacher is not None:
         parts["teacher"] = teacher.model.get_memory_footprint() if teacher.is_loaded else teacher.head.weight.nbytes
-    with training.machine.autocast():
-        head = head_of(student)
-        rows = min(tokens, chunk_size_of(head))
-        parts["logits of a chunk"] = 2.0 * rows * head.num_ids * head.compute_dtype.itemsize  # of student and teacher
     return parts
+
+
+def free_bytes(device: torch.device) -> float:
+    """Return the bytes of a device that this process can still take."""
+    if device.type != "cuda":
+        return float(psutil.virtual_memory().available)
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def disk_lines(training: Training, path: Path) -> list[str]:

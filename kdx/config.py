@@ -60,6 +60,7 @@ class ModelConfig(Group):
 
 
 class TeacherConfig(ModelConfig):
+    adapter: Path | None  # Folder of a LoRA adapter (peft), merged into the weights when they are loaded
     precision: Dtype  # Dtype of the frozen weights; auto takes bf16 where the processor has it
     quantization: Literal["none", "8bit", "4bit"]  # bitsandbytes quantisation of the frozen weights
     device_map: Literal["auto"] | None  # auto spreads the teacher over all devices (accelerate)
@@ -133,6 +134,21 @@ class OptimConfig(OpenGroup):
     """Further arguments of that schedule (scheduler_specific_kwargs)."""
     warmup_steps: Count | Annotated[float, Field(ge=0, lt=1)]
     """Steps of linear warm-up; below 1, a share of all steps."""
+
+
+class AdapterConfig(Group):
+    name: Literal["none", "lora"]  # Train all weights, or small matrices beside the frozen ones (peft's LoraConfig)
+    r: Positive
+    """Rank of each adapter."""
+    lora_alpha: Above0
+    """An adapter's output is multiplied by lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    """Dropout of an adapter's input."""
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)]  # As peft reads it: all-linear, names, a pattern
+    quantization: Literal["none", "8bit", "4bit"]  # bitsandbytes quantisation of the frozen base; needs a GPU
+    save: Literal[
+        "merged", "adapter"
+    ]  # The student: an ordinary model folder, or peft's, which needs the base beside it
 
 
 class EarlyStoppingConfig(Group):
@@ -217,6 +233,7 @@ class Config(Group):
     data: DataConfig
     loss: LossConfig
     optim: OptimConfig
+    adapter: AdapterConfig
     train: TrainConfig
     eval: EvalConfig
     tracking: TrackingConfig
@@ -277,6 +294,17 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
     if (train.max_steps is None) == (train.epochs is None):
         both = "are both set" if train.epochs else "are both null"
         found.append(("train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"))
+    if config.adapter.name != "none" and student.init != "pretrained":
+        what = f"needs a base that is a model of its own, and student.init is {student.init}"
+        asked = {
+            "quantization=none": config.adapter.quantization != "none",
+            "save=merged": config.adapter.save != "merged",
+        }
+        found += [(f"adapter.{w.split('=')[0]}", what, f"Set adapter.{w}") for w, is_asked in asked.items() if is_asked]
+    if teacher.adapter and (teacher.path is None or teacher.quantization != "none" or student.init == "cut"):
+        reason = "student is cut from the teacher's own files" if student.init == "cut" else "weights are quantised"
+        what = "cannot be merged: there is no teacher" if teacher.path is None else f"cannot be merged: the {reason}"
+        found.append(("teacher.adapter", what, "Merge it into a folder first, and name that as teacher.path"))
     micro = train.micro_batch_size
     if isinstance(micro, int) and train.micro_batch_tokens:
         what = "says how many tokens a micro-batch has, and train.micro_batch_size how many rows"

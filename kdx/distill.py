@@ -16,7 +16,8 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 from kdx import plugins
-from kdx.causal_lm import attention_for, check_split, checkpoint_activations, head_of
+from kdx.adapter import add_adapter
+from kdx.causal_lm import DTYPES, attention_for, check_split, checkpoint_activations, head_of
 from kdx.config import Config, TrainConfig
 from kdx.data.batches import Batches
 from kdx.data.encode import Data, load_data
@@ -27,9 +28,10 @@ from kdx.objective import Mix, Objective, check_loss
 from kdx.optim import optimizer_class
 from kdx.run import report, results
 from kdx.run.folder import Record, RunFolder
+from kdx.run.identity import adapter_base
 from kdx.run.launch import build_accelerator
 from kdx.run.signals import StopRequest
-from kdx.run.tracking import CONSOLE, Tracker, logging_to, quiet_libraries
+from kdx.run.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
 from kdx.student import load_student, teach_to_stop
 from kdx.teacher import load_teacher
 from kdx.tokenizer import check_heads, load_tokenizer, pad_id_of
@@ -120,7 +122,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
     rows = rows_to_ask(config, data, batches, max_steps)
     teacher = load_teacher(config.teacher, machine.device, max_length, rows, is_repeated=is_repeated)
     with closing(teacher.store) if teacher and teacher.store else nullcontext():
-        student = build_student(config, machine.device, max_length)
+        student = build_student(config, machine, max_length)
         teach_to_stop(student, tokenizer, data.stops)
         heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
         loss = config.loss
@@ -157,16 +159,34 @@ def rows_to_ask(config: Config, data: Data, batches: Batches, max_steps: int) ->
     return asked
 
 
-def build_student(config: Config, device: torch.device, max_length: int) -> Any:
-    """Load the student with its master weights on a device. Raises ConfigError or ModelError."""
+def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
+    """Load the student with what is trained in fp32 (or fp64) on its device. Raises KdxError.
+
+    A base that is frozen beside adapters is in the dtype that it computes in, or quantised.
+    """
+    adapter, device = config.adapter, machine.device
+    is_adapted, quantised = adapter.name != "none", dict[str, Any]()
+    if is_adapted and adapter.quantization != "none":
+        quantised = {"quantization": adapter.quantization, "device_map": str(device)}
+    dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
+    if quantised and device.type == "cpu":
+        raise MachineError("adapter.quantization", f"is {adapter.quantization}, which needs a GPU", "Use adapter=lora")
+    if is_adapted and config.student.init != "pretrained":
+        log.warning("the student is %s: it must move further than adapters can take it", config.student.init)
     student: Any = load_student(
         config.student,
         config.teacher,
-        dtype=torch.float64 if config.train.precision == "fp64" else torch.float32,
+        dtype=DTYPES.get(machine.mixed_precision, dtype) if is_adapted else dtype,
         attn_implementation=attention_for(config.student, device, max_length),
         seed=config.train.seed,
+        **quantised,
     )
-    student = student.to(device)
+    student = student if quantised else student.to(device)
+    if is_adapted:
+        add_adapter(student, adapter, config.student.path, config.train.seed)
+    elif adapter_base(Path(config.student.path or "")):
+        what = f"{config.student.path} is a LoRA adapter"
+        raise ConfigError("student.path", what, "Add adapter=lora: it is loaded with its base, and trained further")
     if config.train.use_liger_kernel:
         with_liger_kernels(student, device)
     if config.train.gradient_checkpointing:

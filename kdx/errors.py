@@ -15,7 +15,8 @@ MACHINE = (
 )  # fmt: skip
 MEMORY = (
     "In this order: lower train.micro_batch_size, train.gradient_checkpointing=true, train.precision=bf16, "
-    "optim=adamw_8bit, teacher.quantization=8bit, teacher.store=on (once filled, the teacher is not loaded)"
+    "optim=adamw_8bit, adapter=lora, teacher.quantization=8bit, teacher.store=on (once filled, the teacher is not "
+    "loaded). kdx check with the same words says what fits"
 )
 NO_MEMORY = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory", "alloc_failed")
 SHOWN = 20  # invalid rows that are printed; the rest are counted

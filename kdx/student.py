@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kdx.adapter import is_adapted, trained
 from kdx.causal_lm import generation_config, load_causal_lm, load_config, loading, locate, ready, stop_ids
 from kdx.config import ModelConfig, StudentConfig, TeacherConfig
 from kdx.cut import cut, stored_tensors
@@ -18,10 +20,17 @@ log = logging.getLogger(__name__)
 
 
 def load_student(
-    config: StudentConfig, teacher: TeacherConfig, *, dtype: torch.dtype, attn_implementation: str | None, seed: int
+    config: StudentConfig,
+    teacher: TeacherConfig,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    seed: int,
+    **quantised: Any,
 ) -> PreTrainedModel:
     """Return the student in eval mode, its master weights in `dtype`. Raises ConfigError or ModelError.
 
+    quantised: how load_causal_lm quantises a pretrained base, and where it then is.
     Its generation config is left as its model's, or as that of the teacher it is cut from.
     """
     source, group = _source(config, teacher)
@@ -29,7 +38,7 @@ def load_student(
     if getattr(shape, "quantization_config", None):
         raise ModelError(f"{group}.path", f"{source.path} is quantised and cannot be trained", "Use its full weights")
     if config.init == "pretrained":
-        model = load_causal_lm(config, "student", dtype=dtype, attn_implementation=attn_implementation)
+        model = load_causal_lm(config, "student", dtype=dtype, attn_implementation=attn_implementation, **quantised)
     elif config.init == "cut":
         model = cut(teacher, config.layers, dtype=dtype, attn_implementation=attn_implementation)
     else:
@@ -78,7 +87,14 @@ def saved_dtype(config: StudentConfig, teacher: TeacherConfig) -> str:
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast a student's weights to the dtype it is saved in, or to bfloat16 if float16 would overflow."""
-    weights = [tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()]
+    if getattr(model, "hf_quantizer", None):
+        return  # saved as an adapter alone
+    adapters = set(map(id, trained(model).values())) if is_adapted(model) else ()  # stay in float32, as peft loads them
+    weights = [
+        tensor
+        for tensor in model.state_dict(keep_vars=True).values()
+        if tensor.is_floating_point() and id(tensor) not in adapters
+    ]
     if dtype == torch.float16 and any(weight.detach().half().isinf().any() for weight in weights):
         log.warning("the student is saved as bf16: some of its weights are too large for fp16")
         dtype = torch.bfloat16
@@ -89,7 +105,8 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def describe(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Write what makes a folder with weights a model's: config, generation config, tokenizer with chat template."""
-    for part in (model.config, model.generation_config, tokenizer):
+    parts = (tokenizer,) if is_adapted(model) else (model.config, model.generation_config, tokenizer)
+    for part in parts:
         part.save_pretrained(folder)
 
 
@@ -100,6 +117,8 @@ def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """
     with saving("the student", folder), whole_folder(folder) as beside:
         model.save_pretrained(beside)
+        if is_adapted(model):  # it wrote the adapter alone
+            model.generation_config.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
 
 
@@ -109,6 +128,11 @@ def load_saved(folder: Path, model: PreTrainedModel) -> None:
     Transformers reads it: some models name their tensors otherwise on disk (GPT-NeoX, mixtures of experts).
     """
     with loading(str(folder), "student", str(folder)):
+        if is_adapted(model):
+            saved = load_file(folder / "adapter_model.safetensors")
+            keys = {name: f"base_model.model.{name.replace('.default.', '.')}" for name in trained(model)}
+            model.load_state_dict({name: saved[key] for name, key in keys.items()}, strict=False)
+            return
         saved = type(model).from_pretrained(folder, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
 

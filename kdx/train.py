@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from kdx.adapter import dequantise, is_adapted, merge_adapter
+from kdx.causal_lm import DTYPES
 from kdx.config import Config, TrainConfig, unmeasured
 from kdx.data.batches import Batches, StepBatch
 from kdx.data.encode import Data
@@ -30,12 +32,12 @@ from kdx.run.files import fsync
 from kdx.run.folder import RunFolder
 from kdx.run.signals import Stopped, StopRequest
 from kdx.run.tracking import Tracker
-from kdx.student import describe, load_saved, saved_dtype
+from kdx.student import cast, describe, load_saved, saved_dtype
 from kdx.teacher import Teacher
 
 log = logging.getLogger("kdx")
 
-LIBRARIES = ("kdx", "torch", "transformers", "accelerate", "tokenizers", "bitsandbytes")
+LIBRARIES = ("kdx", "torch", "transformers", "accelerate", "tokenizers", "bitsandbytes", "peft")
 HINT = "Lower optim.lr, raise optim.warmup_steps, use train.precision=fp32, or train.on_nonfinite=skip"
 PULL_NAMES = ("grad_kd", "grad_ce", "grad_cosine", "effective_alpha")
 TERMS = {"kd": "the distillation term", "ce": "the cross-entropy"}
@@ -102,6 +104,9 @@ class Training:
         self.versions = {name: version(name) for name in LIBRARIES}
         self.versions["teacher.store"] = "on" if self.teacher and self.teacher.store else "off"
         self.versions["precision"] = plain if mixed == "no" else f"{mixed} autocast over fp32 weights"
+        if is_adapted(self.student):
+            base = config.adapter.quantization if config.adapter.quantization != "none" else str(self.student.dtype)[6:]
+            self.versions["precision"] += f", beside a frozen base in {base}"
         self.save_dtype = saved_dtype(config.student, config.teacher)
         self.state = State(versions=self.versions)
         self.is_finished = False
@@ -110,9 +115,12 @@ class Training:
 
     def restore(self, folder: RunFolder) -> bool:
         """Load a finished training, or the newest whole checkpoint → False at step 0. Raises KdxError."""
+        config = self.config.adapter
         trained, saved = folder.kept("trained.json"), folder.path / "student"
         if trained and trained["max_steps"] == self.max_steps and saved.is_dir():
             self.state, self.is_finished = self._read_state(trained["state"], folder.path / "trained.json"), True
+            if is_adapted(self.student) and config.save == "merged":
+                self.as_saved()
             load_saved(saved, self.student)
             log.info("training is finished: %s", saved)
         else:
@@ -252,6 +260,15 @@ class Training:
         if self.machine.scaler is not None:  # it has unscaled the gradients, and waits for the step
             self.machine.scaler.update()
         log.warning("step %d is skipped: %s", state.step + 1, what)
+
+    def as_saved(self) -> None:
+        """Give the whole student the form it is saved in: its dtype, and adapters merged unless they are saved alone."""
+        student, dtype, adapter = self.student, DTYPES[self.save_dtype], self.config.adapter
+        if is_adapted(student) and adapter.save == "merged":
+            if adapter.quantization != "none":
+                dequantise(student, adapter, self.config.student)
+            merge_adapter(student, torch.float32 if dtype == torch.float16 else dtype)
+        cast(student, dtype)
 
     @property
     def kept_step(self) -> int:

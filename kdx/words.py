@@ -8,9 +8,12 @@ from importlib import import_module
 from pathlib import Path
 
 CONF = Path(import_module("kdx.conf").__path__[0]).resolve()
-CHOICES = ("teacher", "student", "data", "loss", "optim", "experiment", "recipe", "pair")
+CHOICES = ("teacher", "student", "data", "loss", "optim", "adapter", "experiment", "recipe", "pair")
 OPTIONAL = CHOICES[-3:]  # groups of which nothing may be chosen
-RENAMED = {"train.eval_every": "eval.every", "data.system": "data.system_prompt"}  # keys under their old names, which still work
+RENAMED = {
+    "train.eval_every": "eval.every",
+    "data.system": "data.system_prompt",
+}  # keys under their old names, which still work
 
 # kdx's name: the names that it has in HF Trainer, TRL, peft, axolotl, Lightning and papers.
 MEANT = {
@@ -60,7 +63,12 @@ MEANT = {
     "hydra.run.dir": "run.dir output_dir out_dir save_dir default_root_dir logging_dir",
     "run.resume": "resume_from_checkpoint ckpt_path",
     "loss.beta, with loss=jsd": "beta",
-    "optim=adamw_8bit": "optim=adamw_bnb_8bit optim=paged_adamw_8bit optim=adamw8bit adamw_bnb_8bit",
+    "optim=adamw_8bit": "optim=adamw_bnb_8bit optim=adamw8bit adamw_bnb_8bit",
+    "adapter=lora": "use_peft use_lora peft_config lora adapter=peft",
+    "adapter=lora adapter.r": "lora_r lora_rank",
+    "adapter=lora adapter.target_modules": "lora_target_modules lora_target_linear target_modules",
+    "adapter=qlora": "use_qlora qlora",
+    "optim=paged_adamw_8bit": "optim=paged_adamw optim=paged_adamw8bit",
     "sweep.workers=2": "n_jobs hydra/launcher=parallel hydra/launcher=joblib",
     "optim=adamw": "optim=adamw_torch optim=adamw_torch_fused optim=adam",
     "loss=forward_kl": "loss=kl loss=kld loss=kl_div loss=fkl",
@@ -70,9 +78,8 @@ MEANT = {
     "teacher=none": "teacher=null",
 }
 _NONE = {
-    "kdx has no LoRA yet and trains all weights": "lora_r lora_alpha lora_dropout lora_target_modules use_peft use_lora "
-    "peft_config adapter target_modules lora_target_linear modules_to_save task_type",
     "kdx trains on the rows of the data set, and not yet on the student's own answers": "lmbda on_policy seq_kd max_new_tokens rollout",
+    "adapters stand beside linear layers alone": "modules_to_save task_type",
     "rows are grouped by length, so packing would save little": "packing sample_packing",
     "several GPUs are used through torchrun or accelerate launch, sharded by FSDP": "deepspeed fsdp fsdp_config strategy",
     "nothing is uploaded; the student is in the run folder's student/": "push_to_hub hub_model_id hub_token",

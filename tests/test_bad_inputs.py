@@ -148,7 +148,7 @@ def no_numbers(folder: Path) -> None:
 MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "student.path: cannot load the model in bad: Error no file named model.safetensors, * bad has: config.json, *"),
     "no tensor": (no_tensor, "student.path: bad lacks 1 tensors, the first transformer.ln_f.weight. They would be random: use a complete checkpoint"),
-    "adapter": (adapter, "student.path: bad is a LoRA adapter, which kdx would ignore. Merge it first: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"),
+    "adapter": (adapter, "student.path: bad is an adapter that names no base. Add base_model_name_or_path to its config"),
     "other tokenizer": (other_tokenizer, "tokenizer: teacher and student differ at 2 of * ids, the first is 300: *. Choose a teacher and a student with the same tokenizer"),
     "damaged": (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64), "student.path: cannot load the model in bad: *. Copy the weights again; from git: git lfs pull"),
     "a pickle": (pickled, "student.path: cannot load the model in bad: Weights only load failed. *"),

@@ -278,8 +278,10 @@ def test_what_cannot_be_loaded_is_one_line_with_the_librarys_own_words(folder, m
 
 def test_an_adapter_is_refused(folder):
     (folder / "adapter_config.json").touch()
-    with pytest.raises(ModelError, match="is a LoRA adapter, which kdx would ignore"):
+    with pytest.raises(ModelError, match="is an adapter that names no base"):
         load(folder)
+    with pytest.raises(ModelError, match=r"is a LoRA adapter\. Name its base, and teacher\.adapter="):
+        causal_lm.locate(given(path=str(folder)), "teacher")
 
 
 # ---- speed

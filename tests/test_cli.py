@@ -152,7 +152,7 @@ def test_a_mistake_is_one_clear_line(composer, word, says):
         "output_dir": "Did you mean hydra.run.dir?",
         "metric_for_best_model": "Did you mean train.keep=best",
         "seed": "Did you mean train.seed or data.seed?",
-        "lora_r": "No equivalent: kdx has no LoRA yet",
+        "lora_r": "Did you mean adapter=lora adapter.r?",
         "teacher.model_name_or_path": "Did you mean teacher=hf teacher.path?",
         "losss": "Did you mean loss=NAME?",
         "kd_ratio": "Did you mean loss.alpha?",

@@ -19,6 +19,7 @@ NEEDS = {  # what an option cannot have a value for
     "teacher/none": ["student=hf", "student.path=x", "loss=cross_entropy"],
     "student/hf": ["student.path=x"],
     "student/random": ["student.path=x"],
+    "adapter/qlora": ["student=hf", "student.path=x"],
     "data/custom": ["data.name=chitchat", "data.path=x.json", "data.min_turns=2", "data.max_turns=4"],
     "data/pairs": ["data.path=x.jsonl"],
     "data/messages": ["data.path=x.jsonl"],

@@ -33,7 +33,7 @@ def test_it_says_what_would_be_trained_and_trains_nothing(place, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     check.check(config_of(place, "train.max_steps=4", "train.save_every=2"), Path("run"))
     told = capsys.readouterr().out
-    for part in ("objective", "⟦", "⟧", "activations", "optimizer", "teacher", "logits", "total",
+    for part in ("objective", "⟦", "⟧", "activations", "optimizer", "teacher", "gradients", "total", "fits",
                  "lower train.micro_batch_size", "tokens in 4 steps", "checkpoints", "free"):  # fmt: skip
         assert part in told
     assert list(tmp_path.iterdir()) == []
@@ -45,15 +45,25 @@ def test_time_is_that_of_the_steps(place, made):
     assert f"about {timedelta(seconds=3 * tokens)} for {tokens:,} tokens in 5 steps" in check.time_line(training, 3.0)
 
 
-def test_the_parts_of_memory_are_those_of_their_tensors(place, made):
-    training = made(config_of(place, "train.micro_batch_size=4", "train.gradient_checkpointing=false"))
-    parts = check.memory_of_a_step(training, 100.0)
-    longest = sorted(training.data.train.lengths.tolist())[-4:]
-    assert parts["activations"] == 100.0 * 4 * longest[-1]
-    assert parts["weights and gradients"] == sum(2 * p.nbytes for p in training.student.parameters())
+def test_what_is_kept_in_memory_is_that_of_its_tensors(place, made):
+    training = made(config_of(place))
+    parts = check.kept_in_memory(training)
+    assert parts["weights"] >= sum(p.nbytes for p in training.student.parameters())
     assert parts["optimizer"] == sum(8 * p.numel() for p in training.student.parameters())
     assert parts["teacher"] >= sum(p.nbytes for p in training.teacher.model.parameters())
-    assert parts["logits of a chunk"] == 2 * 4 * 4 * longest[-1] * training.student.config.vocab_size
+
+
+def test_the_largest_micro_batch_that_fits_is_said(place, made, monkeypatch):
+    training = made(config_of(place, "train.batch_size=8", "train.micro_batch_size=1"))
+    measured = check.rises(training, 1e12)
+    assert [*measured] == [1, 2]
+    assert check.predicted(measured, 4) == 3 * measured[2] - 2 * measured[1]
+    for size, says in ((1, "=1, with"), (4, "=4, with"), (8, "=8 (the whole batch), with")):
+        free = check.predicted(measured, size) + check.kept_in_memory(training)["optimizer"] + 1
+        monkeypatch.setattr(check, "free_bytes", lambda _, free=free: free)
+        assert f"train.micro_batch_size{says}" in check.memory_lines(training)[-1]
+    monkeypatch.setattr(check, "free_bytes", lambda _: 0)
+    assert "no micro-batch" in check.memory_lines(training)[-1]
 
 
 def test_all_data_faults_are_said(place, tmp_path):
@@ -79,7 +89,7 @@ def test_the_teacher_is_timed_live_or_from_a_filled_store_and_no_row_is_kept(pla
     monkeypatch.chdir(tmp_path)
     words = words_of(place, "train.max_steps=4", "teacher.store=on", f"teacher.store_dir={tmp_path}/store")
     assert in_process(capfd, "check", *words)[0] == 0
-    assert len(asked) == 2  # to warm up, and timed
+    assert len(asked) == 2 + 4  # to warm up, timed, and for the peaks of one row and of two
     assert not list(tmp_path.glob("store/*/rows/*"))
     assert in_process(capfd, "store", "fill", *words)[0] == 0
     asked.clear()

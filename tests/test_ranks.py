@@ -25,6 +25,7 @@ from kdx.run import launch, sharding
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 WORDS = ["train.max_steps=4", "eval.every=2", "train.save_every=2", "train.keep=best", "train.precision=fp64"]
+ADAPTED = ["adapter=lora", "adapter.r=4", "train.keep=last"]
 WORDS += ["train.keep_checkpoints=true", "student.save_dtype=fp32", "optim.lr=1e-3", "data.validation=7"]
 PROGRAM = '''
 import os, signal, sys
@@ -53,7 +54,7 @@ for name, *words in eval(os.environ["RUNS"]):
     os.environ.update({"ACCELERATE_USE_FSDP": "true" if name.startswith("shards") else "false"})
     config = compose(words)
     codes.append(guarded(lambda: distill(config, Path(name)) and 0))
-sys.exit(f"exit codes {codes}" if codes != [0, 4, 0] else 0)
+sys.exit(f"exit codes {codes}" if codes != [0, 0, 4, 0] else 0)
 '''
 PLUGIN = '''
 import os
@@ -82,10 +83,11 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(own: Path) -> Path:
-    """One launch of two processes: a plain run, one that diverges in the second process, and one with FSDP."""
+    """One launch of two processes: a plain run, one of adapters, one that diverges in the second process, and one with FSDP."""
     exact = [f"student.path={own / 'llama'}", *WORDS]
     runs = [
         ["plain", *words_of(own, *exact)],
+        ["adapted", *words_of(own, *exact, *ADAPTED)],
         ["broken", *words_of(own, *exact, "loss.name=broken", "train.keep=last")],
         ["shards", *words_of(own, *exact)],
     ]
@@ -138,6 +140,15 @@ def test_two_processes_with_and_without_fsdp_are_one_run(two: Path, tmp_path: Pa
     assert "the student sharded (FSDP), fp64" in (two / "told").read_text()
 
 
+def test_two_processes_train_the_adapters_of_one(two: Path, tmp_path: Path) -> None:
+    words = [f"student.path={two / 'llama'}", *WORDS, *ADAPTED]
+    assert run_here(config_of(two, *words), tmp_path / "one") == 0
+    for file in ("student/model.safetensors", "checkpoints/step-00000002/model.safetensors"):
+        torch.testing.assert_close(
+            load_file(two / "adapted" / file), load_file(tmp_path / "one" / file), rtol=1e-6, atol=1e-9
+        )
+
+
 def test_what_is_not_finite_in_one_process_stops_all_and_is_named(two: Path) -> None:
     now = status(two / "broken")
     assert (now["state"], now["exit_code"]) == ("diverged", 4)
@@ -154,6 +165,7 @@ def test_what_is_not_finite_in_one_process_stops_all_and_is_named(two: Path) -> 
         ({"FSDP_OFFLOAD_PARAMS": "true"}, [], "FSDP_OFFLOAD_PARAMS: "),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, [], "FSDP_ACTIVATION_CHECKPOINTING: cannot be combined with FSDP"),
         ({}, ["train.compile=true"], "train.compile: "),
+        ({}, ["adapter=lora"], "adapter=lora: cannot be combined with FSDP"),
         ({}, ["optim.name=torch.Adafactor"], "optim.name=torch.Adafactor: cannot be combined with FSDP"),
         ({}, [], "ACCELERATE_USE_FSDP: needs several GPUs"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "ACCELERATE_USE_DEEPSPEED: is not supported"),

@@ -46,7 +46,7 @@ def keys(**more):
 
 def teacher(path, **more):
     rest = {"precision": "fp32", "quantization": "none", "device_map": None, "micro_batch_size": "auto"}
-    rest |= {"store": "off", "store_dir": "x", "store_limit_gb": None}
+    rest |= {"store": "off", "store_dir": "x", "store_limit_gb": None, "adapter": None}
     return TeacherConfig(**vars(given(path=str(path))) | rest | more)
 
 

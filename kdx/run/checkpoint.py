@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kdx.adapter import is_adapted, trained
 from kdx.errors import MachineError
 from kdx.run.files import digest_of, fsync, read_json, remove, saving, whole_file, whole_folder
 
@@ -133,7 +134,9 @@ def load_weights(file: Path, model: nn.Module) -> None:
 
 
 def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return each tensor once, under its first name: safetensors refuses shared memory."""
+    """Return each tensor once, under its first name: safetensors refuses shared memory. Of adapters, they alone."""
+    if is_adapted(model):
+        return {name: tensor.detach().contiguous() for name, tensor in trained(model).items()}
     seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -16,11 +16,11 @@ from typing import Any
 import xxhash
 
 from kdx import plugins
-from kdx.config import COMMIT, Config, DataConfig, ModelConfig, as_dict, leaves
+from kdx.config import COMMIT, Config, DataConfig, ModelConfig, as_dict, leaves, replaced
 from kdx.data.files import resolve_path
 from kdx.data.mix import parts_of
 from kdx.errors import shortened
-from kdx.run.files import cache_dir, digest_of, write_beside
+from kdx.run.files import cache_dir, digest_of, read_json, write_beside
 from kdx.run.redact import redact
 
 # Keys, or groups of keys, that cannot change the student.
@@ -30,7 +30,7 @@ FREE = (
 )  # fmt: skip
 CONTENTS = ("data", "teacher", "student", "tokenizer", "chat_template", "plugins")
 ROWS = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow)(\.\w+)?$")  # files of a folder that may hold rows
-WEIGHTS = ("config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin")
+WEIGHTS = ("config.json", "adapter_config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin")
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 BLOCK = 2**20  # bytes; a file that is smaller is hashed each time
 
@@ -70,6 +70,10 @@ def used(config: dict[str, Any]) -> dict[str, Any]:
     unused = [*FREE]
     if config.get("loss.alpha") == 0:  # alpha itself is what makes a baseline
         unused.append("loss.")
+    if config.get("adapter.name", "none") == "none":
+        unused.append("adapter.")
+    if config.get("teacher.adapter") is None:  # a run from before there were any has no such key
+        unused.append("teacher.adapter")
     if config.get("student.init") != "cut":
         unused.append("student.layers")
     if config.get("train.keep") == "last" and config.get("train.early_stopping.patience") is None:
@@ -153,12 +157,25 @@ def _model(model: ModelConfig, group: str, patterns: Sequence[str], place: str |
     """Hash the files of a local model that match these patterns, or name a hub model's commit."""
     if not (path := place or model.path):
         return None
+    hashes: list[str | None]
+    if adapter := getattr(model, "adapter", None):
+        parts = sorted(Path(resolve_path(adapter, "teacher.adapter")).glob("adapter_*"))
+        hashes = [*map(content_hash, parts)] or [None]  # a hub's adapter is not known
+        return _joined([_model(replaced(model, adapter=None), group, patterns, place), *hashes])
     folder = Path(resolve_path(path, f"{group}.{'tokenizer' if place else 'path'}"))
     if not folder.is_dir():
         return _commit("models", path, None if place else model.revision)
     patterns = [*patterns, *([model.gguf_file] if model.gguf_file else []), *["*.py"] * model.trust_remote_code]
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    return _joined([f"{file.name}:{content_hash(file)}" for file in files])
+    hashes = [f"{file.name}:{content_hash(file)}" for file in files]
+    if base := adapter_base(folder):
+        hashes.append(_model(replaced(model, path=base), group, patterns))
+    return _joined(hashes)
+
+
+def adapter_base(folder: Path) -> str | None:
+    """Return the model that an adapter folder stands beside; None if it is no adapter folder."""
+    return read_json(folder / "adapter_config.json").get("base_model_name_or_path")
 
 
 def model_digest(model: ModelConfig, group: str) -> str | None:

@@ -100,9 +100,10 @@ def _stops(config: Config, training: Any) -> str:
 def _origin(config: Config) -> str:
     """Say what the student is made of."""
     layers = config.student.layers
+    adapter = f", LoRA adapters of rank {config.adapter.r}" if config.adapter.name != "none" else ""
     if config.student.init == "cut":
-        return f"{layers if isinstance(layers, int) else len(layers or ())} layers cut from the teacher"
-    return "fresh weights" if config.student.init == "random" else public_name(config.student)
+        return f"{layers if isinstance(layers, int) else len(layers or ())} layers cut from the teacher" + adapter
+    return ("fresh weights" if config.student.init == "random" else public_name(config.student)) + adapter
 
 
 def next_commands(run_dir: Path, config: Config, record: Record, *, has_samples: bool) -> list[str]:
@@ -195,9 +196,12 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     """Write the student's README.md: metadata that the hub reads, how it was made, and how well it does."""
     teacher, student, run, rows = config.teacher, config.student, summary["run"], public_name(config.data)
     base = teacher if student.init == "cut" else student
+    is_adapter = config.adapter.name != "none" and config.adapter.save == "adapter"
+    relation: dict[str, Any] = {"base_model_relation": "adapter"} if is_adapter else {}
     metadata = ModelCardData(
-        base_model=public_name(base), license=base.license or "unknown", library_name="transformers",
+        base_model=public_name(base), license=base.license or "unknown", library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation", datasets=[rows], tags=["distillation", "kdx"],
+        **relation,
     )  # fmt: skip
     title = f"A student of {public_name(teacher)}" if teacher.path else f"{public_name(student)}, fine-tuned"
     table = "\n".join(f"| {' | '.join(row)} |" for row in measures(summary))

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kdx.adapter import is_adapted, trained
 from kdx.causal_lm import DTYPES
 from kdx.data.encode import Data
 from kdx.errors import DivergedError, MachineError
@@ -16,7 +17,7 @@ from kdx.run import checkpoint, report
 from kdx.run.files import in_bytes, usage_of, write_beside, write_json
 from kdx.run.folder import RunFolder
 from kdx.run.tracking import CONSOLE, Tracker, log
-from kdx.student import cast, save_student
+from kdx.student import save_student
 from kdx.train import HINT, Training, num_bytes
 
 FEW_TOKENS = 2000  # below so many counted held-out tokens, measures vary more than most choices move them
@@ -37,12 +38,14 @@ def facts(data: Data, training: Training) -> dict[str, Any]:
 def bytes_on_disk(training: Training) -> tuple[int, int, int]:
     """Estimate the bytes of the student, of the best weights so far, and of a checkpoint; 0 for what is not saved."""
     student, config = training.student, training.config
-    num, itemsize = student.num_parameters(), student.dtype.itemsize
-    saved = DTYPES[training.save_dtype].itemsize
-    best = num * itemsize if config.train.keep == "best" else 0
+    weights = student.num_parameters() * DTYPES[training.save_dtype].itemsize
+    tensors = list((trained(student) if is_adapted(student) else dict(student.named_parameters())).values())
+    num, one = sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
+    best = one if config.train.keep == "best" else 0
     is_saved = config.train.save_every or config.train.save_minutes
-    moments = round(num * state_bytes(config.optim, next(student.parameters()))) if is_saved else 0
-    return num * saved, best, num * itemsize + best + moments if is_saved else 0
+    moments = round(num * state_bytes(config.optim, tensors[0])) if is_saved else 0
+    student_bytes = one if is_adapted(student) and config.adapter.save == "adapter" else weights
+    return student_bytes, best, one + best + moments if is_saved else 0
 
 
 def check_room(training: Training, path: Path) -> None:
@@ -90,7 +93,7 @@ def keep_student(training: Training, folder: RunFolder) -> None:
         log.info("stopped early, after step %d: no better measure since step %d", state.step, state.best_step)
     if training.kept_step < state.step:
         log.info("the student has the weights of step %d, the best measured (train.keep=best)", training.kept_step)
-    cast(training.student, DTYPES[training.save_dtype])
+    training.as_saved()
     if training.is_finished or training.max_steps == 0:
         return
     if training.machine.is_main_process:

@@ -1,0 +1,103 @@
+"""LoRA adapters beside a model's linear layers: add or load them, merge them, save them alone (peft, via transformers).
+
+Hu et al., 2021, arXiv:2106.09685; over a quantised base: Dettmers et al., 2023, arXiv:2305.14314.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdx.causal_lm import load_causal_lm, loading
+from kdx.config import AdapterConfig, StudentConfig
+from kdx.data.files import resolve_path
+from kdx.errors import ConfigError, one_line
+from kdx.run.identity import adapter_base
+
+
+def is_adapted(model: Any) -> bool:
+    """Return whether adapters stand beside a model's layers."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that are trained, by name."""
+    return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def add_adapter(model: Any, config: AdapterConfig, path: str | None, seed: int) -> None:
+    """Freeze a student and put adapters beside the linear layers of its text model; they begin as nothing.
+
+    path: of the student; if it is an adapter folder, that adapter is loaded and trained further.
+    Adapters are in float32, or in float64 beside a float64 base. Raises ConfigError or ModelError.
+    """
+    from peft import LoraConfig  # late: importing it takes a second
+
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    folder = Path(resolve_path(path, "student.path")) if path else None
+    if folder and adapter_base(folder):
+        load_adapter(model, folder, "student.path")
+        for name in ("r", "lora_alpha"):
+            if (has := getattr(model.peft_config["default"], name)) != (asked := getattr(config, name)):
+                what = f"is {asked:g}, but the adapter in {folder} has {has:g}"
+                raise ConfigError(f"adapter.{name}", what, f"Set adapter.{name}={has:g}")
+    else:
+        text = set(map(id, model.get_decoder().modules()))
+        outside = [name for name, module in model.named_modules() if name and id(module) not in text]
+        is_multimodal = model.config.get_text_config() is not model.config
+        settings = config.model_dump(include={"r", "lora_alpha", "lora_dropout", "target_modules"})
+        lora = LoraConfig(**settings, exclude_modules=outside if is_multimodal else None)
+        try:
+            with warnings.catch_warnings():  # as of GPT-2's weights, which are transposed: peft sees that itself
+                warnings.simplefilter("ignore")
+                model.add_adapter(lora)
+        except (TypeError, ValueError) as error:
+            hint = "Name layers of the model: adapter.target_modules=[q_proj,v_proj]"
+            raise ConfigError("adapter.target_modules", one_line(error), hint) from error
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if hasattr(part, "base_layer"):
+            what = "names the embeddings or the output head, which the loss reads without an adapter"
+            raise ConfigError("adapter.target_modules", what, "Choose all-linear, or layers of the backbone")
+    for tensor in trained(model).values():
+        tensor.data = tensor.data.to(torch.promote_types(model.dtype, torch.float32))
+    model.eval()
+
+
+def load_adapter(model: Any, folder: Path, key: str) -> None:
+    """Load an adapter folder into a model and train it further. Raises ModelError."""
+    with loading(str(folder), "adapter", key):
+        model.load_adapter(str(folder), is_trainable=True)
+
+
+def merge_adapter(model: Any, dtype: torch.dtype) -> None:
+    """Add adapters to the weights they stand beside, in place: an ordinary model is left. dtype: of the sums."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [(name, part) for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
+    for name, layer in reversed(layers):  # a mixture's experts have an adapter inside an adapter
+        base = layer.get_base_layer()
+        for weight in base.parameters(recurse=False):
+            weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+        layer.merge()
+        for weight in base.parameters(recurse=False):
+            weight.data = weight.data.to(dtype)
+        model.set_submodule(name, base)
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+
+
+def dequantise(model: Any, config: AdapterConfig, student: StudentConfig) -> None:
+    """Put the base as it was before it was quantised, in bfloat16, under a student's adapters."""
+    adapters, device = trained(model), model.device
+    attention = model.config._attn_implementation
+    plain: Any = load_causal_lm(student, "student", dtype=torch.bfloat16, attn_implementation=attention)
+    add_adapter(plain, config, student.path, seed=0)
+    plain.load_state_dict({name: tensor.cpu() for name, tensor in adapters.items()}, strict=False)
+    for name, part in plain.named_children():
+        setattr(model, name, part.to(device))
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    vars(model).pop("quantization_method", None)  # with it, transformers refuses to move or save the model
