@@ -169,6 +169,7 @@ CASES = {
     "a variable of the template": Case(chat(ASK, SAY, date_string="May"), "llama", reads="Today is May"),
     "the clock": Case(chat(ASK, SAY), "llama", reads="Today is 26 Jul 2024"),
     "another day": Case(chat(ASK, SAY), "llama", reads="Today is 01 Feb 2025", options={"template_date": "2025-02-01"}),
+    "a column named as a token": Case(chat(ASK, SAY, bos_token="no"), "llama", says=["column bos_token"], reads="<|begin|>"),
     "a system column": Case(chat(ASK, SAY, system="Be brief."), reads="system\nBe brief."),
     "a system prompt": Case(chat(ASK, SAY, city="Oslo"), reads="You are in Oslo.", options={"system_prompt": "You are in {{ city }}."}),
     # ---- contents

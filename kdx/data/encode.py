@@ -48,6 +48,7 @@ CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")  # a te
 JOINED_BY_END_OF_TEXT = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 FALLBACK = "turns joined by the end-of-text token"
 
+NOT_COLUMNS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "dict", "range"}
 COUNTERS = ("dropped", "changed", "said", "unused")
 Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of its words, end
 
@@ -514,8 +515,8 @@ def names_in(template: str) -> Names:
     """Find what a chat template reads. Names of message keys are any words in it."""
     plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
     tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-    variables = jinja2.meta.find_undeclared_variables(tree) - {"messages", "add_generation_prompt"}
-    return Names(frozenset(variables), frozenset(re.findall(r"\w+", template)))
+    variables = {name for name in jinja2.meta.find_undeclared_variables(tree) if not name.endswith("_token")}
+    return Names(frozenset(variables - NOT_COLUMNS), frozenset(re.findall(r"\w+", template)))
 
 
 def beginning(tokenizer: Any) -> list[int]:
