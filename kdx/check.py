@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import groupby
@@ -13,7 +14,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdx import plugins
+from kdx import plugins, weigh
 from kdx.adapter import trained
 from kdx.config import Config
 from kdx.data.batches import Row, collate
@@ -32,14 +33,19 @@ MOST_READ = 1000  # rows among which the one with most turns is looked for
 LONGEST_SHOWN = 1200  # characters of the row that is shown
 
 
-def check(config: Config, path: Path, record: Record | None = None) -> None:
-    """Say what a run of this config in a folder would be. Raises KdxError for all that the run would refuse."""
+def check(
+    config: Config, path: Path, record: Record | None = None, points: Sequence[tuple[Config, list[str]]] = ()
+) -> list[weigh.Row]:
+    """Say what a run of this config in a folder would be. Raises KdxError for all that the run would refuse.
+
+    points: those of a sweep that differ from it in alpha and temperature, with their words: what alpha weighs there.
+    """
     quiet_libraries()
     plugins.load()
     machine, record = build_accelerator(config), record or Record()
     with logging_to(None, machine.is_main_process), prepared(config, record, machine) as training:
         if not machine.is_main_process:
-            return
+            return []
         for line in report.header(config, record, training.data, training):
             log.info(line)
         for what, row in rows_to_show(training).items():
@@ -53,6 +59,7 @@ def check(config: Config, path: Path, record: Record | None = None) -> None:
         for line in [*disk_lines(training, path), time_line(training, seconds)]:
             log.info(line)
         results.check_room(training, path)  # may raise, so everything else is printed first
+        return weigh.weighed(training, points, record.swept) if points else []
 
 
 def rows_to_show(training: Training) -> dict[str, Row]:

@@ -118,15 +118,23 @@ def _main(argv: list[str]) -> int:
 def _check(plan: "Plan") -> int:
     from kdx.check import check
     from kdx.run.folder import Record
-    from kdx.run.identity import config_identity
+    from kdx.run.identity import canonical, config_identity
 
-    seen: list[dict[str, Any]] = []
+    groups: dict[str, list[Any]] = {}
     for point in plan.points:  # alpha and temperature change neither data nor memory nor time
         same = config_identity(point.config) | {"loss.alpha": point.config.loss.alpha > 0, "loss.temperature": None}
-        if same not in seen:
-            seen.append(same)
-            print("", *(word for word in point.words if key_of(word) in plan.swept), flush=True)
-            check(point.config, plan.folder, Record(point.words, plan.swept, point.sources))
+        groups.setdefault(canonical(same), []).append(point)
+    is_loss_swept, rows = plan.is_sweep and any(key.split(".")[0] == "loss" for key in plan.swept), []
+    for points in groups.values():
+        first = points[0]
+        print("", *(word for word in first.words if key_of(word) in plan.swept), flush=True)
+        taught = [(p.config, p.words) for p in points if is_loss_swept and p.config.loss.alpha > 0]
+        rows += check(first.config, plan.folder, Record(first.words, plan.swept, first.sources), taught)
+    if rows:
+        from kdx import weigh
+
+        alphas = sorted({point.config.loss.alpha for point in plan.points} - {0.0})
+        weigh.show(rows, alphas, Path("outputs/check") / str(plan.points[0].config.sweep.name))
     return 0
 
 

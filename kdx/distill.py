@@ -24,7 +24,7 @@ from kdx.data.encode import Data, load_data
 from kdx.data.sources import check_source
 from kdx.errors import ConfigError, MachineError, together
 from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, Judge
-from kdx.objective import Mix, Objective, check_loss
+from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
 from kdx.run import report, results
 from kdx.run.folder import Record, RunFolder
@@ -125,10 +125,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         student = build_student(config, machine, max_length)
         teach_to_stop(student, tokenizer, data.stops)
         heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
-        loss = config.loss
-        ends = (loss.alpha_end, loss.temperature_end)
-        mix = Mix(loss.name, loss.alpha, loss.temperature, loss.scale_by_temperature, loss.options, *ends)
-        objective = Objective(student, check_heads(shared.num_ids, heads), mix)
+        objective = Objective(student, check_heads(shared.num_ids, heads), mix_of(config.loss))
         parts = (config, data, tokenizer, max_length, batches, max_steps, measured_at, teacher, objective, machine)
         yield Training(*parts)
 

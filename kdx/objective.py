@@ -87,6 +87,12 @@ class Mix:
         return f"loss = {kd}{ce}"
 
 
+def mix_of(config: LossConfig) -> Mix:
+    """Return the mix that a config asks for."""
+    numbers = (config.alpha, config.temperature, config.scale_by_temperature, config.options)
+    return Mix(config.name, *numbers, config.alpha_end, config.temperature_end)
+
+
 def check_loss(config: LossConfig) -> None:
     """Refuse a divergence or options that the registry does not know. Raises ConfigError."""
     name, options = config.name, config.options

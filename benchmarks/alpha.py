@@ -1,0 +1,63 @@
+"""Equal effective alphas beside equal nominal ones: three divergences and three temperatures on the default pair.
+
+    python benchmarks/alpha.py [--shares 0.25 0.5] [--nominal 0.3 0.7] [--out outputs/alpha] [words of kdx ...]
+
+Asks `kdx check` how strongly each term pulls, chooses for each divergence and temperature the alphas with these effective
+ones, runs them beside the nominal ones in one sweep folder, the two best again with a second seed, and compares all of
+them. What is done is not run again: the same command goes on where it stopped. Some four minutes a run.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+NAMES, TEMPERATURES = ("forward_kl", "reverse_kl", "jsd"), (1, 2, 4)
+
+
+def kdx(*words: str) -> None:
+    """Run kdx; jobs that failed (exit code 5) leave the others to compare."""
+    code = subprocess.run([sys.executable, "-m", "kdx", *words], check=False).returncode
+    if code not in (0, 5):
+        raise SystemExit(code)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--nominal", type=float, nargs="*", default=[0.7])
+    parser.add_argument("--best", type=int, default=2, help="points that are run with a second seed")
+    parser.add_argument("--out", type=Path, default=Path("outputs/alpha"))
+    args, words = parser.parse_known_args()
+    grid = [f"loss={','.join(NAMES)}", f"loss.temperature={','.join(map(str, TEMPERATURES))}", "loss.alpha=0.3,0.7"]
+    kdx("check", "-m", *grid, "sweep.name=alpha", *words)
+    found = json.loads(Path("outputs/check/alpha/check.json").read_text(encoding="utf-8"))["rows"]
+    points: list[list[str]] = []
+    for row in found:
+        kd, ce, name = row["grad_kd"], row["grad_ce"], row["divergence"].split()[0]
+        even = [share * ce / (share * ce + (1 - share) * kd) for share in args.shares]
+        for alpha in [*args.nominal, *even]:
+            points.append([f"loss={name}", f"loss.temperature={row['temperature']:g}", f"loss.alpha={alpha:.4g}"])
+    for point in points:
+        run(point, "0", args.out, words)
+    kdx("loss=cross_entropy", "train.seed=0", f"hydra.run.dir={args.out}/baseline", *words)
+    kdx("compare", str(args.out))
+    students = json.loads((args.out / "compare.json").read_text(encoding="utf-8"))["tables"][0]["students"]
+    best = [run_name for s in students if not s["baseline"] for run_name in s["runs"].split()[:1]][: args.best]
+    for point in points:
+        if folder_of(point, "0") in best:
+            run(point, "1", args.out, words)
+    kdx("compare", str(args.out))
+
+
+def folder_of(point: list[str], seed: str) -> str:
+    return "_".join(word.partition("=")[2] for word in point) + f"_seed-{seed}"
+
+
+def run(point: list[str], seed: str, out: Path, words: list[str]) -> None:
+    kdx(*point, f"train.seed={seed}", f"hydra.run.dir={out / folder_of(point, seed)}", "teacher.store=on", *words)
+
+
+if __name__ == "__main__":
+    main()
