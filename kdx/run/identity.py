@@ -94,9 +94,7 @@ def may_differ(key: str, was: Any, now: Any, config: Config) -> bool:
     if key in ("train.max_steps", "train.epochs"):
         name, warmup = config.optim.schedule, config.optim.warmup_steps
         is_constant = name == "constant" or (name == "constant_with_warmup" and (warmup >= 1 or warmup == 0))
-        is_auto = (
-            "eval.every" in used(leaves(as_dict(config))) and config.eval.every == "auto"
-        )  # it depends on the steps
+        is_auto = config.eval.every == "auto" and "eval.every" in config_identity(config)  # depends on these
         return is_constant and not is_auto and was is not None and now is not None and now > was
     if key == "train.max_nonfinite":
         return was is None or (now is not None and now > was)

@@ -76,7 +76,7 @@ def _model(model: ModelConfig) -> str:
 def _student(config: Config) -> str:
     layers, init = config.student.layers, config.student.init
     if init == "cut":
-        return f"{layers} layers" if isinstance(layers, int) else f"layers {canonical(layers)}"
+        return f"{layers if isinstance(layers, int) else len(layers or ())} layers"
     return "fresh " * (init == "random") + _model(config.student)
 
 
