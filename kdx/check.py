@@ -58,8 +58,8 @@ def rows_to_show(training: Training) -> dict[str, Row]:
     rows = training.data.train
     some = rows.lengths.argsort(kind="stable")
     turns = [sum(is_counted for is_counted, _ in groupby(rows[int(i)].counted)) for i in some[-MOST_READ:]]
-    numbers = {"shortest": some[0], "longest": some[-1], "busiest": some[-MOST_READ:][turns.index(max(turns))]}
-    return {what: rows[int(i)] for what, i in numbers.items()}
+    numbers = {some[-MOST_READ:][turns.index(max(turns))]: "most varied", some[0]: "shortest", some[-1]: "longest"}
+    return {what: rows[int(i)] for i, what in numbers.items()}
 
 
 def marked(tokenizer: Any, row: Row) -> str:
@@ -101,7 +101,8 @@ def cost_of_a_token(training: Training) -> tuple[float, float]:
 def memory_of_a_step(training: Training, activation_bytes: float) -> dict[str, float]:
     """Estimate what is in memory at the peak of a step, part by part."""
     student, teacher, batches = training.student, training.teacher, training.batches
-    lengths = sorted(training.data.train.lengths.tolist(), reverse=True)[: batches.micro_batch_size]
+    lengths = sorted(training.data.train.lengths.tolist(), reverse=True)
+    lengths = lengths[: max(1, (batches.micro_batch_tokens or 0) // lengths[0]) or batches.micro_batch_size]
     tokens, num = lengths[0] * len(lengths), student.num_parameters()
     parts = {
         "activations": activation_bytes * tokens,

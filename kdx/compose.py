@@ -30,6 +30,7 @@ from kdx.words import CONF, FOREIGN, OPTIONAL, RENAMED, groups_in, key_of, new_n
 SOURCES = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")  # the header says where these came from
 PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # typing one frees the other
 MODELS = ("teacher", "student")
+TEXTS = ("data.template", "data.chat_template", "data.system_prompt")  # here a typed \n is a line break
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 version.setbase("1.3")
 setup_globals()  # Hydra's resolvers: ${now:...}
@@ -137,6 +138,8 @@ class Composer:
         if word.startswith("~") or not is_assigned or key.startswith(("hydra.", "hydra/")):
             return [word]
         key = new_name(key)
+        if key.startswith(TEXTS):  # it is hard to type a line break; two backslashes and n stay
+            value = re.sub(r"(?<!\\)\\([nt])", lambda found: {"n": "\n", "t": "\t"}[found[1]], value)
         if key in OPTIONAL and value == "null":
             return [f"~{key}"]
         if key in MODELS and "/" in value and not {*value.split(",")} & {*self.groups[key]}:

@@ -115,6 +115,10 @@ class LossConfig(OpenGroup):
     temperature: Annotated[float, Field(gt=0, le=1e6)]
     """Softens both distributions in the distillation term; CE is always at 1."""
     scale_by_temperature: bool  # Multiply the distillation term by temperature² (Hinton et al., 2015)
+    alpha_end: Annotated[float, Field(ge=0, le=1)] | None
+    """What alpha moves to by the last step, in equal steps; null: it stays."""
+    temperature_end: Annotated[float, Field(gt=0, le=1e6)] | None
+    """What the temperature moves to by the last step, in equal steps; null: it stays."""
 
 
 class OptimConfig(OpenGroup):
@@ -143,6 +147,8 @@ class TrainConfig(Group):
     """Rows in one optimizer step, over all processes."""
     micro_batch_size: Positive | Literal["auto"]
     """Rows per forward pass on one device; auto is batch_size ÷ processes. Accumulation is derived."""
+    micro_batch_tokens: Positive | None
+    """Or as many rows of similar length as fit into this many tokens, padding included; the gradient is the same."""
     max_steps: Annotated[int, Field(ge=0, le=10**9)] | None
     """Optimizer steps; exactly one of max_steps and epochs. 0 measures and trains nothing."""
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None
@@ -152,6 +158,7 @@ class TrainConfig(Group):
     precision: Dtype  # Compute precision over fp32 weights; auto takes accelerate's config, else what the hardware has
     gradient_checkpointing: bool  # Recompute activations in the backward pass: less memory, about a third slower
     compile: bool  # torch.compile the student
+    use_liger_kernel: bool  # Norms, rotary embeddings and MLPs of the student by Liger's kernels, on a CUDA GPU
     log_every: Positive
     """Steps between log lines."""
     save_every: Count
@@ -265,10 +272,15 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
         found.append(("loss.alpha", what, "Choose loss=cross_entropy, or a teacher"))
     if loss.name == "cross_entropy" and loss.alpha > 0:
         found.append(("loss.alpha", f"is {loss.alpha:g}, but cross_entropy is alpha 0", "Set loss.alpha=0"))
+    if loss.alpha == 0 and loss.alpha_end:
+        found.append(("loss.alpha_end", "is set, but alpha 0 is a run without a teacher", "Begin with loss.alpha=0.01"))
     if (train.max_steps is None) == (train.epochs is None):
         both = "are both set" if train.epochs else "are both null"
         found.append(("train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"))
     micro = train.micro_batch_size
+    if isinstance(micro, int) and train.micro_batch_tokens:
+        what = "says how many tokens a micro-batch has, and train.micro_batch_size how many rows"
+        found.append(("train.micro_batch_tokens", what, "Set one of them"))
     if isinstance(micro, int) and train.batch_size % micro:
         what = f"is {train.batch_size}, not a multiple of train.micro_batch_size={micro}"
         found.append(("train.batch_size", what, f"Try {max(micro, train.batch_size // micro * micro)}"))

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_liger_kernel_available
 
 from kdx import plugins
-from kdx.causal_lm import attention_for, checkpoint_activations, head_of
+from kdx.causal_lm import attention_for, check_split, checkpoint_activations, head_of
 from kdx.config import Config, TrainConfig
 from kdx.data.batches import Batches
 from kdx.data.encode import Data, load_data
 from kdx.data.sources import check_source
-from kdx.errors import ConfigError, together
+from kdx.errors import ConfigError, MachineError, together
 from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, Judge
 from kdx.objective import Mix, Objective, check_loss
 from kdx.optim import optimizer_class
@@ -105,6 +107,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         data.train,
         batch_size=config.train.batch_size,
         micro_batch_size=micro_batch_size(config.train, machine.num_processes),
+        micro_batch_tokens=config.train.micro_batch_tokens,
         seed=config.train.seed,
         shuffle=config.data.shuffle,
         pad_id=pad_id_of(tokenizer),
@@ -121,7 +124,8 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         teach_to_stop(student, tokenizer, data.stops)
         heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
         loss = config.loss
-        mix = Mix(loss.name, loss.alpha, loss.temperature, loss.scale_by_temperature, loss.options)
+        ends = (loss.alpha_end, loss.temperature_end)
+        mix = Mix(loss.name, loss.alpha, loss.temperature, loss.scale_by_temperature, loss.options, *ends)
         objective = Objective(student, check_heads(shared.num_ids, heads), mix)
         parts = (config, data, tokenizer, max_length, batches, max_steps, measured_at, teacher, objective, machine)
         yield Training(*parts)
@@ -163,11 +167,22 @@ def build_student(config: Config, device: torch.device, max_length: int) -> Any:
         seed=config.train.seed,
     )
     student = student.to(device)
+    if config.train.use_liger_kernel:
+        with_liger_kernels(student, device)
     if config.train.gradient_checkpointing:
         checkpoint_activations(student)
     if config.train.compile:
         student.base_model.compile()
     return student
+
+
+def with_liger_kernels(student: Any, device: torch.device) -> None:
+    """Replace layers of a model by Liger's kernels, but not its loss, which is kdx's own. Raises MachineError."""
+    where, hint = "train.use_liger_kernel", "Leave it out, or: pip install liger-kernel"
+    if device.type != "cuda" or not is_liger_kernel_available():
+        raise MachineError(where, "needs a CUDA GPU and the package liger-kernel", hint)
+    apply_liger_kernel(student, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    check_split(student, "student")
 
 
 def micro_batch_size(config: TrainConfig, num_processes: int) -> int:

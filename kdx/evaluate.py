@@ -34,14 +34,25 @@ class Measures:
     """Sums over the counted positions of each held-out row, and their means over all of them."""
 
     rows: list[dict[str, Any]]  # row, counted, and the sum of each measure (None where there is no teacher)
+    sources: tuple[str, ...] = ()  # of a mixture; the id of a row begins with its source
 
     def means(self) -> dict[str, float | None]:
-        """Average each measure over all counted positions, None where it was not taken; with the perplexity of ce."""
-        counted = sum(row["counted"] for row in self.rows)
+        """Average each measure over all counted positions, None where it was not taken; with the perplexity of ce.
+
+        Those of each source of a mixture are named `SOURCE/MEASURE`.
+        """
+        means = self._means(self.rows)
+        for source in self.sources:
+            some = [row for row in self.rows if row["row"].startswith(f"{source}/")]
+            means |= {f"{source}/{name}": value for name, value in self._means(some).items()}
+        return means
+
+    def _means(self, rows: list[dict[str, Any]]) -> dict[str, float | None]:
+        counted = sum(row["counted"] for row in rows)
         means: dict[str, float | None] = dict.fromkeys((*MEASURES, "perplexity"))
         for name in MEASURES:
-            if self.rows and self.rows[0][name] is not None:
-                means[name] = math.fsum(row[name] for row in self.rows) / counted
+            if rows and rows[0][name] is not None:
+                means[name] = math.fsum(row[name] for row in rows) / counted
         if (ce := means["ce"]) is not None:
             means["perplexity"] = math.exp(min(ce, 700.0))
         return means
@@ -58,10 +69,12 @@ class Judge:
         self.run, self.stop = run, stop
         self.prompts: list[dict[str, Any]] = run.data.prompts if run.config.tracking.samples else []
         rows, like = run.data.held_out, run.batches
-        groups = by_length(rows, max(like.micro_batch_size, MIN_ROWS))[like.rank :: like.num_processes]
+        groups = by_length(rows, max(like.micro_batch_size, MIN_ROWS), like.micro_batch_tokens)
+        groups = groups[like.rank :: like.num_processes]
         self.batches = [collate([rows[i] for i in group], like.pad_id) for group in groups]
         self.answers: list[Answer] | None = None  # of the teacher, in main memory, by batch; taken once
         self.teacher_measures = Measures([])
+        self.sources = tuple(rows.sources)
 
     @torch.no_grad()
     def __call__(self, model: Any, *, as_saved: bool = False) -> Measures:
@@ -81,7 +94,7 @@ class Judge:
                 rows += _by_row(score(hidden, head, batch, self.answers[i] if self.answers else None), batch)
                 advance()
                 self.stop.check()
-        return Measures(gather_object(rows))
+        return Measures(gather_object(rows), self.sources)
 
     def _ask_teacher(self) -> None:
         """Take the teacher's answers to the held-out rows, and measure them as a student's."""
@@ -95,7 +108,7 @@ class Judge:
                 self.answers.append(answer)
                 advance()
                 self.stop.check()
-        self.teacher_measures = Measures(gather_object(rows))
+        self.teacher_measures = Measures(gather_object(rows), self.sources)
 
     def before_training(self) -> dict[str, Any]:
         """Measure and sample the teacher and the untouched student: untouched.json."""
@@ -117,7 +130,7 @@ def teacher_samples(teacher: Teacher | None, tokenizer: Any, prompts: list[dict[
     """Let the teacher answer the sample prompts, or read its answers from its store."""
     answers = []
     for prompt in prompts:
-        key = f"{MAX_NEW_TOKENS} tokens: {prompt['text']}"
+        key = f"{MAX_NEW_TOKENS} tokens, with the last: {prompt['text']}"
         text = teacher.store.load_answer(key) if teacher and teacher.store else None
         if teacher and text is None:
             text = answer(teacher.model, tokenizer, prompt["text"])
@@ -172,7 +185,7 @@ def answer(model: Any, tokenizer: Any, prompt: str) -> str:
     model.eval()
     output = model.generate(**inputs)
     model.generation_config = own
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])  # with the token that it stopped at
 
 
 def peak_memory(device: torch.device) -> int:

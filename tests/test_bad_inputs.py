@@ -56,7 +56,7 @@ def refused(place: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., lis
 PATHS = {
     "data/trian.jsonl": "data.path: data/trian.jsonl does not exist. Did you mean data/t.jsonl?",
     "t.josnl": "data.path: t.josnl does not exist on disk, and loading it from the hub failed: *. Check the name, data.subset, data.split and the network. Did you mean t.jsonl?",
-    "notes": "data.path: the folder notes has no .jsonl, .json, .csv, .parquet file of the split train. notes has: a.txt",
+    "notes": "data.path: the folder notes has no .jsonl, .json, .csv, .parquet, .arrow file of the split train. notes has: a.txt",
     "pkg:no-such-package": "3 data.path: the package no-such-package is not installed. Run: pip install --no-deps no-such-package",
 }  # fmt: skip
 WORDS: dict[tuple[str, ...], list[str]] = {
@@ -70,6 +70,7 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("data.chat_template='{% for m in messages %}{{ m.content'",): ["data.chat_template: is not Jinja: * (line 1). Fix it, or give another"],
     ("data.path=[t.jsonl,empty.jsonl]",): ["empty.jsonl: has no rows. Was the copy cut short? Copy it again, or leave it out"],
     ("train.precision=fp16",): ["3 train.precision: fp16 needs a GPU. Use train.precision=bf16 or fp32"],
+    ("train.use_liger_kernel=true",): ["3 train.use_liger_kernel: needs a CUDA GPU and the package liger-kernel. Leave it out, or: pip install liger-kernel"],
 }  # fmt: skip
 
 

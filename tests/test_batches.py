@@ -126,6 +126,20 @@ def test_any_step_can_be_reached_directly(shuffle):
                 assert torch.equal(a.positions, b.positions)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_micro_batches_of_so_many_tokens_hold_the_same_rows(processes):
+    rows = make_rows(21)
+    whole = steps(step_batches(rows, micro_batch_size=8), 0, 3)
+    options = {"micro_batch_tokens": 24, "num_processes": processes}
+    shares = [steps(step_batches(rows, rank=rank, **options), 0, 3) for rank in range(processes)]
+    for step, everything in enumerate(whole):
+        mine = [share[step] for share in shares]
+        assert sorted(row for share in mine for row in plain_rows(share) if row[0]) == plain_rows(everything)
+        assert len({len(share.micro_batches) for share in mine}) == 1
+        for batch in (batch for share in mine for batch in share.micro_batches):
+            assert batch.input_ids.numel() <= 24 or len(batch.row_ids) == 1
+
+
 @pytest.mark.parametrize(("processes", "micro"), [(1, 8), (1, 3), (2, 4), (2, 2), (4, 2), (4, 1), (8, 1)])
 def test_processes_share_the_rows_of_a_step(processes, micro):
     rows = make_rows(21)  # the last batch has 5 rows: some of 8 processes go without

@@ -317,7 +317,7 @@ class TestFiles:
 
     def test_markdown(self, six, tmp_path):
         text = (six[1] / "compare.md").read_text()
-        first = "| \\#1 τ 2, α 0.7 | ★ 0.636 | 3.351 | 0.613 | 208 | 151,000 | 0.700 | 0.3524 | "
+        first = "| \\#1 τ 2, α 0.7 | ★ 0.636 | 3.351 | 0.613 | 208 | 151,000 | 0.700 |  |  | 0.3524 | "
         assert first in text
         assert "| \\#7 baseline (alpha = 0) | +0.247 to +0.306 |  | -0.037 to +0.059 |  |" in text
         write_run(tmp_path / "a", state="failed", reason="a | b <c>")

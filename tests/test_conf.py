@@ -23,6 +23,9 @@ NEEDS = {  # what an option cannot have a value for
     "data/pairs": ["data.path=x.jsonl"],
     "data/messages": ["data.path=x.jsonl"],
     "data/sharegpt": ["data.path=x.jsonl"],
+    "data/alpaca": ["data.path=x.jsonl"],
+    "data/text": ["data.path=x.jsonl"],
+    "data/mix": ["data.sources.a={layout: text, path: x.jsonl, weight: 1}"],
 }
 
 

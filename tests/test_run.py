@@ -86,12 +86,13 @@ def test_the_summary(finished: Path) -> None:
         assert summary[who].keys() == {*MEASURES, "perplexity", "num_parameters"}
         assert summary[who]["perplexity"] == pytest.approx(math.exp(summary[who]["ce"]))
     assert summary["run"].keys() == {
-        "name", "formula", "steps", "kept_step", "stopped_by", "num_nonfinite", "other_versions", "tokens",
+        "name", "formula", "steps", "kept_step", "stopped_by", "num_nonfinite", "other_versions", "tokens", "effective_alpha_start",
+        "effective_alpha_end",
         "counted_tokens", "seconds", "seconds_per_step", "tokens_per_second", "peak_memory_bytes", "store",
     }  # fmt: skip
     assert summary["data"].keys() == {
         "num_rows", "num_validation_rows", "counted_tokens", "counted_validation_tokens", "num_dropped",
-        "num_truncated", "fingerprint", "validation_fingerprint",
+        "num_truncated", "num_noted", "num_unused", "fingerprint", "validation_fingerprint",
     }  # fmt: skip
     assert summary["environment"].keys() >= {"kdx", "torch", "precision", "teacher_digest", "git_commit", "command"}
     assert summary["run"]["steps"] == summary["run"]["kept_step"] == 4
@@ -107,6 +108,7 @@ def test_logged_losses_are_their_parts_and_rows_sum_to_the_summary(finished: Pat
         assert line.keys() == {
             "step", "tokens", "counted_tokens", "train/loss", "train/kd", "train/ce", "train/lr", "train/grad_norm",
             "train/epoch", "speed/tokens_per_second", "memory/peak_bytes",
+            "train/grad_kd", "train/grad_ce", "train/grad_cosine", "train/effective_alpha",
         }  # fmt: skip
     assert [line["step"] for line in logged if "eval/kl" in line] == [2, 4]
     rows, summary = lines(finished / "eval_rows.jsonl"), json.loads((finished / "summary.json").read_text())

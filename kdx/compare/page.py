@@ -73,6 +73,14 @@ def pictures(ranking: Ranking) -> list[Any]:
         for point, pair in pairs.items():
             draw(axes, point, point.runs[0], [pair])
         found.append(axes)
+        shades = {p: value for p in pairs if (value := p.measures["effective_alpha_end"]) is not None}
+        if len(shades) > 1:
+            axes = _axes("The same by effective alpha at the end", xlabel="KL", ylabel="CE")
+            dots = axes.scatter(*zip(*(pairs[p] for p in shades), strict=True), c=[*shades.values()], vmin=0, vmax=1)
+            for point in shades:
+                axes.annotate(f"#{point.number}", pairs[point], xytext=(4, 3), textcoords="offset points", fontsize=8)
+            axes.figure.colorbar(dots)
+            found.append(axes)
     for measure in RANKED_BY:
         axes = _axes(f"Held-out {COLUMNS[measure].heading} over tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

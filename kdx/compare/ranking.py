@@ -28,6 +28,7 @@ class Column(NamedTuple):
 COLUMNS = {  # by name in summary.json; what matters most comes first
     "kl": Column("KL", min), "ce": Column("CE", min), "agreement": Column("agreement", max),
     "steps": Column("steps", places=0), "tokens": Column("tokens", places=0), "reverse_kl": Column("reverse KL"),
+    "effective_alpha_start": Column("effective α", places=2), "effective_alpha_end": Column("at the end", places=2),
     "accuracy": Column("accuracy"), "perplexity": Column("perplexity"),
     "tokens_per_second": Column("tokens/s", places=0), "seconds": Column("seconds", places=0),
 }  # fmt: skip
@@ -35,6 +36,7 @@ RANKED_BY = ("kl", "ce")  # those of COLUMNS with a ranking: eval_rows.jsonl has
 NUM_RESAMPLES = 4000
 DIGITS = 6  # values that agree to so many decimals are tied
 SAME_BUDGET = 0.05  # relative difference in trained tokens; the order of rows alone changes a few percent
+SAME_MIXTURE = 0.03  # of effective alpha, at start and end
 SEED_KEY = "train.seed"
 MOST_KEYS = 5  # keys in a label; all that differ are in a table of their own
 BASELINE = "baseline (alpha = 0)"
@@ -212,6 +214,20 @@ def make_points(runs: Sequence[Run]) -> list[Point]:
                 point.intervals[name, "seeds"] = min(taken) - mean, max(taken) - mean
         points.append(point)
     return points
+
+
+def same_mixtures(ranking: Ranking) -> list[list[Point]]:
+    """Group students whose terms really pulled alike, whatever alpha, temperature and divergence were typed."""
+    groups: list[list[Point]] = []
+    ends = {p: [p.measures[f"effective_alpha_{end}"] for end in ("start", "end")] for p in ranking.points}
+    known = {p: tuple(e for e in pair if e is not None) for p, pair in ends.items() if not p.baseline}
+    for point in sorted((p for p in known if len(known[p]) == 2), key=lambda p: known[p][::-1]):
+        first = known[groups[-1][0]] if groups else (math.inf, math.inf)
+        if max(abs(a - b) for a, b in zip(first, known[point], strict=True)) < SAME_MIXTURE:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return [group for group in groups if len(group) > 1]
 
 
 def setting(key: str, value: Any) -> str:

@@ -8,7 +8,19 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from kdx.compare.ranking import COLUMNS, DIGITS, NUM_RESAMPLES, RANKED_BY, Comparison, Interval, Point, Ranking, shown
+from kdx.compare.ranking import (
+    COLUMNS,
+    DIGITS,
+    NUM_RESAMPLES,
+    RANKED_BY,
+    SAME_MIXTURE,
+    Comparison,
+    Interval,
+    Point,
+    Ranking,
+    same_mixtures,
+    shown,
+)
 
 APART = (
     "Measures compare only on the same held-out rows and with the same teacher in the same precision. "
@@ -36,6 +48,13 @@ def difference(interval: Interval | None) -> str:
     places = decimals([0.0, *interval])
     low, high = (round(end, places) + 0.0 for end in interval)  # + 0.0: never -0.000
     return "tied" if low == high == 0 else f"{low:+.{places}f} to {high:+.{places}f}"
+
+
+def mixtures(ranking: Ranking) -> str:
+    """Name the students whose mixture of both terms was really the same; empty if there are none."""
+    groups = ["; ".join(map(str, group)) for group in same_mixtures(ranking)]
+    what = f"Really the same mixture (effective alpha within {SAME_MIXTURE} at start and end): "
+    return what + " — ".join(groups) + "." if groups else ""
 
 
 def grid(ranking: Ranking, names: Iterable[str] = COLUMNS) -> Grid:
@@ -131,6 +150,7 @@ def as_markdown(comparison: Comparison, names: Sequence[str] = ()) -> str:
         parts += [_escaped(ranking.title), _table(grid(ranking, names or COLUMNS))]
         if not names and len(ranking.points) > 1:
             parts.append(_table(intervals(ranking)))
+            parts += [_escaped(text)] if (text := mixtures(ranking)) else []
     parts += [_escaped(CAVEAT)] if comparison.rankings else []
     parts += [_table(not_ranked(comparison))] if comparison.not_ranked else []
     return "\n\n".join(parts) + "\n"

@@ -251,6 +251,7 @@ class Batches:
     pad_id: int
     rank: int = 0
     num_processes: int = 1
+    micro_batch_tokens: int | None = None  # in place of micro_batch_size: most tokens at once, with padding
 
     @property
     def steps_per_epoch(self) -> int:
@@ -288,12 +289,13 @@ class Batches:
 
     def _step_batch(self, step: int, numbers: list[int]) -> StepBatch:
         lengths = self.rows.lengths
-        mine = sorted(numbers[self.rank :: self.num_processes], key=lambda i: lengths[i], reverse=True)
-        size = self.micro_batch_size
+        size, most = self.micro_batch_size, self.micro_batch_tokens
+        shares = [by_length(self.rows, size, most, numbers[i :: self.num_processes]) for i in range(self.num_processes)]
         # Every process runs the same number of micro-batches, if need be one that counts nothing: collectives must match.
         no_row = Row("", [self.pad_id] * 2, [False] * 2)
-        num_micro = math.ceil(math.ceil(len(numbers) / self.num_processes) / size)
-        parts = [[self.rows[i] for i in mine[k * size : (k + 1) * size]] for k in range(num_micro)]
+        num_micro = max(map(len, shares))
+        parts = [[self.rows[i] for i in part] for part in shares[self.rank]]
+        parts += [[]] * (num_micro - len(parts))
         return StepBatch(
             epoch=(step + 1) / self.steps_per_epoch,
             micro_batches=[collate(part or [no_row], self.pad_id) for part in parts],
@@ -307,7 +309,19 @@ class Batches:
         return list(dict.fromkeys(i for _, numbers in self.plan(0, steps) for i in numbers))
 
 
-def by_length(rows: Rows, batch_size: int) -> list[list[int]]:
-    """Group row numbers into batches of similar length, longest first, for passes where order does not matter."""
-    order = np.argsort(-rows.lengths, kind="stable").tolist()
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def by_length(
+    rows: Rows, batch_size: int, max_tokens: int | None = None, numbers: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Group row numbers into batches of similar length, the longest first.
+
+    batch_size: rows of a batch, or with max_tokens as many as fit into so many tokens, padding included; at least one.
+    numbers: of the rows; all by default.
+    """
+    lengths = rows.lengths
+    groups: list[list[int]] = []
+    for i in sorted(range(len(rows)) if numbers is None else numbers, key=lambda i: lengths[i], reverse=True):
+        most = max_tokens // int(lengths[groups[-1][0]]) if max_tokens and groups else batch_size
+        if not groups or len(groups[-1]) >= most:
+            groups.append([])
+        groups[-1].append(i)
+    return groups

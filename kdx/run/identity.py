@@ -16,8 +16,9 @@ from typing import Any
 import xxhash
 
 from kdx import plugins
-from kdx.config import COMMIT, Config, ModelConfig, as_dict, leaves
+from kdx.config import COMMIT, Config, DataConfig, ModelConfig, as_dict, leaves
 from kdx.data.files import resolve_path
+from kdx.data.mix import parts_of
 from kdx.errors import shortened
 from kdx.run.files import cache_dir, digest_of, write_beside
 from kdx.run.redact import redact
@@ -44,10 +45,16 @@ def identity(config: Config) -> dict[str, Any]:
     template = config.data.chat_template or ""
     groups = (("teacher", config.teacher), ("student", config.student))
     return config_identity(config) | {
-        "data": _data(config),
+        "data": _data(config.data),
         "teacher": _model(config.teacher, "teacher", WEIGHTS),
         "student": _model(config.student, "student", WEIGHTS[: 1 if config.student.init == "random" else None]),
-        "tokenizer": _joined([_model(m, name, TOKENIZER, m.tokenizer) for name, m in groups if m.tokenizer or m.path]),
+        "tokenizer": _joined(
+            [
+                _model(m, name, TOKENIZER, m.tokenizer)
+                for name, m in groups
+                if (m.tokenizer or m.path) and m.tokenizer != "teacher"
+            ]
+        ),
         "chat_template": content_hash(Path(template)) if os.path.isfile(template) else None,
         "plugins": _joined([content_hash(file) for file in plugins.files()]),
     }
@@ -94,7 +101,9 @@ def may_differ(key: str, was: Any, now: Any, config: Config) -> bool:
     if key in ("train.max_steps", "train.epochs"):
         name, warmup = config.optim.schedule, config.optim.warmup_steps
         is_constant = name == "constant" or (name == "constant_with_warmup" and (warmup >= 1 or warmup == 0))
-        is_auto = config.eval.every == "auto" and "eval.every" in config_identity(config)  # depends on these
+        is_constant &= config.loss.alpha_end is None and config.loss.temperature_end is None
+        # With eval.every=auto the steps that are measured depend on how many there are.
+        is_auto = config.eval.every == "auto" and "eval.every" in config_identity(config)
         return is_constant and not is_auto and was is not None and now is not None and now > was
     if key == "train.max_nonfinite":
         return was is None or (now is not None and now > was)
@@ -124,10 +133,12 @@ def content_hash(file: Path) -> str:
     return content
 
 
-def _data(config: Config) -> str | None:
+def _data(data: DataConfig) -> str | None:
     """Hash the files that hold rows, or name the commit of a hub data set."""
-    paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path or []
-    validation = config.data.validation
+    if data.name == "mix":
+        return _joined([_data(part) for part, _ in parts_of(data).values()])
+    paths = [data.path] if isinstance(data.path, str) else data.path or []
+    validation = data.validation
     found: list[str | None] = []
     for path in [*paths, *([validation] if isinstance(validation, str) and validation[:6] != "split:" else [])]:
         here = resolve_path(path, "data.path")

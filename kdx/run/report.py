@@ -41,6 +41,8 @@ def counts(data: Data) -> dict[str, Any]:
         "counted_validation_tokens": int(data.held_out.num_counted.sum()),
         "num_dropped": dict(data.dropped),
         "num_truncated": dict(data.changed),
+        "num_noted": dict(data.said),
+        "num_unused": dict(data.unused),
         "fingerprint": data.fingerprint,
         "validation_fingerprint": data.held_out_fingerprint,
     }
@@ -54,6 +56,8 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
     processes += ", the student sharded (FSDP)" if machine.is_fsdp2 else ""
     num_micro = batches.batch_size // (batches.micro_batch_size * machine.num_processes)
     micro = f" in {num_micro} micro-batches of {batches.micro_batch_size}" if num_micro > 1 else ""
+    if batches.micro_batch_tokens:
+        micro = f" in micro-batches of at most {batches.micro_batch_tokens:,} tokens"
     steps_from = came.get("train.epochs" if config.train.max_steps is None else "train.max_steps", "")
     length_from = came.get("data.max_length", "") if training.max_length == config.data.max_length else ""
     epochs, optim = training.max_steps / batches.steps_per_epoch, config.optim
@@ -67,7 +71,7 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
     lines["device"] = f"{machine.device}{processes}, {training.versions['precision']}"
     for name, what, rows in (("data", f"{config.data.name}: ", data.train), ("held out", "", data.held_out)):
         lines[name] = f"{what}{len(rows):,} rows, {int(rows.num_counted.sum()):,} counted tokens"
-    for name, counted in (("left out", data.dropped), ("changed", data.changed), ("read as", data.said)):
+    for name, counted in (("left out", data.dropped), ("changed", data.changed), ("notes", data.said)):
         if counted:
             lines[name] = "; ".join(f"{number:,} {rule}" for rule, number in counted.items())
     lines |= {

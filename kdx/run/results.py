@@ -85,6 +85,11 @@ def keep_student(training: Training, folder: RunFolder) -> None:
         training.student.to(training.machine.device)  # under FSDP it was loaded into main memory
     else:
         training.choose_weights(folder)
+    state = training.state
+    if state.step < training.max_steps:
+        log.info("stopped early, after step %d: no better measure since step %d", state.step, state.best_step)
+    if training.kept_step < state.step:
+        log.info("the student has the weights of step %d, the best measured (train.keep=best)", training.kept_step)
     cast(training.student, DTYPES[training.save_dtype])
     if training.is_finished or training.max_steps == 0:
         return
@@ -114,6 +119,8 @@ def finish(
         for prompt, t, u, s in zip(*columns, strict=False)
     ]  # none if tracking.samples was off when the run began
     store = training.teacher.store if training.teacher else None
+    logged = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    pulls = [value for line in logged if (value := line.get("train/effective_alpha")) is not None]
     summary = {
         "student": measures | {"num_parameters": student.num_parameters()},
         "untouched": before["untouched"],
@@ -126,6 +133,8 @@ def finish(
             "stopped_by": "early_stopping" if state.step < training.max_steps else "max_steps",
             "num_nonfinite": state.num_nonfinite,
             "other_versions": state.other_versions,
+            "effective_alpha_start": pulls[0] if pulls else None,
+            "effective_alpha_end": pulls[-1] if pulls else None,
             "tokens": state.tokens,
             "counted_tokens": state.counted_tokens,
             "seconds": time.time() - started,
@@ -148,6 +157,10 @@ def finish(
         checkpoint.remove_all(folder.path)
     tracker.finish(summary, samples)
     CONSOLE.print(report.closing_table(summary))
+    if pulls and 0 < config.loss.alpha < 1:
+        log.info(
+            "effective alpha, the teacher's share of the gradient: %.2f at first, %.2f at last", pulls[0], pulls[-1]
+        )
     if store:
         log.info(report.store_line(store))
     for line in report.next_commands(folder.path, config, tracker.record, has_samples=bool(samples)):
