@@ -10,7 +10,10 @@ from pathlib import Path
 CONF = Path(import_module("kdx.conf").__path__[0]).resolve()
 CHOICES = ("teacher", "student", "data", "loss", "optim", "experiment", "recipe", "pair")
 OPTIONAL = CHOICES[-3:]  # groups of which nothing may be chosen
-RENAMED = {"train.eval_every": "eval.every", "data.system": "data.system_prompt"}  # keys under their old names, which still work
+RENAMED = {
+    "train.eval_every": "eval.every",
+    "data.system": "data.system_prompt",
+}  # keys under their old names, which still work
 
 # kdx's name: the names that it has in HF Trainer, TRL, peft, axolotl, Lightning and papers.
 MEANT = {

@@ -83,4 +83,6 @@ def _student(config: Config) -> str:
 def _objective(config: Config) -> str:
     loss = config.loss
     options = "".join(f" {name}={_public(value)}" for name, value in loss.options.items())
-    return f"{loss.name} α{loss.alpha:g} τ{loss.temperature:g}{options}" if loss.alpha > 0 else "cross_entropy"
+    ends = ((loss.alpha, loss.alpha_end), (loss.temperature, loss.temperature_end))
+    alpha, temperature = ("→".join(f"{value:g}" for value in pair if value is not None) for pair in ends)
+    return f"{loss.name} α{alpha} τ{temperature}{options}" if loss.alpha > 0 else "cross_entropy"
