@@ -253,7 +253,7 @@ def _report(plan: "Plan", since: float) -> None:
         _failed.update([path] if what == "failed" else [])
     if len(found["failed"] + found["done"]) == len(known):
         with suppress(InUseError), claim(plan.folder):  # of two that end at the same time one writes
-            _write_page(plan.folder, is_last=True)
+            _write_page(plan.folder, is_printed=True)
     for what, rows in found.items():
         if rows and what != "done":
             print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
@@ -261,12 +261,12 @@ def _report(plan: "Plan", since: float) -> None:
         print("kdx: type the same command again to do what is left", file=sys.stderr)
 
 
-def _write_page(folder: Path, *, is_last: bool = False) -> None:
+def _write_page(folder: Path, *, is_printed: bool = False) -> None:
     """Compare the sweep so far; at its end print that, and put it into W&B. An error there must not end the sweep."""
     from kdx.compare.read import compare, show
 
     try:
-        if not is_last:
+        if not is_printed:
             compare([folder], folder)
             return
         comparison = show([folder], folder)

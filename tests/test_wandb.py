@@ -23,6 +23,8 @@ from wandb_server import KEY, Server, StoredRun
 
 from kdx.cli import compose
 from kdx.optim import optimizer_class
+from kdx.run import labels
+from kdx.run.folder import Record
 from kdx.words import CONF
 
 only_full = pytest.mark.usefixtures("_only_full")
@@ -305,7 +307,7 @@ def check_comparison(server: Server, sweep: Path) -> StoredRun:
     return comparison
 
 
-SIX = ["loss.temperature=1,2,4", "loss.alpha=0.3,0.7", "train.max_steps=4", "tracking.samples=false"]
+SIX = ["loss.temperature=1,2,4", "loss.alpha=0.3,0.7", "tracking.samples=false"]
 
 
 def test_a_sweep_online(place: Path, server: Server) -> None:
@@ -405,3 +407,37 @@ def test_the_sweep_for_wandb_agents_drives_the_same_command_line() -> None:
     assert composed.loss.temperature == values["loss.temperature"]["value"]
     assert composed.loss.alpha == values["loss.alpha"]["value"]
     assert issubclass(optimizer_class(composed.optim), object)
+
+
+@pytest.mark.parametrize(
+    ("words", "swept", "name", "tags"),
+    [
+        ([], [], "SmolLM2-135M → 10 layers · forward_kl α0.7 τ2", ["forward_kl", "10 layers", "SmolLM2-135M"]),
+        (["loss=jsd"], [], "SmolLM2-135M → 10 layers · jsd α0.7 τ2 beta=0.5", ["jsd", "10 layers", "SmolLM2-135M"]),
+        (
+            ["loss=cross_entropy", "experiment=demo"],
+            [],
+            "SmolLM2-135M → 10 layers · cross_entropy",
+            ["baseline", "10 layers", "SmolLM2-135M", "demo"],
+        ),
+        (
+            ["loss.alpha=0.5", "train.seed=1"],
+            ["loss.temperature", "loss.alpha", "train.seed"],
+            "τ=2 α=0.5 seed=1",
+            None,
+        ),
+        (["loss.alpha=0", "train.seed=1"], ["loss.temperature", "train.seed"], "baseline seed=1", None),
+        (["student=hf", "student.path=/home/me/gpt"], ["student.path"], "student=gpt", None),
+        (
+            ["teacher=none", "student=hf", "student.path=/home/me/gpt", "loss.alpha=0"],
+            [],
+            "gpt · cross_entropy",
+            ["baseline", "gpt"],
+        ),
+    ],
+)
+def test_names_and_tags(words: list[str], swept: list[str], name: str, tags: list[str] | None) -> None:
+    """What distinguishes a run: its point in a sweep, else models and loss; of local paths the last part."""
+    record = Record(words, swept)
+    assert labels.run_name(compose(words), record) == name
+    assert tags is None or labels.tags(compose(words), record) == tags

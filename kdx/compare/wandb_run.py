@@ -39,7 +39,8 @@ def publish(comparison: Comparison, folder: Path, mode: str = "") -> str:
         line = _send(comparison, folder, mode)
     except Exception as error:  # the comparison itself is written
         return f"W&B has no comparison: {one_line(error)}"
-    write_json(folder / SENT, {"digest": digest, "line": line})
+    if line:
+        write_json(folder / SENT, {"digest": digest, "line": line})
     return line
 
 

@@ -36,7 +36,7 @@ def save(comparison: Comparison) -> str:
         workspace = ws.Workspace(
             entity=entity or wandb.Api(timeout=PATIENCE).default_entity,
             project=config.get("tracking.project") or os.environ.get("WANDB_PROJECT") or "kdx",
-            name=f"kdx: {name_of(runs)}", sections=_sections(comparison),
+            name=f"kdx: {name_of(runs)[:100]}", sections=_sections(comparison),
             settings=ws.WorkspaceSettings(x_axis="tokens", max_runs=len(runs)),
             runset_settings=ws.RunsetSettings(filters=[expr.Metric("ID").isin([*runs])]),
         )  # fmt: skip

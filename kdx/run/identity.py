@@ -107,7 +107,7 @@ def may_differ(key: str, was: Any, now: Any, config: Config) -> bool:
         is_constant = name == "constant" or (name == "constant_with_warmup" and (warmup >= 1 or warmup == 0))
         is_constant &= config.loss.alpha_end is None and config.loss.temperature_end is None
         # With eval.every=auto the steps that are measured depend on how many there are.
-        is_auto = config.eval.every == "auto" and "eval.every" in used(leaves(as_dict(config)))
+        is_auto = config.eval.every == "auto" and "eval.every" in config_identity(config)
         return is_constant and not is_auto and was is not None and now is not None and now > was
     if key == "train.max_nonfinite":
         return was is None or (now is not None and now > was)

@@ -76,11 +76,13 @@ def _model(model: ModelConfig) -> str:
 def _student(config: Config) -> str:
     layers, init = config.student.layers, config.student.init
     if init == "cut":
-        return f"{layers} layers" if isinstance(layers, int) else f"layers {canonical(layers)}"
+        return f"{layers if isinstance(layers, int) else len(layers or ())} layers"
     return "fresh " * (init == "random") + _model(config.student)
 
 
 def _objective(config: Config) -> str:
     loss = config.loss
     options = "".join(f" {name}={_public(value)}" for name, value in loss.options.items())
-    return f"{loss.name} α{loss.alpha:g} τ{loss.temperature:g}{options}" if loss.alpha > 0 else "cross_entropy"
+    ends = ((loss.alpha, loss.alpha_end), (loss.temperature, loss.temperature_end))
+    alpha, temperature = ("→".join(f"{value:g}" for value in pair if value is not None) for pair in ends)
+    return f"{loss.name} α{alpha} τ{temperature}{options}" if loss.alpha > 0 else "cross_entropy"
