@@ -146,9 +146,7 @@ class AdapterConfig(Group):
     """Dropout of an adapter's input."""
     target_modules: Text | Annotated[list[Text], Field(min_length=1)]  # As peft reads it: all-linear, names, a pattern
     quantization: Literal["none", "8bit", "4bit"]  # bitsandbytes quantisation of the frozen base; needs a GPU
-    save: Literal[
-        "merged", "adapter"
-    ]  # The student: an ordinary model folder, or peft's, which needs the base beside it
+    save: Literal["merged", "adapter"]  # The student: an ordinary model folder, or peft's, without the base
 
 
 class EarlyStoppingConfig(Group):
@@ -296,11 +294,9 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
         found.append(("train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"))
     if config.adapter.name != "none" and student.init != "pretrained":
         what = f"needs a base that is a model of its own, and student.init is {student.init}"
-        asked = {
-            "quantization=none": config.adapter.quantization != "none",
-            "save=merged": config.adapter.save != "merged",
-        }
-        found += [(f"adapter.{w.split('=')[0]}", what, f"Set adapter.{w}") for w, is_asked in asked.items() if is_asked]
+        for key, only in (("quantization", "none"), ("save", "merged")):
+            if getattr(config.adapter, key) != only:
+                found.append((f"adapter.{key}", what, f"Set adapter.{key}={only}"))
     if teacher.adapter and (teacher.path is None or teacher.quantization != "none" or student.init == "cut"):
         reason = "student is cut from the teacher's own files" if student.init == "cut" else "weights are quantised"
         what = "cannot be merged: there is no teacher" if teacher.path is None else f"cannot be merged: the {reason}"

@@ -20,17 +20,11 @@ log = logging.getLogger(__name__)
 
 
 def load_student(
-    config: StudentConfig,
-    teacher: TeacherConfig,
-    *,
-    dtype: torch.dtype,
-    attn_implementation: str | None,
-    seed: int,
-    **quantised: Any,
+    config: StudentConfig, teacher: TeacherConfig, *, dtype: torch.dtype, seed: int, **how: Any
 ) -> PreTrainedModel:
     """Return the student in eval mode, its master weights in `dtype`. Raises ConfigError or ModelError.
 
-    quantised: how load_causal_lm quantises a pretrained base, and where it then is.
+    how: attn_implementation, and for a pretrained base what else load_causal_lm takes.
     Its generation config is left as its model's, or as that of the teacher it is cut from.
     """
     source, group = _source(config, teacher)
@@ -38,14 +32,14 @@ def load_student(
     if getattr(shape, "quantization_config", None):
         raise ModelError(f"{group}.path", f"{source.path} is quantised and cannot be trained", "Use its full weights")
     if config.init == "pretrained":
-        model = load_causal_lm(config, "student", dtype=dtype, attn_implementation=attn_implementation, **quantised)
+        model = load_causal_lm(config, "student", dtype=dtype, **how)
     elif config.init == "cut":
-        model = cut(teacher, config.layers, dtype=dtype, attn_implementation=attn_implementation)
+        model = cut(teacher, config.layers, dtype=dtype, **how)
     else:
         torch.manual_seed(seed)
         with loading(str(config.path), "shape", "student.path"):
             model = AutoModelForCausalLM.from_config(
-                shape, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=config.trust_remote_code
+                shape, dtype=dtype, trust_remote_code=config.trust_remote_code, **how
             )
         model.generation_config = generation_config(source, group)
         ready(model, "student")
@@ -90,11 +84,8 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     if getattr(model, "hf_quantizer", None):
         return  # saved as an adapter alone
     adapters = set(map(id, trained(model).values())) if is_adapted(model) else ()  # stay in float32, as peft loads them
-    weights = [
-        tensor
-        for tensor in model.state_dict(keep_vars=True).values()
-        if tensor.is_floating_point() and id(tensor) not in adapters
-    ]
+    tensors = model.state_dict(keep_vars=True).values()
+    weights = [tensor for tensor in tensors if tensor.is_floating_point() and id(tensor) not in adapters]
     if dtype == torch.float16 and any(weight.detach().half().isinf().any() for weight in weights):
         log.warning("the student is saved as bf16: some of its weights are too large for fp16")
         dtype = torch.bfloat16
