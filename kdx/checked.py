@@ -19,7 +19,7 @@ def checked(tree: dict[str, Any], faults: list[ConfigError], typed: set[str], in
     """
     own = [f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields]  # type: ignore[union-attr]
     known = list(dict.fromkeys([*own, *(key for key in in_yaml if "." in key)]))
-    faults = [*faults, *_of_options(tree, typed, known), *_of_code(tree, typed)]
+    faults = [*faults, *_of_options(tree, typed, known), *_of_code(tree, typed), *_of_off(tree, typed)]
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -81,6 +81,14 @@ def _of_options(tree: dict[str, Any], typed: set[str], known: list[str]) -> list
                 key = f"{group}.{name}"
                 found.append(ConfigError(key, "is not a key of kdx", hint_for(key, known)))
     return found
+
+
+def _of_off(tree: dict[str, Any], typed: set[str]) -> list[ConfigError]:
+    """Keys that are typed of a group that is off."""
+    node = tree.get("rollout")
+    is_off = isinstance(node, dict) and node.get("name") == "none"
+    keys = [key for key in sorted(typed) if key.startswith("rollout.") and key != "rollout.name" and is_off]
+    return [ConfigError(key, "has no effect: nothing is generated", "Add rollout=student") for key in keys]
 
 
 def _of_code(tree: dict[str, Any], typed: set[str]) -> list[ConfigError]:

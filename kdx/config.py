@@ -131,6 +131,34 @@ class OptimConfig(OpenGroup):
     """Steps of linear warm-up; below 1, a share of all steps."""
 
 
+class RolloutConfig(Group):
+    name: Literal["none", "student", "teacher"]  # Who writes the answers that the student trains on
+    share: Annotated[float, Field(ge=0, le=1)]
+    """The share of a step's rows that get the student's own answer."""
+    max_new_tokens: Positive
+    """Most tokens of an answer."""
+    temperature: Annotated[float, Field(ge=0, le=1e6)]
+    """Temperature of sampling; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    """Sample from the likeliest tokens that have this much probability."""
+    reuse_steps: Positive
+    """Answers for so many steps are sampled at once, from the weights of the first."""
+    batch_size: Positive
+    """Prompts answered at once."""
+    sampler: Text | None  # A sampler registered with @register_sampler, in place of kdx's own
+
+    @property
+    def is_on_policy(self) -> bool:
+        return self.name == "student" and self.share > 0
+
+
+class EvalConfig(Group):
+    num_prompts: Count
+    """Held-out prompts that all models answer; 0 is none."""
+    on_policy_kl: Literal["auto"] | bool
+    """The student's KL to the teacher on its own answers; auto takes it if the teacher's body is loaded anyway."""
+
+
 class EarlyStoppingConfig(Group):
     patience: Positive | None
     """Evaluations without improvement before stopping; null is off."""
@@ -205,6 +233,8 @@ class Config(Group):
     data: DataConfig
     loss: LossConfig
     optim: OptimConfig
+    rollout: RolloutConfig
+    eval: EvalConfig
     train: TrainConfig
     tracking: TrackingConfig
     run: RunConfig
@@ -259,6 +289,14 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
         found.append(("loss.alpha", what, "Choose loss=cross_entropy, or a teacher"))
     if loss.name == "cross_entropy" and loss.alpha > 0:
         found.append(("loss.alpha", f"is {loss.alpha:g}, but cross_entropy is alpha 0", "Set loss.alpha=0"))
+    if config.rollout.name != "none" and teacher.path is None:
+        found.append(("rollout", "needs a teacher", "Choose a teacher, or rollout=none"))
+    elif config.rollout.is_on_policy and loss.alpha == 0:
+        what = "is 0, and cross-entropy teaches nothing on the student's own answers"
+        found.append(("loss.alpha", what, "Raise it, or choose rollout=none"))
+    if config.rollout.name != "none" and not config.data.assistant_only:
+        what = "is false, so there are no prompts to answer"
+        found.append(("data.assistant_only", what, "Set it to true, or choose rollout=none"))
     if (train.max_steps is None) == (train.epochs is None):
         both = "are both set" if train.epochs else "are both null"
         found.append(("train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"))

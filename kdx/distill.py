@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 from kdx import plugins
-from kdx.causal_lm import attention_for, check_split, checkpoint_activations, head_of
+from kdx.causal_lm import attention_for, check_split, checkpoint_activations, head_of, stop_ids
 from kdx.config import Config, TrainConfig
 from kdx.data.batches import Batches
 from kdx.data.encode import Data, load_data
@@ -25,6 +25,7 @@ from kdx.errors import ConfigError, MachineError, together
 from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, Judge
 from kdx.objective import Mix, Objective, check_loss
 from kdx.optim import optimizer_class
+from kdx.rollout import Rollouts, check_rollout, warn_about
 from kdx.run import report, results
 from kdx.run.folder import Record, RunFolder
 from kdx.run.launch import build_accelerator
@@ -124,6 +125,13 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         loss = config.loss
         mix = Mix(loss.name, loss.alpha, loss.temperature, loss.scale_by_temperature, loss.options)
         objective = Objective(student, check_heads(shared.num_ids, heads), mix)
+        if teacher and config.rollout.is_on_policy:
+            _ = teacher.model  # nothing that the student says is in the store
+            known = {part.name: getattr(batches, part.name) for part in fields(batches)}
+            batches = Rollouts(
+                **known, student=student, config=config, machine=machine, num_ids=objective.num_ids, max_length=max_length
+            )
+            warn_about(config, student, stop_ids(teacher.model.generation_config))
         yield Training(config, data, tokenizer, max_length, batches, max_steps, teacher, objective, machine)
 
 
@@ -134,6 +142,7 @@ def check_names(config: Config) -> None:
         partial(check_loss, config.loss),
         partial(optimizer_class, config.optim),
         partial(check_source, config.data),
+        partial(check_rollout, config.rollout),
     )
     for check in checks:
         try:

@@ -160,17 +160,18 @@ def summed_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum the loss over positions that all count → factor · total, and without gradient each term (kd includes τ²).
 
-    weights: by term, a factor [N] for each position: the student's own words, say, have no cross-entropy.
+    weights: by term, a factor [N] for each position: the student's own words, say, have no cross-entropy. Those of
+    `own` say how much of kd is summed once more, to be logged.
     """
     if mix.alpha == 0:
         answer = None
     if answer is not None:  # one tokenizer, heads padded differently: keep the ids that both have
         num_ids = min(head.num_ids, answer.head.num_ids)
         head, answer = head.cut(num_ids), Answer(answer.hidden, answer.head.cut(num_ids))
-    total, kd, ce = _ChunkedSum.apply(
+    total, kd, ce, own = _ChunkedSum.apply(
         hidden, head.weight, head.bias, head, answer, labels, mix, chunk_size, factor, weights or {}
     )
-    return total, {"kd": kd, "ce": ce}
+    return total, {"kd": kd, "ce": ce} | ({"own": own} if weights and "own" in weights else {})
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -189,7 +190,7 @@ class _ChunkedSum(torch.autograd.Function):
         chunk_size: int,
         factor: float,
         weights: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         head = head.detached(weight, bias).in_compute_dtype()
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -197,7 +198,7 @@ class _ChunkedSum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=grad_dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad_dtype) if wants_bias and bias is not None else None
         sum_dtype = torch.float32 if hidden.device.type == "mps" else torch.float64  # Apple's MPS has no float64
-        kd_sum, ce_sum = (torch.zeros((), dtype=sum_dtype, device=hidden.device) for _ in range(2))
+        kd_sum, ce_sum, own_sum = (torch.zeros((), dtype=sum_dtype, device=hidden.device) for _ in range(3))
         # backward() passes over the gradients once more on a GPU: it applies the factor there.
         factor_now, factor_later = (factor, 1.0) if hidden.device.type == "cpu" else (1.0, factor)
 
@@ -212,6 +213,8 @@ class _ChunkedSum(torch.autograd.Function):
             if terms is not None:
                 kd_sum += mix.factor * terms[0].sum(dtype=sum_dtype)
                 ce_sum += terms[1].sum(dtype=sum_dtype)
+                if "own" in weights:
+                    own_sum += mix.factor * (terms[0] * chunk_weights["own"]).sum(dtype=sum_dtype)
                 if grad_bias is not None:
                     grad_bias += product.sum(0, dtype=grad_dtype)
             # The softmaxes pass over [n, V] many times: a few rows at once stay in the processor's cache.
@@ -224,6 +227,8 @@ class _ChunkedSum(torch.autograd.Function):
                 kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[rows][block], mix, weighted)
                 kd_sum += mix.factor * kd.sum(dtype=sum_dtype)
                 ce_sum += ce.sum(dtype=sum_dtype)
+                if "own" in weights:
+                    own_sum += mix.factor * (kd * weighted["own"]).sum(dtype=sum_dtype)
                 grad = head.through(logits, grad)
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
@@ -247,10 +252,10 @@ class _ChunkedSum(torch.autograd.Function):
                 of_head.mul_(factor_now)
         ctx.factor = factor_later
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(kd_sum, ce_sum)
+        ctx.mark_non_differentiable(kd_sum, ce_sum, own_sum)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         total = factor * mix.loss({"kd": kd_sum, "ce": ce_sum})
-        return total.to(grad_dtype), kd_sum, ce_sum
+        return total.to(grad_dtype), kd_sum, ce_sum, own_sum
 
     @staticmethod
     @once_differentiable

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 CONF = Path(import_module("kdx.conf").__path__[0]).resolve()
-CHOICES = ("teacher", "student", "data", "loss", "optim", "experiment", "recipe", "pair")
+CHOICES = ("teacher", "student", "data", "loss", "optim", "rollout", "experiment", "recipe", "pair")
 OPTIONAL = CHOICES[-3:]  # groups of which nothing may be chosen
 
 # kdx's name: the names that it has in HF Trainer, TRL, peft, axolotl, Lightning and papers.
@@ -59,6 +59,9 @@ MEANT = {
     "run.resume": "resume_from_checkpoint ckpt_path",
     "loss.beta, with loss=jsd": "beta",
     "optim=adamw_8bit": "optim=adamw_bnb_8bit optim=paged_adamw_8bit optim=adamw8bit adamw_bnb_8bit",
+    "rollout.share, with rollout=student": "lmbda on_policy on_policy_ratio rollout=on_policy",
+    "rollout=teacher": "seq_kd rollout=seqkd",
+    "rollout.max_new_tokens": "max_new_tokens max_completion_length",
     "sweep.workers=2": "n_jobs hydra/launcher=parallel hydra/launcher=joblib",
     "optim=adamw": "optim=adamw_torch optim=adamw_torch_fused optim=adam",
     "loss=forward_kl": "loss=kl loss=kld loss=kl_div loss=fkl",
@@ -70,7 +73,6 @@ MEANT = {
 _NONE = {
     "kdx has no LoRA yet and trains all weights": "lora_r lora_alpha lora_dropout lora_target_modules use_peft use_lora "
     "peft_config adapter target_modules lora_target_linear modules_to_save task_type",
-    "kdx trains on the rows of the data set, and not yet on the student's own answers": "lmbda on_policy seq_kd max_new_tokens rollout",
     "rows are grouped by length, so packing would save little": "packing sample_packing",
     "several GPUs are used through torchrun or accelerate launch, sharded by FSDP": "deepspeed fsdp fsdp_config strategy",
     "nothing is uploaded; the student is in the run folder's student/": "push_to_hub hub_model_id hub_token",

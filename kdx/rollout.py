@@ -1,0 +1,225 @@
+"""On-policy rows: which rows of a step get the student's own answer, and how the loss weighs it."""
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from kdx.causal_lm import stop_ids
+from kdx.config import Config, RolloutConfig
+from kdx.data.batches import Batches, MicroBatch, Row, StepBatch, collate
+from kdx.errors import ConfigError, did_you_mean
+from kdx.generate import Sampling, generate, groups_of
+
+log = logging.getLogger("kdx")
+
+Sampler = Callable[[Any, list[list[int]], int], list[list[int]]]
+_SAMPLERS: dict[str, Sampler] = {}
+ENOUGH = 64  # answers, before a warning that most of them are cut
+
+
+def register_sampler(function: Sampler) -> Sampler:
+    """Register a sampler under its name: (model, prompts, step) → answers, both as lists of token ids.
+
+    The model is the student with its weights of now. An answer ends with the stop token where one was said; one that is
+    longer than `rollout.max_new_tokens` is cut.
+    """
+    if len(inspect.signature(function).parameters) != 3:
+        raise TypeError(f"{function.__name__} must take (model, prompts, step)")
+    _SAMPLERS[function.__name__] = function
+    return function
+
+
+def check_rollout(config: RolloutConfig) -> None:
+    """Refuse a sampler that is not registered. Raises ConfigError."""
+    if config.sampler is not None and config.sampler not in _SAMPLERS:
+        hint = f"{did_you_mean(config.sampler, list(_SAMPLERS))}. Your own: KDX_PLUGINS=module"
+        raise ConfigError("rollout.sampler", f"no sampler is named {config.sampler!r}", hint)
+
+
+@dataclass(frozen=True)
+class OwnRow(Row):
+    """A row whose last turn, from token `start` on, the student said itself."""
+
+    start: int = 0
+
+    @property
+    def digest(self) -> str:  # type: ignore[override]
+        """Nothing: such a row never enters the teacher's store."""
+        return ""
+
+
+class StepRows(list[Row]):
+    """The rows of a step in memory, with the columns that `Rows` has in its file."""
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row.tokens) for row in self])
+
+    @cached_property
+    def num_counted(self) -> np.ndarray:
+        return np.array([row.num_counted for row in self])
+
+
+@dataclass(frozen=True)
+class Rollouts(Batches):
+    """Batches in which the student answers a share of the rows itself, with its weights of that step.
+
+    Who answers which prompts together is the same for any number of processes: each does a part, and all get the answers.
+    """
+
+    student: Any = None
+    config: Any = None  # the run's
+    machine: Accelerator | None = None
+    num_ids: int = 0
+    max_length: int = 0
+
+    def steps(self, first: int, last: int) -> Iterator[StepBatch | None]:
+        """Yield this process's share of steps first … last − 1, then None. Nothing is prepared ahead of the weights."""
+        every = self.config.rollout.reuse_steps
+        plan = self.plan(first, -(-last // every) * every)  # whole spans: a longer run has the same answers
+        for _, span in groupby(plan, lambda step_rows: step_rows[0] // every):
+            steps = dict(span)
+            seconds = self._answer(steps)
+            for step in range(min(steps), min(last, max(steps) + 1)):
+                yield self._mixed(step, steps[step], seconds)
+                seconds = 0.0
+        yield None
+
+    def _answer(self, steps: dict[int, list[int]]) -> float:
+        """Have the student answer its rows of these steps, unless a checkpoint had the answers → seconds."""
+        started, first = time.perf_counter(), min(steps)
+        if str(first) in self.kept:
+            return 0.0
+        chosen = [(step, i, row) for step, rows in steps.items() for i in rows if (row := self._prompt(step, i))]
+        prompts = [row.tokens[: row.start] for *_, row in chosen]
+        words = self.config.rollout
+        if words.sampler is None:
+            groups = groups_of(prompts, words.batch_size)
+        else:  # all prompts of this process at once
+            groups = [list(range(rank, len(prompts), self.num_processes)) for rank in range(self.num_processes)]
+        said: list[tuple[int, list[int]]] = []
+        for group in filter(None, groups[self.rank :: self.num_processes]):
+            seeds = [self._number("answer", chosen[k][0], chosen[k][2].id) for k in group]
+            said += zip(group, self._sampled([prompts[k] for k in group], seeds, first), strict=True)
+        answers: dict[str, dict[str, list[int]]] = {str(step): {} for step in steps}
+        for k, answer in gather_object(said):
+            step, i, row = chosen[k]
+            room = min(self.max_length - row.start, words.max_new_tokens)
+            answers[str(step)][str(i)] = answer[:room]
+        self.kept.clear()
+        self.kept.update(answers)
+        return time.perf_counter() - started
+
+    def _sampled(self, prompts: list[list[int]], seeds: list[int], step: int) -> list[list[int]]:
+        assert self.machine is not None
+        words = self.config.rollout
+        with self.machine.autocast():
+            if words.sampler is None:
+                sampling = Sampling(words.max_new_tokens, words.temperature, words.top_p)
+                return generate(
+                    self.student, prompts, sampling, num_ids=self.num_ids, pad_id=self.pad_id, seeds=seeds
+                )
+            with torch.random.fork_rng():  # it may draw as it likes: training's own numbers stay
+                torch.manual_seed(seeds[0])
+                was_training = self.student.training
+                self.student.eval()
+                answers = _SAMPLERS[words.sampler](self.student, prompts, step)
+                self.student.train(was_training)
+        if len(answers) != len(prompts):
+            what = f"returned {len(answers)} answers to {len(prompts)} prompts"
+            raise ConfigError(f"rollout.sampler={words.sampler}", what, "Return one for each, as lists of token ids")
+        return [list(map(int, answer)) for answer in answers]
+
+    def _prompt(self, step: int, i: int) -> OwnRow | None:
+        """Return a row if the student is to answer it, with the place of its last turn."""
+        row = self.rows[i]
+        start = last_turn(row)
+        if not 0 < start < self.max_length:
+            return None
+        if self._number("share", step, row.id) >= self.config.rollout.share * 2**63:
+            return None
+        return OwnRow(**{name: getattr(row, name) for name in ("id", "tokens", "counted", "where")}, start=start)
+
+    def _number(self, what: str, step: int, row_id: str) -> int:
+        """Return a number below 2⁶³ that looks random, the same in every process and after a resume."""
+        return xxhash.xxh3_64_intdigest(f"{what}:{self.seed}:{step}:{row_id}") >> 1
+
+    def _mixed(self, step: int, numbers: list[int], seconds: float) -> StepBatch:
+        """Put the student's answers into the rows of a step; the denominator is counted then."""
+        answers = self.kept[str(step)]
+        rows = StepRows(own_row(self.rows[i], answers.get(str(i))) for i in numbers)
+        own = [row for row in rows if isinstance(row, OwnRow)]
+        stops = stop_ids(self.student.generation_config)
+        figures = {
+            "own_rows": len(own),
+            "own_tokens": sum(len(row.tokens) - row.start for row in own),
+            "finished": sum(row.tokens[-1] in stops for row in own),
+            "generation": seconds,
+        }
+        return replace(self._shared_out(step, list(range(len(rows))), rows), figures=figures)
+
+    def _collated(self, rows: Sequence[Row]) -> MicroBatch:
+        """Pad rows, and weigh what the student said: the divergence counts in full, and there is no cross-entropy."""
+        batch = collate(rows, self.pad_id)
+        starts = torch.tensor([getattr(row, "start", len(row.tokens)) for row in rows])
+        is_own = batch.positions % batch.input_ids.shape[1] + 1 >= starts[batch.row_of]
+        alpha, dtype = self.config.loss.alpha, torch.float64 if self.student.dtype == torch.float64 else torch.float32
+        weights = {
+            "kd": torch.where(is_own, 1 / alpha, torch.ones((), dtype=torch.float64)),
+            "ce": (~is_own).double(),
+            "own": is_own * torch.tensor(alpha, dtype=torch.float64),  # of kd, for the log: its value there
+        }
+        return replace(batch, weights={name: weight.to(dtype) for name, weight in weights.items()})
+
+
+def last_turn(row: Row) -> int:
+    """Return where the last run of counted tokens begins."""
+    end = max(i for i, is_counted in enumerate(row.counted) if is_counted)
+    return next((i + 1 for i in range(end, -1, -1) if not row.counted[i]), 0)
+
+
+def own_row(row: Row, answer: list[int] | None) -> Row:
+    """Replace a row's last turn by an answer; without one it stays as it is given."""
+    if not answer:
+        return row
+    start = last_turn(row)
+    tokens, counted = row.tokens[:start] + answer, row.counted[:start] + [True] * len(answer)
+    return OwnRow(row.id, tokens, counted, row.where, start)
+
+
+def figures(window: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Average what the log says of the student's own answers since the last line: kl is the loss's own divergence."""
+    some = [part for part in window if part.get("own_rows")]
+    if not any("own_rows" in part for part in window):
+        return {}
+    rows, tokens = (sum(part[name] for part in some) for name in ("own_rows", "own_tokens"))
+    kl = sum(part["own"] * part["counted"] for part in some if part["counted"])
+    return {
+        "rollout/kl": kl / tokens if tokens else None,
+        "rollout/length": tokens / rows if rows else None,
+        "rollout/finished": sum(part["finished"] for part in some) / rows if rows else None,
+        "speed/generation_seconds": sum(part["generation"] for part in window if "generation" in part),
+        "speed/training_seconds": sum(part["seconds"] for part in window),
+    }
+
+
+def warn_about(config: Config, student: Any, teacher_stops: list[int]) -> None:
+    """Warn about what makes training on own answers go wrong."""
+    if set(stop_ids(student.generation_config)) != set(teacher_stops):
+        log.warning("student and teacher stop at other tokens: the student's own answers may grow without end")
+    if config.rollout.share == 1 and config.student.init != "pretrained":
+        log.warning(
+            "rollout.share=1 with a student that cannot speak yet: its own answers teach little; train it on given "
+            "answers first, and start from it (student=hf student.path=RUN/student)"
+        )
