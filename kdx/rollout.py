@@ -153,7 +153,7 @@ class Rollouts(Batches):
 
     def _number(self, what: str, step: int, row_id: str) -> int:
         """Return a number below 2⁶³ that looks random, the same in every process and after a resume."""
-        return xxhash.xxh3_64_intdigest(f"{what}:{self.seed}:{step}:{row_id}") >> 1
+        return xxhash.xxh3_64_intdigest(f"{what}:{self.seed}:{step}:{row_id}".encode()) >> 1
 
     def _mixed(self, step: int, numbers: list[int], seconds: float) -> StepBatch:
         """Put the student's answers into the rows of a step; the denominator is counted then."""
