@@ -25,7 +25,7 @@ from kdx.errors import ConfigError, MachineError, together
 from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, Judge
 from kdx.objective import Mix, Objective, check_loss
 from kdx.optim import optimizer_class
-from kdx.rollout import Rollouts, check_rollout, warn_about
+from kdx.rollout import Rollouts, check_rollout, warn_about, with_teachers_answers
 from kdx.run import report, results
 from kdx.run.folder import Record, RunFolder
 from kdx.run.launch import build_accelerator
@@ -103,6 +103,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
     shared = load_tokenizer(config)
     tokenizer, max_length = shared.tokenizer, shared.max_length
     data = load_data(config.data, shared, NUM_SAMPLES, MAX_NEW_TOKENS)
+    data = with_teachers_answers(config, data, shared, machine)
     batches = Batches(
         data.train,
         batch_size=config.train.batch_size,

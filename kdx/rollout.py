@@ -1,10 +1,12 @@
 """On-policy rows: which rows of a step get the student's own answer, and how the loss weighs it."""
 
 import inspect
+import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -16,10 +18,17 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from kdx.causal_lm import stop_ids
-from kdx.config import Config, RolloutConfig
-from kdx.data.batches import Batches, MicroBatch, Row, StepBatch, collate
+from kdx.config import Config, RolloutConfig, replaced
+from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, collate, write_rows
+from kdx.data.encode import Data
+from kdx.data.files import at_home
 from kdx.errors import ConfigError, did_you_mean
 from kdx.generate import Sampling, generate, groups_of
+from kdx.run.files import cache_dir, locked, whole_folder
+from kdx.run.tracking import working
+from kdx.store import TeacherStore
+from kdx.teacher import identity_of, load_teacher
+from kdx.tokenizer import SharedTokenizer, pad_id_of
 
 log = logging.getLogger("kdx")
 
@@ -83,6 +92,7 @@ class Rollouts(Batches):
     machine: Accelerator | None = None
     num_ids: int = 0
     max_length: int = 0
+    said: Counter[str] = field(default_factory=Counter)  # answers so far, and those with a stop token
 
     def steps(self, first: int, last: int) -> Iterator[StepBatch | None]:
         """Yield this process's share of steps first … last − 1, then None. Nothing is prepared ahead of the weights."""
@@ -161,10 +171,15 @@ class Rollouts(Batches):
         rows = StepRows(own_row(self.rows[i], answers.get(str(i))) for i in numbers)
         own = [row for row in rows if isinstance(row, OwnRow)]
         stops = stop_ids(self.student.generation_config)
+        num_finished = sum(row.tokens[-1] in stops for row in own)
+        before = self.said["rows"]
+        self.said.update(rows=len(own), finished=num_finished)
+        if before < ENOUGH <= self.said["rows"] and 2 * self.said["finished"] < self.said["rows"]:
+            log.warning("over half of the student's answers are cut before they end: raise rollout.max_new_tokens")
         figures = {
             "own_rows": len(own),
             "own_tokens": sum(len(row.tokens) - row.start for row in own),
-            "finished": sum(row.tokens[-1] in stops for row in own),
+            "finished": num_finished,
             "generation": seconds,
         }
         return replace(self._shared_out(step, list(range(len(rows))), rows), figures=figures)
@@ -223,3 +238,80 @@ def warn_about(config: Config, student: Any, teacher_stops: list[int]) -> None:
             "rollout.share=1 with a student that cannot speak yet: its own answers teach little; train it on given "
             "answers first, and start from it (student=hf student.path=RUN/student)"
         )
+
+
+def with_teachers_answers(config: Config, data: Data, shared: SharedTokenizer, machine: Accelerator) -> Data:
+    """Replace the last turn of each training row by the teacher's answer, from its store or generated now → the data.
+
+    Rows whose prompt leaves no room for an answer stay as they are. Held-out rows keep the people's words.
+    """
+    if config.rollout.name != "teacher":
+        return data
+    root = cache_dir() / "data"
+    known = teachers_answers(config, data.train, shared, machine)
+    about = json.dumps([data.fingerprint, shared.max_length, [*known.items()]])
+    folder = root / xxhash.xxh3_128_hexdigest(about.encode())
+
+    def rows() -> Iterator[Row]:
+        for row in data.train:
+            start = last_turn(row)
+            answer = known.get(_key(config, row.tokens[:start]), [])[: shared.max_length - start]
+            counted = row.counted[:start] + [True] * len(answer)
+            yield Row(row.id, row.tokens[:start] + answer, counted, row.where) if answer else row
+
+    with locked(root / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            with whole_folder(folder) as beside:
+                (beside / "fingerprint").write_text(write_rows(beside / "train", rows()))
+    train = Rows(folder / "train")
+    train.sources, train.drawn = data.train.sources, data.train.drawn
+    return replace(data, train=train, fingerprint=(folder / "fingerprint").read_text())
+
+
+def teachers_answers(config: Config, rows: Sequence[Row], shared: SharedTokenizer, machine: Accelerator) -> dict[str, list[int]]:
+    """Have the teacher answer each prompt of these rows once → key of the prompt → token ids, with the stop token."""
+    words, teacher = config.rollout, config.teacher
+    identity = identity_of(teacher, machine.device)
+    store = None
+    if teacher.store != "off":
+        root = at_home(teacher.store_dir, "teacher.store_dir").resolve()
+        store = TeacherStore(root, identity, name=str(teacher.base_model or teacher.path), part="said")
+    prompts = {}
+    for row in rows:
+        if 0 < (start := last_turn(row)) < shared.max_length:
+            prompts[_key(config, row.tokens[:start])] = row.tokens[:start]
+    missing = store.missing([*prompts]) if store else [*prompts]
+    answers: dict[str, list[int]] = {}
+    if missing:
+        off = replaced(teacher, store="off")
+        model = load_teacher(off, machine.device, shared.max_length, {}, is_repeated=False).model  # type: ignore[union-attr]
+        sampling = Sampling(words.max_new_tokens, words.temperature, words.top_p)
+        groups = groups_of([prompts[key] for key in missing], words.batch_size)
+        groups = groups[machine.process_index :: machine.num_processes]
+        with working("Teacher answers", len(groups), machine.is_main_process) as advance:
+            for group in groups:
+                keys = [missing[k] for k in group]
+                seeds = [int(key[:15], 16) for key in keys]
+                some = [prompts[key] for key in keys]
+                num_ids, pad_id = shared.num_ids, pad_id_of(shared.tokenizer)
+                said = generate(model, some, sampling, num_ids=num_ids, pad_id=pad_id, seeds=seeds)
+                if store:
+                    said = [row.tolist() for row in store.write(keys, [torch.tensor(tokens) for tokens in said])]
+                answers |= zip(keys, said, strict=True)
+                advance()
+        if store:
+            store.close()
+        log.info("the teacher answered %d prompts", len(missing))
+    answers = dict(gather_object([*answers.items()]))
+    for key in prompts:
+        if key not in answers:
+            (tokens,) = store.read([key]) or [torch.tensor([], dtype=torch.long)]  # type: ignore[union-attr]
+            answers[key] = tokens.tolist()
+    return answers
+
+
+def _key(config: Config, prompt: list[int]) -> str:
+    """Name a prompt and how it is answered; the same for all training seeds of a sweep."""
+    words = config.rollout
+    about = [prompt, words.max_new_tokens, words.temperature, words.top_p, config.data.seed]
+    return xxhash.xxh3_128_hexdigest(json.dumps(about).encode())

@@ -95,6 +95,13 @@ def joined(rows: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.cat(list(rows), out=pinned).to(device, non_blocking=True)
 
 
+def identity_of(config: TeacherConfig, device: torch.device) -> Identity:
+    """Identify a teacher by what decides its answers."""
+    digest = model_digest(config, "teacher") or uuid.uuid4().hex  # unknown: equal to nothing
+    dtype = device_dtype(device) if config.precision == "auto" else config.precision
+    return Identity(digest, dtype, config.quantization)
+
+
 def load_teacher(
     config: TeacherConfig, device: torch.device, max_length: int, rows: dict[str, int], *, is_repeated: bool
 ) -> Teacher | None:
@@ -105,9 +112,8 @@ def load_teacher(
     """
     if config.path is None:
         return None
-    digest = model_digest(config, "teacher") or uuid.uuid4().hex  # unknown: equal to nothing
-    dtype = device_dtype(device) if config.precision == "auto" else config.precision
-    identity = Identity(digest, dtype, config.quantization)
+    identity = identity_of(config, device)
+    dtype = identity.dtype
     store, store_words = open_store(config, identity, rows, is_repeated=is_repeated)
 
     def load() -> Any:

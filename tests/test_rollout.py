@@ -1,6 +1,7 @@
 """On-policy rows: what is generated, what it weighs, and that a run with it is exact."""
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from runs import config_of, lines, run_here, signal_at
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kdx import rollout
+from kdx import distill, rollout
 from kdx.causal_lm import head_of
 from kdx.data.batches import Row
 from kdx.errors import ConfigError
@@ -247,3 +248,32 @@ def test_what_makes_no_sense_is_refused(place: Path, words: list[str], reason: s
     with pytest.raises(ConfigError) as refused:
         config_of(place, *words)
     assert reason in str(refused.value)
+
+
+def test_the_teachers_answers_take_the_place_of_the_last_turns(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typed twice nothing is generated the second time, by a sweep's other jobs neither; held-out rows stay."""
+    words = ["rollout=teacher", "rollout.max_new_tokens=8", f"teacher.store_dir={tmp_path / 'store'}", "teacher.store=on"]
+    prompts: list[Any] = []
+    known = rollout.generate
+    monkeypatch.setattr(rollout, "generate", lambda model, some, *a, **k: prompts.extend(some) or known(model, some, *a, **k))
+    seen: list[Any] = []
+    monkeypatch.setattr(distill.Batches, "__init__", lambda self, rows, init=distill.Batches.__init__, **k: seen.append(rows) or init(self, rows, **k))
+    assert run_here(config_of(place, *words, "train.max_steps=2"), tmp_path / "one") == 0
+    assert len(prompts) == 36
+    monkeypatch.setattr(rollout, "load_teacher", None)
+    assert run_here(config_of(place, *words, "train.max_steps=2", "train.seed=1"), tmp_path / "two") == 0
+    assert len(prompts) == 36
+    one, two = ([(row.tokens, row.counted) for row in rows] for rows in seen)
+    assert one == two
+    teacher = GPT2LMHeadModel.from_pretrained(place / "teacher").float()
+    for tokens, counted in one[:3]:
+        start = counted.index(True)
+        assert all(counted[start:])
+        seed = int(rollout._key(config_of(place, *words), tokens[:start])[:15], 16)
+        (answer,) = generate(teacher, [tokens[:start]], Sampling(8, 1.0), num_ids=len(teacher.lm_head.weight), pad_id=0, seeds=[seed])
+        assert tokens[start:] == answer
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text())["data"] for name in ("one", "two")]
+    assert run_here(config_of(place, "train.max_steps=0"), tmp_path / "plain") == 0
+    given = json.loads((tmp_path / "plain/summary.json").read_text())["data"]
+    assert {s["validation_fingerprint"] for s in summaries} == {given["validation_fingerprint"]}
+    assert summaries[0]["fingerprint"] == summaries[1]["fingerprint"] != given["fingerprint"]
