@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,22 @@ import xxhash
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from kdx import plugins
 from kdx.causal_lm import stop_ids
 from kdx.config import Config, RolloutConfig, replaced
 from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, collate, write_rows
-from kdx.data.encode import Data
+from kdx.data.encode import Data, Encoder, load_data
 from kdx.data.files import at_home
+from kdx.data.mix import parts_of
+from kdx.data.sources import read_conversations
 from kdx.errors import ConfigError, did_you_mean
 from kdx.generate import Sampling, generate, groups_of
-from kdx.run.files import cache_dir, locked, whole_folder
-from kdx.run.tracking import working
+from kdx.run.files import cache_dir, locked, whole_folder, write_beside
+from kdx.run.launch import build_accelerator
+from kdx.run.tracking import logging_to, quiet_libraries, working
 from kdx.store import TeacherStore
 from kdx.teacher import identity_of, load_teacher
-from kdx.tokenizer import SharedTokenizer, pad_id_of
+from kdx.tokenizer import SharedTokenizer, load_tokenizer, pad_id_of
 
 log = logging.getLogger("kdx")
 
@@ -315,3 +320,35 @@ def _key(config: Config, prompt: list[int]) -> str:
     words = config.rollout
     about = [prompt, words.max_new_tokens, words.temperature, words.top_p, config.data.seed]
     return xxhash.xxh3_128_hexdigest(json.dumps(about).encode())
+
+
+def write_answers(config: Config, file: Path) -> None:
+    """Write each training conversation up to its last turn, with the teacher's answer, as a line for data=messages."""
+    quiet_libraries()
+    plugins.load()
+    machine, shared = build_accelerator(config), load_tokenizer(config)
+    with logging_to(None, machine.is_main_process):
+        rows = load_data(config.data, shared).train
+        answers = teachers_answers(config, rows, shared, machine)
+        if not machine.is_main_process:
+            return
+        parts = parts_of(config.data) if config.data.name == "mix" else {"": (config.data, 1.0)}
+        conversations = {}
+        for name, (data, _) in parts.items():
+            encoder = Encoder(shared, day=data.template_date)
+            found = read_conversations(data, cache_dir() / "data", encoder.rendered, encoder.names)
+            conversations |= {f"{name}/{c.id}".removeprefix("/"): c for c in found}
+        texts = []
+        for row in rows:
+            answer = answers.get(_key(config, row.tokens[: last_turn(row)]))
+            if answer is None or (conversation := conversations.get(row.id)) is None:  # a later part of a long row
+                continue
+            messages, unlearned = conversation.messages, conversation.unlearned
+            turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in unlearned]
+            number = sum(is_counted for is_counted, _ in groupby(row.counted)) - 1  # of the row's last turn
+            if number < len(turns):
+                said = shared.tokenizer.decode(answer, skip_special_tokens=True)
+                turn = {"role": "assistant", "content": said}
+                texts.append(json.dumps({"messages": [*messages[: turns[number]], turn]}, ensure_ascii=False) + "\n")
+        write_beside(at_home(str(file), "--out"), "".join(texts))
+        log.info("%s: %d answers to the %d training rows", file, len(texts), len(rows))

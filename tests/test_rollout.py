@@ -10,12 +10,13 @@ from typing import Any
 import plain
 import pytest
 import torch
-from runs import config_of, lines, run_here, signal_at
+from runs import config_of, lines, run_here, signal_at, words_of
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from kdx import distill, rollout
 from kdx.causal_lm import head_of
+from kdx.cli import _main
 from kdx.data.batches import Row
 from kdx.errors import ConfigError
 from kdx.generate import Sampling, generate
@@ -277,3 +278,20 @@ def test_the_teachers_answers_take_the_place_of_the_last_turns(place: Path, tmp_
     given = json.loads((tmp_path / "plain/summary.json").read_text())["data"]
     assert {s["validation_fingerprint"] for s in summaries} == {given["validation_fingerprint"]}
     assert summaries[0]["fingerprint"] == summaries[1]["fingerprint"] != given["fingerprint"]
+
+
+def test_generate_writes_answers_as_data(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    words = [*words_of(place), "rollout.max_new_tokens=8", f"teacher.store_dir={tmp_path / 'store'}"]
+    words[words.index("data=pairs")], words[words.index(f"data.path={place / 'pairs.jsonl'}")] = (
+        "data=messages",
+        f"data.path={place / 'chats.jsonl'}",
+    )
+    assert _main(["generate", *words, "--out", str(out)]) == 0
+    rows = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
+    assert len(rows) == 36
+    assert all([m["role"] for m in row] == ["user", "assistant"] * 2 for row in rows)
+    assert all(row[2]["content"] == "I am fine." for row in rows)
+    assert len({row[3]["content"] for row in rows}) > 1
+    with pytest.raises(ConfigError, match="--out: is missing"):
+        _main(["generate", *words])
