@@ -130,7 +130,12 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
             _ = teacher.model  # nothing that the student says is in the store
             known = {part.name: getattr(batches, part.name) for part in fields(batches)}
             batches = Rollouts(
-                **known, student=student, config=config, machine=machine, num_ids=objective.num_ids, max_length=max_length
+                **known,
+                student=student,
+                config=config,
+                machine=machine,
+                num_ids=objective.num_ids,
+                max_length=max_length,
             )
             warn_about(config, student, stop_ids(teacher.model.generation_config))
         yield Training(config, data, tokenizer, max_length, batches, max_steps, teacher, objective, machine)

@@ -55,7 +55,13 @@ def groups_of(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[in
 
 @torch.no_grad()
 def generate(
-    model: Any, prompts: Sequence[list[int]], sampling: Sampling, *, num_ids: int, pad_id: int, seeds: Sequence[int] = ()
+    model: Any,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    *,
+    num_ids: int,
+    pad_id: int,
+    seeds: Sequence[int] = (),
 ) -> list[list[int]]:
     """Continue prompts in one batch, padded on the left, in eval mode → the new tokens, with the stop token if one was said.
 

@@ -142,9 +142,7 @@ class Rollouts(Batches):
         with self.machine.autocast():
             if words.sampler is None:
                 sampling = Sampling(words.max_new_tokens, words.temperature, words.top_p)
-                return generate(
-                    self.student, prompts, sampling, num_ids=self.num_ids, pad_id=self.pad_id, seeds=seeds
-                )
+                return generate(self.student, prompts, sampling, num_ids=self.num_ids, pad_id=self.pad_id, seeds=seeds)
             with torch.random.fork_rng():  # it may draw as it likes: training's own numbers stay
                 torch.manual_seed(seeds[0])
                 was_training = self.student.training
@@ -273,7 +271,9 @@ def with_teachers_answers(config: Config, data: Data, shared: SharedTokenizer, m
     return replace(data, train=train, fingerprint=(folder / "fingerprint").read_text())
 
 
-def teachers_answers(config: Config, rows: Sequence[Row], shared: SharedTokenizer, machine: Accelerator) -> dict[str, list[int]]:
+def teachers_answers(
+    config: Config, rows: Sequence[Row], shared: SharedTokenizer, machine: Accelerator
+) -> dict[str, list[int]]:
     """Have the teacher answer each prompt of these rows once → key of the prompt → token ids, with the stop token."""
     words, teacher = config.rollout, config.teacher
     identity = identity_of(teacher, machine.device)

@@ -58,7 +58,9 @@ def points(words: list[Override]) -> list[list[str]]:
 def baseline_words(words: list[Override]) -> list[str]:
     """Return the words of the same sweep without distillation: alpha = 0 in place of all that is typed of the loss."""
     left_out = ["loss"]
-    if any(w.key_or_group == "rollout" and "student" in str(w.input_line) for w in words):  # own answers are nothing without a teacher
+    if any(
+        w.key_or_group == "rollout" and "student" in str(w.input_line) for w in words
+    ):  # own answers are nothing without a teacher
         left_out.append("rollout")
     return [*(str(w.input_line) for w in words if w.key_or_group.split(".")[0] not in left_out), "loss.alpha=0"]
 

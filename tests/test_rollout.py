@@ -21,7 +21,7 @@ from kdx.data.batches import Row
 from kdx.errors import ConfigError
 from kdx.generate import Sampling, generate
 from kdx.objective import Mix, Objective
-from kdx.rollout import OwnRow, Rollouts, register_sampler
+from kdx.rollout import Rollouts, register_sampler
 from kdx.teacher import Answer, Teacher
 
 GREEDY = Sampling(max_new_tokens=12)
@@ -49,7 +49,9 @@ def test_a_left_padded_batch_answers_as_row_by_row(sampling: Sampling) -> None:
     state = torch.get_rng_state()
     seeds = list(range(10, 15))
     together = generate(model, PROMPTS, sampling, num_ids=40, pad_id=0, seeds=seeds)
-    alone = [generate(model, [p], sampling, num_ids=40, pad_id=0, seeds=[s])[0] for p, s in zip(PROMPTS, seeds, strict=True)]
+    alone = [
+        generate(model, [p], sampling, num_ids=40, pad_id=0, seeds=[s])[0] for p, s in zip(PROMPTS, seeds, strict=True)
+    ]
     assert together == alone
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -186,7 +188,10 @@ def test_kill_and_resume_is_bitwise_the_straight_run(place: Path, tmp_path: Path
     assert run_here(config, tmp_path / "stopped") == 0
     assert same(tmp_path / "straight", tmp_path / "stopped")
     logs = [
-        [{k: v for k, v in line.items() if not k.startswith(("speed/", "memory/"))} for line in lines(run / "metrics.jsonl")]
+        [
+            {k: v for k, v in line.items() if not k.startswith(("speed/", "memory/"))}
+            for line in lines(run / "metrics.jsonl")
+        ]
         for run in (tmp_path / "straight", tmp_path / "stopped")
     ]
     assert logs[0] == logs[1]
@@ -251,14 +256,27 @@ def test_what_makes_no_sense_is_refused(place: Path, words: list[str], reason: s
     assert reason in str(refused.value)
 
 
-def test_the_teachers_answers_take_the_place_of_the_last_turns(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_teachers_answers_take_the_place_of_the_last_turns(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Typed twice nothing is generated the second time, by a sweep's other jobs neither; held-out rows stay."""
-    words = ["rollout=teacher", "rollout.max_new_tokens=8", f"teacher.store_dir={tmp_path / 'store'}", "teacher.store=on"]
+    words = [
+        "rollout=teacher",
+        "rollout.max_new_tokens=8",
+        f"teacher.store_dir={tmp_path / 'store'}",
+        "teacher.store=on",
+    ]
     prompts: list[Any] = []
     known = rollout.generate
-    monkeypatch.setattr(rollout, "generate", lambda model, some, *a, **k: prompts.extend(some) or known(model, some, *a, **k))
+    monkeypatch.setattr(
+        rollout, "generate", lambda model, some, *a, **k: prompts.extend(some) or known(model, some, *a, **k)
+    )
     seen: list[Any] = []
-    monkeypatch.setattr(distill.Batches, "__init__", lambda self, rows, init=distill.Batches.__init__, **k: seen.append(rows) or init(self, rows, **k))
+    monkeypatch.setattr(
+        distill.Batches,
+        "__init__",
+        lambda self, rows, init=distill.Batches.__init__, **k: seen.append(rows) or init(self, rows, **k),
+    )
     assert run_here(config_of(place, *words, "train.max_steps=2"), tmp_path / "one") == 0
     assert len(prompts) == 36
     monkeypatch.setattr(rollout, "load_teacher", None)
@@ -271,7 +289,9 @@ def test_the_teachers_answers_take_the_place_of_the_last_turns(place: Path, tmp_
         start = counted.index(True)
         assert all(counted[start:])
         seed = int(rollout._key(config_of(place, *words), tokens[:start])[:15], 16)
-        (answer,) = generate(teacher, [tokens[:start]], Sampling(8, 1.0), num_ids=len(teacher.lm_head.weight), pad_id=0, seeds=[seed])
+        (answer,) = generate(
+            teacher, [tokens[:start]], Sampling(8, 1.0), num_ids=len(teacher.lm_head.weight), pad_id=0, seeds=[seed]
+        )
         assert tokens[start:] == answer
     summaries = [json.loads((tmp_path / name / "summary.json").read_text())["data"] for name in ("one", "two")]
     assert run_here(config_of(place, "train.max_steps=0"), tmp_path / "plain") == 0
