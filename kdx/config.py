@@ -115,6 +115,10 @@ class LossConfig(OpenGroup):
     temperature: Annotated[float, Field(gt=0, le=1e6)]
     """Softens both distributions in the distillation term; CE is always at 1."""
     scale_by_temperature: bool  # Multiply the distillation term by temperature² (Hinton et al., 2015)
+    alpha_end: Annotated[float, Field(ge=0, le=1)] | None
+    """What alpha moves to by the last step, in equal steps; null: it stays."""
+    temperature_end: Annotated[float, Field(gt=0, le=1e6)] | None
+    """What the temperature moves to by the last step, in equal steps; null: it stays."""
 
 
 class OptimConfig(OpenGroup):
@@ -289,11 +293,13 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
         found.append(("loss.alpha", what, "Choose loss=cross_entropy, or a teacher"))
     if loss.name == "cross_entropy" and loss.alpha > 0:
         found.append(("loss.alpha", f"is {loss.alpha:g}, but cross_entropy is alpha 0", "Set loss.alpha=0"))
+    if loss.alpha == 0 and loss.alpha_end:
+        found.append(("loss.alpha_end", "is set, but alpha 0 is a run without a teacher", "Begin with loss.alpha=0.01"))
     if config.rollout.name != "none" and teacher.path is None:
         found.append(("rollout", "needs a teacher", "Choose a teacher, or rollout=none"))
-    elif config.rollout.is_on_policy and loss.alpha == 0:
+    elif config.rollout.is_on_policy and 0 in (loss.alpha, loss.alpha_end):
         what = "is 0, and cross-entropy teaches nothing on the student's own answers"
-        found.append(("loss.alpha", what, "Raise it, or choose rollout=none"))
+        found.append(("loss.alpha" if loss.alpha == 0 else "loss.alpha_end", what, "Raise it, or choose rollout=none"))
     if config.rollout.name != "none" and not config.data.assistant_only:
         what = "is false, so there are no prompts to answer"
         found.append(("data.assistant_only", what, "Set it to true, or choose rollout=none"))

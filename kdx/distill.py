@@ -124,7 +124,8 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         teach_to_stop(student, tokenizer, data.stops)
         heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
         loss = config.loss
-        mix = Mix(loss.name, loss.alpha, loss.temperature, loss.scale_by_temperature, loss.options)
+        ends = (loss.alpha_end, loss.temperature_end)
+        mix = Mix(loss.name, loss.alpha, loss.temperature, loss.scale_by_temperature, loss.options, *ends)
         objective = Objective(student, check_heads(shared.num_ids, heads), mix)
         if teacher and config.rollout.is_on_policy:
             _ = teacher.model  # nothing that the student says is in the store
@@ -132,7 +133,9 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
             batches = Rollouts(
                 **known,
                 student=student,
-                config=config,
+                words=config.rollout,
+                mix=mix,
+                max_steps=max_steps,
                 machine=machine,
                 num_ids=objective.num_ids,
                 max_length=max_length,

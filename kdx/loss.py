@@ -4,8 +4,9 @@ A divergence is a pure function of log-probabilities at the run's temperature,
 
     student, teacher: [n, V] float32 or float64  →  [n], one number per position,
 
-and is 0 where both agree. Temperature, its square, masking, chunking and the cross-entropy term are put around it
-in objective.py, once. This file needs torch alone. Errors are ValueErrors.
+and is 0 where both agree. One that names a parameter `labels` is also given the tokens to be predicted [n].
+Temperature, its square, masking, chunking and the cross-entropy term are put around it in objective.py, once. This
+file needs torch alone. Errors are ValueErrors.
 
 n positions, V vocabulary; s, t are log-probabilities of student and teacher.
 """
@@ -56,13 +57,14 @@ def get(name: str) -> Divergence:
 def check_options(name: str, options: dict[str, Any]) -> None:
     """Raise ValueError if the named divergence does not take these options or values."""
     function = get(name)
+    more = _labels_for(function, torch.zeros(2, dtype=torch.long))
     try:
-        inspect.signature(function).bind(None, None, **options)
+        inspect.signature(function).bind(None, None, **options, **more)
     except TypeError as error:
         takes = ", ".join(list(inspect.signature(function).parameters)[2:]) or "none"
         raise ValueError(f"{name}: {error}; its options: {takes}") from None
     rows = torch.zeros(2, 3).log_softmax(-1)
-    value = function(rows, rows, **options)  # it checks ranges itself
+    value = function(rows, rows, **options, **more)  # it checks ranges itself
     shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if shape != [2]:  # a mean would be taken for the sum, and weigh a row by the size of its chunk
         raise ValueError(f"{name} returns shape {shape} for 2 positions; it must be one number each")
@@ -95,7 +97,13 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
-def value_and_gradient(name: str, s: Tensor, t: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _labels_for(function: Divergence, labels: Tensor | None) -> dict[str, Any]:
+    return {"labels": labels} if "labels" in inspect.signature(function).parameters else {}
+
+
+def value_and_gradient(
+    name: str, s: Tensor, t: Tensor, options: dict[str, Any], labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return a divergence [n] and its gradient [n, V] with respect to the student's logits at the temperature of `s`.
 
     Takes the closed form where there is one, autograd otherwise. `s` need not require grad.
@@ -104,7 +112,7 @@ def value_and_gradient(name: str, s: Tensor, t: Tensor, options: dict[str, Any])
         return CLOSED_FORMS[name](s, t, **options)
     with torch.enable_grad():
         leaf = s.detach().requires_grad_()
-        value = get(name)(leaf, t, **options)
+        value = get(name)(leaf, t, **options, **_labels_for(get(name), labels))
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
     return value.detach(), gradient - s.exp() * gradient.sum(-1, keepdim=True)  # back through the log-softmax
 

@@ -9,8 +9,9 @@ not grow with positions × vocabulary.
 N counted positions, n positions of a chunk, V vocabulary, d / D width of student / teacher.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: larger chunks mean fewer pa
 GPU_CHUNK_BYTES = 2**30  # on a GPU, or a 64th of its memory: its products are faster over thousands of rows
 CACHE_BYTES = 2**19  # of one float32 tensor of a block on a CPU, per thread: what stays in its cache
 BLOCK_BYTES = 2**26  # of one elsewhere: large enough to fill a GPU, small beside the chunk
+# Sums over positions of the gradients of alpha·τ²·KD and (1 − alpha)·CE by the student's last hidden states.
+PULLS = ("grad_kd_squared", "grad_ce_squared", "grad_kd_times_grad_ce")
 HEAD_ROWS = 2**14  # rows of the head's gradient summed at once in float32, without a second matrix of the head's size
 
 
@@ -41,6 +44,15 @@ class Mix:
     temperature: float = 1.0
     scale_by_temperature: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    alpha_end: float | None = None  # alpha and temperature move to these in equal steps; None: they stay
+    temperature_end: float | None = None
+
+    def at(self, step: int, max_steps: int) -> "Mix":
+        """Return the mix of one step, counted from 0: the first is as given, the last as the ends say."""
+        share = step / max(1, max_steps - 1)
+        ends = {"alpha": self.alpha_end, "temperature": self.temperature_end}
+        moved = {k: getattr(self, k) + (end - getattr(self, k)) * share for k, end in ends.items() if end is not None}
+        return replace(self, **moved) if moved else self
 
     @property
     def weights(self) -> dict[str, float]:
@@ -61,6 +73,14 @@ class Mix:
         if self.alpha == 0:
             return "loss = CE(student, labels)"
         options = "".join(f", {key}={value}" for key, value in self.options.items())
+        if self.alpha_end is not None or self.temperature_end is not None:  # numbers that change have names
+            alpha, tau = (
+                f"{start:g}" if end is None else f"{start:g}→{end:g}"
+                for start, end in ((self.alpha, self.alpha_end), (self.temperature, self.temperature_end))
+            )
+            scale = "·τ²" if self.scale_by_temperature else ""
+            kd = f"α{scale}·{self.name}(teacher, student{options}; τ)"
+            return f"loss = {kd} + (1−α)·CE(student, labels), α={alpha}, τ={tau}"
         at = f"{self.name}(teacher, student{options}; τ={self.temperature:g})"
         kd = "".join(f"{factor:g}·" for factor in (self.alpha, self.factor) if factor != 1) + at
         ce = f" + {1 - self.alpha:g}·CE(student, labels)" if self.alpha < 1 else ""
@@ -74,7 +94,7 @@ def check_loss(config: LossConfig) -> None:
         hint = f"{did_you_mean(name, choices)}. Your own: KDX_PLUGINS=module"
         raise ConfigError("loss.name", f"no divergence is named {name!r}", hint)
     function = loss.get("forward_kl" if name == "cross_entropy" else name)  # neither of these two has options
-    if faults := option_faults(function, options, "loss.", num_given=2):
+    if faults := option_faults(function, options, "loss.", num_given=2, given=("labels",)):
         raise together(faults)
     if name != "cross_entropy":
         try:
@@ -95,16 +115,24 @@ class Objective(nn.Module):
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # where accelerate's FSDP wraps
 
     def forward(
-        self, batch: MicroBatch, answer: Answer | None, factor: float = 1.0
+        self,
+        batch: MicroBatch,
+        answer: Answer | None,
+        factor: float = 1.0,
+        mix: Mix | None = None,
+        *,
+        with_pulls: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum the loss over the batch's counted positions → factor · total, and each term's sum without the factor.
 
-        answer: the teacher's hidden states at the same positions; None trains on the labels alone (alpha 0).
+        answer: the teacher's hidden states at the same positions; None trains on the labels alone (alpha 0). mix: that
+        of this step, if it is not the run's. with_pulls: also sum PULLS.
         """
         hidden = counted_hidden(self.model, batch)
         head = head_of(self.model).cut(self.num_ids)
         size = chunk_size_of(head)
-        return summed_loss(hidden, head, answer, batch.counted_labels, self.mix, size, factor, batch.weights)
+        mix, labels = mix or self.mix, batch.counted_labels
+        return summed_loss(hidden, head, answer, labels, mix, size, factor, batch.weights, with_pulls=with_pulls)
 
 
 def distillation_loss(
@@ -157,21 +185,41 @@ def summed_loss(
     chunk_size: int = 256,
     factor: float = 1.0,
     weights: dict[str, Tensor] | None = None,
+    *,
+    with_pulls: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum the loss over positions that all count → factor · total, and without gradient each term (kd includes τ²).
 
     weights: by term, a factor [N] for each position: the student's own words, say, have no cross-entropy. Those of
     `own` say how much of kd is summed once more, to be logged.
+    with_pulls: also return PULLS.
     """
     if mix.alpha == 0:
         answer = None
     if answer is not None:  # one tokenizer, heads padded differently: keep the ids that both have
         num_ids = min(head.num_ids, answer.head.num_ids)
         head, answer = head.cut(num_ids), Answer(answer.hidden, answer.head.cut(num_ids))
-    total, kd, ce, own = _ChunkedSum.apply(
-        hidden, head.weight, head.bias, head, answer, labels, mix, chunk_size, factor, weights or {}
+    total, kd, ce, own, pulls = _ChunkedSum.apply(
+        hidden, head.weight, head.bias, head, answer, labels, mix, chunk_size, factor, weights or {}, with_pulls
     )
-    return total, {"kd": kd, "ce": ce} | ({"own": own} if weights and "own" in weights else {})
+    terms = {"kd": kd, "ce": ce} | ({"own": own} if weights and "own" in weights else {})
+    return total, terms | (dict(zip(PULLS, pulls, strict=True)) if with_pulls else {})
+
+
+def pulls_of(sums: dict[str, float], num_tokens: int) -> dict[str, float | None]:
+    """Say how hard each term pulls: norms and cosine of their gradients by the student's last hidden states [N, d].
+
+    sums: PULLS of a whole step of num_tokens counted positions. The norms are those of the loss that is minimised:
+    alpha and τ² are in them. effective_alpha is the share of the distillation term's norm in the sum of both.
+    """
+    kd, ce = (math.sqrt(max(sums[name], 0.0)) / max(num_tokens, 1) for name in PULLS[:2])
+    dot = sums[PULLS[2]] / max(num_tokens, 1) ** 2
+    return {
+        "grad_kd": kd,
+        "grad_ce": ce,
+        "grad_cosine": dot / (kd * ce) if kd * ce > 0 else None,
+        "effective_alpha": kd / (kd + ce) if kd + ce > 0 else None,
+    }
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -190,7 +238,8 @@ class _ChunkedSum(torch.autograd.Function):
         chunk_size: int,
         factor: float,
         weights: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with_pulls: bool,
+    ) -> tuple[Tensor, ...]:
         head = head.detached(weight, bias).in_compute_dtype()
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -199,6 +248,7 @@ class _ChunkedSum(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=grad_dtype) if wants_bias and bias is not None else None
         sum_dtype = torch.float32 if hidden.device.type == "mps" else torch.float64  # Apple's MPS has no float64
         kd_sum, ce_sum, own_sum = (torch.zeros((), dtype=sum_dtype, device=hidden.device) for _ in range(3))
+        pulls = torch.zeros(3, dtype=sum_dtype, device=hidden.device)
         # backward() passes over the gradients once more on a GPU: it applies the factor there.
         factor_now, factor_later = (factor, 1.0) if hidden.device.type == "cpu" else (1.0, factor)
 
@@ -209,6 +259,10 @@ class _ChunkedSum(torch.autograd.Function):
                 teacher_head = answer.head
                 teacher_product = teacher_head.product(answer.hidden[rows]).to(product.device)
             chunk_weights = {name: weight[rows] for name, weight in weights.items()}
+            by_kd = None  # [n, V], the gradient of the distillation term alone
+            if with_pulls and teacher_product is not None:
+                by_kd, alone = product.clone(), chunk_weights | {"ce": torch.zeros_like(labels[rows], dtype=grad_dtype)}
+                fused.terms(by_kd, teacher_product, labels[rows], head, teacher_head, mix, alone)
             terms = fused.terms(product, teacher_product, labels[rows], head, teacher_head, mix, chunk_weights)
             if terms is not None:
                 kd_sum += mix.factor * terms[0].sum(dtype=sum_dtype)
@@ -224,7 +278,11 @@ class _ChunkedSum(torch.autograd.Function):
                 if teacher_head is not None and teacher_product is not None:
                     teacher_logits = teacher_head.finish(teacher_product[block])
                 weighted = {name: weight[block] for name, weight in chunk_weights.items()}
-                kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[rows][block], mix, weighted)
+                kd, ce, grad, grad_of_kd = _loss_and_gradient(
+                    logits, teacher_logits, labels[rows][block], mix, weighted, with_kd=by_kd is not None
+                )
+                if by_kd is not None and grad_of_kd is not None:
+                    by_kd[block] = head.through(logits, grad_of_kd)
                 kd_sum += mix.factor * kd.sum(dtype=sum_dtype)
                 ce_sum += ce.sum(dtype=sum_dtype)
                 if "own" in weights:
@@ -234,8 +292,15 @@ class _ChunkedSum(torch.autograd.Function):
                     grad_bias += grad.sum(0)
                 product[block] = grad  # the product is no longer needed: its memory holds its gradient
             del teacher_product  # the peak of a step's memory is about here
-            if grad_hidden is not None:
-                grad_hidden[rows] = (product @ head.weight).to(hidden.dtype).mul_(factor_now)
+            by_hidden = product @ head.weight if grad_hidden is not None or with_pulls else None
+            if with_pulls and by_hidden is not None:
+                of_kd = torch.zeros_like(by_hidden) if by_kd is None else by_kd @ head.weight
+                of_kd = of_kd.to(sum_dtype)
+                of_ce = by_hidden.to(sum_dtype) - of_kd
+                pulls += torch.stack([of_kd.square().sum(), of_ce.square().sum(), (of_kd * of_ce).sum()])
+                del by_kd, of_kd, of_ce
+            if grad_hidden is not None and by_hidden is not None:
+                grad_hidden[rows] = by_hidden.to(hidden.dtype).mul_(factor_now)
             if grad_weight is not None:
                 inputs = hidden[rows].to(product.dtype)
                 if product.dtype != grad_dtype and product.device.type == "cuda":  # its products can add in float32
@@ -252,10 +317,10 @@ class _ChunkedSum(torch.autograd.Function):
                 of_head.mul_(factor_now)
         ctx.factor = factor_later
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(kd_sum, ce_sum, own_sum)
+        ctx.mark_non_differentiable(kd_sum, ce_sum, own_sum, pulls)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         total = factor * mix.loss({"kd": kd_sum, "ce": ce_sum})
-        return total.to(grad_dtype), kd_sum, ce_sum, own_sum
+        return total.to(grad_dtype), kd_sum, ce_sum, own_sum, pulls
 
     @staticmethod
     @once_differentiable
@@ -267,7 +332,7 @@ class _ChunkedSum(torch.autograd.Function):
             grad_total = grad_total * ctx.factor
             grads = [None if grad is None else grad * grad_total for grad in grads]  # before it is rounded to bf16
         by_inputs = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
-        return *by_inputs, *[None] * 7
+        return *by_inputs, *[None] * 8
 
 
 def chunk_size_of(head: Head) -> int:
@@ -295,9 +360,18 @@ def blocks_of(product: Tensor) -> Iterator[slice]:
 
 
 def _loss_and_gradient(
-    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, mix: Mix, weights: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute one block: kd (without τ²) and ce of each position, and the gradient [n, V] of the loss by the logits."""
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    mix: Mix,
+    weights: dict[str, Tensor],
+    *,
+    with_kd: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Compute one block: kd (without τ²) and ce of each position, and the gradient [n, V] of the loss by the logits.
+
+    with_kd: also return the part of the gradient that is the distillation term's.
+    """
     s1 = loss.log_probabilities(logits)
     rows = torch.arange(len(labels), device=labels.device)
     ce = -s1[rows, labels]
@@ -305,11 +379,12 @@ def _loss_and_gradient(
     if teacher_logits is not None:
         t = loss.log_probabilities(teacher_logits, mix.temperature)
         s = s1 if mix.temperature == 1 else loss.log_probabilities(logits, mix.temperature)
-        kd, grad = loss.value_and_gradient(mix.name, s, t, mix.options)
+        kd, grad = loss.value_and_gradient(mix.name, s, t, mix.options, labels)
         grad.mul_(mix.alpha * mix.factor / mix.temperature)  # the logits are divided by τ on the way in
         if "kd" in weights:
             kd = kd * weights["kd"]
             grad.mul_(weights["kd"].unsqueeze(-1))
+    grad_of_kd = grad.clone() if with_kd and grad is not None else None
     if mix.alpha < 1:
         by_label = s1.exp_()
         by_label[rows, labels] -= 1
@@ -319,4 +394,4 @@ def _loss_and_gradient(
     if "ce" in weights:
         ce = ce * weights["ce"]
     assert grad is not None
-    return kd, ce, grad
+    return kd, ce, grad, grad_of_kd

@@ -5,7 +5,7 @@ import inspect
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
@@ -53,10 +53,11 @@ def keep(run_dir: Path) -> None:
 
 
 def option_faults(
-    function: Callable[..., Any], options: dict[str, Any], prefix: str, num_given: int = 0
+    function: Callable[..., Any], options: dict[str, Any], prefix: str, num_given: int = 0, given: Sequence[str] = ()
 ) -> list[ConfigError]:
     """Check options against a function's signature, past the parameters it is given anyway: names, types, missing."""
-    parameters = {p.name: p for p in list(inspect.signature(function).parameters.values())[num_given:]}
+    parameters = {p.name: p for p in [*inspect.signature(function).parameters.values()][num_given:]}
+    parameters = {name: parameter for name, parameter in parameters.items() if name not in given}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return []
     hints: dict[str, Any] = {}

@@ -25,7 +25,7 @@ from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, collate,
 from kdx.data.encode import Data, Encoder, load_data
 from kdx.data.files import at_home
 from kdx.data.mix import parts_of
-from kdx.data.sources import read_conversations
+from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
 from kdx.generate import Sampling, generate, groups_of
 from kdx.run.files import cache_dir, locked, whole_folder, write_beside
@@ -68,7 +68,7 @@ class OwnRow(Row):
     start: int = 0
 
     @property
-    def digest(self) -> str:  # type: ignore[override]
+    def digest(self) -> str:
         """Nothing: such a row never enters the teacher's store."""
         return ""
 
@@ -93,15 +93,17 @@ class Rollouts(Batches):
     """
 
     student: Any = None
-    config: Any = None  # the run's
+    words: Any = None  # config.rollout
     machine: Accelerator | None = None
+    mix: Any = None
+    max_steps: int = 1
     num_ids: int = 0
     max_length: int = 0
     said: Counter[str] = field(default_factory=Counter)  # answers so far, and those with a stop token
 
     def steps(self, first: int, last: int) -> Iterator[StepBatch | None]:
         """Yield this process's share of steps first … last − 1, then None. Nothing is prepared ahead of the weights."""
-        every = self.config.rollout.reuse_steps
+        every = self.words.reuse_steps
         plan = self.plan(first, -(-last // every) * every)  # whole spans: a longer run has the same answers
         for _, span in groupby(plan, lambda step_rows: step_rows[0] // every):
             steps = dict(span)
@@ -118,7 +120,7 @@ class Rollouts(Batches):
             return 0.0
         chosen = [(step, i, row) for step, rows in steps.items() for i in rows if (row := self._prompt(step, i))]
         prompts = [row.tokens[: row.start] for *_, row in chosen]
-        words = self.config.rollout
+        words = self.words
         if words.sampler is None:
             groups = groups_of(prompts, words.batch_size)
         else:  # all prompts of this process at once
@@ -138,7 +140,7 @@ class Rollouts(Batches):
 
     def _sampled(self, prompts: list[list[int]], seeds: list[int], step: int) -> list[list[int]]:
         assert self.machine is not None
-        words = self.config.rollout
+        words = self.words
         with self.machine.autocast():
             if words.sampler is None:
                 sampling = Sampling(words.max_new_tokens, words.temperature, words.top_p)
@@ -160,7 +162,7 @@ class Rollouts(Batches):
         start = last_turn(row)
         if not 0 < start < self.max_length:
             return None
-        if self._number("share", step, row.id) >= self.config.rollout.share * 2**63:
+        if self._number("share", step, row.id) >= self.words.share * 2**63:
             return None
         return OwnRow(**{name: getattr(row, name) for name in ("id", "tokens", "counted", "where")}, start=start)
 
@@ -187,18 +189,21 @@ class Rollouts(Batches):
         }
         return replace(self._shared_out(step, list(range(len(rows))), rows), figures=figures)
 
-    def _collated(self, rows: Sequence[Row]) -> MicroBatch:
+    def _collated(self, rows: Sequence[Row], step: int) -> MicroBatch:
         """Pad rows, and weigh what the student said: the divergence counts in full, and there is no cross-entropy."""
         batch = collate(rows, self.pad_id)
         starts = torch.tensor([getattr(row, "start", len(row.tokens)) for row in rows])
         is_own = batch.positions % batch.input_ids.shape[1] + 1 >= starts[batch.row_of]
-        alpha, dtype = self.config.loss.alpha, torch.float64 if self.student.dtype == torch.float64 else torch.float32
+        alpha, is_fp64 = self.mix.at(step, self.max_steps).alpha, self.student.dtype == torch.float64
         weights = {
             "kd": torch.where(is_own, 1 / alpha, torch.ones((), dtype=torch.float64)),
             "ce": (~is_own).double(),
             "own": is_own * torch.tensor(alpha, dtype=torch.float64),  # of kd, for the log: its value there
         }
-        return replace(batch, weights={name: weight.to(dtype) for name, weight in weights.items()})
+        return replace(
+            batch,
+            weights={name: weight.to(torch.float64 if is_fp64 else torch.float32) for name, weight in weights.items()},
+        )
 
 
 def last_turn(row: Row) -> int:
@@ -333,11 +338,11 @@ def write_answers(config: Config, file: Path) -> None:
         if not machine.is_main_process:
             return
         parts = parts_of(config.data) if config.data.name == "mix" else {"": (config.data, 1.0)}
-        conversations = {}
+        conversations: dict[str, Conversation] = {}
         for name, (data, _) in parts.items():
             encoder = Encoder(shared, day=data.template_date)
             found = read_conversations(data, cache_dir() / "data", encoder.rendered, encoder.names)
-            conversations |= {f"{name}/{c.id}".removeprefix("/"): c for c in found}
+            conversations |= {f"{name}/{c.id}".removeprefix("/"): c for c in map(found.__getitem__, range(len(found)))}
         texts = []
         for row in rows:
             answer = answers.get(_key(config, row.tokens[: last_turn(row)]))

@@ -21,7 +21,7 @@ from kdx.data.batches import Batches, StepBatch
 from kdx.data.encode import Data
 from kdx.errors import DivergedError, MachineError
 from kdx.evaluate import Judge, peak_memory
-from kdx.objective import Objective
+from kdx.objective import PULLS, Objective, pulls_of
 from kdx.optim import build_optimizer, build_schedule
 from kdx.rollout import figures
 from kdx.run import checkpoint, sharding
@@ -37,6 +37,7 @@ log = logging.getLogger("kdx")
 
 LIBRARIES = ("kdx", "torch", "transformers", "accelerate", "tokenizers", "bitsandbytes")
 HINT = "Lower optim.lr, raise optim.warmup_steps, use train.precision=fp32, or train.on_nonfinite=skip"
+PULL_NAMES = ("grad_kd", "grad_ce", "grad_cosine", "effective_alpha")
 TERMS = {"kd": "the distillation term", "ce": "the cross-entropy"}
 
 
@@ -59,7 +60,7 @@ class State:
     other_versions: list[str] = field(default_factory=list)  # with which a part of the run was made
     kept: dict[str, Any] = field(default_factory=dict)  # of the batches: what the student said for the steps to come
 
-    def count(self, batch: StepBatch, values: dict[str, float], seconds: float, *, is_skipped: bool) -> None:
+    def count(self, batch: StepBatch, values: dict[str, float | None], seconds: float, *, is_skipped: bool) -> None:
         """Count one finished step. values: its terms, norm and rate; those of a skipped step count in no mean."""
         self.step += 1
         self.tokens += batch.num_input_tokens
@@ -196,13 +197,16 @@ class Training:
         machine, config = self.machine, self.config.train
         factor = machine.num_processes / max(batch.num_tokens, 1)  # DDP and FSDP average gradients over processes
         is_taught = self.teacher and self.objective.mix.alpha > 0
+        step = self.state.step
+        mix = self.objective.mix.at(step, self.max_steps)
+        with_pulls = (step + 1) % config.log_every == 0 or step + 1 == self.max_steps  # of steps that are logged
         answers = self.teacher.answers(batch.micro_batches) if self.teacher and is_taught else repeat(None)
         self._parts: list[dict[str, Tensor]] = []  # the sum of each term, by micro-batch
         for i, (micro_batch, answer) in enumerate(zip(batch.micro_batches, answers, strict=False), 1):
             # FSDP reduces each time: it would keep whole gradients otherwise, and saving memory is what it is for.
             is_reduced = i == len(batch.micro_batches) or machine.is_fsdp2
             with nullcontext() if is_reduced else machine.no_sync(self.module):
-                total, terms = self.module(micro_batch.to(machine.device), answer, factor)
+                total, terms = self.module(micro_batch.to(machine.device), answer, factor, mix, with_pulls=with_pulls)
                 machine.backward(total)
             self._parts.append(terms)
         sums = torch.stack([torch.stack([*terms.values()]) for terms in self._parts]).sum(0)
@@ -213,7 +217,11 @@ class Training:
         *values, asked, is_late, norm = torch.cat([reduced, sharding.plain(clipped).to(reduced)[None]]).tolist()
         stop.is_agreed = bool(asked)
         self.is_save_due = bool(is_late)
-        return {name: value / max(batch.num_tokens, 1) for name, value in zip(terms, values, strict=True)}, norm
+        found, num_tokens = dict(zip(terms, values, strict=True)), batch.num_tokens
+        self.pulls = pulls_of(found, num_tokens) if with_pulls else {}
+        means = {name: value / max(num_tokens, 1) for name, value in found.items() if name not in PULLS}
+        self.loss = float(mix.loss(means))
+        return means, norm
 
     def update(self, batch: StepBatch, terms: dict[str, float], norm: float) -> bool:
         """Step optimizer and schedule → False if the step is not finite and was skipped. Raises DivergedError."""
@@ -302,8 +310,9 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
             terms, norm = run.forward_backward(batch, stop)
             is_finite = run.update(batch, terms, norm)
             seconds = time.perf_counter() - started
-            state.count(batch, terms | {"grad_norm": norm, "lr": lr}, seconds, is_skipped=not is_finite)
-            tracker.advance(state.step, run.objective.mix.loss(terms), batch.num_input_tokens / seconds)
+            values = terms | run.pulls | {"loss": run.loss, "grad_norm": norm, "lr": lr}
+            state.count(batch, values, seconds, is_skipped=not is_finite)
+            tracker.advance(state.step, run.loss, batch.num_input_tokens / seconds)
             folder.at(state.step)
 
         # The weights of the last step may be the best. They are saved first: nothing is lost if measuring fails.
@@ -327,12 +336,15 @@ def means(run: Training) -> dict[str, float | None]:
     window.clear()
     counted, tokens, seconds = (sum(part[name] for part in used) for name in ("counted", "tokens", "seconds"))
     terms = {name: sum(part[name] * part["counted"] for part in used) / max(counted, 1) for name in mix.weights}
+    is_scheduled = mix != mix.at(1, 2)  # each step has its own weights
+    loss = sum(part["loss"] * part["counted"] for part in used) / max(counted, 1) if is_scheduled else mix.loss(terms)
     return {
-        "train/loss": mix.loss(terms) if used else None,
+        "train/loss": loss if used else None,
         **{f"train/{k}": value if used and (k == "ce" or mix.weights[k] > 0) else None for k, value in terms.items()},
         "speed/tokens_per_second": tokens / seconds if used else None,
         "train/lr": last["lr"],
         "train/grad_norm": last["grad_norm"] if math.isfinite(last["grad_norm"]) else None,
+        **{f"train/{name}": last.get(name) if last in used else None for name in PULL_NAMES},
         "train/epoch": last["epoch"],
         "memory/peak_bytes": peak_memory(run.machine.device),
         **of_rollouts,

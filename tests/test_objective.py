@@ -23,7 +23,7 @@ from kdx.objective import Mix, Objective, chunks_of, distillation_loss, summed_l
 from kdx.store import Identity
 from kdx.teacher import Answer, Teacher
 from kdx.tokenizer import check_heads, common_ids
-from kdx.train import Training
+from kdx.train import State, Training
 
 N, V, d, D = 7, 13, 5, 4
 IGNORED = -100
@@ -435,7 +435,8 @@ def forward_backward(accelerator, module, step, teacher):
     training = object.__new__(Training)
     training.machine, training.teacher, training._saved_at = accelerator, teacher, 0.0
     training.module = training.objective = module
-    training.config = SimpleNamespace(train=SimpleNamespace(max_grad_norm=None, save_minutes=None))
+    training.config = SimpleNamespace(train=SimpleNamespace(max_grad_norm=None, save_minutes=None, log_every=1))
+    training.state, training.max_steps = State(), 4
     return training.forward_backward(step, SimpleNamespace(signal=None))
 
 

@@ -93,13 +93,11 @@ def made(student: Any, num_rows: int = 6, rank: int = 0, num_processes: int = 1,
         for i in range(num_rows)
     )
     group = {"share": 0.6, "max_new_tokens": 5, "temperature": 1.0, "top_p": 1.0, "reuse_steps": 1, "batch_size": 2}
-    config = SimpleNamespace(
-        rollout=SimpleNamespace(**{**group, "sampler": None, **words}), loss=SimpleNamespace(alpha=0.3)
-    )
+    asked = SimpleNamespace(**{**group, "sampler": None, **words})
     machine: Any = SimpleNamespace(autocast=torch.no_grad)
     return Rollouts(
         rows, 6, words.get("micro", 6), 0, True, 0, rank, num_processes,
-        student=student, config=config, machine=machine, num_ids=40, max_length=20,
+        student=student, words=asked, mix=Mix(alpha=0.3), machine=machine, num_ids=40, max_length=20,
     )  # type: ignore[arg-type]  # fmt: skip
 
 

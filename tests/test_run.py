@@ -107,6 +107,7 @@ def test_logged_losses_are_their_parts_and_rows_sum_to_the_summary(finished: Pat
         assert line.keys() == {
             "step", "tokens", "counted_tokens", "train/loss", "train/kd", "train/ce", "train/lr", "train/grad_norm",
             "train/epoch", "speed/tokens_per_second", "memory/peak_bytes",
+            "train/grad_kd", "train/grad_ce", "train/grad_cosine", "train/effective_alpha",
         }  # fmt: skip
     assert [line["step"] for line in logged if "eval/kl" in line] == [2, 4]
     rows, summary = lines(finished / "eval_rows.jsonl"), json.loads((finished / "summary.json").read_text())

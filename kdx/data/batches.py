@@ -304,12 +304,12 @@ class Batches:
         parts += [[]] * (num_micro - len(parts))
         return StepBatch(
             epoch=(step + 1) / self.steps_per_epoch,
-            micro_batches=[self._collated(part or [no_row]) for part in parts],
+            micro_batches=[self._collated(part or [no_row], step) for part in parts],
             num_tokens=int(rows.num_counted[numbers].sum()),
             num_input_tokens=int(lengths[numbers].sum()),
         )
 
-    def _collated(self, rows: Sequence[Row]) -> MicroBatch:
+    def _collated(self, rows: Sequence[Row], step: int) -> MicroBatch:
         return collate(rows, self.pad_id)
 
     def rows_seen(self, max_steps: int) -> list[int]:

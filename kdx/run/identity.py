@@ -103,6 +103,7 @@ def may_differ(key: str, was: Any, now: Any, config: Config) -> bool:
     if key in ("train.max_steps", "train.epochs"):
         name, warmup = config.optim.schedule, config.optim.warmup_steps
         is_constant = name == "constant" or (name == "constant_with_warmup" and (warmup >= 1 or warmup == 0))
+        is_constant &= config.loss.alpha_end is None and config.loss.temperature_end is None
         return is_constant and was is not None and now is not None and now > was
     if key == "train.max_nonfinite":
         return was is None or (now is not None and now > was)
