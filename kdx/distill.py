@@ -22,7 +22,7 @@ from kdx.data.batches import Batches
 from kdx.data.encode import Data, load_data
 from kdx.data.sources import check_source
 from kdx.errors import ConfigError, MachineError, together
-from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, Judge
+from kdx.evaluate import MAX_NEW_TOKENS, Judge, num_prompts
 from kdx.objective import Mix, Objective, check_loss
 from kdx.optim import optimizer_class
 from kdx.rollout import Rollouts, check_rollout, warn_about, with_teachers_answers
@@ -102,7 +102,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
     check_names(config)
     shared = load_tokenizer(config)
     tokenizer, max_length = shared.tokenizer, shared.max_length
-    data = load_data(config.data, shared, NUM_SAMPLES, MAX_NEW_TOKENS)
+    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
     data = with_teachers_answers(config, data, shared, machine)
     batches = Batches(
         data.train,

@@ -62,11 +62,12 @@ def generate(
     num_ids: int,
     pad_id: int,
     seeds: Sequence[int] = (),
+    stops: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continue prompts in one batch, padded on the left, in eval mode → the new tokens, with the stop token if one was said.
 
     All stop tokens of the model's generation config are heeded, and nothing else in it. No generator but those of the
-    rows is used. seeds: of each row.
+    rows is used. seeds: of each row. stops: in place of the model's own stop tokens.
     """
     longest, device = max(map(len, prompts)), model.device
     input_ids = torch.full((len(prompts), longest), pad_id)
@@ -74,14 +75,15 @@ def generate(
     for i, prompt in enumerate(prompts):
         input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
         mask[i, longest - len(prompt) :] = 1
-    stops, own, was_training = stop_ids(model.generation_config), model.generation_config, model.training
+    own, was_training = model.generation_config, model.training
+    stops = stop_ids(own) if stops is None else stops
     room = (num_positions(model.config) or math.inf) - longest
     processor = Drawn(sampling, num_ids, seeds or [0] * len(prompts), device)
     # Not arguments of generate(): unset values would be taken from the model's own.
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=int(min(sampling.max_new_tokens, room)),
-        eos_token_id=stops or None,
+        eos_token_id=list(stops) or None,
         pad_token_id=pad_id,
     )
     model.eval()

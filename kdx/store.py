@@ -157,11 +157,11 @@ class TeacherStore:
             write_json(self.folder / "teacher.json", {"name": self.name, **asdict(self.identity)})
             write_shard(self.folder / HEAD, {k: v.detach().cpu().contiguous() for k, v in parts.items()})
 
-    def load_answer(self, prompt: str) -> str | None:
+    def load_answer(self, prompt: str) -> list[int] | None:
         """Return the teacher's answer to a prompt, if it is here."""
         return read_json(self._answer_file(prompt)).get("answer")
 
-    def save_answer(self, prompt: str, answer: str) -> None:
+    def save_answer(self, prompt: str, answer: list[int]) -> None:
         with self._writing():
             write_json(self._answer_file(prompt), {"answer": answer})
 

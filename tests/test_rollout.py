@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,15 @@ import pytest
 import torch
 from runs import config_of, lines, run_here, signal_at, words_of
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from kdx import distill, rollout
 from kdx.causal_lm import head_of
-from kdx.cli import _main
+from kdx.cli import _main, compose
 from kdx.data.batches import Row
+from kdx.data.sources import check_source
 from kdx.errors import ConfigError
+from kdx.evaluate import measures_of
 from kdx.generate import Sampling, generate
 from kdx.objective import Mix, Objective
 from kdx.rollout import Rollouts, register_sampler
@@ -313,3 +316,50 @@ def test_generate_writes_answers_as_data(place: Path, tmp_path: Path) -> None:
     assert len({row[3]["content"] for row in rows}) > 1
     with pytest.raises(ConfigError, match="--out: is missing"):
         _main(["generate", *words])
+
+
+def test_generation_is_measured_of_all_three(place: Path, tmp_path: Path) -> None:
+    """ROUGE-L, length, share that ended, distinct bigrams, and the KL on own answers, against their definitions."""
+    words = ["train.max_steps=2", "eval.num_prompts=3", "eval.on_policy_kl=true", "student.save_dtype=fp32"]
+    assert run_here(config_of(place, *words, "tracking.samples=true"), tmp_path / "run") == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    names = {"rouge_l", "answer_length", "finished", "distinct_2"}
+    assert all(names <= summary[who].keys() for who in ("teacher", "untouched", "student"))
+    assert summary["untouched"]["on_policy_kl"] > 0
+    student = GPT2LMHeadModel.from_pretrained(tmp_path / "run/student").eval()
+    teacher = GPT2LMHeadModel.from_pretrained(place / "teacher").float().eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/student")
+    kl: list[torch.Tensor] = []
+    lengths, ends, pairs = [], [], []
+    for sample in json.loads((tmp_path / "run/samples.json").read_text()):
+        prompt = tokenizer.apply_chat_template(sample["prompt"], return_tensors="pt", return_dict=True)["input_ids"]
+        said = student.generate(prompt, do_sample=False, max_new_tokens=48)
+        assert tokenizer.decode(said[0, prompt.shape[1] :]) == sample["student"]
+        s, t = (m(said).logits[0, prompt.shape[1] - 1 : -1].double().log_softmax(-1) for m in (student, teacher))
+        kl.append((s.exp() * (s - t)).sum(-1))
+        answer = said[0, prompt.shape[1] :].tolist()
+        lengths.append(len(answer))
+        ends.append(answer[-1] == 0)
+        pairs += [*pairwise(answer)]
+    found = summary["student"]
+    assert found["on_policy_kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
+    assert found["answer_length"] == sum(lengths) / 3
+    assert found["finished"] == sum(ends) / 3
+    assert found["distinct_2"] == len(set(pairs)) / len(pairs)
+
+
+def test_rouge_is_of_the_peoples_answer(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer()
+    said = "The capital is Paris"
+    found = measures_of([tokenizer(said)["input_ids"]], [{"reference": "Paris is the capital"}], tokenizer, [0])
+    assert found["rouge_l"] == pytest.approx(0.5)  # of four words each, "the capital" is in the same order
+    assert found["finished"] == 0
+
+
+def test_the_published_recipe_composes() -> None:
+    config = compose(["experiment=minillm_gpt2"])
+    assert (config.rollout.name, config.rollout.share, config.loss.name) == ("student", 1.0, "reverse_kl")
+    assert (config.train.max_steps, config.train.epochs, config.optim.lr) == (5000, None, 5e-6)
+    row = {"instruction": "Why?", "context": "It rains.", "response": "So."}
+    assert row.keys() >= {config.data.options["source_column"], config.data.options["target_column"]}
+    check_source(config.data)

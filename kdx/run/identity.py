@@ -25,7 +25,7 @@ from kdx.run.redact import redact
 
 # Keys, or groups of keys, that cannot change the student.
 FREE = (
-    "run.", "sweep.", "tracking.", "eval.", "train.log_every", "train.save_", "train.keep_checkpoints", "teacher.store",
+    "run.", "sweep.", "tracking.", "eval.num_prompts", "eval.on_policy_kl", "train.log_every", "train.save_", "train.keep_checkpoints", "teacher.store",
     "teacher.license", "teacher.base_model", "student.license", "student.base_model",
 )  # fmt: skip
 CONTENTS = ("data", "teacher", "student", "tokenizer", "chat_template", "plugins")

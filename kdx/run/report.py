@@ -28,6 +28,11 @@ ROWS = (
     ("CE of the labels", "ce", "{:.4f}"),
     ("perplexity", "perplexity", "{:,.5g}"),
     ("accuracy", "accuracy", "{:.4f}"),
+    ("KL on own answers", "on_policy_kl", "{:.4f}"),
+    ("ROUGE-L", "rouge_l", "{:.4f}"),
+    ("tokens of an answer", "answer_length", "{:.1f}"),
+    ("answers that end", "finished", "{:.0%}"),
+    ("distinct bigrams", "distinct_2", "{:.4f}"),
     ("parameters", "num_parameters", "{:,}"),
 )
 

@@ -109,7 +109,7 @@ def finish(
     measures = final.means()
     _check_finite(training, measures)
     tracker.log(state, {f"eval/{name}": value for name, value in measures.items()})
-    answers = judge.samples()
+    generated, answers = judge.answered(student)
     if not training.machine.is_main_process:
         return {}
     before = folder.kept("untouched.json")
@@ -120,7 +120,7 @@ def finish(
     ]  # none if tracking.samples was off when the run began
     store = training.teacher.store if training.teacher else None
     summary = {
-        "student": measures | {"num_parameters": student.num_parameters()},
+        "student": measures | generated | {"num_parameters": student.num_parameters()},
         "untouched": before["untouched"],
         "teacher": before["teacher"],
         "run": {
