@@ -189,6 +189,12 @@ def kept_in_memory(training: Training) -> dict[str, float]:
     parts = {"weights": student.get_memory_footprint(), "optimizer": moments}
     if teacher is not None:
         parts["teacher"] = teacher.model.get_memory_footprint() if teacher.is_loaded else teacher.head.weight.nbytes
+    if training.config.rollout.is_on_policy:
+        shape, rollout = student.config.get_text_config(), training.config.rollout
+        heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+        width = heads * (getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
+        length = min(int(training.data.train.lengths.max()) + rollout.max_new_tokens, training.max_length)
+        parts["cache of generation"] = 2.0 * shape.num_hidden_layers * width * length * rollout.batch_size * 4
     return parts
 
 

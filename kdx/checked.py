@@ -85,10 +85,14 @@ def _of_options(tree: dict[str, Any], typed: set[str], known: list[str]) -> list
 
 def _of_off(tree: dict[str, Any], typed: set[str]) -> list[ConfigError]:
     """Keys that are typed of a group that is off."""
-    node = tree.get("adapter")
-    is_off = isinstance(node, dict) and node.get("name") == "none"
-    keys = [key for key in sorted(typed) if key.startswith("adapter.") and key != "adapter.name" and is_off]
-    return [ConfigError(key, "has no effect: the student has no adapter", "Add adapter=lora") for key in keys]
+    groups = {"adapter": ("the student has no adapter", "lora"), "rollout": ("nothing is generated", "student")}
+    found = []
+    for group, (why, choice) in groups.items():
+        node = tree.get(group)
+        if isinstance(node, dict) and node.get("name") == "none":
+            keys = [key for key in sorted(typed) if key.startswith(f"{group}.") and key != f"{group}.name"]
+            found += [ConfigError(key, f"has no effect: {why}", f"Add {group}={choice}") for key in keys]
+    return found
 
 
 def _of_code(tree: dict[str, Any], typed: set[str]) -> list[ConfigError]:

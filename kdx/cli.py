@@ -31,6 +31,7 @@ python -m kdx check [-m] KEY=VALUE ...           what such a run, or each point 
 python -m kdx store fill KEY=VALUE ...           run the teacher over all rows, so that the runs need not
 python -m kdx store stat | verify | prune        its cache ($KDX_STORE, else outputs/teacher-store): list, compare
                                                  checksums, drop what is damaged; prune --unused-days N, old teachers too
+python -m kdx generate KEY=VALUE ... --out FILE  write the teacher's answers to the training prompts, as data=messages
 python -m kdx compare PATH ...                   rank runs and sweeps: a table and a page
 python -m kdx run.resume=FOLDER                  resume a run; run.like=FOLDER starts a new one from its words
 
@@ -77,9 +78,12 @@ def _main(argv: list[str]) -> int:
         from kdx.store_commands import manage
 
         return manage(argv[1:])
-    words = argv[{"help": 1, "check": 1, "store": 2}.get(name, 0) :]
+    words = argv[{"help": 1, "check": 1, "generate": 1, "store": 2}.get(name, 0) :]
     if words and words[0] == name and "=" not in name and name[0] not in "+~-":
         raise ConfigError(name, "is not a command, and not KEY=VALUE either", "See python -m kdx --help")
+    out = ""
+    if name == "generate" and not is_help:
+        words, out = _out_of(words)
     args = _parsed(words)
     if is_help:
         groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(args.config_dir).items()]
@@ -98,6 +102,12 @@ def _main(argv: list[str]) -> int:
         return 0
     if name == "check":
         return _check(plan)
+    if name == "generate":
+        from kdx.rollout import write_answers
+
+        for point in plan.points[:1]:
+            write_answers(point.config, Path(out))
+        return 0
     if name == "store":
         plugins.load()
         from kdx.store_commands import fill
@@ -113,6 +123,15 @@ def _main(argv: list[str]) -> int:
     (point,) = plan.points
     sweep.start_run(point.config, Record(point.words, [], point.sources, argv), plan.folder)
     return 0
+
+
+def _out_of(words: list[str]) -> tuple[list[str], str]:
+    """Split off --out FILE; rollout=teacher need not be typed. Raises ConfigError."""
+    at = words.index("--out") if "--out" in words else len(words)
+    if at + 1 >= len(words):
+        raise ConfigError("--out", "is missing", "Name the file to write: --out answers.jsonl")
+    rest = words[:at] + words[at + 2 :]
+    return [*rest, *["rollout=teacher"] * ("rollout=teacher" not in rest)], words[at + 1]
 
 
 def _check(plan: "Plan") -> int:

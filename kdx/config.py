@@ -149,6 +149,27 @@ class AdapterConfig(Group):
     save: Literal["merged", "adapter"]  # The student: an ordinary model folder, or peft's, without the base
 
 
+class RolloutConfig(Group):
+    name: Literal["none", "student", "teacher"]  # Who writes the answers that the student trains on
+    share: Annotated[float, Field(ge=0, le=1)]
+    """The share of a step's rows that get the student's own answer."""
+    max_new_tokens: Positive
+    """Most tokens of an answer."""
+    temperature: Annotated[float, Field(ge=0, le=1e6)]
+    """Temperature of sampling; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    """Sample from the likeliest tokens that have this much probability."""
+    reuse_steps: Positive
+    """Answers for so many steps are sampled at once, from the weights of the first."""
+    batch_size: Positive
+    """Prompts answered at once."""
+    sampler: Text | None  # A sampler registered with @register_sampler, in place of kdx's own
+
+    @property
+    def is_on_policy(self) -> bool:
+        return self.name == "student" and self.share > 0
+
+
 class EarlyStoppingConfig(Group):
     patience: Positive | None
     """Evaluations without improvement before stopping; null is off."""
@@ -195,6 +216,10 @@ class EvalConfig(Group):
     """Steps between held-out measures during training; 0 measures at the end only; auto takes up to five that cost little."""
     metric: Literal["kl", "ce"]
     """What train.keep=best, early stopping and a sweep compare; CE where there is no teacher."""
+    num_prompts: Count
+    """Held-out prompts that all models answer; 0 is none."""
+    on_policy_kl: Literal["auto"] | bool
+    """The student's KL to the teacher on its own answers; auto takes it if the teacher's body is loaded anyway."""
 
 
 class TrackingConfig(Group):
@@ -232,6 +257,7 @@ class Config(Group):
     loss: LossConfig
     optim: OptimConfig
     adapter: AdapterConfig
+    rollout: RolloutConfig
     train: TrainConfig
     eval: EvalConfig
     tracking: TrackingConfig
@@ -289,6 +315,14 @@ def contradictions(config: Config) -> list[tuple[str, str, str]]:
         found.append(("loss.alpha", f"is {loss.alpha:g}, but cross_entropy is alpha 0", "Set loss.alpha=0"))
     if loss.alpha == 0 and loss.alpha_end:
         found.append(("loss.alpha_end", "is set, but alpha 0 is a run without a teacher", "Begin with loss.alpha=0.01"))
+    if config.rollout.name != "none" and teacher.path is None:
+        found.append(("rollout", "needs a teacher", "Choose a teacher, or rollout=none"))
+    elif config.rollout.is_on_policy and 0 in (loss.alpha, loss.alpha_end):
+        what = "is 0, and cross-entropy teaches nothing on the student's own answers"
+        found.append(("loss.alpha" if loss.alpha == 0 else "loss.alpha_end", what, "Raise it, or choose rollout=none"))
+    if config.rollout.name != "none" and not config.data.assistant_only:
+        what = "is false, so there are no prompts to answer"
+        found.append(("data.assistant_only", what, "Set it to true, or choose rollout=none"))
     if (train.max_steps is None) == (train.epochs is None):
         both = "are both set" if train.epochs else "are both null"
         found.append(("train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"))

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ from transformers.utils import is_liger_kernel_available
 
 from kdx import plugins
 from kdx.adapter import add_adapter
-from kdx.causal_lm import DTYPES, attention_for, check_split, checkpoint_activations, head_of
+from kdx.causal_lm import DTYPES, attention_for, check_split, checkpoint_activations, head_of, stop_ids
 from kdx.config import Config, TrainConfig
 from kdx.data.batches import Batches
 from kdx.data.encode import Data, load_data
 from kdx.data.sources import check_source
 from kdx.errors import ConfigError, MachineError, together
-from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, Judge
+from kdx.evaluate import MAX_NEW_TOKENS, Judge, num_prompts
 from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
+from kdx.rollout import Rollouts, check_rollout, warn_about, with_teachers_answers
 from kdx.run import report, results
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import adapter_base
@@ -104,7 +105,8 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
     check_names(config)
     shared = load_tokenizer(config)
     tokenizer, max_length = shared.tokenizer, shared.max_length
-    data = load_data(config.data, shared, NUM_SAMPLES, MAX_NEW_TOKENS)
+    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
+    data = with_teachers_answers(config, data, shared, machine)
     batches = Batches(
         data.train,
         batch_size=config.train.batch_size,
@@ -125,7 +127,22 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         student = build_student(config, machine, max_length)
         teach_to_stop(student, tokenizer, data.stops)
         heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
-        objective = Objective(student, check_heads(shared.num_ids, heads), mix_of(config.loss))
+        mix = mix_of(config.loss)
+        objective = Objective(student, check_heads(shared.num_ids, heads), mix)
+        if teacher and config.rollout.is_on_policy:
+            _ = teacher.model  # nothing that the student says is in the store
+            known = {part.name: getattr(batches, part.name) for part in fields(batches)}
+            batches = Rollouts(
+                **known,
+                student=student,
+                words=config.rollout,
+                mix=mix,
+                max_steps=max_steps,
+                machine=machine,
+                num_ids=objective.num_ids,
+                max_length=max_length,
+            )
+            warn_about(config, student, stop_ids(teacher.model.generation_config))
         parts = (config, data, tokenizer, max_length, batches, max_steps, measured_at, teacher, objective, machine)
         yield Training(*parts)
 
@@ -137,6 +154,7 @@ def check_names(config: Config) -> None:
         partial(check_loss, config.loss),
         partial(optimizer_class, config.optim),
         partial(check_source, config.data),
+        partial(check_rollout, config.rollout),
     )
     for check in checks:
         try:

@@ -8,19 +8,22 @@ import resource
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
-from transformers import GenerationConfig
 
 from kdx import loss
-from kdx.causal_lm import Head, counted_hidden, head_of
-from kdx.data.batches import MicroBatch, by_length, collate
+from kdx.causal_lm import Head, counted_hidden, generation_config, head_of, stop_ids
+from kdx.config import Config
+from kdx.data.batches import MicroBatch, Row, by_length, collate
+from kdx.generate import Sampling, generate, groups_of
 from kdx.objective import blocks_of, chunk_size_of, chunks_of
 from kdx.run.signals import StopRequest
-from kdx.run.tracking import working
+from kdx.run.tracking import log, working
 from kdx.teacher import Answer, Teacher
 from kdx.tokenizer import pad_id_of
 
@@ -67,7 +70,8 @@ class Judge:
 
     def __init__(self, run: Any, stop: StopRequest) -> None:
         self.run, self.stop = run, stop
-        self.prompts: list[dict[str, Any]] = run.data.prompts if run.config.tracking.samples else []
+        self.num_samples, self.num_measured = NUM_SAMPLES * run.config.tracking.samples, run.config.eval.num_prompts
+        self.prompts: list[dict[str, Any]] = run.data.prompts[: max(self.num_samples, self.num_measured)]
         rows, like = run.data.held_out, run.batches
         groups = by_length(rows, max(like.micro_batch_size, MIN_ROWS), like.micro_batch_tokens)
         groups = groups[like.rank :: like.num_processes]
@@ -112,32 +116,111 @@ class Judge:
 
     def before_training(self) -> dict[str, Any]:
         """Measure and sample the teacher and the untouched student: untouched.json."""
-        student, teacher = self.run.student, self.run.teacher
+        student, teacher, run = self.run.student, self.run.teacher, self.run
         untouched = self(student).means()
+        taught = teacher_answers(teacher, run.tokenizer, self.prompts, run.objective.num_ids) if teacher else []
+        stops = stop_ids(generation_config(run.config.teacher, "teacher")) if teacher else []
+        of_teacher = measures_of(taught[: self.num_measured], self.measured, run.tokenizer, stops)
+        of_student, samples = self.answered(student)
         return {
-            "untouched": untouched | {"num_parameters": student.num_parameters()},
-            "teacher": self.teacher_measures.means() | {"num_parameters": teacher and teacher.num_parameters},
-            "teacher_samples": teacher_samples(teacher, self.run.tokenizer, self.prompts),
-            "untouched_samples": self.samples(),
+            "untouched": untouched | of_student | {"num_parameters": student.num_parameters()},
+            "teacher": self.teacher_measures.means()
+            | of_teacher
+            | {"num_parameters": teacher and teacher.num_parameters},
+            "teacher_samples": self.texts(taught) if teacher else [None] * len(samples),
+            "untouched_samples": samples,
         }
 
-    def samples(self) -> list[str]:
-        """Let the student answer the sample prompts."""
-        return [answer(self.run.student, self.run.tokenizer, prompt["text"]) for prompt in self.prompts]
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        return self.prompts[: self.num_measured]
+
+    def texts(self, answers: list[list[int]]) -> list[str]:
+        """Return the sample answers as text, with the token that they stopped at."""
+        return [self.run.tokenizer.decode(answer) for answer in answers[: self.num_samples]]
+
+    def answered(self, student: Any) -> tuple[dict[str, Any], list[str]]:
+        """Let a student answer the prompts → the measures of its answers, and the samples."""
+        run, like = self.run, self.run.batches
+        num_ids = run.objective.num_ids
+        answers = answers_of(student, run.tokenizer, self.prompts, num_ids, like.rank, like.num_processes)
+        some = answers[: self.num_measured]
+        measures = measures_of(some, self.measured, run.tokenizer, stop_ids(student.generation_config))
+        return measures | self.on_policy_kl(student, some), self.texts(answers)
+
+    @torch.no_grad()
+    def on_policy_kl(self, student: Any, answers: list[list[int]]) -> dict[str, float | None]:
+        """Take KL(student ‖ teacher) per token on the student's own answers; it needs the teacher's body."""
+        run, teacher, asked = self.run, self.run.teacher, self.run.config.eval.on_policy_kl
+        if teacher is None or not answers or asked is False:
+            return {}
+        if asked == "auto" and not teacher.is_loaded:
+            log.info("on-policy KL: not taken, the teacher's body is not loaded; eval.on_policy_kl=true loads it")
+            return {"on_policy_kl": None}
+        student.eval()
+        head = head_of(student).cut(run.objective.num_ids).in_compute_dtype()
+        rows = []
+        for prompt, answer in zip(self.measured, answers, strict=True):
+            tokens = run.tokenizer(prompt["text"], add_special_tokens=False)["input_ids"]
+            rows.append(Row("", tokens + answer, [False] * len(tokens) + [True] * len(answer)))
+        total = counted = 0.0
+        for start in range(0, len(rows), MIN_ROWS):
+            batch = collate(rows[start : start + MIN_ROWS], run.batches.pad_id).to(run.machine.device)
+            theirs = Answer(teacher.live(batch), teacher.head.cut(run.objective.num_ids))
+            values = score(counted_hidden(student, batch), head, batch, theirs)["reverse_kl"]
+            total, counted = total + values.sum(dtype=torch.float64).item(), counted + len(values)
+        return {"on_policy_kl": total / counted}
 
 
-def teacher_samples(teacher: Teacher | None, tokenizer: Any, prompts: list[dict[str, Any]]) -> list[str | None]:
-    """Let the teacher answer the sample prompts, or read its answers from its store."""
-    answers = []
-    for prompt in prompts:
-        key = f"{MAX_NEW_TOKENS} tokens, with the last: {prompt['text']}"
-        text = teacher.store.load_answer(key) if teacher and teacher.store else None
-        if teacher and text is None:
-            text = answer(teacher.model, tokenizer, prompt["text"])
-            if teacher.store:
-                teacher.store.save_answer(key, text)
-        answers.append(text)
+def num_prompts(config: Config) -> int:
+    """Return how many prompts are answered, for measures and samples."""
+    return max(NUM_SAMPLES, config.eval.num_prompts)
+
+
+def answers_of(
+    model: Any, tokenizer: Any, prompts: list[dict[str, Any]], num_ids: int, rank: int = 0, num_processes: int = 1
+) -> list[list[int]]:
+    """Answer prompts greedily, shared out over processes → token ids, with the stop token if one was said."""
+    texts = [prompt["text"] for prompt in prompts]
+    inputs = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    stops = stop_ids(model.generation_config) or [i for i in [tokenizer.eos_token_id] if i is not None]
+    found: list[tuple[int, list[int]]] = []
+    for group in groups_of(inputs, MIN_ROWS)[rank::num_processes]:
+        some, sampling = [inputs[i] for i in group], Sampling(MAX_NEW_TOKENS)
+        said = generate(model, some, sampling, num_ids=num_ids, pad_id=pad_id_of(tokenizer), stops=stops)
+        found += zip(group, said, strict=True)
+    return [answer for _, answer in sorted(gather_object(found) if num_processes > 1 else found)]
+
+
+def teacher_answers(teacher: Teacher, tokenizer: Any, prompts: list[dict[str, Any]], num_ids: int) -> list[list[int]]:
+    """Let the teacher answer prompts, or read its answers from its store."""
+    keys = [f"{MAX_NEW_TOKENS} tokens, {num_ids} ids: {prompt['text']}" for prompt in prompts]
+    known = [teacher.store.load_answer(key) if teacher.store else None for key in keys]
+    if None not in known:
+        return [answer for answer in known if answer is not None]
+    answers = answers_of(teacher.model, tokenizer, prompts, num_ids)
+    if teacher.store:
+        for key, answer in zip(keys, answers, strict=True):
+            teacher.store.save_answer(key, answer)
     return answers
+
+
+def measures_of(
+    answers: list[list[int]], prompts: list[dict[str, Any]], tokenizer: Any, stops: list[int]
+) -> dict[str, Any]:
+    """Measure greedy answers: ROUGE-L (F) to the people's answers, mean tokens, share that ended, distinct bigrams."""
+    if not answers:
+        return {}
+    scorer = RougeScorer(["rougeL"])
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    scores = [scorer.score(p["reference"], text)["rougeL"].fmeasure for p, text in zip(prompts, texts, strict=True)]
+    bigrams = [pair for answer in answers for pair in pairwise(answer)]
+    return {
+        "rouge_l": math.fsum(scores) / len(answers),
+        "answer_length": sum(map(len, answers)) / len(answers),
+        "finished": sum(answer[-1] in stops for answer in answers) / len(answers),
+        "distinct_2": len(set(bigrams)) / len(bigrams) if bigrams else None,
+    }
 
 
 def score(hidden: Tensor, head: Head, batch: MicroBatch, answer: Answer | None = None) -> dict[str, Tensor]:
@@ -169,23 +252,6 @@ def _by_row(values: dict[str, Tensor], batch: MicroBatch) -> list[dict[str, Any]
         {"row": row, "counted": counted} | {name: sums[name][i] if name in sums else None for name in MEASURES}
         for i, (row, counted) in enumerate(zip(batch.row_ids, batch.num_counted, strict=True))
     ]
-
-
-@torch.no_grad()
-def answer(model: Any, tokenizer: Any, prompt: str) -> str:
-    """Continue a rendered conversation greedily, whatever the model's own generation config prefers."""
-    inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-    own = model.generation_config
-    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    pad = own.pad_token_id if own.pad_token_id is not None else pad_id_of(tokenizer)
-    # Not an argument of generate(): unset values would be taken from the model's own.
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=eos, pad_token_id=pad
-    )
-    model.eval()
-    output = model.generate(**inputs)
-    model.generation_config = own
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])  # with the token that it stopped at
 
 
 def peak_memory(device: torch.device) -> int:

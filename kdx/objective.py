@@ -196,7 +196,8 @@ def summed_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum the loss over positions that all count → factor · total, and without gradient each term (kd includes τ²).
 
-    weights: by term, a factor [N] for each position: the student's own words, say, have no cross-entropy.
+    weights: by term, a factor [N] for each position: the student's own words, say, have no cross-entropy. Those of
+    `own` say how much of kd is summed once more, to be logged.
     with_pulls: also return PULLS.
     """
     if mix.alpha == 0:
@@ -204,10 +205,11 @@ def summed_loss(
     if answer is not None:  # one tokenizer, heads padded differently: keep the ids that both have
         num_ids = min(head.num_ids, answer.head.num_ids)
         head, answer = head.cut(num_ids), Answer(answer.hidden, answer.head.cut(num_ids))
-    total, kd, ce, pulls = _ChunkedSum.apply(
+    total, kd, ce, own, pulls = _ChunkedSum.apply(
         hidden, head.weight, head.bias, head, answer, labels, mix, chunk_size, factor, weights or {}, with_pulls
     )
-    return total, {"kd": kd, "ce": ce} | (dict(zip(PULLS, pulls, strict=True)) if with_pulls else {})
+    terms = {"kd": kd, "ce": ce} | ({"own": own} if weights and "own" in weights else {})
+    return total, terms | (dict(zip(PULLS, pulls, strict=True)) if with_pulls else {})
 
 
 def pulls_of(sums: dict[str, float], num_tokens: int) -> dict[str, float | None]:
@@ -243,7 +245,7 @@ class _ChunkedSum(torch.autograd.Function):
         factor: float,
         weights: dict[str, Tensor],
         with_pulls: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         head = head.detached(weight, bias).in_compute_dtype()
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -251,7 +253,7 @@ class _ChunkedSum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=grad_dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad_dtype) if wants_bias and bias is not None else None
         sum_dtype = torch.float32 if hidden.device.type == "mps" else torch.float64  # Apple's MPS has no float64
-        kd_sum, ce_sum = (torch.zeros((), dtype=sum_dtype, device=hidden.device) for _ in range(2))
+        kd_sum, ce_sum, own_sum = (torch.zeros((), dtype=sum_dtype, device=hidden.device) for _ in range(3))
         pulls = torch.zeros(3, dtype=sum_dtype, device=hidden.device)
         # backward() passes over the gradients once more on a GPU: it applies the factor there.
         factor_now, factor_later = (factor, 1.0) if hidden.device.type == "cpu" else (1.0, factor)
@@ -271,6 +273,8 @@ class _ChunkedSum(torch.autograd.Function):
             if terms is not None:
                 kd_sum += mix.factor * terms[0].sum(dtype=sum_dtype)
                 ce_sum += terms[1].sum(dtype=sum_dtype)
+                if "own" in weights:
+                    own_sum += mix.factor * (terms[0] * chunk_weights["own"]).sum(dtype=sum_dtype)
                 if grad_bias is not None:
                     grad_bias += product.sum(0, dtype=grad_dtype)
             # The softmaxes pass over [n, V] many times: a few rows at once stay in the processor's cache.
@@ -287,6 +291,8 @@ class _ChunkedSum(torch.autograd.Function):
                     by_kd[block] = head.through(logits, grad_of_kd)
                 kd_sum += mix.factor * kd.sum(dtype=sum_dtype)
                 ce_sum += ce.sum(dtype=sum_dtype)
+                if "own" in weights:
+                    own_sum += mix.factor * (kd * weighted["own"]).sum(dtype=sum_dtype)
                 grad = head.through(logits, grad)
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
@@ -317,10 +323,10 @@ class _ChunkedSum(torch.autograd.Function):
                 of_head.mul_(factor_now)
         ctx.factor = factor_later
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(kd_sum, ce_sum, pulls)
+        ctx.mark_non_differentiable(kd_sum, ce_sum, own_sum, pulls)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         total = factor * mix.loss({"kd": kd_sum, "ce": ce_sum})
-        return total.to(grad_dtype), kd_sum, ce_sum, pulls
+        return total.to(grad_dtype), kd_sum, ce_sum, own_sum, pulls
 
     @staticmethod
     @once_differentiable

@@ -3,6 +3,7 @@
     KEY/rows/UUID.safetensors   shards: rows [n, D] in the teacher's dtype by digest, their checksums as metadata
     KEY/head.safetensors        the teacher's head: with it hidden states give exact logits at any temperature
     KEY/answers/                its answers to sample prompts
+    KEY/said/UUID.safetensors   token ids of its answers that students train on (rollout=teacher)
     KEY/teacher.json            which teacher this is; modified when it is used
 
 KEY names what decides the answers (`Identity`). Any number of processes read and write, and any of them may be killed:
@@ -87,9 +88,11 @@ class Shard:
 class TeacherStore:
     """One teacher's folder in the store, as one process sees it."""
 
-    def __init__(self, root: Path, identity: Identity, *, name: str, limit_gb: float | None = None) -> None:
+    def __init__(
+        self, root: Path, identity: Identity, *, name: str, limit_gb: float | None = None, part: str = "rows"
+    ) -> None:
         self.root, self.identity, self.name, self.limit_gb = root, identity, name, limit_gb
-        self.folder, self.rows = root / identity.key, root / identity.key / "rows"
+        self.folder, self.rows = root / identity.key, root / identity.key / part
         self.counts = Counts()
         self.is_full = False  # no more rows are written
         self._seen: set[Path] = set()
@@ -154,11 +157,11 @@ class TeacherStore:
             write_json(self.folder / "teacher.json", {"name": self.name, **asdict(self.identity)})
             write_shard(self.folder / HEAD, {k: v.detach().cpu().contiguous() for k, v in parts.items()})
 
-    def load_answer(self, prompt: str) -> str | None:
+    def load_answer(self, prompt: str) -> list[int] | None:
         """Return the teacher's answer to a prompt, if it is here."""
         return read_json(self._answer_file(prompt)).get("answer")
 
-    def save_answer(self, prompt: str, answer: str) -> None:
+    def save_answer(self, prompt: str, answer: list[int]) -> None:
         with self._writing():
             write_json(self._answer_file(prompt), {"answer": answer})
 

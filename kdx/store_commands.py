@@ -16,7 +16,8 @@ from kdx.data.batches import collate
 from kdx.data.encode import load_data
 from kdx.data.files import at_home
 from kdx.errors import ConfigError, MachineError
-from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, teacher_samples
+from kdx.evaluate import MAX_NEW_TOKENS, num_prompts, teacher_answers
+from kdx.rollout import with_teachers_answers
 from kdx.run.files import in_bytes, read_json, size_of
 from kdx.run.launch import build_accelerator
 from kdx.run.report import store_line
@@ -32,7 +33,7 @@ def fill(configs: Sequence[Config]) -> None:
     """Run each teacher of these configs over all rows of their data, and let it answer the sample prompts."""
     quiet_libraries()
     # What decides the rows; the student may limit their length.
-    unique = {repr((config.teacher, config.data, config.student)): config for config in configs}
+    unique = {repr((config.teacher, config.data, config.student, config.rollout)): config for config in configs}
     with logging_to(None, is_main=os.environ.get("RANK", "0") == "0"):
         for config in unique.values():
             _fill(replaced(config, teacher=replaced(config.teacher, store="on")))
@@ -43,7 +44,9 @@ def _fill(config: Config) -> None:
     is_main = machine.is_main_process
     shared = load_tokenizer(config)
     tokenizer, max_length = shared.tokenizer, shared.max_length
-    data = load_data(config.data, shared, NUM_SAMPLES, MAX_NEW_TOKENS)
+    data = with_teachers_answers(
+        config, load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS), shared, machine
+    )
     rows = {row.digest: row for row in (*data.held_out, *data.train)}
     counted = {digest: row.num_counted for digest, row in rows.items()}
     teacher = load_teacher(config.teacher, machine.device, max_length, counted, is_repeated=True)
@@ -60,7 +63,7 @@ def _fill(config: Config) -> None:
                 teacher.answer(collate(group, pad_id_of(tokenizer)))
                 advance()
         if is_main:
-            teacher_samples(teacher, tokenizer, data.prompts)
+            teacher_answers(teacher, tokenizer, data.prompts, shared.num_ids)
     finally:
         store.close()
     if is_main:

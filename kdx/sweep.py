@@ -57,7 +57,12 @@ def points(words: list[Override]) -> list[list[str]]:
 
 def baseline_words(words: list[Override]) -> list[str]:
     """Return the words of the same sweep without distillation: alpha = 0 in place of all that is typed of the loss."""
-    return [*(str(w.input_line) for w in words if w.key_or_group.split(".")[0] != "loss"), "loss.alpha=0"]
+    left_out = ["loss"]
+    if any(
+        w.key_or_group == "rollout" and "student" in str(w.input_line) for w in words
+    ):  # own answers are nothing without a teacher
+        left_out.append("rollout")
+    return [*(str(w.input_line) for w in words if w.key_or_group.split(".")[0] not in left_out), "loss.alpha=0"]
 
 
 def sweep_name(keys: list[str], configs: list[Config]) -> str:

@@ -75,7 +75,7 @@ class Teacher:
 
     def answer(self, batch: MicroBatch) -> Answer:
         """Answer a batch; if the store lacks one of its rows all are computed, in one layout, and stored."""
-        if self.store is None:
+        if self.store is None or "" in batch.row_digests:  # with what the student said: never stored
             return Answer(self.live(batch), self.head)
         if (rows := self.store.read(batch.row_digests)) is None:
             rows = self.store.write(batch.row_digests, self.live(batch).cpu().split(batch.num_counted))
@@ -98,6 +98,13 @@ def joined(rows: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.cat(list(rows), out=pinned).to(device, non_blocking=True)
 
 
+def identity_of(config: TeacherConfig, device: torch.device) -> Identity:
+    """Identify a teacher by what decides its answers."""
+    digest = model_digest(config, "teacher") or uuid.uuid4().hex  # unknown: equal to nothing
+    dtype = device_dtype(device) if config.precision == "auto" else config.precision
+    return Identity(digest, dtype, config.quantization)
+
+
 def load_teacher(
     config: TeacherConfig, device: torch.device, max_length: int, rows: dict[str, int], *, is_repeated: bool
 ) -> Teacher | None:
@@ -108,9 +115,8 @@ def load_teacher(
     """
     if config.path is None:
         return None
-    digest = model_digest(config, "teacher") or uuid.uuid4().hex  # unknown: equal to nothing
-    dtype = device_dtype(device) if config.precision == "auto" else config.precision
-    identity = Identity(digest, dtype, config.quantization)
+    identity = identity_of(config, device)
+    dtype = identity.dtype
     store, store_words = open_store(config, identity, rows, is_repeated=is_repeated)
 
     def load() -> Any:

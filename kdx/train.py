@@ -26,6 +26,7 @@ from kdx.errors import ConfigError, DivergedError, MachineError, together
 from kdx.evaluate import Judge, peak_memory
 from kdx.objective import PULLS, Objective, pulls_of
 from kdx.optim import build_optimizer, build_schedule
+from kdx.rollout import figures
 from kdx.run import checkpoint, sharding
 from kdx.run.devices import keep_memory
 from kdx.run.files import fsync
@@ -60,6 +61,7 @@ class State:
     lines: int = 0  # bytes of metrics.jsonl
     versions: dict[str, str] = field(default_factory=dict)
     other_versions: list[str] = field(default_factory=list)  # with which a part of the run was made
+    kept: dict[str, Any] = field(default_factory=dict)  # of the batches: what the student said for the steps to come
 
     def count(self, batch: StepBatch, values: dict[str, float | None], seconds: float, *, is_skipped: bool) -> None:
         """Count one finished step. values: its terms, norm and rate; those of a skipped step count in no mean."""
@@ -69,7 +71,7 @@ class State:
         self.seconds += seconds
         counted = 0 if is_skipped else batch.num_tokens
         part = {"counted": counted, "tokens": batch.num_input_tokens, "seconds": seconds, "epoch": batch.epoch}
-        self.window.append(part | values)
+        self.window.append(part | batch.figures | values)
 
 
 @dataclass(eq=False)
@@ -155,6 +157,7 @@ class Training:
     def _read_state(self, kept: dict[str, Any], file: Path) -> State:
         if kept.keys() != asdict(State()).keys():
             raise MachineError(str(file), "was written by another version of kdx", "Resume with that version")
+        self.batches.kept.update(kept["kept"])
         return State(**kept)
 
     def save(self, folder: RunFolder) -> None:
@@ -167,6 +170,7 @@ class Training:
         optimizer = sharding.optimizer_state(self.objective, self.optimizer)
         with self.whole():
             if self.machine.is_main_process:
+                self.state.kept = self.batches.kept
                 self.state.lines = num_bytes(folder.path / "metrics.jsonl")
                 checkpoint.save(
                     folder.path,
@@ -346,6 +350,7 @@ def means(run: Training) -> dict[str, float | None]:
     """Average the steps since the last line of metrics, weighted by their counted tokens, and start anew."""
     window, mix, last = run.state.window, run.objective.mix, run.state.window[-1]
     used = [part for part in window if part["counted"]]
+    of_rollouts = figures(window)
     window.clear()
     counted, tokens, seconds = (sum(part[name] for part in used) for name in ("counted", "tokens", "seconds"))
     terms = {name: sum(part[name] * part["counted"] for part in used) / max(counted, 1) for name in mix.weights}
@@ -360,6 +365,7 @@ def means(run: Training) -> dict[str, float | None]:
         **{f"train/{name}": last.get(name) if last in used else None for name in PULL_NAMES},
         "train/epoch": last["epoch"],
         "memory/peak_bytes": peak_memory(run.machine.device),
+        **of_rollouts,
     }
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 CONF = Path(import_module("kdx.conf").__path__[0]).resolve()
-CHOICES = ("teacher", "student", "data", "loss", "optim", "adapter", "experiment", "recipe", "pair")
+CHOICES = ("teacher", "student", "data", "loss", "optim", "adapter", "rollout", "experiment", "recipe", "pair")
 OPTIONAL = CHOICES[-3:]  # groups of which nothing may be chosen
 RENAMED = {
     "train.eval_every": "eval.every",
@@ -69,6 +69,9 @@ MEANT = {
     "adapter=lora adapter.target_modules": "lora_target_modules lora_target_linear target_modules",
     "adapter=qlora": "use_qlora qlora",
     "optim=paged_adamw_8bit": "optim=paged_adamw optim=paged_adamw8bit",
+    "rollout.share, with rollout=student": "lmbda on_policy on_policy_ratio rollout=on_policy",
+    "rollout=teacher": "seq_kd rollout=seqkd",
+    "rollout.max_new_tokens": "max_new_tokens max_completion_length",
     "sweep.workers=2": "n_jobs hydra/launcher=parallel hydra/launcher=joblib",
     "optim=adamw": "optim=adamw_torch optim=adamw_torch_fused optim=adam",
     "loss=forward_kl": "loss=kl loss=kld loss=kl_div loss=fkl",
@@ -78,7 +81,6 @@ MEANT = {
     "teacher=none": "teacher=null",
 }
 _NONE = {
-    "kdx trains on the rows of the data set, and not yet on the student's own answers": "lmbda on_policy seq_kd max_new_tokens rollout",
     "adapters stand beside linear layers alone": "modules_to_save task_type",
     "rows are grouped by length, so packing would save little": "packing sample_packing",
     "several GPUs are used through torchrun or accelerate launch, sharded by FSDP": "deepspeed fsdp fsdp_config strategy",

@@ -53,7 +53,7 @@ def words_of(place: Path, *words: str) -> list[str]:
         "data=pairs", f"data.path={place / 'pairs.jsonl'}", "data.validation=4", "teacher.store=off",
         "teacher.precision=fp32", "train.precision=fp32", "train.max_steps=30", "train.batch_size=4",
         "train.micro_batch_size=1", "train.log_every=1", "train.save_every=5", "optim.lr=1e-2",
-        "tracking.mode=disabled", "tracking.samples=false",
+        "tracking.mode=disabled", "tracking.samples=false", "eval.num_prompts=0",
     ]  # fmt: skip
     keys = {word.split("=")[0] for word in words}
     keys |= {"train.max_steps"} if "train.epochs" in keys else set()

@@ -237,6 +237,7 @@ class StepBatch:
     micro_batches: list[MicroBatch]
     num_tokens: int  # counted positions of the whole step, over all processes
     num_input_tokens: int  # tokens without padding of the whole step, over all processes
+    figures: dict[str, float] = field(default_factory=dict)  # further ones of the whole step, for the log
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,7 @@ class Batches:
     rank: int = 0
     num_processes: int = 1
     micro_batch_tokens: int | None = None  # in place of micro_batch_size: most tokens at once, with padding
+    kept: dict[str, Any] = field(default_factory=dict)  # what a checkpoint must have of them beside the step
 
     @property
     def steps_per_epoch(self) -> int:
@@ -288,20 +290,27 @@ class Batches:
                 step += 1
 
     def _step_batch(self, step: int, numbers: list[int]) -> StepBatch:
-        lengths = self.rows.lengths
+        return self._shared_out(step, numbers, self.rows)
+
+    def _shared_out(self, step: int, numbers: list[int], rows: Any) -> StepBatch:
+        """Make this process's share of a step of these rows."""
+        lengths = rows.lengths
         size, most = self.micro_batch_size, self.micro_batch_tokens
-        shares = [by_length(self.rows, size, most, numbers[i :: self.num_processes]) for i in range(self.num_processes)]
+        shares = [by_length(rows, size, most, numbers[i :: self.num_processes]) for i in range(self.num_processes)]
         # Every process runs the same number of micro-batches, if need be one that counts nothing: collectives must match.
         no_row = Row("", [self.pad_id] * 2, [False] * 2)
         num_micro = max(map(len, shares))
-        parts = [[self.rows[i] for i in part] for part in shares[self.rank]]
+        parts = [[rows[i] for i in part] for part in shares[self.rank]]
         parts += [[]] * (num_micro - len(parts))
         return StepBatch(
             epoch=(step + 1) / self.steps_per_epoch,
-            micro_batches=[collate(part or [no_row], self.pad_id) for part in parts],
-            num_tokens=int(self.rows.num_counted[numbers].sum()),
+            micro_batches=[self._collated(part or [no_row], step) for part in parts],
+            num_tokens=int(rows.num_counted[numbers].sum()),
             num_input_tokens=int(lengths[numbers].sum()),
         )
+
+    def _collated(self, rows: Sequence[Row], step: int) -> MicroBatch:
+        return collate(rows, self.pad_id)
 
     def rows_seen(self, max_steps: int) -> list[int]:
         """Return the numbers of the rows that these steps read, over all processes, each once."""

@@ -25,7 +25,7 @@ from kdx.run.redact import redact
 
 # Keys, or groups of keys, that cannot change the student.
 FREE = (
-    "run.", "sweep.", "tracking.", "train.log_every", "train.save_", "train.keep_checkpoints", "teacher.store",
+    "run.", "sweep.", "tracking.", "eval.num_prompts", "eval.on_policy_kl", "train.log_every", "train.save_", "train.keep_checkpoints", "teacher.store",
     "teacher.license", "teacher.base_model", "student.license", "student.base_model",
 )  # fmt: skip
 CONTENTS = ("data", "teacher", "student", "tokenizer", "chat_template", "plugins")
@@ -74,6 +74,8 @@ def used(config: dict[str, Any]) -> dict[str, Any]:
         unused.append("adapter.")
     if config.get("teacher.adapter") is None:  # a run from before there were any has no such key
         unused.append("teacher.adapter")
+    if config.get("rollout.name", "none") == "none":
+        unused.append("rollout.")
     if config.get("student.init") != "cut":
         unused.append("student.layers")
     if config.get("train.keep") == "last" and config.get("train.early_stopping.patience") is None:

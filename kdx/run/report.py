@@ -28,6 +28,11 @@ ROWS = (
     ("CE of the labels", "ce", "{:.4f}"),
     ("perplexity", "perplexity", "{:,.5g}"),
     ("accuracy", "accuracy", "{:.4f}"),
+    ("KL on own answers", "on_policy_kl", "{:.4f}"),
+    ("ROUGE-L", "rouge_l", "{:.4f}"),
+    ("tokens of an answer", "answer_length", "{:.1f}"),
+    ("answers that end", "finished", "{:.0%}"),
+    ("distinct bigrams", "distinct_2", "{:.4f}"),
     ("parameters", "num_parameters", "{:,}"),
 )
 
@@ -67,6 +72,10 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
         size = f"{teacher.num_parameters:,} parameters"
         lines["teacher"] = f"{public_name(config.teacher)}, {size}, {teacher.identity.precision}{uses}"
         lines["teacher cache"] = teacher.store_words
+    if config.rollout.name != "none":
+        own = f", {config.rollout.share:.0%} of the rows" if config.rollout.name == "student" else ""
+        most = f"at most {config.rollout.max_new_tokens} tokens at temperature {config.rollout.temperature:g}"
+        lines["rollout"] = f"answers by the {config.rollout.name}{own}, {most}"
     lines["student"] = f"{_origin(config)}, {student.num_parameters():,} parameters, saved as {training.save_dtype}"
     lines["device"] = f"{machine.device}{processes}, {training.versions['precision']}"
     for name, what, rows in (("data", f"{config.data.name}: ", data.train), ("held out", "", data.held_out)):

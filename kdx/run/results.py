@@ -112,7 +112,7 @@ def finish(
     measures = final.means()
     _check_finite(training, measures)
     tracker.log(state, {f"eval/{name}": value for name, value in measures.items()})
-    answers = judge.samples()
+    generated, answers = judge.answered(student)
     if not training.machine.is_main_process:
         return {}
     before = folder.kept("untouched.json")
@@ -125,7 +125,7 @@ def finish(
     logged = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     pulls = [value for line in logged if (value := line.get("train/effective_alpha")) is not None]
     summary = {
-        "student": measures | {"num_parameters": student.num_parameters()},
+        "student": measures | generated | {"num_parameters": student.num_parameters()},
         "untouched": before["untouched"],
         "teacher": before["teacher"],
         "run": {

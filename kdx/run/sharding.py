@@ -42,6 +42,7 @@ def plugin(config: Config) -> FullyShardedDataParallelPlugin | None:
         raise MachineError("FSDP_VERSION", "must be 2", "Set fsdp_version: 2")
     asked = [name for name in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING") if is_asked(name)]
     asked += [f"adapter={config.adapter.name}"] * (config.adapter.name != "none")
+    asked += ["rollout=student"] * config.rollout.is_on_policy
     asked += ["train.compile"] * config.train.compile + ["train.precision=fp16"] * (precision == "fp16")
     asked += [f"optim.name={config.optim.name}"] * (config.optim.name not in OPTIMIZERS)
     if asked:

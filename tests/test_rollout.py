@@ -1,0 +1,365 @@
+"""On-policy rows: what is generated, what it weighs, and that a run with it is exact."""
+
+import copy
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import plain
+import pytest
+import torch
+from runs import config_of, lines, run_here, signal_at, words_of
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from kdx import distill, rollout
+from kdx.causal_lm import head_of
+from kdx.cli import _main, compose
+from kdx.data.batches import Row
+from kdx.data.sources import check_source
+from kdx.errors import ConfigError
+from kdx.evaluate import measures_of
+from kdx.generate import Sampling, generate
+from kdx.objective import Mix, Objective
+from kdx.rollout import Rollouts, register_sampler
+from kdx.teacher import Answer, Teacher
+
+GREEDY = Sampling(max_new_tokens=12)
+ON_POLICY = ["rollout=student", "rollout.share=0.5", "rollout.max_new_tokens=6", "rollout.batch_size=2"]
+
+
+def gpt2(seed: int, layers: int = 1, vocab: int = 40) -> Any:
+    torch.manual_seed(seed)
+    shape = GPT2Config(
+        vocab_size=vocab, n_layer=layers, n_embd=16, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=[0, 7]
+    )
+    model: Any = GPT2LMHeadModel(shape).double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8)  # so that answers differ by prompt
+    return model
+
+
+PROMPTS = [[5], [1, 2, 3], [9, 8, 7, 6, 5, 4], [11, 12], [30, 3, 30, 3]]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(12, temperature=1.5), Sampling(12, temperature=1.5, top_p=0.8)])
+def test_a_left_padded_batch_answers_as_row_by_row(sampling: Sampling) -> None:
+    model = gpt2(0).train()
+    state = torch.get_rng_state()
+    seeds = list(range(10, 15))
+    together = generate(model, PROMPTS, sampling, num_ids=40, pad_id=0, seeds=seeds)
+    alone = [
+        generate(model, [p], sampling, num_ids=40, pad_id=0, seeds=[s])[0] for p, s in zip(PROMPTS, seeds, strict=True)
+    ]
+    assert together == alone
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    if sampling == GREEDY:
+        for prompt, answer in zip(PROMPTS, together, strict=True):
+            said = [*prompt]
+            for token in answer:  # without a cache, by the definition
+                assert int(model.eval()(torch.tensor([said])).logits[0, -1].argmax()) == token
+                said.append(token)
+
+
+def test_samples_have_the_models_probabilities() -> None:
+    model, num = gpt2(0, vocab=12).eval(), 4000
+    sampling = Sampling(1, temperature=2.0)
+    answers = generate(model, [[5, 3]] * num, sampling, num_ids=10, pad_id=0, seeds=list(range(num)))
+    counts = torch.bincount(torch.tensor(answers).flatten(), minlength=12) / num
+    expected = (model(torch.tensor([[5, 3]])).logits[0, -1, :10] / 2).softmax(0)
+    assert counts[10:].sum() == 0  # ids that only pad the head
+    torch.testing.assert_close(counts[:10].double(), expected, atol=0.03, rtol=0)
+
+
+def test_every_stop_token_ends_an_answer() -> None:
+    model = gpt2(0)
+    free = copy.deepcopy(model)
+    free.generation_config.eos_token_id = None
+    free.config.eos_token_id = None
+    long = generate(free, PROMPTS, GREEDY, num_ids=40, pad_id=0)
+    assert {len(answer) for answer in long} == {12}
+    model.generation_config.eos_token_id = [long[1][3], long[2][5]]
+    for answer, whole in zip(generate(model, PROMPTS, GREEDY, num_ids=40, pad_id=0), long, strict=True):
+        ends = [i for i, token in enumerate(whole) if token in model.generation_config.eos_token_id]
+        assert answer == whole[: ends[0] + 1 if ends else None]
+
+
+def made(student: Any, num_rows: int = 6, rank: int = 0, num_processes: int = 1, **words: Any) -> Rollouts:
+    """Batches of rows with a prompt and a last turn, by a student that answers."""
+    rows = plain.Rows(
+        Row(str(i), [i + 1, 4, 6, 2 + i, 9, 0][: 4 + i % 3], [False, i % 2 == 0, False, True, True, True][: 4 + i % 3])
+        for i in range(num_rows)
+    )
+    group = {"share": 0.6, "max_new_tokens": 5, "temperature": 1.0, "top_p": 1.0, "reuse_steps": 1, "batch_size": 2}
+    asked = SimpleNamespace(**{**group, "sampler": None, **words})
+    machine: Any = SimpleNamespace(autocast=torch.no_grad)
+    return Rollouts(
+        rows, 6, words.get("micro", 6), 0, True, 0, rank, num_processes,
+        student=student, words=asked, mix=Mix(alpha=0.3), machine=machine, num_ids=40, max_length=20,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def gradient(objective: Objective, teacher: Any, step: Any, num_tokens: int) -> tuple[torch.Tensor, float]:
+    objective.zero_grad()
+    terms = 0.0
+    for batch in step.micro_batches:
+        hidden = teacher.base_model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        answer = Answer(hidden.flatten(0, 1)[batch.positions].detach(), head_of(teacher))
+        total, sums = objective(batch, answer, 1 / num_tokens)
+        total.backward()
+        terms += sums["own"].item() if "own" in sums else 0.0
+    return torch.cat([p.grad.flatten() for p in objective.parameters()]), terms
+
+
+def test_a_mixed_step_is_a_plain_computation_for_any_split() -> None:
+    """One denominator counted after generation; own words have the divergence alone, in full."""
+    student, teacher = gpt2(1), gpt2(2, layers=2).requires_grad_(False)
+    steps = [next(made(student, micro=micro).steps(0, 1)) for micro in (1, 2, 6)]
+    mix = Mix("jsd", 0.3, 2.0, options={"beta": 0.3})
+    objective = Objective(student, 40, mix)
+    batches = made(student)
+    first = next(batches.steps(0, 1))
+    assert first is not None
+    answers = batches.kept["0"]
+    assert 0 < len(answers) < 6
+    student.zero_grad()
+    total, own_sum, counted = torch.zeros((), dtype=torch.float64), 0.0, 0
+    for i, row in enumerate(batches.rows):
+        tokens, start = list(row.tokens), len(row.tokens)
+        is_counted = list(row.counted)
+        if str(i) in answers:
+            start = max(j for j in range(len(tokens)) if not is_counted[j]) + 1
+            tokens, is_counted = tokens[:start] + answers[str(i)], is_counted[:start] + [True] * len(answers[str(i)])
+        logits, theirs = (m.eval()(torch.tensor([tokens])).logits[0] for m in (student, teacher))
+        for j in range(1, len(tokens)):
+            if is_counted[j]:
+                counted += 1
+                kd = plain.divergence("jsd", logits[j - 1 : j], theirs[j - 1 : j].detach(), 2.0, beta=0.3)[0]
+                own_sum += kd.item() if j >= start else 0.0
+                ce = -logits[j - 1].log_softmax(0)[tokens[j]]
+                total = total + (kd if j >= start else 0.3 * kd + 0.7 * ce)
+    (total / counted).backward()
+    expected = torch.cat([p.grad.flatten() for p in student.parameters()])
+    for step in [first, *steps]:
+        assert step is not None
+        assert step.num_tokens == counted
+        found, own = gradient(objective, teacher, step, counted)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        assert own == pytest.approx(own_sum, rel=1e-9)
+    assert first.figures["own_rows"] == len(answers)
+    assert first.figures["own_tokens"] == sum(map(len, answers.values()))
+
+
+def test_two_processes_have_the_rows_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = gpt2(1)
+    alone = made(student)
+    next(alone.steps(0, 1))
+    said: list[Any] = []
+    monkeypatch.setattr(rollout, "gather_object", lambda part: said.extend(part) or said)
+    ranks = [made(student, rank=rank, num_processes=2) for rank in range(2)]
+    plans = [dict(batches.plan(0, 1)) for batches in ranks]
+    for batches, steps in zip(ranks, plans, strict=True):
+        batches._answer(steps)
+    assert ranks[1].kept == alone.kept
+    parts = [replace(ranks[1], rank=rank)._mixed(0, plans[0][0], 0.0) for rank in range(2)]
+    assert parts[0].num_tokens == parts[1].num_tokens
+    assert sum(len(b.positions) for part in parts for b in part.micro_batches) == parts[0].num_tokens
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "student/model.safetensors")
+
+
+def same(one: Path, two: Path) -> bool:
+    ours, theirs = weights(one), weights(two)
+    return all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+@pytest.mark.parametrize("reuse", [1, 3])
+def test_kill_and_resume_is_bitwise_the_straight_run(place: Path, tmp_path: Path, reuse: int) -> None:
+    words = [*ON_POLICY, f"rollout.reuse_steps={reuse}", "train.max_steps=7", "train.micro_batch_size=2"]
+    config = config_of(place, *words, "train.save_every=100")
+    assert run_here(config, tmp_path / "straight") == 0
+    assert run_here(config, tmp_path / "stopped", signal_at(4)) == 143
+    assert run_here(config, tmp_path / "stopped") == 0
+    assert same(tmp_path / "straight", tmp_path / "stopped")
+    logs = [
+        [
+            {k: v for k, v in line.items() if not k.startswith(("speed/", "memory/"))}
+            for line in lines(run / "metrics.jsonl")
+        ]
+        for run in (tmp_path / "straight", tmp_path / "stopped")
+    ]
+    assert logs[0] == logs[1]
+    trained = [line for line in logs[0] if "rollout/kl" in line]
+    assert len(trained) == 7
+    assert all(line["rollout/length"] <= 6 for line in trained if line["rollout/length"])
+    assert "speed/generation_seconds" in lines(tmp_path / "straight/metrics.jsonl")[0]
+
+
+def test_share_0_is_bitwise_the_run_without_the_group(place: Path, tmp_path: Path) -> None:
+    words = ["train.max_steps=4", "train.micro_batch_size=2"]
+    assert run_here(config_of(place, *words), tmp_path / "without") == 0
+    assert run_here(config_of(place, *words, "rollout=student", "rollout.share=0"), tmp_path / "with") == 0
+    assert same(tmp_path / "without", tmp_path / "with")
+
+
+def test_own_rows_never_enter_the_store(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["teacher.store=on", f"teacher.store_dir={tmp_path / 'store'}", "train.max_steps=6", *ON_POLICY]
+    asked = []
+    live = Teacher.live
+    monkeypatch.setattr(Teacher, "live", lambda self, batch: asked.append(batch) or live(self, batch))
+    assert run_here(config_of(place, *words), tmp_path / "run") == 0
+    own = [batch for batch in asked if "" in batch.row_digests]
+    assert own
+    from kdx.store import open_shard, paths_in
+
+    (rows,) = (tmp_path / "store").glob("*/rows")
+    stored = {digest for path in paths_in(rows) for digest in open_shard(path).checksums}  # type: ignore[union-attr]
+    given = {d for batch in asked if "" not in batch.row_digests for d in batch.row_digests}
+    assert stored == given
+
+
+def test_a_sampler_of_ones_own(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    @register_sampler
+    def mine(model: Any, prompts: list[list[int]], step: int) -> list[list[int]]:
+        assert not model.training
+        calls.append((step, len(prompts)))
+        return [[int(torch.randint(1, 99, ())), 0] for _ in prompts]
+
+    words = ["rollout=student", "rollout.share=1", "rollout.sampler=mine", "train.max_steps=2"]
+    assert run_here(config_of(place, *words), tmp_path / "run") == 0
+    assert calls == [(0, 4), (1, 4)]
+    assert lines(tmp_path / "run/metrics.jsonl")[0]["rollout/finished"] == 1
+    monkeypatch.delitem(rollout._SAMPLERS, "mine")
+    assert run_here(config_of(place, *words), tmp_path / "unknown") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["rollout.share=1"], "rollout.share: has no effect: nothing is generated. Add rollout=student"),
+        (["rollout=student", "loss.alpha=0"], "loss.alpha: is 0, and cross-entropy teaches nothing"),
+        (["rollout=student", "rollout.share=2"], "rollout.share: is 2"),
+        (["rollout=student", "data.assistant_only=false"], "data.assistant_only: is false"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(place: Path, words: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config_of(place, *words)
+    assert reason in str(refused.value)
+
+
+def test_the_teachers_answers_take_the_place_of_the_last_turns(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typed twice nothing is generated the second time, by a sweep's other jobs neither; held-out rows stay."""
+    words = [
+        "rollout=teacher",
+        "rollout.max_new_tokens=8",
+        f"teacher.store_dir={tmp_path / 'store'}",
+        "teacher.store=on",
+    ]
+    prompts: list[Any] = []
+    known = rollout.generate
+    monkeypatch.setattr(
+        rollout, "generate", lambda model, some, *a, **k: prompts.extend(some) or known(model, some, *a, **k)
+    )
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        distill.Batches,
+        "__init__",
+        lambda self, rows, init=distill.Batches.__init__, **k: seen.append(rows) or init(self, rows, **k),
+    )
+    assert run_here(config_of(place, *words, "train.max_steps=2"), tmp_path / "one") == 0
+    assert len(prompts) == 36
+    monkeypatch.setattr(rollout, "load_teacher", None)
+    assert run_here(config_of(place, *words, "train.max_steps=2", "train.seed=1"), tmp_path / "two") == 0
+    assert len(prompts) == 36
+    one, two = ([(row.tokens, row.counted) for row in rows] for rows in seen)
+    assert one == two
+    teacher = GPT2LMHeadModel.from_pretrained(place / "teacher").float()
+    for tokens, counted in one[:3]:
+        start = counted.index(True)
+        assert all(counted[start:])
+        seed = int(rollout._key(config_of(place, *words), tokens[:start])[:15], 16)
+        (answer,) = generate(
+            teacher, [tokens[:start]], Sampling(8, 1.0), num_ids=len(teacher.lm_head.weight), pad_id=0, seeds=[seed]
+        )
+        assert tokens[start:] == answer
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text())["data"] for name in ("one", "two")]
+    assert run_here(config_of(place, "train.max_steps=0"), tmp_path / "plain") == 0
+    given = json.loads((tmp_path / "plain/summary.json").read_text())["data"]
+    assert {s["validation_fingerprint"] for s in summaries} == {given["validation_fingerprint"]}
+    assert summaries[0]["fingerprint"] == summaries[1]["fingerprint"] != given["fingerprint"]
+
+
+def test_generate_writes_answers_as_data(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    words = [*words_of(place), "rollout.max_new_tokens=8", f"teacher.store_dir={tmp_path / 'store'}"]
+    words[words.index("data=pairs")], words[words.index(f"data.path={place / 'pairs.jsonl'}")] = (
+        "data=messages",
+        f"data.path={place / 'chats.jsonl'}",
+    )
+    assert _main(["generate", *words, "--out", str(out)]) == 0
+    rows = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
+    assert len(rows) == 36
+    assert all([m["role"] for m in row] == ["user", "assistant"] * 2 for row in rows)
+    assert all(row[2]["content"] == "I am fine." for row in rows)
+    assert len({row[3]["content"] for row in rows}) > 1
+    with pytest.raises(ConfigError, match="--out: is missing"):
+        _main(["generate", *words])
+
+
+def test_generation_is_measured_of_all_three(place: Path, tmp_path: Path) -> None:
+    """ROUGE-L, length, share that ended, distinct bigrams, and the KL on own answers, against their definitions."""
+    words = ["train.max_steps=2", "eval.num_prompts=3", "eval.on_policy_kl=true", "student.save_dtype=fp32"]
+    assert run_here(config_of(place, *words, "tracking.samples=true"), tmp_path / "run") == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    names = {"rouge_l", "answer_length", "finished", "distinct_2"}
+    assert all(names <= summary[who].keys() for who in ("teacher", "untouched", "student"))
+    assert summary["untouched"]["on_policy_kl"] > 0
+    student = GPT2LMHeadModel.from_pretrained(tmp_path / "run/student").eval()
+    teacher = GPT2LMHeadModel.from_pretrained(place / "teacher").float().eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/student")
+    kl: list[torch.Tensor] = []
+    lengths, ends, pairs = [], [], []
+    for sample in json.loads((tmp_path / "run/samples.json").read_text()):
+        prompt = tokenizer.apply_chat_template(sample["prompt"], return_tensors="pt", return_dict=True)["input_ids"]
+        said = student.generate(prompt, do_sample=False, max_new_tokens=48)
+        assert tokenizer.decode(said[0, prompt.shape[1] :]) == sample["student"]
+        s, t = (m(said).logits[0, prompt.shape[1] - 1 : -1].double().log_softmax(-1) for m in (student, teacher))
+        kl.append((s.exp() * (s - t)).sum(-1))
+        answer = said[0, prompt.shape[1] :].tolist()
+        lengths.append(len(answer))
+        ends.append(answer[-1] == 0)
+        pairs += [*pairwise(answer)]
+    found = summary["student"]
+    assert found["on_policy_kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
+    assert found["answer_length"] == sum(lengths) / 3
+    assert found["finished"] == sum(ends) / 3
+    assert found["distinct_2"] == len(set(pairs)) / len(pairs)
+
+
+def test_rouge_is_of_the_peoples_answer(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer()
+    said = "The capital is Paris"
+    found = measures_of([tokenizer(said)["input_ids"]], [{"reference": "Paris is the capital"}], tokenizer, [0])
+    assert found["rouge_l"] == pytest.approx(0.5)  # of four words each, "the capital" is in the same order
+    assert found["finished"] == 0
+
+
+def test_the_published_recipe_composes() -> None:
+    config = compose(["experiment=minillm_gpt2"])
+    assert (config.rollout.name, config.rollout.share, config.loss.name) == ("student", 1.0, "reverse_kl")
+    assert (config.train.max_steps, config.train.epochs, config.optim.lr) == (5000, None, 5e-6)
+    row = {"instruction": "Why?", "context": "It rains.", "response": "So."}
+    assert row.keys() >= {config.data.options["source_column"], config.data.options["target_column"]}
+    check_source(config.data)
