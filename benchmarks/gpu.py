@@ -326,7 +326,7 @@ def measure_memory(args: argparse.Namespace, student_shape: str, teacher_shape: 
     training: Any = SimpleNamespace(
         student=student, teacher=teacher, objective=objective, optimizer=optimizer, machine=machine,
         batches=SimpleNamespace(batch_size=args.rows, micro_batch_size=args.rows, pad_id=0),
-        data=SimpleNamespace(train=rows), config=SimpleNamespace(optim=optim),
+        data=SimpleNamespace(train=rows), config=SimpleNamespace(optim=optim, rollout=SimpleNamespace(is_on_policy=False)),
     )  # fmt: skip
     predicted = [{size: check.rise(training, size) for size in sizes} for sizes in ((1, 2), (args.rows,))]
     kept = sum(check.kept_in_memory(training).values())

@@ -25,7 +25,7 @@ from kdx.errors import ConfigError, InUseError, KdxError, printable
 from kdx.run.claim import claim, holder
 from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
-from kdx.run.identity import config_identity, digest
+from kdx.run.identity import config_identity, digest, used
 from kdx.run.signals import STOPS, is_main, num_processes
 
 if TYPE_CHECKING:
@@ -55,14 +55,14 @@ def points(words: list[Override]) -> list[list[str]]:
     return [list(point) for point in itertools.product(*values.values())]
 
 
-def baseline_words(words: list[Override]) -> list[str]:
-    """Return the words of the same sweep without distillation: alpha = 0 in place of all that is typed of the loss."""
-    left_out = ["loss"]
-    if any(
-        w.key_or_group == "rollout" and "student" in str(w.input_line) for w in words
-    ):  # own answers are nothing without a teacher
-        left_out.append("rollout")
-    return [*(str(w.input_line) for w in words if w.key_or_group.split(".")[0] not in left_out), "loss.alpha=0"]
+def baseline_words(words: list[Override], *, with_rollouts: bool = False) -> list[str]:
+    """Return the words of the same sweep without distillation: alpha = 0 in place of all that is typed of the loss.
+
+    with_rollouts: whether students answer rows themselves, of which only a teacher says anything: that is left out too.
+    """
+    groups, instead = (("loss", "rollout"), ["rollout=none"]) if with_rollouts else (("loss",), [])
+    kept = [str(w.input_line) for w in words if w.key_or_group.split(".")[0] not in groups]
+    return [*kept, *instead, "loss.alpha=0"]
 
 
 def sweep_name(keys: list[str], configs: list[Config]) -> str:
@@ -80,12 +80,13 @@ def job_name(keys: list[str], words: list[str], config: Config) -> str:
     """Name a job by its point and a hash of its config: temperature-2_alpha-0.7_1a2b3c."""
     typed = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
     flat, is_baseline = leaves(as_dict(config)), config.loss.alpha == 0
+    known = [*used(flat), *keys]  # a key that decides nothing here makes no other key's name longer
     parts = ["baseline"] if is_baseline and "loss.alpha" not in keys else []
     for key in keys:
         if not is_baseline or not key.startswith("loss") or key == "loss.alpha":  # the rest of the loss is not used
             value = flat.get(key, typed.get(key))
             value = int(value) if isinstance(value, float) and value.is_integer() else value
-            parts.append(f"{short_key(key, list(flat))}-{_safe(str(value))}")
+            parts.append(f"{short_key(key, known)}-{_safe(str(value))}")
     return "_".join([*parts, digest(config_identity(config))])
 
 

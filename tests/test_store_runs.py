@@ -55,7 +55,7 @@ def words_of(place, store, *words):
     base = ["teacher=hf", f"teacher.path={place / 'teacher'}", "data=pairs", f"data.path={place / 'pairs.jsonl'}"]
     base += ["student=hf", f"student.path={place / 'student'}", "teacher.precision=bf16", "train.precision=fp32"]
     base += [f"data.validation={NUM_HELD_OUT}", "train.batch_size=8", "train.max_steps=8", "train.log_every=1"]
-    base += ["optim.lr=1e-2", "tracking.mode=disabled"]
+    base += ["optim.lr=1e-2", "tracking.mode=disabled", "eval.on_policy_kl=false"]
     base += ["teacher.attn_implementation=sdpa"]  # in bf16 its bits follow the layout, those of eager hardly do
     base += ["teacher.store=off"] if store is None else ["teacher.store=on", f"teacher.store_dir={store}"]
     keys = {word.split("=")[0] for word in words}
