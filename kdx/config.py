@@ -216,8 +216,8 @@ class EvalConfig(Group):
     """Steps between held-out measures during training; 0 measures at the end only; auto takes up to five that cost little."""
     metric: Literal["kl", "ce"]
     """What train.keep=best, early stopping and a sweep compare; CE where there is no teacher."""
-    num_prompts: Count
-    """Held-out prompts that all models answer; 0 is none."""
+    num_prompts: Count | Literal["auto"]
+    """Held-out prompts that all models answer; 0 is none; auto takes 64, and fewer, but 8, in a short run."""
     on_policy_kl: Literal["auto"] | bool
     """The student's KL to the teacher on its own answers; auto takes it if the teacher's body is loaded anyway."""
 
