@@ -4,7 +4,7 @@
 
 Asks `kdx check` how strongly each term pulls, chooses for each divergence and temperature the alphas with these effective
 ones, runs them beside the nominal ones in one sweep folder, the two best again with a second seed, and compares all of
-them. What is done is not run again: the same command goes on where it stopped. Some four minutes a run.
+them. Runs that are done are skipped, so the same command resumes where it stopped. A run takes four to six minutes.
 """
 
 import argparse

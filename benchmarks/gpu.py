@@ -330,7 +330,7 @@ def measure_memory(args: argparse.Namespace, student_shape: str, teacher_shape: 
     )  # fmt: skip
     predicted = [{size: check.rise(training, size) for size in sizes} for sizes in ((1, 2), (args.rows,))]
     kept = sum(check.kept_in_memory(training).values())
-    told = [kept + check.predicted(measured, args.rows) for measured in predicted]
+    totals = [kept + check.predicted(measured, args.rows) for measured in predicted]
 
     def step() -> None:
         check.a_pass(training, args.rows)
@@ -346,7 +346,7 @@ def measure_memory(args: argparse.Namespace, student_shape: str, teacher_shape: 
             ms, _ = measure(step, args.repeats)
         peak = tensors.peak + kept - check.kept_in_memory(training)["optimizer"]
     speed = 1e3 * args.rows * args.length / ms
-    return [*(f"{size / 1e9:.3g}" for size in (*told, peak)), f"{ms:.1f}", f"{speed:,.0f}"]
+    return [*(f"{size / 1e9:.3g}" for size in (*totals, peak)), f"{ms:.1f}", f"{speed:,.0f}"]
 
 
 def memory_table(args: argparse.Namespace) -> None:

@@ -134,7 +134,7 @@ def rise(training: Training, num_rows: int) -> int:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if is_cuda else 0
     with nullcontext() if is_cuda else PeakBytes() as counted:
-        for _ in range(min(2, num_micro)):  # the second has the gradients of the first beside it
+        for _ in range(min(2, num_micro)):  # the second runs with the gradients of the first in memory
             a_pass(training, num_rows)
     training.optimizer.zero_grad(set_to_none=True)
     return torch.cuda.max_memory_allocated() - before if counted is None else counted.peak

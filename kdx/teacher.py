@@ -73,11 +73,13 @@ class Teacher:
             for part in hidden.split([len(batch.counted_labels) for batch in group]):
                 yield Answer(part, self.head)
 
-    def answer(self, batch: MicroBatch) -> Answer:
-        """Answer a batch; if the store lacks one of its rows all are computed, in one layout, and stored."""
+    def answer(self, batch: MicroBatch, *, is_kept: bool = True) -> Answer:
+        """Answer a batch; if the store lacks one of its rows all are computed, in one layout, and stored if is_kept."""
         if self.store is None or "" in batch.row_digests:  # with what the student said: never stored
             return Answer(self.live(batch), self.head)
         if (rows := self.store.read(batch.row_digests)) is None:
+            if not is_kept:
+                return Answer(self.live(batch), self.head)
             rows = self.store.write(batch.row_digests, self.live(batch).cpu().split(batch.num_counted))
         return Answer(joined(rows, self.head.weight.device), self.head)
 

@@ -11,11 +11,9 @@ from rich.table import Table
 
 from kdx.causal_lm import counted_hidden, head_of
 from kdx.config import Config
-from kdx.data.batches import MicroBatch
 from kdx.objective import PULLS, chunk_size_of, mix_of, pulls_of, summed_loss
 from kdx.run.files import write_json
 from kdx.run.tracking import CONSOLE, without
-from kdx.teacher import Answer, Teacher, joined
 from kdx.train import Training
 from kdx.words import key_of
 
@@ -57,7 +55,7 @@ def weighed(training: Training, points: Sequence[tuple[Config, list[str]]], swep
     for step in steps.steps(0, min(NUM_STEPS, training.max_steps)):
         sums: Any = 0
         for micro_batch in step.micro_batches if step else ():
-            answer, batch = _answer(training.teacher, micro_batch), micro_batch.to(machine.device)
+            answer, batch = training.teacher.answer(micro_batch, is_kept=False), micro_batch.to(machine.device)
             with machine.autocast():
                 hidden, head = counted_hidden(objective.model, batch), head_of(objective.model).cut(objective.num_ids)
                 how: dict[str, Any] = {"chunk_size": chunk_size_of(head), "weights": batch.weights, "with_pulls": True}
@@ -74,13 +72,6 @@ def weighed(training: Training, points: Sequence[tuple[Config, list[str]]], swep
         label, kept = " ".join([*others, config.loss.name, *options]), without(words, "loss.alpha=", "sweep.")
         rows.append(Row(label, kept, temperature, 2 * (kd or 0.0), 2 * (ce or 0.0), cosine))  # alpha was a half
     return rows
-
-
-def _answer(teacher: Teacher, batch: MicroBatch) -> Answer:
-    """Answer from the store where it can; nothing is written to it."""
-    rows = teacher.store.read(batch.row_digests) if teacher.store else None
-    hidden = teacher.live(batch) if rows is None else joined(rows, teacher.head.weight.device)
-    return Answer(hidden, teacher.head)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

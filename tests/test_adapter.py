@@ -324,7 +324,7 @@ def test_the_peak_that_check_predicts_is_that_of_a_step(tmp_path, place, made, a
         assert not training.teacher.is_loaded
     measured = check.rises(training, 1e12)
     kept = check.kept_in_memory(training)
-    told = sum(kept.values()) + check.predicted(measured, size)
+    estimate = sum(kept.values()) + check.predicted(measured, size)
 
     rows = training.data.train
     longest = [rows[int(i)] for i in rows.lengths.argsort(kind="stable")[-8:]]
@@ -337,4 +337,4 @@ def test_the_peak_that_check_predicts_is_that_of_a_step(tmp_path, place, made, a
             terms, norm = training.forward_backward(batch, Asked())
             training.update(batch, terms, norm)
     there = kept["weights"] + kept["teacher"]
-    assert told == pytest.approx(there + counted.peak, rel=0.1)
+    assert estimate == pytest.approx(there + counted.peak, rel=0.1)

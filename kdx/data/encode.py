@@ -1,6 +1,7 @@
 """Conversations → tokens, and which of them the student must learn; kept under $KDX_CACHE as memory-mapped arrays."""
 
 import datetime
+import functools
 import json
 import logging
 import multiprocessing
@@ -460,8 +461,7 @@ class Encoder:
 
     def _dated(self, conversation: Conversation) -> str:
         """The template of a conversation, with the run's day in place of today: else no row is the same tomorrow."""
-        template = self.tokenizer.get_chat_template(tools=conversation.variables.get("tools"))
-        return CLOCK.sub(lambda found: json.dumps(self.day.strftime(found[1] or found[2])), template)
+        return _dated(self.tokenizer.get_chat_template(tools=conversation.variables.get("tools")), self.day)
 
     def _prefix(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
         """The first messages of a conversation alone; empty if the template refuses them."""
@@ -493,6 +493,11 @@ class Encoder:
         if not self.assistant_only:  # the turn's end is among the last tokens, at most a line break follows
             stops = [token for token in tokens[-2:] if token in self.end_ids][-1:]
         return counted, stops
+
+
+@functools.cache  # a conversation is rendered several times
+def _dated(template: str, day: datetime.date) -> str:
+    return CLOCK.sub(lambda found: json.dumps(day.strftime(found[1] or found[2])), template)
 
 
 def _refused(conversation: Conversation, error: Exception) -> DataError:

@@ -178,7 +178,7 @@ def _read_json(file: Path) -> Iterator[Item]:
     except json.JSONDecodeError as error:
         raise _not_json(f"{file}:{error.lineno}:{error.colno}", error) from None
     if isinstance(rows, dict) and len(lists := [value for value in rows.values() if isinstance(value, list)]) == 1:
-        (rows,) = lists  # {"data": [...]}, with a version or a name beside it
+        (rows,) = lists  # rows wrapped in an object: {"version": 1, "data": [...]}
     if not isinstance(rows, list):
         raise DataError(str(file), f"holds {kind_of(rows)}, expected a list of rows", "Wrap the rows in [ ]")
     for i, row in enumerate(rows):
