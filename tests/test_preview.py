@@ -1,5 +1,6 @@
 """kdx check: what a run would be, without training."""
 
+import json
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import in_process
-from runs import config_of, words_of
+from runs import config_of, lines, words_of
 from transformers import AutoTokenizer
 
 from kdx import check
@@ -64,6 +65,24 @@ def test_the_largest_micro_batch_that_fits_is_said(place, made, monkeypatch):
         assert f"train.micro_batch_size{says}" in check.memory_lines(training)[-1]
     monkeypatch.setattr(check, "free_bytes", lambda _: 0)
     assert "no micro-batch" in check.memory_lines(training)[-1]
+
+
+def test_what_alpha_would_weigh_is_what_the_first_step_logs(place, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = words_of(place, "loss=forward_kl,jsd", "loss.temperature=1,2", "loss.alpha=0.3,0.7", "train.max_steps=1")
+    code, out, _ = in_process(capfd, "check", "-m", *words, "sweep.name=seen")
+    assert code == 0
+    assert "equal at α" in out
+    found = json.loads(Path("outputs/check/seen/check.json").read_text())
+    assert Path("outputs/check/seen/effective_alpha.png").read_bytes()[:4] == b"\x89PNG"
+    row = next(r for r in found["rows"] if r["divergence"].startswith("jsd") and r["temperature"] == 2)
+    distill(config_of(place, "loss=jsd", "loss.temperature=2", "loss.alpha=0.7", "train.max_steps=1"), Path("run"))
+    first = lines(Path("run/metrics.jsonl"))[0]
+    for name, value in (("kd", 0.7 * row["grad_kd"]), ("ce", 0.3 * row["grad_ce"])):
+        assert first[f"train/grad_{name}"] == pytest.approx(value, rel=1e-5)
+    assert first["train/effective_alpha"] == pytest.approx(row["effective_alpha"]["0.7"], rel=1e-5)
+    assert first["train/grad_cosine"] == pytest.approx(row["grad_cosine"], rel=1e-5)
+    assert [text.count("loss.alpha=") for text in found["suggested"]] == [1] * 4
 
 
 def test_all_data_faults_are_said(place, tmp_path):

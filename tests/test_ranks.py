@@ -124,6 +124,7 @@ def test_two_processes_with_and_without_fsdp_are_one_run(two: Path, tmp_path: Pa
         run_dir = two / name
         for ours, theirs in zip(figures(run_dir), figures(one), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-9)
+        assert any("train/grad_cosine" in line for line in figures(run_dir))
         summary = json.loads((run_dir / "summary.json").read_text())
         assert summary["environment"]["processes"] == 2
         assert summary["run"]["kept_step"] == alone["run"]["kept_step"]
