@@ -264,13 +264,12 @@ class _ChunkedSum(torch.autograd.Function):
             if answer is not None:
                 teacher_head = answer.head
                 teacher_product = teacher_head.product(answer.hidden[rows]).to(product.device)
-            chunk = (teacher_product, labels[rows], head, teacher_head, mix)
             chunk_weights = {name: weight[rows] for name, weight in weights.items()}
-            by_kd = None  # [n, V], the gradient of the distillation term alone
-            if with_pulls and teacher_product is not None:
-                by_kd, none = product.clone(), torch.zeros(len(product), dtype=grad_dtype, device=product.device)
-                replace_by_gradient(by_kd, *chunk, chunk_weights | {"ce": none})
-            kd, ce = replace_by_gradient(product, *chunk, chunk_weights)
+            by_ce = None  # [n, V], the gradient of the cross-entropy alone
+            if with_pulls and mix.alpha < 1:
+                by_ce = product.clone()
+                replace_by_gradient(by_ce, None, labels[rows], head, None, mix, chunk_weights)
+            kd, ce = replace_by_gradient(product, teacher_product, labels[rows], head, teacher_head, mix, chunk_weights)
             kd_sum += mix.factor * kd.sum(dtype=sum_dtype)
             ce_sum += ce.sum(dtype=sum_dtype)
             if "own" in weights:
@@ -280,11 +279,11 @@ class _ChunkedSum(torch.autograd.Function):
             del teacher_product  # the peak of a step's memory is about here
             by_hidden = product @ head.weight if grad_hidden is not None or with_pulls else None
             if with_pulls and by_hidden is not None:
-                of_kd = torch.zeros_like(by_hidden) if by_kd is None else by_kd @ head.weight
-                of_kd = of_kd.to(sum_dtype)
-                of_ce = by_hidden.to(sum_dtype) - of_kd
+                of_ce = torch.zeros_like(by_hidden) if by_ce is None else by_ce @ head.weight
+                of_ce = of_ce.to(sum_dtype)
+                of_kd = by_hidden.to(sum_dtype) - of_ce
                 pulls += torch.stack([of_kd.square().sum(), of_ce.square().sum(), (of_kd * of_ce).sum()])
-                del by_kd, of_kd, of_ce
+                del by_ce, of_kd, of_ce
             if grad_hidden is not None and by_hidden is not None:
                 grad_hidden[rows] = by_hidden.to(hidden.dtype).mul_(factor_now)
             if grad_weight is not None:

@@ -79,9 +79,9 @@ def test_what_alpha_would_weigh_is_what_the_first_step_logs(place, tmp_path, mon
     distill(config_of(place, "loss=jsd", "loss.temperature=2", "loss.alpha=0.7", "train.max_steps=1"), Path("run"))
     first = lines(Path("run/metrics.jsonl"))[0]
     for name, value in (("kd", 0.7 * row["grad_kd"]), ("ce", 0.3 * row["grad_ce"])):
-        assert first[f"train/grad_{name}"] == pytest.approx(value, rel=1e-5)
-    assert first["train/effective_alpha"] == pytest.approx(row["effective_alpha"]["0.7"], rel=1e-5)
-    assert first["train/grad_cosine"] == pytest.approx(row["grad_cosine"], rel=1e-5)
+        assert first[f"train/grad_{name}"] == pytest.approx(value, rel=1e-4)
+    assert first["train/effective_alpha"] == pytest.approx(row["effective_alpha"]["0.7"], rel=1e-4)
+    assert first["train/grad_cosine"] == pytest.approx(row["grad_cosine"], rel=1e-4)
     assert [text.count("loss.alpha=") for text in found["suggested"]] == [1] * 4
 
 
