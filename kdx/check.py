@@ -20,6 +20,7 @@ from kdx.config import Config
 from kdx.data.batches import Row, collate
 from kdx.distill import prepared
 from kdx.errors import MEMORY, printable, shortened
+from kdx.objective import check_loss
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report, results
 from kdx.run.files import in_bytes, usage_of
@@ -38,10 +39,12 @@ def check(
 ) -> list[weigh.Row]:
     """Say what a run of this config in a folder would be. Raises KdxError for all that the run would refuse.
 
-    points: those of a sweep that differ from it in alpha and temperature, with their words: what alpha weighs there.
+    points: those of a sweep that differ from it in the loss, with their words: what alpha weighs there.
     """
     quiet_libraries()
     plugins.load()
+    for point, _ in points:
+        check_loss(point.loss)
     machine, record = build_accelerator(config), record or Record()
     with logging_to(None, machine.is_main_process), prepared(config, record, machine) as training:
         if not machine.is_main_process:

@@ -140,9 +140,9 @@ def _check(plan: "Plan") -> int:
     from kdx.run.identity import canonical, config_identity
 
     groups: dict[str, list[Any]] = {}
-    for point in plan.points:  # alpha and temperature change neither data nor memory nor time
-        same = config_identity(point.config) | {"loss.alpha": point.config.loss.alpha > 0, "loss.temperature": None}
-        groups.setdefault(canonical(same), []).append(point)
+    for point in plan.points:  # the loss changes neither data nor time, and memory little, but for having a teacher
+        same = {k: v for k, v in config_identity(point.config).items() if not k.startswith("loss.")}
+        groups.setdefault(canonical([same, point.config.loss.alpha > 0]), []).append(point)
     is_loss_swept, rows = plan.is_sweep and any(key.split(".")[0] == "loss" for key in plan.swept), []
     for points in groups.values():
         first = points[0]

@@ -83,6 +83,8 @@ def test_what_alpha_would_weigh_is_what_the_first_step_logs(place, tmp_path, mon
     assert first["train/effective_alpha"] == pytest.approx(row["effective_alpha"]["0.7"], rel=1e-4)
     assert first["train/grad_cosine"] == pytest.approx(row["grad_cosine"], rel=1e-4)
     assert [text.count("loss.alpha=") for text in found["suggested"]] == [1] * 4
+    assert out.count("memory of a step") == 1  # the points differ in the loss alone
+    assert in_process(capfd, "check", "-m", *words, "loss.beta=2")[0] == 2  # of each divergence, not of the first alone
 
 
 def test_all_data_faults_are_said(place, tmp_path):
