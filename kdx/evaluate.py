@@ -3,15 +3,17 @@
 N counted positions, n positions of a chunk, V vocabulary.
 """
 
+import json
 import math
 import resource
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
+import xxhash
 from accelerate.utils import gather_object
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
@@ -62,6 +64,25 @@ class Measures:
         if (ce := means["ce"]) is not None:
             means["perplexity"] = math.exp(min(ce, 700.0))
         return means
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model answers to the measured prompts: a row for each."""
+
+    rows: list[dict[str, Any]]  # row, rouge_l, answer_length, finished; on_policy_kl, the sum over its tokens, or None
+    distinct_2: float | None  # share of the bigrams of all answers that are different ones
+    samples: list[str] = field(default_factory=list)
+
+    def means(self) -> dict[str, float | None]:
+        """Average each measure over the answers, on_policy_kl over their tokens; empty if there are none."""
+        if not self.rows:
+            return {}
+        sums = {name: math.fsum(row[name] for row in self.rows) for name in ("rouge_l", "answer_length", "finished")}
+        kls = [row["on_policy_kl"] for row in self.rows]
+        kl = None if None in kls else math.fsum(kls) / sums["answer_length"]
+        means = {name: value / len(self.rows) for name, value in sums.items()}
+        return {**means, "distinct_2": self.distinct_2, "on_policy_kl": kl}
 
 
 class Judge:
@@ -123,56 +144,54 @@ class Judge:
         untouched = self(student).means()
         taught = teacher_answers(teacher, run.tokenizer, self.prompts, run.objective.num_ids) if teacher else []
         stops = stop_ids(generation_config(run.config.teacher, "teacher")) if teacher else []
-        of_teacher = measures_of(taught[: self.num_measured], self.measured, run.tokenizer, stops)
-        of_student, samples = self.answered(student)
+        of_teacher, of_student = self._said(taught, stops), self.answered(student)
         return {
-            "untouched": untouched | of_student | {"num_parameters": student.num_parameters()},
+            "untouched": untouched | of_student.means() | {"num_parameters": student.num_parameters()},
             "teacher": self.teacher_measures.means()
-            | of_teacher
+            | of_teacher.means()
             | {"num_parameters": teacher and teacher.num_parameters},
-            "teacher_samples": self.texts(taught) if teacher else [None] * len(samples),
-            "untouched_samples": samples,
+            "teacher_samples": of_teacher.samples if teacher else [None] * len(of_student.samples),
+            "untouched_samples": of_student.samples,
         }
 
-    @property
-    def measured(self) -> list[dict[str, Any]]:
-        return self.prompts[: self.num_measured]
-
-    def texts(self, answers: list[list[int]]) -> list[str]:
-        """Return the sample answers as text, with the token that they stopped at."""
-        return [self.run.tokenizer.decode(answer) for answer in answers[: self.num_samples]]
-
-    def answered(self, student: Any) -> tuple[dict[str, Any], list[str]]:
-        """Let a student answer the prompts → the measures of its answers, and the samples."""
-        run, like = self.run, self.run.batches
-        num_ids = run.objective.num_ids
+    def answered(self, student: Any, *, is_final: bool = False) -> Said:
+        """Let a student answer the prompts greedily. is_final: whether training is over: the teacher may be loaded."""
+        run, like, num_ids = self.run, self.run.batches, self.run.objective.num_ids
         answers = answers_of(student, run.tokenizer, self.prompts, num_ids, like.rank, like.num_processes)
-        some = answers[: self.num_measured]
-        measures = measures_of(some, self.measured, run.tokenizer, stop_ids(student.generation_config))
-        return measures | self.on_policy_kl(student, some), self.texts(answers)
+        kls = None
+        if self.num_measured and self._takes_on_policy_kl(is_final):
+            inputs, some = tokens_of(self.prompts[: self.num_measured], run.tokenizer), answers[: self.num_measured]
+            kls = on_policy_kls(student, run.teacher, inputs, some, num_ids, like.pad_id, like.rank, like.num_processes)
+        return self._said(answers, stop_ids(student.generation_config), kls)
 
-    @torch.no_grad()
-    def on_policy_kl(self, student: Any, answers: list[list[int]]) -> dict[str, float | None]:
-        """Take KL(student ‖ teacher) per token on the student's own answers; it needs the teacher's body."""
-        run, teacher, asked = self.run, self.run.teacher, self.run.config.eval.on_policy_kl
-        if teacher is None or not answers or asked is False:
-            return {}
-        if asked == "auto" and not teacher.is_loaded:
+    def _takes_on_policy_kl(self, is_final: bool) -> bool:
+        teacher, asked = self.run.teacher, self.run.config.eval.on_policy_kl
+        if teacher is None or asked is False:
+            return False
+        if teacher.is_loaded or (asked is True and is_final):
+            return True
+        if asked is True:
+            log.info("on-policy KL of the untouched student: not taken, the teacher's body is loaded after training")
+        elif is_final:
             log.info("on-policy KL: not taken, the teacher's body is not loaded; eval.on_policy_kl=true loads it")
-            return {"on_policy_kl": None}
-        student.eval()
-        head = head_of(student).cut(run.objective.num_ids).in_compute_dtype()
-        rows = []
-        for prompt, answer in zip(self.measured, answers, strict=True):
-            tokens = run.tokenizer(prompt["text"], add_special_tokens=False)["input_ids"]
-            rows.append(Row("", tokens + answer, [False] * len(tokens) + [True] * len(answer)))
-        total = counted = 0.0
-        for start in range(0, len(rows), MIN_ROWS):
-            batch = collate(rows[start : start + MIN_ROWS], run.batches.pad_id).to(run.machine.device)
-            theirs = Answer(teacher.live(batch), teacher.head.cut(run.objective.num_ids))
-            values = score(counted_hidden(student, batch), head, batch, theirs)["reverse_kl"]
-            total, counted = total + values.sum(dtype=torch.float64).item(), counted + len(values)
-        return {"on_policy_kl": total / counted}
+        return False
+
+    def _said(self, answers: list[list[int]], stops: list[int], kls: list[float] | None = None) -> Said:
+        """Measure answers to the first prompts, and keep those to show as text, with the token that they stopped at."""
+        tokenizer, some = self.run.tokenizer, answers[: self.num_measured]
+        samples = [tokenizer.decode(answer) for answer in answers[: self.num_samples]]
+        return replace(said_of(some, self.prompts[: len(some)], tokenizer, stops, kls), samples=samples)
+
+
+def to_minimise(measures: dict[str, Any], metric: str) -> float | None:
+    """Return what train.keep=best, early stopping and a sweep make small: a measure, ROUGE-L with the sign turned.
+
+    In place of KL it is CE where there is no teacher; None if the measure was not taken.
+    """
+    value = measures.get(metric)
+    if value is None and metric == "kl":
+        value = measures["ce"]
+    return -value if value is not None and metric == "rouge_l" else value
 
 
 def num_prompts(config: Config) -> int:
@@ -194,8 +213,7 @@ def answers_of(
     model: Any, tokenizer: Any, prompts: list[dict[str, Any]], num_ids: int, rank: int = 0, num_processes: int = 1
 ) -> list[list[int]]:
     """Answer prompts greedily, shared out over processes → token ids, with the stop token if one was said."""
-    texts = [prompt["text"] for prompt in prompts]
-    inputs = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    inputs = tokens_of(prompts, tokenizer)
     stops = stop_ids(model.generation_config) or [i for i in [tokenizer.eos_token_id] if i is not None]
     found: list[tuple[int, list[int]]] = []
     for group in groups_of(inputs, ANSWERED_AT_ONCE)[rank::num_processes]:
@@ -203,6 +221,12 @@ def answers_of(
         said = generate(model, some, sampling, num_ids=num_ids, pad_id=pad_id_of(tokenizer), stops=stops)
         found += zip(group, said, strict=True)
     return [answer for _, answer in sorted(gather_object(found) if num_processes > 1 else found)]
+
+
+def tokens_of(prompts: list[dict[str, Any]], tokenizer: Any) -> list[list[int]]:
+    """Return the tokens of prompts as the models read them."""
+    texts = [prompt["text"] for prompt in prompts]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 def teacher_answers(teacher: Teacher, tokenizer: Any, prompts: list[dict[str, Any]], num_ids: int) -> list[list[int]]:
@@ -222,18 +246,56 @@ def measures_of(
     answers: list[list[int]], prompts: list[dict[str, Any]], tokenizer: Any, stops: list[int]
 ) -> dict[str, Any]:
     """Measure greedy answers: ROUGE-L (F) to the people's answers, mean tokens, share that ended, distinct bigrams."""
-    if not answers:
-        return {}
-    scorer = RougeScorer(["rougeL"])
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    scores = [scorer.score(p["reference"], text)["rougeL"].fmeasure for p, text in zip(prompts, texts, strict=True)]
+    return said_of(answers, prompts, tokenizer, stops).means()
+
+
+def said_of(
+    answers: list[list[int]],
+    prompts: list[dict[str, Any]],
+    tokenizer: Any,
+    stops: list[int],
+    kls: list[float] | None = None,
+) -> Said:
+    """Measure greedy answers one by one. kls: of each, the KL to the teacher summed over its tokens, if it was taken."""
+    scorer, rows = RougeScorer(["rougeL"]), []
+    for prompt, answer, kl in zip(prompts, answers, kls or [None] * len(answers), strict=True):
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        rows.append(
+            {
+                "row": xxhash.xxh3_64_hexdigest(json.dumps([prompt["text"], prompt["reference"]])),
+                "rouge_l": scorer.score(prompt["reference"], text)["rougeL"].fmeasure,
+                "answer_length": len(answer),
+                "finished": int(bool(answer) and answer[-1] in stops),
+                "on_policy_kl": kl,
+            }
+        )
     bigrams = [pair for answer in answers for pair in pairwise(answer)]
-    return {
-        "rouge_l": math.fsum(scores) / len(answers),
-        "answer_length": sum(map(len, answers)) / len(answers),
-        "finished": sum(answer[-1] in stops for answer in answers) / len(answers),
-        "distinct_2": len(set(bigrams)) / len(bigrams) if bigrams else None,
-    }
+    return Said(rows, len(set(bigrams)) / len(bigrams) if bigrams else None)
+
+
+@torch.no_grad()
+def on_policy_kls(
+    student: Any,
+    teacher: Teacher,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+    num_ids: int,
+    pad_id: int,
+    rank: int = 0,
+    num_processes: int = 1,
+) -> list[float]:
+    """Sum KL(student ‖ teacher) over the tokens of each of the student's own answers, with the teacher's body."""
+    student.eval()
+    head, teacher_head = head_of(student).cut(num_ids).in_compute_dtype(), teacher.head.cut(num_ids)
+    pairs = enumerate(zip(prompts, answers, strict=True))
+    rows = [Row(str(i), said + answer, [False] * len(said) + [True] * len(answer)) for i, (said, answer) in pairs]
+    found: list[dict[str, Any]] = []
+    for start in range(MIN_ROWS * rank, len(rows), MIN_ROWS * num_processes):
+        batch = collate(rows[start : start + MIN_ROWS], pad_id).to(student.device)
+        answer = Answer(teacher.live(batch), teacher_head)
+        found += _by_row(score(counted_hidden(student, batch), head, batch, answer), batch)
+    found = gather_object(found) if num_processes > 1 else found
+    return [row["reverse_kl"] for row in sorted(found, key=lambda row: int(row["row"]))]
 
 
 def score(hidden: Tensor, head: Head, batch: MicroBatch, answer: Answer | None = None) -> dict[str, Tensor]:
