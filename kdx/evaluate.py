@@ -262,7 +262,7 @@ def said_of(
         text = tokenizer.decode(answer, skip_special_tokens=True)
         rows.append(
             {
-                "row": xxhash.xxh3_64_hexdigest(json.dumps([prompt["text"], prompt["reference"]])),
+                "row": xxhash.xxh3_64_hexdigest(json.dumps([prompt["text"], prompt["reference"]]).encode()),
                 "rouge_l": scorer.score(prompt["reference"], text)["rougeL"].fmeasure,
                 "answer_length": len(answer),
                 "finished": int(bool(answer) and answer[-1] in stops),

@@ -132,14 +132,14 @@ def make_rows(means: dict[str, float | None], noise: float, seed: int) -> list[d
 def make_answers(means: dict[str, float], num: int, noise: float, seed: int) -> list[dict[str, Any]]:
     """Measures of each answer: hard prompts are hard for all students, whose answers are of various lengths."""
     shared, own = np.random.default_rng(1), np.random.default_rng(seed)
-    hardness, lengths = shared.lognormal(0, 0.3, num), own.integers(5, 48, num)
-    lines: list[dict[str, Any]] = []
-    for i, length in enumerate(lengths.tolist()):
-        luck = float(hardness[i] * own.normal(1, noise))
-        kl = None if means.get("on_policy_kl") is None else means["on_policy_kl"] * length * luck
-        line = {"row": f"prompt {i}", "rouge_l": means["rouge_l"] / luck, "answer_length": length}
-        lines.append(line | {"finished": length % 2, "on_policy_kl": kl})
-    return lines
+    lengths = own.integers(5, 48, num)
+    luck = shared.lognormal(0, 0.3, num) * own.normal(1, noise, num)
+    rouge = means["rouge_l"] * luck / luck.mean()  # the means come out as asked for
+    kl = means.get("on_policy_kl", math.nan) * luck * lengths * lengths.sum() / (luck * lengths).sum()
+    lines = zip(rouge.tolist(), lengths.tolist(), (lengths % 2).tolist(), kl.tolist(), strict=True)
+    names = ("rouge_l", "answer_length", "finished", "on_policy_kl")
+    rows = [{"row": f"prompt {i}"} | dict(zip(names, line, strict=True)) for i, line in enumerate(lines)]
+    return rows if "on_policy_kl" in means else [row | {"on_policy_kl": None} for row in rows]
 
 
 def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:

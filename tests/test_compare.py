@@ -258,7 +258,7 @@ class TestAnswers:
             assert tables.about_answers(table).endswith("not the same for all students: not ranked")
 
     def test_the_terminal_has_rouge_where_it_fits(self, three, monkeypatch, capsys):
-        for letters, is_there in ((80, False), (100, True)):
+        for letters, is_there in ((70, False), (100, True)):
             monkeypatch.setattr(read.CONSOLE, "width", letters)
             main([str(three)])
             assert ("ROUGE-L" in capsys.readouterr().out) == is_there

@@ -113,7 +113,7 @@ def two(own: Path) -> Path:
 def figures(run_dir: Path) -> list[dict[str, float]]:
     """What is logged of a run, but for times and memory."""
     return [
-        {k: v for k, v in x.items() if not k.startswith(("speed/", "memory/"))}
+        {k: v for k, v in x.items() if v is not None and not k.startswith(("speed/", "memory/"))}
         for x in lines(run_dir / "metrics.jsonl")
     ]
 
