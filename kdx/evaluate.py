@@ -9,7 +9,7 @@ import resource
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any
 
 import torch
@@ -258,7 +258,7 @@ def said_of(
 ) -> Said:
     """Measure greedy answers one by one. kls: of each, the KL to the teacher summed over its tokens, if it was taken."""
     scorer, rows = RougeScorer(["rougeL"]), []
-    for prompt, answer, kl in zip(prompts, answers, kls or [None] * len(answers), strict=True):
+    for prompt, answer, kl in zip(prompts, answers, kls or repeat(None), strict=False):
         text = tokenizer.decode(answer, skip_special_tokens=True)
         rows.append(
             {

@@ -221,7 +221,7 @@ def write_samples(run: Any, folder: Path) -> None:
     config, batches, step, file = run.config, run.batches, run.state.step, folder / "rollouts.jsonl"
     if not (config.rollout.is_on_policy and config.tracking.samples and run.machine.is_main_process):
         return
-    answers = batches.kept.get(str(step)) or next(reversed(batches.kept.values()), {})
+    answers: dict[str, list[int]] = batches.kept.get(str(step)) or next(reversed(batches.kept.values()), {})
     lines = [line for line in read_lines(file) if line["step"] < step]
     for i, answer in [*answers.items()][:NUM_SAMPLES]:
         row = batches.rows[int(i)]

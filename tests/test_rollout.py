@@ -210,7 +210,9 @@ def test_kill_and_resume_is_bitwise_the_straight_run(place: Path, tmp_path: Path
     assert said == lines(tmp_path / "stopped/rollouts.jsonl")
     assert {line["step"] for line in said} == {3, 6, 7}
     page = (tmp_path / "stopped/samples.md").read_text()
-    assert [page.count(f"**step {step}**") for step in (3, 6, 7)] == [[x["step"] for x in said].count(s) for s in (3, 6, 7)]
+    assert [page.count(f"**step {step}**") for step in (3, 6, 7)] == [
+        [x["step"] for x in said].count(s) for s in (3, 6, 7)
+    ]
 
 
 def test_share_0_is_bitwise_the_run_without_the_group(place: Path, tmp_path: Path) -> None:
@@ -402,9 +404,10 @@ def test_a_measure_of_answers_may_decide(place: Path, tmp_path: Path, metric: st
     store = ["teacher.store=on", f"teacher.store_dir={tmp_path / 'store'}", "optim.lr=0.05"]
     assert run_here(config_of(place, *store, "train.max_steps=5"), tmp_path / "filling") == 0
     summary = distill.distill(config_of(place, *words, *store), tmp_path / "run")
-    measured = [line for line in lines(tmp_path / "run/metrics.jsonl") if "eval/ce" in line][:-1]
+    *measured, last = [line for line in lines(tmp_path / "run/metrics.jsonl") if "eval/ce" in line]
     values = [sign * line[f"eval/{metric}"] for line in measured]
     assert len(values) >= 4
+    assert last[f"eval/{metric}"] == summary.student[metric]
     assert summary.run["kept_step"] == measured[values.index(min(values))]["step"]
     assert summary.measure == sign * summary.student[metric]
 
@@ -412,7 +415,9 @@ def test_a_measure_of_answers_may_decide(place: Path, tmp_path: Path, metric: st
 def test_rouge_is_of_the_peoples_answer(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer()
     said = "The capital is Paris"
-    found = measures_of([tokenizer(said)["input_ids"]], [{"text": "", "reference": "Paris is the capital"}], tokenizer, [0])
+    found = measures_of(
+        [tokenizer(said)["input_ids"]], [{"text": "", "reference": "Paris is the capital"}], tokenizer, [0]
+    )
     assert found["rouge_l"] == pytest.approx(0.5)  # of four words each, "the capital" is in the same order
     assert found["finished"] == 0
 

@@ -74,8 +74,8 @@ def about_answers(ranking: Ranking) -> str:
 
 def ordered(ranking: Ranking, names: Collection[str]) -> list[Point]:
     """Order the students by the first of these measures that ranks them."""
-    points, by = ranking.points, [name for name in names if name in RANKED_BY]
-    return sorted(points, key=lambda p: [*(p.rank.get(name, len(points)) for name in by), p.number])
+    by = next((name for name in names if any(name in p.rank for p in ranking.points)), "")
+    return sorted(ranking.points, key=lambda p: (p.rank.get(by, len(ranking.points)), p.number))
 
 
 def grid(ranking: Ranking, names: Collection[str] = COLUMNS) -> Grid:

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdx.adapter import is_adapted, trained
 from kdx.causal_lm import DTYPES
+from kdx.config import GENERATED
 from kdx.data.encode import Data
 from kdx.errors import DivergedError, MachineError
 from kdx.evaluate import MAX_NEW_TOKENS, Judge, peak_memory
@@ -111,8 +112,9 @@ def finish(
     final = judge(student, as_saved=True)
     measures = final.means()
     _check_finite(training, measures)
-    tracker.log(state, {f"eval/{name}": value for name, value in measures.items()})
     said = judge.answered(student, is_final=True)
+    logged = measures | said.means() if config.eval.metric in GENERATED else measures
+    tracker.log(state, {f"eval/{name}": value for name, value in logged.items()})
     if not training.machine.is_main_process:
         return {}
     before = folder.kept("untouched.json")
