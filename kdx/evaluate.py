@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import pairwise, repeat
 from typing import Any
 
@@ -68,21 +68,25 @@ class Measures:
 
 @dataclass(frozen=True)
 class Said:
-    """What a model answers to the measured prompts: a row for each."""
+    """Greedy answers of a model to prompts, and a row of measures for each of those that are measured, the first."""
 
+    answers: list[list[int]]
     rows: list[dict[str, Any]]  # row, rouge_l, answer_length, finished; on_policy_kl, the sum over its tokens, or None
-    distinct_2: float | None  # share of the bigrams of all answers that are different ones
-    samples: list[str] = field(default_factory=list)
 
     def means(self) -> dict[str, float | None]:
-        """Average each measure over the answers, on_policy_kl over their tokens; empty if there are none."""
+        """Average each measure over the answers, on_policy_kl over their tokens; empty if none is measured.
+
+        distinct_2 is the share of the bigrams of all answers that are different ones.
+        """
         if not self.rows:
             return {}
         sums = {name: math.fsum(row[name] for row in self.rows) for name in ("rouge_l", "answer_length", "finished")}
+        means: dict[str, float | None] = {name: value / len(self.rows) for name, value in sums.items()}
+        bigrams = [pair for answer in self.answers[: len(self.rows)] for pair in pairwise(answer)]
+        means["distinct_2"] = len(set(bigrams)) / len(bigrams) if bigrams else None
         kls = [row["on_policy_kl"] for row in self.rows]
-        kl = None if None in kls else math.fsum(kls) / sums["answer_length"]
-        means = {name: value / len(self.rows) for name, value in sums.items()}
-        return {**means, "distinct_2": self.distinct_2, "on_policy_kl": kl}
+        means["on_policy_kl"] = None if None in kls else math.fsum(kls) / sums["answer_length"]
+        return means
 
 
 class Judge:
@@ -144,43 +148,40 @@ class Judge:
         untouched = self(student).means()
         taught = teacher_answers(teacher, run.tokenizer, self.prompts, run.objective.num_ids) if teacher else []
         stops = stop_ids(generation_config(run.config.teacher, "teacher")) if teacher else []
-        of_teacher, of_student = self._said(taught, stops), self.answered(student)
+        of_teacher = said_of(taught, self.prompts[: self.num_measured], run.tokenizer, stops)
+        of_student = self.answered(student)
         return {
             "untouched": untouched | of_student.means() | {"num_parameters": student.num_parameters()},
             "teacher": self.teacher_measures.means()
             | of_teacher.means()
             | {"num_parameters": teacher and teacher.num_parameters},
-            "teacher_samples": of_teacher.samples if teacher else [None] * len(of_student.samples),
-            "untouched_samples": of_student.samples,
+            "teacher_samples": self.samples(of_teacher) if teacher else [None] * self.num_samples,
+            "untouched_samples": self.samples(of_student),
         }
 
     def answered(self, student: Any, *, is_final: bool = False) -> Said:
-        """Let a student answer the prompts greedily. is_final: whether training is over: the teacher may be loaded."""
-        run, like, num_ids = self.run, self.run.batches, self.run.objective.num_ids
-        answers = answers_of(student, run.tokenizer, self.prompts, num_ids, like.rank, like.num_processes)
-        kls = None
-        if self.num_measured and self._takes_on_policy_kl(is_final):
-            inputs, some = tokens_of(self.prompts[: self.num_measured], run.tokenizer), answers[: self.num_measured]
-            kls = on_policy_kls(student, run.teacher, inputs, some, num_ids, like.pad_id, like.rank, like.num_processes)
-        return self._said(answers, stop_ids(student.generation_config), kls)
+        """Let a student answer the prompts greedily. is_final: whether training is over, so the teacher may be loaded."""
+        run, like, tokenizer, num_ids = self.run, self.run.batches, self.run.tokenizer, self.run.objective.num_ids
+        answers = answers_of(student, tokenizer, self.prompts, num_ids, like.rank, like.num_processes)
+        prompts, teacher, asked, kls = (
+            self.prompts[: self.num_measured],
+            run.teacher,
+            run.config.eval.on_policy_kl,
+            None,
+        )
+        if prompts and teacher and asked is not False:
+            if teacher.is_loaded or (asked is True and is_final):
+                inputs, some = tokens_of(prompts, tokenizer), answers[: len(prompts)]
+                kls = on_policy_kls(student, teacher, inputs, some, num_ids, like.pad_id)
+            elif asked is True:
+                log.info("on-policy KL of the untouched student: not taken, the teacher is loaded after training")
+            elif is_final:
+                log.info("on-policy KL: not taken, the teacher's body is not loaded; eval.on_policy_kl=true loads it")
+        return said_of(answers, prompts, tokenizer, stop_ids(student.generation_config), kls)
 
-    def _takes_on_policy_kl(self, is_final: bool) -> bool:
-        teacher, asked = self.run.teacher, self.run.config.eval.on_policy_kl
-        if teacher is None or asked is False:
-            return False
-        if teacher.is_loaded or (asked is True and is_final):
-            return True
-        if asked is True:
-            log.info("on-policy KL of the untouched student: not taken, the teacher's body is loaded after training")
-        elif is_final:
-            log.info("on-policy KL: not taken, the teacher's body is not loaded; eval.on_policy_kl=true loads it")
-        return False
-
-    def _said(self, answers: list[list[int]], stops: list[int], kls: list[float] | None = None) -> Said:
-        """Measure answers to the first prompts, and keep those to show as text, with the token that they stopped at."""
-        tokenizer, some = self.run.tokenizer, answers[: self.num_measured]
-        samples = [tokenizer.decode(answer) for answer in answers[: self.num_samples]]
-        return replace(said_of(some, self.prompts[: len(some)], tokenizer, stops, kls), samples=samples)
+    def samples(self, said: Said) -> list[str]:
+        """Return the answers to show as text, with the token that they stopped at."""
+        return [self.run.tokenizer.decode(answer) for answer in said.answers[: self.num_samples]]
 
 
 def to_minimise(measures: dict[str, Any], metric: str) -> float | None:
@@ -242,13 +243,6 @@ def teacher_answers(teacher: Teacher, tokenizer: Any, prompts: list[dict[str, An
     return answers
 
 
-def measures_of(
-    answers: list[list[int]], prompts: list[dict[str, Any]], tokenizer: Any, stops: list[int]
-) -> dict[str, Any]:
-    """Measure greedy answers: ROUGE-L (F) to the people's answers, mean tokens, share that ended, distinct bigrams."""
-    return said_of(answers, prompts, tokenizer, stops).means()
-
-
 def said_of(
     answers: list[list[int]],
     prompts: list[dict[str, Any]],
@@ -256,7 +250,10 @@ def said_of(
     stops: list[int],
     kls: list[float] | None = None,
 ) -> Said:
-    """Measure greedy answers one by one. kls: of each, the KL to the teacher summed over its tokens, if it was taken."""
+    """Measure the answers to these prompts: ROUGE-L (F) to the people's answer, tokens, whether a stop token was said.
+
+    kls: of each, the KL to the teacher summed over its tokens, if it was taken.
+    """
     scorer, rows = RougeScorer(["rougeL"]), []
     for prompt, answer, kl in zip(prompts, answers, kls or repeat(None), strict=False):
         text = tokenizer.decode(answer, skip_special_tokens=True)
@@ -269,33 +266,25 @@ def said_of(
                 "on_policy_kl": kl,
             }
         )
-    bigrams = [pair for answer in answers for pair in pairwise(answer)]
-    return Said(rows, len(set(bigrams)) / len(bigrams) if bigrams else None)
+    return Said(answers, rows)
 
 
 @torch.no_grad()
 def on_policy_kls(
-    student: Any,
-    teacher: Teacher,
-    prompts: list[list[int]],
-    answers: list[list[int]],
-    num_ids: int,
-    pad_id: int,
-    rank: int = 0,
-    num_processes: int = 1,
+    student: Any, teacher: Teacher, prompts: list[list[int]], answers: list[list[int]], num_ids: int, pad_id: int
 ) -> list[float]:
     """Sum KL(student ‖ teacher) over the tokens of each of the student's own answers, with the teacher's body."""
     student.eval()
     head, teacher_head = head_of(student).cut(num_ids).in_compute_dtype(), teacher.head.cut(num_ids)
-    pairs = enumerate(zip(prompts, answers, strict=True))
-    rows = [Row(str(i), said + answer, [False] * len(said) + [True] * len(answer)) for i, (said, answer) in pairs]
-    found: list[dict[str, Any]] = []
-    for start in range(MIN_ROWS * rank, len(rows), MIN_ROWS * num_processes):
+    pairs = zip(prompts, answers, strict=True)
+    rows = [Row("", prompt + said, [False] * len(prompt) + [True] * len(said)) for prompt, said in pairs]
+    kls: list[float] = []
+    for start in range(0, len(rows), MIN_ROWS):
         batch = collate(rows[start : start + MIN_ROWS], pad_id).to(student.device)
         answer = Answer(teacher.live(batch), teacher_head)
-        found += _by_row(score(counted_hidden(student, batch), head, batch, answer), batch)
-    found = gather_object(found) if num_processes > 1 else found
-    return [row["reverse_kl"] for row in sorted(found, key=lambda row: int(row["row"]))]
+        values = score(counted_hidden(student, batch), head, batch, answer)
+        kls += [row["reverse_kl"] for row in _by_row(values, batch)]
+    return kls
 
 
 def score(hidden: Tensor, head: Head, batch: MicroBatch, answer: Answer | None = None) -> dict[str, Tensor]:

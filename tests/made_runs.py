@@ -91,7 +91,7 @@ def write_run(
     if said is not None:
         answers = make_answers(said, num_prompts, noise, seed=_own_seed(folder.name))
         write_lines(folder / "eval_answers.jsonl", answers)
-        student |= Said(answers, 0.9).means()
+        student |= Said([[1, 2, 3]] * num_prompts, answers).means()
     _write_json(folder / "summary.json", {
         "student": student,
         "untouched": measures(ce=7.9, kl=5.8, reverse_kl=7.1, agreement=0.05, accuracy=0.04),

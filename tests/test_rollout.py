@@ -21,7 +21,7 @@ from kdx.cli import _main, compose
 from kdx.data.batches import Row
 from kdx.data.sources import check_source
 from kdx.errors import ConfigError
-from kdx.evaluate import measures_of
+from kdx.evaluate import said_of
 from kdx.generate import Sampling, generate
 from kdx.objective import Mix, Objective
 from kdx.rollout import Rollouts, register_sampler
@@ -415,9 +415,8 @@ def test_a_measure_of_answers_may_decide(place: Path, tmp_path: Path, metric: st
 def test_rouge_is_of_the_peoples_answer(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer()
     said = "The capital is Paris"
-    found = measures_of(
-        [tokenizer(said)["input_ids"]], [{"text": "", "reference": "Paris is the capital"}], tokenizer, [0]
-    )
+    prompt = {"text": "", "reference": "Paris is the capital"}
+    found = said_of([tokenizer(said)["input_ids"]], [prompt], tokenizer, [0]).means()
     assert found["rouge_l"] == pytest.approx(0.5)  # of four words each, "the capital" is in the same order
     assert found["finished"] == 0
 

@@ -268,7 +268,7 @@ def rank(points: list[Point]) -> None:
         point.other_budget = not math.isclose(budget, statistics.median_high(budgets), rel_tol=SAME_BUDGET)
 
 
-def answered_alike(points: Sequence[Point], measure: str = "rouge_l") -> bool:
+def answered_alike(points: Sequence[Point], measure: str) -> bool:
     """Whether all runs answered the same prompts, and this was measured of every answer."""
     runs = [run for point in points for run in point.runs]
     prompts = [[line["row"] for line in run.answers] for run in runs]

@@ -14,7 +14,7 @@ import yaml
 from rich.markdown import Markdown
 
 from kdx.compare.ranking import COLUMNS, Comparison, Run, compared, make_ranking
-from kdx.compare.tables import as_csv, as_json, as_markdown, width
+from kdx.compare.tables import as_csv, as_json, as_markdown
 from kdx.config import leaves
 from kdx.errors import ConfigError
 from kdx.run.files import write_beside
@@ -52,9 +52,8 @@ def main(words: list[str]) -> int:
 def show(paths: Sequence[Path], out: Path) -> Comparison:
     """Compare, and print the table."""
     comparison = compare(paths, out)
-    names = [*IN_TERMINAL, "rouge_l"]
-    fits = all(width(ranking, names) <= CONSOLE.width for ranking in comparison.rankings)
-    CONSOLE.print(Markdown(as_markdown(comparison, names if fits else IN_TERMINAL)))
+    names = [*IN_TERMINAL, *["rouge_l"] * (CONSOLE.width >= 100)]
+    CONSOLE.print(Markdown(as_markdown(comparison, names)))
     CONSOLE.print(f"Wrote {out / 'compare.html'}, .csv, .json and .md", markup=False)
     return comparison
 

@@ -20,7 +20,6 @@ from kdx.compare.ranking import (
     Interval,
     Point,
     Ranking,
-    answered_alike,
     same_mixtures,
     shown,
 )
@@ -64,12 +63,10 @@ def about_answers(ranking: Ranking) -> str:
     """Head the table of what the students say themselves; empty if that was not measured."""
     if all(p.measures[name] is None for p in ranking.points for name in ANSWERS):
         return ""
-    if not answered_alike(ranking.points):
-        return "Greedy answers to held-out prompts, not the same for all students: not ranked"
-    about = f"Greedy answers to {len(ranking.points[0].runs[0].answers)} held-out prompts"
-    kls = [p.measures["on_policy_kl"] for p in ranking.points]
-    is_partial = None in kls and any(kl is not None for kl in kls)
-    return about + "; not ranked by on-policy KL, which some students lack" * is_partial
+    by = [column.heading for name, column in ANSWERS.items() if any(name in p.rank for p in ranking.points)]
+    if not by:
+        return "Greedy answers to held-out prompts, not ranked: some students answered other prompts"
+    return f"Greedy answers to {len(ranking.points[0].runs[0].answers)} held-out prompts, ranked by {' and '.join(by)}"
 
 
 def ordered(ranking: Ranking, names: Collection[str]) -> list[Point]:
@@ -89,11 +86,6 @@ def grid(ranking: Ranking, names: Collection[str] = COLUMNS) -> Grid:
     if any(len(p.runs) > 1 for p in points):
         columns.append(["seeds", *(str(len(p.runs)) for p in points)])
     return list(zip_longest(*columns, fillvalue=""))
-
-
-def width(ranking: Ranking, names: Collection[str]) -> int:
-    """Count the letters of a row of the grid, with one on both sides of each cell."""
-    return sum(max(map(len, column)) + 2 for column in zip(*grid(ranking, names), strict=True))
 
 
 def kinds(ranking: Ranking, names: Collection[str] = COLUMNS) -> list[str]:

@@ -118,7 +118,7 @@ def finish(
     if not training.machine.is_main_process:
         return {}
     before = folder.kept("untouched.json")
-    columns = (judge.prompts, before["teacher_samples"], before["untouched_samples"], said.samples)
+    columns = (judge.prompts, before["teacher_samples"], before["untouched_samples"], judge.samples(said))
     samples = [
         {"prompt": prompt["messages"], "reference": prompt["reference"], "teacher": t, "untouched": u, "student": s}
         for prompt, t, u, s in zip(*columns, strict=False)
