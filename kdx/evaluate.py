@@ -163,12 +163,8 @@ class Judge:
         """Let a student answer the prompts greedily. is_final: whether training is over, so the teacher may be loaded."""
         run, like, tokenizer, num_ids = self.run, self.run.batches, self.run.tokenizer, self.run.objective.num_ids
         answers = answers_of(student, tokenizer, self.prompts, num_ids, like.rank, like.num_processes)
-        prompts, teacher, asked, kls = (
-            self.prompts[: self.num_measured],
-            run.teacher,
-            run.config.eval.on_policy_kl,
-            None,
-        )
+        prompts, kls = self.prompts[: self.num_measured], None
+        teacher, asked = run.teacher, run.config.eval.on_policy_kl
         if prompts and teacher and asked is not False:
             if teacher.is_loaded or (asked is True and is_final):
                 inputs, some = tokens_of(prompts, tokenizer), answers[: len(prompts)]

@@ -225,8 +225,8 @@ def write_samples(run: Any, folder: Path) -> None:
     lines = [line for line in read_lines(file) if line["step"] < step]
     for i, answer in [*answers.items()][:NUM_SAMPLES]:
         row = batches.rows[int(i)]
-        texts = map(run.tokenizer.decode, (row.tokens[: last_turn(row)], answer))
-        lines.append({"step": step, "row": row.id} | dict(zip(("prompt", "answer"), texts, strict=True)))
+        prompt = run.tokenizer.decode(row.tokens[: last_turn(row)])
+        lines.append({"step": step, "row": row.id, "prompt": prompt, "answer": run.tokenizer.decode(answer)})
     write_lines(file, lines)
 
 

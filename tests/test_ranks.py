@@ -28,6 +28,7 @@ WORDS = ["train.max_steps=4", "eval.every=2", "train.save_every=2", "train.keep=
 ADAPTED = ["adapter=lora", "adapter.r=4", "train.keep=last"]
 WORDS += ["train.keep_checkpoints=true", "student.save_dtype=fp32", "optim.lr=1e-3", "data.validation=7"]
 ON_POLICY = ["rollout=student", "rollout.max_new_tokens=5", "rollout.batch_size=2", "tracking.samples=true"]
+ON_POLICY += ["eval.num_prompts=5"]
 PROGRAM = '''
 import os, signal, sys
 from accelerate import Accelerator
@@ -163,6 +164,11 @@ def test_two_processes_train_on_the_same_answers_as_one(two: Path, tmp_path: Pat
         assert ours_now == pytest.approx(theirs_now, rel=1e-9)
     weights = [load_file(run_dir / "student/model.safetensors") for run_dir in (ours, theirs)]
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-9)
+    answers = [lines(run_dir / "eval_answers.jsonl") for run_dir in (ours, theirs)]
+    assert len(answers[0]) == len(answers[1]) == 5
+    for our_answer, their_answer in zip(*answers, strict=True):
+        assert our_answer.pop("row") == their_answer.pop("row")
+        assert our_answer == pytest.approx(their_answer, rel=1e-4)
 
 
 def test_what_is_not_finite_in_one_process_stops_all_and_is_named(two: Path) -> None:

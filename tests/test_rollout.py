@@ -26,6 +26,7 @@ from kdx.generate import Sampling, generate
 from kdx.objective import Mix, Objective
 from kdx.rollout import Rollouts, register_sampler
 from kdx.run.folder import Record
+from kdx.run.identity import config_identity
 from kdx.run.launch import build_accelerator
 from kdx.teacher import Answer, Teacher
 from kdx.train import Training
@@ -410,6 +411,8 @@ def test_a_measure_of_answers_may_decide(place: Path, tmp_path: Path, metric: st
     assert last[f"eval/{metric}"] == summary.student[metric]
     assert summary.run["kept_step"] == measured[values.index(min(values))]["step"]
     assert summary.measure == sign * summary.student[metric]
+    decides = [config_identity(config_of(place, *some)) for some in (words, [*words, "eval.metric=ce"][1:])]
+    assert ["eval.num_prompts" in keys for keys in decides] == [True, False]
 
 
 def test_rouge_is_of_the_peoples_answer(make_tokenizer: Any) -> None:
