@@ -23,7 +23,7 @@ from kdx.data.batches import Batches
 from kdx.data.encode import Data, load_data
 from kdx.data.sources import check_source
 from kdx.errors import ConfigError, MachineError, together
-from kdx.evaluate import MAX_NEW_TOKENS, Judge, num_prompts
+from kdx.evaluate import MAX_NEW_TOKENS, Judge, num_prompts, to_minimise
 from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
 from kdx.rollout import Rollouts, check_rollout, warn_about, with_teachers_answers
@@ -53,8 +53,8 @@ class Summary:
 
     @property
     def measure(self) -> float:
-        """What a sweep compares: eval.metric of the held-out rows at temperature 1, or CE without a teacher."""
-        value = self.student[self.metric] if self.student[self.metric] is not None else self.student["ce"]
+        """What a sweep minimises: eval.metric, or CE without a teacher; infinity if it was not taken."""
+        value = to_minimise(self.student, self.metric)
         return math.inf if value is None else float(value)
 
 
@@ -129,8 +129,9 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
         mix = mix_of(config.loss)
         objective = Objective(student, check_heads(shared.num_ids, heads), mix)
-        if teacher and config.rollout.is_on_policy:
+        if teacher and (config.rollout.is_on_policy or config.eval.metric == "on_policy_kl"):
             _ = teacher.model  # nothing that the student says is in the store
+        if teacher and config.rollout.is_on_policy:
             known = {part.name: getattr(batches, part.name) for part in fields(batches)}
             batches = Rollouts(
                 **known,

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from kdx import plugins
-from kdx.config import COMMIT, Config, DataConfig, ModelConfig, as_dict, leaves, replaced
+from kdx.config import COMMIT, GENERATED, Config, DataConfig, ModelConfig, as_dict, leaves, replaced
 from kdx.data.files import resolve_path
 from kdx.data.mix import parts_of
 from kdx.errors import shortened
@@ -68,6 +68,8 @@ def config_identity(config: Config) -> dict[str, Any]:
 def used(config: dict[str, Any]) -> dict[str, Any]:
     """Return those dotted keys of a flat config that decide the student."""
     unused = [*FREE]
+    if config.get("eval.metric") in GENERATED:  # it may choose the weights
+        unused.remove("eval.num_prompts")
     if config.get("loss.alpha") == 0:  # alpha itself is what makes a baseline
         unused.append("loss.")
     if config.get("adapter.name", "none") == "none":
@@ -108,8 +110,9 @@ def may_differ(key: str, was: Any, now: Any, config: Config) -> bool:
         name, warmup = config.optim.schedule, config.optim.warmup_steps
         is_constant = name == "constant" or (name == "constant_with_warmup" and (warmup >= 1 or warmup == 0))
         is_constant &= config.loss.alpha_end is None and config.loss.temperature_end is None
-        # With eval.every=auto the steps that are measured depend on how many there are.
-        is_auto = config.eval.every == "auto" and "eval.every" in config_identity(config)
+        # With auto the steps that are measured, and the prompts that are answered, depend on how many steps there are.
+        decides = config_identity(config)
+        is_auto = "auto" in (decides.get("eval.every"), decides.get("eval.num_prompts"))
         return is_constant and not is_auto and was is not None and now is not None and now > was
     if key == "train.max_nonfinite":
         return was is None or (now is not None and now > was)

@@ -185,8 +185,11 @@ def store_line(store: TeacherStore) -> str:
     return f"teacher cache: {counts.hits:,} rows read, {counts.computed:,} computed{damaged}"
 
 
-def samples_page(samples: list[dict[str, Any]], max_new_tokens: int) -> str:
-    """Write samples.md: each prompt, and the greedy answers of teacher, untouched student and student."""
+def samples_page(samples: list[dict[str, Any]], max_new_tokens: int, own: list[dict[str, Any]]) -> str:
+    """Write samples.md: each prompt, and the greedy answers of teacher, untouched student and student.
+
+    own: answers of the student's own that it was trained on, by step.
+    """
 
     def quoted(text: str) -> str:  # as a block, so that no markup in it takes effect
         return indent(printable(text), "    ")
@@ -198,6 +201,8 @@ def samples_page(samples: list[dict[str, Any]], max_new_tokens: int) -> str:
         for who in ("reference", "teacher", "untouched", "student"):
             if sample[who] is not None:
                 parts.append(f"*{who}*\n\n{quoted(sample[who])}\n")
+    parts += ["# Own answers\n\nSampled from the student as it was then, and trained on.\n"] if own else []
+    parts += [f"**step {x['step']}**\n\n{quoted(x['prompt'])}\n\n*student*\n\n{quoted(x['answer'])}\n" for x in own]
     return "\n".join(parts)
 
 
