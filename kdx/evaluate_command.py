@@ -3,8 +3,7 @@
 import argparse
 import json
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,9 +39,9 @@ def main(words: list[str]) -> int:
     plugins.load()
     with logging_to(None, is_main=True):
         asked = [(resumed(str(run.path), typed).points[0].config, run) for run in _done(paths)]
-        harness, teachers = _harness(args) if args.tasks else None, dict[str, Teacher]()
+        tasks, teachers = _tasks(args) if args.tasks else None, dict[str, Teacher]()
         for config, run in sorted(asked, key=lambda pair: repr(pair[0].teacher)):  # those of one teacher together
-            _evaluate(config, run, args, harness, teachers)
+            _evaluate(config, run, args, tasks, teachers)
         show(paths, paths[0] if len(paths) == 1 else Path("comparison"))
     return 0
 
@@ -83,7 +82,7 @@ def _done(paths: Sequence[Path]) -> list[Run]:
     return [run for run in runs if run not in left]
 
 
-def _evaluate(config: Config, run: Run, args: argparse.Namespace, harness: Any, teachers: dict[str, Teacher]) -> None:
+def _evaluate(config: Config, run: Run, args: argparse.Namespace, tasks: Any, teachers: dict[str, Teacher]) -> None:
     """Measure the student of one run, and write what comes of it into its folder and its W&B run."""
     can = bool(config.teacher.path and config.eval.num_prompts)
     has = bool(run.answers) and all(line["on_policy_kl"] is not None for line in run.answers)
@@ -108,8 +107,8 @@ def _evaluate(config: Config, run: Run, args: argparse.Namespace, harness: Any, 
         found["student"] = said.means()
         kl, num = said.means().get("on_policy_kl", float("nan")), len(said.rows)
         log.info("%s: on-policy KL %.4f over %d answers", run.name, kl, num)
-    if harness:
-        found["tasks"] = _scores(student, load_own_tokenizer(saved, "student"), args, harness)
+    if tasks:
+        found["tasks"] = _scores(student, load_own_tokenizer(saved, "student"), args, tasks)
     summary = read_json(run.path / "summary.json")
     write_json(run.path / "summary.json", summary | {part: summary.get(part, {}) | new for part, new in found.items()})
     _tell_wandb(config, run, found)
@@ -138,31 +137,25 @@ def _on_policy(config: Config, run: Run, student: Any, shared: SharedTokenizer, 
     return said_of(answers, prompts, tokenizer, stop_ids(student.generation_config), kls)
 
 
-def _harness(args: argparse.Namespace) -> Callable[..., Any]:
-    """Find the tasks → what lets a model do them. Raises ConfigError."""
-    from lm_eval import simple_evaluate
+def _tasks(args: argparse.Namespace) -> Any:
+    """Index all tasks that there are: thousands of files, so once for all runs."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=args.include_path)  # reads thousands of files
-    asked = args.tasks.split(",")
-    tasks = manager.match_tasks(asked)
-    for name in asked:
-        if name not in tasks and "*" not in name:
-            hint = "lm-eval ls tasks lists those there are; --include_path FOLDER adds your own"
-            raise ConfigError("--tasks", f"{name} is not a task", hint)
-    how = {name: getattr(args, name) for name in ("limit", "num_fewshot", "apply_chat_template")}
-    return partial(simple_evaluate, tasks=tasks, task_manager=manager, log_samples=False, **how)
+    return TaskManager(include_path=args.include_path)
 
 
-def _scores(student: Any, tokenizer: Any, args: argparse.Namespace, harness: Callable[..., Any]) -> dict[str, float]:
+def _scores(student: Any, tokenizer: Any, args: argparse.Namespace, tasks: Any) -> dict[str, float]:
     """Score a model in tasks → `task/metric`, and `task/metric_stderr` beside it. Raises KdxError."""
+    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    model, asked = HFLM(pretrained=student, tokenizer=tokenizer, batch_size=args.batch_size), args.tasks.split(",")
+    options = {name: getattr(args, name) for name in ("limit", "num_fewshot", "apply_chat_template")}
     try:
-        found = harness(HFLM(pretrained=student, tokenizer=tokenizer, batch_size=args.batch_size))
+        found = simple_evaluate(model, tasks=asked, task_manager=tasks, log_samples=False, **options)
     except Exception as error:
-        hint = "See lm-evaluation-harness on this task"
+        hint = "lm-eval ls tasks lists those there are; --include_path FOLDER adds your own"
         raise user_error(error) or of_hub(error, ConfigError, "--tasks", "lm_eval stopped", hint) from error
     how = [f"limit {args.limit:g}"] if args.limit else []
     how += [f"{args.num_fewshot}-shot"] if args.num_fewshot is not None else []
@@ -189,7 +182,7 @@ def _tell_wandb(config: Config, run: Run, found: dict[str, dict[str, Any]]) -> N
             return
         id = file.read_text().strip()
         kept = run.path.parent.glob(f"wandb/*run-*-{id}/files/wandb-summary.json")
-        values = read_json(max(kept, key=lambda file: file.stat().st_mtime, default=file))
+        values = read_json(max(kept, key=lambda file: file.stat().st_mtime, default=Path()))
         values = {name: value for name, value in values.items() if name[0] != "_"}  # `wandb sync` would else lose them
         for part, new in found.items():
             taken = {name: value for name, value in new.items() if value is not None}

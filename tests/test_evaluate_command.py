@@ -129,7 +129,7 @@ def test_tasks_are_scored_by_their_definition(
     assert read(run / "summary.json")["tasks"]["tiny/acc (limit 4)"] == 1
     assert "W&B has no measures of straight" in capsys.readouterr().out
     assert run_here(config_of(place, *WORDS, *RUNS["straight"]), run) == 0  # is done still
-    with pytest.raises(KdxError, match="tyni is not a task"):
+    with pytest.raises(KdxError, match="'tyni' is not a registered task"):
         _main(["evaluate", str(run), "--tasks", "tyni"])
 
 
