@@ -33,7 +33,7 @@ python -m kdx store stat | verify | prune        its cache ($KDX_STORE, else out
                                                  checksums, drop what is damaged; prune --unused-days N, old teachers too
 python -m kdx generate KEY=VALUE ... --out FILE  write the teacher's answers to the training prompts, as data=messages
 python -m kdx compare PATH ...                   rank runs and sweeps: a table and a page
-python -m kdx evaluate PATH ... --on-policy      KL to the teacher on the students' own answers; --tasks A,B scores in lm_eval's
+python -m kdx evaluate PATH ... --on-policy      KL on their own answers, of runs that are done; --tasks A,B: scores by lm_eval
 python -m kdx run.resume=FOLDER                  resume a run; run.like=FOLDER starts a new one from its words
 
 == Groups (group=option) ==
