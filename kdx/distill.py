@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Summary:
     run: dict[str, Any]
     data: dict[str, Any]
     environment: dict[str, Any]
+    tasks: dict[str, float] = field(default_factory=dict)  # by kdx evaluate
     metric: str = "kl"  # eval.metric; not in the file
 
     @property

@@ -82,6 +82,11 @@ class Run:
         }
 
     @property
+    def measures(self) -> dict[str, Any]:
+        """All that its summary says of the student, its scores in tasks among them."""
+        return self.summary["run"] | self.summary["student"] | self.summary.get("tasks", {})
+
+    @property
     def student(self) -> str:
         """What decides the student apart from the seed: runs that agree in it are averaged."""
         config = {k: v for k, v in self.used.items() if k != SEED_KEY and v is not None}
@@ -96,7 +101,7 @@ class Point:
     baseline: bool  # trained without a teacher
     values: dict[str, Any]  # the keys that differ between students
     runs: list[Run]
-    measures: dict[str, float | None]
+    measures: dict[str, float | None]  # EVERY, and scores in tasks with their standard errors
     number: int = 0  # its line in the table
     rank: dict[str, int] = field(default_factory=dict)
     # (measure, "minus_best" or "minus_baseline") → of the difference; (measure, "seeds") → seeds around their mean
@@ -205,6 +210,7 @@ def make_ranking(runs: Sequence[Run]) -> Ranking:
 def make_points(runs: Sequence[Run]) -> list[Point]:
     """Average runs that differ only in the seed."""
     keys = [key for key in differing(runs) if key != SEED_KEY]
+    names = dict.fromkeys([*EVERY, *(name for run in runs for name in run.summary.get("tasks", ()))])
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.student, []).append(run)
@@ -214,8 +220,8 @@ def make_points(runs: Sequence[Run]) -> list[Point]:
         values = {key: first.used[key] for key in keys if key in first.used}
         label = [BASELINE] * baseline + [setting(k, v) for k, v in values.items() if (k, v) != ("loss.alpha", 0)]
         point = Point(", ".join(label[:MOST_KEYS]) or first.name, baseline, values, group, {})
-        for name in EVERY:
-            known = [run.summary["student"].get(name, run.summary["run"].get(name)) for run in group]
+        for name in names:
+            known = [run.measures.get(name) for run in group]
             taken = [value for value in known if value is not None]
             mean = point.measures[name] = math.fsum(taken) / len(group) if len(taken) == len(group) else None
             if name in RANKED_BY and mean is not None and len(group) > 1:

@@ -16,6 +16,7 @@ from kdx.compare.ranking import (
     NUM_RESAMPLES,
     RANKED_BY,
     SAME_MIXTURE,
+    Column,
     Comparison,
     Interval,
     Point,
@@ -78,6 +79,8 @@ def ordered(ranking: Ranking, names: Collection[str]) -> list[Point]:
 def grid(ranking: Ranking, names: Collection[str] = COLUMNS) -> Grid:
     """Lay out those measures and costs that there are: the students, then the teacher and the untouched student."""
     points = ordered(ranking, names)
+    tasks = [name for name in points[0].measures if name not in EVERY and not name.endswith("_stderr")]
+    names = [*names, *tasks] if "ce" in names else names
     taken = [name for name in names if any(p.measures[name] is not None for p in points)]
     columns = [["student", *map(str, points), *ranking.references]]
     columns += [_column(ranking, points, name) for name in taken]
@@ -96,11 +99,13 @@ def kinds(ranking: Ranking, names: Collection[str] = COLUMNS) -> list[str]:
 
 def _column(ranking: Ranking, points: Sequence[Point], name: str) -> list[str]:
     """Write one measure or cost of all students and references, with as many digits as tell the students apart."""
-    column, values = EVERY[name], [p.measures[name] for p in points]
+    column, values = EVERY.get(name, Column(name)), [p.measures[name] for p in points]
     places = decimals(value for value in values if value is not None) if column.places is None else column.places
     values += [measures.get(name) for measures in ranking.references.values()]
     texts = ["" if value is None else f"{value:,.{places}f}" for value in values]
     for i, p in enumerate(points):
+        if (error := p.measures.get(f"{name}_stderr")) is not None:
+            texts[i] += f" ± {error:.{places}f}"
         if p.rank.get(name) == 1:
             texts[i] = f"★ {texts[i]}"
         elif p.is_best(name):
