@@ -1,7 +1,6 @@
 """What `kdx evaluate …` does: measure the students of runs that are done, by on-policy KL and in tasks of lm_eval."""
 
 import argparse
-import json
 import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ from kdx.data.encode import load_data
 from kdx.errors import ConfigError, MachineError, of_hub, one_line, user_error
 from kdx.evaluate import MAX_NEW_TOKENS, Said, answers_of, num_prompts, on_policy_kls, said_of, tokens_of
 from kdx.resume import resumed
-from kdx.run.files import read_json, write_beside, write_json
+from kdx.run.files import read_json, write_json, write_lines
 from kdx.run.identity import adapter_base
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import log, logging_to, open_run, quiet_libraries, wandb_mode
@@ -103,7 +102,7 @@ def _evaluate(config: Config, run: Run, args: argparse.Namespace, tasks: Any, te
     found: dict[str, dict[str, Any]] = {}
     if shared:
         said = _on_policy(config, run, student, shared, teachers)
-        write_beside(run.path / ANSWERS, "".join(json.dumps(row) + "\n" for row in said.rows))
+        write_lines(run.path / ANSWERS, said.rows)
         found["student"] = said.means()
         kl, num = said.means().get("on_policy_kl", float("nan")), len(said.rows)
         log.info("%s: on-policy KL %.4f over %d answers", run.name, kl, num)
