@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from kdx.causal_lm import load_causal_lm, loading
 from kdx.config import AdapterConfig, StudentConfig
 from kdx.data.files import resolve_path
-from kdx.errors import ConfigError, one_line
+from kdx.errors import ConfigError, ModelError, one_line
 from kdx.run.identity import adapter_base
 
 
 def is_adapted(model: Any) -> bool:
     """Return whether adapters stand beside a model's layers."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def adapter_folder(path: str | None) -> Path | None:
+    """Return the folder that a student.path names if it is an adapter's, else None."""
+    folder = Path(resolve_path(path, "student.path")) if path else None
+    return folder if folder and adapter_base(folder) else None
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -37,10 +43,9 @@ def add_adapter(model: Any, config: AdapterConfig, path: str | None, seed: int) 
 
     model.requires_grad_(False)
     torch.manual_seed(seed)
-    folder = Path(resolve_path(path, "student.path")) if path else None
-    if folder and adapter_base(folder):
+    if folder := adapter_folder(path):
         load_adapter(model, folder, "student.path")
-        for name in ("r", "lora_alpha"):
+        for name in ("r", "lora_alpha", "lora_dropout"):
             if (has := getattr(model.peft_config["default"], name)) != (asked := getattr(config, name)):
                 what = f"is {asked:g}, but the adapter in {folder} has {has:g}"
                 raise ConfigError(f"adapter.{name}", what, f"Set adapter.{name}={has:g}")
@@ -70,6 +75,10 @@ def load_adapter(model: Any, folder: Path, key: str) -> None:
     """Load an adapter folder into a model and train it further. Raises ModelError."""
     with loading(str(folder), "adapter", key):
         model.load_adapter(str(folder), is_trainable=True)
+    config = model.peft_config["default"]
+    if config.peft_type != "LORA" or config.modules_to_save:
+        what = f"{folder} is not LoRA alone ({config.peft_type}, modules_to_save: {config.modules_to_save})"
+        raise ModelError(key, what, "Merge it into its base first")
 
 
 def merge_adapter(model: Any, dtype: torch.dtype) -> None:
@@ -90,14 +99,16 @@ def merge_adapter(model: Any, dtype: torch.dtype) -> None:
 
 
 def dequantise(model: Any, config: AdapterConfig, student: StudentConfig) -> None:
-    """Put the base as it was before it was quantised, in bfloat16, under a student's adapters."""
-    adapters, device = trained(model), model.device
+    """Put the base as it was before it was quantised, in bfloat16, under a student's adapters, in main memory.
+
+    A device that holds the quantised base need not have room for this one beside it.
+    """
     attention = model.config._attn_implementation
     plain: Any = load_causal_lm(student, "student", dtype=torch.bfloat16, attn_implementation=attention)
     add_adapter(plain, config, student.path, seed=0)
-    plain.load_state_dict({name: tensor.cpu() for name, tensor in adapters.items()}, strict=False)
+    plain.load_state_dict({name: tensor.cpu() for name, tensor in trained(model).items()}, strict=False)
     for name, part in plain.named_children():
-        setattr(model, name, part.to(device))
+        setattr(model, name, part)
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     vars(model).pop("quantization_method", None)  # with it, transformers refuses to move or save the model

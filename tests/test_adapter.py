@@ -322,7 +322,7 @@ def test_the_peak_that_check_predicts_is_that_of_a_step(tmp_path, place, made, a
         training.teacher.store.flush()
         training = made(config_of(place, *words))
         assert not training.teacher.is_loaded
-    measured = check.rises(training, 1e12)
+    measured = check.rises(training, size, 1e12)
     kept = check.kept_in_memory(training)
     estimate = sum(kept.values()) + check.predicted(measured, size)
 

@@ -55,7 +55,7 @@ def test_what_is_kept_in_memory_is_that_of_its_tensors(place, made):
 
 def test_the_largest_micro_batch_that_fits_is_said(place, made, monkeypatch):
     training = made(config_of(place, "train.batch_size=8", "train.micro_batch_size=1"))
-    measured = check.rises(training, 1e12)
+    measured = check.rises(training, 1, 1e12)
     assert [*measured] == [1, 2]
     assert check.predicted(measured, 4) == 3 * measured[2] - 2 * measured[1]
     for size, says in ((1, "=1, with"), (4, "=4, with"), (8, "=8 (the whole batch), with")):
