@@ -40,6 +40,7 @@ def add_adapter(model: Any, config: AdapterConfig, path: str | None, seed: int) 
     Adapters are in float32, or in float64 beside a float64 base. Raises ConfigError or ModelError.
     """
     from peft import LoraConfig  # late: importing it takes a second
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     model.requires_grad_(False)
     torch.manual_seed(seed)
@@ -68,7 +69,15 @@ def add_adapter(model: Any, config: AdapterConfig, path: str | None, seed: int) 
             raise ConfigError("adapter.target_modules", what, "Choose all-linear, or layers of the backbone")
     for tensor in trained(model).values():
         tensor.data = tensor.data.to(torch.promote_types(model.dtype, torch.float32))
+    for part in model.modules():
+        if isinstance(part, BaseTunerLayer):
+            part._cast_input_dtype = _as_autocast_does
     model.eval()
+
+
+def _as_autocast_does(inputs: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Cast an adapter's inputs to its dtype, but not under autocast, which would keep a second copy cast back."""
+    return inputs if inputs is None or torch.is_autocast_enabled(inputs.device.type) else inputs.to(dtype)
 
 
 def load_adapter(model: Any, folder: Path, key: str) -> None:

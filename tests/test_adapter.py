@@ -16,8 +16,9 @@ from kdx.adapter import add_adapter, dequantise, is_adapted, merge_adapter, trai
 from kdx.cli import compose
 from kdx.data.batches import collate
 from kdx.distill import prepared
-from kdx.errors import ConfigError, KdxError
+from kdx.errors import ConfigError, KdxError, ModelError
 from kdx.evaluate import Judge
+from kdx.run import report
 from kdx.run.folder import Record
 from kdx.run.launch import build_accelerator
 from kdx.student import load_student
@@ -250,18 +251,21 @@ def test_a_merged_student_is_an_ordinary_model_and_is_measured_as_saved(place, t
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks
-def test_an_adapter_folder_loads_with_peft_is_trained_further_and_teaches(place, tmp_path, made):
+def test_an_adapter_folder_loads_with_peft_is_trained_further_and_teaches(place, tmp_path, made, monkeypatch):
     from peft import PeftModel
 
     words = [*LORA, "adapter.save=adapter", "train.max_steps=3", "student.save_dtype=fp32"]
     assert run_here(config_of(place, *words), tmp_path / "run") == 0
-    folder = tmp_path / "run" / "student"
+    folder = (tmp_path / "run" / "student").rename(tmp_path / "first")
     card = (folder / "README.md").read_text()
     assert "base_model_relation: adapter" in card and "library_name: peft" in card
     base = hf.AutoModelForCausalLM.from_pretrained(place / "student", dtype=torch.float32)
     theirs = PeftModel.from_pretrained(base, folder).eval()
 
-    again = made(config_of(place, "adapter=lora", "adapter.r=4", f"student.path={folder}"))
+    further = config_of(place, "adapter=lora", "adapter.r=4", f"student.path={folder}")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "base_model: student\n" in report.model_card(further, summary)  # not the adapter's folder
+    again = made(further)
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         expected = theirs(ids).logits
@@ -270,8 +274,9 @@ def test_an_adapter_folder_loads_with_peft_is_trained_further_and_teaches(place,
     assert len(trained(again.student)) == 16
     with pytest.raises(ConfigError, match=r"adapter\.r: is 16, but the adapter in .* has 4"):
         made(config_of(place, "adapter=lora", f"student.path={folder}"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="Add adapter=lora"):
-        made(config_of(place, f"student.path={folder}"))
+        made(config_of(place, "student.path='~/first'"))
 
     taught = made(config_of(place, f"teacher.path={place / 'student'}", f"teacher.adapter={folder}"))
     with torch.no_grad():
@@ -279,6 +284,11 @@ def test_an_adapter_folder_loads_with_peft_is_trained_further_and_teaches(place,
     untaught = made(config_of(place, f"teacher.path={place / 'student'}"))
     assert taught.teacher.identity.teacher != untaught.teacher.identity.teacher
     assert made(config_of(place, f"teacher.path={place / 'student'}")).teacher.identity == untaught.teacher.identity
+
+    words = json.loads((folder / "adapter_config.json").read_text()) | {"modules_to_save": ["ln_f"]}
+    (folder / "adapter_config.json").write_text(json.dumps(words))
+    with pytest.raises(ModelError, match=r"is not LoRA alone .*Merge it"):
+        made(further)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of bitsandbytes, without its kernels for CPUs
@@ -294,7 +304,9 @@ def test_a_quantised_base_takes_its_adapters_in_as_it_was(place, tmp_path):
         for tensor in trained(model).values():
             assert tensor.dtype == torch.float32
             tensor.data += 0.1 * torch.randn_like(tensor)
-    assert small.get_memory_footprint() < 0.8 * whole.get_memory_footprint()
+    of_layer = 64 * 64 / 2 + 64 * 64 / 64 * 4  # 4 bits a weight, and a scale in float32 for each 64
+    assert check.bytes_of(small.model.layers[0].self_attn.q_proj.base_layer) == pytest.approx(of_layer, rel=0.1)
+    assert check.bytes_of(small) < 0.8 * check.bytes_of(whole)
     dequantise(small, config.adapter, config.student)
     for model in (small, whole):
         merge_adapter(model, torch.bfloat16)

@@ -64,6 +64,13 @@ def test_the_largest_micro_batch_that_fits_is_said(place, made, monkeypatch):
         assert f"train.micro_batch_size{says}" in check.memory_lines(training)[-1]
     monkeypatch.setattr(check, "free_bytes", lambda _: 0)
     assert "no micro-batch" in check.memory_lines(training)[-1]
+    by_tokens = made(
+        config_of(place, "train.batch_size=6", "train.micro_batch_size=auto", "train.micro_batch_tokens=1")
+    )
+    free = check.predicted(check.rises(by_tokens, 1, 1e12), 5) + check.kept_in_memory(by_tokens)["optimizer"] + 1
+    monkeypatch.setattr(check, "free_bytes", lambda _: free)
+    tokens = 5 * int(by_tokens.data.train.lengths.max())
+    assert f"train.micro_batch_tokens={tokens}, with" in check.memory_lines(by_tokens)[-1]
 
 
 def test_all_data_faults_are_said(place, tmp_path):

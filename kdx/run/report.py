@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCardData
 from rich.table import Table
 
-from kdx.adapter import adapter_folder
+from kdx.adapter import adapter_folder, trained
 from kdx.causal_lm import generation_config, stop_ids
 from kdx.config import Config, replaced
 from kdx.data.encode import Data
@@ -79,7 +79,9 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
         own = f", {config.rollout.share:.0%} of the rows" if config.rollout.name == "student" else ""
         most = f"at most {config.rollout.max_new_tokens} tokens at temperature {config.rollout.temperature:g}"
         lines["rollout"] = f"answers by the {config.rollout.name}{own}, {most}"
-    lines["student"] = f"{_origin(config)}, {student.num_parameters():,} parameters, saved as {training.save_dtype}"
+    size, num = student.num_parameters(), sum(tensor.numel() for tensor in trained(student).values())
+    size = f"{size:,} parameters" + (f", {num:,} of them trained" if num < size else "")
+    lines["student"] = f"{_origin(config)}, {size}, saved as {training.save_dtype}"
     lines["device"] = f"{machine.device}{processes}, {training.versions['precision']}"
     for name, what, rows in (("data", f"{config.data.name}: ", data.train), ("held out", "", data.held_out)):
         lines[name] = f"{what}{len(rows):,} rows, {int(rows.num_counted.sum()):,} counted tokens"
