@@ -1,6 +1,6 @@
 """Full training beside LoRA of rank 8 and 64, steps and seconds equal: SmolLM2-135M-Instruct under itself.
 
-    python benchmarks/adapters.py [--steps 50] [--noise 0.06] [--rates 2e-5 1e-4] [--out outputs/adapters] [words of kdx ...]
+    python benchmarks/adapters.py [--steps 50] [--noise 0.06] [--rates 2e-5,1e-4] [--out outputs/adapters] [words of kdx ...]
 
 The student is the teacher with Gaussian noise on its matrices, made here: the KL that it starts with can be trained away
 to zero, which the teacher's own weights could not show. Noise has full rank and adapters do not, so they cannot just
@@ -36,14 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--noise", type=float, default=0.06, help="in standard deviations of each matrix")
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-5, 1e-4], help="of full training")
+    parser.add_argument("--rates", default="2e-5,1e-4", help="of full training")
     parser.add_argument("--out", type=Path, default=Path("outputs/adapters"))
     args, words = parser.parse_known_args()
     if not (args.out / "student").is_dir():
         write_student(args.out / "student", args.noise)
     same = [
-        "student=hf", f"student.path={args.out}/student", "data.max_length=128", "loss.alpha=1", "teacher.store=on",
-        "eval.every=0", "eval.num_prompts=0", "tracking.samples=false", *words,
+        "student=hf", f"student.path={args.out}/student", "data.max_length=128", "loss.alpha=1", "loss.temperature=1",
+        "teacher.store=on", "eval.every=0", "eval.num_prompts=0", "tracking.samples=false", *words,
     ]  # fmt: skip
     table, best = Table(*HEADS), dict[str, tuple[float, float]]()
 
@@ -61,7 +61,7 @@ def main() -> None:
 
     seconds = {}
     for name in KINDS:
-        for rate in args.rates:
+        for rate in map(float, args.rates.split(",")):
             seconds[name] = run(name, rate if name == "full" else 10 * rate, args.steps)
     for name in list(KINDS)[1:]:
         run(name, best[name][1], round(args.steps * seconds["full"] / seconds[name]))

@@ -42,9 +42,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of check_split; lower precisions 5e-2
-HINTS = {  # words of transformers' errors → what helps
-    "for this kind of AutoModel: AutoModelForCausalLM": "kdx distils causal language models (decoders): choose one",
-    "FP8": "fp8 weights need a GPU that has it: choose the model's bf16 weights",
+HINTS = {  # words of transformers' errors, in small letters → what helps
+    "for this kind of automodel: automodelforcausallm": "kdx distils causal language models (decoders): choose one",
     "fp8": "fp8 weights need a GPU that has it: choose the model's bf16 weights",
 }
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -337,7 +336,7 @@ def loading(path: str, what: str, key: str) -> Iterator[None]:
             raise of_hub(error, ModelError, key, what, "Log in for gated models (hf auth login). " + hint) from error
         if isinstance(error, SafetensorError):
             hint = "Copy the weights again; from git: git lfs pull"
-        hint = next((better for words, better in HINTS.items() if words in what), hint)
+        hint = next((better for words, better in HINTS.items() if words in what.lower()), hint)
         raise ModelError(key, what, hint) from error
 
 

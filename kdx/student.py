@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdx.adapter import is_adapted, trained
@@ -120,12 +119,9 @@ def load_saved(folder: Path, model: PreTrainedModel) -> None:
     """
     with loading(str(folder), "student", str(folder)):
         if is_adapted(model):
-            saved = load_file(folder / "adapter_model.safetensors")
-            keys = {name: f"base_model.model.{name.replace('.default.', '.')}" for name in trained(model)}
-            model.load_state_dict({name: saved[key] for name, key in keys.items()}, strict=False)
-            return
-        saved = type(model).from_pretrained(folder, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+            model.load_adapter(str(folder), "default", hotswap=True)
+        else:
+            model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
 
 
 def _source(config: StudentConfig, teacher: TeacherConfig) -> tuple[ModelConfig, str]:

@@ -53,6 +53,16 @@ def test_what_is_kept_in_memory_is_that_of_its_tensors(place, made):
     assert parts["teacher"] >= sum(p.nbytes for p in training.teacher.model.parameters())
 
 
+def test_the_peak_is_that_of_the_tensors_alive_together():
+    with check.PeakBytes() as counted:
+        one = torch.ones(100, dtype=torch.float64)
+        two = one * 2
+        del one
+        view = two.view(10, 10).add_(1)
+        assert (view + 1).sum() == 400
+    assert 1600 <= counted.peak < 1700
+
+
 def test_the_largest_micro_batch_that_fits_is_said(place, made, monkeypatch):
     training = made(config_of(place, "train.batch_size=8", "train.micro_batch_size=1"))
     measured = check.rises(training, 1, 1e12)
