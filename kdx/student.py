@@ -119,7 +119,7 @@ def load_saved(folder: Path, model: PreTrainedModel) -> None:
     """
     with loading(str(folder), "student", str(folder)):
         if is_adapted(model):
-            model.load_adapter(str(folder), "default", hotswap=True)
+            model.load_adapter(str(folder), "default", is_trainable=True, hotswap=True)
         else:
             model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
 
