@@ -4,7 +4,6 @@ Hu et al., 2021, arXiv:2106.09685; over a quantised base: Dettmers et al., 2023,
 """
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +19,6 @@ from kdx.run.identity import adapter_base
 def is_adapted(model: Any) -> bool:
     """Return whether adapters stand beside a model's layers."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
-
-
-def adapter_folder(path: str | None) -> Path | None:
-    """Return the folder that a student.path names if it is an adapter's, else None."""
-    folder = Path(resolve_path(path, "student.path")) if path else None
-    return folder if folder and adapter_base(folder) else None
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -44,11 +37,11 @@ def add_adapter(model: Any, config: AdapterConfig, path: str | None, seed: int) 
 
     model.requires_grad_(False)
     torch.manual_seed(seed)
-    if folder := adapter_folder(path):
-        load_adapter(model, folder, "student.path")
+    if path and adapter_base(path):
+        load_adapter(model, path, "student.path")
         for name in ("r", "lora_alpha", "lora_dropout"):
             if (has := getattr(model.peft_config["default"], name)) != (asked := getattr(config, name)):
-                what = f"is {asked:g}, but the adapter in {folder} has {has:g}"
+                what = f"is {asked:g}, but the adapter in {path} has {has:g}"
                 raise ConfigError(f"adapter.{name}", what, f"Set adapter.{name}={has:g}")
     else:
         text = set(map(id, model.get_decoder().modules()))
@@ -80,10 +73,11 @@ def _as_autocast_does(inputs: Tensor | None, dtype: torch.dtype) -> Tensor | Non
     return inputs if inputs is None or torch.is_autocast_enabled(inputs.device.type) else inputs.to(dtype)
 
 
-def load_adapter(model: Any, folder: Path, key: str) -> None:
+def load_adapter(model: Any, path: str, key: str) -> None:
     """Load an adapter folder into a model and train it further. Raises ModelError."""
-    with loading(str(folder), "adapter", key):
-        model.load_adapter(str(folder), is_trainable=True)
+    folder = resolve_path(path, key)
+    with loading(folder, "adapter", key):
+        model.load_adapter(folder, is_trainable=True)
     config = model.peft_config["default"]
     if config.peft_type != "LORA" or config.modules_to_save:
         what = f"{folder} is not LoRA alone ({config.peft_type}, modules_to_save: {config.modules_to_save})"

@@ -306,7 +306,7 @@ def locate(config: ModelConfig, group: str) -> str:
     if (folder / "adapter_config.json").is_file():
         if group == "teacher":
             raise ModelError(key, f"{folder} is a LoRA adapter", f"Name its base, and teacher.adapter={folder}")
-        if not (base := adapter_base(folder)):
+        if not (base := adapter_base(str(folder))):
             what, hint = f"{folder} is an adapter that names no base", "Add base_model_name_or_path to its config"
             raise ModelError(key, what, hint)
         return locate(replaced(config, path=base), group)

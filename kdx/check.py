@@ -53,10 +53,8 @@ def check(
             text = printable(marked(training.tokenizer, row))
             CONSOLE.print(shortened(text, LONGEST_SHOWN), markup=False, style="dim")
         seconds = min(a_pass(training, 1) for _ in range(2))  # the first is to warm up
-        for line in memory_lines(training):
-            log.info(line)
-        log.info(f"to save memory: {MEMORY}")
-        for line in [*disk_lines(training, path), time_line(training, seconds)]:
+        lines = [*memory_lines(training), f"to save memory: {MEMORY}", *disk_lines(training, path)]
+        for line in [*lines, time_line(training, seconds)]:
             log.info(line)
         results.check_room(training, path)  # may raise, so everything else is printed first
         return weigh.weighed(training, points, record.swept) if points else []
@@ -168,16 +166,12 @@ def memory_lines(training: Training) -> list[str]:
     parts |= {"gradients": gradients, "activations, logits": predicted(measured, micro) - gradients}
     parts["total"] = sum(parts.values())
     lines = [f"  {name:<22}{in_bytes(round(size)):>10}" for name, size in parts.items()]
-    share = batches.batch_size // training.machine.num_processes
+    share, best = batches.batch_size // training.machine.num_processes, "no micro-batch"
     sizes = [size for size in range(1, share + 1) if by_tokens or share % size == 0]
-    fits = [size for size in sizes if predicted(measured, size) <= free]
-    best = f"train.micro_batch_{f'tokens={fits[-1] * longest}' if by_tokens else f'size={fits[-1]}'}" if fits else ""
-    best += " (the whole batch)" if fits and fits[-1] == share else ""
-    return [
-        "memory of a step:",
-        *lines,
-        f"  fits            {best or 'no micro-batch'}, with {in_bytes(round(free))} free for a step",
-    ]
+    if fits := [size for size in sizes if predicted(measured, size) <= free]:
+        best = f"train.micro_batch_tokens={fits[-1] * longest}" if by_tokens else f"train.micro_batch_size={fits[-1]}"
+        best += " (the whole batch)" * (fits[-1] == share)
+    return ["memory of a step:", *lines, f"  fits            {best}, with {in_bytes(round(free))} free for a step"]
 
 
 def kept_in_memory(training: Training) -> dict[str, float]:

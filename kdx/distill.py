@@ -16,7 +16,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 from kdx import plugins
-from kdx.adapter import adapter_folder, add_adapter
+from kdx.adapter import add_adapter
 from kdx.causal_lm import DTYPES, attention_for, check_split, checkpoint_activations, head_of, stop_ids
 from kdx.config import Config, TrainConfig
 from kdx.data.batches import Batches
@@ -29,6 +29,7 @@ from kdx.optim import optimizer_class
 from kdx.rollout import Rollouts, check_rollout, warn_about, with_teachers_answers
 from kdx.run import report, results
 from kdx.run.folder import Record, RunFolder
+from kdx.run.identity import adapter_base
 from kdx.run.launch import build_accelerator
 from kdx.run.signals import StopRequest
 from kdx.run.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
@@ -199,7 +200,7 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     student = student if quantised else student.to(device)
     if is_adapted:
         add_adapter(student, adapter, config.student.path, config.train.seed)
-    elif adapter_folder(config.student.path):
+    elif adapter_base(config.student.path):
         what = f"{config.student.path} is a LoRA adapter"
         raise ConfigError("student.path", what, "Add adapter=lora: it is loaded with its base, and trained further")
     if config.train.use_liger_kernel:

@@ -4,7 +4,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from kdx.adapter import load_adapter, merge_adapter
 from kdx.causal_lm import DTYPES, Head, attention_for, counted_hidden, device_dtype, head_of, load_causal_lm
 from kdx.config import TeacherConfig
 from kdx.data.batches import MicroBatch, merged
-from kdx.data.files import resolve_path
 from kdx.run.identity import model_digest
 from kdx.store import Identity, TeacherStore, load_head, open_store
 
@@ -132,7 +130,7 @@ def load_teacher(
             device_map=device_map,
         )
         if config.adapter:
-            load_adapter(model, Path(resolve_path(config.adapter, "teacher.adapter")), "teacher.adapter")
+            load_adapter(model, config.adapter, "teacher.adapter")
             merge_adapter(model, DTYPES[dtype])
         return model if device_map else model.to(device)
 

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCardData
 from rich.table import Table
 
-from kdx.adapter import adapter_folder, trained
+from kdx.adapter import trained
 from kdx.causal_lm import generation_config, stop_ids
 from kdx.config import Config, replaced
 from kdx.data.encode import Data
@@ -210,8 +210,7 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     """Write the student's README.md: metadata that the hub reads, how it was made, and how well it does."""
     teacher, student, run, rows = config.teacher, config.student, summary["run"], public_name(config.data)
     base = teacher if student.init == "cut" else student
-    beside = adapter_folder(student.path)  # of an adapter that was trained further, the base is named
-    base = replaced(base, path=adapter_base(beside)) if beside else base
+    base = replaced(base, path=adapter_base(base.path) or base.path)  # of an adapter that is trained further
     is_adapter = config.adapter.name != "none" and config.adapter.save == "adapter"
     relation: dict[str, Any] = {"base_model_relation": "adapter"} if is_adapter else {}
     metadata = ModelCardData(
