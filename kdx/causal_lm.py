@@ -221,12 +221,11 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a model in eval mode, complete. Raises ModelError, or MachineError if a package is not installed."""
     path = locate(config, group)
-    extra: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    quantised = dict[str, Any]()  # None would undo what a config.json says
     with loading(path, "model", f"{group}.path"):
         if quantization != "none":
-            extra["quantization_config"] = BitsAndBytesConfig(
-                **{f"load_in_{quantization}": True}, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
+            how = {f"load_in_{quantization}": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+            quantised["quantization_config"] = BitsAndBytesConfig(**how)
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -234,7 +233,8 @@ def load_causal_lm(
             trust_remote_code=config.trust_remote_code,
             attn_implementation=attn_implementation,
             output_loading_info=True,
-            **extra,
+            device_map=device_map,
+            **quantised,
         )
     if missing := sorted(report["missing_keys"]):
         what = f"{path} lacks {len(missing)} tensors, the first {missing[0]}"

@@ -116,7 +116,7 @@ def load_teacher(
     if config.path is None:
         return None
     identity = identity_of(config, device)
-    dtype = identity.dtype
+    dtype = DTYPES[identity.dtype]
     store, store_words = open_store(config, identity, rows, is_repeated=is_repeated)
 
     def load() -> Any:
@@ -124,14 +124,14 @@ def load_teacher(
         model = load_causal_lm(
             config,
             "teacher",
-            dtype=DTYPES[dtype],
+            dtype=dtype,
             attn_implementation=attention_for(config, device, max_length),
             quantization=config.quantization,
             device_map=device_map,
         )
         if config.adapter:
             load_adapter(model, config.adapter, "teacher.adapter")
-            merge_adapter(model, DTYPES[dtype])
+            merge_adapter(model, dtype)
         return model if device_map else model.to(device)
 
     rows_at_once = None if config.micro_batch_size == "auto" else int(config.micro_batch_size)
