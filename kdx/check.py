@@ -158,16 +158,15 @@ def predicted(measured: dict[int, int], num_rows: int) -> float:
 def memory_lines(training: Training) -> list[str]:
     """Say what is in memory at the peak of a step, part by part, and the largest micro-batch that fits."""
     batches, parts, longest = training.batches, kept_in_memory(training), int(training.data.train.lengths.max())
-    by_tokens = batches.micro_batch_tokens
-    micro = max(1, by_tokens // longest) if by_tokens else batches.micro_batch_size
+    share, by_tokens = batches.batch_size // training.machine.num_processes, batches.micro_batch_tokens
+    micro = min(share, max(1, by_tokens // longest)) if by_tokens else batches.micro_batch_size
     free = free_bytes(training.machine.device) - parts["optimizer"]  # the rest is there
     measured = rises(training, micro, free)
     gradients = sum(tensor.nbytes for tensor in trained(training.student).values())
     parts |= {"gradients": gradients, "activations, logits": predicted(measured, micro) - gradients}
     parts["total"] = sum(parts.values())
     lines = [f"  {name:<22}{in_bytes(round(size)):>10}" for name, size in parts.items()]
-    share, best = batches.batch_size // training.machine.num_processes, "no micro-batch"
-    sizes = [size for size in range(1, share + 1) if by_tokens or share % size == 0]
+    best, sizes = "no micro-batch", [size for size in range(1, share + 1) if by_tokens or share % size == 0]
     if fits := [size for size in sizes if predicted(measured, size) <= free]:
         best = f"train.micro_batch_tokens={fits[-1] * longest}" if by_tokens else f"train.micro_batch_size={fits[-1]}"
         best += " (the whole batch)" * (fits[-1] == share)
