@@ -104,6 +104,9 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
 def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[Training]:
     """Build all parts of a run; the teacher's store is closed at the end. Raises KdxError."""
     check_names(config)
+    if config.adapter.quantization != "none" and machine.device.type == "cpu":
+        what = f"is {config.adapter.quantization}, which needs a GPU"
+        raise MachineError("adapter.quantization", what, "Use adapter=lora")
     shared = load_tokenizer(config)
     tokenizer, max_length = shared.tokenizer, shared.max_length
     data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
@@ -186,8 +189,6 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     if is_adapted and adapter.quantization != "none":
         quantised = {"quantization": adapter.quantization, "device_map": str(device)}
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
-    if quantised and device.type == "cpu":
-        raise MachineError("adapter.quantization", f"is {adapter.quantization}, which needs a GPU", "Use adapter=lora")
     if is_adapted and config.student.init != "pretrained":
         log.warning("the student is %s: it must move further than adapters can take it", config.student.init)
     student: Any = load_student(
@@ -201,7 +202,7 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     student = student if quantised else student.to(device)
     if is_adapted:
         add_adapter(student, adapter, config.student.path, config.train.seed)
-    elif adapter_base(Path(config.student.path or "")):
+    elif adapter_base(config.student.path):
         what = f"{config.student.path} is a LoRA adapter"
         raise ConfigError("student.path", what, "Add adapter=lora: it is loaded with its base, and trained further")
     if config.train.use_liger_kernel:

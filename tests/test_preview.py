@@ -54,9 +54,19 @@ def test_what_is_kept_in_memory_is_that_of_its_tensors(place, made):
     assert parts["teacher"] >= sum(p.nbytes for p in training.teacher.model.parameters())
 
 
+def test_the_peak_is_that_of_the_tensors_alive_together():
+    with check.PeakBytes() as counted:
+        one = torch.ones(100, dtype=torch.float64)
+        two = one * 2
+        del one
+        view = two.view(10, 10).add_(1)
+        assert (view + 1).sum() == 400
+    assert 1600 <= counted.peak < 1700
+
+
 def test_the_largest_micro_batch_that_fits_is_said(place, made, monkeypatch):
     training = made(config_of(place, "train.batch_size=8", "train.micro_batch_size=1"))
-    measured = check.rises(training, 1e12)
+    measured = check.rises(training, 1, 1e12)
     assert [*measured] == [1, 2]
     assert check.predicted(measured, 4) == 3 * measured[2] - 2 * measured[1]
     for size, says in ((1, "=1, with"), (4, "=4, with"), (8, "=8 (the whole batch), with")):
@@ -65,6 +75,13 @@ def test_the_largest_micro_batch_that_fits_is_said(place, made, monkeypatch):
         assert f"train.micro_batch_size{says}" in check.memory_lines(training)[-1]
     monkeypatch.setattr(check, "free_bytes", lambda _: 0)
     assert "no micro-batch" in check.memory_lines(training)[-1]
+    by_tokens = made(
+        config_of(place, "train.batch_size=6", "train.micro_batch_size=auto", "train.micro_batch_tokens=1")
+    )
+    free = check.predicted(check.rises(by_tokens, 1, 1e12), 5) + check.kept_in_memory(by_tokens)["optimizer"] + 1
+    monkeypatch.setattr(check, "free_bytes", lambda _: free)
+    tokens = 5 * int(by_tokens.data.train.lengths.max())
+    assert f"train.micro_batch_tokens={tokens}, with" in check.memory_lines(by_tokens)[-1]
 
 
 def test_what_alpha_would_weigh_is_what_the_first_step_logs(place, tmp_path, monkeypatch, capfd):

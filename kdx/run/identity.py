@@ -173,14 +173,15 @@ def _model(model: ModelConfig, group: str, patterns: Sequence[str], place: str |
     patterns = [*patterns, *([model.gguf_file] if model.gguf_file else []), *["*.py"] * model.trust_remote_code]
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     hashes = [f"{file.name}:{content_hash(file)}" for file in files]
-    if base := adapter_base(folder):
+    if base := adapter_base(str(folder)):
         hashes.append(_model(replaced(model, path=base), group, patterns))
     return _joined(hashes)
 
 
-def adapter_base(folder: Path) -> str | None:
-    """Return the model that an adapter folder stands beside; None if it is no adapter folder."""
-    return read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+def adapter_base(path: str | None) -> str | None:
+    """Return the model that an adapter folder stands beside; None if this path names none."""
+    file = Path(resolve_path(path or "", "student.path")) / "adapter_config.json"
+    return read_json(file).get("base_model_name_or_path") if path else None
 
 
 def model_digest(model: ModelConfig, group: str) -> str | None:

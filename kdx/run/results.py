@@ -84,9 +84,7 @@ def keep_student(training: Training, folder: RunFolder) -> None:
 
     With student/ and trained.json the same command goes straight to measuring, whatever happens there.
     """
-    if training.is_finished:
-        training.student.to(training.machine.device)  # under FSDP it was loaded into main memory
-    else:
+    if not training.is_finished:
         training.choose_weights(folder)
     state = training.state
     if state.step < training.max_steps:
@@ -94,13 +92,13 @@ def keep_student(training: Training, folder: RunFolder) -> None:
     if training.kept_step < state.step:
         log.info("the student has the weights of step %d, the best measured (train.keep=best)", training.kept_step)
     training.as_saved()
-    if training.is_finished or training.max_steps == 0:
-        return
-    if training.machine.is_main_process:
-        save_student(training.student, training.tokenizer, folder.path / "student")
-        training.state.lines = num_bytes(folder.path / "metrics.jsonl")
-        folder.keep("trained.json", {"max_steps": training.max_steps, "state": asdict(training.state)})
-    training.machine.wait_for_everyone()
+    if not training.is_finished and training.max_steps > 0:
+        if training.machine.is_main_process:
+            save_student(training.student, training.tokenizer, folder.path / "student")
+            training.state.lines = num_bytes(folder.path / "metrics.jsonl")
+            folder.keep("trained.json", {"max_steps": training.max_steps, "state": asdict(training.state)})
+        training.machine.wait_for_everyone()
+    training.student.to(training.machine.device)  # merged with a base that was quantised, it is in main memory
 
 
 def finish(
