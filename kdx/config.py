@@ -193,7 +193,7 @@ class TrainConfig(Group):
     """Gradients are clipped to this norm; null is off."""
     precision: Dtype  # Compute precision over fp32 weights; auto takes accelerate's config, else what the hardware has
     gradient_checkpointing: bool  # Recompute activations in the backward pass: less memory, about a third slower
-    compile: bool  # torch.compile the student
+    compile: bool  # torch.compile the bodies of student and teacher
     use_liger_kernel: bool  # Norms, rotary embeddings and MLPs of the student by Liger's kernels, on a CUDA GPU
     log_every: Positive
     """Steps between log lines."""

@@ -126,7 +126,8 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
     measured_at = steps_to_measure(config, data, batches, max_steps)
     is_repeated = bool(record.swept) or max_steps > batches.steps_per_epoch
     rows = rows_to_ask(config, data, batches, max_steps)
-    teacher = load_teacher(config.teacher, machine.device, max_length, rows, is_repeated=is_repeated)
+    how = {"is_repeated": is_repeated, "is_compiled": config.train.compile}
+    teacher = load_teacher(config.teacher, machine.device, max_length, rows, **how)
     with closing(teacher.store) if teacher and teacher.store else nullcontext():
         student = build_student(config, machine, max_length)
         teach_to_stop(student, tokenizer, data.stops)

@@ -96,8 +96,8 @@ def _evaluate(config: Config, run: Run, args: argparse.Namespace, tasks: Any, te
     attention = attention_for(saved, device, shared.max_length if shared else 10**9)
     how: dict[str, Any] = {"dtype": "auto", "attn_implementation": attention}  # as it was saved
     student: Any = load_causal_lm(saved, "student", **how)
-    if adapter_base(run.path / "student"):
-        load_adapter(student, run.path / "student", folder)
+    if adapter_base(folder):
+        load_adapter(student, folder, folder)
     student.to(device).eval()
     found: dict[str, dict[str, Any]] = {}
     if shared:

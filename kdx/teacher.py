@@ -106,12 +106,18 @@ def identity_of(config: TeacherConfig, device: torch.device) -> Identity:
 
 
 def load_teacher(
-    config: TeacherConfig, device: torch.device, max_length: int, rows: dict[str, int], *, is_repeated: bool
+    config: TeacherConfig,
+    device: torch.device,
+    max_length: int,
+    rows: dict[str, int],
+    *,
+    is_repeated: bool,
+    is_compiled: bool = False,
 ) -> Teacher | None:
     """Open the teacher's store for these rows, and load the teacher if it lacks one; None without a teacher.
 
-    rows: digest → counted positions. is_repeated: whether rows are asked for more than once. The model is on the
-    device, or spread over all. Raises ModelError, or MachineError if the store must be on and has no room.
+    rows: digest → counted positions. is_repeated: whether rows are asked for more than once. is_compiled: whether its
+    body is compiled when it is loaded. The model is on the device, or spread over all. Raises ModelError, or MachineError if the store must be on and has no room.
     """
     if config.path is None:
         return None
@@ -132,6 +138,8 @@ def load_teacher(
         if config.adapter:
             load_adapter(model, config.adapter, "teacher.adapter")
             merge_adapter(model, dtype)
+        if is_compiled:
+            model.base_model.compile()
         return model if device_map else model.to(device)
 
     rows_at_once = None if config.micro_batch_size == "auto" else int(config.micro_batch_size)
