@@ -137,7 +137,7 @@ class Tracker:
         typed = tracking.tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
         id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
         folder = self.folder.path.parent  # the files of runs side by side are together, to be synced at once
-        self._sends_again = bool(unsynced(folder, id))
+        self._sends_again = self.file.exists() and bool(unsynced(folder, id))
         return open_run(
             mode, folder, id,
             project=tracking.project, entity=tracking.entity, group=tracking.group or config.sweep.name,
