@@ -32,11 +32,10 @@ def run_name(config: Config, record: Record) -> str:
 
 def tags(config: Config, record: Record) -> list[str]:
     """Tag a run with its divergence, teacher, student, adapter and experiment; a baseline as one."""
-    typed = _typed(record)
+    chosen = {"adapter": config.adapter.name} | _typed(record)
     found = ["baseline" if config.loss.alpha == 0 else config.loss.name, _student(config)]
     found += [_model(config.teacher)] if config.teacher.path else []
-    found += [typed.get("adapter", config.adapter.name)] if config.adapter.name != "none" else []
-    found += [typed["experiment"]] if typed.get("experiment", "null") != "null" else []
+    found += [chosen[group] for group in ("adapter", "experiment") if chosen.get(group, "null") not in ("none", "null")]
     return [tag[:LONGEST] for tag in dict.fromkeys(found)]
 
 

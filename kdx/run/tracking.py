@@ -105,12 +105,11 @@ class Tracker:
         self.wandb: Any = None
         self.wandb_line, self.sync = "W&B: disabled", ""
         self._show: Callable[..., None] = lambda words: None
-        self._has_warned = self._sends_again = False
+        self._has_warned = False
         self._log_tab = ExitStack()
-        if is_main and self.file.exists() and self.file.stat().st_size > training.state.lines:
-            os.truncate(
-                self.file, training.state.lines
-            )  # what comes after the checkpoint: a resumed run has each step once
+        kept = training.state.lines  # what comes after the checkpoint goes: a resumed run has each step once
+        if is_main and self.file.exists() and self.file.stat().st_size > kept:
+            os.truncate(self.file, kept)
 
     def __enter__(self) -> "Tracker":
         try:
@@ -135,11 +134,11 @@ class Tracker:
         """Open the W&B run, under its old id if the run is resumed."""
         config, tracking, id_file = self.config, self.config.tracking, self.folder.path / "wandb_id.txt"
         typed = tracking.tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
-        id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
-        folder = self.folder.path.parent  # the files of runs side by side are together, to be synced at once
-        self._sends_again = self.file.exists() and bool(unsynced(folder, id))
         return open_run(
-            mode, folder, id,
+            mode,
+            self.folder.path.parent,  # the files of runs side by side are together, to be synced at once
+            id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4),
+            self.file,
             project=tracking.project, entity=tracking.entity, group=tracking.group or config.sweep.name,
             name=tracking.name or os.environ.get("WANDB_NAME") or self.name, notes=tracking.notes,
             job_type="baseline" if config.loss.alpha == 0 else "student",
@@ -158,8 +157,6 @@ class Tracker:
         run.define_metric("*", step_metric="tokens")
         temperature = {"temperature": self.config.loss.temperature} if self.config.loss.alpha > 0 else {}
         run.summary.update({"alpha": self.config.loss.alpha} | temperature)
-        for line in map(json.loads, self.file.read_text(encoding="utf-8").splitlines() if self._sends_again else ()):
-            run.log(_of_step(line), step=line["step"])
         tab = SimpleNamespace(write=lambda text: self._try(lambda run: run.write_logs(text)), flush=bool)
         self._log_tab.enter_context(_to(logging.StreamHandler(tab)))
 
@@ -175,10 +172,9 @@ class Tracker:
         line = {"step": state.step, "tokens": state.tokens, "counted_tokens": state.counted_tokens, **metrics}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        sent = _of_step(line)
-        self._try(lambda run: run.log(sent, step=state.step))
+        self._try(lambda run: _log(run, line))
         if "eval/ce" in metrics or not CONSOLE.is_terminal:  # else the progress bar shows it
-            shown = [f"{k} {v:,.6g}" for k, v in sent.items() if k.startswith("eval/") or k in SHOWN]
+            shown = [f"{k} {v:,.6g}" for k, v in metrics.items() if v is not None and (k[:5] == "eval/" or k in SHOWN)]
             log.info("step %d/%d  %s", state.step, self._run.max_steps, "  ".join(shown))
 
     @contextmanager
@@ -227,20 +223,17 @@ class Tracker:
                 log.warning("W&B: %s; metrics.jsonl has everything; to upload the rest: %s", one_line(error), self.sync)
 
 
-def _of_step(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if value is not None and name != "step"}
+def _log(run: Any, line: dict[str, Any]) -> None:
+    run.log({name: value for name, value in line.items() if value is not None and name != "step"}, step=line["step"])
 
 
-def unsynced(folder: Path, id: str) -> list[Path]:
-    """Find where earlier parts of a run were kept offline and are not uploaded yet."""
-    logs = folder.glob(f"wandb/offline-run-*-{id}/run-{id}.wandb")
-    return [log.parent for log in logs if not log.with_suffix(".wandb.synced").exists()]
-
-
-def open_run(mode: Any, folder: Path, id: str, finish_timeout: int = 60, **about: Any) -> Any:
+def open_run(
+    mode: Any, folder: Path, id: str, metrics: Path | None = None, finish_timeout: int = 60, **about: Any
+) -> Any:
     """Open a W&B run whose files lie in folder/wandb; offline where the server cannot be reached.
 
-    It takes the place of what is `unsynced`: of a run in two parts W&B would count the second on from the first.
+    What an earlier process kept offline and nobody uploaded is replaced: its metrics are sent again, from their file.
+    W&B would count the steps of a second part on from those of the first, even if they are the same steps.
     """
     import wandb
 
@@ -248,7 +241,8 @@ def open_run(mode: Any, folder: Path, id: str, finish_timeout: int = 60, **about
     settings = {name: value for name, value in settings.items() if f"WANDB_{name.upper()}" not in os.environ}
     arguments = redact(about) | {"settings": wandb.Settings(**settings), "dir": str(folder), "id": id}
     arguments["resume"] = "allow"  # offline W&B takes no notice of it
-    earlier = unsynced(folder, id)
+    logs = folder.glob(f"wandb/offline-run-*-{id}/run-{id}.wandb")
+    earlier = [log.parent for log in logs if not log.with_suffix(".wandb.synced").exists()]
     typed, sys.argv = sys.argv, redact(sys.argv)  # W&B reads it when a run opens
     try:
         run = wandb.init(mode=mode, **arguments)
@@ -261,6 +255,9 @@ def open_run(mode: Any, folder: Path, id: str, finish_timeout: int = 60, **about
         run = wandb.init(mode="offline", **arguments)
     finally:
         sys.argv = typed
+    if earlier and metrics and metrics.exists():
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            _log(run, json.loads(line))
     for old in earlier:
         shutil.rmtree(old, ignore_errors=True)
     return run
