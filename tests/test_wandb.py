@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,13 +23,14 @@ from wandb.sdk.launch.sweeps import utils as agent
 from wandb_server import KEY, Server, StoredRun
 
 from kdx.cli import compose
-from kdx.optim import optimizer_class
 from kdx.run import labels
-from kdx.run.folder import Record
+from kdx.run.folder import Record, RunFolder
+from kdx.run.tracking import Tracker, logging_to
 from kdx.words import CONF
 
 only_full = pytest.mark.usefixtures("_only_full")
 SECRET = "hf_abcdefgh12345678"
+SWEEP = CONF / "wandb_sweep.yaml"
 NOBODY = "http://127.0.0.1:9"  # the discard port
 PLUGIN = '''
 import os, signal, urllib.request
@@ -87,13 +89,14 @@ def run(place: Path, *command: str, **environment: str) -> subprocess.CompletedP
     )
 
 
+BASE = ["teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=pairs", "optim.lr=1e-2"]
+BASE += ["data.path=pairs.jsonl", "data.validation=8", "train.max_steps=8", "train.batch_size=4", "train.log_every=1"]
+
+
 def kdx(place: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run kdx on the small models; words come before those of every test, and win over them."""
-    base = ["teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=pairs", "optim.lr=1e-2"]
-    base += ["data.path=pairs.jsonl", "data.validation=8", "train.max_steps=8", "train.batch_size=4"]
-    base += ["train.log_every=1"]
     typed = {word.split("=")[0] for word in words}
-    base = [] if "run.resume" in typed else [word for word in base if word.split("=")[0] not in typed]
+    base = [] if "run.resume" in typed else [word for word in BASE if word.split("=")[0] not in typed]
     return run(place, "kdx", *words, *base, **environment)
 
 
@@ -145,12 +148,10 @@ def test_a_run_online(place: Path, online: StoredRun) -> None:
     assert {"loss.temperature=3", "train.max_steps=8"} <= {*kept.config["typed"]}
     resolved, environment = kept.config["resolved"], summary["environment"]
     assert kept.config["data"]["max_length"] == 128
-    assert (resolved["steps"], resolved["device"]) == (summary["run"]["steps"], environment["device"])
+    assert resolved["steps"] == summary["run"]["steps"]
     assert resolved["student_parameters"] == summary["student"]["num_parameters"]
     assert resolved["teacher_parameters"] == summary["teacher"]["num_parameters"]
-    for name in ("counted_tokens", "counted_validation_tokens", "fingerprint", "validation_fingerprint"):
-        assert resolved[name] == summary["data"][name]
-    assert resolved["versions"].items() <= environment.items()
+    assert (summary["data"] | environment).items() <= resolved.items()
     assert not {"run", "sweep", "tracking"} & kept.config.keys()
     told_metrics = kept.config["_wandb"]["m"]
     names = [metric.get("1") for metric in told_metrics]
@@ -390,20 +391,53 @@ def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> Non
 
 def test_the_sweep_for_wandb_agents_drives_the_same_command_line() -> None:
     """W&B's own code makes the agent's command of the YAML; its words compose."""
-    config = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load(SWEEP.read_text(encoding="utf-8"))
     assert config["metric"]["name"] == "eval/kl"
     values = {
-        key: {"value": node["values"][-1] if "values" in node else node["max"]}
-        for key, node in config["parameters"].items()
+        key: {"value": (node.get("values") or [node.get("max")])[-1]} for key, node in config["parameters"].items()
     }
     made = agent.create_sweep_command_args({"args": values})
     command = agent.create_sweep_command(config["command"])
     words = [word for part in command for word in made.get(part.strip("${}"), [part])]
     assert words[:4] == ["${env}", "python", "-m", "kdx"]
-    composed = compose(words[4:])
-    assert composed.loss.temperature == values["loss.temperature"]["value"]
-    assert composed.loss.alpha == values["loss.alpha"]["value"]
-    assert issubclass(optimizer_class(composed.optim), object)
+    loss = compose(words[4:]).loss
+    assert {f"loss.{key}": {"value": getattr(loss, key)} for key in ("temperature", "alpha")} == values
+
+
+@only_full
+def test_a_wandb_agent(place: Path, server: Server) -> None:
+    """A real agent takes two points from the server: their runs have its ids and are in its sweep."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    server.sweep = yaml.safe_load(SWEEP.read_text(encoding="utf-8"))
+    server.sweep["command"] += BASE
+    server.points = {f"point{i}": {"loss.temperature": 2 * i, "loss.alpha": 0.5} for i in (1, 2)}
+    told = run(place, "wandb", "agent", "team/kdx/chosen", PATH=path, **server.environment)
+    assert told.returncode == 0, told.stderr
+    for i in (1, 2):
+        kept = server.runs[f"point{i}"]
+        assert (kept.about["sweep"], kept.exit_codes, steps(kept)) == ("chosen", [0], list(range(1, 9)))
+        assert kept.config["loss"]["temperature"] == kept.config["loss.temperature"] == 2 * i
+        assert kept.about["displayName"] == f"medium → small · forward_kl α0.5 τ{2 * i}"
+        assert kept.summary["eval/kl"] > 0  # what the sweep minimises
+
+
+@pytest.mark.parametrize("lacks", ["init", "run"])
+def test_a_client_that_changed_costs_one_line(
+    lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It cannot be called as kdx does, or its run lacks what kdx uses: a warning, and metrics.jsonl has everything."""
+    run = SimpleNamespace(id="a", offline=True, dir=str(tmp_path))
+    monkeypatch.setattr("wandb.init", {"init": lambda: run, "run": lambda **_: run}[lacks])
+    monkeypatch.setattr(labels, "config_of", lambda *_: {})
+    state = SimpleNamespace(step=1, tokens=2, counted_tokens=2, lines=0)
+    training = SimpleNamespace(state=state, max_steps=1)
+    about = (RunFolder(tmp_path / "run"), compose(["tracking.mode=online"]), Record(), training)
+    about[0].path.mkdir()
+    with logging_to(None, is_main=True), Tracker(*about, is_main=True) as tracker:
+        tracker.log(state, {"eval/ce": 1.5})
+        tracker.finish({part: {} for part in ("student", "untouched", "teacher", "run")}, [])
+    assert capsys.readouterr().out.count("warning: ") == 1
+    assert [line["eval/ce"] for line in lines(about[0].path / "metrics.jsonl")] == [1.5]
 
 
 @pytest.mark.parametrize(
@@ -424,7 +458,13 @@ def test_the_sweep_for_wandb_agents_drives_the_same_command_line() -> None:
             None,
         ),
         (["loss.alpha=0", "train.seed=1"], ["loss.temperature", "train.seed"], "baseline seed=1", None),
-        (["student=hf", "student.path=/home/me/gpt"], ["student.path"], "student=gpt", None),
+        (
+            ["data=pairs", "data.path=[/home/me/a.jsonl,/b.jsonl]", "+loss.api_key=abc", "student=/home/me/gpt/"],
+            ["data.path", "loss.api_key", "student"],
+            "data=a.jsonl,b.jsonl api_key=[redacted] student=gpt",
+            ["forward_kl", "gpt", "SmolLM2-135M"],
+        ),
+        (["adapter=lora", f"tracking.notes={SECRET}", f"+loss.word={SECRET}"], ["loss.word"], "word=[redacted]", None),
         (
             ["teacher=none", "student=hf", "student.path=/home/me/gpt", "loss.alpha=0"],
             [],

@@ -1,6 +1,7 @@
 """What a run is called at W&B: name, tags, config. Nothing in a name or a tag is local or secret. No torch."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from kdx.config import Config, ModelConfig, as_dict, leaves
@@ -39,28 +40,22 @@ def tags(config: Config, record: Record) -> list[str]:
     return [tag[:LONGEST] for tag in dict.fromkeys(found)]
 
 
-def config_of(config: Config, record: Record, training: Any) -> dict[str, Any]:
+def config_of(config: Config, record: Record, training: Any, folder: Path) -> dict[str, Any]:
     """Describe a run as typed and as resolved. `point` is the same for runs that differ only in train.seed."""
+    from kdx.run import report  # imports torch
+
     tree = {group: dict(node) for group, node in as_dict(config).items() if group not in NOT_SENT}
-    data, teacher = training.data, training.teacher
     tree["data"]["max_length"] = training.max_length
     if config.loss.alpha == 0:  # the rest of the loss is not used
         tree["loss"] = {"alpha": 0.0}
+    about = {"hash": digest(config_identity(config)), "steps": training.max_steps, "save_dtype": training.save_dtype}
+    about["teacher_parameters"] = training.teacher and training.teacher.num_parameters
+    about["student_parameters"] = training.student.num_parameters()
     return tree | {
         "typed": [word for word in record.words if not key_of(word).startswith(NOT_SENT)],
         "point": run_name(config, replace(record, swept=[key for key in record.swept if key != "train.seed"])),
-        "resolved": {
-            "hash": digest(config_identity(config)), "steps": training.max_steps,
-            "dtype": training.versions["precision"], "save_dtype": training.save_dtype,
-            "device": str(training.machine.device), "processes": training.machine.num_processes,
-            "counted_tokens": int(data.train.num_counted.sum()),
-            "counted_validation_tokens": int(data.held_out.num_counted.sum()),
-            "teacher_parameters": teacher and teacher.num_parameters,
-            "student_parameters": training.student.num_parameters(),
-            "fingerprint": data.fingerprint, "validation_fingerprint": data.held_out_fingerprint,
-            "versions": training.versions,
-        },
-    }  # fmt: skip
+        "resolved": about | report.counts(training.data) | report.environment(training, folder),
+    }
 
 
 def _typed(record: Record) -> dict[str, str]:

@@ -143,7 +143,7 @@ class Tracker:
             name=tracking.name or os.environ.get("WANDB_NAME") or self.name, notes=tracking.notes,
             job_type="baseline" if config.loss.alpha == 0 else "student",
             tags=[*dict.fromkeys([*labels.tags(config, self.record), *typed])],
-            config=labels.config_of(config, self.record, self._run),
+            config=labels.config_of(config, self.record, self._run, self.folder.path),
             finish_timeout=60 if tracking.log_model == "none" else 3600,  # seconds; a student takes long to upload
         )  # fmt: skip
 
