@@ -32,7 +32,7 @@ COLUMNS = {  # by name in summary.json; what matters most comes first
     "accuracy": Column("accuracy"), "perplexity": Column("perplexity"),
     "tokens_per_second": Column("tokens/s", places=0), "seconds": Column("seconds", places=0),
 }  # fmt: skip
-RANKED_BY = ("kl", "ce", "agreement")  # those of COLUMNS with a ranking: eval_rows.jsonl has their sums
+RANKED_BY = ("kl", "ce")  # those of COLUMNS with a ranking: eval_rows.jsonl has their sums
 NUM_RESAMPLES = 4000
 DIGITS = 6  # values that agree to so many decimals are tied
 SAME_BUDGET = 0.05  # relative difference in trained tokens; the order of rows alone changes a few percent
