@@ -88,8 +88,7 @@ def _media(comparison: Comparison, folder: Path) -> Iterator[tuple[str, Any]]:
         for number, ranking in enumerate(comparison.rankings, 1):
             for axes in drawings(ranking):
                 title = axes.get_title(loc="left")
-                key = re.split("[,;]", title)[0].replace(" ", "_")
-                key = f"{key}_{number}" if number > 1 else key
+                key = re.split("[,;]", title)[0].replace(" ", "_") + f"_{number}" * (number > 1)
                 axes.figure.set_dpi(200)
                 canvas = FigureCanvasAgg(axes.figure)
                 canvas.draw()

@@ -75,8 +75,9 @@ def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_to(_ConsoleHandler() if is_main else logging.NullHandler()))
         if is_main and file is not None:
-            to_file = logging.FileHandler(file, encoding="utf-8")
-            stack.enter_context(_to(to_file, "%(asctime)s %(levelname)s %(message)s"))
+            stack.enter_context(
+                _to(logging.FileHandler(file, encoding="utf-8"), "%(asctime)s %(levelname)s %(message)s")
+            )
         yield
 
 
@@ -128,7 +129,6 @@ class Tracker:
             self._try(lambda run: run.alert(f"A run {what}", redact(f"{self.name}: {error}"), "ERROR"))
         self._log_tab.close()
         self._try(lambda run: run.finish(exit_code=code))
-        self.wandb = None
 
     def _open(self, mode: Any) -> Any:
         """Open the W&B run, under its old id if the run is resumed."""
@@ -144,7 +144,7 @@ class Tracker:
             job_type="baseline" if config.loss.alpha == 0 else "student",
             tags=[*dict.fromkeys([*labels.tags(config, self.record), *typed])],
             config=labels.config_of(config, self.record, self._run, self.folder.path),
-            finish_timeout=60 if tracking.log_model == "none" else 3600,  # seconds; a student takes long to upload
+            timeout=60 if tracking.log_model == "none" else 3600,  # seconds; a student takes long to upload
         )  # fmt: skip
 
     def _begin(self, run: Any) -> None:
@@ -227,9 +227,7 @@ def _log(run: Any, line: dict[str, Any]) -> None:
     run.log({name: value for name, value in line.items() if value is not None and name != "step"}, step=line["step"])
 
 
-def open_run(
-    mode: Any, folder: Path, id: str, metrics: Path | None = None, finish_timeout: int = 60, **about: Any
-) -> Any:
+def open_run(mode: Any, folder: Path, id: str, metrics: Path | None = None, timeout: int = 60, **about: Any) -> Any:
     """Open a W&B run whose files lie in folder/wandb; offline where the server cannot be reached.
 
     What an earlier process kept offline and nobody uploaded is replaced: its metrics are sent again, from their file.
@@ -237,7 +235,7 @@ def open_run(
     """
     import wandb
 
-    settings = {"finish_timeout": finish_timeout} | SETTINGS
+    settings = {"finish_timeout": timeout} | SETTINGS
     settings = {name: value for name, value in settings.items() if f"WANDB_{name.upper()}" not in os.environ}
     arguments = redact(about) | {"settings": wandb.Settings(**settings), "dir": str(folder), "id": id}
     arguments["resume"] = "allow"  # offline W&B takes no notice of it
@@ -270,8 +268,7 @@ def without(words: list[str], *beginnings: str) -> list[str]:
 
 def wandb_mode(asked: str) -> Any:
     """Return the mode that is asked for, else that of WANDB_MODE, else online if its client has a key for its server."""
-    mode = asked if asked != "auto" else os.environ.get("WANDB_MODE")
-    if mode:
+    if mode := asked if asked != "auto" else os.environ.get("WANDB_MODE"):
         return mode
     import wandb
 
