@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,13 +23,14 @@ from wandb.sdk.launch.sweeps import utils as agent
 from wandb_server import KEY, Server, StoredRun
 
 from kdx.cli import compose
-from kdx.optim import optimizer_class
 from kdx.run import labels
-from kdx.run.folder import Record
+from kdx.run.folder import Record, RunFolder
+from kdx.run.tracking import Tracker, logging_to
 from kdx.words import CONF
 
 only_full = pytest.mark.usefixtures("_only_full")
 SECRET = "hf_abcdefgh12345678"
+SWEEP = CONF / "wandb_sweep.yaml"
 NOBODY = "http://127.0.0.1:9"  # the discard port
 PLUGIN = '''
 import os, signal, urllib.request
@@ -41,8 +43,8 @@ def eventful(student, teacher):
     """Forward KL; at the sixth call of a process happens what the environment says."""
     global calls
     calls += 1
-    if calls == 6 and os.environ["EVENT"] == "stop":
-        os.kill(os.getpid(), signal.SIGTERM)
+    if calls == 6 and os.environ["EVENT"].startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, os.environ["EVENT"]))
     elif calls == 6 and os.environ["EVENT"] == "vanish":
         urllib.request.urlopen(os.environ["WANDB_BASE_URL"] + "/vanish", b"", timeout=60).read()
     return forward_kl(student, teacher)
@@ -87,13 +89,14 @@ def run(place: Path, *command: str, **environment: str) -> subprocess.CompletedP
     )
 
 
+BASE = ["teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=pairs", "optim.lr=1e-2"]
+BASE += ["data.path=pairs.jsonl", "data.validation=8", "train.max_steps=8", "train.batch_size=4", "train.log_every=1"]
+
+
 def kdx(place: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run kdx on the small models; words come before those of every test, and win over them."""
-    base = ["teacher=hf", "teacher.path=medium", "student=hf", "student.path=small", "data=pairs", "optim.lr=1e-2"]
-    base += ["data.path=pairs.jsonl", "data.validation=8", "train.max_steps=8", "train.batch_size=4"]
-    base += ["train.log_every=1"]
     typed = {word.split("=")[0] for word in words}
-    base = [] if "run.resume" in typed else [word for word in base if word.split("=")[0] not in typed]
+    base = [] if "run.resume" in typed else [word for word in BASE if word.split("=")[0] not in typed]
     return run(place, "kdx", *words, *base, **environment)
 
 
@@ -143,14 +146,13 @@ def test_a_run_online(place: Path, online: StoredRun) -> None:
     assert kept.config["student"]["path"] == "small"
     summary = json.loads((run_dir / "summary.json").read_text())
     assert {"loss.temperature=3", "train.max_steps=8"} <= {*kept.config["typed"]}
-    resolved, environment = kept.config["resolved"], summary["environment"]
-    assert kept.config["data"]["max_length"] == resolved["max_length"] == 128
-    assert (resolved["steps"], resolved["device"]) == (summary["run"]["steps"], environment["device"])
+    resolved = kept.config["resolved"]
+    assert kept.config["data"]["max_length"] == 128
+    assert resolved["steps"] == summary["run"]["steps"]
     assert resolved["student_parameters"] == summary["student"]["num_parameters"]
     assert resolved["teacher_parameters"] == summary["teacher"]["num_parameters"]
-    for name in ("counted_tokens", "counted_validation_tokens", "fingerprint", "validation_fingerprint"):
-        assert resolved[name] == summary["data"][name]
-    assert resolved["versions"].items() <= environment.items()
+    expected = {key: value for key, value in (summary["data"] | summary["environment"]).items() if value != {}}
+    assert {key: resolved[key] for key in expected} == expected
     assert not {"run", "sweep", "tracking"} & kept.config.keys()
     told_metrics = kept.config["_wandb"]["m"]
     names = [metric.get("1") for metric in told_metrics]
@@ -200,14 +202,14 @@ def test_neither_secrets_nor_code_leave_the_machine(server: Server, online: Stor
 def test_a_stopped_run_goes_on_in_its_wandb_run(place: Path, server: Server) -> None:
     """Stopped twice and gone on with, once online and once offline: still one run, each step once."""
     words = ["loss.name=eventful", "train.max_steps=14", "hydra.run.dir=outputs/stopped"]
-    told = kdx(place, *words, EVENT="stop", **server.environment)
+    told = kdx(place, *words, EVENT="SIGTERM", **server.environment)
     assert told.returncode == 143, told.stderr
     kept, known = stored(server, place / "outputs" / "stopped"), set(server.runs)
     first = len(steps(kept))
     assert 0 < first < 7
     resume = next(word for word in told.stderr.split() if word.startswith("run.resume="))
     asked = server.asked.count("RunResumeStatus")
-    online = kdx(place, resume, EVENT="stop", **server.environment)
+    online = kdx(place, resume, EVENT="SIGTERM", **server.environment)
     assert online.returncode == 143, online.stderr
     assert server.asked.count("RunResumeStatus") == asked + 1
     assert kept.exit_codes == [143, 143]
@@ -257,28 +259,6 @@ def test_a_server_that_vanishes_costs_nothing_but_the_wait(place: Path, without:
         assert kept.exit_codes[-1] == 0
 
 
-@only_full
-def test_a_sweep_without_a_server_is_uploaded_by_one_command(place: Path, server: Server) -> None:
-    """Each job says in one line that it is kept offline; later all of them arrive, in their group."""
-    absent = {"WANDB_BASE_URL": NOBODY, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "1"}
-    told = kdx(
-        place, "-m", "loss.temperature=1,2", "sweep.name=absent", "sweep.baseline=false", "train.max_steps=2", **absent
-    )
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.count("cannot reach W&B") == 2
-    sweep = place / "outputs/sweeps/absent"
-    done = run(place, "wandb", "sync", str(sweep / "wandb"), **server.environment)
-    assert done.returncode == 0, done.stderr
-    arrived = [kept for kept in server.runs.values() if kept.about.get("groupName") == "absent"]
-    assert [kept.about["displayName"] for kept in arrived].count("comparison") == 1
-    arrived = [kept for kept in arrived if kept.about["displayName"] != "comparison"]
-    assert {kept.id for kept in arrived} == {file.read_text().strip() for file in sweep.glob("*/wandb_id.txt")}
-    assert sorted(kept.summary["temperature"] for kept in arrived) == [1, 2]
-    for kept in arrived:
-        assert kept.exit_codes == [0]
-        assert kept.about["jobType"] == "student"
-
-
 def check_comparison(server: Server, sweep: Path) -> StoredRun:
     """Compare a sweep's runs at the server, and the run `comparison`, with the files of the sweep."""
     arrived = {kept.id: kept for kept in server.runs.values() if kept.about.get("groupName") == sweep.name}
@@ -291,6 +271,7 @@ def check_comparison(server: Server, sweep: Path) -> StoredRun:
         curve = [line for line in lines(file.parent / "metrics.jsonl") if "eval/kl" in line]
         assert [row["eval/kl"] for row in kept.history if "eval/kl" in row] == [line["eval/kl"] for line in curve]
         assert len(curve) > 1
+        assert steps(kept) == list(range(1, 9))
     (comparison,) = arrived.values()
     assert (comparison.about["displayName"], comparison.about["jobType"]) == ("comparison", "comparison")
     files = {name: body for name, body in comparison.files.items() if name.startswith("media/")}
@@ -302,34 +283,51 @@ def check_comparison(server: Server, sweep: Path) -> StoredRun:
         row = dict(zip(table["columns"], cells, strict=True))
         assert row["point"].endswith(student["label"])
         assert (row["pareto"], "kl" in row["tied"]) == (student["pareto_front"], student["kl_is_best"])
-        for name in ("kl", "ce", "agreement", "kl_minus_best_low", "ce_minus_best_high", "runs"):
-            assert row[name] == student.get(name)
+        for name in (
+            "kl",
+            "ce",
+            "agreement",
+            "kl_minus_best_low",
+            "ce_minus_best_high",
+            "agreement_minus_best_low",
+            "runs",
+        ):
+            assert row.get(name) == student.get(name)
     assert {name.split("/")[3].rsplit("_", 2)[0] for name in files if "images" in name} >= {"CE_against_KL", "KL", "CE"}
     return comparison
 
 
-SIX = ["loss.temperature=1,2,4", "loss.alpha=0.3,0.7", "tracking.samples=false"]
+SIX = ["-m", "loss.temperature=1,2,4", "loss.alpha=0.3,0.7", "loss.name=eventful", "tracking.samples=false"]
 
 
 def test_a_sweep_online(place: Path, server: Server) -> None:
-    """Six points and their baseline in a group, named by what differs, and at the end their comparison, once."""
-    told = kdx(place, "-m", *SIX, "sweep.name=six", **server.environment)
+    """Six points and their baseline, killed once and typed again: a group, named by what differs, compared once."""
+    words, sweep = [*SIX, "sweep.name=six"], place / "outputs/sweeps/six"
+    killed = kdx(place, *words, EVENT="SIGKILL", **server.environment)
+    assert killed.returncode == -9, killed.stderr
+    ids = {file: file.read_text() for file in sweep.glob("*/wandb_id.txt")}
+    assert len(ids) == 2  # the baseline, and the job that was killed
+    told = kdx(place, *words, **server.environment)
     assert told.returncode == 0, told.stderr
     assert told.stdout.splitlines()[-1] == f"kdx: W&B: {server.url}/team/kdx/groups/six"
-    check_comparison(server, place / "outputs/sweeps/six")
+    assert {file: file.read_text() for file in ids} == ids
+    check_comparison(server, sweep)
     names = {kept.about["displayName"] for kept in server.runs.values() if kept.about.get("groupName") == "six"}
     assert names == {"baseline", "comparison", *(f"τ={t} α={a}" for t in (1, 2, 4) for a in (0.3, 0.7))}
     known = len(server.received)
-    again = kdx(place, "-m", *SIX, "sweep.name=six", **server.environment)
+    again = kdx(place, *words, **server.environment)
     assert again.stdout.splitlines()[-1] == told.stdout.splitlines()[-1]
     assert len(server.received) == known  # nothing new, nothing sent
 
 
 @only_full
-def test_a_sweep_offline_arrives_whole(place: Path, server: Server) -> None:
-    """One `wandb sync` brings runs and comparison."""
-    told = kdx(place, "-m", *SIX, "sweep.name=later", WANDB_MODE="offline")
+def test_a_sweep_without_a_server(place: Path, server: Server) -> None:
+    """Each job says in one line that it is kept offline; killed and typed again, one `wandb sync` brings all."""
+    absent = {"WANDB_BASE_URL": NOBODY, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "1"}
+    assert kdx(place, *SIX, "sweep.name=later", EVENT="SIGKILL", **absent).returncode == -9
+    told = kdx(place, *SIX, "sweep.name=later", **absent)
     assert told.returncode == 0, told.stderr
+    assert told.stdout.count("cannot reach W&B") == 6  # the baseline was done; the comparison says it elsewhere
     assert told.stdout.splitlines()[-1].startswith("kdx: W&B: offline; to upload: wandb sync ")
     sync(place, server, told.stdout)
     check_comparison(server, place / "outputs/sweeps/later")
@@ -394,20 +392,53 @@ def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> Non
 
 def test_the_sweep_for_wandb_agents_drives_the_same_command_line() -> None:
     """W&B's own code makes the agent's command of the YAML; its words compose."""
-    config = yaml.safe_load((CONF / "wandb_sweep.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load(SWEEP.read_text(encoding="utf-8"))
     assert config["metric"]["name"] == "eval/kl"
     values = {
-        key: {"value": node["values"][-1] if "values" in node else node["max"]}
-        for key, node in config["parameters"].items()
+        key: {"value": (node.get("values") or [node.get("max")])[-1]} for key, node in config["parameters"].items()
     }
     made = agent.create_sweep_command_args({"args": values})
     command = agent.create_sweep_command(config["command"])
     words = [word for part in command for word in made.get(part.strip("${}"), [part])]
     assert words[:4] == ["${env}", "python", "-m", "kdx"]
-    composed = compose(words[4:])
-    assert composed.loss.temperature == values["loss.temperature"]["value"]
-    assert composed.loss.alpha == values["loss.alpha"]["value"]
-    assert issubclass(optimizer_class(composed.optim), object)
+    loss = compose(words[4:]).loss
+    assert {f"loss.{key}": {"value": getattr(loss, key)} for key in ("temperature", "alpha")} == values
+
+
+@only_full
+def test_a_wandb_agent(place: Path, server: Server) -> None:
+    """A real agent takes two points from the server: their runs have its ids and are in its sweep."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    server.sweep = yaml.safe_load(SWEEP.read_text(encoding="utf-8"))
+    server.sweep["command"] += BASE
+    server.points = {f"point{i}": {"loss.temperature": 2 * i, "loss.alpha": 0.5} for i in (1, 2)}
+    told = run(place, "wandb", "agent", "team/kdx/chosen", PATH=path, **server.environment)
+    assert told.returncode == 0, told.stderr
+    for i in (1, 2):
+        kept = server.runs[f"point{i}"]
+        assert (kept.about["sweep"], kept.exit_codes, steps(kept)) == ("chosen", [0], list(range(1, 9)))
+        assert kept.config["loss"]["temperature"] == kept.config["loss.temperature"] == 2 * i
+        assert kept.about["displayName"] == f"medium → small · forward_kl α0.5 τ{2 * i}"
+        assert kept.summary["eval/kl"] > 0  # what the sweep minimises
+
+
+@pytest.mark.parametrize("lacks", ["init", "run"])
+def test_a_client_that_changed_costs_one_line(
+    lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It cannot be called as kdx does, or its run lacks what kdx uses: a warning, and metrics.jsonl has everything."""
+    run = SimpleNamespace(id="a", offline=True, dir=str(tmp_path))
+    monkeypatch.setattr("wandb.init", {"init": lambda: run, "run": lambda **_: run}[lacks])
+    monkeypatch.setattr(labels, "config_of", lambda *_: {})
+    state = SimpleNamespace(step=1, tokens=2, counted_tokens=2, lines=0)
+    training = SimpleNamespace(state=state, max_steps=1)
+    about = (RunFolder(tmp_path / "run"), compose(["tracking.mode=online"]), Record(), training)
+    about[0].path.mkdir()
+    with logging_to(None, is_main=True), Tracker(*about, is_main=True) as tracker:
+        tracker.log(state, {"eval/ce": 1.5})
+        tracker.finish({part: {} for part in ("student", "untouched", "teacher", "run")}, [])
+    assert capsys.readouterr().out.count("warning: ") == 1
+    assert [line["eval/ce"] for line in lines(about[0].path / "metrics.jsonl")] == [1.5]
 
 
 @pytest.mark.parametrize(
@@ -428,7 +459,13 @@ def test_the_sweep_for_wandb_agents_drives_the_same_command_line() -> None:
             None,
         ),
         (["loss.alpha=0", "train.seed=1"], ["loss.temperature", "train.seed"], "baseline seed=1", None),
-        (["student=hf", "student.path=/home/me/gpt"], ["student.path"], "student=gpt", None),
+        (
+            ["data=pairs", "data.path=[/home/me/a.jsonl,/b.jsonl]", "+loss.api_key=abc", "student=/home/me/gpt/"],
+            ["data.path", "loss.api_key", "student"],
+            "data=a.jsonl,b.jsonl api_key=[redacted] student=gpt",
+            ["forward_kl", "gpt", "SmolLM2-135M"],
+        ),
+        (["adapter=lora", f"tracking.notes={SECRET}", f"+loss.word={SECRET}"], ["loss.word"], "word=[redacted]", None),
         (
             ["teacher=none", "student=hf", "student.path=/home/me/gpt", "loss.alpha=0"],
             [],

@@ -54,6 +54,8 @@ class Server:
         self.alerts: list[dict[str, Any]] = []
         self.artifacts: list[dict[str, Any]] = []
         self.artifact_files: dict[tuple[str, str], bytes] = {}  # by the artifact's number and the file's name
+        self.sweep: dict[str, Any] = {}  # for `wandb agent`: its config, and what is left to do
+        self.points: dict[str, dict[str, Any]] = {}
         self.asked: list[str] = []  # names of GraphQL operations, in order
         self.received: list[bytes] = []
         self.answering = threading.Event()
@@ -135,6 +137,22 @@ class Server:
             if view["name"] == told["viewName"]
         ]
         return {"project": {"allViews": {"edges": found}}}
+
+    def _SweepWithRuns(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"sweep": {"config": json.dumps(self.sweep), "runs": {"edges": []}}}}
+
+    def _CreateAgent(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"createAgent": {"agent": {"id": "1"}}}
+
+    def _Heartbeat(self, told: dict[str, Any]) -> dict[str, Any]:
+        """An agent that has nothing to do gets a point, or is sent home."""
+        commands: list[dict[str, Any]] = []
+        if told["runState"] == "{}":
+            commands = [{"type": "exit"}]
+            for name in [*self.points][:1]:
+                args = {key: {"value": value} for key, value in self.points.pop(name).items()}
+                commands = [{"type": "run", "run_id": name, "program": "kdx", "args": args}]
+        return {"agentHeartbeat": {"agent": {"id": "1"}, "commands": json.dumps(commands)}}
 
     def _NotifyScriptableRunAlert(self, told: dict[str, Any]) -> dict[str, Any]:
         self.alerts.append(told)

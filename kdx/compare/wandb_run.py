@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,18 +29,16 @@ def publish(comparison: Comparison, folder: Path, mode: str = "") -> str:
     mode: as tracking.mode; by default that of the runs, and what was sent already is not sent again.
     """
     os.environ["WANDB_SILENT"] = "true"
-    text = as_json(comparison)
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256(as_json(comparison).encode()).hexdigest()
     sent = read_json(folder / SENT)
-    if sent.get("digest") == digest and not mode:
-        return str(sent["line"])
-    try:
-        line = _send(comparison, folder, mode)
-    except Exception as error:  # the comparison itself is written
-        return f"W&B has no comparison: {one_line(error)}"
-    if line:
-        write_json(folder / SENT, {"digest": digest, "line": line})
-    return line
+    if mode or sent.get("digest") != digest:
+        try:
+            sent = {"digest": digest, "line": _send(comparison, folder, mode)}
+        except Exception as error:  # the comparison itself is written
+            return f"W&B has no comparison: {one_line(error)}"
+        if sent["line"]:
+            write_json(folder / SENT, sent)
+    return str(sent["line"])
 
 
 def tracked(comparison: Comparison) -> dict[str, Run]:
@@ -66,8 +63,6 @@ def _send(comparison: Comparison, folder: Path, mode: str) -> str:
     about: dict[str, Any] = {key: config.get(f"tracking.{key}") for key in ("project", "entity")}
     about |= {"group": group, "config": {"comparison": name, "num_runs": len(comparison.runs)}}
     id = hashlib.sha256(name.encode()).hexdigest()[:8]
-    for old in folder.glob(f"wandb/offline-run-*-{id}"):  # it would be uploaded besides
-        shutil.rmtree(old, ignore_errors=True)
     with open_run(mode, folder, id, name="comparison", job_type="comparison", **about) as run:
         run.log(dict(_media(comparison, folder)))
     if run.offline:
@@ -80,7 +75,7 @@ def _media(comparison: Comparison, folder: Path) -> Iterator[tuple[str, Any]]:
     import wandb
 
     intervals = [f"{name}_minus_best_{end}" for name in RANKED_BY for end in ("low", "high")]
-    names = ["table", "point", *RANKED_BY, "agreement", *intervals, "pareto", "tied", "runs"]
+    names = [*dict.fromkeys(["table", "point", *RANKED_BY, "agreement", *intervals, "pareto", "tied", "runs"])]
     rows = []
     for number, ranking in enumerate(comparison.rankings, 1):
         for point in ranking.points:
@@ -93,8 +88,7 @@ def _media(comparison: Comparison, folder: Path) -> Iterator[tuple[str, Any]]:
         for number, ranking in enumerate(comparison.rankings, 1):
             for axes in drawings(ranking):
                 title = axes.get_title(loc="left")
-                key = re.split("[,;]", title)[0].replace(" ", "_")
-                key = f"{key}_{number}" if number > 1 else key
+                key = re.split("[,;]", title)[0].replace(" ", "_") + f"_{number}" * (number > 1)
                 axes.figure.set_dpi(200)
                 canvas = FigureCanvasAgg(axes.figure)
                 canvas.draw()

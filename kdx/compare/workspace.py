@@ -10,7 +10,7 @@ from kdx.errors import ConfigError, MachineError, one_line
 from kdx.run.identity import digest
 
 TRAINING = ("train/loss", "train/kd", "train/ce")
-COLORS = {"#440154": 0, "#21918c": 50, "#fde725": 100}  # viridis, by percent
+COLORS = (("#440154", 0), ("#21918c", 50), ("#fde725", 100))  # viridis, by percent
 PATIENCE = 20  # seconds for the server to answer
 
 
@@ -19,20 +19,17 @@ def save(comparison: Comparison) -> str:
 
     Raises ConfigError if there is nothing to show or no way to, MachineError if the server does not answer.
     """
-    try:
-        import wandb
-        import wandb_workspaces.workspaces as ws
-        from wandb_workspaces import expr
-        from wandb_workspaces.workspaces import internal
-    except ImportError:
-        what = "needs the package wandb-workspaces, which is not installed"
-        raise ConfigError("--wandb", what, "pip install wandb-workspaces") from None
     runs = tracked(comparison)
     if not runs:
         raise ConfigError("--wandb", "none of these runs was tracked with W&B", "Run them with tracking.mode=offline")
     config = next(iter(runs.values())).config
     entity = config.get("tracking.entity") or os.environ.get("WANDB_ENTITY")
     try:
+        import wandb
+        import wandb_workspaces.workspaces as ws
+        from wandb_workspaces import expr
+        from wandb_workspaces.workspaces import internal
+
         workspace = ws.Workspace(
             entity=entity or wandb.Api(timeout=PATIENCE).default_entity,
             project=config.get("tracking.project") or os.environ.get("WANDB_PROJECT") or "kdx",
@@ -45,6 +42,9 @@ def save(comparison: Comparison) -> str:
         with suppress(ValueError):  # there is none yet
             workspace._internal_id = internal.get_view_dict(workspace.entity, workspace.project, view)["id"]
         return str(workspace.save().url)
+    except ModuleNotFoundError:
+        what = "needs the package wandb-workspaces, which is not installed"
+        raise ConfigError("--wandb", what, "pip install wandb-workspaces") from None
     except Exception as error:  # of the server, or of W&B's libraries
         hint = "The comparison is written; run the same command again to save the dashboard"
         raise MachineError("--wandb", one_line(error).rstrip("."), hint) from None
@@ -60,7 +60,7 @@ def _sections(comparison: Comparison) -> list[Any]:
     columns = [wr.ParallelCoordinatesPlotColumn(axis) for axis in axes]
     kl, ce = map(wr.SummaryMetric, ("eval/kl", "eval/ce"))
     alpha, temperature = map(wr.Config, ("loss.alpha", "loss.temperature"))
-    colors = [wr.GradientPoint(color=color, offset=offset) for color, offset in COLORS.items()]
+    colors = [wr.GradientPoint(color=color, offset=offset) for color, offset in COLORS]
     which = [
         wr.ScatterPlot(title="CE against KL, coloured by α", x=kl, y=ce, z=alpha, gradient=colors),
         wr.ScatterPlot(title="KL over τ and α", x=temperature, y=alpha, z=kl, gradient=colors),

@@ -1,15 +1,18 @@
 """What a run is called at W&B: name, tags, config. Nothing in a name or a tag is local or secret. No torch."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from kdx.config import Config, ModelConfig, as_dict, leaves
 from kdx.run.folder import Record
 from kdx.run.identity import canonical, config_identity, digest
+from kdx.run.redact import redact
 from kdx.words import key_of
 
 GREEK = {"loss.temperature": "τ", "loss.alpha": "α"}
 LONGEST = 64  # characters of a tag that W&B takes
+NOT_SENT = ("run", "sweep", "tracking", "hydra")  # groups of keys that say where and how, not what
 
 
 def short(key: str) -> str:
@@ -20,51 +23,50 @@ def short(key: str) -> str:
 
 def run_name(config: Config, record: Record) -> str:
     """Name a run by the values that its sweep varies, else by teacher, student and loss."""
-    loss, typed = config.loss, {key_of(word): word.partition("=")[2] for word in record.words}
+    loss, values = config.loss, _typed(record) | leaves(redact(as_dict(config)))
     if record.swept:
-        flat = leaves(as_dict(config))
         keys = [key for key in record.swept if loss.alpha > 0 or not key.startswith("loss")]
-        parts = [f"{short(key)}={_public(flat.get(key, typed.get(key)))}" for key in keys]
-        return " ".join([*["baseline"] * (loss.alpha == 0), *parts])
+        return " ".join([*["baseline"] * (loss.alpha == 0), *(f"{short(k)}={_public(values.get(k))}" for k in keys)])
     teacher = f"{_model(config.teacher)} → " if config.teacher.path else ""
-    return f"{teacher}{_student(config)} · {_objective(config)}"
+    return redact(f"{teacher}{_student(config)} · {_objective(config)}")
 
 
 def tags(config: Config, record: Record) -> list[str]:
-    """Tag a run with its divergence, teacher, student, and what else is chosen by name; a baseline as one."""
-    typed = {key_of(word): word.partition("=")[2] for word in record.words}
+    """Tag a run with its divergence, teacher, student, adapter and experiment; a baseline as one."""
+    chosen = {"adapter": config.adapter.name} | _typed(record)
     found = ["baseline" if config.loss.alpha == 0 else config.loss.name, _student(config)]
     found += [_model(config.teacher)] if config.teacher.path else []
-    found += [typed[group] for group in ("adapter", "experiment") if typed.get(group, "") not in ("", "none", "null")]
+    found += [chosen[group] for group in ("adapter", "experiment") if chosen.get(group, "null") not in ("none", "null")]
     return [tag[:LONGEST] for tag in dict.fromkeys(found)]
 
 
-def config_of(config: Config, record: Record, training: Any) -> dict[str, Any]:
+def config_of(config: Config, record: Record, training: Any, folder: Path) -> dict[str, Any]:
     """Describe a run as typed and as resolved. `point` is the same for runs that differ only in train.seed."""
-    tree = {group: dict(node) for group, node in as_dict(config).items() if group not in ("run", "sweep", "tracking")}
-    data, teacher = training.data, training.teacher
+    from kdx.run import report  # imports torch
+
+    tree = {group: dict(node) for group, node in as_dict(config).items() if group not in NOT_SENT}
     tree["data"]["max_length"] = training.max_length
     if config.loss.alpha == 0:  # the rest of the loss is not used
         tree["loss"] = {"alpha": 0.0}
+    about = {"hash": digest(config_identity(config)), "steps": training.max_steps, "save_dtype": training.save_dtype}
+    about["teacher_parameters"] = training.teacher and training.teacher.num_parameters
+    about["student_parameters"] = training.student.num_parameters()
     return tree | {
-        "typed": [word for word in record.words if not word.lstrip("+~").startswith(("run.", "tracking.", "hydra."))],
+        "typed": [word for word in record.words if not key_of(word).startswith(NOT_SENT)],
         "point": run_name(config, replace(record, swept=[key for key in record.swept if key != "train.seed"])),
-        "resolved": {
-            "hash": digest(config_identity(config)), "max_length": training.max_length, "steps": training.max_steps,
-            "dtype": training.versions["precision"], "save_dtype": training.save_dtype,
-            "device": str(training.machine.device), "processes": training.machine.num_processes,
-            "counted_tokens": int(data.train.num_counted.sum()),
-            "counted_validation_tokens": int(data.held_out.num_counted.sum()),
-            "teacher_parameters": teacher and teacher.num_parameters,
-            "student_parameters": training.student.num_parameters(),
-            "fingerprint": data.fingerprint, "validation_fingerprint": data.held_out_fingerprint,
-            "versions": training.versions,
-        },
-    }  # fmt: skip
+        "resolved": about | report.counts(training.data) | report.environment(training, folder),
+    }
+
+
+def _typed(record: Record) -> dict[str, str]:
+    """Return what was typed, by key, without secrets."""
+    return {key_of(word): word.partition("=")[2] for word in redact(record.words)}
 
 
 def _public(value: Any) -> str:
     """Write a value of a config; of a path its last part."""
+    if isinstance(value, list):
+        return ",".join(map(_public, value))
     text = value if isinstance(value, str) else canonical(value)
     return text.rstrip("/").rsplit("/", 1)[-1].removeprefix("pkg:")
 
@@ -82,7 +84,7 @@ def _student(config: Config) -> str:
 
 def _objective(config: Config) -> str:
     loss = config.loss
-    options = "".join(f" {name}={_public(value)}" for name, value in loss.options.items())
+    options = "".join(f" {name}={_public(value)}" for name, value in redact(loss.options).items())
     ends = ((loss.alpha, loss.alpha_end), (loss.temperature, loss.temperature_end))
     alpha, temperature = ("→".join(f"{value:g}" for value in pair if value is not None) for pair in ends)
     return f"{loss.name} α{alpha} τ{temperature}{options}" if loss.alpha > 0 else "cross_entropy"

@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,23 +56,29 @@ class _Clean(logging.Formatter):
 
 
 @contextmanager
-def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
-    """Log kdx's lines in the main process: to the console and, with times, to a file if there is one."""
-    handlers: list[logging.Handler] = [_ConsoleHandler() if is_main else logging.NullHandler()]
-    handlers[0].setFormatter(_Clean())
-    if is_main and file is not None:
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
-        handlers[1].setFormatter(_Clean("%(asctime)s %(levelname)s %(message)s"))
-    for handler in handlers:
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+def _to(handler: logging.Handler, line: str = "%(message)s") -> Iterator[None]:
+    """Log to one more place."""
+    handler.setFormatter(_Clean(line))
+    log.addHandler(handler)
     try:
         yield
     finally:
-        for handler in handlers:
-            log.removeHandler(handler)
-            handler.close()
+        log.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
+    """Log kdx's lines in the main process: to the console and, with times, to a file if there is one."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    with ExitStack() as stack:
+        stack.enter_context(_to(_ConsoleHandler() if is_main else logging.NullHandler()))
+        if is_main and file is not None:
+            stack.enter_context(
+                _to(logging.FileHandler(file, encoding="utf-8"), "%(asctime)s %(levelname)s %(message)s")
+            )
+        yield
 
 
 @contextmanager
@@ -94,27 +100,25 @@ class Tracker:
     """
 
     def __init__(self, folder: RunFolder, config: Config, record: Record, training: Any, *, is_main: bool) -> None:
-        state = training.state
         self.file = folder.path / "metrics.jsonl"
         self.folder, self.config, self.record, self.is_main = folder, config, record, is_main
-        self._training, self.name = training, redact(labels.run_name(config, record))
-        self.first_step, self.max_steps = state.step, training.max_steps
+        self._run, self.name = training, labels.run_name(config, record)
         self.wandb: Any = None
         self.wandb_line, self.sync = "W&B: disabled", ""
         self._show: Callable[..., None] = lambda words: None
         self._has_warned = False
-        self._log: logging.Handler = logging.NullHandler()
-        if is_main and self.file.exists() and self.file.stat().st_size > state.lines:
-            os.truncate(self.file, state.lines)  # what comes after the checkpoint: a resumed run has each step once
+        self._log_tab = ExitStack()
+        kept = training.state.lines  # what comes after the checkpoint goes: a resumed run has each step once
+        if is_main and self.file.exists() and self.file.stat().st_size > kept:
+            os.truncate(self.file, kept)
 
     def __enter__(self) -> "Tracker":
         try:
             mode = wandb_mode(self.config.tracking.mode) if self.is_main else "disabled"
-            if mode != "disabled":
-                self.wandb = self._open(mode)
-                log.addHandler(self._log)
+            self.wandb = None if mode == "disabled" else self._open(mode)
         except Exception as error:  # a run never fails because of W&B
             log.warning("W&B is off for this run: %s", one_line(error))
+        self._try(self._begin)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -123,37 +127,38 @@ class Tracker:
         if is_failed and self.config.tracking.alerts:
             what = "diverged" if isinstance(error, DivergedError) else "failed"
             self._try(lambda run: run.alert(f"A run {what}", redact(f"{self.name}: {error}"), "ERROR"))
+        self._log_tab.close()
         self._try(lambda run: run.finish(exit_code=code))
-        self.wandb = None
-        log.removeHandler(self._log)
 
     def _open(self, mode: Any) -> Any:
-        """Open the W&B run, under its old id if the run is resumed; offline where the server cannot be reached."""
-        config, tracking = self.config, self.config.tracking
-        id_file = self.folder.path / "wandb_id.txt"
+        """Open the W&B run, under its old id if the run is resumed."""
+        config, tracking, id_file = self.config, self.config.tracking, self.folder.path / "wandb_id.txt"
         typed = tracking.tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
-        run = open_run(
+        return open_run(
             mode,
             self.folder.path.parent,  # the files of runs side by side are together, to be synced at once
             id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4),
+            self.file,
             project=tracking.project, entity=tracking.entity, group=tracking.group or config.sweep.name,
             name=tracking.name or os.environ.get("WANDB_NAME") or self.name, notes=tracking.notes,
             job_type="baseline" if config.loss.alpha == 0 else "student",
             tags=[*dict.fromkeys([*labels.tags(config, self.record), *typed])],
-            config=labels.config_of(config, self.record, self._training),
-            finish_timeout=60 if tracking.log_model == "none" else 3600,  # seconds; a student takes long to upload
+            config=labels.config_of(config, self.record, self._run, self.folder.path),
+            timeout=60 if tracking.log_model == "none" else 3600,  # seconds; a student takes long to upload
         )  # fmt: skip
-        id_file.write_text(run.id + "\n")  # an agent of a W&B sweep chooses the id itself
-        run.define_metric("tokens", hidden=True)
-        run.define_metric("*", step_metric="tokens")
-        temperature = {"temperature": config.loss.temperature} if config.loss.alpha > 0 else {}
-        run.summary.update({"alpha": config.loss.alpha} | temperature)
+
+    def _begin(self, run: Any) -> None:
+        """Keep the id, say where the run is seen, and name the axes; kdx's lines go to its log tab, too."""
         online = [] if run.offline else ["--include-online"]  # without it `wandb sync` skips such a run
         self.sync = shlex.join(["wandb", "sync", *online, str(Path(run.dir).parent)])
-        self._log = logging.StreamHandler(SimpleNamespace(write=run.write_logs, flush=bool))  # to its log tab
-        self._log.setFormatter(_Clean())
         self.wandb_line = f"W&B: offline; to upload: {self.sync}" if run.offline else f"W&B: {run.url}"
-        return run
+        (self.folder.path / "wandb_id.txt").write_text(run.id + "\n")  # an agent of a W&B sweep chooses the id itself
+        run.define_metric("tokens", hidden=True)
+        run.define_metric("*", step_metric="tokens")
+        temperature = {"temperature": self.config.loss.temperature} if self.config.loss.alpha > 0 else {}
+        run.summary.update({"alpha": self.config.loss.alpha} | temperature)
+        tab = SimpleNamespace(write=lambda text: self._try(lambda run: run.write_logs(text)), flush=bool)
+        self._log_tab.enter_context(_to(logging.StreamHandler(tab)))
 
     def header(self, lines: list[str]) -> None:
         """Log what the run is, where it writes, and its page in W&B."""
@@ -167,16 +172,15 @@ class Tracker:
         line = {"step": state.step, "tokens": state.tokens, "counted_tokens": state.counted_tokens, **metrics}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        sent = {name: value for name, value in line.items() if value is not None and name != "step"}
-        self._try(lambda run: run.log(sent, step=state.step))
+        self._try(lambda run: _log(run, line))
         if "eval/ce" in metrics or not CONSOLE.is_terminal:  # else the progress bar shows it
-            shown = [f"{k} {v:,.6g}" for k, v in sent.items() if k.startswith("eval/") or k in SHOWN]
-            log.info("step %d/%d  %s", state.step, self.max_steps, "  ".join(shown))
+            shown = [f"{k} {v:,.6g}" for k, v in metrics.items() if v is not None and (k[:5] == "eval/" or k in SHOWN)]
+            log.info("step %d/%d  %s", state.step, self._run.max_steps, "  ".join(shown))
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Show a progress bar on a terminal while training; elsewhere log() prints plain lines."""
-        with working("training", self.max_steps, self.is_main, done=self.first_step) as self._show:
+        with working("training", self._run.max_steps, self.is_main, done=self._run.state.step) as self._show:
             yield
 
     def advance(self, step: int, loss: float, speed: float) -> None:
@@ -184,31 +188,25 @@ class Tracker:
         self._show(f"loss {loss:.3f}  {speed:.0f} tokens/s")
 
     def finish(self, summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-        """Send final scalars, which dashboards compare and a W&B sweep optimises, and the sample answers as a table."""
+        """Send final scalars, which dashboards compare and a W&B sweep optimises, the student, and the sample answers."""
         scalars = {
             f"{'eval' if part == 'student' else part}/{key}": value
             for part in ("student", "untouched", "teacher", "run")
             for key, value in summary[part].items()
             if isinstance(value, int | float)
         }
-        columns = ["prompt", "reference", "teacher", "untouched", "student"]
-        rows = [[s["prompt"][-1]["content"], *(s[c] or "" for c in columns[1:])] for s in samples]
+        self._try(lambda run: run.summary.update(scalars))
+        student = self.folder.path / "student"
+        if self.config.tracking.log_model == "end" and student.is_dir():
+            self._try(lambda run: run.log_artifact(str(student), f"student-{run.id}", "model"))
+        columns = ["reference", "teacher", "untouched", "student"]
+        rows = [[s["prompt"][-1]["content"], *(s[column] or "" for column in columns)] for s in samples]
 
         def send(run: Any) -> None:
             import wandb
 
-            run.log({"samples": wandb.Table(columns=columns, data=rows)})
+            run.log({"samples": wandb.Table(columns=["prompt", *columns], data=rows)})
 
-        def send_model(run: Any) -> None:
-            import wandb
-
-            student = wandb.Artifact(f"student-{run.id}", "model", metadata=summary["student"])
-            student.add_dir(str(self.folder.path / "student"))
-            run.log_artifact(student)
-
-        self._try(lambda run: run.summary.update(scalars))
-        if self.config.tracking.log_model == "end" and (self.folder.path / "student").is_dir():
-            self._try(send_model)
         if samples:  # the client asks the server first, and would wait for a lost one
             thread = threading.Thread(target=self._try, args=(send,), daemon=True)
             thread.start()
@@ -216,38 +214,51 @@ class Tracker:
 
     def _try(self, action: Callable[[Any], object]) -> None:
         """Do something with the W&B run, if there is one; report its first failure."""
-        if self.wandb is None:
-            return
         try:
-            action(self.wandb)
+            if self.wandb is not None:
+                action(self.wandb)
         except Exception as error:  # a run never fails because of W&B
-            if not self._has_warned:
+            has_warned, self._has_warned = self._has_warned, True  # before the warning, which goes to W&B too
+            if not has_warned:
                 log.warning("W&B: %s; metrics.jsonl has everything; to upload the rest: %s", one_line(error), self.sync)
-            self._has_warned = True
 
 
-def open_run(mode: Any, folder: Path, id: str, finish_timeout: int = 60, **about: Any) -> Any:
-    """Open a W&B run whose files lie in folder/wandb; offline where the server cannot be reached."""
+def _log(run: Any, line: dict[str, Any]) -> None:
+    run.log({name: value for name, value in line.items() if value is not None and name != "step"}, step=line["step"])
+
+
+def open_run(mode: Any, folder: Path, id: str, metrics: Path | None = None, timeout: int = 60, **about: Any) -> Any:
+    """Open a W&B run whose files lie in folder/wandb; offline where the server cannot be reached.
+
+    What an earlier process kept offline and nobody uploaded is replaced: its metrics are sent again, from their file.
+    W&B would count the steps of a second part on from those of the first, even if they are the same steps.
+    """
     import wandb
 
-    settings = {"finish_timeout": finish_timeout} | SETTINGS
+    settings = {"finish_timeout": timeout} | SETTINGS
     settings = {name: value for name, value in settings.items() if f"WANDB_{name.upper()}" not in os.environ}
     arguments = redact(about) | {"settings": wandb.Settings(**settings), "dir": str(folder), "id": id}
     arguments["resume"] = "allow"  # offline W&B takes no notice of it
+    logs = folder.glob(f"wandb/offline-run-*-{id}/run-{id}.wandb")
+    earlier = [log.parent for log in logs if not log.with_suffix(".wandb.synced").exists()]
     typed, sys.argv = sys.argv, redact(sys.argv)  # W&B reads it when a run opens
     try:
-        return wandb.init(mode=mode, **arguments)
+        run = wandb.init(mode=mode, **arguments)
     except Exception as error:
-        if mode == "offline":
+        if mode == "offline" or isinstance(error, AttributeError | TypeError):  # another client than kdx knows
             raise
         log.warning("cannot reach W&B (%s): this run is kept offline", one_line(error))
         with suppress(SystemExit):  # raised if its service failed
             wandb.teardown()  # the client still holds the id
-        for empty in folder.glob(f"wandb/run-*-{id}"):  # it would make `wandb sync` of many runs fail
-            shutil.rmtree(empty, ignore_errors=True)
-        return wandb.init(mode="offline", **arguments)
+        run = wandb.init(mode="offline", **arguments)
     finally:
         sys.argv = typed
+    if earlier and metrics and metrics.exists():
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            _log(run, json.loads(line))
+    for old in earlier:
+        shutil.rmtree(old, ignore_errors=True)
+    return run
 
 
 def without(words: list[str], *beginnings: str) -> list[str]:
@@ -257,8 +268,7 @@ def without(words: list[str], *beginnings: str) -> list[str]:
 
 def wandb_mode(asked: str) -> Any:
     """Return the mode that is asked for, else that of WANDB_MODE, else online if its client has a key for its server."""
-    mode = asked if asked != "auto" else os.environ.get("WANDB_MODE")
-    if mode:
+    if mode := asked if asked != "auto" else os.environ.get("WANDB_MODE"):
         return mode
     import wandb
 
