@@ -252,7 +252,7 @@ class TestAnswers:
     def test_a_measure_ranks_only_where_all_runs_have_it(self, three):
         write_run(three / "cached", optim__lr=8e-3, said={"rouge_l": 0.4})
         table = only(ranked(three))
-        assert [sorted(p.rank) for p in table.points] == [["ce", "kl", "rouge_l"]] * 4
+        assert [sorted(p.rank) for p in table.points] == [["agreement", "ce", "kl", "rouge_l"]] * 4
         assert tables.about_answers(table).endswith(" 40 held-out prompts, ranked by ROUGE-L")
         for name, keys in (("fewer", {"said": {"rouge_l": 0.4}, "num_prompts": 30}), ("older", {})):
             write_run(three / name, optim__lr=16e-3, **keys)
@@ -303,7 +303,7 @@ def test_what_cannot_be_compared_is_not(tmp_path, key):
     write_run(tmp_path / "a", loss__alpha=0.3)
     write_run(tmp_path / "b", loss__alpha=0.7, **{key: "other"})
     comparison = ranked(tmp_path)
-    assert [[p.rank for p in table.points] for table in comparison.rankings] == [[{"kl": 1, "ce": 1}]] * 2
+    assert [[p.rank for p in table.points] for table in comparison.rankings] == [[{"kl": 1, "ce": 1, "agreement": 1}]] * 2
     assert tables.as_markdown(comparison).startswith("Measures compare only on the same held-out rows")
     one, other = (table["measured_on"] for table in json.loads(tables.as_json(comparison))["tables"])
     assert len({*one.items()} - {*other.items()}) == 1
@@ -370,7 +370,7 @@ class TestFiles:
 
     def test_markdown(self, six, tmp_path):
         text = (six[1] / "compare.md").read_text()
-        first = "| \\#1 τ 2, α 0.7 | ★ 0.636 | 3.351 | 0.613 | 208 | 151,000 | 0.700 | 0.3524 | "
+        first = "| \\#1 τ 2, α 0.7 | ★ 0.636 | 3.351 | ★ 0.613 | 208 | 151,000 | 0.700 | 0.3524 | "
         assert first in text
         assert "| \\#7 baseline (alpha = 0) | +0.247 to +0.306 |  | -0.037 to +0.059 |  |" in text
         write_run(tmp_path / "a", state="failed", reason="a | b <c>")
@@ -381,7 +381,7 @@ class TestFiles:
         """A row of such a table fits into 80 letters."""
         assert main([str(six[1]), "--out", str(tmp_path / "new")]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert " #1 τ 2, α 0.7            ★ 0.636    3.351      0.613    208  151,000      ● " in lines
+        assert " #1 τ 2, α 0.7            ★ 0.636    3.351    ★ 0.613    208  151,000      ● " in lines
         assert {p.name for p in (tmp_path / "new").iterdir()} == set(FILES)
 
     def test_the_same_runs_give_the_same_bytes(self, six, tmp_path, monkeypatch):
