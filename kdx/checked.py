@@ -11,6 +11,11 @@ from kdx.config import OPEN_GROUPS, Config, Group, contradictions, leaves
 from kdx.errors import ConfigError, together
 from kdx.words import FOREIGN, hint_for
 
+PLAINER = {  # than what pydantic says
+    "be None": "be null", "a valid boolean": "true or false", "a valid integer": "a whole number", "a valid ": "a ",
+    "a dictionary": "a group of keys", "have at least 1 item after validation, not 0": "not be empty",
+}  # fmt: skip
+
 
 def checked(tree: dict[str, Any], faults: list[ConfigError], typed: set[str], in_yaml: list[str]) -> Config:
     """Check a tree of plain values. Raises one ConfigError with these faults and all others.
@@ -19,7 +24,7 @@ def checked(tree: dict[str, Any], faults: list[ConfigError], typed: set[str], in
     """
     own = [f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields]  # type: ignore[union-attr]
     known = list(dict.fromkeys([*own, *(key for key in in_yaml if "." in key)]))
-    faults = [*faults, *_of_options(tree, typed, known), *_of_code(tree, typed), *_of_off(tree, typed)]
+    faults = [*faults, *_of_options(tree, typed, known), *_of_code(tree, typed), *_of_off(tree, typed, known)]
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -34,8 +39,10 @@ def checked(tree: dict[str, Any], faults: list[ConfigError], typed: set[str], in
 
 def should(messages: Iterable[str]) -> str:
     """Join what pydantic says of a value, once for each type that it could have: `be a valid integer or be null`."""
-    text = " or ".join(dict.fromkeys(re.sub(r"^.*? should ", "", message) for message in messages))
-    return text.replace("be None", "be null")
+    text = " or ".join(dict.fromkeys(re.sub(r"^.*? should | or instance of \w+$", "", message) for message in messages))
+    for pydantics, ours in PLAINER.items():
+        text = text.replace(pydantics, ours)
+    return text
 
 
 def _of_shape(error: ValidationError, known: list[str]) -> list[ConfigError]:
@@ -63,7 +70,8 @@ def _of_shape(error: ValidationError, known: list[str]) -> list[ConfigError]:
         elif key not in found:
             shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
             wanted = should(other["msg"] for other in error.errors() if other["loc"][: len(path)] == (*path,))
-            near = get_close_matches(str(value), re.findall(r"'(\w+)'", wanted), n=1, cutoff=0.65)
+            choices = re.findall(r"'(\w+)'", wanted)
+            near = ["null"] * (value == "None") or get_close_matches(str(value), choices, n=1, cutoff=0.65)
             hint = f"Did you mean {near[0]}? " if near else ""
             hint += f"It should {wanted}. {field.description or '' if field else ''}".rstrip(". ")
             found[key] = ConfigError(key, f"is {shown}", hint)
@@ -76,22 +84,25 @@ def _of_options(tree: dict[str, Any], typed: set[str], known: list[str]) -> list
     for group in OPEN_GROUPS:
         own = [key.removeprefix(f"{group}.") for key in known if key.startswith(f"{group}.")]
         for name in node if isinstance(node := tree.get(group), dict) else ():
-            is_foreign = name in FOREIGN and f"{group}.name" not in typed  # of one's own function, names are free
+            key = f"{group}.{name}"
+            is_foreign = {name, key} & FOREIGN.keys() and f"{group}.name" not in typed  # one's own names are free
             if name not in own and (is_foreign or get_close_matches(name, own, n=1, cutoff=0.8)):
-                key = f"{group}.{name}"
                 found.append(ConfigError(key, "is not a key of kdx", hint_for(key, known)))
     return found
 
 
-def _of_off(tree: dict[str, Any], typed: set[str]) -> list[ConfigError]:
-    """Keys that are typed of a group that is off."""
-    groups = {"adapter": ("the student has no adapter", "lora"), "rollout": ("nothing is generated", "student")}
+def _of_off(tree: dict[str, Any], typed: set[str], known: list[str]) -> list[ConfigError]:
+    """Typed keys that change nothing, because of a choice that was not typed."""
+    adapters, rollouts = ([key for key in known if key.startswith(f"{group}.")] for group in ("adapter", "rollout"))
     found = []
-    for group, (why, choice) in groups.items():
-        node = tree.get(group)
-        if isinstance(node, dict) and node.get("name") == "none":
-            keys = [key for key in sorted(typed) if key.startswith(f"{group}.") and key != f"{group}.name"]
-            found += [ConfigError(key, f"has no effect: {why}", f"Add {group}={choice}") for key in keys]
+    for choice, keys, key, off, why in (
+        ("adapter=lora", adapters, "adapter.name", "none", "the student has no adapter"),
+        ("rollout=student", rollouts, "rollout.name", "none", "nothing is generated"),
+        ("student=hf", ["student.path"], "student.init", "cut", "the student is cut from the teacher"),
+    ):
+        if choice.split("=")[0] not in typed and leaves(tree).get(key) == off:
+            none = typed.intersection(keys) - {key}
+            found += [ConfigError(name, f"has no effect: {why}", f"Add {choice}") for name in sorted(none)]
     return found
 
 

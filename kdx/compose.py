@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from kdx.words import CONF, FOREIGN, OPTIONAL, RENAMED, groups_in, key_of, new_n
 SOURCES = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")  # the header says where these came from
 PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # typing one frees the other
 MODELS = ("teacher", "student")
+OTHERS = {
+    **dict.fromkeys(MODELS, "Any other model: {0}=hf {0}.path=org/name or a folder"),
+    "data": "Your own rows: data=pairs data.path=FILE, or data=messages, data=text, …",
+}
 TEXTS = ("data.template", "data.chat_template", "data.system_prompt")  # here a typed \n is a line break
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 version.setbase("1.3")
@@ -62,14 +67,18 @@ class Plan:
 def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = False) -> Plan:
     """Compose and check every run that a command line asks for. Raises one ConfigError with a line per fault."""
     composer = composer_for(config_dir)
-    typed = composer.parsed(words)
+    typed, faults = composer.parsed(words)
     every, swept = sweep.points(typed), sweep.swept_keys(typed)
+    if faults:
+        composer.points(every, faults)
     if not every:
         raise ConfigError("sweep", "has no points", "Choose a pattern that some option matches")
     for_hydra, hydra = composer.hydra(every[0])
     if not is_multirun and getattr(hydra.mode, "name", "") != "MULTIRUN":
         if swept:
-            raise ConfigError(swept[0], "has several values, which is a sweep", "Add -m: python -m kdx -m ...")
+            raise ConfigError(
+                swept[0], "has several values, which is a sweep", f"Add -m; a list has brackets: {swept[0]}=[...]"
+            )
         return Plan([composer.point(every[0])], Path(str(hydra.run.dir)), config_dir)
     if params := plain(hydra.sweeper.get("params") or {}):
         # Hydra would sweep over these besides the words: merged, a typed word takes the place of the same key.
@@ -88,7 +97,7 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
     if all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha for c in configs):
         is_on_policy = any(c.rollout.name == "student" for c in configs)
         alike = sweep.baseline_words(typed, with_rollouts=is_on_policy)
-        baselines = composer.points(sweep.points(composer.parsed(alike)))
+        baselines = composer.points(sweep.points(composer.parsed(alike)[0]))
     named = [(sweep.job_name(swept, job.words, job.config), job) for job in (*baselines, *points)]
     made.jobs = {made.folder / name: job for name, job in named}
     if not str(hydra.launcher.get("_target_")).endswith(".BasicLauncher"):
@@ -119,25 +128,28 @@ class Composer:
         """Answer Hydra's parser, which asks for `loss=glob(*)`."""
         return self.groups.get(group_name, [])
 
-    def parsed(self, words: list[str]) -> list[Override]:
-        """Read words as Hydra does; values become ++KEY=VALUE, so that every key reaches the check. Raises ConfigError."""
+    def parsed(self, words: list[str]) -> tuple[list[Override], list[ConfigError]]:
+        """Read words as Hydra does, and what is wrong; values become ++KEY=VALUE, so that every key reaches the check."""
         keys, overrides = {key_of(word) for word in words}, []
-        faults = [_both(old, new) for old, new in RENAMED.items() if {old, new} <= keys]
-        for word in (hydras for typed in words for hydras in self._spelt(typed)):
+        what, hint = "is the old name of {}, and both are given", "Leave out one of them"
+        faults = [ConfigError(old, what.format(new), hint) for old, new in RENAMED.items() if {old, new} <= keys]
+        faults += [
+            ConfigError(key, "is not read", FOREIGN[key]) for key in keys & FOREIGN.keys() if key[:6] == "hydra."
+        ]
+        for word in words:
+            if not key_of(word):
+                faults.append(_unreadable(word))
+                continue
             try:
-                overrides += self._parser.parse_overrides([word])
-            except HydraException as error:
-                what = _reason(error).removeprefix(f"Error parsing override '{word}' ").partition(" expecting ")[0]
-                hint = "Words are KEY=VALUE, and a value with spaces or signs in it needs quotes: 'KEY=\"a b\"'"
-                faults.append(ConfigError(word.removeprefix("++"), f"cannot be read ({what})", hint))
-        if faults:
-            raise together(faults)
-        return overrides
+                overrides += self._parser.parse_overrides(self._spelt(word))
+            except HydraException:
+                faults.append(_unreadable(word))
+        return overrides, faults
 
     def _spelt(self, word: str) -> list[str]:
         """Spell a typed word as Hydra needs it."""
         key, is_assigned, value = word.lstrip("+").partition("=")
-        if word.startswith("~") or not is_assigned or key.startswith(("hydra.", "hydra/")):
+        if word[0] in "~-" or not is_assigned or key.startswith(("hydra.", "hydra/")):
             return [word]
         key = new_name(key)
         if key.startswith(TEXTS):  # it is hard to type a line break; two backslashes and n stay
@@ -150,7 +162,7 @@ class Composer:
 
     def hydra(self, words: list[str]) -> tuple[list[str], Any]:
         """Return the words that decide Hydra's own part of the config, and that part. Raises ConfigError."""
-        typed = self.parsed(words)
+        typed, _ = self.parsed(words)
         choices, _ = self._choices(typed)
         values = [word for word in typed if word.key_or_group.startswith(("hydra.", "sweep."))]
         cfg = copy.deepcopy(self._composed(choices)[0])
@@ -158,9 +170,9 @@ class Composer:
             raise together(faults)
         return [*choices, *(str(word.input_line) for word in values)], cfg.hydra
 
-    def points(self, every: list[list[str]]) -> list[Point]:
-        """Compose every point of a sweep. Raises ConfigError with the faults of all."""
-        points, faults = [], []
+    def points(self, every: list[list[str]], faults: Sequence[ConfigError] = ()) -> list[Point]:
+        """Compose every point of a sweep. Raises ConfigError with these faults and those of all points."""
+        points, faults = [], [*faults]
         for words in every:
             try:
                 points.append(self.point(words))
@@ -172,13 +184,13 @@ class Composer:
 
     def point(self, words: list[str]) -> Point:
         """Compose and check one run. Raises ConfigError with all that is wrong."""
-        typed = self.parsed(words)
+        typed, faults = self.parsed(words)
         keys = {word.key_or_group for word in typed}
-        choices, faults = self._choices(typed)
+        choices, wrong = self._choices(typed)
         composed, sources = self._composed(choices)
         values = [w for w in typed if not self._is_choice(w) and not w.key_or_group.startswith("hydra.")]
-        tree, wrong = laid_over(composed, values)
-        faults += wrong
+        tree, unset = laid_over(composed, values)
+        faults += wrong + unset
         data = tree["data"]
         if "data.path" in keys and "data" not in keys and data.get("path") and data.get("name") == "chitchat":
             hint = "Choose the format: data=pairs or data=messages"
@@ -199,9 +211,8 @@ class Composer:
             if line not in FOREIGN and (options is None or word.is_delete() or value in options):
                 kept.append(line)
                 continue
-            hints = [FOREIGN.get(line) or did_you_mean(value, options or []) + "."]
-            hints += [f"Any other model: {key}=hf {key}.path=org/name or a folder."] if key in MODELS else []
-            hint = " ".join([*hints, "Your own options: --config-dir FOLDER"])
+            own = OTHERS.get(key, "Your own options: --config-dir FOLDER").format(key)
+            hint = FOREIGN.get(line) or f"{did_you_mean(value, options or [])}. {own}"
             faults.append(ConfigError(line, f"{key} has no option {value or repr(value)}", hint))
         return tuple(kept), faults
 
@@ -215,6 +226,8 @@ class Composer:
             raise ConfigError(place, f"does not parse: {error.problem}", "Fix the YAML") from None
         except (*HYDRA_ERRORS, UnicodeDecodeError) as error:
             hint = "`python -m kdx --info defaults` lists what is composed"
+            if "'hydra/" in str(error):
+                hint = "Others are installed: pip install hydra-optuna-sweeper, or hydra-submitit-launcher"
             raise ConfigError("config", _reason(error), hint) from None
 
     def _sources(self, choices: list[str]) -> dict[str, str]:
@@ -261,7 +274,8 @@ def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[Co
     Of max_steps and epochs the one that is typed wins: the other is null, unless it is typed too.
     """
     cfg, typed = copy.deepcopy(OmegaConf.create(base)), {word.key_or_group for word in words}
-    faults = _under_new_names(cfg, typed) + apply(words, cfg)
+    _rename(cfg, typed)
+    faults = apply(words, cfg)
     for key, other in PAIRS.items():
         if key in typed and other not in typed and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, other, None)
@@ -280,22 +294,27 @@ def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[Co
     return OmegaConf.to_container(cfg, resolve=True), faults  # type: ignore[return-value]
 
 
-def _under_new_names(cfg: DictConfig, typed: set[str]) -> list[ConfigError]:
-    """Rename keys of YAML → what is wrong. typed: keys whose values are replaced anyway."""
-    faults = []
-    for old, new in RENAMED.items():
+def _rename(cfg: DictConfig, typed: set[str]) -> None:
+    """Give keys of YAML that have an old name the new one; what is typed wins."""
+    OmegaConf.set_struct(cfg, False)
+    for old in RENAMED:
         group, _, name = old.partition(".")
         if name in (cfg.get(group) or ()):
-            default = OmegaConf.select(OmegaConf.load(CONF / "config.yaml"), new)
-            if new not in typed and OmegaConf.select(cfg, new) != default:
-                faults.append(_both(old, new))
-            OmegaConf.set_struct(cfg, False)
-            OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
-    return faults
+            value, new = cfg[group].pop(name), new_name(old)
+            if new not in typed:
+                OmegaConf.update(cfg, new, value)
 
 
-def _both(old: str, new: str) -> ConfigError:
-    return ConfigError(old, f"is the old name of {new}, and both are given", f"Leave out {old}")
+def _unreadable(word: str) -> ConfigError:
+    """Say why a word cannot be read."""
+    if word.startswith("-"):
+        plain = word.lstrip("-")
+        meant = FOREIGN.get(plain.partition("=")[0], "Flags are listed by python -m kdx --hydra-help")
+        hint = f"Type it without dashes: {plain}" if "." in plain else f"Keys are typed without dashes, KEY=VALUE. {meant}"
+        return ConfigError(word, "is not a flag", hint)
+    if "=" not in word.lstrip("=") and word[:1] != "~":
+        return ConfigError(word or "''", "is not KEY=VALUE", "Type no spaces around =; a value with spaces: 'KEY=\"a b\"'")
+    return ConfigError(word, "cannot be read", "A value with spaces, brackets or signs in it needs quotes: 'KEY=\"a b\"'")
 
 
 def _reason(error: Exception) -> str:

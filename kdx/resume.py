@@ -29,10 +29,11 @@ def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
             where, "has no checkpoint to resume from", f"Start a new run from its words: run.like={folder}"
         )
     new = [word for word in words if word not in recorded and key_of(word) != "run.resume"]
-    typed = [word for word in composer_for(config_dir).parsed(new) if not word.key_or_group.startswith("hydra")]
+    overrides, faults = composer_for(config_dir).parsed(new)
+    typed = [word for word in overrides if not word.key_or_group.startswith("hydra")]
     keys = {word.key_or_group for word in typed}
-    tree, faults = laid_over(tree, typed)
-    flat = leaves(tree)
+    tree, unset = laid_over(tree, typed)
+    flat, faults = leaves(tree), faults + unset
     hidden = [key for key, value in flat.items() if HIDDEN in str(value)]
     faults += [ConfigError(key, "was recorded without its secret", f"Type it again: {key}=...") for key in hidden]
     config = checked(tree, faults, keys, list(flat))

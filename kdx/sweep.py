@@ -258,8 +258,11 @@ def _report(plan: "Plan", since: float) -> None:
         found[what].append(f"  {os.path.relpath(path)}  {printable(why)}")
         _failed.update([path] if what == "failed" else [])
     if len(found["failed"] + found["done"]) == len(known):
-        with suppress(InUseError), claim(plan.folder):  # of two that end at the same time one writes
-            _write_page(plan.folder, is_printed=True)
+        with suppress(InUseError), claim(plan.folder):  # of several processes that share a sweep one compares
+            mark, jobs = plan.folder / ".compared", plan.folder.glob("*/status.json")
+            if not mark.exists() or mark.stat().st_mtime < max([since, *(file.stat().st_mtime for file in jobs)]):
+                _write_page(plan.folder, is_printed=True)
+                mark.touch()
     for what, rows in found.items():
         if rows and what != "done":
             print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)

@@ -28,6 +28,11 @@ FREE = (
     "run.", "sweep.", "tracking.", "eval.num_prompts", "eval.on_policy_kl", "train.log_every", "train.save_", "train.keep_checkpoints", "teacher.store",
     "teacher.license", "teacher.base_model", "student.license", "student.base_model",
 )  # fmt: skip
+# A key and its value → what then changes nothing. A run from before there was such a key counts as having that value.
+UNUSED = {
+    ("adapter.name", "none"): "adapter.", ("rollout.name", "none"): "rollout.", ("teacher.adapter", None): "teacher.adapter",
+    ("loss.alpha", 0): "loss.", ("train.on_nonfinite", "stop"): "train.max_nonfinite",
+}  # fmt: skip
 CONTENTS = ("data", "teacher", "student", "tokenizer", "chat_template", "plugins")
 ROWS = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow)(\.\w+)?$")  # files of a folder that may hold rows
 WEIGHTS = ("config.json", "adapter_config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin")
@@ -67,21 +72,11 @@ def config_identity(config: Config) -> dict[str, Any]:
 
 def used(config: dict[str, Any]) -> dict[str, Any]:
     """Return those dotted keys of a flat config that decide the student."""
-    unused = [*FREE]
-    if config.get("loss.alpha") == 0:  # alpha itself is what makes a baseline
-        unused.append("loss.")
-    if config.get("adapter.name", "none") == "none":
-        unused.append("adapter.")
-    if config.get("teacher.adapter") is None:  # a run from before there were any has no such key
-        unused.append("teacher.adapter")
-    if config.get("rollout.name", "none") == "none":
-        unused.append("rollout.")
+    unused = [*FREE, *(unused for (key, off), unused in UNUSED.items() if config.get(key, off) == off)]
     if config.get("student.init") != "cut":
         unused.append("student.layers")
     if config.get("train.keep") == "last" and config.get("train.early_stopping.patience") is None:
         unused += ["eval.", "train.eval_every", "train.early_stopping."]  # older runs have train.eval_every
-    if config.get("train.on_nonfinite") == "stop":
-        unused.append("train.max_nonfinite")
     return {k: v for k, v in config.items() if k == "loss.alpha" or not k.startswith(tuple(unused))}
 
 
