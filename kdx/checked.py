@@ -107,7 +107,7 @@ def _of_off(tree: dict[str, Any], typed: set[str], known: list[str]) -> list[Con
 
 
 def _of_code(tree: dict[str, Any], typed: set[str]) -> list[ConfigError]:
-    """Code of a model that a file alone would have run: it must be asked for by typing it."""
+    """A model's own code that YAML asks to run: that must be typed."""
     keys = [key for key, value in leaves(tree).items() if key.endswith(".trust_remote_code") and value is True]
-    what = "runs a model's own code, so a file alone cannot ask for it"
+    what = "runs a model's own code, so it must be typed, not only set in YAML"
     return [ConfigError(key, what, f"Type {key}=true") for key in keys if key not in typed]

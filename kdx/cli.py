@@ -167,27 +167,22 @@ def run_hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
 
 def _planned(args: argparse.Namespace) -> "Plan":
     """Compose everything that a command line asks for. Raises ConfigError."""
-    from kdx.compose import plan
+    from kdx.compose import alike, plan, resumed
 
-    words, config_dir = list(args.overrides), args.config_dir
+    words, config_dir = args.overrides, args.config_dir
     asked = {key_of(word): word.partition("=")[2].strip("'\"") for word in words}
     resume, like = (asked.get(key, "null") for key in ("run.resume", "run.like"))
     if resume != "null":
-        from kdx.resume import resumed
-
-        if like != "null" or args.multirun:
-            beside = "run.like" if like != "null" else "-m"
-            raise ConfigError("run.resume", f"resumes one run, and {beside} is given too", f"Leave out {beside}")
+        if other := "run.like" if like != "null" else "-m" if args.multirun else "":
+            raise ConfigError("run.resume", f"resumes one run, and {other} is given too", f"Leave out {other}")
         return resumed(resume, words, config_dir)
     if like == "null":
         return plan(words, config_dir, args.multirun)
-    from kdx.resume import alike
-
     words, of_run = alike(like, words)
     config_dir = config_dir or of_run
     made = plan(words, config_dir, args.multirun)
     flags = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
-    made.command = [*flags, *(["-m"] if args.multirun else []), *words]
+    made.command = [*flags, *["-m"] * args.multirun, *words]
     return made
 
 

@@ -1,9 +1,12 @@
-"""From the words typed to checked Configs: Hydra composes, pydantic checks, every fault is reported at once."""
+"""From the words typed, or an earlier run, to checked Configs: Hydra composes, pydantic checks, all faults at once."""
 
+import argparse
 import copy
 import functools
 import os
 import re
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,10 @@ from kdx import sweep
 from kdx.checked import checked
 from kdx.config import Config, leaves
 from kdx.errors import ConfigError, did_you_mean, one_line, together
+from kdx.run.claim import holder
+from kdx.run.files import read_json
+from kdx.run.folder import is_resumable
+from kdx.run.redact import HIDDEN
 from kdx.words import CONF, FOREIGN, OPTIONAL, RENAMED, groups_in, key_of, new_name
 
 SOURCES = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")  # the header says where these came from
@@ -72,13 +79,12 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
     if faults:
         composer.points(every, faults)
     if not every:
-        raise ConfigError("sweep", "has no points", "Choose a pattern that some option matches")
+        raise ConfigError("sweep", "has no points", "No option matches its pattern: see python -m kdx --help")
     for_hydra, hydra = composer.hydra(every[0])
     if not is_multirun and getattr(hydra.mode, "name", "") != "MULTIRUN":
         if swept:
-            raise ConfigError(
-                swept[0], "has several values, which is a sweep", f"Add -m; a list has brackets: {swept[0]}=[...]"
-            )
+            hint = f"Add -m to try each; a list is typed with brackets: {swept[0]}=[...]"
+            raise ConfigError(swept[0], "has several values, which is a sweep", hint)
         return Plan([composer.point(every[0])], Path(str(hydra.run.dir)), config_dir)
     if params := plain(hydra.sweeper.get("params") or {}):
         # Hydra would sweep over these besides the words: merged, a typed word takes the place of the same key.
@@ -106,7 +112,7 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
 
 
 class Composer:
-    """Composes many points from few compositions: Hydra's is slow, so each set of choices is composed once."""
+    """Composes runs. Hydra's own composition is slow, so the points of a sweep that choose the same options share one."""
 
     def __init__(self, folder: str | None = None) -> None:
         config_dir = Path(folder).resolve() if folder else None
@@ -133,15 +139,10 @@ class Composer:
         keys, overrides = {key_of(word) for word in words}, []
         what, hint = "is the old name of {}, and both are given", "Leave out one of them"
         faults = [ConfigError(old, what.format(new), hint) for old, new in RENAMED.items() if {old, new} <= keys]
-        faults += [
-            ConfigError(key, "is not read", FOREIGN[key]) for key in keys & FOREIGN.keys() if key[:6] == "hydra."
-        ]
+        faults += [ConfigError(key, "is not used", FOREIGN[key]) for key in keys & FOREIGN.keys() if "hydra." in key]
         for word in words:
-            if not key_of(word):
-                faults.append(_unreadable(word))
-                continue
             try:
-                overrides += self._parser.parse_overrides(self._spelt(word))
+                overrides += self._parser.parse_overrides(self._spelt(word) if key_of(word) else [""])  # Hydra takes =3
             except HydraException:
                 faults.append(_unreadable(word))
         return overrides, faults
@@ -149,7 +150,7 @@ class Composer:
     def _spelt(self, word: str) -> list[str]:
         """Spell a typed word as Hydra needs it."""
         key, is_assigned, value = word.lstrip("+").partition("=")
-        if word[0] in "~-" or not is_assigned or key.startswith(("hydra.", "hydra/")):
+        if word.startswith(("~", "-")) or not is_assigned or key.startswith(("hydra.", "hydra/")):
             return [word]
         key = new_name(key)
         if key.startswith(TEXTS):  # it is hard to type a line break; two backslashes and n stay
@@ -224,7 +225,7 @@ class Composer:
         except yaml.MarkedYAMLError as error:
             place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "YAML"
             raise ConfigError(place, f"does not parse: {error.problem}", "Fix the YAML") from None
-        except (*HYDRA_ERRORS, UnicodeDecodeError) as error:
+        except HYDRA_ERRORS as error:
             hint = "`python -m kdx --info defaults` lists what is composed"
             if "'hydra/" in str(error):
                 hint = "Others are installed: pip install hydra-optuna-sweeper, or hydra-submitit-launcher"
@@ -252,7 +253,7 @@ def composer_for(config_dir: str | None) -> Composer:
 
 
 def plain(node: Any) -> dict[str, Any]:
-    """A node of a composed config as plain values, unresolved."""
+    """Return a node of a composed config as plain values, with its interpolations unresolved."""
     return {str(k): v for k, v in OmegaConf.to_container(OmegaConf.create(node)).items()}  # type: ignore[union-attr]
 
 
@@ -269,7 +270,7 @@ def apply(words: list[Override], cfg: DictConfig) -> list[ConfigError]:
 
 
 def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[ConfigError]]:
-    """Set typed values in a composed config → it as plain values, and what is wrong; a value that is wrong is null.
+    """Set typed values in a composed config → plain values, and what is wrong; a wrong value becomes null.
 
     Of max_steps and epochs the one that is typed wins: the other is null, unless it is typed too.
     """
@@ -307,17 +308,78 @@ def _rename(cfg: DictConfig, typed: set[str]) -> None:
 
 def _unreadable(word: str) -> ConfigError:
     """Say why a word cannot be read."""
-    if word.startswith("-"):
-        plain = word.lstrip("-")
-        meant = FOREIGN.get(plain.partition("=")[0], "Flags are listed by python -m kdx --hydra-help")
-        hint = f"Type it without dashes: {plain}" if "." in plain else f"Keys are typed without dashes, KEY=VALUE. {meant}"
-        return ConfigError(word, "is not a flag", hint)
-    if "=" not in word.lstrip("=") and word[:1] != "~":
-        return ConfigError(word or "''", "is not KEY=VALUE", "Type no spaces around =; a value with spaces: 'KEY=\"a b\"'")
-    return ConfigError(word, "cannot be read", "A value with spaces, brackets or signs in it needs quotes: 'KEY=\"a b\"'")
+    meant = FOREIGN.get(key_of(word.lstrip("-")), "A value with spaces, brackets or signs needs quotes: 'KEY=\"a b\"'")
+    what = "is not a flag" if word.startswith("-") else "cannot be read"
+    return ConfigError(word or "''", what, f"Words are KEY=VALUE, without dashes or spaces. {meant}")
 
 
 def _reason(error: Exception) -> str:
-    """What Hydra or OmegaConf says, without its appendix and, for a resolver's error, without its frame."""
+    """Return the part of Hydra's or OmegaConf's message that helps the user."""
     text = one_line(re.split(r"\nSee https|\n\s+full_key:|\n\s*Config search path", str(error))[0])
     return re.sub(r"^\w+ raised while resolving interpolation: (.)(.*)\1$", r"\2", text)
+
+
+def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
+    """Resume a run in its own folder, under its own config with what is typed laid over it. Raises ConfigError."""
+    folder = newest() if name == "last" else Path(name)
+    where = f"run.resume={name}"
+    tree, recorded = _read(folder / "config.yaml", where), _read(folder / "overrides.yaml", where)
+    if not is_resumable(folder):
+        raise ConfigError(
+            where, "has no checkpoint to resume from", f"Start a new run from its words: run.like={folder}"
+        )
+    new = [word for word in words if word not in recorded and key_of(word) != "run.resume"]
+    overrides, faults = composer_for(config_dir).parsed(new)
+    typed = [word for word in overrides if not word.key_or_group.startswith("hydra")]
+    keys = {word.key_or_group for word in typed}
+    tree, unset = laid_over(tree, typed)
+    flat, faults = leaves(tree), faults + unset
+    hidden = [key for key, value in flat.items() if HIDDEN in str(value)]
+    faults += [ConfigError(key, "was recorded without its secret", f"Type it again: {key}=...") for key in hidden]
+    config = checked(tree, faults, keys, list(flat))
+    sources = read_json(folder / "record.json").get("sources", {}) | {key: "typed" for key in keys if key in SOURCES}
+    kept = [word for word in recorded if key_of(word) not in keys]
+    return Plan([Point([*kept, *new], config, sources)], folder, config_dir, command=_command(folder))
+
+
+def alike(name: str, words: list[str]) -> tuple[list[str], str | None]:
+    """Return the words of an earlier run, replaced by those typed now, and its --config-dir. Raises ConfigError."""
+    where, folder = f"run.like={name}", Path(name)
+    typed = {key_of(word) for word in words}
+    typed |= {PAIRS[key] for key in typed & PAIRS.keys()}
+    kept = []
+    for word in _read(folder / "overrides.yaml", where):
+        if key_of(word) in typed or word.startswith("sweep."):
+            continue
+        if HIDDEN in word:
+            raise ConfigError(key_of(word), "was recorded without its secret", f"Type it again: {key_of(word)}=...")
+        if "trust_remote_code" in word:
+            print(f"kdx: {word} is not copied from {folder}: type it if that code may run", file=sys.stderr)
+            continue
+        kept.append(word)
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--config-dir", "-cd")
+    config_dir: str | None = flags.parse_known_args(_command(folder))[0].config_dir
+    return [*kept, *(word for word in words if key_of(word) != "run.like")], config_dir
+
+
+def newest() -> Path:
+    """Find the run under outputs/ that stopped last, of those that can be resumed. Raises ConfigError."""
+    files = [file for depth in ("*", "*/*", "sweeps/*/*") for file in Path("outputs").glob(f"{depth}/status.json")]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        state = read_json(file).get("state")
+        if state in ("interrupted", "failed", "running") and is_resumable(file.parent) and not holder(file.parent):
+            return file.parent
+    raise ConfigError("run.resume=last", "no run under outputs/ can be resumed", "Name a run folder")
+
+
+def _read(file: Path, where: str) -> Any:
+    if not file.is_file():
+        hint = "Name a folder that kdx made, such as outputs/2026-11-24/02-45-09-123456"
+        raise ConfigError(where, f"{file.parent} is not a run folder: it has no {file.name}", hint)
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def _command(folder: Path) -> list[str]:
+    file = folder / "command.txt"
+    return shlex.split(file.read_text(encoding="utf-8"), comments=True)[3:] if file.is_file() else []

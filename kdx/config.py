@@ -99,7 +99,7 @@ class DataConfig(OpenGroup):
     """Longest row in tokens; null is what the models can read."""
     on_long: Literal["truncate", "split", "drop", "error"]  # What to do with a longer row
     on_bad_row: Literal["stop", "skip"]
-    """What to do with a row that the source or the chat template refuses; skipped rows are counted."""
+    """What to do with a row that the source or the chat template rejects; skipped rows are counted."""
     max_bad_rows: Count | Annotated[float, Field(ge=0, lt=1)] | None
     """Most rows that on_bad_row=skip leaves out: a number of rows, a share of all below 1, or null for any number."""
     assistant_only: bool  # Count only the assistant's tokens and the token that ends its turn in the loss
@@ -137,7 +137,7 @@ class OptimConfig(OpenGroup):
 
 
 class AdapterConfig(Group):
-    name: Literal["none", "lora"]  # Train all weights, or small matrices beside the frozen ones (peft's LoraConfig)
+    name: Literal["none", "lora"]  # Train all weights, or small matrices added to frozen ones (peft's LoraConfig)
     r: Positive
     """Rank of each adapter."""
     lora_alpha: Above0
@@ -267,7 +267,7 @@ class Config(Group):
 
 
 def as_dict(config: BaseModel) -> dict[str, Any]:
-    """Return a config, or one of its groups, as plain nested values; options stand beside their group's own keys."""
+    """Return a config, or one of its groups, as plain nested values; options are among their group's own keys."""
     return config.model_dump()
 
 

@@ -91,7 +91,7 @@ def job_name(keys: list[str], words: list[str], config: Config) -> str:
 
 
 def _safe(text: str) -> str:
-    """Make a part of a folder's name: letters, digits, . and -."""
+    """Return a text as part of a folder's name: letters, digits, . and -."""
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text)[:MAX_LETTERS].strip("-.") or "x"
 
 
@@ -192,7 +192,7 @@ def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool 
 
 
 def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, str]:
-    """Say how a job stands: done, held, failed (by this command) or left, and why. Raises ConfigError."""
+    """Return the state of a job (done, held, failed by this command, or left) and the reason. Raises ConfigError."""
     run = RunFolder(folder)
     status = run.status()
     state, reason = status.get("state", "not started"), status.get("reason", "see its error above")

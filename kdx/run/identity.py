@@ -66,7 +66,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def config_identity(config: Config) -> dict[str, Any]:
-    """Describe what decides the student as far as the config says it, without secrets: it is written down."""
+    """Describe the part of it that is in the config, with secrets replaced."""
     return dict(redact(used(leaves(as_dict(config)))))
 
 
@@ -81,7 +81,7 @@ def used(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def canonical(value: Any) -> str:
-    """Write as JSON, the same for equal values on any day; 1 and 1.0 are equal."""
+    """Write as JSON, always the same for equal values; 1 and 1.0 are equal."""
     return json.dumps(json.loads(json.dumps(value, default=str), parse_float=_number), sort_keys=True)
 
 
@@ -91,7 +91,7 @@ def digest(identity: dict[str, Any]) -> str:
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> Differences:
-    """Return what differs between two identities; a content that one of them does not know is no difference."""
+    """Return what differs between two identities. Contents that are unknown in one of them are left out."""
     unknown = [key for key in CONTENTS if was.get(key) is None or now.get(key) is None]
     keys = [key for key in {**was, **now} if key not in unknown]
     return [(key, was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)]
@@ -171,7 +171,7 @@ def _model(model: ModelConfig, group: str, patterns: Sequence[str], place: str |
 
 
 def adapter_base(folder: Path) -> str | None:
-    """Return the model that an adapter folder stands beside; None if it is no adapter folder."""
+    """Return the base model that an adapter folder names; None if it is no adapter folder."""
     return read_json(folder / "adapter_config.json").get("base_model_name_or_path")
 
 
