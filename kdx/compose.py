@@ -85,6 +85,8 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
         if swept:
             hint = f"Add -m to try each; a list is typed with brackets: {swept[0]}=[...]"
             raise ConfigError(swept[0], "has several values, which is a sweep", hint)
+        if not hydra.run.dir:
+            raise ConfigError("hydra.run.dir", "is empty", "Name the run's folder, or leave it out")
         return Plan([composer.point(every[0])], Path(str(hydra.run.dir)), config_dir)
     if params := plain(hydra.sweeper.get("params") or {}):
         # Hydra would sweep over these besides the words: merged, a typed word takes the place of the same key.
