@@ -98,6 +98,7 @@ def _of_off(tree: dict[str, Any], typed: set[str], known: list[str]) -> list[Con
     for choice, keys, key, off, why in (
         ("adapter=lora", adapters, "adapter.name", "none", "the student has no adapter"),
         ("rollout=student", rollouts, "rollout.name", "none", "nothing is generated"),
+        ("data=pairs or data=messages", ["data.path"], "data.name", "chitchat", "data=chitchat has rows of its own"),
         ("student=hf", ["student.path"], "student.init", "cut", "the student is cut from the teacher"),
     ):
         if choice.split("=")[0] not in typed and leaves(tree).get(key) == off:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx import plugins
-from kdx.errors import ConfigError, KdxError, MachineError, one_line, printable, user_error
+from kdx.errors import ConfigError, MachineError, one_line, printable, user_error
 from kdx.run.redact import redact
 from kdx.run.signals import num_processes
 from kdx.version import __version__
@@ -219,13 +219,11 @@ def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
         return 141
     except Exception as error:
         known = user_error(error, folder)
-        return _print(known) if known else _bug()
-
-
-def _print(error: KdxError) -> int:
-    for line in error.lines:
-        print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
-    return error.exit_code
+        if not known:
+            return _bug()
+        for line in known.lines:
+            print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
+        return known.exit_code
 
 
 def _bug() -> int:

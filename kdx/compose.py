@@ -194,10 +194,6 @@ class Composer:
         values = [w for w in typed if not self._is_choice(w) and not w.key_or_group.startswith("hydra.")]
         tree, unset = laid_over(composed, values)
         faults += wrong + unset
-        data = tree["data"]
-        if "data.path" in keys and "data" not in keys and data.get("path") and data.get("name") == "chitchat":
-            hint = "Choose the format: data=pairs or data=messages"
-            faults.append(ConfigError("data.path", "is given, but data=chitchat has its own data", hint))
         config = checked(tree, faults, keys, [key for key in leaves(plain(composed)) if not key.startswith("hydra.")])
         said = [word.removeprefix("++") for word in words if not word.startswith("hydra.")]
         return Point(said, config, sources | {key: "typed" for key in SOURCES if key in keys})
@@ -246,12 +242,7 @@ class Composer:
         return found
 
 
-_composer = functools.cache(Composer)
-
-
-def composer_for(config_dir: str | None) -> Composer:
-    """Return the Composer of a folder of options, the same each time. Raises ConfigError."""
-    return _composer(config_dir and str(Path(config_dir).resolve()))
+composer_for = functools.cache(Composer)
 
 
 def plain(node: Any) -> dict[str, Any]:

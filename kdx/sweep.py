@@ -104,12 +104,12 @@ def run(plan: "Plan", argv: list[str]) -> int:
     argv: what was typed; the workers run it too, and share the time at which the command started.
     """
     _failed.clear()
-    since, code = float(os.environ.get(STARTED) or time.time()), 0
+    since, code, is_worker = float(os.environ.get(STARTED) or time.time()), 0, STARTED in os.environ
     workers, num_baselines = plan.points[0].config.sweep.workers, len(plan.jobs) - len(plan.points)
-    if num_baselines > 0 and is_main() and not is_worker():
+    if num_baselines > 0 and is_main() and not is_worker:
         baselines = f"{num_baselines} baseline{'s' if num_baselines > 1 else ''} (alpha=0)"
         print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
-    if workers > 1 and not is_worker():
+    if workers > 1 and not is_worker:
         if plan.hydra or num_processes() > 1:
             what = f"is {workers}, but workers share only points that are known in advance, without torchrun"
             raise ConfigError("sweep.workers", what, "Leave it out")
@@ -123,8 +123,9 @@ def run(plan: "Plan", argv: list[str]) -> int:
         run_hydra(plan.hydra, partial(_hydras_job, words, plan.config_dir, Record([], plan.swept, {}, argv), since))
     else:
         for folder, point in plan.jobs.items():
-            do_job(point.config, Record(point.words, plan.swept, point.sources, argv), folder, since=since)
-    if not is_worker() and is_main():  # the parent, or rank 0, reports
+            record = Record(point.words, plan.swept, point.sources, argv)
+            do_job(point.config, record, folder, since=since, is_own_gpu=is_worker)
+    if not is_worker and is_main():  # the parent, or rank 0, reports
         _report(plan, since)
     return 5 if _failed else code
 
@@ -168,7 +169,7 @@ def do_job(
             if is_main():
                 print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
             if not reason:
-                measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or is_worker())
+                measure = start_run(config, record, folder, is_own_gpu=is_own_gpu)
         if not reason and is_main():
             _write_page(folder.parent)
         return 0
@@ -285,8 +286,3 @@ def _write_page(folder: Path, *, is_printed: bool = False) -> None:
             print(f"kdx: {line}", flush=True)
     except Exception as error:
         print(f"kdx: no comparison of {folder}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-
-
-def is_worker() -> bool:
-    """Whether this process is one of those that `sweep.workers` started."""
-    return STARTED in os.environ

@@ -260,7 +260,7 @@ def test_ones_own_folder_of_options(capfd):
     write("mine/recipe/mine.yaml", "# @package _global_\noptim: {lr: 3.0e-4}\ntrain: {max_steps: 7, epochs: null}\n")
     experiment = "# @package _global_\ndefaults:\n  - override /teacher: mine\n  - override /student: mine\n"
     write("mine/experiment/mine.yaml", experiment + "data: {max_length: 99}\n")
-    (point,) = plan(["experiment=mine"], "mine").points
+    (point,) = plan(["experiment=mine"], str(Path("mine").resolve())).points
     assert (point.config.teacher.path, point.config.student.path) == ("/models/big", "/models/small")
     assert (point.config.train.max_steps, point.config.train.epochs) == (7, None)
     assert point.sources["optim.lr"] == "mine/recipe/mine.yaml"
@@ -287,7 +287,7 @@ def test_ones_own_folder_of_options(capfd):
 def test_yaml_of_ones_own_that_is_wrong(file, text, word, says):
     write(f"mine/{file}.yaml", text)
     with pytest.raises(ConfigError) as caught:
-        plan([word], "mine")
+        plan([word], str(Path("mine").resolve()))
     assert says in str(caught.value)
     assert len(caught.value.lines) == 1
 
