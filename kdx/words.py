@@ -55,7 +55,7 @@ MEANT = {
     "train.precision=bf16": "bf16",
     "train.precision=fp16": "fp16",
     "train.precision": "mixed_precision dtype student.precision student.dtype student.torch_dtype",
-    "eval.every": "eval_steps eval.steps eval_strategy evaluation_strategy val_check_interval eval_every "
+    "eval.every": "eval_steps eval.steps eval.strategy eval_strategy evaluation_strategy val_check_interval eval_every "
     "check_val_every_n_epoch evals_per_epoch",
     "eval.num_prompts": "eval.num_samples num_samples",
     "experiment=demo": "fast_dev_run",
@@ -136,7 +136,8 @@ def hint_for(key: str, known: Sequence[str]) -> str:
         return FOREIGN[group]
     names = {k.removeprefix(f"{group}."): k for k in known}
     near = same or [names[name] for name in get_close_matches(key.removeprefix(f"{group}."), names, n=1, cutoff=0.7)]
-    near = near or [f"{choice}=NAME" for choice in get_close_matches(key, CHOICES, n=1, cutoff=0.7)]
+    near = near or [names[name] for name in names if len(last) > 2 and name.startswith(last)]
+    near = near or [f"{choice}=NAME" for choice in get_close_matches(last, CHOICES, n=1, cutoff=0.7)]
     return f"Did you mean {' or '.join(near)}?" if near else "See all keys with: python -m kdx --cfg job"
 
 
