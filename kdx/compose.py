@@ -301,9 +301,11 @@ def _rename(cfg: DictConfig, typed: set[str]) -> None:
 
 def _unreadable(word: str) -> ConfigError:
     """Say why a word cannot be read."""
-    meant = FOREIGN.get(key_of(word.lstrip("-")), "A value with spaces, brackets or signs needs quotes: 'KEY=\"a b\"'")
-    what = "is not a flag" if word.startswith("-") else "cannot be read"
-    return ConfigError(word or "''", what, f"Words are KEY=VALUE, without dashes or spaces. {meant}")
+    what, hint = "cannot be read", "A value with spaces, brackets or signs needs quotes: 'KEY=\"a b\"'"
+    if word.startswith("-"):
+        what, hint = "is not a flag", "Flags are listed by python -m kdx --hydra-help"
+    hint = FOREIGN.get(key_of(word.lstrip("-")), hint)
+    return ConfigError(word or "''", what, f"Words are KEY=VALUE, without dashes or spaces. {hint}")
 
 
 def _reason(error: Exception) -> str:
