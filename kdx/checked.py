@@ -38,7 +38,7 @@ def checked(tree: dict[str, Any], faults: list[ConfigError], typed: set[str], in
 
 
 def should(messages: Iterable[str]) -> str:
-    """Join what pydantic says of a value, once for each type that it could have: `be a valid integer or be null`."""
+    """Join what pydantic says of a value, once for each type that it could have: `be a whole number or be null`."""
     text = " or ".join(dict.fromkeys(re.sub(r"^.*? should | or instance of \w+$", "", message) for message in messages))
     for pydantics, ours in PLAINER.items():
         text = text.replace(pydantics, ours)
@@ -62,9 +62,7 @@ def _of_shape(error: ValidationError, known: list[str]) -> list[ConfigError]:
             for name in leaves({key: value}) or [key]:
                 hint = hint_for(name, [other for other in known if other != name])
                 found[name] = ConfigError(name, "is not a key of kdx", hint)
-        elif (
-            fault["type"] == "missing"
-        ):  # the first of its group: an option that builds on none of kdx's own lacks many
+        elif fault["type"] == "missing":  # one of each group: an option that builds on none of kdx's own lacks many
             hint = f"Set it: {key}=..., or begin your option with: defaults: [NAME, _self_]"
             found.setdefault(".".join(path[:-1]), ConfigError(key, "is missing", hint))
         elif key not in found:
@@ -93,17 +91,16 @@ def _of_options(tree: dict[str, Any], typed: set[str], known: list[str]) -> list
 
 def _of_off(tree: dict[str, Any], typed: set[str], known: list[str]) -> list[ConfigError]:
     """Typed keys that change nothing, because of a choice that was not typed."""
-    adapters, rollouts = ([key for key in known if key.startswith(f"{group}.")] for group in ("adapter", "rollout"))
-    found = []
-    for choice, keys, key, off, why in (
-        ("adapter=lora", adapters, "adapter.name", "none", "the student has no adapter"),
-        ("rollout=student", rollouts, "rollout.name", "none", "nothing is generated"),
-        ("data=pairs or data=messages", ["data.path"], "data.name", "chitchat", "data=chitchat has rows of its own"),
-        ("student=hf", ["student.path"], "student.init", "cut", "the student is cut from the teacher"),
+    found, flat, keys = [], leaves(tree), sorted(typed.intersection(known))
+    for choice, of, key, off, why in (
+        ("adapter=lora", "adapter.", "adapter.name", "none", "the student has no adapter"),
+        ("rollout=student", "rollout.", "rollout.name", "none", "nothing is generated"),
+        ("data=pairs or data=messages", "data.path", "data.name", "chitchat", "data=chitchat has rows of its own"),
+        ("student=hf", "student.path", "student.init", "cut", "the student is cut from the teacher"),
     ):
-        if choice.split("=")[0] not in typed and leaves(tree).get(key) == off:
-            none = typed.intersection(keys) - {key}
-            found += [ConfigError(name, f"has no effect: {why}", f"Add {choice}") for name in sorted(none)]
+        if choice.split("=")[0] not in typed and flat.get(key) == off:
+            none = [name for name in keys if name.startswith(of) and name != key]
+            found += [ConfigError(name, f"has no effect: {why}", f"Add {choice}") for name in none]
     return found
 
 

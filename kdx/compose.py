@@ -104,8 +104,8 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
     baselines: list[Point] = []
     if all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha for c in configs):
         is_on_policy = any(c.rollout.name == "student" for c in configs)
-        alike = sweep.baseline_words(typed, with_rollouts=is_on_policy)
-        baselines = composer.points(sweep.points(composer.parsed(alike)[0]))
+        without = sweep.baseline_words(typed, with_rollouts=is_on_policy)
+        baselines = composer.points(sweep.points(composer.parsed(without)[0]))
     named = [(sweep.job_name(swept, job.words, job.config), job) for job in (*baselines, *points)]
     made.jobs = {made.folder / name: job for name, job in named}
     if not str(hydra.launcher.get("_target_")).endswith(".BasicLauncher"):
