@@ -264,6 +264,8 @@ def _report(plan: "Plan", since: float) -> None:
             if not mark.exists() or mark.stat().st_mtime < max([since, *(file.stat().st_mtime for file in jobs)]):
                 _write_page(plan.folder, is_printed=True)
                 mark.touch()
+            else:
+                print(f"kdx: nothing is left; another process has just compared the jobs in {plan.folder}", flush=True)
     for what, rows in found.items():
         if rows and what != "done":
             print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
