@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kdx.config import OPEN_GROUPS, Config, Group, contradictions, leaves
+from kdx.config import OPEN_GROUPS, Config, DataConfig, Group, contradictions, leaves
+from kdx.data import sources
 from kdx.errors import ConfigError, together
 from kdx.words import FOREIGN, hint_for
 
@@ -31,7 +32,7 @@ def checked(tree: dict[str, Any], faults: list[ConfigError], typed: set[str], in
         reported = {fault.args[0] for fault in faults}
         faults += [fault for fault in _of_shape(error, known) if fault.args[0] not in reported]
     if not faults:
-        faults = [ConfigError(*contradiction) for contradiction in contradictions(config)]
+        faults = [ConfigError(*contradiction) for contradiction in contradictions(config)] + _of_source(config.data)
     if faults:
         raise together(faults)
     return config
@@ -87,6 +88,16 @@ def _of_options(tree: dict[str, Any], typed: set[str], known: list[str]) -> list
             if name not in own and (is_foreign or get_close_matches(name, own, n=1, cutoff=0.8)):
                 found.append(ConfigError(key, "is not a key of kdx", hint_for(key, known)))
     return found
+
+
+def _of_source(data: DataConfig) -> list[ConfigError]:
+    """Options that the data source does not have. Plug-ins are not imported yet, so one's own source is checked later."""
+    try:
+        if data.name in sources._SOURCES:
+            sources.check_source(data)
+    except ConfigError as error:
+        return [error]
+    return []
 
 
 def _of_off(tree: dict[str, Any], typed: set[str], known: list[str]) -> list[ConfigError]:

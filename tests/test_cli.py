@@ -111,6 +111,7 @@ MISTAKES = {
     "data.validation=0": "a number of rows, a share below 1",
     "data.on_long=trunc": "Did you mean truncate?",
     "data.path=foo.jsonl": "data=pairs or data=messages",
+    "data=pairs data.path=x data.prompt=q": "data.prompt: is not an option here. Did you mean system_prompt?",
     "data=foo.jsonl": "Your own rows: data=pairs data.path=FILE",
     "train.batch_size=eight": "is 'eight'. It should be a whole number. Rows in one optimizer step",
     "train.compile=yes": "is 'yes'. It should be true or false",
