@@ -75,7 +75,7 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
     """Compose and check every run that a command line asks for. Raises one ConfigError with a line per fault."""
     composer = composer_for(config_dir)
     typed, faults = composer.parsed(words)
-    every, swept = sweep.points(typed), sweep.swept_keys(typed)
+    every, swept = sweep.points(typed)
     if faults:
         composer.points(every, faults)
     if not every:
@@ -103,9 +103,12 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
         return made
     baselines: list[Point] = []
     if all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha for c in configs):
-        is_on_policy = any(c.rollout.name == "student" for c in configs)
-        without = sweep.baseline_words(typed, with_rollouts=is_on_policy)
-        baselines = composer.points(sweep.points(composer.parsed(without)[0]))
+        # The same sweep without all that is typed of the loss, and without answers that only a teacher says anything of.
+        off = {"loss": "loss.alpha=0"}
+        if any(c.rollout.name == "student" for c in configs):
+            off["rollout"] = "rollout=none"
+        kept = [str(word.input_line) for word in typed if word.key_or_group.split(".")[0] not in off]
+        baselines = composer.points(sweep.points(composer.parsed([*kept, *off.values()])[0])[0])
     named = [(sweep.job_name(swept, job.words, job.config), job) for job in (*baselines, *points)]
     made.jobs = {made.folder / name: job for name, job in named}
     if not str(hydra.launcher.get("_target_")).endswith(".BasicLauncher"):
@@ -268,7 +271,6 @@ def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[Co
     Of max_steps and epochs the one that is typed wins: the other is null, unless it is typed too.
     """
     cfg, typed = copy.deepcopy(OmegaConf.create(base)), {word.key_or_group for word in words}
-    _rename(cfg, typed)
     faults = apply(words, cfg)
     for key, other in PAIRS.items():
         if key in typed and other not in typed and OmegaConf.select(cfg, key) is not None:
@@ -286,17 +288,6 @@ def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[Co
             faults.append(ConfigError(key, _reason(error), "Set what it names, or give a value"))
             OmegaConf.update(cfg, key, None)
     return OmegaConf.to_container(cfg, resolve=True), faults  # type: ignore[return-value]
-
-
-def _rename(cfg: DictConfig, typed: set[str]) -> None:
-    """Give keys of YAML that have an old name the new one; what is typed wins."""
-    OmegaConf.set_struct(cfg, False)
-    for old in RENAMED:
-        group, _, name = old.partition(".")
-        if name in (cfg.get(group) or ()):
-            value, new = cfg[group].pop(name), new_name(old)
-            if new not in typed:
-                OmegaConf.update(cfg, new, value)
 
 
 def _unreadable(word: str) -> ConfigError:

@@ -35,14 +35,11 @@ MAX_LETTERS = 60  # of a value in a folder's name; the hash tells long ones apar
 STARTED = "KDX_SWEEP_STARTED"  # in the environment of a worker: when its command started
 
 
-def swept_keys(words: list[Override]) -> list[str]:
-    """Return the keys that have several values, in the order typed; of a key typed twice the last counts."""
-    last = {word.get_key_element().lstrip("+~"): word for word in words}
-    return [key for key, word in last.items() if word.is_sweep_override()]
+def points(words: list[Override]) -> tuple[list[list[str]], list[str]]:
+    """Return every combination of the swept values as the words of a single run, and the keys with several values.
 
-
-def points(words: list[Override]) -> list[list[str]]:
-    """Return every combination of the swept values as the words of a single run; of an interval, its two ends."""
+    Of a key typed twice the last word counts, of an interval its two ends.
+    """
     values: dict[str, list[str]] = {}
     for word in words:
         key = word.get_key_element()
@@ -52,17 +49,8 @@ def points(words: list[Override]) -> list[list[str]]:
             values[key] = [f"{key}={value}" for value in word.sweep_string_iterator()]
         else:
             values[key] = [str(word.input_line)]
-    return [list(point) for point in itertools.product(*values.values())]
-
-
-def baseline_words(words: list[Override], *, with_rollouts: bool = False) -> list[str]:
-    """Return the words of the same sweep without distillation: alpha = 0 in place of all that is typed of the loss.
-
-    with_rollouts: whether students answer rows themselves, of which only a teacher says anything: that is left out too.
-    """
-    groups, instead = (("loss", "rollout"), ["rollout=none"]) if with_rollouts else (("loss",), [])
-    kept = [str(w.input_line) for w in words if w.key_or_group.split(".")[0] not in groups]
-    return [*kept, *instead, "loss.alpha=0"]
+    swept = [key.lstrip("+~") for key, some in values.items() if len(some) > 1]
+    return [list(point) for point in itertools.product(*values.values())], swept
 
 
 def sweep_name(keys: list[str], configs: list[Config]) -> str:

@@ -13,7 +13,7 @@ OPTIONAL = CHOICES[-3:]  # groups of which nothing may be chosen
 RENAMED = {
     "train.eval_every": "eval.every",
     "data.system": "data.system_prompt",
-}  # keys under their old names, which still work
+}  # keys that still work under their old names when they are typed
 
 # kdx's name: the names that it has in HF Trainer, TRL, peft, axolotl, Lightning and papers.
 MEANT = {
@@ -118,6 +118,7 @@ FOREIGN = {
     for word in words.split()
 }
 FOREIGN |= {word: f"No equivalent: {why}" for why, words in _NONE.items() for word in words.split()}
+FOREIGN |= {old: f"It is called {new} now" for old, new in RENAMED.items()}  # in YAML
 
 
 def hint_for(key: str, known: Sequence[str]) -> str:
