@@ -1,12 +1,13 @@
 """The loss and a training step at the sizes of real models, as multiples of the time of their matrix products.
 
     python benchmarks/gpu.py loss [--shapes 4096,128256,2048,4096] [--chunk 2048]     N, V, d, D
-    python benchmarks/gpu.py memory [--rows 4 --length 1024] [--checkpointing]      peak of a step, full, LoRA and QLoRA
+    python benchmarks/gpu.py memory [--rows 4 --length 1024] [--checkpointing]      peak and time of a step: full, LoRA, QLoRA
     python benchmarks/gpu.py step [--student 16,2048,8192,32,8] [--teacher 28,3072,8192,24,8] [--rows 8 --length 1024]
 
 Weights are random and made on the device, so nothing is downloaded. Matrix products in bf16, AdamW over fp32 weights.
-`memory` predicts a peak as `kdx check` does and measures it; its QLoRA student and teacher have the shape of Llama-3.1 8B
-(without a GPU they are not quantised). `loss` first compares kdx's gradients with torch's in float64. --tiny is a quick check on any machine. Whole runs beside
+`memory` predicts a peak as `kdx check` does and measures it, beside the same step with the whole logits of both models, as
+TRL computes it; its QLoRA student and teacher have the shape of Llama-3.1 8B. Without a GPU nothing is quantised.
+`loss` first compares kdx's gradients with torch's in float64. --tiny is a quick check on any machine. Whole runs beside
 Hugging Face's Trainer and TRL are in benchmarks/step.py.
 
 N counted positions, V vocabulary, d / D width of student / teacher.
@@ -18,6 +19,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -288,33 +290,65 @@ class Longest(list[Row]):
         return np.array([len(row.tokens) for row in self])
 
 
-def quantised(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Put 4-bit layers (bitsandbytes, nf4) in the place of a model's linear ones, but for the head; one at a time."""
+def quantised(model: LlamaForCausalLM, bits: int) -> LlamaForCausalLM:
+    """Put 4- or 8-bit layers (bitsandbytes) in the place of a model's linear ones, but for the head; one at a time."""
     import bitsandbytes as bnb
 
     for name, layer in list(model.model.named_modules()):
         if isinstance(layer, nn.Linear):
-            small = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-            )
-            small.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4").to(DEVICE)
+            shape, weight = (layer.in_features, layer.out_features), layer.weight.data
+            small: Any
+            if bits == 4:
+                small = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+                small.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(DEVICE)
+            else:
+                small = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=6.0)
+                small.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(DEVICE)
             model.model.set_submodule(name, small)
+    setattr(model, f"is_loaded_in_{bits}bit", True)  # peft looks there
     return model
 
 
-def measure_memory(args: argparse.Namespace, student_shape: str, teacher_shape: str, kind: str) -> list[str]:
+@dataclass(frozen=True)
+class Kind:
+    """A line of the table of `memory`; without a GPU nothing is quantised."""
+
+    name: str
+    adapter: bool = False
+    bits: int = 16  # of the student
+    teacher_bits: int = 16
+    optim: str = "adamw"
+    large: bool = False  # student and teacher of Llama-3.1 8B's shape
+    whole: bool = False  # the peer: whole logits of both models, as in TRL's GKDTrainer
+
+
+KINDS = (
+    Kind("full"),
+    Kind("full, whole logits (TRL's loss)", whole=True),
+    Kind("full, 8-bit teacher and optimizer", teacher_bits=8, optim="adamw_8bit"),
+    Kind("full, 4-bit teacher, paged optimizer", teacher_bits=4, optim="paged_adamw_8bit"),
+    Kind("lora", adapter=True),
+    Kind("lora, whole logits (TRL's loss, peft)", adapter=True, whole=True),
+    Kind("qlora, 8B under 8B", adapter=True, bits=4, teacher_bits=4, large=True),
+)
+
+
+def measure_memory(args: argparse.Namespace, kind: Kind) -> list[str]:
     """Predict the peak of a step as `kdx check` does, measure it over real steps → the cells of a table."""
-    small = quantised if kind == "qlora" and DEVICE.type == "cuda" else lambda model: model
-    student = make_model(student_shape, args.vocabulary, torch.float32 if kind == "full" else torch.bfloat16)
-    student = small(student)
-    if kind != "full":
+    shapes = (LARGE, LARGE) if kind.large and not args.tiny else (args.student, args.teacher)
+    dtypes = (torch.bfloat16 if kind.adapter else torch.float32, torch.bfloat16)
+    models = []
+    for shape, dtype, bits in zip(shapes, dtypes, (kind.bits, kind.teacher_bits), strict=True):
+        model = make_model(shape, args.vocabulary, dtype)
+        models.append(quantised(model, bits) if bits < 16 and DEVICE.type == "cuda" else model)
+    student, live = models
+    if kind.adapter:
         add_adapter(student, compose(["student=hf", "student.path=x", "adapter=lora"]).adapter, None, seed=0)
     if args.checkpointing:
         checkpoint_activations(student)
-    live = small(make_model(teacher_shape, args.vocabulary, torch.bfloat16))
     teacher = Teacher(lambda: live, Identity("", "bf16", "none"))
     objective = Objective(student, args.vocabulary, Mix(alpha=ALPHA, temperature=TEMPERATURE))
-    optim = compose([f"optim={args.optim}"]).optim
+    optim = compose([f"optim={kind.optim if DEVICE.type == 'cuda' else 'adamw'}"]).optim
     optimizer = build_optimizer(optim, objective)
     machine = SimpleNamespace(
         device=DEVICE, num_processes=1, autocast=lambda: torch.autocast(DEVICE.type, torch.bfloat16)
@@ -328,38 +362,57 @@ def measure_memory(args: argparse.Namespace, student_shape: str, teacher_shape: 
         batches=SimpleNamespace(batch_size=args.rows, micro_batch_size=args.rows, pad_id=0),
         data=SimpleNamespace(train=rows), config=SimpleNamespace(optim=optim, rollout=SimpleNamespace(is_on_policy=False)),
     )  # fmt: skip
-    predicted = [{size: check.rise(training, size) for size in sizes} for sizes in ((1, 2), (args.rows,))]
-    kept = sum(check.kept_in_memory(training).values())
-    totals = [kept + check.predicted(measured, args.rows) for measured in predicted]
+    kept, totals = check.kept_in_memory(training), list[float]()
+    if not kind.whole:
+        for sizes in ((1, 2), (args.rows,)):
+            measured = {size: check.rise(training, size) for size in sizes}
+            totals.append(sum(kept.values()) + check.predicted(measured, args.rows))
+    batch = collate(rows, 0).to(DEVICE)
 
-    def step() -> None:
-        check.a_pass(training, args.rows)
+    def step(*, with_pulls: bool = False) -> None:
+        if kind.whole:
+            whole_logits(student, live, batch).backward()
+        else:
+            check.a_pass(training, args.rows, with_pulls=with_pulls)
         nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     if DEVICE.type == "cuda":
         ms, _ = measure(step, args.repeats)
+        step(with_pulls=True)
         peak = torch.cuda.max_memory_allocated()
     else:
         with check.PeakBytes() as tensors:
             ms, _ = measure(step, args.repeats)
-        peak = tensors.peak + kept - check.kept_in_memory(training)["optimizer"]
-    speed = 1e3 * args.rows * args.length / ms
-    return [*(f"{size / 1e9:.3g}" for size in (*totals, peak)), f"{ms:.1f}", f"{speed:,.0f}"]
+            step(with_pulls=True)
+        peak = tensors.peak + sum(kept.values()) - kept["optimizer"]
+    sizes = [f"{size / 1e9:.3g}" for size in totals] or ["", ""]
+    return [*sizes, f"{peak / 1e9:.3g}", f"{ms:.1f}", f"{1e3 * args.rows * args.length / ms:,.0f}"]
+
+
+def whole_logits(student: Any, teacher: Any, batch: MicroBatch) -> Tensor:
+    """The same loss from the logits of all positions of both models, in float32."""
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        logits = student(batch.input_ids, use_cache=False).logits.float()
+        with torch.no_grad():
+            taught = teacher(batch.input_ids, use_cache=False).logits.float()
+    s, t = (F.log_softmax(z / TEMPERATURE, -1) for z in (logits, taught))
+    kd = F.kl_div(s, t, log_target=True, reduction="none").sum(-1).flatten()[batch.positions].mean()
+    ce = F.cross_entropy(logits.flatten(0, 1)[batch.positions], batch.counted_labels)
+    return ALPHA * TEMPERATURE**2 * kd + (1 - ALPHA) * ce
 
 
 def memory_table(args: argparse.Namespace) -> None:
     """Print predicted and measured peaks in GB, and the time of a step: each kind of student under a live teacher."""
-    table = Table(title=f"{args.rows} rows of {args.length} tokens, {args.optim}, live teacher; peak GB of a step")
+    table = Table(title=f"{args.rows} rows of {args.length} tokens, live teacher; peak GB of a step")
     for column in ("", "from 1 and 2 rows", "from all rows", "measured", "ms", "tokens/s"):
         table.add_column(column, justify="right" if column else "left")
-    large = (LARGE, LARGE) if not args.tiny else (args.student, args.teacher)
-    for kind, shapes in (("full", None), ("lora", None), ("qlora", large)):
+    for kind in KINDS:
         try:
-            table.add_row(kind, *measure_memory(args, *(shapes or (args.student, args.teacher)), kind))
+            table.add_row(kind.name, *measure_memory(args, kind))
         except torch.OutOfMemoryError as error:
-            table.add_row(kind, type(error).__name__)
+            table.add_row(kind.name, type(error).__name__)
         gc.collect()
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
@@ -381,7 +434,6 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the student's activations")
-    parser.add_argument("--optim", default="adamw", help="of `memory`: an option of conf/optim")
     parser.add_argument("--compile", action="store_true", help="torch.compile the bodies")
     parser.add_argument("--liger", action="store_true", help="Liger's norms, rotary embeddings and SwiGLU")
     args = parser.parse_args(words)

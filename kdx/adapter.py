@@ -4,7 +4,6 @@ Hu et al., 2021, arXiv:2106.09685; over a quantised base: Dettmers et al., 2023,
 """
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from kdx.causal_lm import load_causal_lm, loading
 from kdx.config import AdapterConfig, StudentConfig
 from kdx.data.files import resolve_path
-from kdx.errors import ConfigError, one_line
+from kdx.errors import ConfigError, ModelError, one_line
 from kdx.run.identity import adapter_base
 
 
@@ -34,15 +33,15 @@ def add_adapter(model: Any, config: AdapterConfig, path: str | None, seed: int) 
     Adapters are in float32, or in float64 beside a float64 base. Raises ConfigError or ModelError.
     """
     from peft import LoraConfig  # late: importing it takes a second
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     model.requires_grad_(False)
     torch.manual_seed(seed)
-    folder = Path(resolve_path(path, "student.path")) if path else None
-    if folder and adapter_base(folder):
-        load_adapter(model, folder, "student.path")
-        for name in ("r", "lora_alpha"):
+    if path and adapter_base(path):
+        load_adapter(model, path, "student.path")
+        for name in ("r", "lora_alpha", "lora_dropout"):
             if (has := getattr(model.peft_config["default"], name)) != (asked := getattr(config, name)):
-                what = f"is {asked:g}, but the adapter in {folder} has {has:g}"
+                what = f"is {asked:g}, but the adapter in {path} has {has:g}"
                 raise ConfigError(f"adapter.{name}", what, f"Set adapter.{name}={has:g}")
     else:
         text = set(map(id, model.get_decoder().modules()))
@@ -63,13 +62,26 @@ def add_adapter(model: Any, config: AdapterConfig, path: str | None, seed: int) 
             raise ConfigError("adapter.target_modules", what, "Choose all-linear, or layers of the backbone")
     for tensor in trained(model).values():
         tensor.data = tensor.data.to(torch.promote_types(model.dtype, torch.float32))
+    for part in model.modules():
+        if isinstance(part, BaseTunerLayer):
+            part._cast_input_dtype = _as_autocast_does
     model.eval()
 
 
-def load_adapter(model: Any, folder: Path, key: str) -> None:
+def _as_autocast_does(inputs: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Cast an adapter's inputs to its dtype, but not under autocast, which would keep a second copy cast back."""
+    return inputs if inputs is None or torch.is_autocast_enabled(inputs.device.type) else inputs.to(dtype)
+
+
+def load_adapter(model: Any, path: str, key: str) -> None:
     """Load an adapter folder into a model and train it further. Raises ModelError."""
-    with loading(str(folder), "adapter", key):
-        model.load_adapter(str(folder), is_trainable=True)
+    folder = resolve_path(path, key)
+    with loading(folder, "adapter", key):
+        model.load_adapter(folder, is_trainable=True)
+    config = model.peft_config["default"]
+    if config.peft_type != "LORA" or config.modules_to_save:
+        what = f"{folder} is not LoRA alone ({config.peft_type}, modules_to_save: {config.modules_to_save})"
+        raise ModelError(key, what, "Merge it into its base first")
 
 
 def merge_adapter(model: Any, dtype: torch.dtype) -> None:
@@ -90,14 +102,16 @@ def merge_adapter(model: Any, dtype: torch.dtype) -> None:
 
 
 def dequantise(model: Any, config: AdapterConfig, student: StudentConfig) -> None:
-    """Put the base as it was before it was quantised, in bfloat16, under a student's adapters."""
-    adapters, device = trained(model), model.device
+    """Put the base as it was before it was quantised, in bfloat16, under a student's adapters, in main memory.
+
+    A device that holds the quantised base need not have room for this one beside it.
+    """
     attention = model.config._attn_implementation
     plain: Any = load_causal_lm(student, "student", dtype=torch.bfloat16, attn_implementation=attention)
     add_adapter(plain, config, student.path, seed=0)
-    plain.load_state_dict({name: tensor.cpu() for name, tensor in adapters.items()}, strict=False)
+    plain.load_state_dict({name: tensor.cpu() for name, tensor in trained(model).items()}, strict=False)
     for name, part in plain.named_children():
-        setattr(model, name, part.to(device))
+        setattr(model, name, part)
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     vars(model).pop("quantization_method", None)  # with it, transformers refuses to move or save the model

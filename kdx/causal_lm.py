@@ -42,9 +42,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of check_split; lower precisions 5e-2
-HINTS = {  # words of transformers' errors → what helps
-    "for this kind of AutoModel: AutoModelForCausalLM": "kdx distils causal language models (decoders): choose one",
-    "FP8": "fp8 weights need a GPU that has it: choose the model's bf16 weights",
+HINTS = {  # words of transformers' errors, in small letters → what helps
+    "for this kind of automodel: automodelforcausallm": "kdx distils causal language models (decoders): choose one",
     "fp8": "fp8 weights need a GPU that has it: choose the model's bf16 weights",
 }
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -222,12 +221,11 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a model in eval mode, complete. Raises ModelError, or MachineError if a package is not installed."""
     path = locate(config, group)
-    extra: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    quantised = dict[str, Any]()  # None would undo what a config.json says
     with loading(path, "model", f"{group}.path"):
         if quantization != "none":
-            extra["quantization_config"] = BitsAndBytesConfig(
-                **{f"load_in_{quantization}": True}, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
+            how = {f"load_in_{quantization}": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+            quantised["quantization_config"] = BitsAndBytesConfig(**how)
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -235,7 +233,8 @@ def load_causal_lm(
             trust_remote_code=config.trust_remote_code,
             attn_implementation=attn_implementation,
             output_loading_info=True,
-            **extra,
+            device_map=device_map,
+            **quantised,
         )
     if missing := sorted(report["missing_keys"]):
         what = f"{path} lacks {len(missing)} tensors, the first {missing[0]}"
@@ -307,7 +306,7 @@ def locate(config: ModelConfig, group: str) -> str:
     if (folder / "adapter_config.json").is_file():
         if group == "teacher":
             raise ModelError(key, f"{folder} is a LoRA adapter", f"Name its base, and teacher.adapter={folder}")
-        if not (base := adapter_base(folder)):
+        if not (base := adapter_base(str(folder))):
             what, hint = f"{folder} is an adapter that names no base", "Add base_model_name_or_path to its config"
             raise ModelError(key, what, hint)
         return locate(replaced(config, path=base), group)
@@ -337,7 +336,7 @@ def loading(path: str, what: str, key: str) -> Iterator[None]:
             raise of_hub(error, ModelError, key, what, "Log in for gated models (hf auth login). " + hint) from error
         if isinstance(error, SafetensorError):
             hint = "Copy the weights again; from git: git lfs pull"
-        hint = next((better for words, better in HINTS.items() if words in what), hint)
+        hint = next((better for words, better in HINTS.items() if words in what.lower()), hint)
         raise ModelError(key, what, hint) from error
 
 

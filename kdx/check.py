@@ -20,6 +20,7 @@ from kdx.config import Config
 from kdx.data.batches import Row, collate
 from kdx.distill import prepared
 from kdx.errors import MEMORY, printable, shortened
+from kdx.objective import check_loss
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report, results
 from kdx.run.files import in_bytes, usage_of
@@ -38,10 +39,12 @@ def check(
 ) -> list[weigh.Row]:
     """Say what a run of this config in a folder would be. Raises KdxError for all that the run would refuse.
 
-    points: those of a sweep that differ from it in alpha and temperature, with their words: what alpha weighs there.
+    points: those of a sweep that differ from it in the loss, with their words: what alpha weighs there.
     """
     quiet_libraries()
     plugins.load()
+    for point, _ in points:
+        check_loss(point.loss)
     machine, record = build_accelerator(config), record or Record()
     with logging_to(None, machine.is_main_process), prepared(config, record, machine) as training:
         if not machine.is_main_process:
@@ -53,10 +56,8 @@ def check(
             text = printable(marked(training.tokenizer, row))
             CONSOLE.print(shortened(text, LONGEST_SHOWN), markup=False, style="dim")
         seconds = min(a_pass(training, 1) for _ in range(2))  # the first is to warm up
-        for line in memory_lines(training):
-            log.info(line)
-        log.info(f"to save memory: {MEMORY}")
-        for line in [*disk_lines(training, path), time_line(training, seconds)]:
+        lines = [*memory_lines(training), f"to save memory: {MEMORY}", *disk_lines(training, path)]
+        for line in [*lines, time_line(training, seconds)]:
             log.info(line)
         results.check_room(training, path)  # may raise, so everything else is printed first
         return weigh.weighed(training, points, record.swept) if points else []
@@ -101,7 +102,7 @@ class PeakBytes(TorchDispatchMode):
         return result
 
 
-def a_pass(training: Training, num_rows: int) -> float:
+def a_pass(training: Training, num_rows: int, *, with_pulls: bool = False) -> float:
     """Run teacher and student, forwards and backwards, on the longest rows → seconds a token. Gradients add up."""
     started = time.perf_counter()
     teacher, machine, rows = training.teacher, training.machine, training.data.train
@@ -111,18 +112,11 @@ def a_pass(training: Training, num_rows: int) -> float:
     if teacher is not None and training.objective.mix.alpha > 0:  # nothing is written to its store
         answer = Answer(teacher.live(batch), teacher.head) if teacher.is_loaded else teacher.answer(batch)
     with machine.autocast():
-        total, _ = training.objective(batch, answer)
+        total, _ = training.objective(batch, answer, with_pulls=with_pulls)
     total.backward()
     if machine.device.type != "cpu":  # wait until it has done what it was asked to
         torch.accelerator.synchronize()
     return (time.perf_counter() - started) / sum(len(row.tokens) for row in longest)
-
-
-def rows_at_once(training: Training) -> int:
-    """Return how many of the longest rows a micro-batch has."""
-    batches = training.batches
-    most = (batches.micro_batch_tokens or 0) // int(training.data.train.lengths.max())
-    return max(1, most) if batches.micro_batch_tokens else batches.micro_batch_size
 
 
 def rise(training: Training, num_rows: int) -> int:
@@ -135,16 +129,15 @@ def rise(training: Training, num_rows: int) -> int:
     before = torch.cuda.memory_allocated() if is_cuda else 0
     with nullcontext() if is_cuda else PeakBytes() as counted:
         for _ in range(min(2, num_micro)):  # the second runs with the gradients of the first in memory
-            a_pass(training, num_rows)
+            a_pass(training, num_rows, with_pulls=True)  # as steps that are logged: they need most
     training.optimizer.zero_grad(set_to_none=True)
     return torch.cuda.max_memory_allocated() - before if counted is None else counted.peak
 
 
-def rises(training: Training, free: float) -> dict[int, int]:
-    """Measure it for micro-batches of 1, 2, 4, … rows, up to the run's own or to what is still free."""
+def rises(training: Training, micro: int, free: float) -> dict[int, int]:
+    """Measure it for micro-batches of 1, 2, 4, … rows and of the run's own `micro`, as far as what is free allows."""
     measured: dict[int, int] = {}
-    most = max(2, rows_at_once(training))
-    for size in [*(2**i for i in range(most.bit_length()) if 2**i < most), most]:
+    for size in sorted({1, 2, micro, *(2**i for i in range(micro.bit_length()))}):
         if len(measured) > 1 and predicted(measured, size) > free:
             break
         try:
@@ -167,17 +160,19 @@ def predicted(measured: dict[int, int], num_rows: int) -> float:
 
 def memory_lines(training: Training) -> list[str]:
     """Say what is in memory at the peak of a step, part by part, and the largest micro-batch that fits."""
-    parts, free = kept_in_memory(training), free_bytes(training.machine.device)
-    free -= parts["optimizer"]  # the rest is there
-    measured, micro = rises(training, free), rows_at_once(training)
+    batches, parts, longest = training.batches, kept_in_memory(training), int(training.data.train.lengths.max())
+    share, by_tokens = batches.batch_size // training.machine.num_processes, batches.micro_batch_tokens
+    micro = min(share, max(1, by_tokens // longest)) if by_tokens else batches.micro_batch_size
+    free = free_bytes(training.machine.device) - parts["optimizer"]  # the rest is there
+    measured = rises(training, micro, free)
     gradients = sum(tensor.nbytes for tensor in trained(training.student).values())
     parts |= {"gradients": gradients, "activations, logits": predicted(measured, micro) - gradients}
     parts["total"] = sum(parts.values())
     lines = [f"  {name:<22}{in_bytes(round(size)):>10}" for name, size in parts.items()]
-    share = training.batches.batch_size // training.machine.num_processes
-    fits = [size for size in range(1, share + 1) if share % size == 0 and predicted(measured, size) <= free]
-    best = f"train.micro_batch_size={fits[-1]}" if fits else "no micro-batch"
-    best += " (the whole batch)" if fits and fits[-1] == share else ""
+    best, sizes = "no micro-batch", [size for size in range(1, share + 1) if by_tokens or share % size == 0]
+    if fits := [size for size in sizes if predicted(measured, size) <= free]:
+        best = f"train.micro_batch_tokens={fits[-1] * longest}" if by_tokens else f"train.micro_batch_size={fits[-1]}"
+        best += " (the whole batch)" * (fits[-1] == share)
     return ["memory of a step:", *lines, f"  fits            {best}, with {in_bytes(round(free))} free for a step"]
 
 
@@ -186,9 +181,9 @@ def kept_in_memory(training: Training) -> dict[str, float]:
     student, teacher = training.student, training.teacher
     tensors = list(trained(student).values())
     moments = sum(tensor.numel() for tensor in tensors) * state_bytes(training.config.optim, tensors[0])
-    parts = {"weights": student.get_memory_footprint(), "optimizer": moments}
+    parts = {"weights": bytes_of(student), "optimizer": moments}
     if teacher is not None:
-        parts["teacher"] = teacher.model.get_memory_footprint() if teacher.is_loaded else teacher.head.weight.nbytes
+        parts["teacher"] = bytes_of(teacher.model) if teacher.is_loaded else teacher.head.weight.nbytes
     if training.config.rollout.is_on_policy:
         shape, rollout = student.config.get_text_config(), training.config.rollout
         heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
@@ -196,6 +191,11 @@ def kept_in_memory(training: Training) -> dict[str, float]:
         length = min(int(training.data.train.lengths.max()) + rollout.max_new_tokens, training.max_length)
         parts["cache of generation"] = 2.0 * shape.num_hidden_layers * width * length * rollout.batch_size * 4
     return parts
+
+
+def bytes_of(model: torch.nn.Module) -> float:
+    """Sum the bytes of a model's tensors, tied ones once, and those that quantised ones are scaled by."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
 
 
 def free_bytes(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""The command line: words → run, sweep, check, store, compare; exit codes. Torch is imported when a run starts."""
+"""The command line: words → run, sweep, check, store, compare, evaluate; exit codes. Torch is imported when a run starts."""
 
 import argparse
 import os
@@ -33,6 +33,7 @@ python -m kdx store stat | verify | prune        its cache ($KDX_STORE, else out
                                                  checksums, drop what is damaged; prune --unused-days N, old teachers too
 python -m kdx generate KEY=VALUE ... --out FILE  write the teacher's answers to the training prompts, as data=messages
 python -m kdx compare PATH ...                   rank runs and sweeps: a table and a page
+python -m kdx evaluate PATH ... --on-policy      KL on their own answers, of runs that are done; --tasks A,B: scores by lm_eval
 python -m kdx run.resume=FOLDER                  resume a run; run.like=FOLDER starts a new one from its words
 
 == Groups (group=option) ==
@@ -73,6 +74,10 @@ def _main(argv: list[str]) -> int:
         from kdx.compare.read import main as compare
 
         return compare(argv[1:])
+    if name == "evaluate":
+        from kdx.evaluate_command import main as evaluate
+
+        return evaluate(argv[1:])
     is_help = name == "help" or bool({"--help", "-h"} & {*argv})
     if name == "store" and argv[1:2] != ["fill"] and not is_help:
         from kdx.store_commands import manage
@@ -131,9 +136,9 @@ def _check(plan: "Plan") -> int:
     from kdx.run.identity import canonical, config_identity
 
     groups: dict[str, list[Any]] = {}
-    for point in plan.points:  # alpha and temperature change neither data nor memory nor time
-        same = config_identity(point.config) | {"loss.alpha": point.config.loss.alpha > 0, "loss.temperature": None}
-        groups.setdefault(canonical(same), []).append(point)
+    for point in plan.points:  # the loss changes neither data nor time, and memory little, but for having a teacher
+        same = {k: v for k, v in config_identity(point.config).items() if not k.startswith("loss.")}
+        groups.setdefault(canonical([same, point.config.loss.alpha > 0]), []).append(point)
     is_loss_swept, rows = plan.is_sweep and any(key.split(".")[0] == "loss" for key in plan.swept), []
     for points in groups.values():
         first = points[0]

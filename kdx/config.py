@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a name that becomes part of a path
 COMMIT = re.compile(r"[0-9a-f]{40}")
+GENERATED = ("on_policy_kl", "rouge_l")  # those of eval.metric that are measures of the student's answers
 OPEN_GROUPS = ("data", "loss", "optim")  # their further keys are options of the source, divergence or optimizer
 
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
@@ -215,12 +216,12 @@ class TrainConfig(Group):
 class EvalConfig(Group):
     every: Count | Literal["auto"]
     """Steps between held-out measures during training; 0 measures at the end only; auto takes up to five that cost little."""
-    metric: Literal["kl", "ce"]
-    """What train.keep=best, early stopping and a sweep compare; CE where there is no teacher."""
+    metric: Literal["kl", "ce", "on_policy_kl", "rouge_l"]
+    """What train.keep=best, early stopping and a sweep compare; CE in place of KL where there is no teacher."""
     num_prompts: Count | Literal["auto"]
     """Held-out prompts that all models answer; 0 is none; auto takes 64, and fewer, but 8, in a short run."""
     on_policy_kl: Literal["auto"] | bool
-    """The student's KL to the teacher on its own answers; auto takes it if the teacher's body is loaded anyway."""
+    """The student's KL to the teacher on its own answers; true loads the teacher's body for it, after training."""
 
 
 class TrackingConfig(Group):
@@ -323,6 +324,14 @@ def contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
     if rollout.name != "none" and not config.data.assistant_only:
         what = "is false, so there are no prompts to answer"
         yield "data.assistant_only", what, "Set it to true, or choose rollout=none"
+    asked, metric = config.eval, config.eval.metric
+    needs = {
+        "a teacher": metric == "on_policy_kl" and teacher.path is None,
+        "eval.on_policy_kl": metric == "on_policy_kl" and asked.on_policy_kl is False,
+        "eval.num_prompts": metric in GENERATED and asked.num_prompts == 0,
+    }
+    for what in (what for what, is_off in needs.items() if is_off):
+        yield "eval.metric", f"is {metric}, which needs {what}", "Set that, or choose eval.metric=ce"
     if (train.max_steps is None) == (train.epochs is None):
         both = "are both set" if train.epochs else "are both null"
         yield "train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from kdx.data.batches import Batches
 from kdx.data.encode import Data, load_data
 from kdx.data.sources import check_source
 from kdx.errors import ConfigError, MachineError, together
-from kdx.evaluate import MAX_NEW_TOKENS, Judge, num_prompts
+from kdx.evaluate import MAX_NEW_TOKENS, Judge, num_prompts, to_minimise
 from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
 from kdx.rollout import Rollouts, check_rollout, warn_about, with_teachers_answers
@@ -49,12 +49,13 @@ class Summary:
     run: dict[str, Any]
     data: dict[str, Any]
     environment: dict[str, Any]
+    tasks: dict[str, float] = field(default_factory=dict)  # by kdx evaluate
     metric: str = "kl"  # eval.metric; not in the file
 
     @property
     def measure(self) -> float:
-        """What a sweep compares: eval.metric of the held-out rows at temperature 1, or CE without a teacher."""
-        value = self.student[self.metric] if self.student[self.metric] is not None else self.student["ce"]
+        """What a sweep minimises: eval.metric, or CE without a teacher; infinity if it was not taken."""
+        value = to_minimise(self.student, self.metric)
         return math.inf if value is None else float(value)
 
 
@@ -103,6 +104,9 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
 def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[Training]:
     """Build all parts of a run; the teacher's store is closed at the end. Raises KdxError."""
     check_names(config)
+    if config.adapter.quantization != "none" and machine.device.type == "cpu":
+        what = f"is {config.adapter.quantization}, which needs a GPU"
+        raise MachineError("adapter.quantization", what, "Use adapter=lora")
     shared = load_tokenizer(config)
     tokenizer, max_length = shared.tokenizer, shared.max_length
     data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
@@ -129,8 +133,9 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
         mix = mix_of(config.loss)
         objective = Objective(student, check_heads(shared.num_ids, heads), mix)
-        if teacher and config.rollout.is_on_policy:
+        if teacher and (config.rollout.is_on_policy or config.eval.metric == "on_policy_kl"):
             _ = teacher.model  # nothing that the student says is in the store
+        if teacher and config.rollout.is_on_policy:
             known = {part.name: getattr(batches, part.name) for part in fields(batches)}
             batches = Rollouts(
                 **known,
@@ -184,8 +189,6 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     if is_adapted and adapter.quantization != "none":
         quantised = {"quantization": adapter.quantization, "device_map": str(device)}
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
-    if quantised and device.type == "cpu":
-        raise MachineError("adapter.quantization", f"is {adapter.quantization}, which needs a GPU", "Use adapter=lora")
     if is_adapted and config.student.init != "pretrained":
         log.warning("the student is %s: it must move further than adapters can take it", config.student.init)
     student: Any = load_student(
@@ -199,7 +202,7 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     student = student if quantised else student.to(device)
     if is_adapted:
         add_adapter(student, adapter, config.student.path, config.train.seed)
-    elif adapter_base(Path(config.student.path or "")):
+    elif adapter_base(config.student.path):
         what = f"{config.student.path} is a LoRA adapter"
         raise ConfigError("student.path", what, "Add adapter=lora: it is loaded with its base, and trained further")
     if config.train.use_liger_kernel:

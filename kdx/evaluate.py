@@ -3,15 +3,17 @@
 N counted positions, n positions of a chunk, V vocabulary.
 """
 
+import json
 import math
 import resource
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any
 
 import torch
+import xxhash
 from accelerate.utils import gather_object
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
@@ -61,6 +63,29 @@ class Measures:
                 means[name] = math.fsum(row[name] for row in rows) / counted
         if (ce := means["ce"]) is not None:
             means["perplexity"] = math.exp(min(ce, 700.0))
+        return means
+
+
+@dataclass(frozen=True)
+class Said:
+    """Greedy answers of a model to prompts, and a row of measures for each of those that are measured, the first."""
+
+    answers: list[list[int]]
+    rows: list[dict[str, Any]]  # row, rouge_l, answer_length, finished; on_policy_kl, the sum over its tokens, or None
+
+    def means(self) -> dict[str, float | None]:
+        """Average each measure over the answers, on_policy_kl over their tokens; empty if none is measured.
+
+        distinct_2 is the share of the bigrams of all answers that are different ones.
+        """
+        if not self.rows:
+            return {}
+        sums = {name: math.fsum(row[name] for row in self.rows) for name in ("rouge_l", "answer_length", "finished")}
+        means: dict[str, float | None] = {name: value / len(self.rows) for name, value in sums.items()}
+        bigrams = [pair for answer in self.answers[: len(self.rows)] for pair in pairwise(answer)]
+        means["distinct_2"] = len(set(bigrams)) / len(bigrams) if bigrams else None
+        kls = [row["on_policy_kl"] for row in self.rows]
+        means["on_policy_kl"] = None if None in kls else math.fsum(kls) / sums["answer_length"]
         return means
 
 
@@ -123,56 +148,47 @@ class Judge:
         untouched = self(student).means()
         taught = teacher_answers(teacher, run.tokenizer, self.prompts, run.objective.num_ids) if teacher else []
         stops = stop_ids(generation_config(run.config.teacher, "teacher")) if teacher else []
-        of_teacher = measures_of(taught[: self.num_measured], self.measured, run.tokenizer, stops)
-        of_student, samples = self.answered(student)
+        of_teacher = said_of(taught, self.prompts[: self.num_measured], run.tokenizer, stops)
+        of_student = self.answered(student)
         return {
-            "untouched": untouched | of_student | {"num_parameters": student.num_parameters()},
+            "untouched": untouched | of_student.means() | {"num_parameters": student.num_parameters()},
             "teacher": self.teacher_measures.means()
-            | of_teacher
+            | of_teacher.means()
             | {"num_parameters": teacher and teacher.num_parameters},
-            "teacher_samples": self.texts(taught) if teacher else [None] * len(samples),
-            "untouched_samples": samples,
+            "teacher_samples": self.samples(of_teacher) if teacher else [None] * self.num_samples,
+            "untouched_samples": self.samples(of_student),
         }
 
-    @property
-    def measured(self) -> list[dict[str, Any]]:
-        return self.prompts[: self.num_measured]
+    def answered(self, student: Any, *, is_final: bool = False) -> Said:
+        """Let a student answer the prompts greedily. is_final: whether training is over, so the teacher may be loaded."""
+        run, like, tokenizer, num_ids = self.run, self.run.batches, self.run.tokenizer, self.run.objective.num_ids
+        answers = answers_of(student, tokenizer, self.prompts, num_ids, like.rank, like.num_processes)
+        prompts, kls = self.prompts[: self.num_measured], None
+        teacher, asked = run.teacher, run.config.eval.on_policy_kl
+        if prompts and teacher and asked is not False:
+            if teacher.is_loaded or (asked is True and is_final):
+                inputs, some = tokens_of(prompts, tokenizer), answers[: len(prompts)]
+                kls = on_policy_kls(student, teacher, inputs, some, num_ids, like.pad_id)
+            elif asked is True:
+                log.info("on-policy KL of the untouched student: not taken, the teacher is loaded after training")
+            elif is_final:
+                log.info("on-policy KL: not taken, the teacher's body is not loaded; eval.on_policy_kl=true loads it")
+        return said_of(answers, prompts, tokenizer, stop_ids(student.generation_config), kls)
 
-    def texts(self, answers: list[list[int]]) -> list[str]:
-        """Return the sample answers as text, with the token that they stopped at."""
-        return [self.run.tokenizer.decode(answer) for answer in answers[: self.num_samples]]
+    def samples(self, said: Said) -> list[str]:
+        """Return the answers to show as text, with the token that they stopped at."""
+        return [self.run.tokenizer.decode(answer) for answer in said.answers[: self.num_samples]]
 
-    def answered(self, student: Any) -> tuple[dict[str, Any], list[str]]:
-        """Let a student answer the prompts → the measures of its answers, and the samples."""
-        run, like = self.run, self.run.batches
-        num_ids = run.objective.num_ids
-        answers = answers_of(student, run.tokenizer, self.prompts, num_ids, like.rank, like.num_processes)
-        some = answers[: self.num_measured]
-        measures = measures_of(some, self.measured, run.tokenizer, stop_ids(student.generation_config))
-        return measures | self.on_policy_kl(student, some), self.texts(answers)
 
-    @torch.no_grad()
-    def on_policy_kl(self, student: Any, answers: list[list[int]]) -> dict[str, float | None]:
-        """Take KL(student ‖ teacher) per token on the student's own answers; it needs the teacher's body."""
-        run, teacher, asked = self.run, self.run.teacher, self.run.config.eval.on_policy_kl
-        if teacher is None or not answers or asked is False:
-            return {}
-        if asked == "auto" and not teacher.is_loaded:
-            log.info("on-policy KL: not taken, the teacher's body is not loaded; eval.on_policy_kl=true loads it")
-            return {"on_policy_kl": None}
-        student.eval()
-        head = head_of(student).cut(run.objective.num_ids).in_compute_dtype()
-        rows = []
-        for prompt, answer in zip(self.measured, answers, strict=True):
-            tokens = run.tokenizer(prompt["text"], add_special_tokens=False)["input_ids"]
-            rows.append(Row("", tokens + answer, [False] * len(tokens) + [True] * len(answer)))
-        total = counted = 0.0
-        for start in range(0, len(rows), MIN_ROWS):
-            batch = collate(rows[start : start + MIN_ROWS], run.batches.pad_id).to(run.machine.device)
-            theirs = Answer(teacher.live(batch), teacher.head.cut(run.objective.num_ids))
-            values = score(counted_hidden(student, batch), head, batch, theirs)["reverse_kl"]
-            total, counted = total + values.sum(dtype=torch.float64).item(), counted + len(values)
-        return {"on_policy_kl": total / counted}
+def to_minimise(measures: dict[str, Any], metric: str) -> float | None:
+    """Return what train.keep=best, early stopping and a sweep make small: a measure, ROUGE-L with the sign turned.
+
+    In place of KL it is CE where there is no teacher; None if the measure was not taken.
+    """
+    value = measures.get(metric)
+    if value is None and metric == "kl":
+        value = measures["ce"]
+    return -value if value is not None and metric == "rouge_l" else value
 
 
 def num_prompts(config: Config) -> int:
@@ -194,8 +210,7 @@ def answers_of(
     model: Any, tokenizer: Any, prompts: list[dict[str, Any]], num_ids: int, rank: int = 0, num_processes: int = 1
 ) -> list[list[int]]:
     """Answer prompts greedily, shared out over processes → token ids, with the stop token if one was said."""
-    texts = [prompt["text"] for prompt in prompts]
-    inputs = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    inputs = tokens_of(prompts, tokenizer)
     stops = stop_ids(model.generation_config) or [i for i in [tokenizer.eos_token_id] if i is not None]
     found: list[tuple[int, list[int]]] = []
     for group in groups_of(inputs, ANSWERED_AT_ONCE)[rank::num_processes]:
@@ -203,6 +218,12 @@ def answers_of(
         said = generate(model, some, sampling, num_ids=num_ids, pad_id=pad_id_of(tokenizer), stops=stops)
         found += zip(group, said, strict=True)
     return [answer for _, answer in sorted(gather_object(found) if num_processes > 1 else found)]
+
+
+def tokens_of(prompts: list[dict[str, Any]], tokenizer: Any) -> list[list[int]]:
+    """Return the tokens of prompts as the models read them."""
+    texts = [prompt["text"] for prompt in prompts]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 def teacher_answers(teacher: Teacher, tokenizer: Any, prompts: list[dict[str, Any]], num_ids: int) -> list[list[int]]:
@@ -218,22 +239,48 @@ def teacher_answers(teacher: Teacher, tokenizer: Any, prompts: list[dict[str, An
     return answers
 
 
-def measures_of(
-    answers: list[list[int]], prompts: list[dict[str, Any]], tokenizer: Any, stops: list[int]
-) -> dict[str, Any]:
-    """Measure greedy answers: ROUGE-L (F) to the people's answers, mean tokens, share that ended, distinct bigrams."""
-    if not answers:
-        return {}
-    scorer = RougeScorer(["rougeL"])
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    scores = [scorer.score(p["reference"], text)["rougeL"].fmeasure for p, text in zip(prompts, texts, strict=True)]
-    bigrams = [pair for answer in answers for pair in pairwise(answer)]
-    return {
-        "rouge_l": math.fsum(scores) / len(answers),
-        "answer_length": sum(map(len, answers)) / len(answers),
-        "finished": sum(answer[-1] in stops for answer in answers) / len(answers),
-        "distinct_2": len(set(bigrams)) / len(bigrams) if bigrams else None,
-    }
+def said_of(
+    answers: list[list[int]],
+    prompts: list[dict[str, Any]],
+    tokenizer: Any,
+    stops: list[int],
+    kls: list[float] | None = None,
+) -> Said:
+    """Measure the answers to these prompts: ROUGE-L (F) to the people's answer, tokens, whether a stop token was said.
+
+    kls: of each, the KL to the teacher summed over its tokens, if it was taken.
+    """
+    scorer, rows = RougeScorer(["rougeL"]), []
+    for prompt, answer, kl in zip(prompts, answers, kls or repeat(None), strict=False):
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        rows.append(
+            {
+                "row": xxhash.xxh3_64_hexdigest(json.dumps([prompt["text"], prompt["reference"]]).encode()),
+                "rouge_l": scorer.score(prompt["reference"], text)["rougeL"].fmeasure,
+                "answer_length": len(answer),
+                "finished": int(bool(answer) and answer[-1] in stops),
+                "on_policy_kl": kl,
+            }
+        )
+    return Said(answers, rows)
+
+
+@torch.no_grad()
+def on_policy_kls(
+    student: Any, teacher: Teacher, prompts: list[list[int]], answers: list[list[int]], num_ids: int, pad_id: int
+) -> list[float]:
+    """Sum KL(student ‖ teacher) over the tokens of each of the student's own answers, with the teacher's body."""
+    student.eval()
+    head, teacher_head = head_of(student).cut(num_ids).in_compute_dtype(), teacher.head.cut(num_ids)
+    pairs = zip(prompts, answers, strict=True)
+    rows = [Row("", prompt + said, [False] * len(prompt) + [True] * len(said)) for prompt, said in pairs]
+    kls: list[float] = []
+    for start in range(0, len(rows), MIN_ROWS):
+        batch = collate(rows[start : start + MIN_ROWS], pad_id).to(student.device)
+        answer = Answer(teacher.live(batch), teacher_head)
+        values = score(counted_hidden(student, batch), head, batch, answer)
+        kls += [row["reverse_kl"] for row in _by_row(values, batch)]
+    return kls
 
 
 def score(hidden: Tensor, head: Head, batch: MicroBatch, answer: Answer | None = None) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
-    batch_size: int = 8  # prompts at once
 
 
 class Drawn(LogitsProcessor):
@@ -53,7 +52,6 @@ def groups_of(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[in
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     prompts: Sequence[list[int]],
@@ -68,7 +66,28 @@ def generate(
 
     All stop tokens of the model's generation config are heeded, and nothing else in it. No generator but those of the
     rows is used. seeds: of each row. stops: in place of the model's own stop tokens.
+
+    An answer ends where the model can read no further. Prompts that leave it less room than the others are a batch of
+    their own: beside them it would read on, past its last position.
     """
+    seeds, stops = seeds or [0] * len(prompts), stop_ids(model.generation_config) if stops is None else stops
+    most, length = sampling.max_new_tokens, num_positions(model.config) or math.inf
+    rooms = [int(min(most, length - len(prompt))) for prompt in prompts]
+    answers: dict[int, list[int]] = {}
+    for room in sorted(set(rooms)):
+        some = [i for i, own in enumerate(rooms) if own == room]
+        if room > 0:
+            processor = Drawn(sampling, num_ids, [seeds[i] for i in some], model.device)
+            said = _continued(model, [prompts[i] for i in some], room, processor, pad_id, stops)
+            answers |= zip(some, said, strict=True)
+    return [answers.get(i, []) for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def _continued(
+    model: Any, prompts: list[list[int]], num_tokens: int, processor: Drawn, pad_id: int, stops: Sequence[int]
+) -> list[list[int]]:
+    """Continue prompts, each by at most `num_tokens` tokens."""
     longest, device = max(map(len, prompts)), model.device
     input_ids = torch.full((len(prompts), longest), pad_id)
     mask = torch.zeros_like(input_ids)
@@ -76,13 +95,10 @@ def generate(
         input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
         mask[i, longest - len(prompt) :] = 1
     own, was_training = model.generation_config, model.training
-    stops = stop_ids(own) if stops is None else stops
-    room = (num_positions(model.config) or math.inf) - longest
-    processor = Drawn(sampling, num_ids, seeds or [0] * len(prompts), device)
     # Not arguments of generate(): unset values would be taken from the model's own.
     model.generation_config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=int(min(sampling.max_new_tokens, room)),
+        max_new_tokens=num_tokens,
         eos_token_id=list(stops) or None,
         pad_token_id=pad_id,
     )

@@ -265,46 +265,25 @@ class _ChunkedSum(torch.autograd.Function):
                 teacher_head = answer.head
                 teacher_product = teacher_head.product(answer.hidden[rows]).to(product.device)
             chunk_weights = {name: weight[rows] for name, weight in weights.items()}
-            by_kd = None  # [n, V], the gradient of the distillation term alone
-            if with_pulls and teacher_product is not None:
-                by_kd, alone = product.clone(), chunk_weights | {"ce": torch.zeros_like(labels[rows], dtype=grad_dtype)}
-                fused.terms(by_kd, teacher_product, labels[rows], head, teacher_head, mix, alone)
-            terms = fused.terms(product, teacher_product, labels[rows], head, teacher_head, mix, chunk_weights)
-            if terms is not None:
-                kd_sum += mix.factor * terms[0].sum(dtype=sum_dtype)
-                ce_sum += terms[1].sum(dtype=sum_dtype)
-                if "own" in weights:
-                    own_sum += mix.factor * (terms[0] * chunk_weights["own"]).sum(dtype=sum_dtype)
-                if grad_bias is not None:
-                    grad_bias += product.sum(0, dtype=grad_dtype)
-            # The softmaxes pass over [n, V] many times: a few rows at once stay in the processor's cache.
-            for block in blocks_of(product) if terms is None else ():
-                logits = head.finish(product[block])
-                teacher_logits = None
-                if teacher_head is not None and teacher_product is not None:
-                    teacher_logits = teacher_head.finish(teacher_product[block])
-                weighted = {name: weight[block] for name, weight in chunk_weights.items()}
-                kd, ce, grad, grad_of_kd = _loss_and_gradient(
-                    logits, teacher_logits, labels[rows][block], mix, weighted, with_kd=by_kd is not None
-                )
-                if by_kd is not None and grad_of_kd is not None:
-                    by_kd[block] = head.through(logits, grad_of_kd)
-                kd_sum += mix.factor * kd.sum(dtype=sum_dtype)
-                ce_sum += ce.sum(dtype=sum_dtype)
-                if "own" in weights:
-                    own_sum += mix.factor * (kd * weighted["own"]).sum(dtype=sum_dtype)
-                grad = head.through(logits, grad)
-                if grad_bias is not None:
-                    grad_bias += grad.sum(0)
-                product[block] = grad  # the product is no longer needed: its memory holds its gradient
+            by_ce = None  # [n, V], the gradient of the cross-entropy alone
+            if with_pulls and mix.alpha < 1:
+                by_ce = product.clone()
+                replace_by_gradient(by_ce, None, labels[rows], head, None, mix, chunk_weights)
+            kd, ce = replace_by_gradient(product, teacher_product, labels[rows], head, teacher_head, mix, chunk_weights)
+            kd_sum += mix.factor * kd.sum(dtype=sum_dtype)
+            ce_sum += ce.sum(dtype=sum_dtype)
+            if "own" in weights:
+                own_sum += mix.factor * (kd * chunk_weights["own"]).sum(dtype=sum_dtype)
+            if grad_bias is not None:
+                grad_bias += product.sum(0, dtype=grad_dtype)
             del teacher_product  # the peak of a step's memory is about here
             by_hidden = product @ head.weight if grad_hidden is not None or with_pulls else None
             if with_pulls and by_hidden is not None:
-                of_kd = torch.zeros_like(by_hidden) if by_kd is None else by_kd @ head.weight
-                of_kd = of_kd.to(sum_dtype)
-                of_ce = by_hidden.to(sum_dtype) - of_kd
+                of_ce = torch.zeros_like(by_hidden) if by_ce is None else by_ce @ head.weight
+                of_ce = of_ce.to(sum_dtype)
+                of_kd = by_hidden.to(sum_dtype) - of_ce
                 pulls += torch.stack([of_kd.square().sum(), of_ce.square().sum(), (of_kd * of_ce).sum()])
-                del by_kd, of_kd, of_ce
+                del by_ce, of_kd, of_ce
             if grad_hidden is not None and by_hidden is not None:
                 grad_hidden[rows] = by_hidden.to(hidden.dtype).mul_(factor_now)
             if grad_weight is not None:
@@ -365,23 +344,40 @@ def blocks_of(product: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _loss_and_gradient(
-    logits: Tensor,
-    teacher_logits: Tensor | None,
+def replace_by_gradient(
+    product: Tensor,
+    teacher_product: Tensor | None,
     labels: Tensor,
+    head: Head,
+    teacher_head: Head | None,
     mix: Mix,
     weights: dict[str, Tensor],
-    *,
-    with_kd: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Compute one block: kd (without τ²) and ce of each position, and the gradient [n, V] of the loss by the logits.
+) -> tuple[Tensor, Tensor]:
+    """Replace a chunk's product h·Wᵀ [n, V] by the gradient of the loss by it → kd (without τ²) and ce [n]."""
+    if (terms := fused.terms(product, teacher_product, labels, head, teacher_head, mix, weights)) is not None:
+        return terms
+    kds, ces = [], []
+    # The softmaxes pass over [n, V] many times: a few rows at once stay in the processor's cache.
+    for block in blocks_of(product):
+        logits, teacher_logits = head.finish(product[block]), None
+        if teacher_head is not None and teacher_product is not None:
+            teacher_logits = teacher_head.finish(teacher_product[block])
+        weighted = {name: weight[block] for name, weight in weights.items()}
+        kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[block], mix, weighted)
+        product[block] = head.through(logits, grad)
+        kds.append(kd)
+        ces.append(ce)
+    return torch.cat(kds), torch.cat(ces)
 
-    with_kd: also return the part of the gradient that is the distillation term's.
-    """
+
+def _loss_and_gradient(
+    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, mix: Mix, weights: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute one block: kd (without τ²) and ce of each position, and the gradient [n, V] of the loss by the logits."""
     s1 = loss.log_probabilities(logits)
     rows = torch.arange(len(labels), device=labels.device)
     ce = -s1[rows, labels]
-    kd, grad = ce.new_zeros(()), None
+    kd, grad = torch.zeros_like(ce), None
     if teacher_logits is not None:
         t = loss.log_probabilities(teacher_logits, mix.temperature)
         s = s1 if mix.temperature == 1 else loss.log_probabilities(logits, mix.temperature)
@@ -390,7 +386,6 @@ def _loss_and_gradient(
         if "kd" in weights:
             kd = kd * weights["kd"]
             grad.mul_(weights["kd"].unsqueeze(-1))
-    grad_of_kd = grad.clone() if with_kd and grad is not None else None
     if mix.alpha < 1:
         by_label = s1.exp_()
         by_label[rows, labels] -= 1
@@ -400,4 +395,4 @@ def _loss_and_gradient(
     if "ce" in weights:
         ce = ce * weights["ce"]
     assert grad is not None
-    return kd, ce, grad, grad_of_kd
+    return kd, ce, grad

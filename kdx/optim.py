@@ -59,7 +59,7 @@ def state_bytes(config: OptimConfig, like: Tensor) -> float:
     weight.grad = torch.zeros_like(weight)
     optimizer = build_optimizer(config, nn.ParameterList([weight]))
     optimizer.step()
-    state = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor)]
+    state = filter(torch.is_tensor, optimizer.state[weight].values())
     return sum(value.nbytes for value in state if value.numel() > 256) / weight.numel()  # leave out step counts, tables
 
 

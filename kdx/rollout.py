@@ -27,8 +27,9 @@ from kdx.data.files import at_home
 from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
+from kdx.evaluate import NUM_SAMPLES
 from kdx.generate import Sampling, generate, groups_of
-from kdx.run.files import cache_dir, locked, whole_folder, write_beside
+from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import logging_to, quiet_libraries, working
 from kdx.store import TeacherStore
@@ -210,6 +211,23 @@ def last_turn(row: Row) -> int:
     """Return where the last run of counted tokens begins."""
     end = max(i for i, is_counted in enumerate(row.counted) if is_counted)
     return next((i + 1 for i in range(end, -1, -1) if not row.counted[i]), 0)
+
+
+def write_samples(run: Any, folder: Path) -> None:
+    """Write the first of the student's own answers at this step, or the last there were, to rollouts.jsonl.
+
+    Its lines of later steps are from before the run was resumed, and are left out.
+    """
+    config, batches, step, file = run.config, run.batches, run.state.step, folder / "rollouts.jsonl"
+    if not (config.rollout.is_on_policy and config.tracking.samples and run.machine.is_main_process):
+        return
+    answers: dict[str, list[int]] = batches.kept.get(str(step)) or next(reversed(batches.kept.values()), {})
+    lines = [line for line in read_lines(file) if line["step"] < step]
+    for i, answer in [*answers.items()][:NUM_SAMPLES]:
+        row = batches.rows[int(i)]
+        prompt = run.tokenizer.decode(row.tokens[: last_turn(row)])
+        lines.append({"step": step, "row": row.id, "prompt": prompt, "answer": run.tokenizer.decode(answer)})
+    write_lines(file, lines)
 
 
 def own_row(row: Row, answer: list[int] | None) -> Row:

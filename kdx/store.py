@@ -174,12 +174,11 @@ class TeacherStore:
 
     def _refresh(self) -> None:
         """Open the shards that were written since the last look."""
-        for path in paths_in(self.rows):
-            if path not in self._seen:
-                self._seen.add(path)
-                if shard := open_shard(path):
-                    for digest in shard.checksums:
-                        self._shards_of.setdefault(digest, []).append(shard)
+        for path in sorted({*paths_in(self.rows)} - self._seen):
+            self._seen.add(path)
+            if shard := open_shard(path):
+                for digest in shard.checksums:
+                    self._shards_of.setdefault(digest, []).append(shard)
 
     def _row(self, digest: str) -> Tensor | None:
         if digest in self._buffer:

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,29 +44,23 @@ def _fill(config: Config) -> None:
     machine = build_accelerator(config)
     is_main = machine.is_main_process
     shared = load_tokenizer(config)
-    tokenizer, max_length = shared.tokenizer, shared.max_length
-    data = with_teachers_answers(
-        config, load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS), shared, machine
-    )
+    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
+    data = with_teachers_answers(config, data, shared, machine)
     rows = {row.digest: row for row in (*data.held_out, *data.train)}
     counted = {digest: row.num_counted for digest, row in rows.items()}
-    teacher = load_teacher(config.teacher, machine.device, max_length, counted, is_repeated=True)
+    teacher = load_teacher(config.teacher, machine.device, shared.max_length, counted, is_repeated=True)
     if teacher is None or (store := teacher.store) is None:
         raise ConfigError("teacher", "is none, so there is nothing to store", "Choose a teacher")
     log.info("teacher cache: %s", teacher.store_words)
     missing = sorted((rows[digest] for digest in store.missing([*rows])), key=lambda row: -len(row.tokens))
     size = teacher.rows_at_once or FILL_ROWS
-    groups = [missing[i : i + size] for i in range(0, len(missing), size)]
-    groups = groups[machine.process_index :: machine.num_processes]
-    try:
-        with working("Running teacher", len(groups), is_main) as advance:
-            for group in groups:
-                teacher.answer(collate(group, pad_id_of(tokenizer)))
-                advance()
+    starts = range(0, len(missing), size)[machine.process_index :: machine.num_processes]
+    with closing(store), working("Running teacher", len(starts), is_main) as advance:
+        for start in starts:
+            teacher.answer(collate(missing[start : start + size], pad_id_of(shared.tokenizer)))
+            advance()
         if is_main:
-            teacher_answers(teacher, tokenizer, data.prompts, shared.num_ids)
-    finally:
-        store.close()
+            teacher_answers(teacher, shared.tokenizer, data.prompts, shared.num_ids)
     if is_main:
         log.info(store_line(store))
     machine.wait_for_everyone()

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kdx.adapter import is_adapted, trained
+from kdx.adapter import is_adapted
 from kdx.causal_lm import generation_config, load_causal_lm, load_config, loading, locate, ready, stop_ids
 from kdx.config import ModelConfig, StudentConfig, TeacherConfig
 from kdx.cut import cut, stored_tensors
@@ -57,11 +56,9 @@ def freeze_unread(model: PreTrainedModel) -> None:
         return
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
     read = {id(parameter) for part in parts for parameter in part.parameters()}
-    unread = [parameter for parameter in model.parameters() if id(parameter) not in read]
-    for parameter in unread:
-        parameter.requires_grad_(False)
-    size = sum(parameter.numel() for parameter in unread)
-    log.info("%s parameters of the student are not trained: text does not reach them", f"{size:,}")
+    for parameter in model.parameters():
+        if id(parameter) not in read:
+            parameter.requires_grad_(False)
 
 
 def saved_dtype(config: StudentConfig, teacher: TeacherConfig) -> str:
@@ -81,11 +78,9 @@ def saved_dtype(config: StudentConfig, teacher: TeacherConfig) -> str:
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast a student's weights to the dtype it is saved in, or to bfloat16 if float16 would overflow."""
-    if getattr(model, "hf_quantizer", None):
-        return  # saved as an adapter alone
-    adapters = set(map(id, trained(model).values())) if is_adapted(model) else ()  # stay in float32, as peft loads them
-    tensors = model.state_dict(keep_vars=True).values()
-    weights = [tensor for tensor in tensors if tensor.is_floating_point() and id(tensor) not in adapters]
+    if is_adapted(model):  # saved alone, in float32; its base, perhaps quantised, stays as in training
+        return
+    weights = [tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()]
     if dtype == torch.float16 and any(weight.detach().half().isinf().any() for weight in weights):
         log.warning("the student is saved as bf16: some of its weights are too large for fp16")
         dtype = torch.bfloat16
@@ -120,12 +115,9 @@ def load_saved(folder: Path, model: PreTrainedModel) -> None:
     """
     with loading(str(folder), "student", str(folder)):
         if is_adapted(model):
-            saved = load_file(folder / "adapter_model.safetensors")
-            keys = {name: f"base_model.model.{name.replace('.default.', '.')}" for name in trained(model)}
-            model.load_state_dict({name: saved[key] for name, key in keys.items()}, strict=False)
-            return
-        saved = type(model).from_pretrained(folder, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+            model.load_adapter(str(folder), "default", is_trainable=True, hotswap=True)
+        else:
+            model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
 
 
 def _source(config: StudentConfig, teacher: TeacherConfig) -> tuple[ModelConfig, str]:

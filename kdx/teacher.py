@@ -4,7 +4,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from kdx.adapter import load_adapter, merge_adapter
 from kdx.causal_lm import DTYPES, Head, attention_for, counted_hidden, device_dtype, head_of, load_causal_lm
 from kdx.config import TeacherConfig
 from kdx.data.batches import MicroBatch, merged
-from kdx.data.files import resolve_path
 from kdx.run.identity import model_digest
 from kdx.store import Identity, TeacherStore, load_head, open_store
 
@@ -118,7 +116,7 @@ def load_teacher(
     if config.path is None:
         return None
     identity = identity_of(config, device)
-    dtype = identity.dtype
+    dtype = DTYPES[identity.dtype]
     store, store_words = open_store(config, identity, rows, is_repeated=is_repeated)
 
     def load() -> Any:
@@ -126,14 +124,14 @@ def load_teacher(
         model = load_causal_lm(
             config,
             "teacher",
-            dtype=DTYPES[dtype],
+            dtype=dtype,
             attn_implementation=attention_for(config, device, max_length),
             quantization=config.quantization,
             device_map=device_map,
         )
         if config.adapter:
-            load_adapter(model, Path(resolve_path(config.adapter, "teacher.adapter")), "teacher.adapter")
-            merge_adapter(model, DTYPES[dtype])
+            load_adapter(model, config.adapter, "teacher.adapter")
+            merge_adapter(model, dtype)
         return model if device_map else model.to(device)
 
     rows_at_once = None if config.micro_batch_size == "auto" else int(config.micro_batch_size)

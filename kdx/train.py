@@ -19,14 +19,14 @@ from torch import Tensor
 
 from kdx.adapter import dequantise, is_adapted, merge_adapter
 from kdx.causal_lm import DTYPES
-from kdx.config import Config, TrainConfig, unmeasured
+from kdx.config import GENERATED, Config, TrainConfig, unmeasured
 from kdx.data.batches import Batches, StepBatch
 from kdx.data.encode import Data
 from kdx.errors import ConfigError, DivergedError, MachineError, together
-from kdx.evaluate import Judge, peak_memory
+from kdx.evaluate import Judge, peak_memory, to_minimise
 from kdx.objective import PULLS, Objective, pulls_of
 from kdx.optim import build_optimizer, build_schedule
-from kdx.rollout import figures
+from kdx.rollout import figures, write_samples
 from kdx.run import checkpoint, sharding
 from kdx.run.devices import keep_memory
 from kdx.run.files import fsync
@@ -190,7 +190,9 @@ class Training:
         state, config = self.state, self.config.train
         with self.whole():
             means = judge(self.student).means()
-            value = means["ce"] if means[self.config.eval.metric] is None else means[self.config.eval.metric]
+            if self.config.eval.metric in GENERATED:
+                means |= judge.answered(self.student).means()
+            value = to_minimise(means, self.config.eval.metric)
             state.measured, state.num_worse = state.step, state.num_worse + 1
             if value is not None and value < state.best - config.early_stopping.min_delta:
                 state.best, state.best_step, state.num_worse = value, state.step, 0
@@ -198,6 +200,11 @@ class Training:
                     checkpoint.save_weights(checkpoint.best_file(folder.path), self.student)
         self.objective.train()
         return means
+
+    def free(self) -> None:
+        """Drop gradients and moments: no step is left."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
 
     def forward_backward(self, batch: StepBatch, stop: StopRequest) -> tuple[dict[str, float], float]:
         """Accumulate one step's gradient and clip it → each term's mean over the step's counted positions, and the norm.
@@ -313,6 +320,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
             if state.step in run.measured_at and state.measured < state.step < run.max_steps:
                 measures = run.measure(judge, folder)
                 tracker.log(state, {f"eval/{name}": value for name, value in measures.items()})
+                write_samples(run, folder.path)
 
             # Save once in a while.
             is_due = config.save_every and state.step % config.save_every == 0
@@ -332,6 +340,8 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
             state.count(batch, values, seconds, is_skipped=not is_finite)
             tracker.advance(state.step, run.loss, batch.num_input_tokens / seconds)
             folder.at(state.step)
+
+        write_samples(run, folder.path)
 
         # The weights of the last step may be the best. They are saved first: nothing is lost if measuring fails.
         if config.keep == "best" and state.measured < state.step:

@@ -44,9 +44,10 @@ class Row:
 
 @torch.no_grad()
 def weighed(training: Training, points: Sequence[tuple[Config, list[str]]], swept: Sequence[str]) -> list[Row]:
-    """Measure each temperature of these points, which differ in alpha and temperature alone, on the run's first rows."""
-    at = {config.loss.temperature: (config, words) for config, words in points}
-    mixes = [replace(mix_of(config.loss), alpha=0.5, alpha_end=None) for config, _ in at.values()]
+    """Measure each divergence and temperature of these points, which differ in the loss alone, on the run's first rows."""
+    mixes = [replace(mix_of(config.loss), alpha=0.5, alpha_end=None) for config, _ in points]
+    numbers = [i for i, mix in enumerate(mixes) if mixes.index(mix) == i]  # several alphas: one is enough
+    mixes, points = [mixes[i] for i in numbers], [points[i] for i in numbers]
     objective, machine = training.objective, training.machine
     assert training.teacher is not None
     torch.manual_seed(training.config.train.seed)  # dropout
@@ -65,13 +66,16 @@ def weighed(training: Training, points: Sequence[tuple[Config, list[str]]], swep
             named = [dict(zip(PULLS, of_mix, strict=True)) for of_mix in sums.tolist()]
             figures.append([pulls_of(of_mix, step.num_tokens) for of_mix in named])
     rows = []
-    for of_mix, (temperature, (config, words)) in zip(zip(*figures, strict=True), at.items(), strict=False):
+    for of_mix, (config, words) in zip(zip(*figures, strict=True), points, strict=False):
         kd, ce, cosine = (_mean([f[name] for f in of_mix]) for name in ("grad_kd", "grad_ce", "grad_cosine"))
         others = [w for w in words if key_of(w) in swept and key_of(w).split(".")[0] != "loss"]
         options = [f"{key}={value}" for key, value in config.loss.options.items()]
         label, kept = " ".join([*others, config.loss.name, *options]), without(words, "loss.alpha=", "sweep.")
-        rows.append(Row(label, kept, temperature, 2 * (kd or 0.0), 2 * (ce or 0.0), cosine))  # alpha was a half
-    return rows
+        rows.append(
+            Row(label, kept, config.loss.temperature, 2 * (kd or 0.0), 2 * (ce or 0.0), cosine)
+        )  # alpha was a half
+    labels = [row.label for row in rows]
+    return sorted(rows, key=lambda row: labels.index(row.label))  # the temperatures of a divergence together
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from kdx.evaluate import Said
+
 NUM_ROWS = 64
 MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
 PROMPTS = ("Hello! How are you today?", "What is the capital of France, and why do people go there?", "Name a colour.")
@@ -68,6 +70,8 @@ def write_run(
     curve: int = 8,
     say: str = "I am fine, thank you.",
     steps: int = 208,
+    said: dict[str, float] | None = None,
+    num_prompts: int = 40,
     swept: Sequence[str] = (),
     **keys: Any,
 ) -> Path:
@@ -84,6 +88,10 @@ def write_run(
     rows = make_rows(levels(tree) | (means or {}), noise, seed=_own_seed(folder.name))
     write_lines(folder / "eval_rows.jsonl", rows)
     student, num_counted = means_of(rows), sum(row["counted"] for row in rows)
+    if said is not None:
+        answers = make_answers(said, num_prompts, noise, seed=_own_seed(folder.name))
+        write_lines(folder / "eval_answers.jsonl", answers)
+        student |= Said([[1, 2, 3]] * num_prompts, answers).means()
     _write_json(folder / "summary.json", {
         "student": student,
         "untouched": measures(ce=7.9, kl=5.8, reverse_kl=7.1, agreement=0.05, accuracy=0.04),
@@ -119,6 +127,19 @@ def make_rows(means: dict[str, float | None], noise: float, seed: int) -> list[d
             mean = means[name]
             row[name] = None if mean is None else float(mean * counted[i] * hardness[i] * luck[i])
     return rows
+
+
+def make_answers(means: dict[str, float], num: int, noise: float, seed: int) -> list[dict[str, Any]]:
+    """Measures of each answer: hard prompts are hard for all students, whose answers are of various lengths."""
+    shared, own = np.random.default_rng(1), np.random.default_rng(seed)
+    lengths = own.integers(5, 48, num)
+    luck = shared.lognormal(0, 0.3, num) * own.normal(1, noise, num)
+    rouge = means["rouge_l"] * luck / luck.mean()  # the means come out as asked for
+    kl = means.get("on_policy_kl", math.nan) * luck * lengths * lengths.sum() / (luck * lengths).sum()
+    lines = zip(rouge.tolist(), lengths.tolist(), (lengths % 2).tolist(), kl.tolist(), strict=True)
+    names = ("rouge_l", "answer_length", "finished", "on_policy_kl")
+    rows = [{"row": f"prompt {i}"} | dict(zip(names, line, strict=True)) for i, line in enumerate(lines)]
+    return rows if "on_policy_kl" in means else [row | {"on_policy_kl": None} for row in rows]
 
 
 def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdx.data.batches import Row
 
@@ -105,22 +103,3 @@ class Rows(list[Row]):
     @property
     def num_counted(self) -> np.ndarray:
         return np.array([row.num_counted for row in self], np.int64)
-
-
-class PeakBytes(TorchDispatchMode):
-    """Bytes of all tensors made inside the block that were alive at the same time, at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        self.live = {ref: size for ref, size in self.live.items() if not ref.expired()}
-        for x in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in before:
-                self.live[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
-        self.peak = max(self.peak, sum(self.live.values()))
-        return result

@@ -24,7 +24,7 @@ def test_imports(name: str) -> None:
     [
         ("loss", ("kdx forward_kl", "kdx CE alone", "plain torch")),
         ("step", ("kdx, teacher live", "kdx, teacher stored")),
-        ("memory", ("full", " lora", "qlora")),
+        ("memory", ("full  ", "lora  ", "qlora")),
     ],
 )
 def test_gpu_tables(what: str, contestants: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from made_runs import write_run, write_sweep
 
-from kdx.compare import ranking, tables
+from kdx.compare import ranking, read, tables
 from kdx.compare.page import heat_maps, looks_of
 from kdx.compare.ranking import Comparison, Ranking, compared
 from kdx.compare.read import compare, find, main, read_run
@@ -54,11 +54,12 @@ def edit(file: Path, change: Any) -> None:
 
 
 class TestIntervals:
-    def test_draws_are_of_rows_and_means_are_ratios_of_sums(self):
-        """Against all 27 ways to draw three rows of three."""
-        counted, sums = np.array([1.0, 4.0, 10.0]), np.array([[3.0, 1.0], [4.0, 2.0], [5.0, 30.0]])
+    @pytest.mark.parametrize("counted", [[1.0, 4.0, 10.0], [[1.0, 7.0], [4.0, 2.0], [10.0, 3.0]]])
+    def test_draws_are_of_rows_and_means_are_ratios_of_sums(self, counted):
+        """Against all 27 ways to draw three rows of three; the counts are those of all runs, or of each its own."""
+        counted, sums = np.array(counted), np.array([[3.0, 1.0], [4.0, 2.0], [5.0, 30.0]])
         ways = [list(way) for way in itertools.product(range(3), repeat=3)]
-        exact = np.array([sums[way].sum(0) / counted[way].sum() for way in ways])
+        exact = np.array([sums[way].sum(0) / counted[way].sum(0) for way in ways])
         drawn = ranking.resampled_means(counted, sums, num=40_000)
         assert drawn.shape == (40_000, 2)
         assert {tuple(row) for row in drawn.round(9)} == {tuple(row) for row in exact.round(9)}
@@ -135,12 +136,6 @@ class TestRanking:
         assert points[0].label == "τ 2, α 0.7"
         assert min(points, key=lambda p: p.rank["ce"]).label == "τ 2, α 0.3"
 
-    def test_a_measure_may_be_better_when_it_is_higher(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(ranking, "RANKED_BY", ("kl", "ce", "agreement"))
-        for lr, agreement in ((1e-3, 0.5), (2e-3, 0.6)):
-            write_run(tmp_path / f"{lr}", optim__lr=lr, means={"agreement": agreement}, noise=0)
-        assert {p.label: p.rank["agreement"] for p in only(ranked(tmp_path)).points} == {"lr 0.001": 2, "lr 0.002": 1}
-
     def test_teacher_and_untouched_students_are_references(self, six, tmp_path):
         references = only(six[0]).references
         assert references["teacher"]["ce"] == 2.81
@@ -212,6 +207,64 @@ def test_runs_of_another_length_are_marked(tmp_path, capsys):
     lines = csv.DictReader(io.StringIO((tmp_path / "compare.csv").read_text()))
     found = [[line[name] for name in ("steps", "tokens", "other_budget")] for line in lines]
     assert found == [["416.0", "302000.0", "True"], *[["208.0", "151000.0", "False"]] * 2]
+
+
+SAID = {1e-3: (0.50, 0.30), 2e-3: (0.30, 0.20), 4e-3: (0.301, 0.35)}  # lr → on-policy KL, ROUGE-L
+
+
+class TestAnswers:
+    @pytest.fixture
+    def three(self, tmp_path):
+        """Students whose held-out KL is best where their own answers are worst."""
+        for lr, (kl, rouge) in SAID.items():
+            said = {"on_policy_kl": kl, "rouge_l": rouge}
+            write_run(tmp_path / f"{lr}", optim__lr=lr, means={"kl": 0.6 + lr}, said=said)
+        return tmp_path
+
+    def test_they_have_a_table_and_a_ranking_of_their_own(self, three):
+        table = only(compare([three], three))
+        ranks = {p.number: (p.rank["kl"], p.rank["on_policy_kl"], p.rank["rouge_l"]) for p in table.points}
+        assert ranks == {1: (1, 3, 2), 2: (2, 1, 3), 3: (3, 2, 1)}
+        header, *rows = tables.grid(table, ranking.ANSWERS)
+        assert header == ("student", "on-policy KL", "ROUGE-L", "length", "finished", "distinct bigrams")
+        assert [row[0][:2] for row in rows[:3]] == ["#2", "#3", "#1"]
+        assert [row[1][0] for row in rows[:3]] == ["★", "*", "0"]  # the second is not distinguishable from the best
+        assert rows[1][2][0] == "★"
+        assert all(text in (three / f"compare.{form}").read_text() for form in ("md", "html") for text in rows[0])
+        assert (
+            "Greedy answers to 40 held-out prompts, ranked by on-policy KL and ROUGE-L"
+            in (three / "compare.md").read_text()
+        )
+        first, *_ = csv.DictReader(io.StringIO((three / "compare.csv").read_text()))
+        assert (first["on_policy_kl_rank"], first["rouge_l_rank"], first["distinct_2"]) == ("3", "2", "0.025")
+        assert float(first["on_policy_kl_minus_best_low"]) > 0
+
+    def test_intervals_are_over_prompts_and_each_answer_has_its_own_length(self, three):
+        worst, best, _ = only(ranked(three)).points
+        draws = np.random.default_rng(5).integers(40, size=(4000, 40))
+        means = []
+        for p in (worst, best):
+            kl, length = (np.array([line[x] for line in p.runs[0].answers]) for x in ("on_policy_kl", "answer_length"))
+            means.append(kl[draws].sum(1) / length[draws].sum(1))
+        expected = np.percentile(means[0] - means[1], (2.5, 97.5))
+        assert worst.intervals["on_policy_kl", "minus_best"] == pytest.approx(tuple(expected), rel=0.05)
+
+    def test_a_measure_ranks_only_where_all_runs_have_it(self, three):
+        write_run(three / "cached", optim__lr=8e-3, said={"rouge_l": 0.4})
+        table = only(ranked(three))
+        assert [sorted(p.rank) for p in table.points] == [["ce", "kl", "rouge_l"]] * 4
+        assert tables.about_answers(table).endswith(" 40 held-out prompts, ranked by ROUGE-L")
+        for name, keys in (("fewer", {"said": {"rouge_l": 0.4}, "num_prompts": 30}), ("older", {})):
+            write_run(three / name, optim__lr=16e-3, **keys)
+            table = only(ranked(three))
+            assert {name for p in table.points for name in p.rank} == {"ce", "kl"}
+            assert tables.about_answers(table).endswith("not ranked: some students answered other prompts")
+
+    def test_the_terminal_has_rouge_where_it_fits(self, three, monkeypatch, capsys):
+        for letters, is_there in ((80, False), (100, True)):
+            monkeypatch.setattr(read.CONSOLE, "width", letters)
+            main([str(three)])
+            assert ("ROUGE-L" in capsys.readouterr().out) == is_there
 
 
 class TestDigits:
@@ -317,7 +370,7 @@ class TestFiles:
 
     def test_markdown(self, six, tmp_path):
         text = (six[1] / "compare.md").read_text()
-        first = "| \\#1 τ 2, α 0.7 | ★ 0.636 | 3.351 | 0.613 | 208 | 151,000 | 0.700 |  |  | 0.3524 | "
+        first = "| \\#1 τ 2, α 0.7 | ★ 0.636 | 3.351 | 0.613 | 208 | 151,000 | 0.700 | 0.3524 | "
         assert first in text
         assert "| \\#7 baseline (alpha = 0) | +0.247 to +0.306 |  | -0.037 to +0.059 |  |" in text
         write_run(tmp_path / "a", state="failed", reason="a | b <c>")

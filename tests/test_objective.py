@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from kdx import fused, loss, objective
 from kdx.causal_lm import Head
+from kdx.check import PeakBytes
 from kdx.data.batches import Batches, Row, collate, merged
 from kdx.objective import Mix, Objective, chunks_of, distillation_loss, summed_loss
 from kdx.store import Identity
@@ -337,7 +338,7 @@ def test_formula(mix, formula):
 
 
 def peak(compute):
-    with plain.PeakBytes() as measured:
+    with PeakBytes() as measured:
         compute().backward()
     return measured.peak
 

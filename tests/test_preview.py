@@ -1,5 +1,6 @@
 """kdx check: what a run would be, without training."""
 
+import json
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import in_process
-from runs import config_of, words_of
+from runs import config_of, lines, words_of
 from transformers import AutoTokenizer
 
 from kdx import check
@@ -53,9 +54,19 @@ def test_what_is_kept_in_memory_is_that_of_its_tensors(place, made):
     assert parts["teacher"] >= sum(p.nbytes for p in training.teacher.model.parameters())
 
 
+def test_the_peak_is_that_of_the_tensors_alive_together():
+    with check.PeakBytes() as counted:
+        one = torch.ones(100, dtype=torch.float64)
+        two = one * 2
+        del one
+        view = two.view(10, 10).add_(1)
+        assert (view + 1).sum() == 400
+    assert 1600 <= counted.peak < 1700
+
+
 def test_the_largest_micro_batch_that_fits_is_said(place, made, monkeypatch):
     training = made(config_of(place, "train.batch_size=8", "train.micro_batch_size=1"))
-    measured = check.rises(training, 1e12)
+    measured = check.rises(training, 1, 1e12)
     assert [*measured] == [1, 2]
     assert check.predicted(measured, 4) == 3 * measured[2] - 2 * measured[1]
     for size, says in ((1, "=1, with"), (4, "=4, with"), (8, "=8 (the whole batch), with")):
@@ -64,6 +75,33 @@ def test_the_largest_micro_batch_that_fits_is_said(place, made, monkeypatch):
         assert f"train.micro_batch_size{says}" in check.memory_lines(training)[-1]
     monkeypatch.setattr(check, "free_bytes", lambda _: 0)
     assert "no micro-batch" in check.memory_lines(training)[-1]
+    by_tokens = made(
+        config_of(place, "train.batch_size=6", "train.micro_batch_size=auto", "train.micro_batch_tokens=1")
+    )
+    free = check.predicted(check.rises(by_tokens, 1, 1e12), 5) + check.kept_in_memory(by_tokens)["optimizer"] + 1
+    monkeypatch.setattr(check, "free_bytes", lambda _: free)
+    tokens = 5 * int(by_tokens.data.train.lengths.max())
+    assert f"train.micro_batch_tokens={tokens}, with" in check.memory_lines(by_tokens)[-1]
+
+
+def test_what_alpha_would_weigh_is_what_the_first_step_logs(place, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = words_of(place, "loss=forward_kl,jsd", "loss.temperature=1,2", "loss.alpha=0.3,0.7", "train.max_steps=1")
+    code, out, _ = in_process(capfd, "check", "-m", *words, "sweep.name=seen")
+    assert code == 0
+    assert "equal at α" in out
+    found = json.loads(Path("outputs/check/seen/check.json").read_text())
+    assert Path("outputs/check/seen/effective_alpha.png").read_bytes()[:4] == b"\x89PNG"
+    row = next(r for r in found["rows"] if r["divergence"].startswith("jsd") and r["temperature"] == 2)
+    distill(config_of(place, "loss=jsd", "loss.temperature=2", "loss.alpha=0.7", "train.max_steps=1"), Path("run"))
+    first = lines(Path("run/metrics.jsonl"))[0]
+    for name, value in (("kd", 0.7 * row["grad_kd"]), ("ce", 0.3 * row["grad_ce"])):
+        assert first[f"train/grad_{name}"] == pytest.approx(value, rel=1e-4)
+    assert first["train/effective_alpha"] == pytest.approx(row["effective_alpha"]["0.7"], rel=1e-4)
+    assert first["train/grad_cosine"] == pytest.approx(row["grad_cosine"], rel=1e-4)
+    assert [text.count("loss.alpha=") for text in found["suggested"]] == [1] * 4
+    assert out.count("memory of a step") == 1  # the points differ in the loss alone
+    assert in_process(capfd, "check", "-m", *words, "loss.beta=2")[0] == 2  # of each divergence, not of the first alone
 
 
 def test_all_data_faults_are_said(place, tmp_path):

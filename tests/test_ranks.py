@@ -27,6 +27,8 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLI
 WORDS = ["train.max_steps=4", "eval.every=2", "train.save_every=2", "train.keep=best", "train.precision=fp64"]
 ADAPTED = ["adapter=lora", "adapter.r=4", "train.keep=last"]
 WORDS += ["train.keep_checkpoints=true", "student.save_dtype=fp32", "optim.lr=1e-3", "data.validation=7"]
+ON_POLICY = ["rollout=student", "rollout.max_new_tokens=5", "rollout.batch_size=2", "tracking.samples=true"]
+ON_POLICY += ["eval.num_prompts=5"]
 PROGRAM = '''
 import os, signal, sys
 from accelerate import Accelerator
@@ -54,7 +56,7 @@ for name, *words in eval(os.environ["RUNS"]):
     os.environ.update({"ACCELERATE_USE_FSDP": "true" if name.startswith("shards") else "false"})
     config = compose(words)
     codes.append(guarded(lambda: distill(config, Path(name)) and 0))
-sys.exit(f"exit codes {codes}" if codes != [0, 0, 4, 0] else 0)
+sys.exit(f"exit codes {codes}" if codes != [0, 0, 0, 0, 4, 0] else 0)
 '''
 PLUGIN = '''
 import os
@@ -83,11 +85,12 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(own: Path) -> Path:
-    """One launch of two processes: a plain run, one of adapters, one that diverges in the second process, and one with FSDP."""
+    """One launch of two processes: a plain run, adapters, own answers, a loss that diverges in the second, and FSDP."""
     exact = [f"student.path={own / 'llama'}", *WORDS]
     runs = [
         ["plain", *words_of(own, *exact)],
         ["adapted", *words_of(own, *exact, *ADAPTED)],
+        *([f"share-{share}", *words_of(own, *exact, *ON_POLICY, f"rollout.share={share}")] for share in (0.5, 1)),
         ["broken", *words_of(own, *exact, "loss.name=broken", "train.keep=last")],
         ["shards", *words_of(own, *exact)],
     ]
@@ -111,7 +114,7 @@ def two(own: Path) -> Path:
 def figures(run_dir: Path) -> list[dict[str, float]]:
     """What is logged of a run, but for times and memory."""
     return [
-        {k: v for k, v in x.items() if not k.startswith(("speed/", "memory/"))}
+        {k: v for k, v in x.items() if v is not None and not k.startswith(("speed/", "memory/"))}
         for x in lines(run_dir / "metrics.jsonl")
     ]
 
@@ -124,6 +127,7 @@ def test_two_processes_with_and_without_fsdp_are_one_run(two: Path, tmp_path: Pa
         run_dir = two / name
         for ours, theirs in zip(figures(run_dir), figures(one), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-9)
+        assert any("train/grad_cosine" in line for line in figures(run_dir))
         summary = json.loads((run_dir / "summary.json").read_text())
         assert summary["environment"]["processes"] == 2
         assert summary["run"]["kept_step"] == alone["run"]["kept_step"]
@@ -147,6 +151,25 @@ def test_two_processes_train_the_adapters_of_one(two: Path, tmp_path: Path) -> N
         torch.testing.assert_close(
             load_file(two / "adapted" / file), load_file(tmp_path / "one" / file), rtol=1e-6, atol=1e-9
         )
+
+
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_two_processes_train_on_the_same_answers_as_one(two: Path, tmp_path: Path, share: float) -> None:
+    words = [f"student.path={two / 'llama'}", *WORDS, *ON_POLICY, f"rollout.share={share}"]
+    assert run_here(config_of(two, *words), tmp_path / "one") == 0
+    ours, theirs = two / f"share-{share}", tmp_path / "one"
+    said = lines(ours / "rollouts.jsonl")
+    assert said == lines(theirs / "rollouts.jsonl")
+    assert len({line["row"] for line in said}) > 2
+    for ours_now, theirs_now in zip(figures(ours), figures(theirs), strict=True):
+        assert ours_now == pytest.approx(theirs_now, rel=1e-9)
+    weights = [load_file(run_dir / "student/model.safetensors") for run_dir in (ours, theirs)]
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-9)
+    answers = [lines(run_dir / "eval_answers.jsonl") for run_dir in (ours, theirs)]
+    assert len(answers[0]) == len(answers[1]) == 5
+    for our_answer, their_answer in zip(*answers, strict=True):
+        assert our_answer.pop("row") == their_answer.pop("row")
+        assert our_answer == pytest.approx(their_answer, rel=1e-4)
 
 
 def test_what_is_not_finite_in_one_process_stops_all_and_is_named(two: Path) -> None:

@@ -15,17 +15,21 @@ from runs import config_of, lines, run_here, signal_at, words_of
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from kdx import distill, rollout
+from kdx import distill, rollout, teacher
 from kdx.causal_lm import head_of
 from kdx.cli import _main, compose
 from kdx.data.batches import Row
 from kdx.data.sources import check_source
 from kdx.errors import ConfigError
-from kdx.evaluate import measures_of
+from kdx.evaluate import said_of
 from kdx.generate import Sampling, generate
 from kdx.objective import Mix, Objective
 from kdx.rollout import Rollouts, register_sampler
+from kdx.run.folder import Record
+from kdx.run.identity import config_identity
+from kdx.run.launch import build_accelerator
 from kdx.teacher import Answer, Teacher
+from kdx.train import Training
 
 GREEDY = Sampling(max_new_tokens=12)
 ON_POLICY = ["rollout=student", "rollout.share=0.5", "rollout.max_new_tokens=6", "rollout.batch_size=2"]
@@ -44,22 +48,24 @@ def gpt2(seed: int, layers: int = 1, vocab: int = 40) -> Any:
 
 
 PROMPTS = [[5], [1, 2, 3], [9, 8, 7, 6, 5, 4], [11, 12], [30, 3, 30, 3]]
+LONG = [[i % 7 + 1 for i in range(length)] for length in (20, 21, 30, 32)]  # the model reads 32 tokens
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(12, temperature=1.5), Sampling(12, temperature=1.5, top_p=0.8)])
 def test_a_left_padded_batch_answers_as_row_by_row(sampling: Sampling) -> None:
-    model = gpt2(0).train()
+    model, prompts = gpt2(0).train(), [*PROMPTS, *LONG]
     state = torch.get_rng_state()
-    seeds = list(range(10, 15))
-    together = generate(model, PROMPTS, sampling, num_ids=40, pad_id=0, seeds=seeds)
+    seeds = list(range(10, 19))
+    together = generate(model, prompts, sampling, num_ids=40, pad_id=0, seeds=seeds)
     alone = [
-        generate(model, [p], sampling, num_ids=40, pad_id=0, seeds=[s])[0] for p, s in zip(PROMPTS, seeds, strict=True)
+        generate(model, [p], sampling, num_ids=40, pad_id=0, seeds=[s])[0] for p, s in zip(prompts, seeds, strict=True)
     ]
     assert together == alone
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     if sampling == GREEDY:
-        for prompt, answer in zip(PROMPTS, together, strict=True):
+        for prompt, answer in zip(prompts, together, strict=True):
+            assert len(answer) == min(12, 32 - len(prompt)) or answer[-1] in (0, 7)
             said = [*prompt]
             for token in answer:  # without a cache, by the definition
                 assert int(model.eval()(torch.tensor([said])).logits[0, -1].argmax()) == token
@@ -183,6 +189,7 @@ def same(one: Path, two: Path) -> bool:
 @pytest.mark.parametrize("reuse", [1, 3])
 def test_kill_and_resume_is_bitwise_the_straight_run(place: Path, tmp_path: Path, reuse: int) -> None:
     words = [*ON_POLICY, f"rollout.reuse_steps={reuse}", "train.max_steps=7", "train.micro_batch_size=2"]
+    words += ["eval.every=3", "tracking.samples=true"]
     config = config_of(place, *words, "train.save_every=100")
     assert run_here(config, tmp_path / "straight") == 0
     assert run_here(config, tmp_path / "stopped", signal_at(4)) == 143
@@ -200,6 +207,13 @@ def test_kill_and_resume_is_bitwise_the_straight_run(place: Path, tmp_path: Path
     assert len(trained) == 7
     assert all(line["rollout/length"] <= 6 for line in trained if line["rollout/length"])
     assert "speed/generation_seconds" in lines(tmp_path / "straight/metrics.jsonl")[0]
+    said = lines(tmp_path / "straight/rollouts.jsonl")
+    assert said == lines(tmp_path / "stopped/rollouts.jsonl")
+    assert {line["step"] for line in said} == {3, 6, 7}
+    page = (tmp_path / "stopped/samples.md").read_text()
+    assert [page.count(f"**step {step}**") for step in (3, 6, 7)] == [
+        [x["step"] for x in said].count(s) for s in (3, 6, 7)
+    ]
 
 
 def test_share_0_is_bitwise_the_run_without_the_group(place: Path, tmp_path: Path) -> None:
@@ -249,6 +263,12 @@ def test_a_sampler_of_ones_own(place: Path, tmp_path: Path, monkeypatch: pytest.
         (["rollout=student", "loss.alpha=0"], "loss.alpha: is 0, and cross-entropy teaches nothing"),
         (["rollout=student", "rollout.share=2"], "rollout.share: is 2"),
         (["rollout=student", "data.assistant_only=false"], "data.assistant_only: is false"),
+        (["eval.metric=on_policy_kl"], "eval.metric: is on_policy_kl, which needs eval.num_prompts"),
+        (["eval.metric=on_policy_kl", "eval.on_policy_kl=false"], "which needs eval.on_policy_kl. Set that, or choose"),
+        (
+            ["eval.metric=on_policy_kl", "teacher=none", "teacher.path=null", "loss=cross_entropy"],
+            "is on_policy_kl, which needs a teacher",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(place: Path, words: list[str], reason: str) -> None:
@@ -346,14 +366,81 @@ def test_generation_is_measured_of_all_three(place: Path, tmp_path: Path) -> Non
     assert found["answer_length"] == sum(lengths) / 3
     assert found["finished"] == sum(ends) / 3
     assert found["distinct_2"] == len(set(pairs)) / len(pairs)
+    answers = lines(tmp_path / "run/eval_answers.jsonl")
+    assert [line["on_policy_kl"] for line in answers] == pytest.approx([part.sum().item() for part in kl], rel=1e-4)
+    assert [line["answer_length"] for line in answers] == lengths
+    assert [line["finished"] for line in answers] == ends
+    assert len({line["row"] for line in answers}) == 3
+    assert sum(line["rouge_l"] for line in answers) / 3 == pytest.approx(found["rouge_l"])
+
+
+def test_the_teacher_is_loaded_for_its_kl_after_training(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its answers cached, training needs no body; by then the student is saved and the optimizer empty."""
+    words = ["teacher.store=on", f"teacher.store_dir={tmp_path / 'store'}", "train.max_steps=2", "eval.num_prompts=3"]
+    assert run_here(config_of(place, *words), tmp_path / "filling") == 0
+    assert run_here(config_of(place, *words), tmp_path / "auto") == 0
+    assert "on-policy KL: not taken" in (tmp_path / "auto/kdx.log").read_text()
+    told: list[Any] = []
+    free, load, run_dir = Training.free, teacher.load_causal_lm, tmp_path / "true"
+    monkeypatch.setattr(Training, "free", lambda self: free(self) or told.append(len(self.optimizer.state)))
+    monkeypatch.setattr(
+        teacher, "load_causal_lm", lambda *a, **k: told.append((run_dir / "trained.json").exists()) or load(*a, **k)
+    )
+    assert run_here(config_of(place, *words, "eval.on_policy_kl=true"), run_dir) == 0
+    assert told == [0, True]
+    filling, auto, true = (
+        json.loads((tmp_path / f"{x}/summary.json").read_text()) for x in ("filling", "auto", "true")
+    )
+    assert filling["untouched"]["on_policy_kl"] > 0 and true["untouched"]["on_policy_kl"] is None
+    assert auto["student"]["on_policy_kl"] is None
+    assert true["student"]["on_policy_kl"] == pytest.approx(filling["student"]["on_policy_kl"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("on_policy_kl", 1), ("rouge_l", -1)])
+def test_a_measure_of_answers_may_decide(place: Path, tmp_path: Path, metric: str, sign: int) -> None:
+    """It is taken at each evaluation then, chooses the best weights, and is what a sweep compares."""
+    words = [f"eval.metric={metric}", "eval.every=1", "eval.num_prompts=4", "train.keep=best", "train.max_steps=5"]
+    store = ["teacher.store=on", f"teacher.store_dir={tmp_path / 'store'}", "optim.lr=0.05"]
+    assert run_here(config_of(place, *store, "train.max_steps=5"), tmp_path / "filling") == 0
+    summary = distill.distill(config_of(place, *words, *store), tmp_path / "run")
+    *measured, last = [line for line in lines(tmp_path / "run/metrics.jsonl") if "eval/ce" in line]
+    values = [sign * line[f"eval/{metric}"] for line in measured]
+    assert len(values) >= 4
+    assert last[f"eval/{metric}"] == summary.student[metric]
+    assert summary.run["kept_step"] == measured[values.index(min(values))]["step"]
+    assert summary.measure == sign * summary.student[metric]
+    decides = [config_identity(config_of(place, *some)) for some in (words, [*words, "eval.metric=ce"][1:])]
+    assert ["eval.num_prompts" in keys for keys in decides] == [True, False]
 
 
 def test_rouge_is_of_the_peoples_answer(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer()
     said = "The capital is Paris"
-    found = measures_of([tokenizer(said)["input_ids"]], [{"reference": "Paris is the capital"}], tokenizer, [0])
+    prompt = {"text": "", "reference": "Paris is the capital"}
+    found = said_of([tokenizer(said)["input_ids"]], [prompt], tokenizer, [0]).means()
     assert found["rouge_l"] == pytest.approx(0.5)  # of four words each, "the capital" is in the same order
     assert found["finished"] == 0
+
+
+def test_adapters_roll_out(place: Path) -> None:
+    """The base stays as it is, and every adapter gets a gradient from the answers that it gave itself."""
+    words = ["adapter=lora", "adapter.r=4", "rollout=student", "rollout.share=1", "rollout.max_new_tokens=6"]
+    config = config_of(place, *words, "train.max_steps=3")
+    with distill.prepared(config, Record(), build_accelerator(config)) as training:
+        base = {name: x.clone() for name, x in training.student.named_parameters() if "lora_" not in name}
+        for batch in training.batches.steps(0, 2):
+            if batch is None:
+                break
+            assert batch.figures["own_rows"] == 4
+            training.forward_backward(batch, SimpleNamespace(signal=None))
+            grads = {name: x.grad for name, x in training.student.named_parameters()}
+            assert all(grads[name] is None for name in base)
+            assert all(grad.abs().sum() > 0 for name, grad in grads.items() if "lora_B" in name)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+        assert all(torch.equal(x, base[name]) for name, x in training.student.named_parameters() if name in base)
 
 
 def test_the_published_recipe_composes() -> None:

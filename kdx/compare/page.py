@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from kdx.compare import tables
-from kdx.compare.ranking import COLUMNS, RANKED_BY, Comparison, Point, Ranking, Run, short
+from kdx.compare.ranking import EVERY, RANKED_BY, Comparison, Point, Ranking, Run, short
 
 # Okabe and Ito's colors, which color-blind people can tell apart, and shapes: one look each for a few students.
 LOOKS = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P")]
@@ -82,10 +82,12 @@ def pictures(ranking: Ranking) -> list[Any]:
             axes.figure.colorbar(dots)
             found.append(axes)
     for measure in RANKED_BY:
-        axes = _axes(f"Held-out {COLUMNS[measure].heading} over tokens")
+        axes = _axes(f"Held-out {EVERY[measure].heading} over tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         for run, point in ((run, p) for p in ranking.points for run in p.runs):
-            curve = [(line["tokens"], value) for line in run.curve if (value := line[f"eval/{measure}"]) is not None]
+            curve = [
+                (line["tokens"], value) for line in run.curve if (value := line.get(f"eval/{measure}")) is not None
+            ]
             if len(curve) > 1:
                 draw(axes, point, run, curve[len(curve) // 2 :])  # the steep start would flatten what tells runs apart
         if axes.lines:
@@ -107,7 +109,7 @@ def heat_maps(ranking: Ranking) -> list[Any]:
     for p in points:
         cells.setdefault((rows.index(p.values[y]), columns.index(p.values[x])), []).append(p)
     drawn = []
-    for name, (heading, best, _) in COLUMNS.items():
+    for name, (heading, best, _) in EVERY.items():
         if best is None or any(p.measures[name] is None for p in points):
             continue
         axes = _axes(f"{heading}, {'lower' if best is min else 'higher'} is better", xlabel=short(x), ylabel=short(y))

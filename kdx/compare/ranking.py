@@ -1,6 +1,6 @@
 """Rank students: which is best, by which measure, and how sure that is. Plain numbers, no files.
 
-R held-out rows, N students, B resamples.
+R held-out rows or prompts, N runs, B resamples.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdx.config import GENERATED
 from kdx.run.identity import canonical, used
 from kdx.run.labels import short
 
@@ -32,7 +33,13 @@ COLUMNS = {  # by name in summary.json; what matters most comes first
     "accuracy": Column("accuracy"), "perplexity": Column("perplexity"),
     "tokens_per_second": Column("tokens/s", places=0), "seconds": Column("seconds", places=0),
 }  # fmt: skip
-RANKED_BY = ("kl", "ce")  # those of COLUMNS with a ranking: eval_rows.jsonl has their sums
+ANSWERS = {  # the same of what the students say themselves, in a table of its own
+    "on_policy_kl": Column("on-policy KL", min), "rouge_l": Column("ROUGE-L", max),
+    "answer_length": Column("length", places=1), "finished": Column("finished", places=2),
+    "distinct_2": Column("distinct bigrams"),
+}  # fmt: skip
+EVERY = COLUMNS | ANSWERS
+RANKED_BY = ("kl", "ce", *GENERATED)  # those with a ranking: eval_rows.jsonl or eval_answers.jsonl has their sums
 NUM_RESAMPLES = 4000
 DIGITS = 6  # values that agree to so many decimals are tied
 SAME_BUDGET = 0.05  # relative difference in trained tokens; the order of rows alone changes a few percent
@@ -55,6 +62,7 @@ class Run:
     swept: Sequence[str] = ()
     summary: dict[str, Any] = field(default_factory=dict)
     rows: Sequence[dict[str, Any]] = ()  # of eval_rows.jsonl, ordered by row id
+    answers: Sequence[dict[str, Any]] = ()  # of eval_answers.jsonl, in the order of the prompts
     curve: Sequence[dict[str, Any]] = ()  # the lines of metrics.jsonl with held-out measures
     samples: Sequence[dict[str, Any]] = ()
 
@@ -74,6 +82,11 @@ class Run:
         }
 
     @property
+    def measures(self) -> dict[str, Any]:
+        """All that its summary says of the student, its scores in tasks among them."""
+        return self.summary["run"] | self.summary["student"] | self.summary.get("tasks", {})
+
+    @property
     def student(self) -> str:
         """What decides the student apart from the seed: runs that agree in it are averaged."""
         config = {k: v for k, v in self.used.items() if k != SEED_KEY and v is not None}
@@ -88,7 +101,7 @@ class Point:
     baseline: bool  # trained without a teacher
     values: dict[str, Any]  # the keys that differ between students
     runs: list[Run]
-    measures: dict[str, float | None]
+    measures: dict[str, float | None]  # EVERY, and scores in tasks with their standard errors
     number: int = 0  # its line in the table
     rank: dict[str, int] = field(default_factory=dict)
     # (measure, "minus_best" or "minus_baseline") → of the difference; (measure, "seeds") → seeds around their mean
@@ -132,16 +145,16 @@ class Comparison:
 
 
 def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Draw R of R rows with replacement, `num` times, and return each student's mean per counted position, [B, N].
+    """Draw R of R rows with replacement, `num` times, and return each run's mean per counted position, [B, N].
 
-    counted: [R]; sums: [R, N]. A mean is a ratio of sums, and a draw takes the same rows for all students: rows that are
-    hard for all of them cancel in the differences. The same runs give the same intervals.
+    counted: [R, N], or [R] for all; sums: [R, N]. A mean is a ratio of sums, and a draw takes the same rows for all runs:
+    rows that are hard for all of them cancel in the differences. The same runs give the same intervals.
     """
-    generator, size = np.random.default_rng(seed), len(counted)
+    generator, size, num_runs = np.random.default_rng(seed), len(counted), sums.shape[1]
     both = np.column_stack([sums, counted]).astype(float)
     draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(num))
     totals = np.array([times @ both for times in draws])
-    return totals[:, :-1] / totals[:, -1:]
+    return totals[:, :num_runs] / totals[:, num_runs:]
 
 
 def interval(differences: np.ndarray) -> Interval:
@@ -197,6 +210,7 @@ def make_ranking(runs: Sequence[Run]) -> Ranking:
 def make_points(runs: Sequence[Run]) -> list[Point]:
     """Average runs that differ only in the seed."""
     keys = [key for key in differing(runs) if key != SEED_KEY]
+    names = dict.fromkeys([*EVERY, *(name for run in runs for name in run.summary.get("tasks", ()))])
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.student, []).append(run)
@@ -206,8 +220,8 @@ def make_points(runs: Sequence[Run]) -> list[Point]:
         values = {key: first.used[key] for key in keys if key in first.used}
         label = [BASELINE] * baseline + [setting(k, v) for k, v in values.items() if (k, v) != ("loss.alpha", 0)]
         point = Point(", ".join(label[:MOST_KEYS]) or first.name, baseline, values, group, {})
-        for name in COLUMNS:
-            known = [run.summary["student"].get(name, run.summary["run"].get(name)) for run in group]
+        for name in names:
+            known = [run.measures.get(name) for run in group]
             taken = [value for value in known if value is not None]
             mean = point.measures[name] = math.fsum(taken) / len(group) if len(taken) == len(group) else None
             if name in RANKED_BY and mean is not None and len(group) > 1:
@@ -244,7 +258,9 @@ def shown(value: Any) -> str:
 def rank(points: list[Point]) -> None:
     """Set ranks, intervals, the Pareto front and the marks of other budgets."""
     for measure in RANKED_BY:
-        sign = -1 if COLUMNS[measure].best is max else 1
+        if measure in ANSWERS and not answered_alike(points, measure):
+            continue
+        sign = -1 if EVERY[measure].best is max else 1
         rounded = {p: sign * round(v, DIGITS) for p in points if (v := p.measures[measure]) is not None}
         for point, value in rounded.items():
             point.rank[measure] = 1 + sum(other < value for other in rounded.values())
@@ -258,12 +274,23 @@ def rank(points: list[Point]) -> None:
         point.other_budget = not math.isclose(budget, statistics.median_high(budgets), rel_tol=SAME_BUDGET)
 
 
+def answered_alike(points: Sequence[Point], measure: str) -> bool:
+    """Whether all runs answered the same prompts, and this was measured of every answer."""
+    runs = [run for point in points for run in point.runs]
+    prompts = [[line["row"] for line in run.answers] for run in runs]
+    is_taken = all(line[measure] is not None for run in runs for line in run.answers)
+    return bool(prompts[0]) and is_taken and all(some == prompts[0] for some in prompts)
+
+
 def _set_intervals(measure: str, points: list[Point]) -> None:
-    """Bootstrap the difference of each point to the best and to its baseline, with rows paired."""
-    # Seeds are averaged row by row: the counted positions are the same, so means average too.
-    sums = [np.mean([[row[measure] for row in run.rows] for run in point.runs], axis=0) for point in points]
-    counted = np.array([row["counted"] for row in points[0].runs[0].rows])
-    means = dict(zip(points, resampled_means(counted, np.column_stack(sums)).T, strict=True))
+    """Bootstrap the difference of each point to the best and to its baseline, with rows or prompts paired."""
+    runs = [run for point in points for run in point.runs]
+    weight = {"kl": "counted", "ce": "counted", "on_policy_kl": "answer_length"}.get(measure)
+    lines = [run.answers if measure in ANSWERS else run.rows for run in runs]
+    sums = np.column_stack([[line[measure] for line in some] for some in lines])
+    counted = np.column_stack([[line[weight] if weight else 1 for line in some] for some in lines])
+    drawn = dict(zip(runs, resampled_means(counted, sums).T, strict=True))
+    means = {point: np.mean([drawn[run] for run in point.runs], axis=0) for point in points}
     settings = {p: canonical({k: v for k, v in p.values.items() if not k.startswith("loss.")}) for p in points}
     baselines = {settings[point]: point for point in points if point.baseline}
     best = min(points, key=lambda p: (p.rank[measure], p.label))

@@ -21,7 +21,7 @@ from kdx.run.files import write_beside
 from kdx.run.tracking import CONSOLE
 
 MARK = "status.json"  # a folder with it is a run's
-IN_TERMINAL = [*COLUMNS][:5]  # as many as fit
+IN_TERMINAL = [*COLUMNS][:5]  # as many as fit into 80 letters
 EXAMPLE = "Example: kdx compare outputs/sweeps/NAME"
 
 
@@ -52,7 +52,8 @@ def main(words: list[str]) -> int:
 def show(paths: Sequence[Path], out: Path) -> Comparison:
     """Compare, and print the table."""
     comparison = compare(paths, out)
-    CONSOLE.print(Markdown(as_markdown(comparison, IN_TERMINAL)))
+    names = [*IN_TERMINAL, *["rouge_l"] * (CONSOLE.width >= 100)]
+    CONSOLE.print(Markdown(as_markdown(comparison, names)))
     CONSOLE.print(f"Wrote {out / 'compare.html'}, .csv, .json and .md", markup=False)
     return comparison
 
@@ -105,6 +106,8 @@ def read_run(name: str, folder: Path) -> Run:
         run.rows = sorted(_load(folder / "eval_rows.jsonl"), key=lambda line: str(line["row"]))
         if len(run.rows) != (expected := run.summary["data"]["num_validation_rows"]):
             raise ValueError(f"eval_rows.jsonl has {len(run.rows)} of {expected} rows")
+        if (file := folder / "eval_answers.jsonl").exists():  # older runs have none
+            run.answers = _load(file)
         run.curve = [line for line in _load(folder / "metrics.jsonl") if "eval/ce" in line]
         run.samples = _load(folder / "samples.json")
         make_ranking([run])  # reads what ranking will

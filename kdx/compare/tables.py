@@ -4,16 +4,19 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
 
 from kdx.compare.ranking import (
+    ANSWERS,
     COLUMNS,
     DIGITS,
+    EVERY,
     NUM_RESAMPLES,
     RANKED_BY,
     SAME_MIXTURE,
+    Column,
     Comparison,
     Interval,
     Point,
@@ -28,7 +31,7 @@ APART = (
 )
 CAVEAT = (
     "★ best; * not distinguishable from the best: the 95 % interval of the difference includes 0 (paired bootstrap over "
-    f"held-out rows, {NUM_RESAMPLES:,} resamples; seeds and the choice of the best of many are not accounted for). "
+    f"held-out rows or prompts, {NUM_RESAMPLES:,} resamples; seeds and the choice of the best of many are not accounted for). "
     "● on the Pareto front: no other student is better in both KL and CE. † trained longer or shorter than most: "
     "differences to the others may come from that alone."
 )
@@ -57,28 +60,52 @@ def mixtures(ranking: Ranking) -> str:
     return what + " — ".join(groups) + "." if groups else ""
 
 
-def grid(ranking: Ranking, names: Iterable[str] = COLUMNS) -> Grid:
-    """Lay out measures and costs for people: the students, then the teacher and the untouched student."""
-    points = ranking.points
-    columns = [["student", *map(str, points), *ranking.references], *(_column(ranking, name) for name in names)]
-    columns.append(["front", *("●" * p.pareto_front for p in points)])
+def about_answers(ranking: Ranking) -> str:
+    """Head the table of what the students say themselves; empty if that was not measured."""
+    if all(p.measures[name] is None for p in ranking.points for name in ANSWERS):
+        return ""
+    by = [column.heading for name, column in ANSWERS.items() if any(name in p.rank for p in ranking.points)]
+    if not by:
+        return "Greedy answers to held-out prompts, not ranked: some students answered other prompts"
+    return f"Greedy answers to {len(ranking.points[0].runs[0].answers)} held-out prompts, ranked by {' and '.join(by)}"
+
+
+def ordered(ranking: Ranking, names: Collection[str]) -> list[Point]:
+    """Order the students by the first of these measures that ranks them."""
+    by = next((name for name in names if any(name in p.rank for p in ranking.points)), "")
+    return sorted(ranking.points, key=lambda p: (p.rank.get(by, len(ranking.points)), p.number))
+
+
+def grid(ranking: Ranking, names: Collection[str] = COLUMNS) -> Grid:
+    """Lay out those measures and costs that there are: the students, then the teacher and the untouched student."""
+    points = ordered(ranking, names)
+    tasks = [name for name in points[0].measures if name not in EVERY and not name.endswith("_stderr")]
+    names = [*names, *tasks] if "ce" in names else names
+    taken = [name for name in names if any(p.measures[name] is not None for p in points)]
+    columns = [["student", *map(str, points), *ranking.references]]
+    columns += [_column(ranking, points, name) for name in taken]
+    if "ce" in names:
+        columns.append(["front", *("●" * p.pareto_front for p in points)])
     if any(len(p.runs) > 1 for p in points):
         columns.append(["seeds", *(str(len(p.runs)) for p in points)])
     return list(zip_longest(*columns, fillvalue=""))
 
 
-def kinds(ranking: Ranking) -> list[str]:
+def kinds(ranking: Ranking, names: Collection[str] = COLUMNS) -> list[str]:
     """Return the look of each row of the grid."""
-    return ["best" if 1 in p.rank.values() else "" for p in ranking.points] + ["reference"] * len(ranking.references)
+    is_best = [any(p.rank.get(name) == 1 for name in names) for p in ordered(ranking, names)]
+    return ["best" * is_one for is_one in is_best] + ["reference"] * len(ranking.references)
 
 
-def _column(ranking: Ranking, name: str) -> list[str]:
+def _column(ranking: Ranking, points: Sequence[Point], name: str) -> list[str]:
     """Write one measure or cost of all students and references, with as many digits as tell the students apart."""
-    column, values = COLUMNS[name], [p.measures[name] for p in ranking.points]
+    column, values = EVERY.get(name, Column(name)), [p.measures[name] for p in points]
     places = decimals(value for value in values if value is not None) if column.places is None else column.places
     values += [measures.get(name) for measures in ranking.references.values()]
     texts = ["" if value is None else f"{value:,.{places}f}" for value in values]
-    for i, p in enumerate(ranking.points):
+    for i, p in enumerate(points):
+        if (error := p.measures.get(f"{name}_stderr")) is not None:
+            texts[i] += f" ± {error:.{places}f}"
         if p.rank.get(name) == 1:
             texts[i] = f"★ {texts[i]}"
         elif p.is_best(name):
@@ -88,11 +115,13 @@ def _column(ranking: Ranking, name: str) -> list[str]:
     return [column.heading, *texts]
 
 
-def intervals(ranking: Ranking) -> Grid:
+def intervals(ranking: Ranking, names: dict[str, Any] = COLUMNS) -> Grid:
     """Lay out the differences to the best and to the baseline, and those of seeds to their mean."""
-    names = sorted({name for point in ranking.points for name in point.intervals}, reverse=True)
-    headings = ("student", *(f"{COLUMNS[measure].heading} {kind.replace('_', ' ')}" for measure, kind in names))
-    return [headings, *((str(p), *(difference(p.intervals.get(name)) for name in names)) for p in ranking.points)]
+    pairs = [(name, kind) for name in names for kind in ("seeds", "minus_best", "minus_baseline")]
+    pairs = [pair for pair in pairs if any(pair in point.intervals for point in ranking.points)]
+    headings = ("student", *(f"{names[measure].heading} {kind.replace('_', ' ')}" for measure, kind in pairs))
+    rows = ((str(p), *(difference(p.intervals.get(pair)) for pair in pairs)) for p in ordered(ranking, names))
+    return [headings, *rows] if pairs else []
 
 
 def not_ranked(comparison: Comparison) -> Grid:
@@ -148,9 +177,13 @@ def as_markdown(comparison: Comparison, names: Sequence[str] = ()) -> str:
     parts = [_escaped(APART)] if len(comparison.rankings) > 1 else []
     for ranking in comparison.rankings:
         parts += [_escaped(ranking.title), _table(grid(ranking, names or COLUMNS))]
-        if not names and len(ranking.points) > 1:
-            parts.append(_table(intervals(ranking)))
-            parts += [_escaped(text)] if (text := mixtures(ranking)) else []
+        if names:
+            continue
+        parts += [_table(rows)] if (rows := intervals(ranking)) else []
+        parts += [_escaped(text)] if (text := mixtures(ranking)) else []
+        if about := about_answers(ranking):
+            parts += [_escaped(about), _table(grid(ranking, ANSWERS))]
+            parts += [_table(rows)] if (rows := intervals(ranking, ANSWERS)) else []
     parts += [_escaped(CAVEAT)] if comparison.rankings else []
     parts += [_table(not_ranked(comparison))] if comparison.not_ranked else []
     return "\n\n".join(parts) + "\n"

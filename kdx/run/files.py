@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,16 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON object a line."""
+    write_beside(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Read a JSON object a line; nothing if there is no file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def digest_of(file: Path) -> str:

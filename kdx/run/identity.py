@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from kdx import plugins
-from kdx.config import COMMIT, Config, DataConfig, ModelConfig, as_dict, leaves, replaced
+from kdx.config import COMMIT, GENERATED, Config, DataConfig, ModelConfig, as_dict, leaves, replaced
 from kdx.data.files import resolve_path
 from kdx.data.mix import parts_of
 from kdx.errors import shortened
@@ -73,6 +73,8 @@ def config_identity(config: Config) -> dict[str, Any]:
 def used(config: dict[str, Any]) -> dict[str, Any]:
     """Return those dotted keys of a flat config that decide the student."""
     unused = [*FREE, *(unused for (key, off), unused in UNUSED.items() if config.get(key, off) == off)]
+    if config.get("eval.metric") in GENERATED:  # it may choose the weights
+        unused.remove("eval.num_prompts")
     if config.get("student.init") != "cut":
         unused.append("student.layers")
     if config.get("train.keep") == "last" and config.get("train.early_stopping.patience") is None:
@@ -103,8 +105,9 @@ def may_differ(key: str, was: Any, now: Any, config: Config) -> bool:
         name, warmup = config.optim.schedule, config.optim.warmup_steps
         is_constant = name == "constant" or (name == "constant_with_warmup" and (warmup >= 1 or warmup == 0))
         is_constant &= config.loss.alpha_end is None and config.loss.temperature_end is None
-        # With eval.every=auto the steps that are measured depend on how many there are.
-        is_auto = config.eval.every == "auto" and "eval.every" in config_identity(config)
+        # With auto the steps that are measured, and the prompts that are answered, depend on how many steps there are.
+        decides = config_identity(config)
+        is_auto = "auto" in (decides.get("eval.every"), decides.get("eval.num_prompts"))
         return is_constant and not is_auto and was is not None and now is not None and now > was
     if key == "train.max_nonfinite":
         return was is None or (now is not None and now > was)
@@ -165,14 +168,15 @@ def _model(model: ModelConfig, group: str, patterns: Sequence[str], place: str |
     patterns = [*patterns, *([model.gguf_file] if model.gguf_file else []), *["*.py"] * model.trust_remote_code]
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     hashes = [f"{file.name}:{content_hash(file)}" for file in files]
-    if base := adapter_base(folder):
+    if base := adapter_base(str(folder)):
         hashes.append(_model(replaced(model, path=base), group, patterns))
     return _joined(hashes)
 
 
-def adapter_base(folder: Path) -> str | None:
-    """Return the base model that an adapter folder names; None if it is no adapter folder."""
-    return read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+def adapter_base(path: str | None) -> str | None:
+    """Return the base model that an adapter folder names; None if this path is no adapter folder."""
+    file = Path(resolve_path(path or "", "student.path")) / "adapter_config.json"
+    return read_json(file).get("base_model_name_or_path") if path else None
 
 
 def model_digest(model: ModelConfig, group: str) -> str | None:

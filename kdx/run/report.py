@@ -12,11 +12,13 @@ import torch
 from huggingface_hub import ModelCardData
 from rich.table import Table
 
+from kdx.adapter import trained
 from kdx.causal_lm import generation_config, stop_ids
-from kdx.config import Config
+from kdx.config import Config, replaced
 from kdx.data.encode import Data
 from kdx.errors import printable
 from kdx.run.folder import Record
+from kdx.run.identity import adapter_base
 from kdx.run.tracking import without
 from kdx.store import TeacherStore
 from kdx.version import __version__
@@ -68,7 +70,8 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
     epochs, optim = training.max_steps / batches.steps_per_epoch, config.optim
     lines = {}
     if teacher is not None:
-        uses = "" if config.loss.alpha > 0 else ", only to measure"
+        uses = f", with the adapter {config.teacher.adapter}" if config.teacher.adapter else ""
+        uses += "" if config.loss.alpha > 0 else ", only to measure"
         size = f"{teacher.num_parameters:,} parameters"
         lines["teacher"] = f"{public_name(config.teacher)}, {size}, {teacher.identity.precision}{uses}"
         lines["teacher cache"] = teacher.store_words
@@ -76,7 +79,9 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
         own = f", {config.rollout.share:.0%} of the rows" if config.rollout.name == "student" else ""
         most = f"at most {config.rollout.max_new_tokens} tokens at temperature {config.rollout.temperature:g}"
         lines["rollout"] = f"answers by the {config.rollout.name}{own}, {most}"
-    lines["student"] = f"{_origin(config)}, {student.num_parameters():,} parameters, saved as {training.save_dtype}"
+    size, num = student.num_parameters(), sum(tensor.numel() for tensor in trained(student).values())
+    size = f"{size:,} parameters" + (f", {num:,} of them trained" if num < size else "")
+    lines["student"] = f"{_origin(config)}, {size}, saved as {training.save_dtype}"
     lines["device"] = f"{machine.device}{processes}, {training.versions['precision']}"
     for name, what, rows in (("data", f"{config.data.name}: ", data.train), ("held out", "", data.held_out)):
         lines[name] = f"{what}{len(rows):,} rows, {int(rows.num_counted.sum()):,} counted tokens"
@@ -185,8 +190,11 @@ def store_line(store: TeacherStore) -> str:
     return f"teacher cache: {counts.hits:,} rows read, {counts.computed:,} computed{damaged}"
 
 
-def samples_page(samples: list[dict[str, Any]], max_new_tokens: int) -> str:
-    """Write samples.md: each prompt, and the greedy answers of teacher, untouched student and student."""
+def samples_page(samples: list[dict[str, Any]], max_new_tokens: int, own: list[dict[str, Any]]) -> str:
+    """Write samples.md: each prompt, and the greedy answers of teacher, untouched student and student.
+
+    own: answers of the student's own that it was trained on, by step.
+    """
 
     def quoted(text: str) -> str:  # as a block, so that no markup in it takes effect
         return indent(printable(text), "    ")
@@ -198,6 +206,8 @@ def samples_page(samples: list[dict[str, Any]], max_new_tokens: int) -> str:
         for who in ("reference", "teacher", "untouched", "student"):
             if sample[who] is not None:
                 parts.append(f"*{who}*\n\n{quoted(sample[who])}\n")
+    parts += ["# Own answers\n\nSampled from the student as it was then, and trained on.\n"] if own else []
+    parts += [f"**step {x['step']}**\n\n{quoted(x['prompt'])}\n\n*student*\n\n{quoted(x['answer'])}\n" for x in own]
     return "\n".join(parts)
 
 
@@ -205,6 +215,7 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     """Write the student's README.md: metadata that the hub reads, how it was made, and how well it does."""
     teacher, student, run, rows = config.teacher, config.student, summary["run"], public_name(config.data)
     base = teacher if student.init == "cut" else student
+    base = replaced(base, path=adapter_base(base.path) or base.path)  # of an adapter that is trained further
     is_adapter = config.adapter.name != "none" and config.adapter.save == "adapter"
     relation: dict[str, Any] = {"base_model_relation": "adapter"} if is_adapter else {}
     metadata = ModelCardData(

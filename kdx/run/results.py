@@ -1,6 +1,5 @@
 """What a run leaves: first the student, then its measures, samples, summary and model card."""
 
-import json
 import math
 import time
 from dataclasses import asdict
@@ -9,12 +8,13 @@ from typing import Any
 
 from kdx.adapter import is_adapted, trained
 from kdx.causal_lm import DTYPES
+from kdx.config import GENERATED
 from kdx.data.encode import Data
 from kdx.errors import DivergedError, MachineError
 from kdx.evaluate import MAX_NEW_TOKENS, Judge, peak_memory
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report
-from kdx.run.files import in_bytes, usage_of, write_beside, write_json
+from kdx.run.files import in_bytes, read_lines, usage_of, write_beside, write_json, write_lines
 from kdx.run.folder import RunFolder
 from kdx.run.tracking import CONSOLE, Tracker, log
 from kdx.student import save_student
@@ -84,9 +84,7 @@ def keep_student(training: Training, folder: RunFolder) -> None:
 
     With student/ and trained.json the same command goes straight to measuring, whatever happens there.
     """
-    if training.is_finished:
-        training.student.to(training.machine.device)  # under FSDP it was loaded into main memory
-    else:
+    if not training.is_finished:
         training.choose_weights(folder)
     state = training.state
     if state.step < training.max_steps:
@@ -94,13 +92,13 @@ def keep_student(training: Training, folder: RunFolder) -> None:
     if training.kept_step < state.step:
         log.info("the student has the weights of step %d, the best measured (train.keep=best)", training.kept_step)
     training.as_saved()
-    if training.is_finished or training.max_steps == 0:
-        return
-    if training.machine.is_main_process:
-        save_student(training.student, training.tokenizer, folder.path / "student")
-        training.state.lines = num_bytes(folder.path / "metrics.jsonl")
-        folder.keep("trained.json", {"max_steps": training.max_steps, "state": asdict(training.state)})
-    training.machine.wait_for_everyone()
+    if not training.is_finished and training.max_steps > 0:
+        if training.machine.is_main_process:
+            save_student(training.student, training.tokenizer, folder.path / "student")
+            training.state.lines = num_bytes(folder.path / "metrics.jsonl")
+            folder.keep("trained.json", {"max_steps": training.max_steps, "state": asdict(training.state)})
+        training.machine.wait_for_everyone()
+    training.student.to(training.machine.device)  # merged with a base that was quantised, it is in main memory
 
 
 def finish(
@@ -108,24 +106,25 @@ def finish(
 ) -> dict[str, Any]:
     """Measure the student as it was saved, and write what the run leaves → the summary. Raises DivergedError."""
     config, state, student = training.config, training.state, training.student
+    training.free()
     final = judge(student, as_saved=True)
     measures = final.means()
     _check_finite(training, measures)
-    tracker.log(state, {f"eval/{name}": value for name, value in measures.items()})
-    generated, answers = judge.answered(student)
+    said = judge.answered(student, is_final=True)
+    logged = measures | said.means() if config.eval.metric in GENERATED else measures
+    tracker.log(state, {f"eval/{name}": value for name, value in logged.items()})
     if not training.machine.is_main_process:
         return {}
     before = folder.kept("untouched.json")
-    columns = (judge.prompts, before["teacher_samples"], before["untouched_samples"], answers)
+    columns = (judge.prompts, before["teacher_samples"], before["untouched_samples"], judge.samples(said))
     samples = [
         {"prompt": prompt["messages"], "reference": prompt["reference"], "teacher": t, "untouched": u, "student": s}
         for prompt, t, u, s in zip(*columns, strict=False)
     ]  # none if tracking.samples was off when the run began
     store = training.teacher.store if training.teacher else None
-    logged = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    pulls = [value for line in logged if (value := line.get("train/effective_alpha")) is not None]
+    pulls = [value for line in read_lines(tracker.file) if (value := line.get("train/effective_alpha")) is not None]
     summary = {
-        "student": measures | generated | {"num_parameters": student.num_parameters()},
+        "student": measures | said.means() | {"num_parameters": student.num_parameters()},
         "untouched": before["untouched"],
         "teacher": before["teacher"],
         "run": {
@@ -151,9 +150,12 @@ def finish(
     }
     if (folder.path / "student").is_dir():
         write_beside(folder.path / "student" / "README.md", report.model_card(config, summary))
-    write_beside(folder.path / "eval_rows.jsonl", "".join(json.dumps(row) + "\n" for row in final.rows))
+    write_lines(folder.path / "eval_rows.jsonl", final.rows)
+    if said.rows:
+        write_lines(folder.path / "eval_answers.jsonl", said.rows)
     write_json(folder.path / "samples.json", samples)
-    write_beside(folder.path / "samples.md", report.samples_page(samples, MAX_NEW_TOKENS))
+    own = read_lines(folder.path / "rollouts.jsonl")
+    write_beside(folder.path / "samples.md", report.samples_page(samples, MAX_NEW_TOKENS, own))
     write_json(folder.path / "summary.json", summary)
     folder.write_status("done")
     if not config.train.keep_checkpoints:
