@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx import plugins
-from kdx.errors import ConfigError, KdxError, MachineError, one_line, printable, user_error
+from kdx.errors import ConfigError, MachineError, one_line, printable, user_error
 from kdx.run.redact import redact
 from kdx.run.signals import num_processes
 from kdx.version import __version__
@@ -85,11 +85,10 @@ def _main(argv: list[str]) -> int:
         return manage(argv[1:])
     words = argv[{"help": 1, "check": 1, "generate": 1, "store": 2}.get(name, 0) :]
     if words and words[0] == name and "=" not in name and name[0] not in "+~-":
-        raise ConfigError(name, "is not a command, and not KEY=VALUE either", "See python -m kdx --help")
-    out = ""
-    if name == "generate" and not is_help:
-        words, out = _out_of(words)
-    args = _parsed(words)
+        raise ConfigError(name, "is not a command", "A run is started by python -m kdx KEY=VALUE ...; see --help")
+    if name == "generate" and "rollout=teacher" not in words:
+        words.append("rollout=teacher")
+    args = _parsed(words, *["--out"] * (name == "generate"))
     if is_help:
         groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(args.config_dir).items()]
         print(HELP.format(groups="\n".join(groups)))
@@ -97,6 +96,8 @@ def _main(argv: list[str]) -> int:
     if args.hydra_help or args.info or args.shell_completion or (args.cfg and (args.cfg != "job" or args.package)):
         run_hydra(argv)
         return 0
+    if name == "generate" and not args.out:
+        raise ConfigError("--out", "is missing", "Name the file to write: --out answers.jsonl")
     plan = _planned(args)
     if args.cfg:
         import yaml
@@ -110,8 +111,7 @@ def _main(argv: list[str]) -> int:
     if name == "generate":
         from kdx.rollout import write_answers
 
-        for point in plan.points[:1]:
-            write_answers(point.config, Path(out))
+        write_answers(plan.points[0].config, Path(args.out))
         return 0
     if name == "store":
         plugins.load()
@@ -128,15 +128,6 @@ def _main(argv: list[str]) -> int:
     (point,) = plan.points
     sweep.start_run(point.config, Record(point.words, [], point.sources, argv), plan.folder)
     return 0
-
-
-def _out_of(words: list[str]) -> tuple[list[str], str]:
-    """Split off --out FILE; rollout=teacher need not be typed. Raises ConfigError."""
-    at = words.index("--out") if "--out" in words else len(words)
-    if at + 1 >= len(words):
-        raise ConfigError("--out", "is missing", "Name the file to write: --out answers.jsonl")
-    rest = words[:at] + words[at + 2 :]
-    return [*rest, *["rollout=teacher"] * ("rollout=teacher" not in rest)], words[at + 1]
 
 
 def _check(plan: "Plan") -> int:
@@ -181,42 +172,39 @@ def run_hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
 
 def _planned(args: argparse.Namespace) -> "Plan":
     """Compose everything that a command line asks for. Raises ConfigError."""
-    from kdx.compose import plan
+    from kdx.compose import alike, plan, resumed
 
-    words, config_dir = list(args.overrides), args.config_dir
+    words, config_dir = args.overrides, args.config_dir
     asked = {key_of(word): word.partition("=")[2].strip("'\"") for word in words}
     resume, like = (asked.get(key, "null") for key in ("run.resume", "run.like"))
     if resume != "null":
-        from kdx.resume import resumed
-
-        if like != "null" or args.multirun:
-            beside = "run.like" if like != "null" else "-m"
-            raise ConfigError("run.resume", f"resumes one run, and {beside} is given too", f"Leave out {beside}")
+        if other := "run.like" if like != "null" else "-m" if args.multirun else "":
+            raise ConfigError("run.resume", f"resumes one run, and {other} is given too", f"Leave out {other}")
         return resumed(resume, words, config_dir)
     if like == "null":
         return plan(words, config_dir, args.multirun)
-    from kdx.resume import alike
-
     words, of_run = alike(like, words)
     config_dir = config_dir or of_run
     made = plan(words, config_dir, args.multirun)
     flags = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
-    made.command = [*flags, *(["-m"] if args.multirun else []), *words]
+    made.command = [*flags, *["-m"] * args.multirun, *words]
     return made
 
 
-def _parsed(argv: list[str]) -> argparse.Namespace:
-    """Read Hydra's flags, anywhere among the words. Raises ConfigError."""
+def _parsed(argv: list[str], *own: str) -> argparse.Namespace:
+    """Read Hydra's flags, and a command's own, anywhere among the words. Raises ConfigError."""
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
+    for flag in own:
+        parser.add_argument(flag)
 
     def refuse(message: str) -> None:
-        hint = "Words are KEY=VALUE, without dashes; flags are listed by python -m kdx --hydra-help"
-        raise ConfigError("command line", message, hint)
+        raise ConfigError("command line", message, "Flags are listed by python -m kdx --hydra-help")
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
-    args = parser.parse_intermixed_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    args.overrides = [*unknown, *args.overrides]  # refused together with all else that cannot be read
     if args.config_path or args.config_name:
         refuse("kdx has a config.yaml of its own; add options of yours with --config-dir FOLDER")
     return args
@@ -236,13 +224,11 @@ def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
         return 141
     except Exception as error:
         known = user_error(error, folder)
-        return _print(known) if known else _bug()
-
-
-def _print(error: KdxError) -> int:
-    for line in error.lines:
-        print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
-    return error.exit_code
+        if not known:
+            return _bug()
+        for line in known.lines:
+            print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
+        return known.exit_code
 
 
 def _bug() -> int:

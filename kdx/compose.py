@@ -1,9 +1,13 @@
-"""From the words typed to checked Configs: Hydra composes, pydantic checks, every fault is reported at once."""
+"""From the words typed, or an earlier run, to checked Configs: Hydra composes, pydantic checks, all faults at once."""
 
+import argparse
 import copy
 import functools
 import os
 import re
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +29,19 @@ from kdx import sweep
 from kdx.checked import checked
 from kdx.config import Config, leaves
 from kdx.errors import ConfigError, did_you_mean, one_line, together
+from kdx.run.claim import holder
+from kdx.run.files import read_json
+from kdx.run.folder import is_resumable
+from kdx.run.redact import HIDDEN
 from kdx.words import CONF, FOREIGN, OPTIONAL, RENAMED, groups_in, key_of, new_name
 
 SOURCES = ("optim.lr", "train.max_steps", "train.epochs", "data.max_length")  # the header says where these came from
 PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  # typing one frees the other
 MODELS = ("teacher", "student")
+OTHERS = {
+    **dict.fromkeys(MODELS, "Any other model: {0}=hf {0}.path=org/name or a folder"),
+    "data": "Your own rows: data=pairs data.path=FILE, or data=messages, data=text, …",
+}
 TEXTS = ("data.template", "data.chat_template", "data.system_prompt")  # here a typed \n is a line break
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 version.setbase("1.3")
@@ -62,14 +74,19 @@ class Plan:
 def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = False) -> Plan:
     """Compose and check every run that a command line asks for. Raises one ConfigError with a line per fault."""
     composer = composer_for(config_dir)
-    typed = composer.parsed(words)
-    every, swept = sweep.points(typed), sweep.swept_keys(typed)
+    typed, faults = composer.parsed(words)
+    every, swept = sweep.points(typed)
+    if faults:
+        composer.points(every, faults)
     if not every:
-        raise ConfigError("sweep", "has no points", "Choose a pattern that some option matches")
+        raise ConfigError("sweep", "has no points", "No option matches its pattern: see python -m kdx --help")
     for_hydra, hydra = composer.hydra(every[0])
     if not is_multirun and getattr(hydra.mode, "name", "") != "MULTIRUN":
         if swept:
-            raise ConfigError(swept[0], "has several values, which is a sweep", "Add -m: python -m kdx -m ...")
+            hint = f"Add -m to try each; a list is typed with brackets: {swept[0]}=[...]"
+            raise ConfigError(swept[0], "has several values, which is a sweep", hint)
+        if not hydra.run.dir:
+            raise ConfigError("hydra.run.dir", "is empty", "Name the run's folder, or leave it out")
         return Plan([composer.point(every[0])], Path(str(hydra.run.dir)), config_dir)
     if params := plain(hydra.sweeper.get("params") or {}):
         # Hydra would sweep over these besides the words: merged, a typed word takes the place of the same key.
@@ -86,9 +103,12 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
         return made
     baselines: list[Point] = []
     if all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha for c in configs):
-        is_on_policy = any(c.rollout.name == "student" for c in configs)
-        alike = sweep.baseline_words(typed, with_rollouts=is_on_policy)
-        baselines = composer.points(sweep.points(composer.parsed(alike)))
+        # The same sweep without all that is typed of the loss, and without answers that only a teacher says anything of.
+        off = {"loss": "loss.alpha=0"}
+        if any(c.rollout.name == "student" for c in configs):
+            off["rollout"] = "rollout=none"
+        kept = [str(word.input_line) for word in typed if word.key_or_group.split(".")[0] not in off]
+        baselines = composer.points(sweep.points(composer.parsed([*kept, *off.values()])[0])[0])
     named = [(sweep.job_name(swept, job.words, job.config), job) for job in (*baselines, *points)]
     made.jobs = {made.folder / name: job for name, job in named}
     if not str(hydra.launcher.get("_target_")).endswith(".BasicLauncher"):
@@ -97,7 +117,7 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
 
 
 class Composer:
-    """Composes many points from few compositions: Hydra's is slow, so each set of choices is composed once."""
+    """Composes runs. Hydra's own composition is slow, so the points of a sweep that choose the same options share one."""
 
     def __init__(self, folder: str | None = None) -> None:
         config_dir = Path(folder).resolve() if folder else None
@@ -119,25 +139,23 @@ class Composer:
         """Answer Hydra's parser, which asks for `loss=glob(*)`."""
         return self.groups.get(group_name, [])
 
-    def parsed(self, words: list[str]) -> list[Override]:
-        """Read words as Hydra does; values become ++KEY=VALUE, so that every key reaches the check. Raises ConfigError."""
+    def parsed(self, words: list[str]) -> tuple[list[Override], list[ConfigError]]:
+        """Read words as Hydra does, and what is wrong; values become ++KEY=VALUE, so that every key reaches the check."""
         keys, overrides = {key_of(word) for word in words}, []
-        faults = [_both(old, new) for old, new in RENAMED.items() if {old, new} <= keys]
-        for word in (hydras for typed in words for hydras in self._spelt(typed)):
+        what, hint = "is the old name of {}, and both are given", "Leave out one of them"
+        faults = [ConfigError(old, what.format(new), hint) for old, new in RENAMED.items() if {old, new} <= keys]
+        faults += [ConfigError(key, "is not used", FOREIGN[key]) for key in keys & FOREIGN.keys() if "hydra." in key]
+        for word in words:
             try:
-                overrides += self._parser.parse_overrides([word])
-            except HydraException as error:
-                what = _reason(error).removeprefix(f"Error parsing override '{word}' ").partition(" expecting ")[0]
-                hint = "Words are KEY=VALUE, and a value with spaces or signs in it needs quotes: 'KEY=\"a b\"'"
-                faults.append(ConfigError(word.removeprefix("++"), f"cannot be read ({what})", hint))
-        if faults:
-            raise together(faults)
-        return overrides
+                overrides += self._parser.parse_overrides(self._spelt(word) if key_of(word) else [""])  # Hydra takes =3
+            except HydraException:
+                faults.append(_unreadable(word))
+        return overrides, faults
 
     def _spelt(self, word: str) -> list[str]:
         """Spell a typed word as Hydra needs it."""
         key, is_assigned, value = word.lstrip("+").partition("=")
-        if word.startswith("~") or not is_assigned or key.startswith(("hydra.", "hydra/")):
+        if word.startswith(("~", "-")) or not is_assigned or key.startswith(("hydra.", "hydra/")):
             return [word]
         key = new_name(key)
         if key.startswith(TEXTS):  # it is hard to type a line break; two backslashes and n stay
@@ -150,7 +168,7 @@ class Composer:
 
     def hydra(self, words: list[str]) -> tuple[list[str], Any]:
         """Return the words that decide Hydra's own part of the config, and that part. Raises ConfigError."""
-        typed = self.parsed(words)
+        typed, _ = self.parsed(words)
         choices, _ = self._choices(typed)
         values = [word for word in typed if word.key_or_group.startswith(("hydra.", "sweep."))]
         cfg = copy.deepcopy(self._composed(choices)[0])
@@ -158,9 +176,9 @@ class Composer:
             raise together(faults)
         return [*choices, *(str(word.input_line) for word in values)], cfg.hydra
 
-    def points(self, every: list[list[str]]) -> list[Point]:
-        """Compose every point of a sweep. Raises ConfigError with the faults of all."""
-        points, faults = [], []
+    def points(self, every: list[list[str]], faults: Sequence[ConfigError] = ()) -> list[Point]:
+        """Compose every point of a sweep. Raises ConfigError with these faults and those of all points."""
+        points, faults = [], [*faults]
         for words in every:
             try:
                 points.append(self.point(words))
@@ -172,17 +190,13 @@ class Composer:
 
     def point(self, words: list[str]) -> Point:
         """Compose and check one run. Raises ConfigError with all that is wrong."""
-        typed = self.parsed(words)
+        typed, faults = self.parsed(words)
         keys = {word.key_or_group for word in typed}
-        choices, faults = self._choices(typed)
+        choices, wrong = self._choices(typed)
         composed, sources = self._composed(choices)
         values = [w for w in typed if not self._is_choice(w) and not w.key_or_group.startswith("hydra.")]
-        tree, wrong = laid_over(composed, values)
-        faults += wrong
-        data = tree["data"]
-        if "data.path" in keys and "data" not in keys and data.get("path") and data.get("name") == "chitchat":
-            hint = "Choose the format: data=pairs or data=messages"
-            faults.append(ConfigError("data.path", "is given, but data=chitchat has its own data", hint))
+        tree, unset = laid_over(composed, values)
+        faults += wrong + unset
         config = checked(tree, faults, keys, [key for key in leaves(plain(composed)) if not key.startswith("hydra.")])
         said = [word.removeprefix("++") for word in words if not word.startswith("hydra.")]
         return Point(said, config, sources | {key: "typed" for key in SOURCES if key in keys})
@@ -199,9 +213,8 @@ class Composer:
             if line not in FOREIGN and (options is None or word.is_delete() or value in options):
                 kept.append(line)
                 continue
-            hints = [FOREIGN.get(line) or did_you_mean(value, options or []) + "."]
-            hints += [f"Any other model: {key}=hf {key}.path=org/name or a folder."] if key in MODELS else []
-            hint = " ".join([*hints, "Your own options: --config-dir FOLDER"])
+            own = OTHERS.get(key, "Your own options: --config-dir FOLDER").format(key)
+            hint = FOREIGN.get(line) or f"{did_you_mean(value, options or [])}. {own}"
             faults.append(ConfigError(line, f"{key} has no option {value or repr(value)}", hint))
         return tuple(kept), faults
 
@@ -213,8 +226,10 @@ class Composer:
         except yaml.MarkedYAMLError as error:
             place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "YAML"
             raise ConfigError(place, f"does not parse: {error.problem}", "Fix the YAML") from None
-        except (*HYDRA_ERRORS, UnicodeDecodeError) as error:
+        except HYDRA_ERRORS as error:
             hint = "`python -m kdx --info defaults` lists what is composed"
+            if "'hydra/" in str(error):
+                hint = "Others are installed: pip install hydra-optuna-sweeper, or hydra-submitit-launcher"
             raise ConfigError("config", _reason(error), hint) from None
 
     def _sources(self, choices: list[str]) -> dict[str, str]:
@@ -230,16 +245,11 @@ class Composer:
         return found
 
 
-_composer = functools.cache(Composer)
-
-
-def composer_for(config_dir: str | None) -> Composer:
-    """Return the Composer of a folder of options, the same each time. Raises ConfigError."""
-    return _composer(config_dir and str(Path(config_dir).resolve()))
+composer_for = functools.cache(Composer)
 
 
 def plain(node: Any) -> dict[str, Any]:
-    """A node of a composed config as plain values, unresolved."""
+    """Return a node of a composed config as plain values, with its interpolations unresolved."""
     return {str(k): v for k, v in OmegaConf.to_container(OmegaConf.create(node)).items()}  # type: ignore[union-attr]
 
 
@@ -256,12 +266,12 @@ def apply(words: list[Override], cfg: DictConfig) -> list[ConfigError]:
 
 
 def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[ConfigError]]:
-    """Set typed values in a composed config → it as plain values, and what is wrong; a value that is wrong is null.
+    """Set typed values in a composed config → plain values, and what is wrong; a wrong value becomes null.
 
     Of max_steps and epochs the one that is typed wins: the other is null, unless it is typed too.
     """
     cfg, typed = copy.deepcopy(OmegaConf.create(base)), {word.key_or_group for word in words}
-    faults = _under_new_names(cfg, typed) + apply(words, cfg)
+    faults = apply(words, cfg)
     for key, other in PAIRS.items():
         if key in typed and other not in typed and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, other, None)
@@ -280,25 +290,82 @@ def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[Co
     return OmegaConf.to_container(cfg, resolve=True), faults  # type: ignore[return-value]
 
 
-def _under_new_names(cfg: DictConfig, typed: set[str]) -> list[ConfigError]:
-    """Rename keys of YAML → what is wrong. typed: keys whose values are replaced anyway."""
-    faults = []
-    for old, new in RENAMED.items():
-        group, _, name = old.partition(".")
-        if name in (cfg.get(group) or ()):
-            default = OmegaConf.select(OmegaConf.load(CONF / "config.yaml"), new)
-            if new not in typed and OmegaConf.select(cfg, new) != default:
-                faults.append(_both(old, new))
-            OmegaConf.set_struct(cfg, False)
-            OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
-    return faults
-
-
-def _both(old: str, new: str) -> ConfigError:
-    return ConfigError(old, f"is the old name of {new}, and both are given", f"Leave out {old}")
+def _unreadable(word: str) -> ConfigError:
+    """Say why a word cannot be read."""
+    what, hint = "cannot be read", "A value with spaces, brackets or signs needs quotes: 'KEY=\"a b\"'"
+    if word.startswith("-"):
+        what, hint = "is not a flag", "Flags are listed by python -m kdx --hydra-help"
+    hint = FOREIGN.get(key_of(word.lstrip("-")), hint)
+    return ConfigError(word or "''", what, f"Words are KEY=VALUE, without dashes or spaces. {hint}")
 
 
 def _reason(error: Exception) -> str:
-    """What Hydra or OmegaConf says, without its appendix and, for a resolver's error, without its frame."""
+    """Return the part of Hydra's or OmegaConf's message that helps the user."""
     text = one_line(re.split(r"\nSee https|\n\s+full_key:|\n\s*Config search path", str(error))[0])
     return re.sub(r"^\w+ raised while resolving interpolation: (.)(.*)\1$", r"\2", text)
+
+
+def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
+    """Resume a run in its own folder, under its own config with what is typed laid over it. Raises ConfigError."""
+    folder = newest() if name == "last" else Path(name)
+    where = f"run.resume={name}"
+    tree, recorded = _read(folder / "config.yaml", where), _read(folder / "overrides.yaml", where)
+    if not is_resumable(folder):
+        raise ConfigError(
+            where, "has no checkpoint to resume from", f"Start a new run from its words: run.like={folder}"
+        )
+    new = [word for word in words if word not in recorded and key_of(word) != "run.resume"]
+    overrides, faults = composer_for(config_dir).parsed(new)
+    typed = [word for word in overrides if not word.key_or_group.startswith("hydra")]
+    keys = {word.key_or_group for word in typed}
+    tree, unset = laid_over(tree, typed)
+    flat, faults = leaves(tree), faults + unset
+    hidden = [key for key, value in flat.items() if HIDDEN in str(value)]
+    faults += [ConfigError(key, "was recorded without its secret", f"Type it again: {key}=...") for key in hidden]
+    config = checked(tree, faults, keys, list(flat))
+    sources = read_json(folder / "record.json").get("sources", {}) | {key: "typed" for key in keys if key in SOURCES}
+    kept = [word for word in recorded if key_of(word) not in keys]
+    return Plan([Point([*kept, *new], config, sources)], folder, config_dir, command=_command(folder))
+
+
+def alike(name: str, words: list[str]) -> tuple[list[str], str | None]:
+    """Return the words of an earlier run, replaced by those typed now, and its --config-dir. Raises ConfigError."""
+    where, folder = f"run.like={name}", Path(name)
+    typed = {key_of(word) for word in words}
+    typed |= {PAIRS[key] for key in typed & PAIRS.keys()}
+    kept = []
+    for word in _read(folder / "overrides.yaml", where):
+        if key_of(word) in typed or word.startswith("sweep."):
+            continue
+        if HIDDEN in word:
+            raise ConfigError(key_of(word), "was recorded without its secret", f"Type it again: {key_of(word)}=...")
+        if "trust_remote_code" in word:
+            print(f"kdx: {word} is not copied from {folder}: type it if that code may run", file=sys.stderr)
+            continue
+        kept.append(word)
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--config-dir", "-cd")
+    config_dir: str | None = flags.parse_known_args(_command(folder))[0].config_dir
+    return [*kept, *(word for word in words if key_of(word) != "run.like")], config_dir
+
+
+def newest() -> Path:
+    """Find the run under outputs/ that stopped last, of those that can be resumed. Raises ConfigError."""
+    files = [file for depth in ("*", "*/*", "sweeps/*/*") for file in Path("outputs").glob(f"{depth}/status.json")]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        state = read_json(file).get("state")
+        if state in ("interrupted", "failed", "running") and is_resumable(file.parent) and not holder(file.parent):
+            return file.parent
+    raise ConfigError("run.resume=last", "no run under outputs/ can be resumed", "Name a run folder")
+
+
+def _read(file: Path, where: str) -> Any:
+    if not file.is_file():
+        hint = "Name a folder that kdx made, such as outputs/2026-11-24/02-45-09-123456"
+        raise ConfigError(where, f"{file.parent} is not a run folder: it has no {file.name}", hint)
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def _command(folder: Path) -> list[str]:
+    file = folder / "command.txt"
+    return shlex.split(file.read_text(encoding="utf-8"), comments=True)[3:] if file.is_file() else []

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
@@ -100,7 +101,7 @@ class DataConfig(OpenGroup):
     """Longest row in tokens; null is what the models can read."""
     on_long: Literal["truncate", "split", "drop", "error"]  # What to do with a longer row
     on_bad_row: Literal["stop", "skip"]
-    """What to do with a row that the source or the chat template refuses; skipped rows are counted."""
+    """What to do with a row that the source or the chat template rejects; skipped rows are counted."""
     max_bad_rows: Count | Annotated[float, Field(ge=0, lt=1)] | None
     """Most rows that on_bad_row=skip leaves out: a number of rows, a share of all below 1, or null for any number."""
     assistant_only: bool  # Count only the assistant's tokens and the token that ends its turn in the loss
@@ -138,7 +139,7 @@ class OptimConfig(OpenGroup):
 
 
 class AdapterConfig(Group):
-    name: Literal["none", "lora"]  # Train all weights, or small matrices beside the frozen ones (peft's LoraConfig)
+    name: Literal["none", "lora"]  # Train all weights, or small matrices added to frozen ones (peft's LoraConfig)
     r: Positive
     """Rank of each adapter."""
     lora_alpha: Above0
@@ -268,7 +269,7 @@ class Config(Group):
 
 
 def as_dict(config: BaseModel) -> dict[str, Any]:
-    """Return a config, or one of its groups, as plain nested values; options stand beside their group's own keys."""
+    """Return a config, or one of its groups, as plain nested values; options are among their group's own keys."""
     return config.model_dump()
 
 
@@ -292,71 +293,69 @@ def short_key(key: str, keys: list[str]) -> str:
     return next((t for t in tails if sum(k == t or k.endswith(f".{t}") for k in {*keys, key}) == 1), key)
 
 
-def contradictions(config: Config) -> list[tuple[str, str, str]]:
+def contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
     """Find values that are fine alone and wrong together → where, what, hint for each."""
-    found = []
-    teacher, student, loss, train, optim = config.teacher, config.student, config.loss, config.train, config.optim
+    teacher, student, loss, train, rollout = config.teacher, config.student, config.loss, config.train, config.rollout
     for group, model in (("teacher", teacher), ("student", student)):
         path = model.path or ""
         is_local = not path or path.startswith("pkg:") or os.path.isdir(path)
         if model.trust_remote_code and not is_local and not COMMIT.fullmatch(model.revision or ""):
             what = "runs code from the hub, so it needs a revision that is a commit (40 hex digits)"
-            found.append((f"{group}.trust_remote_code", what, f"Pin it: {group}.revision=COMMIT"))
+            yield f"{group}.trust_remote_code", what, f"Pin it: {group}.revision=COMMIT"
     if student.init == "cut":
         if teacher.path is None:
-            found.append(("student", "is cut from the teacher, and there is none", "Choose student=hf"))
+            yield "student", "is cut from the teacher, and there is none", "Choose student=hf"
         if student.layers is None:
-            found.append(("student.layers", "is null", "Set how many or which: student.layers=10"))
+            yield "student.layers", "is null", "Set how many or which: student.layers=10"
     elif student.path is None:
-        found.append(("student.path", "is null", "Set the model: student.path=FOLDER or a hub id"))
+        yield "student.path", "is null", "Set the model: student.path=FOLDER or a hub id"
     if teacher.path is None and loss.alpha > 0:
         what = f"is {loss.alpha:g}, but without a teacher there is nothing to distil from"
-        found.append(("loss.alpha", what, "Choose loss=cross_entropy, or a teacher"))
+        yield "loss.alpha", what, "Choose loss=cross_entropy, or a teacher"
     if loss.name == "cross_entropy" and loss.alpha > 0:
-        found.append(("loss.alpha", f"is {loss.alpha:g}, but cross_entropy is alpha 0", "Set loss.alpha=0"))
+        yield "loss.alpha", f"is {loss.alpha:g}, but cross_entropy is alpha 0", "Set loss.alpha=0"
     if loss.alpha == 0 and loss.alpha_end:
-        found.append(("loss.alpha_end", "is set, but alpha 0 is a run without a teacher", "Begin with loss.alpha=0.01"))
-    if config.rollout.name != "none" and teacher.path is None:
-        found.append(("rollout", "needs a teacher", "Choose a teacher, or rollout=none"))
-    elif config.rollout.is_on_policy and 0 in (loss.alpha, loss.alpha_end):
+        yield "loss.alpha_end", "is set, but alpha 0 is a run without a teacher", "Begin with loss.alpha=0.01"
+    if rollout.name != "none" and teacher.path is None:
+        yield "rollout", "needs a teacher", "Choose a teacher, or rollout=none"
+    elif rollout.is_on_policy and 0 in (loss.alpha, loss.alpha_end):
         what = "is 0, and cross-entropy teaches nothing on the student's own answers"
-        found.append(("loss.alpha" if loss.alpha == 0 else "loss.alpha_end", what, "Raise it, or choose rollout=none"))
-    if config.rollout.name != "none" and not config.data.assistant_only:
+        yield "loss.alpha" if loss.alpha == 0 else "loss.alpha_end", what, "Raise it, or choose rollout=none"
+    if rollout.name != "none" and not config.data.assistant_only:
         what = "is false, so there are no prompts to answer"
-        found.append(("data.assistant_only", what, "Set it to true, or choose rollout=none"))
+        yield "data.assistant_only", what, "Set it to true, or choose rollout=none"
     asked, metric = config.eval, config.eval.metric
     needs = {
         "a teacher": metric == "on_policy_kl" and teacher.path is None,
         "eval.on_policy_kl": metric == "on_policy_kl" and asked.on_policy_kl is False,
         "eval.num_prompts": metric in GENERATED and asked.num_prompts == 0,
     }
-    hint = "Set that, or choose eval.metric=ce"
-    found += [("eval.metric", f"is {metric}, which needs {what}", hint) for what, is_off in needs.items() if is_off]
+    for what in (what for what, is_off in needs.items() if is_off):
+        yield "eval.metric", f"is {metric}, which needs {what}", "Set that, or choose eval.metric=ce"
     if (train.max_steps is None) == (train.epochs is None):
         both = "are both set" if train.epochs else "are both null"
-        found.append(("train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"))
+        yield "train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"
     if config.adapter.name != "none" and student.init != "pretrained":
         what = f"needs a base that is a model of its own, and student.init is {student.init}"
         for key, only in (("quantization", "none"), ("save", "merged")):
             if getattr(config.adapter, key) != only:
-                found.append((f"adapter.{key}", what, f"Set adapter.{key}={only}"))
+                yield f"adapter.{key}", what, f"Set adapter.{key}={only}"
     if teacher.adapter and (teacher.path is None or teacher.quantization != "none" or student.init == "cut"):
         reason = "student is cut from the teacher's own files" if student.init == "cut" else "weights are quantised"
         what = "cannot be merged: there is no teacher" if teacher.path is None else f"cannot be merged: the {reason}"
-        found.append(("teacher.adapter", what, "Merge it into a folder first, and name that as teacher.path"))
-    micro = train.micro_batch_size
+        yield "teacher.adapter", what, "Merge it into a folder first, and name that as teacher.path"
+    micro, warmup = train.micro_batch_size, config.optim.warmup_steps
     if isinstance(micro, int) and train.micro_batch_tokens:
         what = "says how many tokens a micro-batch has, and train.micro_batch_size how many rows"
-        found.append(("train.micro_batch_tokens", what, "Set one of them"))
+        yield "train.micro_batch_tokens", what, "Set one of them"
     if isinstance(micro, int) and train.batch_size % micro:
         what = f"is {train.batch_size}, not a multiple of train.micro_batch_size={micro}"
-        found.append(("train.batch_size", what, f"Try {max(micro, train.batch_size // micro * micro)}"))
-    if train.max_steps and optim.warmup_steps > train.max_steps:
-        what = f"is {optim.warmup_steps}, more than train.max_steps={train.max_steps}"
-        found.append(("optim.warmup_steps", what, f"Expected 0 to {train.max_steps}, or a share below 1"))
+        yield "train.batch_size", what, f"Try {max(micro, train.batch_size // micro * micro)}"
+    if train.max_steps and warmup > train.max_steps:
+        what = f"is {warmup}, more than train.max_steps={train.max_steps}"
+        yield "optim.warmup_steps", what, f"It should be at most {train.max_steps}, or a share below 1"
     if config.data.validation is None or config.eval.every == 0:
-        found += unmeasured(config)
-    return found
+        yield from unmeasured(config)
 
 
 def unmeasured(config: Config) -> list[tuple[str, str, str]]:

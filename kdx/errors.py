@@ -69,9 +69,9 @@ class DivergedError(KdxError):
 
 
 def user_error(error: BaseException, folder: object = "disk") -> KdxError | None:
-    """Return an error that a user can do something about: itself, of the disk, or of memory. None for a bug.
+    """Return the KdxError for an error that a user can do something about: a full disk, no memory. None for a bug.
 
-    folder: where the disk is that refused, if the error does not say.
+    folder: the place to name if an error of the disk does not name one.
     """
     if isinstance(error, KdxError):
         return error
@@ -109,7 +109,7 @@ def together(errors: Sequence[KdxError]) -> KdxError:
 
 
 def first_of(faults: Sequence[DataError]) -> KdxError:
-    """Join faults of rows into one error that prints the first, a line each, and how many there are."""
+    """Join faults of rows into one error that prints the first of them, a line each, and their number."""
     total, is_one = sum(len(fault.lines) for fault in faults), len({fault.args[1:] for fault in faults}) == 1
     error = together(faults)
     if total > 1:
@@ -120,22 +120,22 @@ def first_of(faults: Sequence[DataError]) -> KdxError:
 
 
 def printable(text: str, keep: str = "\n\t\xa0\u200d") -> str:
-    """Escape control characters: a row or an answer of a model must not command the terminal."""
+    """Escape control characters, so that no row and no model's answer can control the terminal."""
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 def shortened(text: str, most: int = 300) -> str:
-    """Cut a long text to what fits a line."""
+    """Shorten a long text so that it fits on a line."""
     return text if len(text) <= most else f"{text[:most]} … ({len(text):,} characters)"
 
 
 def one_line(error: BaseException | str) -> str:
-    """Return a library's message as part of a line."""
+    """Return a library's message on one line."""
     return shortened(" ".join(str(error).split())).rstrip(".")
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Make a hint for an unknown name: the nearest one, and the choices if they are few."""
+    """Return a hint for an unknown name: the nearest one, and all choices if they are few."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     hint = f"Did you mean {near[0]}? " if near else ""
     return f"{hint}Choices: {', '.join(known)}" if len(known) <= 24 else hint or "See the documentation for all names"

@@ -35,14 +35,11 @@ MAX_LETTERS = 60  # of a value in a folder's name; the hash tells long ones apar
 STARTED = "KDX_SWEEP_STARTED"  # in the environment of a worker: when its command started
 
 
-def swept_keys(words: list[Override]) -> list[str]:
-    """Return the keys that have several values, in the order typed; of a key typed twice the last counts."""
-    last = {word.get_key_element().lstrip("+~"): word for word in words}
-    return [key for key, word in last.items() if word.is_sweep_override()]
+def points(words: list[Override]) -> tuple[list[list[str]], list[str]]:
+    """Return every combination of the swept values as the words of a single run, and the keys with several values.
 
-
-def points(words: list[Override]) -> list[list[str]]:
-    """Return every combination of the swept values as the words of a single run; of an interval, its two ends."""
+    Of a key typed twice the last word counts, of an interval its two ends.
+    """
     values: dict[str, list[str]] = {}
     for word in words:
         key = word.get_key_element()
@@ -52,17 +49,8 @@ def points(words: list[Override]) -> list[list[str]]:
             values[key] = [f"{key}={value}" for value in word.sweep_string_iterator()]
         else:
             values[key] = [str(word.input_line)]
-    return [list(point) for point in itertools.product(*values.values())]
-
-
-def baseline_words(words: list[Override], *, with_rollouts: bool = False) -> list[str]:
-    """Return the words of the same sweep without distillation: alpha = 0 in place of all that is typed of the loss.
-
-    with_rollouts: whether students answer rows themselves, of which only a teacher says anything: that is left out too.
-    """
-    groups, instead = (("loss", "rollout"), ["rollout=none"]) if with_rollouts else (("loss",), [])
-    kept = [str(w.input_line) for w in words if w.key_or_group.split(".")[0] not in groups]
-    return [*kept, *instead, "loss.alpha=0"]
+    swept = [key.lstrip("+~") for key, some in values.items() if len(some) > 1]
+    return [list(point) for point in itertools.product(*values.values())], swept
 
 
 def sweep_name(keys: list[str], configs: list[Config]) -> str:
@@ -91,7 +79,7 @@ def job_name(keys: list[str], words: list[str], config: Config) -> str:
 
 
 def _safe(text: str) -> str:
-    """Make a part of a folder's name: letters, digits, . and -."""
+    """Return a text as part of a folder's name: letters, digits, . and -."""
     return re.sub(r"[^A-Za-z0-9.-]+", "-", text)[:MAX_LETTERS].strip("-.") or "x"
 
 
@@ -104,12 +92,12 @@ def run(plan: "Plan", argv: list[str]) -> int:
     argv: what was typed; the workers run it too, and share the time at which the command started.
     """
     _failed.clear()
-    since, code = float(os.environ.get(STARTED) or time.time()), 0
+    since, code, is_worker = float(os.environ.get(STARTED) or time.time()), 0, STARTED in os.environ
     workers, num_baselines = plan.points[0].config.sweep.workers, len(plan.jobs) - len(plan.points)
-    if num_baselines > 0 and is_main() and not is_worker():
+    if num_baselines > 0 and is_main() and not is_worker:
         baselines = f"{num_baselines} baseline{'s' if num_baselines > 1 else ''} (alpha=0)"
         print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
-    if workers > 1 and not is_worker():
+    if workers > 1 and not is_worker:
         if plan.hydra or num_processes() > 1:
             what = f"is {workers}, but workers share only points that are known in advance, without torchrun"
             raise ConfigError("sweep.workers", what, "Leave it out")
@@ -123,8 +111,9 @@ def run(plan: "Plan", argv: list[str]) -> int:
         run_hydra(plan.hydra, partial(_hydras_job, words, plan.config_dir, Record([], plan.swept, {}, argv), since))
     else:
         for folder, point in plan.jobs.items():
-            do_job(point.config, Record(point.words, plan.swept, point.sources, argv), folder, since=since)
-    if not is_worker() and is_main():  # the parent, or rank 0, reports
+            record = Record(point.words, plan.swept, point.sources, argv)
+            do_job(point.config, record, folder, since=since, is_own_gpu=is_worker)
+    if not is_worker and is_main():  # the parent, or rank 0, reports
         _report(plan, since)
     return 5 if _failed else code
 
@@ -168,7 +157,7 @@ def do_job(
             if is_main():
                 print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
             if not reason:
-                measure = start_run(config, record, folder, is_own_gpu=is_own_gpu or is_worker())
+                measure = start_run(config, record, folder, is_own_gpu=is_own_gpu)
         if not reason and is_main():
             _write_page(folder.parent)
         return 0
@@ -192,7 +181,7 @@ def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool 
 
 
 def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, str]:
-    """Say how a job stands: done, held, failed (by this command) or left, and why. Raises ConfigError."""
+    """Return the state of a job (done, held, failed by this command, or left) and the reason. Raises ConfigError."""
     run = RunFolder(folder)
     status = run.status()
     state, reason = status.get("state", "not started"), status.get("reason", "see its error above")
@@ -258,8 +247,13 @@ def _report(plan: "Plan", since: float) -> None:
         found[what].append(f"  {os.path.relpath(path)}  {printable(why)}")
         _failed.update([path] if what == "failed" else [])
     if len(found["failed"] + found["done"]) == len(known):
-        with suppress(InUseError), claim(plan.folder):  # of two that end at the same time one writes
-            _write_page(plan.folder, is_printed=True)
+        with suppress(InUseError), claim(plan.folder):  # of several processes that share a sweep one compares
+            mark, jobs = plan.folder / ".compared", plan.folder.glob("*/status.json")
+            if not mark.exists() or mark.stat().st_mtime < max([since, *(file.stat().st_mtime for file in jobs)]):
+                _write_page(plan.folder, is_printed=True)
+                mark.touch()
+            else:
+                print(f"kdx: nothing is left; another process has just compared the jobs in {plan.folder}", flush=True)
     for what, rows in found.items():
         if rows and what != "done":
             print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
@@ -282,8 +276,3 @@ def _write_page(folder: Path, *, is_printed: bool = False) -> None:
             print(f"kdx: {line}", flush=True)
     except Exception as error:
         print(f"kdx: no comparison of {folder}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-
-
-def is_worker() -> bool:
-    """Whether this process is one of those that `sweep.workers` started."""
-    return STARTED in os.environ

@@ -133,13 +133,8 @@ def test_the_heartbeat_goes_on_while_the_folder_is_held(tmp_path: Path, monkeypa
         assert (tmp_path / claims.BEAT).stat().st_mtime > 0
 
 
-def test_without_locks_one_of_many_processes_takes_over_what_is_stale(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError("No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+@pytest.mark.parametrize("locking", ["no locks"], indirect=True)
+def test_without_locks_one_of_many_processes_takes_over_what_is_stale(tmp_path: Path, locking: bool) -> None:
     leave_heartbeat(tmp_path, host="elsewhere", pid=7, age=claims.STALE + 60)
 
     def take() -> None:

@@ -55,6 +55,7 @@ def test_every_option_composes_fits_and_binds(file, composer):
 @pytest.mark.parametrize("file", FILES, ids=option)
 def test_every_file_opens_with_a_comment_and_every_key_has_one(file):
     text = file.read_text(encoding="utf-8")
+    assert isinstance(yaml.safe_load(text), dict) and "_target_" not in text  # it names no code
     lines = text.splitlines()
     assert lines[0].startswith("# ")
     if "defaults: [" in text and lines[0] != "# @package _global_":
@@ -73,12 +74,6 @@ def test_every_experiment_opens_with_its_command_and_question(file):
     assert command == f"# python -m kdx experiment={file.stem}"
     assert question.startswith("# Question: ")
     assert "?" in question
-
-
-@pytest.mark.parametrize("file", FILES, ids=option)
-def test_no_yaml_names_code(file):
-    assert "_target_" not in file.read_text(encoding="utf-8")
-    assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)
 
 
 def test_students_start_from_values_that_suit_them(composer):

@@ -200,7 +200,7 @@ def test_done_is_done_and_another_config_is_refused(place: Path, finished: Path,
     assert RunFolder(finished).is_done(config)
     assert distill(config, finished) == Summary(**json.loads((finished / "summary.json").read_text()))
     for word in REFUSED:
-        with pytest.raises(ConfigError, match=rf"holds a run with another {word.split('=')[0]}") as error:
+        with pytest.raises(ConfigError, match=rf"holds a run with a different {word.split('=')[0]}") as error:
             distill(config_of(place, *words, word), finished)
         assert error.value.exit_code == 2
         assert error.value.lines[1].split() == ["key", "was", "now"]

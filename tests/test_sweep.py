@@ -1,19 +1,15 @@
-"""The points of a sweep, names that are the same on any day and fit for a path, and who does which job."""
+"""The names of a sweep and its jobs, which are always the same and fit for a path, and who does which job."""
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from processes import SERVER, ended, free_port
 
 from kdx import sweep
@@ -24,44 +20,22 @@ from kdx.errors import ConfigError
 from kdx.run.claim import BEAT
 
 
-def parsed(*words: str) -> list[Override]:
-    return OverridesParser.create().parse_overrides(list(words))
-
-
 def name(keys: list[str], *words: str) -> str:
     return sweep.job_name(keys, list(words), compose(list(words)))
 
 
-# Points and names
-
-
-def test_points_are_every_combination_in_the_order_typed_and_of_an_interval_the_ends() -> None:
-    assert sweep.points(parsed("loss.alpha=interval(0,1)")) == [["loss.alpha=0.0"], ["loss.alpha=1.0"]]
-    words = parsed("train.max_steps=5", "loss.temperature=1,2", "loss.alpha=0.3,0.7")
-    assert sweep.points(words) == [
-        ["train.max_steps=5", f"loss.temperature={t}", f"loss.alpha={a}"] for t in (1, 2) for a in (0.3, 0.7)
-    ]
-    assert sweep.swept_keys(words) == ["loss.temperature", "loss.alpha"]
+# Names
 
 
 def test_a_name_says_the_point_by_the_shortest_unique_part_of_each_key() -> None:
-    made = name(["loss.temperature", "loss.alpha"], "loss.temperature=2", "loss.alpha=0.7")
-    assert re.fullmatch(r"temperature-2_alpha-0\.7_[0-9a-f]{6}", made)
-    assert name(["train.seed", "data.seed"]).startswith("train.seed-0_data.seed-0_")
-    assert name(["loss.temperature"], "loss.temperature=1") == name(["loss.temperature"], "loss.temperature=1.0")
-    assert name(["experiment"], "experiment=demo").startswith("experiment-demo_")
-
-
-def test_a_baseline_is_the_same_run_without_the_teachers_term() -> None:
-    words = parsed("loss=jsd", "loss.temperature=1,2", "train.max_steps=5")
-    assert sweep.baseline_words(words) == ["train.max_steps=5", "loss.alpha=0"]
-
-
-def test_a_baseline_is_named_by_what_is_used() -> None:
     keys = ["loss.temperature", "loss.alpha"]
-    one = name(keys, "loss.temperature=1", "loss.alpha=0")
-    assert name(keys, "loss.temperature=4", "loss.alpha=0") == one
-    assert one.startswith("alpha-0_")
+    assert re.fullmatch(r"temperature-2_alpha-0\.7_[0-9a-f]{6}", name(keys, "loss.temperature=2", "loss.alpha=0.7"))
+    assert name(["train.seed", "data.seed"]).startswith("train.seed-0_data.seed-0_")
+    assert name(["experiment"], "experiment=demo").startswith("experiment-demo_")
+    assert name(keys, "loss.temperature=1") == name(keys, "loss.temperature=1.0")
+    baseline = name(keys, "loss.temperature=1", "loss.alpha=0")  # its temperature is not used
+    assert baseline == name(keys, "loss.temperature=4", "loss.alpha=0")
+    assert baseline.startswith("alpha-0_")
     assert name(["loss.temperature"], "loss.alpha=0").startswith("baseline_")
 
 
@@ -103,7 +77,6 @@ class Folders:
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.runs, self.printed = root, list[str](), list[bool]()
-        self.raises: dict[str, Exception] = {}
         self.config = compose(["sweep.name=s"])
         monkeypatch.setattr(sweep, "start_run", self.start)
         monkeypatch.setattr(sweep.RunFolder, "is_done", self.is_done(self))
@@ -113,23 +86,18 @@ class Folders:
     def is_done(folders: "Folders") -> Callable[[sweep.RunFolder, object], bool]:
         def is_done(run: sweep.RunFolder, _: object) -> bool:
             if run.status().get("state") == "done" and run.path.name == "changed":
-                raise ConfigError(str(run.path), "holds a run with another plugins", "Set sweep.name=...")
+                raise ConfigError(str(run.path), "holds a run with a different plugins", "Set sweep.name=...")
             return bool(run.status().get("state") == "done")
 
         return is_done
 
-    def leave(self, name: str, state: str, reason: str = "", age: float = 0) -> Path:
+    def leave(self, name: str, state: str) -> None:
         file = self.root / name / "status.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f'{{"state": "{state}", "reason": "{reason}"}}')
-        os.utime(file, (time.time() - age,) * 2)
-        return file.parent
+        file.write_text(f'{{"state": "{state}"}}')
 
     def start(self, _: object, __: object, folder: Path, *, is_own_gpu: bool) -> float:
         self.runs.append(folder.name)
-        if error := self.raises.get(folder.name):
-            self.leave(folder.name, "failed", str(error))
-            raise error
         self.leave(folder.name, "done")
         return 1.5
 
@@ -166,21 +134,13 @@ def test_a_process_does_what_is_neither_done_nor_held_and_says_which_are(
     assert True not in folders.printed  # that process will compare
 
 
-def test_a_failing_job_does_not_stop_the_rest_and_is_tried_again_by_the_next_command(
-    folders: Folders, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folders.raises = {"bad": ConfigError("loss.most", "is too small", "Raise it")}
-    folders.leave("bad", "failed", age=60)
-    assert folders.sweep("bad", "good") == 5
-    assert folders.runs == ["bad", "good"]  # once by each command
-    err = capsys.readouterr().err
-    assert err.endswith(
-        f"kdx: 1 of 2 jobs failed:\n  {os.path.relpath(folders.root / 'bad')}  failed: {folders.raises['bad']}\n"
-    )
-    assert folders.printed[-1]
-    del folders.raises["bad"]
-    assert folders.sweep("bad", "good") == 0
-    assert folders.runs == ["bad", "good", "bad"]
+def test_of_two_processes_that_find_nothing_left_one_compares(folders: Folders) -> None:
+    since = time.time()
+    assert folders.sweep("a") == 0
+    sweep._report(folders.plan("a"), since)  # of another process that started at the same time
+    assert folders.printed == [False, True]
+    assert folders.sweep("a") == 0  # the next command compares again
+    assert folders.printed == [False, True, True]
 
 
 def test_a_job_whose_data_have_changed_is_refused_and_fails(
@@ -189,7 +149,7 @@ def test_a_job_whose_data_have_changed_is_refused_and_fails(
     folders.leave("changed", "done")
     assert folders.sweep("changed", "good") == 5
     assert folders.runs == ["good"]
-    assert "changed  holds a run with another plugins. Set sweep.name=..." in capsys.readouterr().err
+    assert "changed  holds a run with a different plugins. Set sweep.name=..." in capsys.readouterr().err
 
 
 # Several processes
@@ -223,15 +183,6 @@ def test_workers_run_the_same_command_and_the_worst_exit_code_counts(
     )
     assert run_workers(folders, script) == 3
     assert workers == [[sys.executable, "-m", "kdx", script]] * 2  # no more than there are jobs
-
-
-def test_a_signal_is_forwarded_to_the_workers(folders: Folders, workers: list[list[str]]) -> None:
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    script = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); time.sleep(60)"
-    before = signal.getsignal(signal.SIGTERM)
-    assert run_workers(folders, script) in (143, 128 + 15)
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert folders.printed == []
 
 
 def test_workers_need_points_that_are_known(folders: Folders) -> None:

@@ -32,7 +32,7 @@ def _release() -> None:
         _held.popitem()[1].close()
 
 
-os.register_at_fork(after_in_child=_release)  # a worker that outlives a killed run would go on holding its folder
+os.register_at_fork(after_in_child=_release)  # else a worker that outlives a killed run would keep its folder locked
 
 
 def holder(folder: Path) -> str | None:

@@ -50,7 +50,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def saving(what: str, path: Path) -> Iterator[None]:
-    """Raise MachineError for a disk that is full or refuses, which torch and safetensors wrap in their own errors."""
+    """Turn a failed write into a MachineError: torch and safetensors raise errors of their own for a full disk."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -66,7 +66,7 @@ def locked(file: Path) -> Iterator[None]:
 
     try:
         held = FileLock(file).acquire()
-    except OSError:  # NFS, mounted without locks: a file that is there as long as its process lives
+    except OSError:  # NFS, mounted without locks: the file itself is the lock
         held = SoftFileLock(f"{file}.soft").acquire()
     with held:
         yield

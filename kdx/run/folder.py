@@ -29,7 +29,7 @@ LONGER = ("train.max_steps", "train.epochs")  # a run may be resumed with more o
 
 @dataclass(frozen=True)
 class Record:
-    """What a run was started with, beside its config."""
+    """What a run was started with, besides its config."""
 
     words: list[str] = field(default_factory=list)  # what was typed for this run
     swept: list[str] = field(default_factory=list)  # the keys that its sweep varies
@@ -67,29 +67,27 @@ class RunFolder:
     def _differences(self, config: Config, facts: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         """Return what differs from the run that is here and may differ. Raises ConfigError for the rest.
 
-        A run that failed before it saved anything binds nobody: its command may be corrected.
+        A folder where nothing was saved yet is free for another config.
         """
         was, now = self.kept("data.json"), identity(config) | facts
         if not was or not is_resumable(self.path):
             return []
         found = differences({key: was.get(key) for key in now}, now)
-        if refused := [d for d in found if not may_differ(*d, config)]:
-            keys = ", ".join(key for key, _, _ in refused)
-            hint = (
-                "Use another folder (hydra.run.dir=..., in a sweep sweep.name=...); run.like= starts a new run like it"
-            )
-            error = ConfigError(str(self.path), f"holds a run with another {keys}", hint)
-            error.lines += table(refused)
+        if wrong := [d for d in found if not may_differ(*d, config)]:
+            keys = ", ".join(key for key, _, _ in wrong)
+            hint = "Use another folder (hydra.run.dir=..., in a sweep sweep.name=...), or start a new run with run.like=..."
+            error = ConfigError(str(self.path), f"holds a run with a different {keys}", hint)
+            error.lines += table(wrong)
             raise error
         trained = self.kept("trained.json")
         if trained and any(key in LONGER for key, _, _ in found) and not any(self.path.glob("checkpoints/step-*")):
-            what = f"has trained to step {trained['state']['step']} and kept no checkpoint to train on from"
-            raise ConfigError(str(self.path), what, "Type the same train.max_steps, or start again elsewhere")
+            what = f"has trained to step {trained['state']['step']} and kept no checkpoint to continue from"
+            raise ConfigError(str(self.path), what, "Use the same train.max_steps, or another folder")
         return found
 
     @contextmanager
     def claim(self, config: Config, record: Record, is_main: bool = True) -> Iterator[None]:
-        """Hold the folder for the life of a run, write its record, and keep status.json true whatever happens.
+        """Hold the folder for the life of a run, write its record, and keep status.json up to date whatever happens.
 
         Raises InUseError if another process runs here, ConfigError if the folder has another run.
         """
@@ -106,7 +104,7 @@ class RunFolder:
                 yield
 
     def _write_record(self, config: Config, record: Record) -> None:
-        """Write what was asked: the config, the words and the command, without secrets, and the user's own code."""
+        """Write down the config, the words and the command, without secrets, and the user's own code."""
         asked = yaml.safe_dump(redact(as_dict(config)), sort_keys=False, allow_unicode=True)
         write_beside(self.path / "config.yaml", asked)
         write_beside(self.path / "overrides.yaml", yaml.safe_dump(redact(record.words), allow_unicode=True))
@@ -117,14 +115,14 @@ class RunFolder:
     def begin(self, config: Config, facts: dict[str, Any]) -> None:
         """Keep what decides which student comes out, or compare it with what was kept. Raises ConfigError.
 
-        facts: what only a started run knows beside its identity (fingerprints of the rows, number of processes).
+        facts: what is known only once data and models are loaded (fingerprints of the rows, number of processes).
         """
-        if self.is_main:  # models and data of a hub are downloaded by now, so that their commits are known
+        if self.is_main:  # models and data have been downloaded by now, so the hub's commits are known
             self._differences(config, facts)
             self.keep("data.json", identity(config) | facts)
 
     def begin_again(self) -> None:
-        """Say that a run which was stopped has nothing to resume from."""
+        """Warn if a run that was stopped has nothing to resume from."""
         if self.step:
             log.warning("%s stopped at step %s without a checkpoint: starting again at step 0", self.path, self.step)
         self.step = 0
@@ -138,7 +136,7 @@ class RunFolder:
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Write how the run ends to status.json. Whichever process fails writes why: the others cannot know."""
+        """Write to status.json how the run ends. The process that fails writes why; the others cannot know."""
         try:
             yield
         except BaseException as error:

@@ -28,6 +28,11 @@ FREE = (
     "run.", "sweep.", "tracking.", "eval.num_prompts", "eval.on_policy_kl", "train.log_every", "train.save_", "train.keep_checkpoints", "teacher.store",
     "teacher.license", "teacher.base_model", "student.license", "student.base_model",
 )  # fmt: skip
+# A key and its value → what then changes nothing. A run from before there was such a key counts as having that value.
+UNUSED = {
+    ("adapter.name", "none"): "adapter.", ("rollout.name", "none"): "rollout.", ("teacher.adapter", None): "teacher.adapter",
+    ("loss.alpha", 0): "loss.", ("train.on_nonfinite", "stop"): "train.max_nonfinite",
+}  # fmt: skip
 CONTENTS = ("data", "teacher", "student", "tokenizer", "chat_template", "plugins")
 ROWS = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|arrow)(\.\w+)?$")  # files of a folder that may hold rows
 WEIGHTS = ("config.json", "adapter_config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin")
@@ -61,34 +66,24 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def config_identity(config: Config) -> dict[str, Any]:
-    """Describe what decides the student as far as the config says it, without secrets: it is written down."""
+    """Describe the part of it that is in the config, with secrets replaced."""
     return dict(redact(used(leaves(as_dict(config)))))
 
 
 def used(config: dict[str, Any]) -> dict[str, Any]:
     """Return those dotted keys of a flat config that decide the student."""
-    unused = [*FREE]
+    unused = [*FREE, *(unused for (key, off), unused in UNUSED.items() if config.get(key, off) == off)]
     if config.get("eval.metric") in GENERATED:  # it may choose the weights
         unused.remove("eval.num_prompts")
-    if config.get("loss.alpha") == 0:  # alpha itself is what makes a baseline
-        unused.append("loss.")
-    if config.get("adapter.name", "none") == "none":
-        unused.append("adapter.")
-    if config.get("teacher.adapter") is None:  # a run from before there were any has no such key
-        unused.append("teacher.adapter")
-    if config.get("rollout.name", "none") == "none":
-        unused.append("rollout.")
     if config.get("student.init") != "cut":
         unused.append("student.layers")
     if config.get("train.keep") == "last" and config.get("train.early_stopping.patience") is None:
         unused += ["eval.", "train.eval_every", "train.early_stopping."]  # older runs have train.eval_every
-    if config.get("train.on_nonfinite") == "stop":
-        unused.append("train.max_nonfinite")
     return {k: v for k, v in config.items() if k == "loss.alpha" or not k.startswith(tuple(unused))}
 
 
 def canonical(value: Any) -> str:
-    """Write as JSON, the same for equal values on any day; 1 and 1.0 are equal."""
+    """Write as JSON, always the same for equal values; 1 and 1.0 are equal."""
     return json.dumps(json.loads(json.dumps(value, default=str), parse_float=_number), sort_keys=True)
 
 
@@ -98,7 +93,7 @@ def digest(identity: dict[str, Any]) -> str:
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> Differences:
-    """Return what differs between two identities; a content that one of them does not know is no difference."""
+    """Return what differs between two identities. Contents that are unknown in one of them are left out."""
     unknown = [key for key in CONTENTS if was.get(key) is None or now.get(key) is None]
     keys = [key for key in {**was, **now} if key not in unknown]
     return [(key, was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)]
@@ -179,7 +174,7 @@ def _model(model: ModelConfig, group: str, patterns: Sequence[str], place: str |
 
 
 def adapter_base(path: str | None) -> str | None:
-    """Return the model that an adapter folder stands beside; None if this path names none."""
+    """Return the base model that an adapter folder names; None if this path is no adapter folder."""
     file = Path(resolve_path(path or "", "student.path")) / "adapter_config.json"
     return read_json(file).get("base_model_name_or_path") if path else None
 

@@ -142,7 +142,7 @@ def test_a_longer_run_needs_a_checkpoint_to_train_on_from(place, tmp_path, capfd
     words = [*WORDS[1:], "optim.schedule=constant"]
     assert run_here(config_of(place, *words, "train.max_steps=2"), tmp_path / "run") == 0
     assert run_here(config_of(place, *words, "train.max_steps=4"), tmp_path / "run") == 2
-    assert "has trained to step 2 and kept no checkpoint to train on from" in capfd.readouterr().err
+    assert "has trained to step 2 and kept no checkpoint to continue from" in capfd.readouterr().err
     assert status(tmp_path / "run")["state"] == "done"
     assert run_here(config_of(place, *words, "train.max_steps=2"), tmp_path / "run", no_step) == 0
 

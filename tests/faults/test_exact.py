@@ -112,7 +112,7 @@ def test_another_run_is_refused_with_a_diff(stopped, tmp_path, capfd, change, ke
         shutil.copytree(kept, place)
     told = [line.removeprefix("kdx: error: ") for line in capfd.readouterr().err.splitlines()]
     assert code == 2, told
-    assert re.match(rf".*/run: holds a run with another (.*, )?{key}\b", told[0])
+    assert re.match(rf".*/run: holds a run with a different (.*, )?{key}\b", told[0])
     assert re.fullmatch(r"  key +was +now", told[1])
     assert any(re.match(rf"  {re.escape(key)} +\S+ +\S+", line) for line in told[2:]), told
     assert status(tmp_path / "run")["state"] == "interrupted"
