@@ -48,8 +48,11 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a block in which a tem
 CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")  # a template that writes today's date
 JOINED_BY_END_OF_TEXT = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 FALLBACK = "turns joined by the end-of-text token"
+LEFT_OUT = "that the chat template leaves out"
+ENDLESS = "rows whose turns no special token ends: the student does not learn where to stop"
 
 NOT_COLUMNS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "dict", "range"}
+REASONING = {"reasoning_content", "reasoning", "thinking"}  # names of one thing, which transformers gives templates
 COUNTERS = ("dropped", "changed", "said", "unused")
 Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of its words, end
 
@@ -247,11 +250,13 @@ class Encoder:
         self.on_long, self.assistant_only, self.day = on_long, assistant_only, datetime.date.fromisoformat(day)
         # The end of a turn is a special token in most templates; ids, not text, so that content cannot fake one.
         special = {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.end_ids, self.ends = set(self.tokenizer.all_special_ids) | set(special), tuple(special.values())
+        self.end_ids = set(self.tokenizer.all_special_ids) | set(special)
+        longest_first = sorted(special.values(), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         template = template_text(self.tokenizer)
         self.marks_generation = bool(GENERATION.search(template))
         self.names = names_in(template)
-        self._edges: dict[tuple[str, ...], dict[int, tuple[int, int]]] = {}
+        self._edges: dict[str, dict[int, tuple[int, int]]] = {}
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Tokenise a conversation → its rows: one, more if it is long and split, or none."""
@@ -265,7 +270,7 @@ class Encoder:
             tokens, counted, stops = self._plain(tokens)
         else:
             counted, stops = self._count(tokens, encoding["offset_mapping"], spans)
-        found = Encoded(said=said, stops=stops)
+        found = Encoded(said=[*said, *([] if stops else [ENDLESS])], stops=stops)
         where, is_long = conversation.where, len(tokens) > self.max_length
         if alien := self.foreign.intersection(tokens):
             what = f"the row has the token {self.tokenizer.convert_ids_to_tokens(min(alien))!r}, which one model lacks"
@@ -357,37 +362,66 @@ class Encoder:
                 return start, start + len(text[start:end].rstrip()), end + tail
         except DataError:  # a template that refuses the mark, as beside tool calls
             pass
-        prompt = self._prefix(conversation, conversation.messages[:i], add_generation_prompt=True)
-        end = len(commonprefix([text, self._prefix(conversation, conversation.messages[: i + 1])]))  # noqa: RUF071
-        if not prompt or not text.startswith(prompt) or end <= len(prompt):
+        return self._compared(conversation, text, i)
+
+    def _compared(self, conversation: Conversation, text: str, i: int) -> Span:
+        """Find a turn by what changes if it says more. It begins behind its prompt. Raises DataError.
+
+        So a turn is found whose template writes what is before it otherwise than in the prompt, as tools before the
+        last question.
+        """
+        messages, mark = conversation.messages, MARK.format(i)
+        prompt = self._prefix(conversation, messages[:i], add_generation_prompt=True)
+        longer = self._template(conversation, [*messages[:i], _saying_more(messages[i], mark), *messages[i + 1 :]])
+        words_end = len(text) - len(commonprefix([text[::-1], longer[::-1]]))  # noqa: RUF071 (characters)
+        opening = prompt
+        if not text.startswith(prompt) and (question := (messages[i - 1]["content"] or "").strip()):
+            opening = prompt[max(0, prompt.rfind(question)) :]
+        at = text.rfind(opening, 0, words_end)
+        start = at + len(opening)
+        end = self._same(text, self._prefix(conversation, messages[: i + 1]))
+        if end < words_end:
+            end = next((token.end() for token in self.special.finditer(text, words_end)), -1)
+        if longer.count(mark) != 1 or not prompt or at < 0 or not start <= words_end <= end:
             raise _unfit(conversation)
-        words = text[len(prompt) : end].rstrip()
-        for token in self.ends:
-            words = words.removesuffix(token)
-        return len(prompt), len(prompt) + len(words), end
+        if messages[i].get("tool_calls"):  # a special token may close a call, too: the last one ends the turn
+            words_end = max([words_end, *(token.start() for token in self.special.finditer(text, words_end, end))])
+        return start, words_end, end
+
+    def _same(self, text: str, other: str) -> int:
+        """How far two texts are the same, in whole special tokens."""
+        same = len(commonprefix([text, other]))  # noqa: RUF071 (characters)
+        return next((t.start() for t in self.special.finditer(text) if t.start() < same < t.end()), same)
 
     def _left_out(self, conversation: Conversation, text: str) -> list[str]:
         """Find what the template leaves out of a rendered conversation → in words. Raises DataError for a whole turn."""
         said = set()
+
+        def is_there(words: Any) -> bool:
+            return str(words).strip() in text or json.dumps(words, ensure_ascii=False).strip('"') in text
+
+        for name, value in conversation.variables.items():
+            if (some := texts_in(value)) and not any(map(is_there, some)):
+                said.add(f"column {name} {LEFT_OUT}")
         for i, message in enumerate(conversation.messages):
-            role, content = message["role"], message["content"]
-            if content and content.strip() not in text:
-                if role == "assistant":
-                    said |= {"thinking that the chat template leaves out"} if "</think>" in content else set()
-                elif not self._writes(conversation, i):
-                    if role not in ("system", "developer"):
-                        what = f"messages[{i}]: the chat template leaves out the role {role}"
-                        raise DataError(conversation.where, what, "Map it: data.roles, or give a data.chat_template")
-                    said.add(f"{role} text that the chat template leaves out")
-            for key, value in message.items():
-                if key not in ("role", "content") and isinstance(value, str) and value.strip() not in text:
-                    said.add(f"{key} that the chat template leaves out")
+            role, content = message["role"], message["content"] or ""
+            if role == "assistant":
+                *thinking, words = re.split("</?think>", content)
+                said |= {f"thinking {LEFT_OUT}"} if not all(map(is_there, thinking)) else set()
+                said |= {f"words of the assistant {LEFT_OUT} or rewrites"} if words.strip() not in text else set()
+            elif content.strip() not in text and not self._writes(conversation, i):
+                if role not in ("system", "developer"):
+                    what = f"messages[{i}]: the chat template leaves out the role {role}"
+                    raise DataError(conversation.where, what, "Map it: data.roles, or give a data.chat_template")
+                said.add(f"{role} text {LEFT_OUT}")
+            for key in message.keys() - {"role", "content", "tool_calls"}:
+                said |= set() if all(map(is_there, texts_in(message[key]))) else {f"{key} {LEFT_OUT}"}
             for call in message.get("tool_calls") or []:
                 function = call.get("function", call) if isinstance(call, dict) else {}
-                arguments = function.get("arguments")
-                if str(function.get("name")) not in text:
-                    said.add("tool_calls that the chat template leaves out")
-                elif isinstance(arguments, str) and arguments not in text and json.dumps(arguments)[1:-1] in text:
+                name, arguments = function.get("name"), function.get("arguments")
+                if not all(map(is_there, [name, *texts_in(arguments)])):
+                    said.add(f"tool_calls {LEFT_OUT}")
+                elif isinstance(arguments, str) and arguments.strip() not in text:
                     said.add(
                         "arguments of tool_calls that are text, which the chat template quotes again: give objects"
                     )
@@ -418,20 +452,25 @@ class Encoder:
         for i, (start, end) in enumerate(marked):
             if conversation.unlearned and turns[i] in conversation.unlearned:
                 continue
-            words = text[start:end].rstrip()
-            if not words.endswith(self.ends):
-                end += next((len(token) for token in self.ends if text.startswith(token, end)), 0)
-            spans.append((start, start + len(words), end))
+            words_end = start + len(text[start:end].rstrip())
+            tokens = self.special.finditer(
+                text, start
+            )  # the token that ends the turn is the block's last, or follows it
+            if close := next((t for t in tokens if t.end() == words_end or t.start() == end), None):
+                words_end, end = close.start(), max(end, close.end())
+            spans.append((start, words_end, end))
         return spans
 
     def _edges_of(self, conversation: Conversation) -> dict[int, tuple[int, int]]:
-        """How far each assistant turn reaches beyond its content, to both sides; the same for the same roles.
+        """How far each assistant turn reaches beyond its content, to both sides; the same for the same roles and variables.
 
-        What follows the generation prompt is the assistant's to say.
+        What follows the generation prompt is the assistant's to say. A special token that is there only because the
+        conversation continues (gpt-oss: <|end|> for <|return|>) is not.
         """
-        roles = tuple(message["role"] for message in conversation.messages)
-        if roles in self._edges:
-            return self._edges[roles]
+        roles = [message["role"] for message in conversation.messages]
+        key = json.dumps([roles, conversation.variables], sort_keys=True, default=str)
+        if key in self._edges:
+            return self._edges[key]
         marked = [{"role": role, "content": MARK.format(i)} for i, role in enumerate(roles)]
         text = self._template(conversation, marked)
         edges = {}
@@ -445,11 +484,11 @@ class Encoder:
             has_prompt = text.startswith(prompt) and not (ignored and text[len(prompt) : start].strip())
             # The turn ends where the conversation, stopped here, ends or continues differently; under a template that
             # writes a last turn in another way, before the next content.
-            same = len(commonprefix([text, self._prefix(conversation, marked[: i + 1])]))  # noqa: RUF071 (characters)
+            same = self._same(text, self._prefix(conversation, marked[: i + 1]))
             if same < end:
                 same = text.find(MARK[0], end) if MARK[0] in text[end:] else len(text)
             edges[i] = (start - len(prompt) if has_prompt else 0, same - end)
-        self._edges[roles] = edges
+        self._edges[key] = edges
         return edges
 
     def _template(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
@@ -481,14 +520,14 @@ class Encoder:
         counted, stops = [False] * len(tokens), []
         at = 0
         for start, words_end, end in spans:
-            while at < len(tokens) and offsets[at][0] < start and offsets[at][1] <= start:
+            while at < len(tokens) and offsets[at][1] <= start:
                 at += 1
-            first = at
-            while at < len(tokens) and offsets[at][0] < end:
+            first, is_over = at, False
+            while at < len(tokens) and offsets[at][0] < end and not is_over:
+                if self.assistant_only and offsets[at][0] >= words_end and tokens[at] in self.end_ids:
+                    stops.append(tokens[at])
+                    is_over = not self.marks_generation  # a template's own marks say what is behind it, too
                 at += 1
-                if self.assistant_only and offsets[at - 1][0] >= words_end and tokens[at - 1] in self.end_ids:
-                    stops.append(tokens[at - 1])
-                    break
             counted[first:at] = [True] * (at - first)
         if not self.assistant_only:  # the turn's end is among the last tokens, at most a line break follows
             stops = [token for token in tokens[-2:] if token in self.end_ids][-1:]
@@ -510,6 +549,26 @@ def _unfit(conversation: Conversation) -> DataError:
     return DataError(conversation.where, what, "Set data.assistant_only=false, or give a data.chat_template")
 
 
+def texts_in(value: Any) -> list[Any]:
+    """Return the texts and numbers anywhere in a nested value."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return [text for part in parts for text in texts_in(part)]
+    return [] if value is None or isinstance(value, bool) else [value]
+
+
+def _saying_more(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    """Return a message with a mark at the end of what it says: of its last tool call's arguments, or of its content."""
+    if not (calls := message.get("tool_calls")):
+        return {**message, "content": f"{message['content']}{mark}"}
+    call = calls[-1]
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    arguments = {**arguments, mark: ""} if isinstance(arguments, dict) else f"{arguments}{mark}"
+    last = {**function, "arguments": arguments}
+    return {**message, "tool_calls": [*calls[:-1], {**call, "function": last} if "function" in call else last]}
+
+
 def template_text(tokenizer: Any) -> str:
     """Return the text of a tokenizer's chat templates; some have several, by name."""
     template = tokenizer.chat_template or ""
@@ -521,7 +580,8 @@ def names_in(template: str) -> Names:
     plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
     tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     variables = {name for name in jinja2.meta.find_undeclared_variables(tree) if not name.endswith("_token")}
-    return Names(frozenset(variables - NOT_COLUMNS), frozenset(re.findall(r"\w+", template)))
+    keys = set(re.findall(r"\w+", template))
+    return Names(frozenset(variables - NOT_COLUMNS), frozenset(keys | (REASONING if keys & REASONING else set())))
 
 
 def beginning(tokenizer: Any) -> list[int]:
@@ -558,6 +618,10 @@ def prepare_tokenizer(shared: SharedTokenizer, config: DataConfig) -> str:
                 f"{FALLBACK}, after {tokenizer.bos_token}",
                 "{{ bos_token }}" + JOINED_BY_END_OF_TEXT,
             )
+    if beginning(tokenizer) and not any(
+        name in template_text(tokenizer) for name in ("bos_token", tokenizer.bos_token)
+    ):
+        where += f"; it does not write {tokenizer.bos_token}, which begins other texts"
     if "strftime_now" in template_text(tokenizer):
         where += f"; it reads the clock, and sees {config.template_date} (data.template_date)"
     return where

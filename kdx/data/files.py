@@ -222,7 +222,7 @@ def _read_parquet(file: Path) -> Iterator[Item]:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             rows = (row for batch in parquet.iter_batches(1024) for row in batch.to_pylist())
             for i, row in enumerate(rows):
-                yield f"{file}[{i}]", row
+                yield f"{file}[{i}]", without_nulls(row)
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         what = f"is not readable as parquet ({str(error).splitlines()[0][:120]})"
         raise DataError(str(file), what, "Was the copy cut short? Copy the file again") from None
@@ -232,7 +232,7 @@ def _read_arrow(file: Path) -> Iterator[Item]:
     import datasets
 
     for i, row in enumerate(datasets.Dataset.from_file(str(file))):
-        yield f"{file}[{i}]", row
+        yield f"{file}[{i}]", without_nulls(row)
 
 
 def _read_hub(path: str, subset: str | None, split: str) -> Iterator[Item]:
@@ -245,7 +245,21 @@ def _read_hub(path: str, subset: str | None, split: str) -> Iterator[Item]:
         hint = f"Check the name, data.subset, data.split and the network. {nearby(Path(path))}"
         raise of_hub(error, DataError, "data.path", what, hint) from error
     for i, row in enumerate(rows):
-        yield f"{path}[{i}]", row
+        yield f"{path}[{i}]", without_nulls(row)
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the nulls inside the columns of a row.
+
+    Arrow has them for keys that only other rows have, as other arguments of a tool: the row does not say them.
+    """
+
+    def said(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: said(part) for key, part in value.items() if part is not None}
+        return [said(part) for part in value] if isinstance(value, list) else value
+
+    return {name: said(value) for name, value in row.items()}
 
 
 READERS: dict[str, Callable[[Path], Iterator[Item]]] = {

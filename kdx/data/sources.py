@@ -10,11 +10,10 @@ import tempfile
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import xxhash
@@ -29,7 +28,7 @@ from kdx.plugins import option_faults
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "observation", "ipython")
 PREFERENCES = (("prompt", "completion"), ("prompt", "chosen"))  # columns of a pair, as trl names them
-OWN_KEYS = ("messages", "text", "source", "target", "id", "where", "note", "columns")  # of what a source yields
+OWN_KEYS = ("messages", "text", "source", "target", "id", "where")  # of what a source yields
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,17 @@ class Names:
 
     variables: frozenset[str] = frozenset()
     keys: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a row says, checked: messages or a text; its other columns; how it was read, in words."""
+
+    what: list[dict[str, Any]] | str
+    columns: dict[str, Any]
+    id: Any
+    where: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -221,15 +231,15 @@ def _read(config: DataConfig, found: Conversations, check: Check | None, names: 
             try:
                 if isinstance(item, DataError):
                     raise item
-                conversation, unused = _conversation(item, f"{config.name}[{i}]", names)
+                said = item if isinstance(item, Said) else _said(item, f"{config.name}[{i}]")
+                conversation, unused = _conversation(said, names)
                 if check:
                     check(conversation)
                 found.append(conversation)
-                found.changed["unanswered last turn cut off"] += len(conversation.messages) < len(
-                    item.get("messages", ())
-                )
+                is_cut = isinstance(said.what, list) and len(conversation.messages) < len(said.what)
+                found.changed["unanswered last turn cut off"] += is_cut
                 found.unused.update(unused)
-                found.said.update([item["note"]] if "note" in item else [])
+                found.said.update([said.note] if said.note else [])
             except DataError as error:
                 faults.append(error)
     except DataError as error:  # not of a row: a file that cannot be read, which on_bad_row does not excuse
@@ -265,28 +275,35 @@ def _make_ids_unique(found: Conversations, first: int) -> None:
         found.ids[i] = name if copies[name] == 1 else f"{name}~{copies[name]}"
 
 
-def _conversation(item: Any, where: str, names: Names) -> tuple[Conversation, set[str]]:
-    """Check one yielded row → the conversation, and the parts of the row that nothing reads. Raises DataError."""
+def _said(item: Any, where: str) -> Said:
+    """Check what one's own source yields. Raises DataError."""
     row = item if isinstance(item, dict) else {}
     where = str(row.get("where", where))
-    messages, text = [], ""
+    what: list[dict[str, Any]] | str
     if "messages" in row:
-        messages = _messages(row["messages"], "messages", where)
+        what = _messages(row["messages"], "messages", where)
     elif "text" in row:
-        text = text_in(row["text"], "text", where)
+        what = text_in(row["text"], "text", where)
     elif "source" in row and "target" in row:
         turns = [{"role": "user", "content": row["source"]}, {"role": "assistant", "content": row["target"]}]
-        messages = _messages(turns, "messages", where)
+        what = _messages(turns, "messages", where)
     else:
-        what = f'is {kind_of(item)}, expected an object with "messages", with "source" and "target", or with "text"'
-        raise DataError(where, what, "Change what the source yields")
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-    if last is None and not text:
+        fault = f'is {kind_of(item)}, expected an object with "messages", with "source" and "target", or with "text"'
+        raise DataError(where, fault, "Change what the source yields")
+    columns = {name: value for name, value in row.items() if name not in OWN_KEYS}
+    return Said(what, columns, row.get("id"), where)
+
+
+def _conversation(said: Said, names: Names) -> tuple[Conversation, set[str]]:
+    """Make a row's conversation → it, and the parts of the row that nothing reads. Raises DataError."""
+    where = said.where
+    text, messages = (said.what, []) if isinstance(said.what, str) else ("", said.what)
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    if last < 0 and not text:
         raise DataError(where, "has no message of the assistant", "The student learns the assistant's turns: add one")
-    messages = messages[: last + 1] if last is not None else []
+    messages = messages[: last + 1]
     unlearned = [i for i, m in enumerate(messages) if _is_unlearned(m, f"{where}: messages[{i}]")]
-    given = {name: value for name, value in row.items() if name not in OWN_KEYS} | row.get("columns", {})
-    columns = {name: _parsed(value) for name, value in given.items() if value not in (None, "", [], {})}
+    columns = {name: _parsed(value) for name, value in said.columns.items() if value not in (None, "", [], {})}
     unused = {f"column {name}" for name in columns.keys() - names.variables}
     for message in messages:
         for name in message.keys() - {"role", "content"} - names.keys:
@@ -297,7 +314,7 @@ def _conversation(item: Any, where: str, names: Names) -> tuple[Conversation, se
             del message[name]
     variables = {name: columns[name] for name in sorted(columns.keys() & names.variables)}
     whole = Conversation("", messages, where, text, variables, unlearned)
-    own = str(row["id"]) if isinstance(row.get("id"), str | int) else ""
+    own = str(said.id) if isinstance(said.id, str | int) else ""
     return replace(whole, id=own.encode(errors="backslashreplace").decode() or whole.digest[:32]), unused
 
 
@@ -313,17 +330,23 @@ def _is_unlearned(message: dict[str, Any], where: str) -> bool:
 
 
 def _parsed(value: Any) -> Any:
-    """Read a column that holds a JSON list as text, as data sets often keep their tools."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    """Read a column that holds a JSON list, or a list of JSON objects, as text: data sets often keep tools so."""
+    if isinstance(value, list):
+        return [_parsed(part) for part in value]
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with contextlib.suppress(json.JSONDecodeError):
             return json.loads(value)
     return value
 
 
 def _messages(
-    turns: Any, column: str, where: str, role_key: str = "role", content_key: str = "content",
-    roles: Mapping[str, str] = MappingProxyType({}),
-) -> list[dict[str, Any]]:  # fmt: skip
+    turns: Any,
+    column: str,
+    where: str,
+    role_key: str = "role",
+    content_key: str = "content",
+    roles: dict[str, str] | None = None,
+) -> list[dict[str, Any]]:
     """Check a list of messages, and name roles and keys as everywhere; other keys are kept. Raises DataError."""
     if not isinstance(turns, list) or not turns:
         hint = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
@@ -336,14 +359,15 @@ def _messages(
             what = f'is {kind_of(turn)}, expected an object with "{role_key}" and "{content_key}"'
             raise DataError(place, what, "Name them: data.role_key, data.content_key")
         role = turn[role_key]
-        role = roles.get(role, role) if isinstance(role, str) else role
+        role = roles.get(role, role) if roles and isinstance(role, str) else role
         if role not in ROLES:
             hint = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
             raise DataError(place, f"the role is {kind_of(role)}", hint)
         content = _joined_parts(turn.get(content_key))
         if not (calls and content in (None, "")) and not (role not in ROLES[:4] and content == ""):
             content = text_in(content, content_key, place)
-        more = {k: v for k, v in turn.items() if k not in (role_key, content_key, "role", "content") and v is not None}
+        own = (role_key, content_key, "role", "content")
+        more = {k: v for k, v in turn.items() if k not in own and v not in (None, [], {})}
         messages.append({"role": role, "content": content, **more})
     return messages
 
@@ -358,11 +382,15 @@ def _joined_parts(content: Any) -> Any:
 
 
 def _converted(
-    path: str | list[str], subset: str | None, split: str, convert: Callable[[dict[str, Any], str], dict[str, Any]]
+    path: str | list[str],
+    subset: str | None,
+    split: str,
+    convert: Callable[[dict[str, Any], str], tuple[Any, set[str], str]],
 ) -> Iterator[Any]:
-    """Yield what `convert` makes of each row of files and its place, and the faults of the others.
+    """Yield what rows of files say, and the faults of the others.
 
-    What `convert` returns has under "columns" those that it did not use.
+    convert: a row and its place → what it says, checked; the columns that were used; how it was read, if that is to be
+    said.
     """
     for item in read_rows(path, subset, split):
         try:
@@ -371,14 +399,11 @@ def _converted(
             where, row = item
             if not isinstance(row, dict):
                 raise DataError(where, f"is {kind_of(row)}, expected an object", "Write one JSON object a row")
-            yield {**convert(row, where), "id": row.get("id"), "where": where}
+            what, used, note = convert(row, where)
+            columns = {name: value for name, value in row.items() if name not in used | {"id"}}
+            yield Said(what, columns, row.get("id"), where, note)
         except DataError as error:
             yield error
-
-
-def _without(row: dict[str, Any], *used: str | None) -> dict[str, Any]:
-    """Return the columns of a row that were not used."""
-    return {name: value for name, value in row.items() if name not in ("id", *used)}
 
 
 def _column(row: dict[str, Any], column: str, name: str, where: str) -> Any:
@@ -388,12 +413,12 @@ def _column(row: dict[str, Any], column: str, name: str, where: str) -> Any:
     return row[column]
 
 
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def _as_chat(value: Any, role: str) -> list[Any]:
-    return list(value) if _is_chat(value) else [{"role": role, "content": value}]
+def _with_prompt(prompt: Any, answer: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+    """Put a prompt, text or messages, before its answer, unless that has its own opening → them, is the prompt there."""
+    opening = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if answer[0]["role"] == "assistant":
+        return opening + answer, True
+    return answer, answer[: len(opening)] == opening
 
 
 def _not_null(value: Any) -> Any:
@@ -418,10 +443,11 @@ class RowTemplate:
     def fill(self, row: dict[str, Any], where: str) -> str:
         """Fill the template in. Raises DataError."""
         try:
-            return self.template.render(row)
+            text = self.template.render(row)
         except Exception as error:  # an undefined name, a division by zero, …: the template's or the row's
             what = f"{self.key} cannot be filled: {str(error).rstrip('.')}; the row is {kind_of(row)}"
             raise DataError(where, what, "Fix the template or the row") from None
+        return text_in(text, self.key, where, "Fix the template or the row")
 
 
 class SystemText:
@@ -430,10 +456,9 @@ class SystemText:
     def __init__(self, column: str | None, prompt: str | None) -> None:
         self.column, self.prompt = column, RowTemplate("data.system_prompt", prompt) if prompt else None
 
-    def before(self, turns: list[Any], row: dict[str, Any], where: str) -> tuple[list[Any], set[str]]:
+    def before(self, turns: list[dict[str, Any]], row: dict[str, Any], where: str) -> tuple[list[Any], set[str]]:
         """Put the system text before the messages of a row → them, and the columns that were used."""
-        first = turns[0] if turns else None
-        if isinstance(first, dict) and first.get("role") == "system":
+        if turns[0]["role"] == "system":
             return turns, set()
         if self.prompt is not None:
             return [{"role": "system", "content": self.prompt.fill(row, where)}, *turns], self.prompt.names
@@ -464,19 +489,23 @@ def pairs(
     templates = {role: RowTemplate(f"data.template.{role}", text) for role, text in template.items()}
     system = SystemText(system_column, system_prompt)
 
-    def chat(row: dict[str, Any], where: str) -> dict[str, Any]:
-        columns = {"source": source_column, "target": target_column}
-        note = {}
+    def chat(row: dict[str, Any], where: str) -> tuple[Any, set[str], str]:
+        columns, note = {"source": source_column, "target": target_column}, ""
         if not {source_column, target_column} & row.keys():
-            for first, second in PREFERENCES:
-                if {first, second} <= row.keys():
-                    columns = {"source": first, "target": second}
-                    note = {"note": f"source and target are the columns {first} and {second}"}
-                    break
+            for first, second in (names for names in PREFERENCES if {*names} <= row.keys()):
+                columns = {"source": first, "target": second}
+                note = f"source and target are the columns {first} and {second}"
+                break
         used = set(columns.values())
         source, target = (row.get(column) for column in columns.values())
-        if _is_chat(source) or _is_chat(target):
-            turns = _as_chat(source, "user") + _as_chat(target, "assistant")
+        if any(isinstance(side, list) and side and isinstance(side[0], dict) for side in (source, target)):
+            sides = zip(("user", "assistant"), (source, target), columns.values(), strict=True)
+            opening, answer = (
+                _messages(side if isinstance(side, list) else [{"role": role, "content": side}], column, where)
+                for role, side, column in sides
+            )
+            turns, is_used = _with_prompt(opening, answer)
+            used -= set() if is_used else {columns["source"]}
         else:
             needed, own = set().union(*(t.names for t in templates.values())), {}
             for name in (name for name in columns if name in needed):
@@ -487,7 +516,7 @@ def pairs(
                 {"role": role, "content": templates[role].fill(row | own, where)} for role in ("user", "assistant")
             ]
         turns, more = system.before(turns, row, where)
-        return {"messages": turns, "columns": _without(row, *used, *more), **note}
+        return turns, used | more, note
 
     return _converted(path, subset, split, chat)
 
@@ -510,20 +539,18 @@ def messages(
     """
     system = SystemText(system_column, system_prompt)
 
-    def chat(row: dict[str, Any], where: str) -> dict[str, Any]:
-        turns = _column(row, messages_column, "messages", where)
-        used, note = {messages_column}, {}
-        before = row.get("prompt") if messages_column in ("completion", "chosen") else None
-        turns = _messages(turns, messages_column, where, role_key, content_key, roles)
-        if isinstance(before, str) and before.strip() and turns[0]["role"] == "assistant":
-            before = [{role_key: "user", content_key: before}]
-        if before and isinstance(before, list):
-            opening = _messages(before, "prompt", where, role_key, content_key, roles)
-            used.add("prompt")
-            if turns[: len(opening)] != opening:
-                turns, note = opening + turns, {"note": f"the column prompt goes before {messages_column}"}
+    def chat(row: dict[str, Any], where: str) -> tuple[Any, set[str], str]:
+        how = (where, role_key, content_key, roles)
+        turns = _messages(_column(row, messages_column, "messages", where), messages_column, *how)
+        used, note, length = {messages_column}, "", len(turns)
+        prompt = row.get("prompt") if messages_column in ("completion", "chosen") else None
+        if prompt:
+            prompt = _messages(prompt, "prompt", *how) if isinstance(prompt, list) else text_in(prompt, "prompt", where)
+            turns, is_used = _with_prompt(prompt, turns)
+            used |= {"prompt"} if is_used else set()
+            note = f"the column prompt goes before {messages_column}" if len(turns) > length else ""
         turns, more = system.before(turns, row, where)
-        return {"messages": turns, "columns": _without(row, *used, *more), **note}
+        return turns, used | more, note
 
     return _converted(path, subset, split, chat)
 
@@ -532,8 +559,8 @@ def messages(
 def text(path: str | list[str], subset: str | None, split: str, text_column: str) -> Iterator[Any]:
     """Plain text: a column of it; every token counts, and the end-of-text token after it."""
 
-    def plain(row: dict[str, Any], where: str) -> dict[str, Any]:
-        return {"text": _column(row, text_column, "text", where), "columns": _without(row, text_column)}
+    def plain(row: dict[str, Any], where: str) -> tuple[Any, set[str], str]:
+        return text_in(_column(row, text_column, "text", where), text_column, where), {text_column}, ""
 
     return _converted(path, subset, split, plain)
 
