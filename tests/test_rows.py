@@ -10,14 +10,17 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config
 
+from kdx.cli import compose
 from kdx.data.batches import Batches
-from kdx.data.encode import load_data
+from kdx.data.encode import Encoder, load_data, prepare_tokenizer
 from kdx.data.files import read_rows
-from kdx.data.sources import check_source
+from kdx.data.sources import Conversation, check_source
 from kdx.errors import ConfigError, DataError
 from kdx.student import teach_to_stop
-from kdx.tokenizer import SharedTokenizer
+from kdx.tokenizer import SharedTokenizer, load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -364,6 +367,35 @@ def test_what_arrow_adds_to_a_row_is_not_said(make_tokenizer, data_config, tmp_p
     data = load_data(config, SharedTokenizer(tokenizer, 1000))
     for row, arguments in zip(data.train, ('{"city": "Oslo"}', '{"zone": "UTC"}'), strict=True):
         assert arguments in counted_of(tokenizer, row)[0]
+
+
+def test_a_base_student_takes_the_teachers_template_and_the_tokens_it_names(make_tokenizer, tmp_path):
+    special = ("<|im_end|>", "<|im_start|>")
+    template = CHATML.replace("<|im_end|>", "{{ eos_token }}")
+    make_tokenizer(template, special, eos_token="<|im_end|>").save_pretrained(tmp_path / "teacher")
+    make_tokenizer(None, special).save_pretrained(tmp_path / "student")
+    for name in ("teacher", "student"):
+        GPT2Config().save_pretrained(tmp_path / name)
+    words = [f"{name}.path={tmp_path / name}" for name in ("teacher", "student")]
+    shared = load_tokenizer(compose(["teacher=hf", "student=hf", *words]))
+    assert shared.template == "the teacher's, which the student is saved with"
+    text = shared.tokenizer.apply_chat_template([ASK, SAY], tokenize=False)
+    assert text.endswith("<|im_start|>assistant\nNine degrees.<|im_end|>\n")
+
+
+def test_a_beginning_of_text_is_written_once_or_said_to_be_missing(make_tokenizer, data_config):
+    for template, says in (
+        (None, "turns joined by the end-of-text token, after <bos>"),
+        (CHATML, "the tokenizer's own; it does not write <bos>, which begins other texts"),
+        (GEMMA, "the tokenizer's own"),
+    ):
+        tokenizer = make_tokenizer(template, ("<|im_start|>", "<|im_end|>"), bos_token="<bos>")
+        bos = ("<bos>", tokenizer.convert_tokens_to_ids("<bos>"))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+        shared = SharedTokenizer(tokenizer, 100)
+        assert prepare_tokenizer(shared, data_config("messages")) == says
+        (row,) = Encoder(shared).encode(Conversation("", [ASK, SAY], "")).rows
+        assert row.tokens.count(bos[1]) == ("write" not in says)
 
 
 def test_the_saved_student_stops_where_its_rows_do(make_tokenizer):
