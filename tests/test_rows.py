@@ -190,7 +190,7 @@ CASES = {
     ),
     "two calls of which one is written": Case(
         chat(ASK, CALLS | {"tool_calls": [CALL, {"function": {"name": "weather", "arguments": {"city": "Bergen"}}}]}, RESULT, SAY),
-        "llama", reads="Oslo", says=["tool_calls that the chat template leaves out"],
+        "llama", refused="the chat template leaves out, repeats or rewrites the assistant's words",
     ),
     "words beside a call": Case(
         chat(ASK, CALLS | {"content": "Let me look."}, RESULT, SAY), "llama", says=["words of the assistant that"]
@@ -212,6 +212,11 @@ CASES = {
     "thinking by another name": Case(
         chat(ASK, SAY | {"reasoning": "It says 9."}), "gpt-oss", stops=["<|return|>"],
         counted=["<|channel|>analysis<|message|>It says 9.<|end|><|start|>assistant<|channel|>final<|message|>Nine degrees.<|return|>"],
+    ),
+    "thinking of an earlier turn of gpt-oss": Case(
+        chat(ASK, SAY | {"thinking": "It says 9."}, ASK, SAY), "gpt-oss", stops=["<|return|>"],
+        counted=["<|channel|>final<|message|>Nine degrees.", "<|channel|>final<|message|>Nine degrees.<|return|>"],
+        says=["thinking that the chat template leaves out"],
     ),
     "thinking of an earlier turn": Case(
         chat(ASK, SAY | {"reasoning_content": "It says 9."}, ASK, SAY), "qwen", counted=[WHOLE, WHOLE],

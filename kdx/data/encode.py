@@ -16,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import takewhile, zip_longest
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,9 @@ log = logging.getLogger(__name__)
 
 CHUNK = 512  # conversations given to a process at once
 MOST_PROCESSES = 8  # each takes some 100 MB of its own
-MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template treats it specially
+MARK = (
+    "\ue000more\ue001"  # what a message says in addition; private characters, so that no template treats it specially
+)
 TEMPLATE = "data.chat_template"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a block in which a template marks what the assistant says
 CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")  # a template that writes today's date
@@ -256,7 +257,6 @@ class Encoder:
         template = template_text(self.tokenizer)
         self.marks_generation = bool(GENERATION.search(template))
         self.names = names_in(template)
-        self._edges: dict[str, dict[int, tuple[int, int]]] = {}
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Tokenise a conversation → its rows: one, more if it is long and split, or none."""
@@ -332,8 +332,7 @@ class Encoder:
     def rendered(self, conversation: Conversation) -> tuple[str, list[Span], list[str]]:
         """Render a conversation → text, where each counted turn is in it, and what the template leaves out, in words.
 
-        A content is found by a mark in its place: what stands before and after the mark is the template's, even if it
-        rewrites contents. Raises DataError if the template refuses the row, or leaves out what must not be.
+        Raises DataError if the template refuses the row, or leaves out what must not be.
         """
         if conversation.text:
             return conversation.text, [], []
@@ -351,47 +350,52 @@ class Encoder:
         return text, spans, said
 
     def _turn(self, conversation: Conversation, text: str, i: int) -> Span:
-        """Find the assistant's i-th message in the rendered text. Raises DataError."""
-        try:
-            lead, tail = self._edges_of(conversation)[i]
-            mark, marked = MARK.format(i), [*conversation.messages]
-            marked[i] = {"role": "assistant", "content": mark}
-            before, is_there, after = self._template(conversation, marked).partition(mark)
-            start, end = len(before) - lead, len(text) - len(after)
-            if is_there and text.startswith(before[:start]) and text.endswith(after) and start <= end:
-                return start, start + len(text[start:end].rstrip()), end + tail
-        except DataError:  # a template that refuses the mark, as beside tool calls
-            pass
-        return self._compared(conversation, text, i)
+        """Find the assistant's i-th message in the rendered text: all behind its prompt. Raises DataError.
 
-    def _compared(self, conversation: Conversation, text: str, i: int) -> Span:
-        """Find a turn by what changes if it says more. It begins behind its prompt. Raises DataError.
-
-        So a turn is found whose template writes what is before it otherwise than in the prompt, as tools before the
-        last question.
+        It ends where the conversation that stops here does. A token that is there only because the conversation goes
+        on (gpt-oss: <|end|> for <|return|>) is not the assistant's.
         """
-        messages, mark = conversation.messages, MARK.format(i)
+        messages, message = conversation.messages, conversation.messages[i]
+        behind = self._behind(text, conversation, messages, i)
+        words_end = len(text) - len(behind)
         prompt = self._prefix(conversation, messages[:i], add_generation_prompt=True)
-        longer = self._template(conversation, [*messages[:i], _saying_more(messages[i], mark), *messages[i + 1 :]])
-        words_end = len(text) - len(commonprefix([text[::-1], longer[::-1]]))  # noqa: RUF071 (characters)
-        opening = prompt
-        if not text.startswith(prompt) and (question := (messages[i - 1]["content"] or "").strip()):
-            opening = prompt[max(0, prompt.rfind(question)) :]
-        at = text.rfind(opening, 0, words_end)
-        start = at + len(opening)
-        end = self._same(text, self._prefix(conversation, messages[: i + 1]))
-        if end < words_end:
-            end = next((token.end() for token in self.special.finditer(text, words_end)), -1)
-        if longer.count(mark) != 1 or not prompt or at < 0 or not start <= words_end <= end:
+        if not prompt:
+            start = text.rfind((message["content"] or MARK).strip(), 0, words_end)
+        elif text.startswith(prompt):
+            start = len(prompt)
+        else:  # it writes earlier messages otherwise than in the prompt, as tools before the last question
+            rest = self._behind(text, conversation, messages, i - 1)
+            asked = self._behind(prompt, conversation, messages[:i], i - 1, add_generation_prompt=True)
+            start = len(text) - len(rest) + num_same(rest, asked)
+        start += len(self.header) if text.startswith(self.header, start) else 0
+        alone = text if message is messages[-1] else self._prefix(conversation, messages[: i + 1])
+        if (end := num_same(text, alone)) < words_end:
+            end = words_end + num_same(behind, self._behind(alone, conversation, messages[: i + 1], i))
+        if not 0 <= start <= words_end <= end:
             raise _unfit(conversation)
-        if messages[i].get("tool_calls"):  # a special token may close a call, too: the last one ends the turn
-            words_end = max([words_end, *(token.start() for token in self.special.finditer(text, words_end, end))])
+        closing = list(takewhile(lambda token: token.start() < end, self.special.finditer(text, words_end)))
+        if closing and closing[-1].end() > end:
+            end = closing.pop().start()
+        if closing and message.get("tool_calls"):  # a special token may close a call, too: the last one ends the turn
+            words_end = closing[-1].start()
         return start, words_end, end
 
-    def _same(self, text: str, other: str) -> int:
-        """How far two texts are the same, in whole special tokens."""
-        same = len(commonprefix([text, other]))  # noqa: RUF071 (characters)
-        return next((t.start() for t in self.special.finditer(text) if t.start() < same < t.end()), same)
+    def _behind(
+        self, text: str, conversation: Conversation, messages: list[dict[str, Any]], i: int, **options: Any
+    ) -> str:
+        """Return what a text of these messages has behind the words of the i-th: it is the same if that says more."""
+        longer = self._template(conversation, [*messages[:i], _saying_more(messages[i]), *messages[i + 1 :]], **options)
+        if longer.count(MARK) != 1:
+            raise _unfit(conversation)
+        return text[len(text) - num_same(text[::-1], longer[::-1]) :]
+
+    @functools.cached_property
+    def header(self) -> str:
+        """What the template writes before an answer and leaves out of the prompt: those that know no prompts do."""
+        chat = Conversation("", [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}], "")
+        prompt, without = (self._prefix(chat, chat.messages[:1], add_generation_prompt=ask) for ask in (True, False))
+        header = self._prefix(chat, chat.messages).partition(MARK)[0].removeprefix(prompt)
+        return header if prompt == without and header.strip() else ""
 
     def _left_out(self, conversation: Conversation, text: str) -> list[str]:
         """Find what the template leaves out of a rendered conversation → in words. Raises DataError for a whole turn."""
@@ -429,9 +433,8 @@ class Encoder:
 
     def _writes(self, conversation: Conversation, i: int) -> bool:
         """Return whether the template writes the i-th message at all, if perhaps in other words."""
-        marked = [*conversation.messages]
-        marked[i] = {**marked[i], "content": MARK.format(i)}
-        return MARK.format(i) in self._prefix(conversation, marked)
+        messages = conversation.messages
+        return MARK in self._prefix(conversation, [*messages[:i], _saying_more(messages[i]), *messages[i + 1 :]])
 
     def _generated(self, conversation: Conversation) -> list[Span]:
         """The turns that the template's own {% generation %} marks, each with the token that ends it."""
@@ -460,36 +463,6 @@ class Encoder:
                 words_end, end = close.start(), max(end, close.end())
             spans.append((start, words_end, end))
         return spans
-
-    def _edges_of(self, conversation: Conversation) -> dict[int, tuple[int, int]]:
-        """How far each assistant turn reaches beyond its content, to both sides; the same for the same roles and variables.
-
-        What follows the generation prompt is the assistant's to say. A special token that is there only because the
-        conversation continues (gpt-oss: <|end|> for <|return|>) is not.
-        """
-        roles = [message["role"] for message in conversation.messages]
-        key = json.dumps([roles, conversation.variables], sort_keys=True, default=str)
-        if key in self._edges:
-            return self._edges[key]
-        marked = [{"role": role, "content": MARK.format(i)} for i, role in enumerate(roles)]
-        text = self._template(conversation, marked)
-        edges = {}
-        for i, mark in ((i, marked[i]["content"]) for i, role in enumerate(roles) if role == "assistant"):
-            if text.count(mark) != 1:
-                raise _unfit(conversation)
-            start = text.index(mark)
-            end = start + len(mark)
-            prompt = self._prefix(conversation, marked[:i], add_generation_prompt=True)
-            ignored = prompt == self._prefix(conversation, marked[:i])  # add_generation_prompt: then a header, or space
-            has_prompt = text.startswith(prompt) and not (ignored and text[len(prompt) : start].strip())
-            # The turn ends where the conversation, stopped here, ends or continues differently; under a template that
-            # writes a last turn in another way, before the next content.
-            same = self._same(text, self._prefix(conversation, marked[: i + 1]))
-            if same < end:
-                same = text.find(MARK[0], end) if MARK[0] in text[end:] else len(text)
-            edges[i] = (start - len(prompt) if has_prompt else 0, same - end)
-        self._edges[key] = edges
-        return edges
 
     def _template(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
         options |= conversation.variables | {"chat_template": self._dated(conversation)}
@@ -557,16 +530,27 @@ def texts_in(value: Any) -> list[Any]:
     return [] if value is None or isinstance(value, bool) else [value]
 
 
-def _saying_more(message: dict[str, Any], mark: str) -> dict[str, Any]:
+def _saying_more(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message with a mark at the end of what it says: of its last tool call's arguments, or of its content."""
     if not (calls := message.get("tool_calls")):
-        return {**message, "content": f"{message['content']}{mark}"}
-    call = calls[-1]
-    function = call.get("function", call)
+        return {**message, "content": f"{message['content']}{MARK}"}
+    function = calls[-1].get("function", calls[-1])
     arguments = function.get("arguments")
-    arguments = {**arguments, mark: ""} if isinstance(arguments, dict) else f"{arguments}{mark}"
+    arguments = {**arguments, MARK: ""} if isinstance(arguments, dict) else f"{arguments}{MARK}"
     last = {**function, "arguments": arguments}
-    return {**message, "tool_calls": [*calls[:-1], {**call, "function": last} if "function" in call else last]}
+    return {
+        **message,
+        "tool_calls": [*calls[:-1], {**calls[-1], "function": last} if "function" in calls[-1] else last],
+    }
+
+
+def num_same(one: str, other: str) -> int:
+    """Return how many characters two texts begin with in common."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def template_text(tokenizer: Any) -> str:
