@@ -79,6 +79,10 @@ MARKED = CHATML.replace(
     "{% if m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n{% endgeneration %}"
     "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}",
 )
+MARKED_WORDS = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}",
+)
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 TOKENIZERS = {  # a template, special tokens, end of text
     "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), {}),
@@ -88,6 +92,8 @@ TOKENIZERS = {  # a template, special tokens, end of text
     "mistral": (MISTRAL, ("[INST]", "[/INST]"), {"bos_token": "<s>", "eos_token": "</s>"}),
     "gpt-oss": (HARMONY, ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|call|>", "<|return|>"), {}),
     "marked": (MARKED, ("<|im_start|>", "<|im_end|>"), {}),
+    "marked words": (MARKED_WORDS, ("<|im_start|>", "<|im_end|>"), {}),
+    "unprompted": (CHATML[: CHATML.index("{% if")], ("<|im_start|>", "<|im_end|>"), {}),
     "lower": (CHATML.replace("m.content", "m.content | lower"), ("<|im_start|>", "<|im_end|>"), {}),
     "plain": (PLAIN, (), {}),
     "base": (None, (), {}),
@@ -138,6 +144,9 @@ CASES = {
         counted=["<|channel|>final<|message|>Nine degrees.", "<|channel|>final<|message|>Nine degrees.<|return|>"],
     ),
     "a template that marks": Case(chat(ASK, SAY), "marked", counted=[f"<|im_start|>assistant\n{WHOLE}\n"], stops=["<|im_end|>"]),
+    "a template that marks the words alone": Case(chat(ASK, SAY), "marked words", counted=[WHOLE], stops=["<|im_end|>"]),
+    "a template that knows no prompts": Case(chat(ASK, SAY, ASK, SAY), "unprompted", counted=[WHOLE, WHOLE]),
+    "an assistant that opens": Case(chat(SAY, ASK, SAY), counted=[WHOLE, WHOLE]),
     "a template without ends": Case(
         chat(ASK, SAY), "plain", counted=[" Nine degrees.\n"], stops=[], says=["rows whose turns no special token ends"]
     ),

@@ -248,18 +248,11 @@ def _read_hub(path: str, subset: str | None, split: str) -> Iterator[Item]:
         yield f"{path}[{i}]", without_nulls(row)
 
 
-def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the nulls inside the columns of a row.
-
-    Arrow has them for keys that only other rows have, as other arguments of a tool: the row does not say them.
-    """
-
-    def said(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: said(part) for key, part in value.items() if part is not None}
-        return [said(part) for part in value] if isinstance(value, list) else value
-
-    return {name: said(value) for name, value in row.items()}
+def without_nulls(value: Any, is_row: bool = True) -> Any:
+    """Leave out the nulls inside a row's columns: Arrow has them for keys that only other rows have, as of other tools."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part, False) for key, part in value.items() if is_row or part is not None}
+    return [without_nulls(part, False) for part in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], Iterator[Item]]] = {

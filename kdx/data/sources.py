@@ -450,22 +450,18 @@ class RowTemplate:
         return text_in(text, self.key, where, "Fix the template or the row")
 
 
-class SystemText:
-    """The system text of a row: data.system_prompt filled in, or the row's own column; neither replaces a message."""
-
-    def __init__(self, column: str | None, prompt: str | None) -> None:
-        self.column, self.prompt = column, RowTemplate("data.system_prompt", prompt) if prompt else None
-
-    def before(self, turns: list[dict[str, Any]], row: dict[str, Any], where: str) -> tuple[list[Any], set[str]]:
-        """Put the system text before the messages of a row → them, and the columns that were used."""
-        if turns[0]["role"] == "system":
-            return turns, set()
-        if self.prompt is not None:
-            return [{"role": "system", "content": self.prompt.fill(row, where)}, *turns], self.prompt.names
-        text = row.get(self.column) if self.column else None
-        if not isinstance(text, str) or not text.strip():
-            return turns, set()
-        return [{"role": "system", "content": text}, *turns], {str(self.column)}
+def _with_system(
+    turns: list[dict[str, Any]], row: dict[str, Any], where: str, column: str | None, prompt: RowTemplate | None
+) -> tuple[list[dict[str, Any]], set[str]]:
+    """Put a row's system text before its messages, unless they have one → them, and the columns that were used."""
+    text = row.get(column) if column else None
+    if turns[0]["role"] == "system":
+        return turns, set()
+    if prompt is not None:
+        return [{"role": "system", "content": prompt.fill(row, where)}, *turns], prompt.names
+    if isinstance(text, str) and text.strip():
+        return [{"role": "system", "content": text}, *turns], {str(column)}
+    return turns, set()
 
 
 @register_source
@@ -487,7 +483,7 @@ def pairs(
     if template.keys() != {"user", "assistant"}:
         raise ConfigError("data.template", f"has the keys {', '.join(template)}", "Give it user and assistant")
     templates = {role: RowTemplate(f"data.template.{role}", text) for role, text in template.items()}
-    system = SystemText(system_column, system_prompt)
+    prompt = RowTemplate("data.system_prompt", system_prompt) if system_prompt else None
 
     def chat(row: dict[str, Any], where: str) -> tuple[Any, set[str], str]:
         columns, note = {"source": source_column, "target": target_column}, ""
@@ -515,7 +511,7 @@ def pairs(
             turns = [
                 {"role": role, "content": templates[role].fill(row | own, where)} for role in ("user", "assistant")
             ]
-        turns, more = system.before(turns, row, where)
+        turns, more = _with_system(turns, row, where, system_column, prompt)
         return turns, used | more, note
 
     return _converted(path, subset, split, chat)
@@ -537,19 +533,19 @@ def messages(
 
     Where the column is completion or chosen, a `prompt` goes before it, unless it is there already.
     """
-    system = SystemText(system_column, system_prompt)
+    prompt = RowTemplate("data.system_prompt", system_prompt) if system_prompt else None
 
     def chat(row: dict[str, Any], where: str) -> tuple[Any, set[str], str]:
         how = (where, role_key, content_key, roles)
         turns = _messages(_column(row, messages_column, "messages", where), messages_column, *how)
         used, note, length = {messages_column}, "", len(turns)
-        prompt = row.get("prompt") if messages_column in ("completion", "chosen") else None
-        if prompt:
-            prompt = _messages(prompt, "prompt", *how) if isinstance(prompt, list) else text_in(prompt, "prompt", where)
-            turns, is_used = _with_prompt(prompt, turns)
+        before = row.get("prompt") if messages_column in ("completion", "chosen") else None
+        if before:
+            before = _messages(before, "prompt", *how) if isinstance(before, list) else text_in(before, "prompt", where)
+            turns, is_used = _with_prompt(before, turns)
             used |= {"prompt"} if is_used else set()
             note = f"the column prompt goes before {messages_column}" if len(turns) > length else ""
-        turns, more = system.before(turns, row, where)
+        turns, more = _with_system(turns, row, where, system_column, prompt)
         return turns, used | more, note
 
     return _converted(path, subset, split, chat)
