@@ -41,9 +41,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 512  # conversations given to a process at once
 MOST_PROCESSES = 8  # each takes some 100 MB of its own
-MARK = (
-    "\ue000more\ue001"  # what a message says in addition; private characters, so that no template treats it specially
-)
+MARK = "\ue000\ue001"  # said in addition; private characters, so that no template treats it specially
 TEMPLATE = "data.chat_template"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a block in which a template marks what the assistant says
 CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")  # a template that writes today's date
@@ -250,10 +248,10 @@ class Encoder:
         self.tokenizer, self.max_length, self.foreign = shared.tokenizer, shared.max_length, shared.foreign
         self.on_long, self.assistant_only, self.day = on_long, assistant_only, datetime.date.fromisoformat(day)
         # The end of a turn is a special token in most templates; ids, not text, so that content cannot fake one.
-        special = {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.end_ids = set(self.tokenizer.all_special_ids) | set(special)
-        longest_first = sorted(special.values(), key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        added = self.tokenizer.added_tokens_decoder.values()
+        ends = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        self.end_ids = {*self.tokenizer.convert_tokens_to_ids([*ends])}
+        self.special = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or "(?!)")
         template = template_text(self.tokenizer)
         self.marks_generation = bool(GENERATION.search(template))
         self.names = names_in(template)
@@ -422,8 +420,8 @@ class Encoder:
                 said |= set() if all(map(is_there, texts_in(message[key]))) else {f"{key} {LEFT_OUT}"}
             for call in message.get("tool_calls") or []:
                 function = call.get("function", call) if isinstance(call, dict) else {}
-                name, arguments = function.get("name"), function.get("arguments")
-                if not all(map(is_there, [name, *texts_in(arguments)])):
+                arguments = function.get("arguments")
+                if not all(map(is_there, [function.get("name"), *texts_in(arguments)])):
                     said.add(f"tool_calls {LEFT_OUT}")
                 elif isinstance(arguments, str) and arguments.strip() not in text:
                     said.add(
@@ -456,9 +454,8 @@ class Encoder:
             if conversation.unlearned and turns[i] in conversation.unlearned:
                 continue
             words_end = start + len(text[start:end].rstrip())
-            tokens = self.special.finditer(
-                text, start
-            )  # the token that ends the turn is the block's last, or follows it
+            tokens = self.special.finditer(text, start)
+            # The token that ends the turn is the block's last, or follows it.
             if close := next((t for t in tokens if t.end() == words_end or t.start() == end), None):
                 words_end, end = close.start(), max(end, close.end())
             spans.append((start, words_end, end))
@@ -598,14 +595,11 @@ def prepare_tokenizer(shared: SharedTokenizer, config: DataConfig) -> str:
             raise DataError(TEMPLATE, "the tokenizer has neither a template nor an end-of-text token", "Give one")
         where, tokenizer.chat_template = FALLBACK, JOINED_BY_END_OF_TEXT
         if beginning(tokenizer):  # as the model read it in training; without it Gemma's perplexity is in the billions
-            where, tokenizer.chat_template = (
-                f"{FALLBACK}, after {tokenizer.bos_token}",
-                "{{ bos_token }}" + JOINED_BY_END_OF_TEXT,
-            )
-    if beginning(tokenizer) and not any(
-        name in template_text(tokenizer) for name in ("bos_token", tokenizer.bos_token)
-    ):
+            where += f", after {tokenizer.bos_token}"
+            tokenizer.chat_template = "{{ bos_token }}" + JOINED_BY_END_OF_TEXT
+    template = template_text(tokenizer)
+    if beginning(tokenizer) and "bos_token" not in template and tokenizer.bos_token not in template:
         where += f"; it does not write {tokenizer.bos_token}, which begins other texts"
-    if "strftime_now" in template_text(tokenizer):
+    if "strftime_now" in template:
         where += f"; it reads the clock, and sees {config.template_date} (data.template_date)"
     return where
