@@ -35,8 +35,9 @@ OWN_KEYS = ("messages", "text", "source", "target", "id", "where")  # of what a 
 class Conversation:
     """What a row says: messages, the last one the assistant's, or a plain text, of which every token counts.
 
-    variables: what else the chat template is given, by name, such as tools and documents.
-    unlearned: messages of the assistant that the student reads and does not learn (weight 0).
+    variables: what else the chat template is given, by name, such as tools and documents; of a row as its source yields
+    it, all other columns. unlearned: messages of the assistant that the student reads and does not learn (weight 0).
+    note: how the row was read, if that is to be said.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Conversation:
     text: str = ""
     variables: dict[str, Any] = field(default_factory=dict)
     unlearned: list[int] = field(default_factory=list)
+    note: str = ""
 
     @cached_property
     def digest(self) -> str:
@@ -60,17 +62,6 @@ class Names:
 
     variables: frozenset[str] = frozenset()
     keys: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a row says, checked: messages or a text; its other columns; how it was read, in words."""
-
-    what: list[dict[str, Any]] | str
-    columns: dict[str, Any]
-    id: Any
-    where: str
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +114,7 @@ class Conversations:
 
 Source = Callable[..., Iterable[Any]]
 Check = Callable[[Conversation], object]
+Read = tuple[list[dict[str, Any]] | str, set[str], str]  # messages or a text, checked; columns used; how it was read
 _SOURCES: dict[str, Source] = {}
 
 
@@ -231,15 +223,15 @@ def _read(config: DataConfig, found: Conversations, check: Check | None, names: 
             try:
                 if isinstance(item, DataError):
                     raise item
-                said = item if isinstance(item, Said) else _said(item, f"{config.name}[{i}]")
-                conversation, unused = _conversation(said, names)
+                whole = item if isinstance(item, Conversation) else _checked(item, f"{config.name}[{i}]")
+                conversation, unused = _without_unused(whole, names)
                 if check:
                     check(conversation)
                 found.append(conversation)
-                is_cut = isinstance(said.what, list) and len(conversation.messages) < len(said.what)
+                is_cut = len(conversation.messages) < len(whole.messages)
                 found.changed["unanswered last turn cut off"] += is_cut
                 found.unused.update(unused)
-                found.said.update([said.note] if said.note else [])
+                found.said.update([whole.note] if whole.note else [])
             except DataError as error:
                 faults.append(error)
     except DataError as error:  # not of a row: a file that cannot be read, which on_bad_row does not excuse
@@ -275,35 +267,38 @@ def _make_ids_unique(found: Conversations, first: int) -> None:
         found.ids[i] = name if copies[name] == 1 else f"{name}~{copies[name]}"
 
 
-def _said(item: Any, where: str) -> Said:
+def _checked(item: Any, where: str) -> Conversation:
     """Check what one's own source yields. Raises DataError."""
     row = item if isinstance(item, dict) else {}
     where = str(row.get("where", where))
-    what: list[dict[str, Any]] | str
-    if "messages" in row:
-        what = _messages(row["messages"], "messages", where)
-    elif "text" in row:
-        what = text_in(row["text"], "text", where)
-    elif "source" in row and "target" in row:
-        turns = [{"role": "user", "content": row["source"]}, {"role": "assistant", "content": row["target"]}]
-        what = _messages(turns, "messages", where)
-    else:
-        fault = f'is {kind_of(item)}, expected an object with "messages", with "source" and "target", or with "text"'
-        raise DataError(where, fault, "Change what the source yields")
     columns = {name: value for name, value in row.items() if name not in OWN_KEYS}
-    return Said(what, columns, row.get("id"), where)
+    if "text" in row and "messages" not in row:
+        return Conversation(_id_of(row), [], where, text_in(row["text"], "text", where), columns)
+    if not {"messages"} <= row.keys() and not {"source", "target"} <= row.keys():
+        what = f'is {kind_of(item)}, expected an object with "messages", with "source" and "target", or with "text"'
+        raise DataError(where, what, "Change what the source yields")
+    pair = [{"role": role, "content": row.get(name)} for role, name in (("user", "source"), ("assistant", "target"))]
+    turns = _messages(row.get("messages", pair), "messages", where)
+    return Conversation(_id_of(row), turns, where, variables=columns)
 
 
-def _conversation(said: Said, names: Names) -> tuple[Conversation, set[str]]:
-    """Make a row's conversation → it, and the parts of the row that nothing reads. Raises DataError."""
-    where = said.where
-    text, messages = (said.what, []) if isinstance(said.what, str) else ("", said.what)
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-    if last < 0 and not text:
+def _id_of(row: dict[str, Any]) -> str:
+    given = row.get("id")
+    return str(given).encode(errors="backslashreplace").decode() if isinstance(given, str | int) else ""
+
+
+def _without_unused(whole: Conversation, names: Names) -> tuple[Conversation, set[str]]:
+    """Cut off an unanswered last turn and all that the chat template does not read → the rest, what it does not read.
+
+    Raises DataError.
+    """
+    where = whole.where
+    last = max((i for i, m in enumerate(whole.messages) if m["role"] == "assistant"), default=-1)
+    if last < 0 and not whole.text:
         raise DataError(where, "has no message of the assistant", "The student learns the assistant's turns: add one")
-    messages = messages[: last + 1]
+    messages = whole.messages[: last + 1]
     unlearned = [i for i, m in enumerate(messages) if _is_unlearned(m, f"{where}: messages[{i}]")]
-    columns = {name: _parsed(value) for name, value in said.columns.items() if value not in (None, "", [], {})}
+    columns = {name: _parsed(value) for name, value in whole.variables.items() if value not in (None, "", [], {})}
     unused = {f"column {name}" for name in columns.keys() - names.variables}
     for message in messages:
         for name in message.keys() - {"role", "content"} - names.keys:
@@ -313,9 +308,8 @@ def _conversation(said: Said, names: Names) -> tuple[Conversation, set[str]]:
             unused.add(f"key {name} of messages")
             del message[name]
     variables = {name: columns[name] for name in sorted(columns.keys() & names.variables)}
-    whole = Conversation("", messages, where, text, variables, unlearned)
-    own = str(said.id) if isinstance(said.id, str | int) else ""
-    return replace(whole, id=own.encode(errors="backslashreplace").decode() or whole.digest[:32]), unused
+    rest = replace(whole, messages=messages, variables=variables, unlearned=unlearned)
+    return replace(rest, id=rest.id or rest.digest[:32]), unused
 
 
 def _is_unlearned(message: dict[str, Any], where: str) -> bool:
@@ -382,16 +376,9 @@ def _joined_parts(content: Any) -> Any:
 
 
 def _converted(
-    path: str | list[str],
-    subset: str | None,
-    split: str,
-    convert: Callable[[dict[str, Any], str], tuple[Any, set[str], str]],
+    path: str | list[str], subset: str | None, split: str, convert: Callable[[dict[str, Any], str], Read]
 ) -> Iterator[Any]:
-    """Yield what rows of files say, and the faults of the others.
-
-    convert: a row and its place → what it says, checked; the columns that were used; how it was read, if that is to be
-    said.
-    """
+    """Yield what rows of files say, and the faults of the others. convert: a row and its place → what it says."""
     for item in read_rows(path, subset, split):
         try:
             if isinstance(item, DataError):
@@ -400,8 +387,9 @@ def _converted(
             if not isinstance(row, dict):
                 raise DataError(where, f"is {kind_of(row)}, expected an object", "Write one JSON object a row")
             what, used, note = convert(row, where)
+            text, turns = (what, []) if isinstance(what, str) else ("", what)
             columns = {name: value for name, value in row.items() if name not in used | {"id"}}
-            yield Said(what, columns, row.get("id"), where, note)
+            yield Conversation(_id_of(row), turns, where, text, columns, note=note)
         except DataError as error:
             yield error
 
@@ -485,7 +473,7 @@ def pairs(
     templates = {role: RowTemplate(f"data.template.{role}", text) for role, text in template.items()}
     prompt = RowTemplate("data.system_prompt", system_prompt) if system_prompt else None
 
-    def chat(row: dict[str, Any], where: str) -> tuple[Any, set[str], str]:
+    def chat(row: dict[str, Any], where: str) -> Read:
         columns, note = {"source": source_column, "target": target_column}, ""
         if not {source_column, target_column} & row.keys():
             for first, second in (names for names in PREFERENCES if {*names} <= row.keys()):
@@ -535,7 +523,7 @@ def messages(
     """
     prompt = RowTemplate("data.system_prompt", system_prompt) if system_prompt else None
 
-    def chat(row: dict[str, Any], where: str) -> tuple[Any, set[str], str]:
+    def chat(row: dict[str, Any], where: str) -> Read:
         how = (where, role_key, content_key, roles)
         turns = _messages(_column(row, messages_column, "messages", where), messages_column, *how)
         used, note, length = {messages_column}, "", len(turns)
@@ -555,7 +543,7 @@ def messages(
 def text(path: str | list[str], subset: str | None, split: str, text_column: str) -> Iterator[Any]:
     """Plain text: a column of it; every token counts, and the end-of-text token after it."""
 
-    def plain(row: dict[str, Any], where: str) -> tuple[Any, set[str], str]:
+    def plain(row: dict[str, Any], where: str) -> Read:
         return text_in(_column(row, text_column, "text", where), text_column, where), {text_column}, ""
 
     return _converted(path, subset, split, plain)
