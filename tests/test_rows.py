@@ -204,6 +204,10 @@ CASES = {
     "words beside a call": Case(
         chat(ASK, CALLS | {"content": "Let me look."}, RESULT, SAY), "llama", says=["words of the assistant that"]
     ),
+    "tool calls as JSON text": Case(
+        chat(ASK, CALLS | {"tool_calls": json.dumps([CALL])}, RESULT, SAY), "llama", reads='{"city": "Oslo"}'
+    ),
+    "tool calls that are none": Case(chat(ASK, CALLS | {"tool_calls": "weather()"}), refused='"tool_calls" is "weather()"'),
     "no tool calls": Case(chat(ASK, SAY | {"tool_calls": []}), "mistral", counted=[" Nine degrees.</s>"]),
     "tool calls that the template does not write": Case(
         chat(ASK, CALLS, RESULT, SAY), refused="has only tool_calls, which the chat template does not write"

@@ -47,7 +47,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a block in which a tem
 CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")  # a template that writes today's date
 JOINED_BY_END_OF_TEXT = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 FALLBACK = "turns joined by the end-of-text token"
-LEFT_OUT = "that the chat template leaves out"
+QUOTED = "arguments of tool_calls that are text, which the chat template quotes again: give objects"
 ENDLESS = "rows whose turns no special token ends: the student does not learn where to stop"
 
 NOT_COLUMNS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "dict", "range"}
@@ -263,27 +263,29 @@ class Encoder:
         except DataError as error:
             return Encoded(fault=error)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        tokens = encoding["input_ids"]
-        if conversation.text:
-            tokens, counted, stops = self._plain(tokens)
+        tokens, where = encoding["input_ids"], conversation.where
+        if conversation.text:  # after the beginning of text, if the tokenizer writes one; before the end of text
+            first, last = beginning(self.tokenizer), self.tokenizer.eos_token_id
+            stops = [] if last is None else [last]
+            tokens, counted = [*first, *tokens, *stops], [False] * len(first) + [True] * (len(tokens) + len(stops))
         else:
             counted, stops = self._count(tokens, encoding["offset_mapping"], spans)
         found = Encoded(said=[*said, *([] if stops else [ENDLESS])], stops=stops)
-        where, is_long = conversation.where, len(tokens) > self.max_length
+        pieces: Iterable[tuple[list[int], list[bool]]] = [(tokens, counted)]
         if alien := self.foreign.intersection(tokens):
             what = f"the row has the token {self.tokenizer.convert_ids_to_tokens(min(alien))!r}, which one model lacks"
             return Encoded(fault=DataError(where, what, "Use a data.chat_template that both models know"))
-        if is_long and self.on_long == "error":
-            what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
-            return Encoded(fault=DataError(where, what, "Raise it, or set data.on_long=truncate or split"))
-        if is_long and self.on_long == "drop":
-            found.dropped = "longer than data.max_length"
-            return found
-        if is_long:
+        if len(tokens) > self.max_length:
             rule = "longer than data.max_length"
-            found.changed.append(f"{rule}, split" if self.on_long == "split" else rule)
-        parts = self._split(tokens, counted) if is_long and self.on_long == "split" else [(tokens, counted)]
-        for number, (some, counts) in enumerate(parts, 1):
+            if self.on_long == "error":
+                what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
+                return Encoded(fault=DataError(where, what, "Raise it, or set data.on_long=truncate or split"))
+            if self.on_long == "drop":
+                return Encoded(said=found.said, stops=stops, dropped=rule)
+            if self.on_long == "split":
+                rule, pieces = f"{rule}, split", self._split(tokens, counted)
+            found.changed.append(rule)
+        for number, (some, counts) in enumerate(pieces, 1):
             # What comes after the last counted token changes nothing in a causal model, and costs time.
             end = max((i + 1 for i, is_counted in enumerate(counts[: self.max_length]) if is_counted), default=0)
             if end >= 2:  # nothing predicts the first token
@@ -292,12 +294,6 @@ class Encoder:
         if not found.rows:
             found.dropped = "no counted token left"
         return found
-
-    def _plain(self, tokens: list[int]) -> tuple[list[int], list[bool], list[int]]:
-        """A plain text as a row: the tokenizer's beginning of text if it writes one, the tokens, the end of text."""
-        first, eos = beginning(self.tokenizer), self.tokenizer.eos_token_id
-        last = [] if eos is None else [eos]
-        return [*first, *tokens, *last], [False] * len(first) + [True] * (len(tokens) + len(last)), last
 
     def _split(self, tokens: list[int], counted: list[bool]) -> Iterator[tuple[list[int], list[bool]]]:
         """Cut a long row into pieces of max_length: each begins with the last token of the one before.
@@ -374,15 +370,15 @@ class Encoder:
         closing = list(takewhile(lambda token: token.start() < end, self.special.finditer(text, words_end)))
         if closing and closing[-1].end() > end:
             end = closing.pop().start()
-        if closing and message.get("tool_calls"):  # a special token may close a call, too: the last one ends the turn
-            words_end = closing[-1].start()
+        if closing:  # a special token may close a call, too: the last one ends the turn
+            words_end, end = closing[-1 if message.get("tool_calls") else 0].span()
         return start, words_end, end
 
     def _behind(
         self, text: str, conversation: Conversation, messages: list[dict[str, Any]], i: int, **options: Any
     ) -> str:
         """Return what a text of these messages has behind the words of the i-th: it is the same if that says more."""
-        longer = self._template(conversation, [*messages[:i], _saying_more(messages[i]), *messages[i + 1 :]], **options)
+        longer = self._template(conversation, _saying_more(messages, i), **options)
         if longer.count(MARK) != 1:
             raise _unfit(conversation)
         return text[len(text) - num_same(text[::-1], longer[::-1]) :]
@@ -397,42 +393,37 @@ class Encoder:
 
     def _left_out(self, conversation: Conversation, text: str) -> list[str]:
         """Find what the template leaves out of a rendered conversation → in words. Raises DataError for a whole turn."""
-        said = set()
+        said, messages = set(), conversation.messages
 
         def is_there(words: Any) -> bool:
             return str(words).strip() in text or json.dumps(words, ensure_ascii=False).strip('"') in text
 
+        def look_for(what: str, parts: list[Any]) -> None:
+            if not all(map(is_there, parts)):
+                said.add(f"{what} that the chat template leaves out or rewrites")
+
         for name, value in conversation.variables.items():
-            if (some := texts_in(value)) and not any(map(is_there, some)):
-                said.add(f"column {name} {LEFT_OUT}")
-        for i, message in enumerate(conversation.messages):
+            if not any(map(is_there, texts_in(value))):
+                look_for(f"column {name}", texts_in(value))
+        for i, message in enumerate(messages):
             role, content = message["role"], message["content"] or ""
             if role == "assistant":
                 *thinking, words = re.split("</?think>", content)
-                said |= {f"thinking {LEFT_OUT}"} if not all(map(is_there, thinking)) else set()
-                said |= {f"words of the assistant {LEFT_OUT} or rewrites"} if words.strip() not in text else set()
-            elif content.strip() not in text and not self._writes(conversation, i):
+                look_for("thinking", thinking)
+                look_for("words of the assistant", [words])
+            elif content.strip() not in text and MARK not in self._prefix(conversation, _saying_more(messages, i)):
                 if role not in ("system", "developer"):
                     what = f"messages[{i}]: the chat template leaves out the role {role}"
                     raise DataError(conversation.where, what, "Map it: data.roles, or give a data.chat_template")
-                said.add(f"{role} text {LEFT_OUT}")
+                look_for(f"{role} text", [content])
             for key in message.keys() - {"role", "content", "tool_calls"}:
-                said |= set() if all(map(is_there, texts_in(message[key]))) else {f"{key} {LEFT_OUT}"}
-            for call in message.get("tool_calls") or []:
-                function = call.get("function", call) if isinstance(call, dict) else {}
-                arguments = function.get("arguments")
-                if not all(map(is_there, [function.get("name"), *texts_in(arguments)])):
-                    said.add(f"tool_calls {LEFT_OUT}")
-                elif isinstance(arguments, str) and arguments.strip() not in text:
-                    said.add(
-                        "arguments of tool_calls that are text, which the chat template quotes again: give objects"
-                    )
+                look_for(key, texts_in(message[key]))
+            for call in message.get("tool_calls", []):
+                function = call.get("function", call)
+                look_for("tool_calls", [function.get("name"), *texts_in(arguments := function.get("arguments"))])
+                if isinstance(arguments, str) and is_there(arguments) and arguments.strip() not in text:
+                    said.add(QUOTED)
         return sorted(said)
-
-    def _writes(self, conversation: Conversation, i: int) -> bool:
-        """Return whether the template writes the i-th message at all, if perhaps in other words."""
-        messages = conversation.messages
-        return MARK in self._prefix(conversation, [*messages[:i], _saying_more(messages[i]), *messages[i + 1 :]])
 
     def _generated(self, conversation: Conversation) -> list[Span]:
         """The turns that the template's own {% generation %} marks, each with the token that ends it."""
@@ -450,16 +441,16 @@ class Encoder:
         if conversation.unlearned and len(marked) != len(turns):
             raise _unfit(conversation)
         spans = []
-        for i, (start, end) in enumerate(marked):
-            if conversation.unlearned and turns[i] in conversation.unlearned:
-                continue
+        for start, end in marked:
             words_end = start + len(text[start:end].rstrip())
             tokens = self.special.finditer(text, start)
             # The token that ends the turn is the block's last, or follows it.
             if close := next((t for t in tokens if t.end() == words_end or t.start() == end), None):
                 words_end, end = close.start(), max(end, close.end())
             spans.append((start, words_end, end))
-        return spans
+        return [
+            span for i, span in enumerate(spans) if not conversation.unlearned or turns[i] not in conversation.unlearned
+        ]
 
     def _template(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
         options |= conversation.variables | {"chat_template": self._dated(conversation)}
@@ -470,7 +461,8 @@ class Encoder:
 
     def _dated(self, conversation: Conversation) -> str:
         """The template of a conversation, with the run's day in place of today: else no row is the same tomorrow."""
-        return _dated(self.tokenizer.get_chat_template(tools=conversation.variables.get("tools")), self.day)
+        template = self.tokenizer.get_chat_template(tools=conversation.variables.get("tools"))
+        return CLOCK.sub(lambda found: json.dumps(self.day.strftime(found[1] or found[2])), template)
 
     def _prefix(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
         """The first messages of a conversation alone; empty if the template refuses them."""
@@ -482,31 +474,22 @@ class Encoder:
     def _count(
         self, tokens: list[int], offsets: list[tuple[int, int]], spans: list[Span]
     ) -> tuple[list[bool], list[int]]:
-        """Mark each turn's tokens up to and with the special token that ends it → which count, and those ends.
+        """Mark each turn's tokens → which count, and the special tokens that end turns.
 
         A turn that no special token ends counts as a whole: its last characters are what ends it. A token that reaches
         into the turn has its first letters, and counts.
         """
-        counted, stops = [False] * len(tokens), []
-        at = 0
+        counted, stops, at = [False] * len(tokens), list[int](), 0
         for start, words_end, end in spans:
             while at < len(tokens) and offsets[at][1] <= start:
                 at += 1
-            first, is_over = at, False
-            while at < len(tokens) and offsets[at][0] < end and not is_over:
-                if self.assistant_only and offsets[at][0] >= words_end and tokens[at] in self.end_ids:
-                    stops.append(tokens[at])
-                    is_over = not self.marks_generation  # a template's own marks say what is behind it, too
+            while at < len(tokens) and offsets[at][0] < end:
+                counted[at] = True
+                stops += [tokens[at]] if offsets[at][0] >= words_end and tokens[at] in self.end_ids else []
                 at += 1
-            counted[first:at] = [True] * (at - first)
         if not self.assistant_only:  # the turn's end is among the last tokens, at most a line break follows
             stops = [token for token in tokens[-2:] if token in self.end_ids][-1:]
         return counted, stops
-
-
-@functools.cache  # a conversation is rendered several times
-def _dated(template: str, day: datetime.date) -> str:
-    return CLOCK.sub(lambda found: json.dumps(day.strftime(found[1] or found[2])), template)
 
 
 def _refused(conversation: Conversation, error: Exception) -> DataError:
@@ -527,18 +510,17 @@ def texts_in(value: Any) -> list[Any]:
     return [] if value is None or isinstance(value, bool) else [value]
 
 
-def _saying_more(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message with a mark at the end of what it says: of its last tool call's arguments, or of its content."""
-    if not (calls := message.get("tool_calls")):
-        return {**message, "content": f"{message['content']}{MARK}"}
-    function = calls[-1].get("function", calls[-1])
-    arguments = function.get("arguments")
-    arguments = {**arguments, MARK: ""} if isinstance(arguments, dict) else f"{arguments}{MARK}"
-    last = {**function, "arguments": arguments}
-    return {
-        **message,
-        "tool_calls": [*calls[:-1], {**calls[-1], "function": last} if "function" in calls[-1] else last],
-    }
+def _saying_more(messages: list[dict[str, Any]], i: int) -> list[dict[str, Any]]:
+    """Put a mark at the end of what the i-th message says: of its last tool call's arguments, or of its content."""
+    message = messages[i]
+    more = {**message, "content": f"{message['content']}{MARK}"}
+    if calls := message.get("tool_calls"):
+        function = calls[-1].get("function", calls[-1])
+        given = function.get("arguments")
+        last = {**function, "arguments": {**given, MARK: ""} if isinstance(given, dict) else f"{given}{MARK}"}
+        last = {**calls[-1], "function": last} if "function" in calls[-1] else last
+        more = {**message, "tool_calls": [*calls[:-1], last]}
+    return [*messages[:i], more, *messages[i + 1 :]]
 
 
 def num_same(one: str, other: str) -> int:

@@ -348,7 +348,7 @@ def _messages(
     messages = []
     for i, turn in enumerate(turns):
         place = f"{where}: messages[{i}]"
-        calls = isinstance(turn, dict) and turn.get("tool_calls")
+        calls = isinstance(turn, dict) and _parsed(turn.get("tool_calls"))
         if not isinstance(turn, dict) or not {role_key, *(() if calls else (content_key,))} <= turn.keys():
             what = f'is {kind_of(turn)}, expected an object with "{role_key}" and "{content_key}"'
             raise DataError(place, what, "Name them: data.role_key, data.content_key")
@@ -360,8 +360,10 @@ def _messages(
         content = _joined_parts(turn.get(content_key))
         if not (calls and content in (None, "")) and not (role not in ROLES[:4] and content == ""):
             content = text_in(content, content_key, place)
+        if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            raise DataError(place, f'"tool_calls" is {kind_of(calls)}, expected a list of objects', "Fix the row")
         own = (role_key, content_key, "role", "content")
-        more = {k: v for k, v in turn.items() if k not in own and v not in (None, [], {})}
+        more = {k: v for k, v in (turn | {"tool_calls": calls}).items() if k not in own and v not in (None, [], {})}
         messages.append({"role": role, "content": content, **more})
     return messages
 
