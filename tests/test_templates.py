@@ -24,7 +24,9 @@ def encode(tokenizer, *conversations, max_length=1000, on_long="error", assistan
         if encoded.fault:
             raise encoded.fault
     rows = [row for encoded in found for row in encoded.rows]
-    return rows, [encoded.dropped for encoded in found if encoded.dropped], sum(len(e.changed) for e in found)
+    counts = [count for encoded in found for count in encoded.counts]
+    dropped = [rule for counter, rule in counts if counter == "dropped"]
+    return rows, dropped, sum(counter == "changed" for counter, _ in counts)
 
 
 def row_of(tokenizer, conversation, **options):

@@ -62,9 +62,7 @@ class Encoded:
 
     rows: list[Row] = field(default_factory=list)
     fault: DataError | None = None
-    dropped: str = ""  # the rule
-    changed: list[str] = field(default_factory=list)  # rules
-    said: list[str] = field(default_factory=list)  # what the template leaves out
+    counts: list[tuple[str, str]] = field(default_factory=list)  # a counter of the run's data, and for what it is
     stops: list[int] = field(default_factory=list)  # the token that ends each counted turn, the last turn's last
 
 
@@ -170,9 +168,8 @@ def _encode_all(
 
     def rows_of(numbers: Sequence[int]) -> Iterator[Row]:
         for encoded in _all_encoded(encoder, found, numbers):
-            found.changed.update(encoded.changed)
-            found.said.update(encoded.said)
-            dropped.update([encoded.dropped] if encoded.dropped else [])
+            for counter, what in encoded.counts:
+                getattr(found, counter)[what] += 1
             stops.update(encoded.stops)
             last_stops.update(encoded.stops[-1:])
             if encoded.fault:
@@ -223,14 +220,14 @@ def _start_worker(encoder: "Encoder", found: Conversations) -> None:
     _work = encoder, found
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the run ends its processes itself
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_the_run, daemon=True).start()
+    run = multiprocessing.parent_process()
 
+    def end_with_the_run() -> None:  # when it was killed: this would wait for work, with all its memory, forever
+        if run is not None:
+            run.join()
+            os._exit(1)
 
-def _end_with_the_run() -> None:
-    """End a process that encodes when its run was killed: it would wait for work, with all its memory, forever."""
-    if run := multiprocessing.parent_process():
-        run.join()
-        os._exit(1)
+    threading.Thread(target=end_with_the_run, daemon=True).start()
 
 
 def _encode(number: int) -> Encoded:
@@ -270,7 +267,7 @@ class Encoder:
             tokens, counted = [*first, *tokens, *stops], [False] * len(first) + [True] * (len(tokens) + len(stops))
         else:
             counted, stops = self._count(tokens, encoding["offset_mapping"], spans)
-        found = Encoded(said=[*said, *([] if stops else [ENDLESS])], stops=stops)
+        found = Encoded(counts=[("said", what) for what in [*said, *([] if stops else [ENDLESS])]], stops=stops)
         pieces: Iterable[tuple[list[int], list[bool]]] = [(tokens, counted)]
         if alien := self.foreign.intersection(tokens):
             what = f"the row has the token {self.tokenizer.convert_ids_to_tokens(min(alien))!r}, which one model lacks"
@@ -280,11 +277,11 @@ class Encoder:
             if self.on_long == "error":
                 what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
                 return Encoded(fault=DataError(where, what, "Raise it, or set data.on_long=truncate or split"))
-            if self.on_long == "drop":
-                return Encoded(said=found.said, stops=stops, dropped=rule)
             if self.on_long == "split":
                 rule, pieces = f"{rule}, split", self._split(tokens, counted)
-            found.changed.append(rule)
+            found.counts.append(("dropped" if self.on_long == "drop" else "changed", rule))
+            if self.on_long == "drop":
+                return found
         for number, (some, counts) in enumerate(pieces, 1):
             # What comes after the last counted token changes nothing in a causal model, and costs time.
             end = max((i + 1 for i, is_counted in enumerate(counts[: self.max_length]) if is_counted), default=0)
@@ -292,7 +289,7 @@ class Encoder:
                 name = conversation.id if number == 1 else f"{conversation.id}#{number}"
                 found.rows.append(Row(name, some[:end], counts[:end], where))
         if not found.rows:
-            found.dropped = "no counted token left"
+            found.counts.append(("dropped", "no counted token left"))
         return found
 
     def _split(self, tokens: list[int], counted: list[bool]) -> Iterator[tuple[list[int], list[bool]]]:

@@ -78,9 +78,7 @@ class Conversations:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.ids: list[str] = []
-        self.where: list[str] = []
-        self.digests: list[str] = []
+        self.ids, self.where, self.digests = list[str](), list[str](), list[str]()
         self.num_train = 0  # rows of data.path; those after are data.validation's, if that is a file or split
         self.faults: list[DataError] = []
         self.dropped, self.changed = Counter[str](), Counter[str]()
@@ -254,13 +252,11 @@ def _make_ids_unique(found: Conversations, first: int) -> None:
 
     Rows that share an id and differ in text get a part of their text's digest; equal rows are numbered.
     """
-    texts: dict[str, str] = {}
+    rows, texts, copies = range(first, len(found)), dict[str, str](), Counter[str]()
     shared = set()
-    rows = range(first, len(found))
     for i in rows:
         if texts.setdefault(found.ids[i], found.digests[i]) != found.digests[i]:
             shared.add(found.ids[i])
-    copies: Counter[str] = Counter()
     for i in rows:
         name = f"{found.ids[i]}~{found.digests[i][:12]}" if found.ids[i] in shared else found.ids[i]
         copies[name] += 1
