@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from kdx.config import DataConfig
+from kdx.config import DataConfig, replaced
 from kdx.data.mix import parts_of
 from kdx.errors import ConfigError, DataError, MachineError, of_hub, shortened, together
 
@@ -54,17 +54,21 @@ def source_files(config: DataConfig) -> list[Path] | None:
         return None if None in parts else [file for files in parts for file in files or ()]
     if config.name not in FROM_FILES:
         return None
-    wanted = [(config.path, config.split)]
-    if isinstance(config.validation, str):
-        path, is_split, split = config.validation.partition("split:")
-        wanted.append((config.path, split) if is_split else (path, config.split))
     files: list[Path] = []
-    for paths, split in wanted:
-        for path in [paths] if isinstance(paths, str) else paths or []:
-            if (some := _expand(path, split)) is None:
+    for part in what_is_read(config):
+        for path in [part.path] if isinstance(part.path, str) else part.path or []:
+            if (some := _expand(path, part.split)) is None:
                 return None
             files += some
     return files
+
+
+def what_is_read(config: DataConfig) -> list[DataConfig]:
+    """Return the data of a run as configs: its own, and those of data.validation if that is a file or a split."""
+    if not isinstance(config.validation, str):
+        return [config]
+    path, is_split, split = config.validation.partition("split:")
+    return [config, replaced(config, **({"split": split} if is_split else {"path": path}))]
 
 
 def read_rows(path: str | list[str], subset: str | None, split: str) -> Iterator[Item]:

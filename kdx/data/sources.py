@@ -20,8 +20,8 @@ import xxhash
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kdx.config import DataConfig, replaced
-from kdx.data.files import kind_of, read_rows, resolve_path, text_in
+from kdx.config import DataConfig
+from kdx.data.files import kind_of, read_rows, resolve_path, text_in, what_is_read
 from kdx.data.mix import parts_of
 from kdx.errors import ConfigError, DataError, did_you_mean, together
 from kdx.plugins import option_faults
@@ -157,12 +157,11 @@ def read_conversations(
     check_source(config)
     found = Conversations(folder)
     check = check if config.on_bad_row == "skip" else None
-    names = names or Names()
-    _read(config, found, check, names)
+    own, *held_out = what_is_read(config)
+    _read(own, found, check, names or Names())
     found.num_train = len(found)
-    if isinstance(config.validation, str):
-        path, is_split, split = config.validation.partition("split:")
-        _read(replaced(config, **({"split": split} if is_split else {"path": path})), found, check, names)
+    for part in held_out:
+        _read(part, found, check, names or Names())
     return found
 
 
