@@ -213,6 +213,10 @@ CASES = {
         chat(ASK, CALLS, RESULT, SAY), refused="has only tool_calls, which the chat template does not write"
     ),
     "tools that nothing reads": Case(chat(ASK, SAY, tools=TOOLS), says=["column tools"]),
+    "tools that the template leaves out": Case(
+        chat(ASK, SAY, tools=TOOLS), says=["column tools that the chat template leaves out"],
+        options={"chat_template": "{% if tools and messages[0].role == 'system' %}{{ tools }}{% endif %}" + CHATML},
+    ),
     "arguments as text": Case(
         chat(ASK, {**CALLS, "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]}, RESULT, SAY),
         "qwen", says=["arguments of tool_calls that are text"],

@@ -400,8 +400,9 @@ class Encoder:
                 said.add(f"{what} that the chat template leaves out or rewrites")
 
         for name, value in conversation.variables.items():
-            if not any(map(is_there, texts_in(value))):
-                look_for(f"column {name}", texts_in(value))
+            parts = texts_in(value) if isinstance(value, list | dict) else []  # a text may be a switch
+            if not any(map(is_there, parts)):
+                look_for(f"column {name}", parts)
         for i, message in enumerate(messages):
             role, content = message["role"], message["content"] or ""
             if role == "assistant":
