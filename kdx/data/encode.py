@@ -127,12 +127,10 @@ def _load_mix(config: DataConfig, shared: SharedTokenizer, num_prompts: int, ans
     drawn = {
         name: max(1, round(len(data.train) * shares[name] * size / counted[name])) for name, data in loaded.items()
     }
-    counters = {
-        counter: Counter(
-            {f"{name}: {rule}": n for name, data in loaded.items() for rule, n in getattr(data, counter).items()}
-        )
-        for counter in COUNTERS
-    }
+    counters = {counter: Counter[str]() for counter in COUNTERS}
+    for name, data in loaded.items():
+        for counter, counts in counters.items():
+            counts.update({f"{name}: {rule}": number for rule, number in getattr(data, counter).items()})
     fingerprints = [[data.fingerprint, data.held_out_fingerprint] for data in loaded.values()]
     turns = zip_longest(*(data.prompts for data in loaded.values()))
     return Data(
@@ -309,12 +307,12 @@ class Encoder:
         found: list[dict[str, Any]] = []
         for conversation in conversations if number else ():
             messages = list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
-            if not any(m["role"] == "user" for m in messages) or not conversation.messages[len(messages)]["content"]:
+            if not any(m["role"] == "user" for m in messages):
                 continue
+            reference = conversation.messages[len(messages)]["content"]
             text = self._prefix(conversation, messages, add_generation_prompt=True)
             length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            if text and length + room <= self.max_length:
-                reference = conversation.messages[len(messages)]["content"]
+            if reference and text and length + room <= self.max_length:
                 found.append({"messages": messages, "text": text, "reference": reference})
             if len(found) == number:
                 break

@@ -269,7 +269,7 @@ def _checked(item: Any, where: str) -> Conversation:
     columns = {name: value for name, value in row.items() if name not in OWN_KEYS}
     if "text" in row and "messages" not in row:
         return Conversation(_id_of(row), [], where, text_in(row["text"], "text", where), columns)
-    if not {"messages"} <= row.keys() and not {"source", "target"} <= row.keys():
+    if "messages" not in row and not {"source", "target"} <= row.keys():
         what = f'is {kind_of(item)}, expected an object with "messages", with "source" and "target", or with "text"'
         raise DataError(where, what, "Change what the source yields")
     pair = [{"role": role, "content": row.get(name)} for role, name in (("user", "source"), ("assistant", "target"))]
@@ -399,7 +399,7 @@ def _column(row: dict[str, Any], column: str, name: str, where: str) -> Any:
 
 
 def _with_prompt(prompt: Any, answer: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
-    """Put a prompt, text or messages, before its answer, unless that has its own opening → them, is the prompt there."""
+    """Put a prompt, text or messages, before an answer without an opening → all, and whether the prompt is in them."""
     opening = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if answer[0]["role"] == "assistant":
         return opening + answer, True
@@ -525,7 +525,7 @@ def messages(
         turns = _messages(_column(row, messages_column, "messages", where), messages_column, *how)
         used, note, length = {messages_column}, "", len(turns)
         before = row.get("prompt") if messages_column in ("completion", "chosen") else None
-        if before:
+        if before and isinstance(before, str | list):
             before = _messages(before, "prompt", *how) if isinstance(before, list) else text_in(before, "prompt", where)
             turns, is_used = _with_prompt(before, turns)
             used |= {"prompt"} if is_used else set()
