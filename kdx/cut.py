@@ -96,9 +96,7 @@ def assemble(
         elif int(layer[1]) in kept:
             weights[f"{stack}.{kept.index(int(layer[1]))}.{name[layer.end() :]}"] = tensor.clone()
     _tie_as_stored(kind, config, weights)
-    model, report = kind.from_pretrained(
-        None, config=config, state_dict=weights, output_loading_info=True, **options
-    )  # fmt: skip
+    model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
     for what, names in (("is missing", report["missing_keys"]), ("has no place", report["unexpected_keys"])):
         if names:
             text = f"the teacher's weights do not fit the student: {min(names)} {what}"
@@ -175,9 +173,7 @@ def _logits(model: PreTrainedModel, row: Tensor, stack: str = "", skipped: Itera
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    hooks = [
-        model.get_submodule(f"{stack}.{i}").register_forward_hook(skip, with_kwargs=True) for i in skipped
-    ]  # fmt: skip
+    hooks = [model.get_submodule(f"{stack}.{i}").register_forward_hook(skip, with_kwargs=True) for i in skipped]
     try:
         return model(input_ids=row, use_cache=False).logits
     finally:
@@ -201,18 +197,12 @@ def tiny(config: Any) -> Any:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(text, name, None) is not None:
             setattr(text, name, 1)
-    for scaling in _dicts(getattr(text, "rope_parameters", None)):
+    rope = getattr(text, "rope_parameters", None) or {}
+    for scaling in (rope, *(part for part in rope.values() if isinstance(part, dict))):
         for name, value in scaling.items():
             if isinstance(value, list):  # a factor for each pair of a head's values
                 scaling[name] = value[:4]
     return config
-
-
-def _dicts(tree: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(tree, dict):
-        yield tree
-        for value in tree.values():
-            yield from _dicts(value)
 
 
 def stored_tensors(path: str, revision: str | None) -> Iterator[tuple[str, Tensor]]:

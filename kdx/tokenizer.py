@@ -47,6 +47,9 @@ def load_tokenizer(config: Config) -> SharedTokenizer:
     template = "the tokenizer's own"
     if not tokenizer.chat_template and teachers.chat_template:
         tokenizer.chat_template, template = teachers.chat_template, "the teacher's, which the student is saved with"
+        for name in ("bos_token", "eos_token"):  # it means the teacher's
+            if name in str(teachers.chat_template):
+                setattr(tokenizer, name, getattr(teachers, name))
     elif teachers.chat_template not in (None, tokenizer.chat_template):
         template = "the student's; the teacher has another"
     return SharedTokenizer(tokenizer, min(known), template, num_ids, foreign)

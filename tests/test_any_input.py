@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_loss import NAMES, logits, pairs
-from test_templates import CHATML_TOKENS, TEMPLATES
+from test_rows import TOKENIZERS
 
 from kdx import loss
 from kdx.data.batches import collate
@@ -71,12 +71,12 @@ turns = st.lists(st.tuples(roles, said | st.sampled_from(["<|im_end|>", "a <|im_
 
 @quick
 @given(
-    turns=turns, last=said, name=st.sampled_from(sorted(TEMPLATES)), max_length=st.integers(1, 40),
+    turns=turns, last=said, name=st.sampled_from(sorted({*TOKENIZERS} - {"base"})), max_length=st.integers(1, 40),
     on_long=st.sampled_from(["truncate", "split", "drop", "error"]), assistant_only=st.booleans(),
 )  # fmt: skip
 def test_encoded_rows_keep_their_bounds(make_tokenizer, turns, last, name, max_length, on_long, assistant_only):
-    template, special, _ = TEMPLATES[name]
-    tokenizer = make_tokenizer(template, special or CHATML_TOKENS)
+    template, special, tokens = TOKENIZERS[name]
+    tokenizer = make_tokenizer(template, special, **tokens)
     told = [{"role": role, "content": content} for role, content in [*turns, ("assistant", last)]]
     encoder = Encoder(SharedTokenizer(tokenizer, max_length), on_long, assistant_only)
     encoded = encoder.encode(Conversation("r", told, "t.jsonl:1"))

@@ -10,14 +10,17 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config
 
+from kdx.cli import compose
 from kdx.data.batches import Batches
-from kdx.data.encode import load_data
+from kdx.data.encode import Encoder, load_data, prepare_tokenizer
 from kdx.data.files import read_rows
-from kdx.data.sources import check_source
+from kdx.data.sources import Conversation, check_source
 from kdx.errors import ConfigError, DataError
 from kdx.student import teach_to_stop
-from kdx.tokenizer import SharedTokenizer
+from kdx.tokenizer import SharedTokenizer, load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -48,20 +51,51 @@ GEMMA = (
     "{% endif %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-# Answers of tools must name the call they belong to, and there is no header before the assistant's words.
+# Answers of tools must name the call they belong to, there is no header before the assistant's words, and the tools
+# stand before the last question.
 MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{{ bos_token }}{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% if tools and m == asked[-1] %}[TOOLS] {{ tools | tojson }} [/TOOLS]{% endif %}"
+    "[INST] {{ m.content }} [/INST]"
     "{% elif m.role == 'tool' %}{% if not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}"
     "[TOOL_RESULTS] {{ m.content }} [/TOOL_RESULTS]"
     "{% elif m.tool_calls %}[TOOL_CALLS] {{ m.tool_calls | tojson }}{{ eos_token }}"
     "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+# gpt-oss: a last answer ends otherwise than an earlier one, and thinking is written only where no answer follows.
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>"
+    "{% elif m.role == 'tool' %}{% if not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}"
+    "<|start|>weather to=assistant<|message|>{{ m.content | tojson }}<|end|>{% else %}"
+    "{% if m.thinking and loop.last %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "{% if m.tool_calls %}<|start|>assistant to={{ m.tool_calls[0].function.name }}<|message|>"
+    "{{ m.tool_calls[0].function.arguments | tojson }}<|call|>{% else %}<|start|>assistant<|channel|>final<|message|>"
+    "{{ m.content }}{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endif %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+# The block of a template that marks what the assistant says may hold the end of the turn, its header and a line break.
+MARKED = CHATML.replace(
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n",
+    "{% if m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n{% endgeneration %}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}",
+)
+MARKED_WORDS = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}",
+)
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 TOKENIZERS = {  # a template, special tokens, end of text
     "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), {}),
     "qwen": (QWEN, ("<|im_start|>", "<|im_end|>"), {}),
     "llama": (LLAMA, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), {"bos_token": "<|begin|>"}),
     "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>"), {"bos_token": "<bos>", "eos_token": "<eos>"}),
     "mistral": (MISTRAL, ("[INST]", "[/INST]"), {"bos_token": "<s>", "eos_token": "</s>"}),
+    "gpt-oss": (HARMONY, ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|call|>", "<|return|>"), {}),
+    "marked": (MARKED, ("<|im_start|>", "<|im_end|>"), {}),
+    "marked words": (MARKED_WORDS, ("<|im_start|>", "<|im_end|>"), {}),
+    "unprompted": (CHATML[: CHATML.index("{% if")], ("<|im_start|>", "<|im_end|>"), {}),
+    "lower": (CHATML.replace("m.content", "m.content | lower"), ("<|im_start|>", "<|im_end|>"), {}),
+    "plain": (PLAIN, (), {}),
     "base": (None, (), {}),
 }
 ASK = {"role": "user", "content": "How warm is it?"}
@@ -105,6 +139,18 @@ CASES = {
     "gemma": Case(chat(ASK, SAY), "gemma", counted=["Nine degrees.<end_of_turn>"], stops=["<end_of_turn>"]),
     "mistral": Case(chat(ASK, SAY), "mistral", counted=[" Nine degrees.</s>"], stops=["</s>"]),
     "a base model": Case(chat(ASK, SAY), "base", counted=["Nine degrees.<|endoftext|>"], stops=["<|endoftext|>"]),
+    "gpt-oss": Case(
+        chat(ASK, SAY, ASK, SAY), "gpt-oss", stops=["<|return|>"],
+        counted=["<|channel|>final<|message|>Nine degrees.", "<|channel|>final<|message|>Nine degrees.<|return|>"],
+    ),
+    "a template that marks": Case(chat(ASK, SAY), "marked", counted=[f"<|im_start|>assistant\n{WHOLE}\n"], stops=["<|im_end|>"]),
+    "a template that marks the words alone": Case(chat(ASK, SAY), "marked words", counted=[WHOLE], stops=["<|im_end|>"]),
+    "a template that knows no prompts": Case(chat(ASK, SAY, ASK, SAY), "unprompted", counted=[WHOLE, WHOLE]),
+    "an assistant that opens": Case(chat(SAY, ASK, SAY), counted=[WHOLE, WHOLE]),
+    "a template without ends": Case(
+        chat(ASK, SAY), "plain", counted=[" Nine degrees.\n"], stops=[], says=["rows whose turns no special token ends"]
+    ),
+    "words in other letters": Case(chat(ASK, SAY), "lower", counted=["nine degrees.<|im_end|>"], says=["leaves out or rewrites"]),
     "every token": Case(chat(ASK, SAY), options={"assistant_only": False}, reads="How warm", stops=["<|im_end|>"]),
     # ---- roles
     "a system text": Case(chat({"role": "system", "content": "Be brief."}, ASK, SAY), counted=[WHOLE], reads="Be brief."),
@@ -128,6 +174,9 @@ CASES = {
         counted=['<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>', WHOLE],
     ),
     "tools as JSON text": Case(chat(ASK, SAY, tools=json.dumps(TOOLS)), "qwen", reads='Tools: [{"type": "function"'),
+    "tools as JSON texts": Case(
+        chat(ASK, SAY, tools=[json.dumps(tool) for tool in TOOLS]), "qwen", reads='Tools: [{"type": "function"'
+    ),
     "tool calls without content": Case(
         chat(ASK, {"role": "assistant", "tool_calls": [CALL]}, RESULT, SAY), "qwen", reads="<tool_response>\n9\n</tool"
     ),
@@ -139,10 +188,35 @@ CASES = {
         chat(ASK, CALLS, RESULT, SAY), "mistral", reads="[TOOL_RESULTS] 9",
         counted=[f"[TOOL_CALLS] {json.dumps([CALL])}</s>", " Nine degrees.</s>"],
     ),
+    "tools of mistral before the last question": Case(
+        chat(ASK, CALLS, RESULT, SAY, {"role": "user", "content": "And now?"}, SAY, tools=TOOLS), "mistral",
+        reads="[TOOLS]", counted=[f"[TOOL_CALLS] {json.dumps([CALL])}</s>", " Nine degrees.</s>", " Nine degrees.</s>"],
+    ),
+    "tool calls of gpt-oss": Case(
+        chat(ASK, CALLS | {"thinking": "I ask."}, RESULT, SAY), "gpt-oss", stops=["<|return|>", "<|call|>"],
+        counted=[' to=weather<|message|>{"city": "Oslo"}<|call|>', "<|channel|>final<|message|>Nine degrees.<|return|>"],
+        says=["thinking that the chat template leaves out"],
+    ),
+    "two calls of which one is written": Case(
+        chat(ASK, CALLS | {"tool_calls": [CALL, {"function": {"name": "weather", "arguments": {"city": "Bergen"}}}]}, RESULT, SAY),
+        "llama", refused="the chat template leaves out, repeats or rewrites the assistant's words",
+    ),
+    "words beside a call": Case(
+        chat(ASK, CALLS | {"content": "Let me look."}, RESULT, SAY), "llama", says=["words of the assistant that"]
+    ),
+    "tool calls as JSON text": Case(
+        chat(ASK, CALLS | {"tool_calls": json.dumps([CALL])}, RESULT, SAY), "llama", reads='{"city": "Oslo"}'
+    ),
+    "tool calls that are none": Case(chat(ASK, CALLS | {"tool_calls": "weather()"}), refused='"tool_calls" is "weather()"'),
+    "no tool calls": Case(chat(ASK, SAY | {"tool_calls": []}), "mistral", counted=[" Nine degrees.</s>"]),
     "tool calls that the template does not write": Case(
         chat(ASK, CALLS, RESULT, SAY), refused="has only tool_calls, which the chat template does not write"
     ),
     "tools that nothing reads": Case(chat(ASK, SAY, tools=TOOLS), says=["column tools"]),
+    "tools that the template leaves out": Case(
+        chat(ASK, SAY, tools=TOOLS), says=["column tools that the chat template leaves out"],
+        options={"chat_template": "{% if tools and messages[0].role == 'system' %}{{ tools }}{% endif %}" + CHATML},
+    ),
     "arguments as text": Case(
         chat(ASK, {**CALLS, "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]}, RESULT, SAY),
         "qwen", says=["arguments of tool_calls that are text"],
@@ -151,6 +225,15 @@ CASES = {
     "thinking": Case(
         chat(ASK, SAY | {"reasoning_content": "It says 9."}), "qwen",
         counted=["<think>\nIt says 9.\n</think>\n\nNine degrees.<|im_end|>"],
+    ),
+    "thinking by another name": Case(
+        chat(ASK, SAY | {"reasoning": "It says 9."}), "gpt-oss", stops=["<|return|>"],
+        counted=["<|channel|>analysis<|message|>It says 9.<|end|><|start|>assistant<|channel|>final<|message|>Nine degrees.<|return|>"],
+    ),
+    "thinking of an earlier turn of gpt-oss": Case(
+        chat(ASK, SAY | {"thinking": "It says 9."}, ASK, SAY), "gpt-oss", stops=["<|return|>"],
+        counted=["<|channel|>final<|message|>Nine degrees.", "<|channel|>final<|message|>Nine degrees.<|return|>"],
+        says=["thinking that the chat template leaves out"],
     ),
     "thinking of an earlier turn": Case(
         chat(ASK, SAY | {"reasoning_content": "It says 9."}, ASK, SAY), "qwen", counted=[WHOLE, WHOLE],
@@ -215,6 +298,11 @@ CASES = {
     ),
     "a prompt as text before chosen": Case(
         {"prompt": "How warm is it?", "chosen": [SAY]}, reads="How warm is it?", options={"messages_column": "chosen"}, says=['the column prompt goes before chosen']),
+    "chosen that has its prompt, as pairs": Case(
+        {"prompt": "How warm is it?", "chosen": [ASK, SAY], "rejected": [ASK, SAY]}, layout="pairs", counted=[WHOLE],
+        reads="<|im_start|>user\nHow warm is it?<|im_end|>\n<|im_start|>assistant",
+        says=["source and target are the columns prompt and chosen", "column rejected"],
+    ),
     "alpaca": Case(
         {"instruction": "Translate.", "input": "ni grader", "output": "Nine degrees."}, layout="alpaca",
         counted=[WHOLE], reads="Translate.\n\nni grader",
@@ -253,8 +341,7 @@ def test_the_student_learns_what_the_row_says_or_it_is_said(name, make_tokenizer
         assert any(words in one for one in said), said
     assert case.reads in text
     if case.counted is not None:
-        runs = groupby(zip(row.tokens, row.counted, strict=True), key=lambda pair: pair[1])
-        assert [tokenizer.decode([token for token, _ in run]) for counts, run in runs if counts] == case.counted
+        assert counted_of(tokenizer, row) == case.counted
     if case.stops is not None:
         assert tokenizer.convert_ids_to_tokens(data.stops) == case.stops
     if (
@@ -264,12 +351,73 @@ def test_the_student_learns_what_the_row_says_or_it_is_said(name, make_tokenizer
     ):
         plain = [{k: v for k, v in m.items() if k not in ("weight", "train")} for m in case.row["messages"]]
         given = {k: v for k, v in case.row.items() if k not in ("messages", "tools", "bos_token")}
-        tools = case.row.get("tools")
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in read_json(case.row.get("tools")) or []]
         if "strftime_now" not in (template or "strftime_now") or given:  # the day of the run is not today's
-            whole = tokenizer.apply_chat_template(
-                plain, tools=json.loads(tools) if isinstance(tools, str) else tools, tokenize=False, **given
-            )
+            whole = tokenizer.apply_chat_template(plain, tools=tools or None, tokenize=False, **given)
             assert "[{'type'" in whole or whole.startswith(text), whole
+
+
+def read_json(value):
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def counted_of(tokenizer, row):
+    """The text of each unbroken run of counted tokens."""
+    runs = groupby(zip(row.tokens, row.counted, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in run]) for counts, run in runs if counts]
+
+
+def test_a_row_is_read_the_same_whatever_the_rows_before_it(make_tokenizer, data_config, tmp_path):
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {{ '<think></think>' if thinking is false }}{% endif %}"
+    )
+    file = tmp_path / "rows.jsonl"
+    rows = [chat(ASK, SAY, thinking=False), chat(ASK, SAY), chat(ASK, SAY, thinking=False)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tokenizer = make_tokenizer(template, ("<|im_end|>",))
+    data = load_data(data_config("messages", path=str(file), validation=None), SharedTokenizer(tokenizer, 1000))
+    assert [counted_of(tokenizer, row) for row in data.train] == [[WHOLE], [f"<think></think>{WHOLE}"], [WHOLE]]
+
+
+def test_what_arrow_adds_to_a_row_is_not_said(make_tokenizer, data_config, tmp_path):
+    other = {"function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+    rows = [chat(ASK, CALLS, RESULT, SAY), chat(ASK, CALLS | {"tool_calls": [other]}, RESULT, SAY)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    tokenizer = make_tokenizer(QWEN, ("<|im_start|>", "<|im_end|>"))
+    config = data_config("messages", path=str(tmp_path / "rows.parquet"), validation=None)
+    data = load_data(config, SharedTokenizer(tokenizer, 1000))
+    for row, arguments in zip(data.train, ('{"city": "Oslo"}', '{"zone": "UTC"}'), strict=True):
+        assert arguments in counted_of(tokenizer, row)[0]
+
+
+def test_a_base_student_takes_the_teachers_template_and_the_tokens_it_names(make_tokenizer, tmp_path):
+    special = ("<|im_end|>", "<|im_start|>")
+    template = CHATML.replace("<|im_end|>", "{{ eos_token }}")
+    make_tokenizer(template, special, eos_token="<|im_end|>").save_pretrained(tmp_path / "teacher")
+    make_tokenizer(None, special).save_pretrained(tmp_path / "student")
+    for name in ("teacher", "student"):
+        GPT2Config().save_pretrained(tmp_path / name)
+    words = [f"{name}.path={tmp_path / name}" for name in ("teacher", "student")]
+    shared = load_tokenizer(compose(["teacher=hf", "student=hf", *words]))
+    assert shared.template == "the teacher's, which the student is saved with"
+    text = shared.tokenizer.apply_chat_template([ASK, SAY], tokenize=False)
+    assert text.endswith("<|im_start|>assistant\nNine degrees.<|im_end|>\n")
+
+
+def test_a_beginning_of_text_is_written_once_or_said_to_be_missing(make_tokenizer, data_config):
+    for template, says in (
+        (None, "turns joined by the end-of-text token, after <bos>"),
+        (CHATML, "the tokenizer's own; it does not write <bos>, which begins other texts"),
+        (GEMMA, "the tokenizer's own"),
+    ):
+        tokenizer = make_tokenizer(template, ("<|im_start|>", "<|im_end|>"), bos_token="<bos>")
+        bos = ("<bos>", tokenizer.convert_tokens_to_ids("<bos>"))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+        shared = SharedTokenizer(tokenizer, 100)
+        assert prepare_tokenizer(shared, data_config("messages")) == says
+        (row,) = Encoder(shared).encode(Conversation("", [ASK, SAY], "")).rows
+        assert row.tokens.count(bos[1]) == ("write" not in says)
 
 
 def test_the_saved_student_stops_where_its_rows_do(make_tokenizer):

@@ -16,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import takewhile, zip_longest
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,17 @@ log = logging.getLogger(__name__)
 
 CHUNK = 512  # conversations given to a process at once
 MOST_PROCESSES = 8  # each takes some 100 MB of its own
-MARK = "\ue000{}\ue001"  # stands for a message's content; private characters, so that no template treats it specially
+MARK = "\ue000\ue001"  # said in addition; private characters, so that no template treats it specially
 TEMPLATE = "data.chat_template"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a block in which a template marks what the assistant says
 CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")  # a template that writes today's date
 JOINED_BY_END_OF_TEXT = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 FALLBACK = "turns joined by the end-of-text token"
+QUOTED = "arguments of tool_calls that are text, which the chat template quotes again: give objects"
+ENDLESS = "rows whose turns no special token ends: the student does not learn where to stop"
 
 NOT_COLUMNS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "dict", "range"}
+REASONING = {"reasoning_content", "reasoning", "thinking"}  # names of one thing, which transformers gives templates
 COUNTERS = ("dropped", "changed", "said", "unused")
 Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of its words, end
 
@@ -60,9 +62,7 @@ class Encoded:
 
     rows: list[Row] = field(default_factory=list)
     fault: DataError | None = None
-    dropped: str = ""  # the rule
-    changed: list[str] = field(default_factory=list)  # rules
-    said: list[str] = field(default_factory=list)  # what the template leaves out
+    counts: list[tuple[str, str]] = field(default_factory=list)  # a counter of the run's data, and for what it is
     stops: list[int] = field(default_factory=list)  # the token that ends each counted turn, the last turn's last
 
 
@@ -127,12 +127,10 @@ def _load_mix(config: DataConfig, shared: SharedTokenizer, num_prompts: int, ans
     drawn = {
         name: max(1, round(len(data.train) * shares[name] * size / counted[name])) for name, data in loaded.items()
     }
-    counters = {
-        counter: Counter(
-            {f"{name}: {rule}": n for name, data in loaded.items() for rule, n in getattr(data, counter).items()}
-        )
-        for counter in COUNTERS
-    }
+    counters = {counter: Counter[str]() for counter in COUNTERS}
+    for name, data in loaded.items():
+        for counter, counts in counters.items():
+            counts.update({f"{name}: {rule}": number for rule, number in getattr(data, counter).items()})
     fingerprints = [[data.fingerprint, data.held_out_fingerprint] for data in loaded.values()]
     turns = zip_longest(*(data.prompts for data in loaded.values()))
     return Data(
@@ -168,9 +166,8 @@ def _encode_all(
 
     def rows_of(numbers: Sequence[int]) -> Iterator[Row]:
         for encoded in _all_encoded(encoder, found, numbers):
-            found.changed.update(encoded.changed)
-            found.said.update(encoded.said)
-            dropped.update([encoded.dropped] if encoded.dropped else [])
+            for counter, what in encoded.counts:
+                getattr(found, counter)[what] += 1
             stops.update(encoded.stops)
             last_stops.update(encoded.stops[-1:])
             if encoded.fault:
@@ -221,14 +218,14 @@ def _start_worker(encoder: "Encoder", found: Conversations) -> None:
     _work = encoder, found
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the run ends its processes itself
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_the_run, daemon=True).start()
+    run = multiprocessing.parent_process()
 
+    def end_with_the_run() -> None:  # when it was killed: this would wait for work, with all its memory, forever
+        if run is not None:
+            run.join()
+            os._exit(1)
 
-def _end_with_the_run() -> None:
-    """End a process that encodes when its run was killed: it would wait for work, with all its memory, forever."""
-    if run := multiprocessing.parent_process():
-        run.join()
-        os._exit(1)
+    threading.Thread(target=end_with_the_run, daemon=True).start()
 
 
 def _encode(number: int) -> Encoded:
@@ -246,12 +243,13 @@ class Encoder:
         self.tokenizer, self.max_length, self.foreign = shared.tokenizer, shared.max_length, shared.foreign
         self.on_long, self.assistant_only, self.day = on_long, assistant_only, datetime.date.fromisoformat(day)
         # The end of a turn is a special token in most templates; ids, not text, so that content cannot fake one.
-        special = {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.end_ids, self.ends = set(self.tokenizer.all_special_ids) | set(special), tuple(special.values())
+        added = self.tokenizer.added_tokens_decoder.values()
+        ends = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        self.end_ids = {*self.tokenizer.convert_tokens_to_ids([*ends])}
+        self.special = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or "(?!)")
         template = template_text(self.tokenizer)
         self.marks_generation = bool(GENERATION.search(template))
         self.names = names_in(template)
-        self._edges: dict[tuple[str, ...], dict[int, tuple[int, int]]] = {}
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Tokenise a conversation → its rows: one, more if it is long and split, or none."""
@@ -260,41 +258,37 @@ class Encoder:
         except DataError as error:
             return Encoded(fault=error)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        tokens = encoding["input_ids"]
-        if conversation.text:
-            tokens, counted, stops = self._plain(tokens)
+        tokens, where = encoding["input_ids"], conversation.where
+        if conversation.text:  # after the beginning of text, if the tokenizer writes one; before the end of text
+            first, last = beginning(self.tokenizer), self.tokenizer.eos_token_id
+            stops = [] if last is None else [last]
+            tokens, counted = [*first, *tokens, *stops], [False] * len(first) + [True] * (len(tokens) + len(stops))
         else:
             counted, stops = self._count(tokens, encoding["offset_mapping"], spans)
-        found = Encoded(said=said, stops=stops)
-        where, is_long = conversation.where, len(tokens) > self.max_length
+        found = Encoded(counts=[("said", what) for what in [*said, *([] if stops else [ENDLESS])]], stops=stops)
+        pieces: Iterable[tuple[list[int], list[bool]]] = [(tokens, counted)]
         if alien := self.foreign.intersection(tokens):
             what = f"the row has the token {self.tokenizer.convert_ids_to_tokens(min(alien))!r}, which one model lacks"
             return Encoded(fault=DataError(where, what, "Use a data.chat_template that both models know"))
-        if is_long and self.on_long == "error":
-            what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
-            return Encoded(fault=DataError(where, what, "Raise it, or set data.on_long=truncate or split"))
-        if is_long and self.on_long == "drop":
-            found.dropped = "longer than data.max_length"
-            return found
-        if is_long:
+        if len(tokens) > self.max_length:
             rule = "longer than data.max_length"
-            found.changed.append(f"{rule}, split" if self.on_long == "split" else rule)
-        parts = self._split(tokens, counted) if is_long and self.on_long == "split" else [(tokens, counted)]
-        for number, (some, counts) in enumerate(parts, 1):
+            if self.on_long == "error":
+                what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
+                return Encoded(fault=DataError(where, what, "Raise it, or set data.on_long=truncate or split"))
+            if self.on_long == "split":
+                rule, pieces = f"{rule}, split", self._split(tokens, counted)
+            found.counts.append(("dropped" if self.on_long == "drop" else "changed", rule))
+            if self.on_long == "drop":
+                return found
+        for number, (some, counts) in enumerate(pieces, 1):
             # What comes after the last counted token changes nothing in a causal model, and costs time.
             end = max((i + 1 for i, is_counted in enumerate(counts[: self.max_length]) if is_counted), default=0)
             if end >= 2:  # nothing predicts the first token
                 name = conversation.id if number == 1 else f"{conversation.id}#{number}"
                 found.rows.append(Row(name, some[:end], counts[:end], where))
         if not found.rows:
-            found.dropped = "no counted token left"
+            found.counts.append(("dropped", "no counted token left"))
         return found
-
-    def _plain(self, tokens: list[int]) -> tuple[list[int], list[bool], list[int]]:
-        """A plain text as a row: the tokenizer's beginning of text if it writes one, the tokens, the end of text."""
-        first, eos = beginning(self.tokenizer), self.tokenizer.eos_token_id
-        last = [] if eos is None else [eos]
-        return [*first, *tokens, *last], [False] * len(first) + [True] * (len(tokens) + len(last)), last
 
     def _split(self, tokens: list[int], counted: list[bool]) -> Iterator[tuple[list[int], list[bool]]]:
         """Cut a long row into pieces of max_length: each begins with the last token of the one before.
@@ -313,12 +307,12 @@ class Encoder:
         found: list[dict[str, Any]] = []
         for conversation in conversations if number else ():
             messages = list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
-            if not any(m["role"] == "user" for m in messages) or not conversation.messages[len(messages)]["content"]:
+            if not any(m["role"] == "user" for m in messages):
                 continue
+            reference = conversation.messages[len(messages)]["content"]
             text = self._prefix(conversation, messages, add_generation_prompt=True)
             length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            if text and length + room <= self.max_length:
-                reference = conversation.messages[len(messages)]["content"]
+            if reference and text and length + room <= self.max_length:
                 found.append({"messages": messages, "text": text, "reference": reference})
             if len(found) == number:
                 break
@@ -327,8 +321,7 @@ class Encoder:
     def rendered(self, conversation: Conversation) -> tuple[str, list[Span], list[str]]:
         """Render a conversation → text, where each counted turn is in it, and what the template leaves out, in words.
 
-        A content is found by a mark in its place: what stands before and after the mark is the template's, even if it
-        rewrites contents. Raises DataError if the template refuses the row, or leaves out what must not be.
+        Raises DataError if the template refuses the row, or leaves out what must not be.
         """
         if conversation.text:
             return conversation.text, [], []
@@ -346,58 +339,87 @@ class Encoder:
         return text, spans, said
 
     def _turn(self, conversation: Conversation, text: str, i: int) -> Span:
-        """Find the assistant's i-th message in the rendered text. Raises DataError."""
-        try:
-            lead, tail = self._edges_of(conversation)[i]
-            mark, marked = MARK.format(i), [*conversation.messages]
-            marked[i] = {"role": "assistant", "content": mark}
-            before, is_there, after = self._template(conversation, marked).partition(mark)
-            start, end = len(before) - lead, len(text) - len(after)
-            if is_there and text.startswith(before[:start]) and text.endswith(after) and start <= end:
-                return start, start + len(text[start:end].rstrip()), end + tail
-        except DataError:  # a template that refuses the mark, as beside tool calls
-            pass
-        prompt = self._prefix(conversation, conversation.messages[:i], add_generation_prompt=True)
-        end = len(commonprefix([text, self._prefix(conversation, conversation.messages[: i + 1])]))  # noqa: RUF071
-        if not prompt or not text.startswith(prompt) or end <= len(prompt):
+        """Find the assistant's i-th message in the rendered text: all behind its prompt. Raises DataError.
+
+        It ends where the conversation that stops here does. A token that is there only because the conversation goes
+        on (gpt-oss: <|end|> for <|return|>) is not the assistant's.
+        """
+        messages, message = conversation.messages, conversation.messages[i]
+        behind = self._behind(text, conversation, messages, i)
+        words_end = len(text) - len(behind)
+        prompt = self._prefix(conversation, messages[:i], add_generation_prompt=True)
+        if not prompt:
+            start = text.rfind((message["content"] or MARK).strip(), 0, words_end)
+        elif text.startswith(prompt):
+            start = len(prompt)
+        else:  # it writes earlier messages otherwise than in the prompt, as tools before the last question
+            rest = self._behind(text, conversation, messages, i - 1)
+            asked = self._behind(prompt, conversation, messages[:i], i - 1, add_generation_prompt=True)
+            start = len(text) - len(rest) + num_same(rest, asked)
+        start += len(self.header) if text.startswith(self.header, start) else 0
+        alone = text if message is messages[-1] else self._prefix(conversation, messages[: i + 1])
+        if (end := num_same(text, alone)) < words_end:
+            end = words_end + num_same(behind, self._behind(alone, conversation, messages[: i + 1], i))
+        if not 0 <= start <= words_end <= end:
             raise _unfit(conversation)
-        words = text[len(prompt) : end].rstrip()
-        for token in self.ends:
-            words = words.removesuffix(token)
-        return len(prompt), len(prompt) + len(words), end
+        closing = list(takewhile(lambda token: token.start() < end, self.special.finditer(text, words_end)))
+        if closing and closing[-1].end() > end:
+            end = closing.pop().start()
+        if closing:  # a special token may close a call, too: the last one ends the turn
+            words_end, end = closing[-1 if message.get("tool_calls") else 0].span()
+        return start, words_end, end
+
+    def _behind(
+        self, text: str, conversation: Conversation, messages: list[dict[str, Any]], i: int, **options: Any
+    ) -> str:
+        """Return what a text of these messages has behind the words of the i-th: it is the same if that says more."""
+        longer = self._template(conversation, _saying_more(messages, i), **options)
+        if longer.count(MARK) != 1:
+            raise _unfit(conversation)
+        return text[len(text) - num_same(text[::-1], longer[::-1]) :]
+
+    @functools.cached_property
+    def header(self) -> str:
+        """What the template writes before an answer and leaves out of the prompt: those that know no prompts do."""
+        chat = Conversation("", [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}], "")
+        prompt, without = (self._prefix(chat, chat.messages[:1], add_generation_prompt=ask) for ask in (True, False))
+        header = self._prefix(chat, chat.messages).partition(MARK)[0].removeprefix(prompt)
+        return header if prompt == without and header.strip() else ""
 
     def _left_out(self, conversation: Conversation, text: str) -> list[str]:
         """Find what the template leaves out of a rendered conversation → in words. Raises DataError for a whole turn."""
-        said = set()
-        for i, message in enumerate(conversation.messages):
-            role, content = message["role"], message["content"]
-            if content and content.strip() not in text:
-                if role == "assistant":
-                    said |= {"thinking that the chat template leaves out"} if "</think>" in content else set()
-                elif not self._writes(conversation, i):
-                    if role not in ("system", "developer"):
-                        what = f"messages[{i}]: the chat template leaves out the role {role}"
-                        raise DataError(conversation.where, what, "Map it: data.roles, or give a data.chat_template")
-                    said.add(f"{role} text that the chat template leaves out")
-            for key, value in message.items():
-                if key not in ("role", "content") and isinstance(value, str) and value.strip() not in text:
-                    said.add(f"{key} that the chat template leaves out")
-            for call in message.get("tool_calls") or []:
-                function = call.get("function", call) if isinstance(call, dict) else {}
-                arguments = function.get("arguments")
-                if str(function.get("name")) not in text:
-                    said.add("tool_calls that the chat template leaves out")
-                elif isinstance(arguments, str) and arguments not in text and json.dumps(arguments)[1:-1] in text:
-                    said.add(
-                        "arguments of tool_calls that are text, which the chat template quotes again: give objects"
-                    )
-        return sorted(said)
+        said, messages = set(), conversation.messages
 
-    def _writes(self, conversation: Conversation, i: int) -> bool:
-        """Return whether the template writes the i-th message at all, if perhaps in other words."""
-        marked = [*conversation.messages]
-        marked[i] = {**marked[i], "content": MARK.format(i)}
-        return MARK.format(i) in self._prefix(conversation, marked)
+        def is_there(words: Any) -> bool:
+            return str(words).strip() in text or json.dumps(words, ensure_ascii=False).strip('"') in text
+
+        def look_for(what: str, parts: list[Any]) -> None:
+            if not all(map(is_there, parts)):
+                said.add(f"{what} that the chat template leaves out or rewrites")
+
+        for name, value in conversation.variables.items():
+            parts = texts_in(value) if isinstance(value, list | dict) else []  # a text may be a switch
+            if not any(map(is_there, parts)):
+                look_for(f"column {name}", parts)
+        for i, message in enumerate(messages):
+            role, content = message["role"], message["content"] or ""
+            if role == "assistant":
+                *thinking, words = re.split("</?think>", content)
+                look_for("thinking", thinking)
+                look_for("words of the assistant", [words])
+            elif content.strip() not in text and MARK not in self._prefix(conversation, _saying_more(messages, i)):
+                if role not in ("system", "developer"):
+                    what = f"messages[{i}]: the chat template leaves out the role {role}"
+                    raise DataError(conversation.where, what, "Map it: data.roles, or give a data.chat_template")
+                look_for(f"{role} text", [content])
+            for key in message.keys() - {"role", "content", "tool_calls"}:
+                look_for(key, texts_in(message[key]))
+            for call in message.get("tool_calls", []):
+                function = call.get("function", call)
+                look_for("tool_calls", [function.get("name"), *texts_in(arguments := function.get("arguments"))])
+                if isinstance(arguments, str) and is_there(arguments) and arguments.strip() not in text:
+                    said.add(QUOTED)
+        return sorted(said)
 
     def _generated(self, conversation: Conversation) -> list[Span]:
         """The turns that the template's own {% generation %} marks, each with the token that ends it."""
@@ -415,42 +437,16 @@ class Encoder:
         if conversation.unlearned and len(marked) != len(turns):
             raise _unfit(conversation)
         spans = []
-        for i, (start, end) in enumerate(marked):
-            if conversation.unlearned and turns[i] in conversation.unlearned:
-                continue
-            words = text[start:end].rstrip()
-            if not words.endswith(self.ends):
-                end += next((len(token) for token in self.ends if text.startswith(token, end)), 0)
-            spans.append((start, start + len(words), end))
-        return spans
-
-    def _edges_of(self, conversation: Conversation) -> dict[int, tuple[int, int]]:
-        """How far each assistant turn reaches beyond its content, to both sides; the same for the same roles.
-
-        What follows the generation prompt is the assistant's to say.
-        """
-        roles = tuple(message["role"] for message in conversation.messages)
-        if roles in self._edges:
-            return self._edges[roles]
-        marked = [{"role": role, "content": MARK.format(i)} for i, role in enumerate(roles)]
-        text = self._template(conversation, marked)
-        edges = {}
-        for i, mark in ((i, marked[i]["content"]) for i, role in enumerate(roles) if role == "assistant"):
-            if text.count(mark) != 1:
-                raise _unfit(conversation)
-            start = text.index(mark)
-            end = start + len(mark)
-            prompt = self._prefix(conversation, marked[:i], add_generation_prompt=True)
-            ignored = prompt == self._prefix(conversation, marked[:i])  # add_generation_prompt: then a header, or space
-            has_prompt = text.startswith(prompt) and not (ignored and text[len(prompt) : start].strip())
-            # The turn ends where the conversation, stopped here, ends or continues differently; under a template that
-            # writes a last turn in another way, before the next content.
-            same = len(commonprefix([text, self._prefix(conversation, marked[: i + 1])]))  # noqa: RUF071 (characters)
-            if same < end:
-                same = text.find(MARK[0], end) if MARK[0] in text[end:] else len(text)
-            edges[i] = (start - len(prompt) if has_prompt else 0, same - end)
-        self._edges[roles] = edges
-        return edges
+        for start, end in marked:
+            words_end = start + len(text[start:end].rstrip())
+            tokens = self.special.finditer(text, start)
+            # The token that ends the turn is the block's last, or follows it.
+            if close := next((t for t in tokens if t.end() == words_end or t.start() == end), None):
+                words_end, end = close.start(), max(end, close.end())
+            spans.append((start, words_end, end))
+        return [
+            span for i, span in enumerate(spans) if not conversation.unlearned or turns[i] not in conversation.unlearned
+        ]
 
     def _template(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
         options |= conversation.variables | {"chat_template": self._dated(conversation)}
@@ -461,7 +457,8 @@ class Encoder:
 
     def _dated(self, conversation: Conversation) -> str:
         """The template of a conversation, with the run's day in place of today: else no row is the same tomorrow."""
-        return _dated(self.tokenizer.get_chat_template(tools=conversation.variables.get("tools")), self.day)
+        template = self.tokenizer.get_chat_template(tools=conversation.variables.get("tools"))
+        return CLOCK.sub(lambda found: json.dumps(self.day.strftime(found[1] or found[2])), template)
 
     def _prefix(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
         """The first messages of a conversation alone; empty if the template refuses them."""
@@ -473,31 +470,22 @@ class Encoder:
     def _count(
         self, tokens: list[int], offsets: list[tuple[int, int]], spans: list[Span]
     ) -> tuple[list[bool], list[int]]:
-        """Mark each turn's tokens up to and with the special token that ends it → which count, and those ends.
+        """Mark each turn's tokens → which count, and the special tokens that end turns.
 
         A turn that no special token ends counts as a whole: its last characters are what ends it. A token that reaches
         into the turn has its first letters, and counts.
         """
-        counted, stops = [False] * len(tokens), []
-        at = 0
+        counted, stops, at = [False] * len(tokens), list[int](), 0
         for start, words_end, end in spans:
-            while at < len(tokens) and offsets[at][0] < start and offsets[at][1] <= start:
+            while at < len(tokens) and offsets[at][1] <= start:
                 at += 1
-            first = at
             while at < len(tokens) and offsets[at][0] < end:
+                counted[at] = True
+                stops += [tokens[at]] if offsets[at][0] >= words_end and tokens[at] in self.end_ids else []
                 at += 1
-                if self.assistant_only and offsets[at - 1][0] >= words_end and tokens[at - 1] in self.end_ids:
-                    stops.append(tokens[at - 1])
-                    break
-            counted[first:at] = [True] * (at - first)
         if not self.assistant_only:  # the turn's end is among the last tokens, at most a line break follows
             stops = [token for token in tokens[-2:] if token in self.end_ids][-1:]
         return counted, stops
-
-
-@functools.cache  # a conversation is rendered several times
-def _dated(template: str, day: datetime.date) -> str:
-    return CLOCK.sub(lambda found: json.dumps(day.strftime(found[1] or found[2])), template)
 
 
 def _refused(conversation: Conversation, error: Exception) -> DataError:
@@ -508,6 +496,36 @@ def _refused(conversation: Conversation, error: Exception) -> DataError:
 def _unfit(conversation: Conversation) -> DataError:
     what = "the chat template leaves out, repeats or rewrites the assistant's words"
     return DataError(conversation.where, what, "Set data.assistant_only=false, or give a data.chat_template")
+
+
+def texts_in(value: Any) -> list[Any]:
+    """Return the texts and numbers anywhere in a nested value."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return [text for part in parts for text in texts_in(part)]
+    return [] if value is None or isinstance(value, bool) else [value]
+
+
+def _saying_more(messages: list[dict[str, Any]], i: int) -> list[dict[str, Any]]:
+    """Put a mark at the end of what the i-th message says: of its last tool call's arguments, or of its content."""
+    message = messages[i]
+    more = {**message, "content": f"{message['content']}{MARK}"}
+    if calls := message.get("tool_calls"):
+        function = calls[-1].get("function", calls[-1])
+        given = function.get("arguments")
+        last = {**function, "arguments": {**given, MARK: ""} if isinstance(given, dict) else f"{given}{MARK}"}
+        last = {**calls[-1], "function": last} if "function" in calls[-1] else last
+        more = {**message, "tool_calls": [*calls[:-1], last]}
+    return [*messages[:i], more, *messages[i + 1 :]]
+
+
+def num_same(one: str, other: str) -> int:
+    """Return how many characters two texts begin with in common."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def template_text(tokenizer: Any) -> str:
@@ -521,7 +539,8 @@ def names_in(template: str) -> Names:
     plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
     tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     variables = {name for name in jinja2.meta.find_undeclared_variables(tree) if not name.endswith("_token")}
-    return Names(frozenset(variables - NOT_COLUMNS), frozenset(re.findall(r"\w+", template)))
+    keys = set(re.findall(r"\w+", template))
+    return Names(frozenset(variables - NOT_COLUMNS), frozenset(keys | (REASONING if keys & REASONING else set())))
 
 
 def beginning(tokenizer: Any) -> list[int]:
@@ -554,10 +573,11 @@ def prepare_tokenizer(shared: SharedTokenizer, config: DataConfig) -> str:
             raise DataError(TEMPLATE, "the tokenizer has neither a template nor an end-of-text token", "Give one")
         where, tokenizer.chat_template = FALLBACK, JOINED_BY_END_OF_TEXT
         if beginning(tokenizer):  # as the model read it in training; without it Gemma's perplexity is in the billions
-            where, tokenizer.chat_template = (
-                f"{FALLBACK}, after {tokenizer.bos_token}",
-                "{{ bos_token }}" + JOINED_BY_END_OF_TEXT,
-            )
-    if "strftime_now" in template_text(tokenizer):
+            where += f", after {tokenizer.bos_token}"
+            tokenizer.chat_template = "{{ bos_token }}" + JOINED_BY_END_OF_TEXT
+    template = template_text(tokenizer)
+    if beginning(tokenizer) and "bos_token" not in template and tokenizer.bos_token not in template:
+        where += f"; it does not write {tokenizer.bos_token}, which begins other texts"
+    if "strftime_now" in template:
         where += f"; it reads the clock, and sees {config.template_date} (data.template_date)"
     return where

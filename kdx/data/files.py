@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from kdx.config import DataConfig
+from kdx.config import DataConfig, replaced
 from kdx.data.mix import parts_of
 from kdx.errors import ConfigError, DataError, MachineError, of_hub, shortened, together
 
@@ -54,17 +54,21 @@ def source_files(config: DataConfig) -> list[Path] | None:
         return None if None in parts else [file for files in parts for file in files or ()]
     if config.name not in FROM_FILES:
         return None
-    wanted = [(config.path, config.split)]
-    if isinstance(config.validation, str):
-        path, is_split, split = config.validation.partition("split:")
-        wanted.append((config.path, split) if is_split else (path, config.split))
     files: list[Path] = []
-    for paths, split in wanted:
-        for path in [paths] if isinstance(paths, str) else paths or []:
-            if (some := _expand(path, split)) is None:
+    for part in what_is_read(config):
+        for path in [part.path] if isinstance(part.path, str) else part.path or []:
+            if (some := _expand(path, part.split)) is None:
                 return None
             files += some
     return files
+
+
+def what_is_read(config: DataConfig) -> list[DataConfig]:
+    """Return the data of a run as configs: its own, and those of data.validation if that is a file or a split."""
+    if not isinstance(config.validation, str):
+        return [config]
+    path, is_split, split = config.validation.partition("split:")
+    return [config, replaced(config, **({"split": split} if is_split else {"path": path}))]
 
 
 def read_rows(path: str | list[str], subset: str | None, split: str) -> Iterator[Item]:
@@ -222,7 +226,7 @@ def _read_parquet(file: Path) -> Iterator[Item]:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             rows = (row for batch in parquet.iter_batches(1024) for row in batch.to_pylist())
             for i, row in enumerate(rows):
-                yield f"{file}[{i}]", row
+                yield f"{file}[{i}]", without_nulls(row)
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         what = f"is not readable as parquet ({str(error).splitlines()[0][:120]})"
         raise DataError(str(file), what, "Was the copy cut short? Copy the file again") from None
@@ -232,7 +236,7 @@ def _read_arrow(file: Path) -> Iterator[Item]:
     import datasets
 
     for i, row in enumerate(datasets.Dataset.from_file(str(file))):
-        yield f"{file}[{i}]", row
+        yield f"{file}[{i}]", without_nulls(row)
 
 
 def _read_hub(path: str, subset: str | None, split: str) -> Iterator[Item]:
@@ -245,7 +249,14 @@ def _read_hub(path: str, subset: str | None, split: str) -> Iterator[Item]:
         hint = f"Check the name, data.subset, data.split and the network. {nearby(Path(path))}"
         raise of_hub(error, DataError, "data.path", what, hint) from error
     for i, row in enumerate(rows):
-        yield f"{path}[{i}]", row
+        yield f"{path}[{i}]", without_nulls(row)
+
+
+def without_nulls(value: Any, is_row: bool = True) -> Any:
+    """Leave out the nulls inside a row's columns: Arrow has them for keys that only other rows have, as of other tools."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part, False) for key, part in value.items() if is_row or part is not None}
+    return [without_nulls(part, False) for part in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], Iterator[Item]]] = {

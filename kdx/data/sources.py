@@ -10,34 +10,34 @@ import tempfile
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import xxhash
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kdx.config import DataConfig, replaced
-from kdx.data.files import kind_of, read_rows, resolve_path, text_in
+from kdx.config import DataConfig
+from kdx.data.files import kind_of, read_rows, resolve_path, text_in, what_is_read
 from kdx.data.mix import parts_of
 from kdx.errors import ConfigError, DataError, did_you_mean, together
 from kdx.plugins import option_faults
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "observation", "ipython")
 PREFERENCES = (("prompt", "completion"), ("prompt", "chosen"))  # columns of a pair, as trl names them
-OWN_KEYS = ("messages", "text", "source", "target", "id", "where", "note", "columns")  # of what a source yields
+OWN_KEYS = ("messages", "text", "source", "target", "id", "where")  # of what a source yields
 
 
 @dataclass(frozen=True)
 class Conversation:
     """What a row says: messages, the last one the assistant's, or a plain text, of which every token counts.
 
-    variables: what else the chat template is given, by name, such as tools and documents.
-    unlearned: messages of the assistant that the student reads and does not learn (weight 0).
+    variables: what else the chat template is given, by name, such as tools and documents; of a row as its source yields
+    it, all other columns. unlearned: messages of the assistant that the student reads and does not learn (weight 0).
+    note: how the row was read, if that is to be said.
     """
 
     id: str
@@ -46,6 +46,7 @@ class Conversation:
     text: str = ""
     variables: dict[str, Any] = field(default_factory=dict)
     unlearned: list[int] = field(default_factory=list)
+    note: str = ""
 
     @cached_property
     def digest(self) -> str:
@@ -77,9 +78,7 @@ class Conversations:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.ids: list[str] = []
-        self.where: list[str] = []
-        self.digests: list[str] = []
+        self.ids, self.where, self.digests = list[str](), list[str](), list[str]()
         self.num_train = 0  # rows of data.path; those after are data.validation's, if that is a file or split
         self.faults: list[DataError] = []
         self.dropped, self.changed = Counter[str](), Counter[str]()
@@ -113,6 +112,7 @@ class Conversations:
 
 Source = Callable[..., Iterable[Any]]
 Check = Callable[[Conversation], object]
+Read = tuple[list[dict[str, Any]] | str, set[str], str]  # messages or a text, checked; columns used; how it was read
 _SOURCES: dict[str, Source] = {}
 
 
@@ -157,12 +157,11 @@ def read_conversations(
     check_source(config)
     found = Conversations(folder)
     check = check if config.on_bad_row == "skip" else None
-    names = names or Names()
-    _read(config, found, check, names)
+    own, *held_out = what_is_read(config)
+    _read(own, found, check, names or Names())
     found.num_train = len(found)
-    if isinstance(config.validation, str):
-        path, is_split, split = config.validation.partition("split:")
-        _read(replaced(config, **({"split": split} if is_split else {"path": path})), found, check, names)
+    for part in held_out:
+        _read(part, found, check, names or Names())
     return found
 
 
@@ -221,15 +220,15 @@ def _read(config: DataConfig, found: Conversations, check: Check | None, names: 
             try:
                 if isinstance(item, DataError):
                     raise item
-                conversation, unused = _conversation(item, f"{config.name}[{i}]", names)
+                whole = item if isinstance(item, Conversation) else _checked(item, f"{config.name}[{i}]")
+                conversation, unused = _without_unused(whole, names)
                 if check:
                     check(conversation)
                 found.append(conversation)
-                found.changed["unanswered last turn cut off"] += len(conversation.messages) < len(
-                    item.get("messages", ())
-                )
+                is_cut = len(conversation.messages) < len(whole.messages)
+                found.changed["unanswered last turn cut off"] += is_cut
                 found.unused.update(unused)
-                found.said.update([item["note"]] if "note" in item else [])
+                found.said.update([whole.note] if whole.note else [])
             except DataError as error:
                 faults.append(error)
     except DataError as error:  # not of a row: a file that cannot be read, which on_bad_row does not excuse
@@ -252,41 +251,49 @@ def _make_ids_unique(found: Conversations, first: int) -> None:
 
     Rows that share an id and differ in text get a part of their text's digest; equal rows are numbered.
     """
-    texts: dict[str, str] = {}
+    rows, texts, copies = range(first, len(found)), dict[str, str](), Counter[str]()
     shared = set()
-    rows = range(first, len(found))
     for i in rows:
         if texts.setdefault(found.ids[i], found.digests[i]) != found.digests[i]:
             shared.add(found.ids[i])
-    copies: Counter[str] = Counter()
     for i in rows:
         name = f"{found.ids[i]}~{found.digests[i][:12]}" if found.ids[i] in shared else found.ids[i]
         copies[name] += 1
         found.ids[i] = name if copies[name] == 1 else f"{name}~{copies[name]}"
 
 
-def _conversation(item: Any, where: str, names: Names) -> tuple[Conversation, set[str]]:
-    """Check one yielded row → the conversation, and the parts of the row that nothing reads. Raises DataError."""
+def _checked(item: Any, where: str) -> Conversation:
+    """Check what one's own source yields. Raises DataError."""
     row = item if isinstance(item, dict) else {}
     where = str(row.get("where", where))
-    messages, text = [], ""
-    if "messages" in row:
-        messages = _messages(row["messages"], "messages", where)
-    elif "text" in row:
-        text = text_in(row["text"], "text", where)
-    elif "source" in row and "target" in row:
-        turns = [{"role": "user", "content": row["source"]}, {"role": "assistant", "content": row["target"]}]
-        messages = _messages(turns, "messages", where)
-    else:
+    columns = {name: value for name, value in row.items() if name not in OWN_KEYS}
+    if "text" in row and "messages" not in row:
+        return Conversation(_id_of(row), [], where, text_in(row["text"], "text", where), columns)
+    if "messages" not in row and not {"source", "target"} <= row.keys():
         what = f'is {kind_of(item)}, expected an object with "messages", with "source" and "target", or with "text"'
         raise DataError(where, what, "Change what the source yields")
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-    if last is None and not text:
+    pair = [{"role": role, "content": row.get(name)} for role, name in (("user", "source"), ("assistant", "target"))]
+    turns = _messages(row.get("messages", pair), "messages", where)
+    return Conversation(_id_of(row), turns, where, variables=columns)
+
+
+def _id_of(row: dict[str, Any]) -> str:
+    given = row.get("id")
+    return str(given).encode(errors="backslashreplace").decode() if isinstance(given, str | int) else ""
+
+
+def _without_unused(whole: Conversation, names: Names) -> tuple[Conversation, set[str]]:
+    """Cut off an unanswered last turn and all that the chat template does not read → the rest, what it does not read.
+
+    Raises DataError.
+    """
+    where = whole.where
+    last = max((i for i, m in enumerate(whole.messages) if m["role"] == "assistant"), default=-1)
+    if last < 0 and not whole.text:
         raise DataError(where, "has no message of the assistant", "The student learns the assistant's turns: add one")
-    messages = messages[: last + 1] if last is not None else []
+    messages = whole.messages[: last + 1]
     unlearned = [i for i, m in enumerate(messages) if _is_unlearned(m, f"{where}: messages[{i}]")]
-    given = {name: value for name, value in row.items() if name not in OWN_KEYS} | row.get("columns", {})
-    columns = {name: _parsed(value) for name, value in given.items() if value not in (None, "", [], {})}
+    columns = {name: _parsed(value) for name, value in whole.variables.items() if value not in (None, "", [], {})}
     unused = {f"column {name}" for name in columns.keys() - names.variables}
     for message in messages:
         for name in message.keys() - {"role", "content"} - names.keys:
@@ -296,9 +303,8 @@ def _conversation(item: Any, where: str, names: Names) -> tuple[Conversation, se
             unused.add(f"key {name} of messages")
             del message[name]
     variables = {name: columns[name] for name in sorted(columns.keys() & names.variables)}
-    whole = Conversation("", messages, where, text, variables, unlearned)
-    own = str(row["id"]) if isinstance(row.get("id"), str | int) else ""
-    return replace(whole, id=own.encode(errors="backslashreplace").decode() or whole.digest[:32]), unused
+    rest = replace(whole, messages=messages, variables=variables, unlearned=unlearned)
+    return replace(rest, id=rest.id or rest.digest[:32]), unused
 
 
 def _is_unlearned(message: dict[str, Any], where: str) -> bool:
@@ -313,17 +319,23 @@ def _is_unlearned(message: dict[str, Any], where: str) -> bool:
 
 
 def _parsed(value: Any) -> Any:
-    """Read a column that holds a JSON list as text, as data sets often keep their tools."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    """Read a column that holds a JSON list, or a list of JSON objects, as text: data sets often keep tools so."""
+    if isinstance(value, list):
+        return [_parsed(part) for part in value]
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with contextlib.suppress(json.JSONDecodeError):
             return json.loads(value)
     return value
 
 
 def _messages(
-    turns: Any, column: str, where: str, role_key: str = "role", content_key: str = "content",
-    roles: Mapping[str, str] = MappingProxyType({}),
-) -> list[dict[str, Any]]:  # fmt: skip
+    turns: Any,
+    column: str,
+    where: str,
+    role_key: str = "role",
+    content_key: str = "content",
+    roles: dict[str, str] | None = None,
+) -> list[dict[str, Any]]:
     """Check a list of messages, and name roles and keys as everywhere; other keys are kept. Raises DataError."""
     if not isinstance(turns, list) or not turns:
         hint = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
@@ -331,19 +343,22 @@ def _messages(
     messages = []
     for i, turn in enumerate(turns):
         place = f"{where}: messages[{i}]"
-        calls = isinstance(turn, dict) and turn.get("tool_calls")
+        calls = isinstance(turn, dict) and _parsed(turn.get("tool_calls"))
         if not isinstance(turn, dict) or not {role_key, *(() if calls else (content_key,))} <= turn.keys():
             what = f'is {kind_of(turn)}, expected an object with "{role_key}" and "{content_key}"'
             raise DataError(place, what, "Name them: data.role_key, data.content_key")
         role = turn[role_key]
-        role = roles.get(role, role) if isinstance(role, str) else role
+        role = roles.get(role, role) if roles and isinstance(role, str) else role
         if role not in ROLES:
             hint = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
             raise DataError(place, f"the role is {kind_of(role)}", hint)
         content = _joined_parts(turn.get(content_key))
         if not (calls and content in (None, "")) and not (role not in ROLES[:4] and content == ""):
             content = text_in(content, content_key, place)
-        more = {k: v for k, v in turn.items() if k not in (role_key, content_key, "role", "content") and v is not None}
+        if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            raise DataError(place, f'"tool_calls" is {kind_of(calls)}, expected a list of objects', "Fix the row")
+        own = (role_key, content_key, "role", "content")
+        more = {k: v for k, v in (turn | {"tool_calls": calls}).items() if k not in own and v not in (None, [], {})}
         messages.append({"role": role, "content": content, **more})
     return messages
 
@@ -358,12 +373,9 @@ def _joined_parts(content: Any) -> Any:
 
 
 def _converted(
-    path: str | list[str], subset: str | None, split: str, convert: Callable[[dict[str, Any], str], dict[str, Any]]
+    path: str | list[str], subset: str | None, split: str, convert: Callable[[dict[str, Any], str], Read]
 ) -> Iterator[Any]:
-    """Yield what `convert` makes of each row of files and its place, and the faults of the others.
-
-    What `convert` returns has under "columns" those that it did not use.
-    """
+    """Yield what rows of files say, and the faults of the others. convert: a row and its place → what it says."""
     for item in read_rows(path, subset, split):
         try:
             if isinstance(item, DataError):
@@ -371,14 +383,12 @@ def _converted(
             where, row = item
             if not isinstance(row, dict):
                 raise DataError(where, f"is {kind_of(row)}, expected an object", "Write one JSON object a row")
-            yield {**convert(row, where), "id": row.get("id"), "where": where}
+            what, used, note = convert(row, where)
+            text, turns = (what, []) if isinstance(what, str) else ("", what)
+            columns = {name: value for name, value in row.items() if name not in used | {"id"}}
+            yield Conversation(_id_of(row), turns, where, text, columns, note=note)
         except DataError as error:
             yield error
-
-
-def _without(row: dict[str, Any], *used: str | None) -> dict[str, Any]:
-    """Return the columns of a row that were not used."""
-    return {name: value for name, value in row.items() if name not in ("id", *used)}
 
 
 def _column(row: dict[str, Any], column: str, name: str, where: str) -> Any:
@@ -388,12 +398,12 @@ def _column(row: dict[str, Any], column: str, name: str, where: str) -> Any:
     return row[column]
 
 
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def _as_chat(value: Any, role: str) -> list[Any]:
-    return list(value) if _is_chat(value) else [{"role": role, "content": value}]
+def _with_prompt(prompt: Any, answer: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+    """Put a prompt, text or messages, before an answer without an opening → all, and whether the prompt is in them."""
+    opening = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if answer[0]["role"] == "assistant":
+        return opening + answer, True
+    return answer, answer[: len(opening)] == opening
 
 
 def _not_null(value: Any) -> Any:
@@ -418,29 +428,25 @@ class RowTemplate:
     def fill(self, row: dict[str, Any], where: str) -> str:
         """Fill the template in. Raises DataError."""
         try:
-            return self.template.render(row)
+            text = self.template.render(row)
         except Exception as error:  # an undefined name, a division by zero, …: the template's or the row's
             what = f"{self.key} cannot be filled: {str(error).rstrip('.')}; the row is {kind_of(row)}"
             raise DataError(where, what, "Fix the template or the row") from None
+        return text_in(text, self.key, where, "Fix the template or the row")
 
 
-class SystemText:
-    """The system text of a row: data.system_prompt filled in, or the row's own column; neither replaces a message."""
-
-    def __init__(self, column: str | None, prompt: str | None) -> None:
-        self.column, self.prompt = column, RowTemplate("data.system_prompt", prompt) if prompt else None
-
-    def before(self, turns: list[Any], row: dict[str, Any], where: str) -> tuple[list[Any], set[str]]:
-        """Put the system text before the messages of a row → them, and the columns that were used."""
-        first = turns[0] if turns else None
-        if isinstance(first, dict) and first.get("role") == "system":
-            return turns, set()
-        if self.prompt is not None:
-            return [{"role": "system", "content": self.prompt.fill(row, where)}, *turns], self.prompt.names
-        text = row.get(self.column) if self.column else None
-        if not isinstance(text, str) or not text.strip():
-            return turns, set()
-        return [{"role": "system", "content": text}, *turns], {str(self.column)}
+def _with_system(
+    turns: list[dict[str, Any]], row: dict[str, Any], where: str, column: str | None, prompt: RowTemplate | None
+) -> tuple[list[dict[str, Any]], set[str]]:
+    """Put a row's system text before its messages, unless they have one → them, and the columns that were used."""
+    text = row.get(column) if column else None
+    if turns[0]["role"] == "system":
+        return turns, set()
+    if prompt is not None:
+        return [{"role": "system", "content": prompt.fill(row, where)}, *turns], prompt.names
+    if isinstance(text, str) and text.strip():
+        return [{"role": "system", "content": text}, *turns], {str(column)}
+    return turns, set()
 
 
 @register_source
@@ -462,21 +468,25 @@ def pairs(
     if template.keys() != {"user", "assistant"}:
         raise ConfigError("data.template", f"has the keys {', '.join(template)}", "Give it user and assistant")
     templates = {role: RowTemplate(f"data.template.{role}", text) for role, text in template.items()}
-    system = SystemText(system_column, system_prompt)
+    prompt = RowTemplate("data.system_prompt", system_prompt) if system_prompt else None
 
-    def chat(row: dict[str, Any], where: str) -> dict[str, Any]:
-        columns = {"source": source_column, "target": target_column}
-        note = {}
+    def chat(row: dict[str, Any], where: str) -> Read:
+        columns, note = {"source": source_column, "target": target_column}, ""
         if not {source_column, target_column} & row.keys():
-            for first, second in PREFERENCES:
-                if {first, second} <= row.keys():
-                    columns = {"source": first, "target": second}
-                    note = {"note": f"source and target are the columns {first} and {second}"}
-                    break
+            for first, second in (names for names in PREFERENCES if {*names} <= row.keys()):
+                columns = {"source": first, "target": second}
+                note = f"source and target are the columns {first} and {second}"
+                break
         used = set(columns.values())
         source, target = (row.get(column) for column in columns.values())
-        if _is_chat(source) or _is_chat(target):
-            turns = _as_chat(source, "user") + _as_chat(target, "assistant")
+        if any(isinstance(side, list) and side and isinstance(side[0], dict) for side in (source, target)):
+            sides = zip(("user", "assistant"), (source, target), columns.values(), strict=True)
+            opening, answer = (
+                _messages(side if isinstance(side, list) else [{"role": role, "content": side}], column, where)
+                for role, side, column in sides
+            )
+            turns, is_used = _with_prompt(opening, answer)
+            used -= set() if is_used else {columns["source"]}
         else:
             needed, own = set().union(*(t.names for t in templates.values())), {}
             for name in (name for name in columns if name in needed):
@@ -486,8 +496,8 @@ def pairs(
             turns = [
                 {"role": role, "content": templates[role].fill(row | own, where)} for role in ("user", "assistant")
             ]
-        turns, more = system.before(turns, row, where)
-        return {"messages": turns, "columns": _without(row, *used, *more), **note}
+        turns, more = _with_system(turns, row, where, system_column, prompt)
+        return turns, used | more, note
 
     return _converted(path, subset, split, chat)
 
@@ -508,22 +518,20 @@ def messages(
 
     Where the column is completion or chosen, a `prompt` goes before it, unless it is there already.
     """
-    system = SystemText(system_column, system_prompt)
+    prompt = RowTemplate("data.system_prompt", system_prompt) if system_prompt else None
 
-    def chat(row: dict[str, Any], where: str) -> dict[str, Any]:
-        turns = _column(row, messages_column, "messages", where)
-        used, note = {messages_column}, {}
+    def chat(row: dict[str, Any], where: str) -> Read:
+        how = (where, role_key, content_key, roles)
+        turns = _messages(_column(row, messages_column, "messages", where), messages_column, *how)
+        used, note, length = {messages_column}, "", len(turns)
         before = row.get("prompt") if messages_column in ("completion", "chosen") else None
-        turns = _messages(turns, messages_column, where, role_key, content_key, roles)
-        if isinstance(before, str) and before.strip() and turns[0]["role"] == "assistant":
-            before = [{role_key: "user", content_key: before}]
-        if before and isinstance(before, list):
-            opening = _messages(before, "prompt", where, role_key, content_key, roles)
-            used.add("prompt")
-            if turns[: len(opening)] != opening:
-                turns, note = opening + turns, {"note": f"the column prompt goes before {messages_column}"}
-        turns, more = system.before(turns, row, where)
-        return {"messages": turns, "columns": _without(row, *used, *more), **note}
+        if before and isinstance(before, str | list):
+            before = _messages(before, "prompt", *how) if isinstance(before, list) else text_in(before, "prompt", where)
+            turns, is_used = _with_prompt(before, turns)
+            used |= {"prompt"} if is_used else set()
+            note = f"the column prompt goes before {messages_column}" if len(turns) > length else ""
+        turns, more = _with_system(turns, row, where, system_column, prompt)
+        return turns, used | more, note
 
     return _converted(path, subset, split, chat)
 
@@ -532,8 +540,8 @@ def messages(
 def text(path: str | list[str], subset: str | None, split: str, text_column: str) -> Iterator[Any]:
     """Plain text: a column of it; every token counts, and the end-of-text token after it."""
 
-    def plain(row: dict[str, Any], where: str) -> dict[str, Any]:
-        return {"text": _column(row, text_column, "text", where), "columns": _without(row, text_column)}
+    def plain(row: dict[str, Any], where: str) -> Read:
+        return text_in(_column(row, text_column, "text", where), text_column, where), {text_column}, ""
 
     return _converted(path, subset, split, plain)
 
