@@ -271,6 +271,11 @@ def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[Co
     Of max_steps and epochs the one that is typed wins: the other is null, unless it is typed too.
     """
     cfg, typed = copy.deepcopy(OmegaConf.create(base)), {word.key_or_group for word in words}
+    for old in RENAMED:  # in YAML
+        group, _, name = old.partition(".")
+        if name in (cfg.get(group) or ()):
+            OmegaConf.set_struct(cfg, False)
+            OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
     faults = apply(words, cfg)
     for key, other in PAIRS.items():
         if key in typed and other not in typed and OmegaConf.select(cfg, key) is not None:
@@ -322,7 +327,7 @@ def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
     flat, faults = leaves(tree), faults + unset
     hidden = [key for key, value in flat.items() if HIDDEN in str(value)]
     faults += [ConfigError(key, "was recorded without its secret", f"Type it again: {key}=...") for key in hidden]
-    config = checked(tree, faults, keys, list(flat))
+    config = checked(tree, faults, {key_of(word) for word in words}, list(flat))
     sources = read_json(folder / "record.json").get("sources", {}) | {key: "typed" for key in keys if key in SOURCES}
     kept = [word for word in recorded if key_of(word) not in keys]
     return Plan([Point([*kept, *new], config, sources)], folder, config_dir, command=_command(folder))

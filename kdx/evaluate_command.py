@@ -13,11 +13,11 @@ from kdx.causal_lm import attention_for, load_causal_lm, stop_ids
 from kdx.causal_lm import load_tokenizer as load_own_tokenizer
 from kdx.compare.ranking import Run
 from kdx.compare.read import find, read_run, show
+from kdx.compose import resumed
 from kdx.config import Config, replaced
 from kdx.data.encode import load_data
 from kdx.errors import ConfigError, MachineError, of_hub, one_line, user_error
 from kdx.evaluate import MAX_NEW_TOKENS, Said, answers_of, num_prompts, on_policy_kls, said_of, tokens_of
-from kdx.resume import resumed
 from kdx.run.files import read_json, write_json, write_lines
 from kdx.run.identity import adapter_base
 from kdx.run.launch import build_accelerator

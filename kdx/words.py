@@ -118,7 +118,6 @@ FOREIGN = {
     for word in words.split()
 }
 FOREIGN |= {word: f"No equivalent: {why}" for why, words in _NONE.items() for word in words.split()}
-FOREIGN |= {old: f"It is called {new} now" for old, new in RENAMED.items()}  # in YAML
 
 
 def hint_for(key: str, known: Sequence[str]) -> str:

@@ -55,7 +55,7 @@ def sweep(*typed: str) -> Plan:
 
 
 def test_a_renamed_key_works_under_its_old_name(composer, capsys):
-    """Typed or swept: one line names the new key. To type both is an error, and to have it in YAML."""
+    """Typed, swept or in YAML: one line names the new key. To type both is an error."""
     new_name.cache_clear()
     assert composer.point(["train.eval_every=7"]).config.eval.every == 7
     assert [point.config.eval.every for point in sweep("train.eval_every=7,8").points] == [7, 8]
@@ -63,9 +63,8 @@ def test_a_renamed_key_works_under_its_old_name(composer, capsys):
     (line,) = faults(composer, "train.eval_every=7", "eval.every=5")
     assert line.startswith("train.eval_every: is the old name of eval.every, and both are given. Leave out")
     write("own/experiment/old.yaml", "# @package _global_\ntrain:\n  eval_every: 3\n")
-    assert faults(Composer("own"), "experiment=old") == [
-        "train.eval_every: is not a key of kdx. It is called eval.every now"
-    ]
+    assert Composer("own").point(["experiment=old"]).config.eval.every == 3
+    assert Composer("own").point(["experiment=old", "eval.every=5"]).config.eval.every == 5
 
 
 # What is refused
@@ -426,17 +425,17 @@ def test_the_last_run_is_the_last_that_can_be_resumed():
 def test_secrets_and_code_must_be_typed_again(capsys):
     token = "hf_" + "a1" * 12
     code = ["teacher=org/x", *HF, "teacher.trust_remote_code=true", f"teacher.revision={'a1' * 20}"]
-    folder = made_run("r", "failed", f"tracking.notes={token}", *code)
+    made_run("r", "failed", f"tracking.notes={token}", *code)
     with pytest.raises(ConfigError) as caught:
         resumed("r", [])
     assert [line.split(":")[0] for line in caught.value.lines] == ["tracking.notes", "teacher.trust_remote_code"]
-    again = ["tracking.notes=x", "teacher.trust_remote_code=true"]
+    (point,) = resumed("r", ["tracking.notes=x", "teacher.trust_remote_code=true"]).points
+    assert point.config.teacher.trust_remote_code and point.config.tracking.notes == "x"
     with pytest.raises(ConfigError, match=r"was recorded without its secret\. Type it again: tracking\.notes="):
         alike("r", [])
     typed, _ = alike("r", ["tracking.notes=x"])
     assert "teacher.trust_remote_code=true" not in typed
     assert "type it if that code may run" in capsys.readouterr().err
-    assert folder.is_dir() and again
 
 
 def test_a_new_run_from_the_words_of_another():

@@ -257,7 +257,7 @@ class TestAnswers:
         for name, keys in (("fewer", {"said": {"rouge_l": 0.4}, "num_prompts": 30}), ("older", {})):
             write_run(three / name, optim__lr=16e-3, **keys)
             table = only(ranked(three))
-            assert {name for p in table.points for name in p.rank} == {"ce", "kl"}
+            assert {name for p in table.points for name in p.rank} == {"ce", "kl", "agreement"}
             assert tables.about_answers(table).endswith("not ranked: some students answered other prompts")
 
     def test_the_terminal_has_rouge_where_it_fits(self, three, monkeypatch, capsys):
