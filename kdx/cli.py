@@ -61,6 +61,8 @@ def main() -> None:
     code = guarded(lambda: _main(sys.argv[1:]))
     if code and num_processes() > 1:
         print(f"kdx: exit code {code}, whatever the launcher reports", file=sys.stderr, flush=True)
+    elif (torch := sys.modules.get("torch")) and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
     sys.exit(code)
 
 

@@ -56,6 +56,7 @@ for name, *words in eval(os.environ["RUNS"]):
     os.environ.update({"ACCELERATE_USE_FSDP": "true" if name.startswith("shards") else "false"})
     config = compose(words)
     codes.append(guarded(lambda: distill(config, Path(name)) and 0))
+PartialState().destroy_process_group()
 sys.exit(f"exit codes {codes}" if codes != [0, 0, 0, 0, 4, 0] else 0)
 '''
 PLUGIN = '''
