@@ -303,7 +303,9 @@ def test_what_cannot_be_compared_is_not(tmp_path, key):
     write_run(tmp_path / "a", loss__alpha=0.3)
     write_run(tmp_path / "b", loss__alpha=0.7, **{key: "other"})
     comparison = ranked(tmp_path)
-    assert [[p.rank for p in table.points] for table in comparison.rankings] == [[{"kl": 1, "ce": 1, "agreement": 1}]] * 2
+    assert [[p.rank for p in table.points] for table in comparison.rankings] == [
+        [{"kl": 1, "ce": 1, "agreement": 1}]
+    ] * 2
     assert tables.as_markdown(comparison).startswith("Measures compare only on the same held-out rows")
     one, other = (table["measured_on"] for table in json.loads(tables.as_json(comparison))["tables"])
     assert len({*one.items()} - {*other.items()}) == 1

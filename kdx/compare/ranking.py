@@ -39,7 +39,7 @@ ANSWERS = {  # the same of what the students say themselves, in a table of its o
     "distinct_2": Column("distinct bigrams"),
 }  # fmt: skip
 EVERY = COLUMNS | ANSWERS
-RANKED_BY = ("kl", "ce", "agreement", *GENERATED)  # those with a ranking: eval_rows.jsonl or eval_answers.jsonl has their sums
+RANKED_BY = ("kl", "ce", "agreement", *GENERATED)  # eval_rows.jsonl or eval_answers.jsonl has their sums
 NUM_RESAMPLES = 4000
 DIGITS = 6  # values that agree to so many decimals are tied
 SAME_BUDGET = 0.05  # relative difference in trained tokens; the order of rows alone changes a few percent
