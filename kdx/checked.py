@@ -110,7 +110,7 @@ def _of_off(tree: dict[str, Any], typed: set[str], known: list[str]) -> list[Con
         ("student=hf", "student.path", "student.init", "cut", "the student is cut from the teacher"),
     ):
         if choice.split("=")[0] not in typed and flat.get(key) == off:
-            none = [name for name in keys if name.startswith(of) and name != key]
+            none = [name for name in keys if name.startswith(of) and name != key and flat.get(name) is not None]
             found += [ConfigError(name, f"has no effect: {why}", f"Add {choice}") for name in none]
     return found
 

@@ -86,10 +86,10 @@ def _main(argv: list[str]) -> int:
 
         return manage(argv[1:])
     words = argv[{"help": 1, "check": 1, "generate": 1, "store": 2}.get(name, 0) :]
-    if words and words[0] == name and "=" not in name and name[0] not in "+~-":
+    if words and words[0] == name and "=" not in name and name[:1] not in "+~-":
         raise ConfigError(name, "is not a command", "A run is started by python -m kdx KEY=VALUE ...; see --help")
     if name == "generate" and "rollout=teacher" not in words:
-        words.append("rollout=teacher")
+        words.insert(0, "rollout=teacher")
     args = _parsed(words, *["--out"] * (name == "generate"))
     if is_help:
         groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(args.config_dir).items()]

@@ -97,6 +97,8 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
     if not configs[0].sweep.name:
         return plan([*words, f"sweep.name={sweep.sweep_name(swept, configs)}"], config_dir, is_multirun=True)
     flags = ["--multirun", *([f"--config-dir={Path(config_dir).resolve()}"] if config_dir else [])]
+    if not hydra.sweep.dir:
+        raise ConfigError("hydra.sweep.dir", "is empty", "Name the sweep's folder, or leave it out")
     made = Plan(points, Path(str(hydra.sweep.dir)), config_dir, is_sweep=True, swept=swept)
     if not str(hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):  # Optuna chooses as it goes
         made.hydra = [*flags, *(str(word.input_line) for word in typed)]
@@ -107,6 +109,8 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
         off = {"loss": "loss.alpha=0"}
         if any(c.rollout.name == "student" for c in configs):
             off["rollout"] = "rollout=none"
+        if any(c.loss.alpha_end is not None for c in configs):  # in YAML
+            off["loss.alpha_end"] = "loss.alpha_end=null"
         kept = [str(word.input_line) for word in typed if word.key_or_group.split(".")[0] not in off]
         baselines = composer.points(sweep.points(composer.parsed([*kept, *off.values()])[0])[0])
     named = [(sweep.job_name(swept, job.words, job.config), job) for job in (*baselines, *points)]
@@ -144,7 +148,8 @@ class Composer:
         keys, overrides = {key_of(word) for word in words}, []
         what, hint = "is the old name of {}, and both are given", "Leave out one of them"
         faults = [ConfigError(old, what.format(new), hint) for old, new in RENAMED.items() if {old, new} <= keys]
-        faults += [ConfigError(key, "is not used", FOREIGN[key]) for key in keys & FOREIGN.keys() if "hydra." in key]
+        ignored = [key_of(word) for word in words if word.startswith("hydra.") and not word.endswith("=false")]
+        faults += [ConfigError(key, "is not used", FOREIGN[key]) for key in ignored if key in FOREIGN]
         for word in words:
             try:
                 overrides += self._parser.parse_overrides(self._spelt(word) if key_of(word) else [""])  # Hydra takes =3
@@ -210,7 +215,7 @@ class Composer:
         for word in filter(self._is_choice, words):
             line, key = str(word.input_line), word.key_or_group
             options, value = self.groups.get(key), line.partition("=")[2].strip("'\"")
-            if line not in FOREIGN and (options is None or word.is_delete() or value in options):
+            if word.is_delete() or (line not in FOREIGN if options is None else value in options):
                 kept.append(line)
                 continue
             own = OTHERS.get(key, "Your own options: --config-dir FOLDER").format(key)
@@ -336,11 +341,11 @@ def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
 def alike(name: str, words: list[str]) -> tuple[list[str], str | None]:
     """Return the words of an earlier run, replaced by those typed now, and its --config-dir. Raises ConfigError."""
     where, folder = f"run.like={name}", Path(name)
-    typed = {key_of(word) for word in words}
+    typed = {RENAMED.get(key_of(word), key_of(word)) for word in words}
     typed |= {PAIRS[key] for key in typed & PAIRS.keys()}
     kept = []
     for word in _read(folder / "overrides.yaml", where):
-        if key_of(word) in typed or word.startswith("sweep."):
+        if RENAMED.get(key_of(word), key_of(word)) in typed or word.startswith("sweep."):
             continue
         if HIDDEN in word:
             raise ConfigError(key_of(word), "was recorded without its secret", f"Type it again: {key_of(word)}=...")

@@ -25,7 +25,7 @@ from kdx.errors import ConfigError, InUseError, KdxError, printable
 from kdx.run.claim import claim, holder
 from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
-from kdx.run.identity import config_identity, digest, used
+from kdx.run.identity import FREE, config_identity, digest, used
 from kdx.run.signals import STOPS, is_main, num_processes
 
 if TYPE_CHECKING:
@@ -68,10 +68,12 @@ def job_name(keys: list[str], words: list[str], config: Config) -> str:
     """Name a job by its point and a hash of its config: temperature-2_alpha-0.7_1a2b3c."""
     typed = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
     flat, is_baseline = leaves(as_dict(config)), config.loss.alpha == 0
-    known = [*used(flat), *keys]  # a key that decides nothing here makes no other key's name longer
+    decides = used(flat)
+    known = [*decides, *keys]  # a key that decides nothing here makes no other key's name longer
     parts = ["baseline"] if is_baseline and "loss.alpha" not in keys else []
     for key in keys:
-        if not is_baseline or not key.startswith("loss") or key == "loss.alpha":  # the rest of the loss is not used
+        is_used = not is_baseline or not key.startswith("loss") or key == "loss.alpha"
+        if is_used and (key not in flat or key in decides or key.startswith(FREE)):  # no key of a group that is off
             value = flat.get(key, typed.get(key))
             value = int(value) if isinstance(value, float) and value.is_integer() else value
             parts.append(f"{short_key(key, known)}-{_safe(str(value))}")
@@ -250,8 +252,10 @@ def _report(plan: "Plan", since: float) -> None:
         with suppress(InUseError), claim(plan.folder):  # of several processes that share a sweep one compares
             mark, jobs = plan.folder / ".compared", plan.folder.glob("*/status.json")
             if not mark.exists() or mark.stat().st_mtime < max([since, *(file.stat().st_mtime for file in jobs)]):
-                _write_page(plan.folder, is_printed=True)
-                mark.touch()
+                started = time.time()
+                if _write_page(plan.folder, is_printed=True):
+                    mark.touch()
+                    os.utime(mark, (started, started))  # a job that ended meanwhile is compared again
             else:
                 print(f"kdx: nothing is left; another process has just compared the jobs in {plan.folder}", flush=True)
     for what, rows in found.items():
@@ -261,18 +265,20 @@ def _report(plan: "Plan", since: float) -> None:
         print("kdx: type the same command again to do what is left", file=sys.stderr)
 
 
-def _write_page(folder: Path, *, is_printed: bool = False) -> None:
-    """Compare the sweep so far; at its end print that, and put it into W&B. An error there must not end the sweep."""
+def _write_page(folder: Path, *, is_printed: bool = False) -> bool:
+    """Compare the sweep so far; at its end print that, and put it into W&B → whether it could be compared."""
     from kdx.compare.read import compare, show
 
     try:
         if not is_printed:
             compare([folder], folder)
-            return
+            return True
         comparison = show([folder], folder)
         from kdx.compare.wandb_run import publish
 
         if line := publish(comparison, folder):
             print(f"kdx: {line}", flush=True)
-    except Exception as error:
+    except Exception as error:  # it must not end the sweep
         print(f"kdx: no comparison of {folder}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        return False
+    return True

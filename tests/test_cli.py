@@ -444,6 +444,25 @@ def test_a_new_run_from_the_words_of_another():
     typed, config_dir = alike("r", ["run.like=r", "train.max_steps=9", "loss.floor=1e-3"])
     assert typed == ["loss.alpha=0.3", "train.max_steps=9", "loss.floor=1e-3"]
     assert config_dir == "mine"
+    made_run("old", "failed", "eval.every=5", checkpoint=False)
+    assert alike("old", ["train.eval_every=3"])[0] == ["train.eval_every=3"]
+
+
+def test_choices_and_keys_that_meet():
+    write("own/optim/sgd.yaml", "name: torch.SGD\n")  # a name that is another tool's word for something else
+    write("own/experiment/moves.yaml", "# @package _global_\nloss:\n  alpha_end: 0.5\n")
+    assert Composer("own").groups["optim"].count("sgd") == 1
+    assert not any("has no option sgd" in line for line in faults(Composer("own"), "optim=sgd", "train.foo=1"))
+    moved = plan(["experiment=moves", "loss.temperature=1,2"], "own", is_multirun=True)
+    assert [point.config.loss.alpha_end for point in moved.jobs.values()] == [None, 0.5, 0.5]
+    off = sweep("adapter=none,lora", "adapter.r=4,8", "student=hf", "student.path=x/y", "sweep.baseline=false")
+    assert sorted(name.name.rpartition("_")[0] for name in off.jobs) == [
+        "adapter-lora_r-4", "adapter-lora_r-8", "adapter-none"
+    ]  # fmt: skip
+    assert Composer(None).point(["student.path=null"])
+    for word in ("hydra.run.dir=", "hydra.sweep.dir="):
+        with pytest.raises(ConfigError, match="is empty"):
+            plan([word, *["loss.temperature=1,2"] * ("sweep" in word)], is_multirun="sweep" in word)
 
 
 # Exit codes, help, secrets, plug-ins

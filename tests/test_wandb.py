@@ -445,6 +445,12 @@ def test_a_client_that_changed_costs_one_line(
     ("words", "swept", "name", "tags"),
     [
         ([], [], "SmolLM2-135M → 10 layers · forward_kl α0.7 τ2", ["forward_kl", "10 layers", "SmolLM2-135M"]),
+        (
+            ["experiment=null"],
+            [],
+            "SmolLM2-135M → 10 layers · forward_kl α0.7 τ2",
+            ["forward_kl", "10 layers", "SmolLM2-135M"],
+        ),
         (["loss=jsd"], [], "SmolLM2-135M → 10 layers · jsd α0.7 τ2 beta=0.5", ["jsd", "10 layers", "SmolLM2-135M"]),
         (
             ["loss=cross_entropy", "experiment=demo"],

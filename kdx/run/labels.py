@@ -36,7 +36,7 @@ def tags(config: Config, record: Record) -> list[str]:
     chosen = {"adapter": config.adapter.name} | _typed(record)
     found = ["baseline" if config.loss.alpha == 0 else config.loss.name, _student(config)]
     found += [_model(config.teacher)] if config.teacher.path else []
-    found += [chosen[group] for group in ("adapter", "experiment") if chosen.get(group, "null") not in ("none", "null")]
+    found += [chosen[group] for group in ("adapter", "experiment") if chosen.get(group, "") not in ("", "none", "null")]
     return [tag[:LONGEST] for tag in dict.fromkeys(found)]
 
 

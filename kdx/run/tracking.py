@@ -138,7 +138,7 @@ class Tracker:
             mode,
             self.folder.path.parent,  # the files of runs side by side are together, to be synced at once
             id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4),
-            self.file,
+            is_whole=True, metrics=self.file,
             project=tracking.project, entity=tracking.entity, group=tracking.group or config.sweep.name,
             name=tracking.name or os.environ.get("WANDB_NAME") or self.name, notes=tracking.notes,
             job_type="baseline" if config.loss.alpha == 0 else "student",
@@ -227,11 +227,21 @@ def _log(run: Any, line: dict[str, Any]) -> None:
     run.log({name: value for name, value in line.items() if value is not None and name != "step"}, step=line["step"])
 
 
-def open_run(mode: Any, folder: Path, id: str, metrics: Path | None = None, timeout: int = 60, **about: Any) -> Any:
+def open_run(
+    mode: Any,
+    folder: Path,
+    id: str,
+    *,
+    is_whole: bool = False,
+    metrics: Path | None = None,
+    timeout: int = 60,
+    **about: Any,
+) -> Any:
     """Open a W&B run whose files lie in folder/wandb; offline where the server cannot be reached.
 
-    What an earlier process kept offline and nobody uploaded is replaced: its metrics are sent again, from their file.
-    W&B would count the steps of a second part on from those of the first, even if they are the same steps.
+    is_whole: whether all of it is sent now, with what is in the file `metrics`. What an earlier process kept offline and
+    nobody uploaded is then replaced: W&B would count the steps of a second part on from those of the first, even if they
+    are the same steps.
     """
     import wandb
 
@@ -253,6 +263,8 @@ def open_run(mode: Any, folder: Path, id: str, metrics: Path | None = None, time
         run = wandb.init(mode="offline", **arguments)
     finally:
         sys.argv = typed
+    if not is_whole:
+        return run
     if earlier and metrics and metrics.exists():
         for line in metrics.read_text(encoding="utf-8").splitlines():
             _log(run, json.loads(line))
