@@ -18,11 +18,11 @@ from transformers.utils import is_liger_kernel_available
 from kdx import plugins
 from kdx.adapter import add_adapter
 from kdx.causal_lm import DTYPES, attention_for, check_split, checkpoint_activations, head_of, stop_ids
-from kdx.config import Config, TrainConfig
+from kdx.config import GENERATED, Config, TrainConfig
 from kdx.data.batches import Batches
 from kdx.data.encode import Data, load_data
 from kdx.data.sources import check_source
-from kdx.errors import ConfigError, MachineError, together
+from kdx.errors import ConfigError, DataError, MachineError, together
 from kdx.evaluate import MAX_NEW_TOKENS, Judge, num_prompts, to_minimise
 from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
@@ -110,6 +110,9 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
     shared = load_tokenizer(config)
     tokenizer, max_length = shared.tokenizer, shared.max_length
     data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
+    if config.eval.metric in GENERATED and not data.prompts:
+        what = f"is {config.eval.metric}, but no held-out prompt leaves room for an answer of {MAX_NEW_TOKENS} tokens"
+        raise DataError("eval.metric", what, "Raise data.max_length, or choose kl or ce")
     data = with_teachers_answers(config, data, shared, machine)
     batches = Batches(
         data.train,

@@ -16,7 +16,7 @@ from kdx.compare.read import find, read_run, show
 from kdx.compose import resumed
 from kdx.config import Config, replaced
 from kdx.data.encode import load_data
-from kdx.errors import ConfigError, MachineError, of_hub, one_line, user_error
+from kdx.errors import ConfigError, KdxError, MachineError, of_hub, one_line, together, user_error
 from kdx.evaluate import MAX_NEW_TOKENS, Said, answers_of, num_prompts, on_policy_kls, said_of, tokens_of
 from kdx.run.files import read_json, write_json, write_lines
 from kdx.run.identity import adapter_base
@@ -39,9 +39,15 @@ def main(words: list[str]) -> int:
     with logging_to(None, is_main=True):
         asked = [(resumed(str(run.path), typed).points[0].config, run) for run in _done(paths)]
         tasks, teachers = _tasks(args) if args.tasks else None, dict[str, Teacher]()
+        faults = []
         for config, run in sorted(asked, key=lambda pair: repr(pair[0].teacher)):  # those of one teacher together
-            _evaluate(config, run, args, tasks, teachers)
+            try:
+                _evaluate(config, run, args, tasks, teachers)
+            except KdxError as error:
+                faults.append(error)
         show(paths, paths[0] if len(paths) == 1 else Path("comparison"))
+        if faults:
+            raise together(faults)
     return 0
 
 
@@ -102,15 +108,21 @@ def _evaluate(config: Config, run: Run, args: argparse.Namespace, tasks: Any, te
     found: dict[str, dict[str, Any]] = {}
     if shared:
         said = _on_policy(config, run, student, shared, teachers)
-        write_lines(run.path / ANSWERS, said.rows)
         found["student"] = said.means()
+        _keep(run, "student", said.means())
+        write_lines(run.path / ANSWERS, said.rows)
         kl, num = said.means().get("on_policy_kl", float("nan")), len(said.rows)
         log.info("%s: on-policy KL %.4f over %d answers", run.name, kl, num)
     if tasks:
         found["tasks"] = _scores(student, load_own_tokenizer(saved, "student"), args, tasks)
-    summary = read_json(run.path / "summary.json")
-    write_json(run.path / "summary.json", summary | {part: summary.get(part, {}) | new for part, new in found.items()})
+        _keep(run, "tasks", found["tasks"])
     _tell_wandb(config, run, found)
+
+
+def _keep(run: Run, part: str, new: dict[str, Any]) -> None:
+    """Add measures to a part of a run's summary.json."""
+    summary = read_json(run.path / "summary.json")
+    write_json(run.path / "summary.json", summary | {part: summary.get(part, {}) | new})
 
 
 def _on_policy(config: Config, run: Run, student: Any, shared: SharedTokenizer, teachers: dict[str, Teacher]) -> Said:
@@ -120,6 +132,12 @@ def _on_policy(config: Config, run: Run, student: Any, shared: SharedTokenizer, 
     """
     tokenizer, num_ids, max_length = shared.tokenizer, shared.num_ids, shared.max_length
     data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
+    asked = config.eval.num_prompts
+    prompts = data.prompts[: len(run.answers) or (num_prompts(config) if asked == "auto" else asked)]
+    if not prompts:
+        raise ConfigError(
+            str(run.path), "has no held-out prompts that leave room for an answer", "Raise data.max_length"
+        )
     if (key := repr((config.teacher, max_length))) not in teachers:
         teachers.clear()  # before the next is loaded
         of_live = replaced(config.teacher, store="off")
@@ -130,7 +148,6 @@ def _on_policy(config: Config, run: Run, student: Any, shared: SharedTokenizer, 
         what = f"was measured with another of these: {was} (which is {now} here)"
         raise ConfigError(str(run.path), what, "Type what it had, as in teacher.precision=fp32")
     teach_to_stop(student, tokenizer, data.stops)
-    prompts = data.prompts[: len(run.answers) or num_prompts(config)]
     answers, inputs = answers_of(student, tokenizer, prompts, num_ids), tokens_of(prompts, tokenizer)
     kls = on_policy_kls(student, teacher, inputs, answers, num_ids, pad_id_of(tokenizer))
     return said_of(answers, prompts, tokenizer, stop_ids(student.generation_config), kls)

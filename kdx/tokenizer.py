@@ -48,7 +48,7 @@ def load_tokenizer(config: Config) -> SharedTokenizer:
     if not tokenizer.chat_template and teachers.chat_template:
         tokenizer.chat_template, template = teachers.chat_template, "the teacher's, which the student is saved with"
         for name in ("bos_token", "eos_token"):  # it means the teacher's
-            if name in str(teachers.chat_template):
+            if name in str(teachers.chat_template) and getattr(teachers, name) in tokenizer.get_vocab():
                 setattr(tokenizer, name, getattr(teachers, name))
     elif teachers.chat_template not in (None, tokenizer.chat_template):
         template = "the student's; the teacher has another"

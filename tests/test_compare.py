@@ -157,8 +157,12 @@ class TestRanking:
             assert len(set(kl)) == 3
             assert p.measures["kl"] == pytest.approx(sum(kl) / 3)
             assert p.intervals["kl", "seeds"] == pytest.approx((min(kl) - sum(kl) / 3, max(kl) - sum(kl) / 3))
-        low, high = table.points[1].intervals["kl", "minus_best"]
-        assert low < table.points[1].measures["kl"] - table.points[0].measures["kl"] < high
+        for measure in ("kl", "ce", "agreement"):
+            worst = max(table.points, key=lambda p, measure=measure: p.rank[measure])
+            best = min(table.points, key=lambda p, measure=measure: p.rank[measure])
+            low, high = worst.intervals[measure, "minus_best"]
+            assert low < worst.measures[measure] - best.measures[measure] < high
+            assert high - low < 0.5
 
     def test_the_interval_of_an_average_is_of_all_its_seeds(self, tmp_path):
         for lr, levels in ((1e-3, (0.5, 0.9)), (2e-3, (0.71, 0.71))):

@@ -380,6 +380,30 @@ def test_a_row_is_read_the_same_whatever_the_rows_before_it(make_tokenizer, data
     assert [counted_of(tokenizer, row) for row in data.train] == [[WHOLE], [f"<think></think>{WHOLE}"], [WHOLE]]
 
 
+def test_words_that_begin_like_what_the_prompt_ends_with(make_tokenizer, data_config, tmp_path):
+    """DeepSeek-R1 and QwQ prompt for a thought, of which an earlier answer has none left."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
+    )
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(chat(ASK, {"role": "assistant", "content": "<b>x</b>"})), encoding="utf-8")
+    tokenizer = make_tokenizer(template, ("<|im_end|>",))
+    (row,) = load_data(data_config("messages", path=str(file), validation=None), SharedTokenizer(tokenizer, 1000)).train
+    assert counted_of(tokenizer, row) == ["<b>x</b><|im_end|>"]
+
+
+def test_a_prompt_ends_where_the_answer_of_a_row_begins(make_tokenizer, data_config, tmp_path):
+    """A template that knows no prompt for an answer writes its header all the same."""
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(chat(ASK, SAY)), encoding="utf-8")
+    tokenizer = make_tokenizer(template, ("<|im_start|>", "<|im_end|>"))
+    data = load_data(data_config("messages", path=str(file), validation=None), SharedTokenizer(tokenizer, 1000), 1, 4)
+    text = tokenizer.decode(data.train[0].tokens)
+    assert text.startswith(data.prompts[0]["text"] + SAY["content"])
+
+
 def test_what_arrow_adds_to_a_row_is_not_said(make_tokenizer, data_config, tmp_path):
     other = {"function": {"name": "clock", "arguments": {"zone": "UTC"}}}
     rows = [chat(ASK, CALLS, RESULT, SAY), chat(ASK, CALLS | {"tool_calls": [other]}, RESULT, SAY)]

@@ -285,7 +285,7 @@ def answered_alike(points: Sequence[Point], measure: str) -> bool:
 def _set_intervals(measure: str, points: list[Point]) -> None:
     """Bootstrap the difference of each point to the best and to its baseline, with rows or prompts paired."""
     runs = [run for point in points for run in point.runs]
-    weight = {"kl": "counted", "ce": "counted", "on_policy_kl": "answer_length"}.get(measure)
+    weight = {"on_policy_kl": "answer_length", "rouge_l": None}.get(measure, "counted")
     lines = [run.answers if measure in ANSWERS else run.rows for run in runs]
     sums = np.column_stack([[line[measure] for line in some] for some in lines])
     counted = np.column_stack([[line[weight] if weight else 1 for line in some] for some in lines])

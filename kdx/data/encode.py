@@ -311,6 +311,7 @@ class Encoder:
                 continue
             reference = conversation.messages[len(messages)]["content"]
             text = self._prefix(conversation, messages, add_generation_prompt=True)
+            text += self.header if text else ""
             length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
             if reference and text and length + room <= self.max_length:
                 found.append({"messages": messages, "text": text, "reference": reference})
@@ -356,9 +357,14 @@ class Encoder:
             rest = self._behind(text, conversation, messages, i - 1)
             asked = self._behind(prompt, conversation, messages[:i], i - 1, add_generation_prompt=True)
             start = len(text) - len(rest) + num_same(rest, asked)
+            marked = {**message, "content": f"{MARK}{message['content'] or ''}"}
+            marked_text = self._prefix(conversation, [*messages[:i], marked, *messages[i + 1 :]])
+            if MARK in marked_text:  # the prompt and the words may begin alike, as <think> and <b>
+                start = min(start, num_same(text, marked_text))
         start += len(self.header) if text.startswith(self.header, start) else 0
         alone = text if message is messages[-1] else self._prefix(conversation, messages[: i + 1])
-        if (end := num_same(text, alone)) < words_end:
+        end = len(alone)
+        if not alone or not text.startswith(alone):
             end = words_end + num_same(behind, self._behind(alone, conversation, messages[: i + 1], i))
         if not 0 <= start <= words_end <= end:
             raise _unfit(conversation)
