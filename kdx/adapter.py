@@ -104,7 +104,7 @@ def merge_adapter(model: Any, dtype: torch.dtype) -> None:
 def dequantise(model: Any, config: AdapterConfig, student: StudentConfig) -> None:
     """Put the base as it was before it was quantised, in bfloat16, under a student's adapters, in main memory.
 
-    A device that holds the quantised base need not have room for this one beside it.
+    The device holds the quantised base until then, and may not have room for both.
     """
     attention = model.config._attn_implementation
     plain: Any = load_causal_lm(student, "student", dtype=torch.bfloat16, attn_implementation=attention)

@@ -162,7 +162,7 @@ def _tasks(args: argparse.Namespace) -> Any:
 
 
 def _scores(student: Any, tokenizer: Any, args: argparse.Namespace, tasks: Any) -> dict[str, float]:
-    """Score a model in tasks → `task/metric`, and `task/metric_stderr` beside it. Raises KdxError."""
+    """Score a model in tasks → `task/metric`, and its standard error as `task/metric_stderr`. Raises KdxError."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

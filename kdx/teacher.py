@@ -117,7 +117,8 @@ def load_teacher(
     """Open the teacher's store for these rows, and load the teacher if it lacks one; None without a teacher.
 
     rows: digest → counted positions. is_repeated: whether rows are asked for more than once. is_compiled: whether its
-    body is compiled when it is loaded. The model is on the device, or spread over all. Raises ModelError, or MachineError if the store must be on and has no room.
+    body is compiled when it is loaded. The model is on the device, or spread over all. Raises ModelError, or
+    MachineError if the store must be on and has no room.
     """
     if config.path is None:
         return None

@@ -338,7 +338,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
             seconds = time.perf_counter() - started
             values = terms | run.pulls | {"loss": run.loss, "grad_norm": norm, "lr": lr}
             state.count(batch, values, seconds, is_skipped=not is_finite)
-            tracker.advance(state.step, run.loss, batch.num_input_tokens / seconds)
+            tracker.advance(run.loss, batch.num_input_tokens / seconds)
             folder.at(state.step)
 
         write_samples(run, folder.path)

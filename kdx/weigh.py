@@ -71,9 +71,8 @@ def weighed(training: Training, points: Sequence[tuple[Config, list[str]]], swep
         others = [w for w in words if key_of(w) in swept and key_of(w).split(".")[0] != "loss"]
         options = [f"{key}={value}" for key, value in config.loss.options.items()]
         label, kept = " ".join([*others, config.loss.name, *options]), without(words, "loss.alpha=", "sweep.")
-        rows.append(
-            Row(label, kept, config.loss.temperature, 2 * (kd or 0.0), 2 * (ce or 0.0), cosine)
-        )  # alpha was a half
+        norms = (2 * (kd or 0.0), 2 * (ce or 0.0))  # alpha was a half
+        rows.append(Row(label, kept, config.loss.temperature, *norms, cosine))
     labels = [row.label for row in rows]
     return sorted(rows, key=lambda row: labels.index(row.label))  # the temperatures of a divergence together
 

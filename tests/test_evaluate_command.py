@@ -77,7 +77,7 @@ def test_rows_or_a_teacher_that_have_changed_are_refused(made: Path, place: Path
 def test_tasks_are_scored_by_their_definition(
     made: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the answers that the model finds likeliest 5 of 8 are said to be right. The W&B run is told."""
+    """For 5 of 8 questions the likeliest choice is the right one. The W&B run gets the scores, too."""
     tasks = pytest.importorskip("lm_eval.tasks")
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
     run = made / "straight"

@@ -382,14 +382,14 @@ def test_the_teacher_is_loaded_for_its_kl_after_training(
     assert run_here(config_of(place, *words), tmp_path / "filling") == 0
     assert run_here(config_of(place, *words), tmp_path / "auto") == 0
     assert "on-policy KL: not taken" in (tmp_path / "auto/kdx.log").read_text()
-    told: list[Any] = []
+    seen: list[Any] = []
     free, load, run_dir = Training.free, teacher.load_causal_lm, tmp_path / "true"
-    monkeypatch.setattr(Training, "free", lambda self: free(self) or told.append(len(self.optimizer.state)))
+    monkeypatch.setattr(Training, "free", lambda self: free(self) or seen.append(len(self.optimizer.state)))
     monkeypatch.setattr(
-        teacher, "load_causal_lm", lambda *a, **k: told.append((run_dir / "trained.json").exists()) or load(*a, **k)
+        teacher, "load_causal_lm", lambda *a, **k: seen.append((run_dir / "trained.json").exists()) or load(*a, **k)
     )
     assert run_here(config_of(place, *words, "eval.on_policy_kl=true"), run_dir) == 0
-    assert told == [0, True]
+    assert seen == [0, True]
     filling, auto, true = (
         json.loads((tmp_path / f"{x}/summary.json").read_text()) for x in ("filling", "auto", "true")
     )

@@ -75,7 +75,7 @@ def _media(comparison: Comparison, folder: Path) -> Iterator[tuple[str, Any]]:
     import wandb
 
     intervals = [f"{name}_minus_best_{end}" for name in RANKED_BY for end in ("low", "high")]
-    names = [*dict.fromkeys(["table", "point", *RANKED_BY, "agreement", *intervals, "pareto", "tied", "runs"])]
+    names = ["table", "point", *RANKED_BY, *intervals, "pareto", "tied", "runs"]
     rows = []
     for number, ranking in enumerate(comparison.rankings, 1):
         for point in ranking.points:

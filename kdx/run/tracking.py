@@ -183,7 +183,7 @@ class Tracker:
         with working("training", self._run.max_steps, self.is_main, done=self._run.state.step) as self._show:
             yield
 
-    def advance(self, step: int, loss: float, speed: float) -> None:
+    def advance(self, loss: float, speed: float) -> None:
         """Move the progress bar."""
         self._show(f"loss {loss:.3f}  {speed:.0f} tokens/s")
 
