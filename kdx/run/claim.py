@@ -108,6 +108,8 @@ def _is_fresh(beat: Path) -> bool:
     """Whether a heartbeat is that of a process that still runs, as far as this host can tell."""
     with suppress(FileNotFoundError):
         owner, age = read_json(beat), time.time() - beat.stat().st_mtime
+        if not owner:  # its process was killed, or its disk was full, before it was written
+            return False
         if age > STALE or owner.get("host") != platform.node():
             return age <= STALE
         started = _started(owner["pid"])

@@ -15,7 +15,7 @@ import yaml
 
 from kdx import plugins
 from kdx.config import Config, as_dict
-from kdx.errors import ConfigError, DivergedError, KdxError, user_error
+from kdx.errors import ConfigError, DivergedError, InUseError, KdxError, user_error
 from kdx.run.claim import claim
 from kdx.run.files import local_time, read_json, remove_leftovers, write_beside, write_json
 from kdx.run.identity import differences, identity, may_differ, table
@@ -62,7 +62,17 @@ class RunFolder:
         """Return whether this run is done. Raises ConfigError, with a diff, if the folder has another run."""
         if self.status().get("state") != "done" or not self.kept("summary.json"):
             return False
-        return not any(key in LONGER for key, _, _ in self._differences(config, {}))
+        if any(key in LONGER for key, _, _ in self._differences(config, {})):
+            return False
+        if any(self.path.glob(".tmp-*")):  # killed once it was done, while it removed its checkpoints
+            with suppress(InUseError), claim(self.path):
+                self._remove_leftovers()
+        return True
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed process was writing or removing."""
+        for folder in (self.path, self.path / "checkpoints", self.path / "student"):
+            remove_leftovers(folder)
 
     def _differences(self, config: Config, facts: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         """Return what differs from the run that is here and may differ. Raises ConfigError for the rest.
@@ -95,8 +105,7 @@ class RunFolder:
         with claim(self.path) if is_main else nullcontext():
             if is_main:
                 self._differences(config, {})
-                remove_leftovers(self.path)
-                remove_leftovers(self.path / "checkpoints")
+                self._remove_leftovers()
                 self._write_record(config, record)
                 self.step = self.status().get("step", 0)  # how far it was, until it is resumed
                 self.write_status("running")
