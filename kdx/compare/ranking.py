@@ -92,11 +92,6 @@ class Run:
         config = {k: v for k, v in self.used.items() if k != SEED_KEY and v is not None}
         return canonical([self.summary["data"]["fingerprint"], config])
 
-    @property
-    def measures(self) -> dict[str, Any]:
-        """All that its summary says of the student, its scores in tasks among them."""
-        return self.summary["run"] | self.summary["student"] | self.summary.get("tasks", {})
-
 
 @dataclass(eq=False)
 class Point:
@@ -231,7 +226,7 @@ def make_ranking(runs: Sequence[Run]) -> Ranking:
     references = {"teacher": first.summary["teacher"]}
     for number, point in enumerate(points, 1):
         point.number = number
-        own = [f" {setting(key, value)}" for key, value in point.values.items() if key.startswith("student.")]
+        own = [f" {short(key)} {shown(value)}" for key, value in point.values.items() if key.startswith("student.")]
         references.setdefault(f"untouched student{','.join(own)}", point.runs[0].summary["untouched"])
     references = {label: found for label, found in references.items() if found.get("ce") is not None}
     tokens = first.summary["data"]["counted_validation_tokens"]
@@ -250,20 +245,16 @@ def make_points(runs: Sequence[Run]) -> list[Point]:
         first, baseline = group[0], group[0].used["loss.alpha"] == 0
         values = {key: first.used[key] for key in keys if key in first.used}
         label = ["baseline (alpha = 0)"] * baseline
-        label += [setting(key, value) for key, value in values.items() if not (baseline and key == "loss.alpha")]
+        label += [f"{short(k)} {shown(v)}" for k, v in values.items() if not (baseline and k == "loss.alpha")]
         point = Point(", ".join(label[:MOST_KEYS]) or first.name, baseline, values, group, {})
+        measures = [run.summary["run"] | run.summary["student"] | run.summary.get("tasks", {}) for run in group]
         for name in names:
-            found = [run.measures.get(name) for run in group]
+            found = [of_run.get(name) for of_run in measures]
             mean = point.measures[name] = None if None in found else math.fsum(found) / len(group)
             if name in RANKED and mean is not None and len(group) > 1:
                 point.intervals[name, "seeds"] = min(found) - mean, max(found) - mean
         points.append(point)
     return points
-
-
-def setting(key: str, value: Any) -> str:
-    """Write a key of a config and its value for people."""
-    return f"{short(key)} {shown(value)}"
 
 
 def shown(value: Any) -> str:
