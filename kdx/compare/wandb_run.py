@@ -79,17 +79,14 @@ def _media(comparison: Comparison, folder: Path) -> Iterator[tuple[str, Any]]:
 
     yield "page", wandb.Html(str(folder / "compare.html"), inject=False)
     intervals = [f"{name}_minus_best_{end}" for name in RANKED for end in ("low", "high")]
-    names, rows = ["table", "point", *RANKED, *intervals, "pareto", "tied", "runs"], []
+    names = ["table", "point", *RANKED, *intervals, "pareto", "tied", "runs"]
+    rows: list[list[Any]] = []
     with matplotlib.rc_context(STYLE):
         for number, ranking in enumerate(comparison.rankings, 1):
             for point in ranking.points:
                 tied = ", ".join(filter(point.is_best, RANKED))  # with the best, by these measures
-                row = row_of(point, []) | {
-                    "table": number,
-                    "point": str(point),
-                    "tied": tied,
-                    "pareto": point.pareto_front,
-                }
+                about = {"table": number, "point": str(point), "tied": tied, "pareto": point.pareto_front}
+                row = row_of(point, []) | about
                 rows.append([row.get(name) for name in names])
             for axes in drawings(ranking):
                 title = axes.get_title(loc="left")
@@ -146,12 +143,11 @@ def _sections(comparison: Comparison) -> list[Any]:
     axes = [*map(wr.Config, comparison.differing[:MOST_KEYS]), *map(wr.SummaryMetric, held_out)]
     kl, ce = map(wr.SummaryMetric, ("eval/kl", "eval/ce"))
     alpha, temperature = map(wr.Config, ("loss.alpha", "loss.temperature"))
+    columns = [wr.ParallelCoordinatesPlotColumn(axis) for axis in axes]
     students = [
         wr.ScatterPlot(title="CE against KL, coloured by α", x=kl, y=ce, z=alpha),
         wr.ScatterPlot(title="KL over τ and α", x=temperature, y=alpha, z=kl),
-        wr.ParallelCoordinatesPlot(
-            title="From settings to measures", columns=[*map(wr.ParallelCoordinatesPlotColumn, axes)]
-        ),
+        wr.ParallelCoordinatesPlot(title="From settings to measures", columns=columns),
     ]
     most = {"x": "tokens", "max_runs_to_show": len(comparison.runs)}
     # `point` is what a run is but for its seed.
