@@ -63,7 +63,7 @@ def _send(comparison: Comparison, folder: Path, mode: str) -> str:
         return ""
     name, group = name_of(runs), config.get("tracking.group") or config.get("sweep.name")
     id = hashlib.sha256(name.encode()).hexdigest()[:8]
-    about = {"name": "comparison", "job_type": "comparison", "group": group}
+    about: dict[str, Any] = {"name": "comparison", "job_type": "comparison", "group": group}
     about |= {key: config.get(f"tracking.{key}") for key in ("project", "entity")}
     about["config"] = {"comparison": name, "num_runs": len(comparison.runs)}
     with open_run(mode, folder, id, is_whole=True, **about) as run:
