@@ -219,7 +219,7 @@ class TestRanking:
 
     def test_students_whose_mixture_was_the_same_are_named(self, tmp_path):
         """#2 and #3 started and ended alike; #1 ended like them from elsewhere."""
-        for temperature, pulls in ((1, (0.9, 0.5)), (2, (0.62, 0.50)), (4, (0.60, 0.51))):
+        for temperature, pulls in ((1, (0.9, 0.505)), (2, (0.62, 0.50)), (4, (0.60, 0.51))):
             run = write_run(tmp_path / f"{temperature}", loss__temperature=temperature, means={"kl": temperature})
             found = {"effective_alpha_start": pulls[0], "effective_alpha_end": pulls[1]}
             edit(run / "summary.json", lambda s, found=found: s["run"].update(found))

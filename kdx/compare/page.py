@@ -53,21 +53,21 @@ def drawings(ranking: Ranking) -> list[Any]:
 
 
 def ce_against_kl(ranking: Ranking) -> Iterator[Any]:
-    """Draw the students and the Pareto front, colored by the effective alpha at the end where it is known."""
+    """Draw the students, colored by their effective alpha at the end, and the Pareto front."""
     pairs = {p: (p.measures["kl"], p.measures["ce"]) for p in ranking.points if "kl" in p.rank}
     if not pairs:
         return
     axes = _axes("CE against KL; the line is the Pareto front", xlabel="KL", ylabel="CE")
     front = sorted(pair for point, pair in pairs.items() if point.pareto_front)
     axes.step(*zip(*front, strict=True), where="post", color="#888888", linewidth=1)
-    axes.scatter(*zip(*pairs.values(), strict=True), color="#000000")
+    alphas = np.array(
+        [p.measures["effective_alpha_end"] for p in pairs], dtype=float
+    )  # not a number where there is none
+    shades = matplotlib.colormaps["viridis"].with_extremes(bad="black")
+    dots = axes.scatter(*zip(*pairs.values(), strict=True), c=alphas, cmap=shades, vmin=0, vmax=1, plotnonfinite=True)
+    axes.figure.colorbar(dots, label="effective α at the end")
     for point, pair in pairs.items():
         axes.annotate(f"#{point.number}", pair, xytext=(4, 3), textcoords="offset points", fontsize=8)
-    alphas = {p: alpha for p in pairs if (alpha := p.measures["effective_alpha_end"]) is not None}
-    if alphas:
-        known = [pairs[point] for point in alphas]
-        dots = axes.scatter(*zip(*known, strict=True), c=[*alphas.values()], vmin=0, vmax=1, zorder=3)
-        axes.figure.colorbar(dots, label="effective α at the end")
     yield axes
 
 

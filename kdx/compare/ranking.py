@@ -131,7 +131,8 @@ class Ranking:
         """The columns of its table, by title, and of that of the students' own answers, if those were measured."""
         found = {self.title: COLUMNS}
         if any(point.measures[name] is not None for point in self.points for name in ANSWERS):
-            first, title = self.points[0], "Greedy answers, not ranked: some students answered other prompts"
+            first = self.points[0]
+            title = "Greedy answers to held-out prompts, not ranked: some students answered other prompts"
             if by := [column.heading for name, column in ANSWERS.items() if name in first.rank]:
                 title = f"Greedy answers to {len(first.runs[0].answers)} held-out prompts, ranked by {' and '.join(by)}"
             found[title] = ANSWERS
@@ -140,12 +141,12 @@ class Ranking:
     @property
     def same_mixtures(self) -> str:
         """Which students' terms really pulled alike, whatever alpha, temperature and divergence were typed; or nothing."""
+        ends = {p: [p.measures[f"effective_alpha_{when}"] for when in ("end", "start")] for p in self.points}
         groups: dict[tuple[float, float], list[Point]] = {}
-        for point in self.points:
-            start, end = (point.measures[f"effective_alpha_{when}"] for when in ("start", "end"))
-            if not point.baseline and None not in (start, end):
-                close = (pair for pair in groups if max(abs(pair[0] - start), abs(pair[1] - end)) < SAME_MIXTURE)
-                groups.setdefault(next(close, (start, end)), []).append(point)
+        for point in sorted((p for p in ends if not p.baseline and None not in ends[p]), key=lambda p: ends[p]):
+            end, start = ends[point]
+            close = (pair for pair in groups if max(abs(pair[0] - end), abs(pair[1] - start)) < SAME_MIXTURE)
+            groups.setdefault(next(close, (end, start)), []).append(point)
         alike = " — ".join("; ".join(map(str, group)) for group in groups.values() if len(group) > 1)
         what = f"Really the same mixture (effective alpha within {SAME_MIXTURE} at start and end)"
         return f"{what}: {alike}." if alike else ""
