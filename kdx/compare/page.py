@@ -60,10 +60,8 @@ def ce_against_kl(ranking: Ranking) -> Iterator[Any]:
     axes = _axes("CE against KL; the line is the Pareto front", xlabel="KL", ylabel="CE")
     front = sorted(pair for point, pair in pairs.items() if point.pareto_front)
     axes.step(*zip(*front, strict=True), where="post", color="#888888", linewidth=1)
-    alphas = np.array(
-        [p.measures["effective_alpha_end"] for p in pairs], dtype=float
-    )  # not a number where there is none
-    shades = matplotlib.colormaps["viridis"].with_extremes(bad="black")
+    alphas = np.array([p.measures["effective_alpha_end"] for p in pairs], dtype=float)
+    shades = matplotlib.colormaps["viridis"].with_extremes(bad="black")  # for nan: a baseline has none
     dots = axes.scatter(*zip(*pairs.values(), strict=True), c=alphas, cmap=shades, vmin=0, vmax=1, plotnonfinite=True)
     axes.figure.colorbar(dots, label="effective α at the end")
     for point, pair in pairs.items():
