@@ -44,6 +44,7 @@ RANKED = {name: column for name, column in EVERY.items() if column.best}
 NUM_RESAMPLES = 4000
 DIGITS = 6  # values that agree to so many decimals are tied
 SAME_BUDGET = 0.05  # relative difference in trained tokens; the order of rows alone changes a few percent
+PULLS = ("effective_alpha_end", "effective_alpha_start")
 SAME_MIXTURE = 0.03  # of effective alpha, at start and end
 SEED_KEY = "train.seed"
 MOST_KEYS = 5  # keys in a label; all that differ are in a table of their own
@@ -141,13 +142,21 @@ class Ranking:
     @property
     def same_mixtures(self) -> str:
         """Which students' terms really pulled alike, whatever alpha, temperature and divergence were typed; or nothing."""
-        ends = {p: [p.measures[f"effective_alpha_{when}"] for when in ("end", "start")] for p in self.points}
-        groups: dict[tuple[float, float], list[Point]] = {}
-        for point in sorted((p for p in ends if not p.baseline and None not in ends[p]), key=lambda p: ends[p]):
-            end, start = ends[point]
-            close = (pair for pair in groups if max(abs(pair[0] - end), abs(pair[1] - start)) < SAME_MIXTURE)
-            groups.setdefault(next(close, (end, start)), []).append(point)
-        alike = " — ".join("; ".join(map(str, group)) for group in groups.values() if len(group) > 1)
+        groups: list[list[Point]] = []
+
+        def is_like(one: Point, other: Point) -> bool:
+            pulls = (abs(one.measures[name] - other.measures[name]) for name in PULLS)
+            keys = one.values.keys() | other.values.keys()
+            differing = [key for key in keys if one.values.get(key) != other.values.get(key)]
+            return max(pulls) < SAME_MIXTURE and all(key.startswith("loss") for key in differing)
+
+        mixed = [p for p in self.points if not p.baseline and None not in [p.measures[name] for name in PULLS]]
+        for point in sorted(mixed, key=lambda p: [p.measures[name] for name in PULLS]):
+            group = next((group for group in groups if is_like(group[0], point)), [])
+            if not group:
+                groups.append(group)
+            group.append(point)
+        alike = " — ".join("; ".join(map(str, group)) for group in groups if len(group) > 1)
         what = f"Really the same mixture (effective alpha within {SAME_MIXTURE} at start and end)"
         return f"{what}: {alike}." if alike else ""
 
