@@ -3,12 +3,11 @@
 No torch: it reads JSON and YAML, and runs after every job of a sweep.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from rich.markdown import Markdown
@@ -16,7 +15,7 @@ from rich.markdown import Markdown
 from kdx.compare.ranking import COLUMNS, Comparison, Run, compared, make_ranking
 from kdx.compare.tables import as_csv, as_json, as_markdown
 from kdx.config import leaves
-from kdx.errors import ConfigError
+from kdx.errors import ConfigError, Parser
 from kdx.run.files import write_beside
 from kdx.run.tracking import CONSOLE
 
@@ -27,8 +26,7 @@ EXAMPLE = "Example: kdx compare outputs/sweeps/NAME"
 
 def main(words: list[str]) -> int:
     """Run `kdx compare PATH… [--out DIR] [--wandb]` and return the exit code."""
-    parser = argparse.ArgumentParser("kdx compare", description="Compare runs and sweeps.")
-    parser.error = _usage_error  # type: ignore[method-assign]
+    parser = Parser("kdx compare", description="Compare runs and sweeps.")
     parser.add_argument("paths", nargs="*", metavar="PATH", help="a run folder or a sweep's folder")
     parser.add_argument(
         "--out",
@@ -56,10 +54,6 @@ def show(paths: Sequence[Path], out: Path) -> Comparison:
     CONSOLE.print(Markdown(as_markdown(comparison, names)))
     CONSOLE.print(f"Wrote {out / 'compare.html'}, .csv, .json and .md", markup=False)
     return comparison
-
-
-def _usage_error(message: str) -> NoReturn:
-    raise ConfigError("kdx compare", message, "Usage: kdx compare PATH... [--out DIR] [--wandb]")
 
 
 def compare(paths: Sequence[Path], out: Path) -> Comparison:
