@@ -88,7 +88,7 @@ def _main(argv: list[str]) -> int:
     words = argv[{"help": 1, "check": 1, "generate": 1, "store": 2}.get(name, 0) :]
     if name == "generate" and "rollout=teacher" not in words:
         words.insert(0, "rollout=teacher")
-    args = _parsed(words, *["--out"] * (name == "generate"))
+    args = _parsed(words, needs_out=name == "generate" and not is_help)
     if is_help:
         groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(args.config_dir).items()]
         print(HELP.format(groups="\n".join(groups)))
@@ -96,8 +96,6 @@ def _main(argv: list[str]) -> int:
     if args.hydra_help or args.info or args.shell_completion or (args.cfg and (args.cfg != "job" or args.package)):
         run_hydra(argv)
         return 0
-    if name == "generate" and not args.out:
-        raise ConfigError("--out", "is missing", "Name the file to write: --out answers.jsonl")
     plan = _planned(args)
     point, argv = plan.points[0], plan.command or argv
     if args.cfg:
@@ -113,7 +111,7 @@ def _main(argv: list[str]) -> int:
     elif name == "generate":
         from kdx.rollout import write_answers
 
-        write_answers(point.config, Path(args.out))
+        write_answers(point.config, args.out)
     elif name == "store":
         plugins.load()
         from kdx.store_commands import fill
@@ -154,8 +152,6 @@ def _planned(args: argparse.Namespace) -> "Plan":
     asked = {key_of(word): word.partition("=")[2].strip("'\"") for word in words}
     resume, like = (asked.get(key, "null") for key in ("run.resume", "run.like"))
     if resume != "null":
-        if args.multirun or like != "null":
-            raise ConfigError("run.resume", "resumes one run, as it was asked for", "Leave out -m and run.like")
         return resumed(resume, words, config_dir)
     if like == "null":
         return plan(words, config_dir, args.multirun)
@@ -167,13 +163,13 @@ def _planned(args: argparse.Namespace) -> "Plan":
     return made
 
 
-def _parsed(argv: list[str], *own: str) -> argparse.Namespace:
-    """Read Hydra's flags, and a command's own, anywhere among the words. Raises ConfigError."""
+def _parsed(argv: list[str], *, needs_out: bool = False) -> argparse.Namespace:
+    """Read Hydra's flags, and --out FILE, anywhere among the words. Raises ConfigError."""
     from hydra._internal.utils import get_args_parser
 
     parser = Parser("kdx", parents=[get_args_parser()], add_help=False)
-    for flag in own:
-        parser.add_argument(flag)
+    if needs_out:
+        parser.add_argument("--out", type=Path, required=True)
     args, unknown = parser.parse_known_intermixed_args(argv)
     args.overrides = [*unknown, *args.overrides]  # refused together with all else that cannot be read
     if args.config_path or args.config_name:

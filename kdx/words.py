@@ -18,7 +18,6 @@ loss.alpha: distillation_weight distill_weight kd_alpha kd_weight kd_ratio alpha
 loss.temperature: kd_temperature distillation_temperature tau
 loss=NAME: loss_fn loss_type divergence kd_loss
 loss=forward_kl: loss=kl loss=kld loss=kl_div loss=fkl loss=kd
-loss=reverse_kl: loss=rkl
 loss=cross_entropy: loss=ce loss=sft
 loss=jsd: loss=js loss=gkd
 loss.beta, with loss=jsd: beta
@@ -44,12 +43,10 @@ train.save_every or train.save_minutes: save_steps save_strategy
 train.keep_checkpoints (the two newest are kept until a run is done): save_total_limit save_only_model
 train.keep=best (the best is by eval.metric): load_best_model_at_end metric_for_best_model greater_is_better
 train.early_stopping.patience: early_stopping_patience
-train.seed: random_seed seed_everything
 train.precision=bf16: bf16
 train.precision=fp16: fp16
 train.precision: mixed_precision dtype student.precision student.dtype student.torch_dtype
 eval.every: eval_steps eval.steps eval_strategy evaluation_strategy val_check_interval check_val_every_n_epoch
-eval.num_prompts: num_samples
 experiment=demo: fast_dev_run
 teacher=none: teacher=null
 teacher=hf teacher.path: teacher_spec teacher_model_name_or_path teacher_model teacher.name teacher.model_name_or_path
@@ -62,16 +59,12 @@ student.attn_implementation: flash_attention use_flash_attention_2 flash_attn
 data.max_length: max_seq_length max_seq_len sequence_len cutoff_len block_size
 data=NAME data.path: train_path dataset_name dataset_path dataset datasets train_file
 data=text data.text_column: dataset_text_field
-data.subset: dataset_config_name
 data.validation: val_set_size validation_file eval_dataset test_size max_eval_samples
 data.take: max_train_samples max_samples
 data.assistant_only: train_on_inputs assistant_only_loss completion_only_loss
 data.shuffle (it groups rows by length): group_by_length
-data.source_column, with data=pairs: data.prompt_column data.input_column data.instruction_column
-data.target_column, with data=pairs: data.completion_column data.output_column data.response_column
 adapter=lora: use_peft use_lora peft_config lora adapter=peft
 adapter=lora adapter.r: lora_r lora_rank adapter.rank
-adapter=lora adapter.target_modules: lora_target_modules lora_target_linear
 adapter=lora student.path: lora_model_dir
 adapter=qlora: use_qlora qlora
 rollout.share, with rollout=student: lmbda on_policy_ratio rollout.fraction
@@ -84,13 +77,10 @@ tracking.name: run_name wandb_name experiment_name
 hydra.run.dir: output_dir out_dir save_dir default_root_dir logging_dir
 run.resume: resume_from_checkpoint ckpt_path checkpoint
 sweep.workers=2: n_jobs hydra/launcher=parallel hydra/launcher=joblib
-No equivalent (adapters are added to linear layers only): modules_to_save task_type use_dora use_rslora
 No equivalent (rows are grouped by length, so packing would save little): packing sample_packing pad_to_sequence_len
 No equivalent (several GPUs are used through torchrun or accelerate launch): deepspeed fsdp fsdp_config strategy ddp
 No equivalent (nothing is uploaded; student/ is in the run folder): push_to_hub hub_model_id hub_token
 No equivalent (a GPU is used if there is one; choose with CUDA_VISIBLE_DEVICES): device devices gpus no_cuda accelerator
-No equivalent (data are encoded once, before training): dataloader_num_workers num_workers num_proc dataset_num_proc
-No equivalent (a run folder is never overwritten): overwrite_output_dir
 No equivalent (the loss is distillation and cross-entropy alone): label_smoothing_factor neftune_noise_alpha
 """
 FOREIGN: dict[str, str] = {}  # word → hint

@@ -463,7 +463,6 @@ def test_exit_codes(error, code, says, capfd):
         (["store"], 2, "kdx store: the following arguments are required: command"),
         (["trian"], 2, "trian: cannot be read. Words are KEY=VALUE"),
         (["--config-dir", "absent", "train.seed=1"], 2, "absent is not a folder"),
-        (["run.resume=r", "-m", "train.seed=1,2"], 2, "Leave out -m"),
         (["--cfg", "job", "train.epochs=2"], 0, "max_steps: null"),
     ],
 )
