@@ -118,12 +118,10 @@ def together(errors: Sequence[KdxError]) -> KdxError:
 
 def first_of(faults: Sequence[DataError]) -> KdxError:
     """Join faults of rows into one error that prints the first of them, a line each, and their number."""
-    total, is_one = sum(len(fault.lines) for fault in faults), len({fault.args[1:] for fault in faults}) == 1
-    error = together(faults)
+    total, error = sum(len(fault.lines) for fault in faults), together(faults)
     if total > 1:
-        shown = 1 if is_one and total > SHOWN else SHOWN
-        more = f", first {shown} shown" if total > shown else ""
-        error.lines[shown:] = [f"data: {total} invalid rows{more}. {SKIP}"]
+        more = f", first {SHOWN} shown" if total > SHOWN else ""
+        error.lines[SHOWN:] = [f"data: {total} invalid rows{more}. {SKIP}"]
     return error
 
 
