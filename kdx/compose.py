@@ -281,9 +281,11 @@ def _resolved(cfg: DictConfig, faults: list[ConfigError]) -> dict[str, Any]:
 
 def _unreadable(word: str) -> ConfigError:
     """Say why a word cannot be read."""
-    what, hint = "cannot be read", "A value with spaces, brackets or signs needs quotes: 'KEY=\"a b\"'"
+    what, hint = "cannot be read", "See python -m kdx --help"
     if word.startswith("-"):
         what, hint = "is not a flag", "Flags are listed by python -m kdx --hydra-help"
+    elif "=" in word:
+        hint = "A value with spaces, brackets or signs needs quotes: 'KEY=\"a b\"'"
     hint = FOREIGN.get(key_of(word.lstrip("-")), hint)
     return ConfigError(word or "''", what, f"Words are KEY=VALUE, without dashes or spaces. {hint}")
 
