@@ -124,10 +124,10 @@ FAULTS = {
     ),
     "baseline_alpha": Fault(
         "a sweep's baseline trains with alpha 1 instead of 0",
-        "kdx/sweep.py",
-        '"loss.alpha=0"]',
-        '"loss.alpha=1"]',
-        ("test_sweep.py", "test_command.py"),
+        "kdx/compose.py",
+        'off = ["loss.alpha=0", ',
+        'off = ["loss.alpha=1", ',
+        ("test_cli.py",),
     ),
     "pairing": Fault(
         "the bootstrap draws other rows for the best student than for the others",

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -25,26 +25,46 @@ from kdx.optim import state_bytes
 from kdx.run import checkpoint, report, results
 from kdx.run.files import in_bytes, usage_of
 from kdx.run.folder import Record
+from kdx.run.identity import canonical, config_identity
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries
 from kdx.teacher import Answer
 from kdx.train import Training
+from kdx.words import key_of
+
+if TYPE_CHECKING:
+    from kdx.compose import Plan, Point
 
 MOST_READ = 1000  # rows among which the one with most turns is looked for
 LONGEST_SHOWN = 1200  # characters of the row that is shown
 
 
-def check(
-    config: Config, path: Path, record: Record | None = None, points: Sequence[tuple[Config, list[str]]] = ()
-) -> list[weigh.Row]:
+def check_points(plan: "Plan") -> None:
+    """Check every point that a command line asks for; of those that differ in the loss alone, the first."""
+    groups: dict[str, list[Point]] = {}
+    for point in plan.points:  # the loss changes neither data nor time, and memory little, but for having a teacher
+        same = {k: v for k, v in config_identity(point.config).items() if not k.startswith("loss.")}
+        groups.setdefault(canonical([same, point.config.loss.alpha > 0]), []).append(point)
+    is_loss_swept, rows = any(key.split(".")[0] == "loss" for key in plan.swept), list[weigh.Row]()
+    for points in groups.values():
+        first = points[0]
+        print("", *(word for word in first.words if key_of(word) in plan.swept), flush=True)
+        weighed = [point for point in points if is_loss_swept and point.config.loss.alpha > 0]
+        rows += check(first.config, plan.folder, Record(first.words, plan.swept, first.sources), weighed)
+    if rows:
+        alphas = sorted({point.config.loss.alpha for point in plan.points} - {0.0})
+        weigh.show(rows, alphas, Path("outputs/check") / str(plan.points[0].config.sweep.name))
+
+
+def check(config: Config, path: Path, record: Record | None = None, points: Sequence["Point"] = ()) -> list[weigh.Row]:
     """Say what a run of this config in a folder would be. Raises KdxError for all that the run would refuse.
 
-    points: those of a sweep that differ from it in the loss, with their words: what alpha weighs there.
+    points: those of a sweep that differ from it in the loss: what alpha weighs there.
     """
     quiet_libraries()
     plugins.load()
-    for point, _ in points:
-        check_loss(point.loss)
+    for point in points:
+        check_loss(point.config.loss)
     machine, record = build_accelerator(config), record or Record()
     with logging_to(None, machine.is_main_process), prepared(config, record, machine) as training:
         if not machine.is_main_process:

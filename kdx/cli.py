@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx import plugins
-from kdx.errors import ConfigError, MachineError, one_line, printable, user_error
+from kdx.errors import ConfigError, MachineError, Parser, one_line, printable, user_error
 from kdx.run.redact import redact
 from kdx.run.signals import num_processes
 from kdx.version import __version__
@@ -69,6 +69,7 @@ def main() -> None:
 def _main(argv: list[str]) -> int:
     """Show something, do one run or a sweep, or what a command says. Raises KdxError."""
     name = argv[0] if argv else ""
+    is_help = name == "help" or bool({"--help", "-h"} & {*argv})
     if name == "--version":
         print(f"kdx {__version__}")
         return 0
@@ -80,17 +81,14 @@ def _main(argv: list[str]) -> int:
         from kdx.evaluate_command import main as evaluate
 
         return evaluate(argv[1:])
-    is_help = name == "help" or bool({"--help", "-h"} & {*argv})
     if name == "store" and argv[1:2] != ["fill"] and not is_help:
         from kdx.store_commands import manage
 
         return manage(argv[1:])
     words = argv[{"help": 1, "check": 1, "generate": 1, "store": 2}.get(name, 0) :]
-    if words and words[0] == name and "=" not in name and name[:1] not in "+~-":
-        raise ConfigError(name, "is not a command", "A run is started by python -m kdx KEY=VALUE ...; see --help")
     if name == "generate" and "rollout=teacher" not in words:
         words.insert(0, "rollout=teacher")
-    args = _parsed(words, *["--out"] * (name == "generate"))
+    args = _parsed(words, needs_out=name == "generate" and not is_help)
     if is_help:
         groups = [f"{group}: {', '.join(options)}" for group, options in groups_in(args.config_dir).items()]
         print(HELP.format(groups="\n".join(groups)))
@@ -98,60 +96,34 @@ def _main(argv: list[str]) -> int:
     if args.hydra_help or args.info or args.shell_completion or (args.cfg and (args.cfg != "job" or args.package)):
         run_hydra(argv)
         return 0
-    if name == "generate" and not args.out:
-        raise ConfigError("--out", "is missing", "Name the file to write: --out answers.jsonl")
     plan = _planned(args)
+    point, argv = plan.points[0], plan.command or argv
     if args.cfg:
         import yaml
 
         from kdx.config import as_dict
 
-        print(yaml.safe_dump(redact(as_dict(plan.points[0].config)), sort_keys=False, allow_unicode=True), end="")
-        return 0
-    if name == "check":
-        return _check(plan)
-    if name == "generate":
+        print(yaml.safe_dump(redact(as_dict(point.config)), sort_keys=False, allow_unicode=True), end="")
+    elif name == "check":
+        from kdx.check import check_points
+
+        check_points(plan)
+    elif name == "generate":
         from kdx.rollout import write_answers
 
-        write_answers(plan.points[0].config, Path(args.out))
-        return 0
-    if name == "store":
+        write_answers(point.config, args.out)
+    elif name == "store":
         plugins.load()
         from kdx.store_commands import fill
 
         fill([point.config for point in plan.points])
-        return 0
-    from kdx import sweep
-    from kdx.run.folder import Record
+    else:
+        from kdx import sweep
+        from kdx.run.folder import Record
 
-    argv = plan.command or argv
-    if plan.is_sweep:
-        return sweep.run(plan, argv)
-    (point,) = plan.points
-    sweep.start_run(point.config, Record(point.words, [], point.sources, argv), plan.folder)
-    return 0
-
-
-def _check(plan: "Plan") -> int:
-    from kdx.check import check
-    from kdx.run.folder import Record
-    from kdx.run.identity import canonical, config_identity
-
-    groups: dict[str, list[Any]] = {}
-    for point in plan.points:  # the loss changes neither data nor time, and memory little, but for having a teacher
-        same = {k: v for k, v in config_identity(point.config).items() if not k.startswith("loss.")}
-        groups.setdefault(canonical([same, point.config.loss.alpha > 0]), []).append(point)
-    is_loss_swept, rows = plan.is_sweep and any(key.split(".")[0] == "loss" for key in plan.swept), []
-    for points in groups.values():
-        first = points[0]
-        print("", *(word for word in first.words if key_of(word) in plan.swept), flush=True)
-        taught = [(p.config, p.words) for p in points if is_loss_swept and p.config.loss.alpha > 0]
-        rows += check(first.config, plan.folder, Record(first.words, plan.swept, first.sources), taught)
-    if rows:
-        from kdx import weigh
-
-        alphas = sorted({point.config.loss.alpha for point in plan.points} - {0.0})
-        weigh.show(rows, alphas, Path("outputs/check") / str(plan.points[0].config.sweep.name))
+        if plan.is_sweep:
+            return sweep.run(plan, argv)
+        sweep.start_run(point.config, Record(point.words, [], point.sources, argv), plan.folder)
     return 0
 
 
@@ -174,41 +146,34 @@ def run_hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
 
 def _planned(args: argparse.Namespace) -> "Plan":
     """Compose everything that a command line asks for. Raises ConfigError."""
-    from kdx.compose import alike, plan, resumed
+    from kdx.compose import alike, command_of, plan, resumed
 
     words, config_dir = args.overrides, args.config_dir
     asked = {key_of(word): word.partition("=")[2].strip("'\"") for word in words}
     resume, like = (asked.get(key, "null") for key in ("run.resume", "run.like"))
     if resume != "null":
-        if other := "run.like" if like != "null" else "-m" if args.multirun else "":
-            raise ConfigError("run.resume", f"resumes one run, and {other} is given too", f"Leave out {other}")
         return resumed(resume, words, config_dir)
     if like == "null":
         return plan(words, config_dir, args.multirun)
-    words, of_run = alike(like, words)
-    config_dir = config_dir or of_run
+    words = alike(like, words)
+    config_dir = config_dir or _parsed(command_of(Path(like))).config_dir
     made = plan(words, config_dir, args.multirun)
     flags = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
     made.command = [*flags, *["-m"] * args.multirun, *words]
     return made
 
 
-def _parsed(argv: list[str], *own: str) -> argparse.Namespace:
-    """Read Hydra's flags, and a command's own, anywhere among the words. Raises ConfigError."""
+def _parsed(argv: list[str], *, needs_out: bool = False) -> argparse.Namespace:
+    """Read Hydra's flags, and --out FILE, anywhere among the words. Raises ConfigError."""
     from hydra._internal.utils import get_args_parser
 
-    parser = get_args_parser()
-    for flag in own:
-        parser.add_argument(flag)
-
-    def refuse(message: str) -> None:
-        raise ConfigError("command line", message, "Flags are listed by python -m kdx --hydra-help")
-
-    parser.error = refuse  # type: ignore[method-assign, assignment]
+    parser = Parser("kdx", parents=[get_args_parser()], add_help=False)
+    if needs_out:
+        parser.add_argument("--out", type=Path, required=True)
     args, unknown = parser.parse_known_intermixed_args(argv)
     args.overrides = [*unknown, *args.overrides]  # refused together with all else that cannot be read
     if args.config_path or args.config_name:
-        refuse("kdx has a config.yaml of its own; add options of yours with --config-dir FOLDER")
+        parser.error("kdx has a config.yaml of its own; add options of yours with --config-dir FOLDER")
     return args
 
 
@@ -227,18 +192,9 @@ def guarded(work: Callable[[], int], folder: Path | str = "disk") -> int:
     except Exception as error:
         known = user_error(error, folder)
         if not known:
-            return _bug()
+            traceback.print_exc()
+            print("kdx: unless your own code raised this, it is a bug in kdx; please report it", file=sys.stderr)
+            return 1
         for line in known.lines:
             print(f"kdx: error: {printable(redact(line))}", file=sys.stderr, flush=True)
         return known.exit_code
-
-
-def _bug() -> int:
-    """Print a traceback, and whether it is the user's own loss or source that raised."""
-    traceback.print_exc()
-    *_, last = traceback.extract_tb(sys.exc_info()[2])
-    where = "this is a bug in kdx; please report it with the lines above"
-    if Path(last.filename) in plugins.files():
-        where = f"raised in your own code, {last.filename}:{last.lineno}"
-    print(f"kdx: {where}", file=sys.stderr)
-    return 1

@@ -1,13 +1,10 @@
 """From the words typed, or an earlier run, to checked Configs: Hydra composes, pydantic checks, all faults at once."""
 
-import argparse
 import copy
 import functools
 import os
 import re
 import shlex
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from kdx import sweep
 from kdx.checked import checked
 from kdx.config import Config, leaves
+from kdx.data.sources import check_source
 from kdx.errors import ConfigError, did_you_mean, one_line, together
 from kdx.run.claim import holder
 from kdx.run.files import read_json
@@ -76,47 +74,41 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
     composer = composer_for(config_dir)
     typed, faults = composer.parsed(words)
     every, swept = sweep.points(typed)
-    if faults:
-        composer.points(every, faults)
     if not every:
         raise ConfigError("sweep", "has no points", "No option matches its pattern: see python -m kdx --help")
-    for_hydra, hydra = composer.hydra(every[0])
+    hydra = composer.hydra(every[0])
     if not is_multirun and getattr(hydra.mode, "name", "") != "MULTIRUN":
         if swept:
             hint = f"Add -m to try each; a list is typed with brackets: {swept[0]}=[...]"
             raise ConfigError(swept[0], "has several values, which is a sweep", hint)
-        if not hydra.run.dir:
-            raise ConfigError("hydra.run.dir", "is empty", "Name the run's folder, or leave it out")
-        return Plan([composer.point(every[0])], Path(str(hydra.run.dir)), config_dir)
+        return Plan(composer.points(every, faults), Path(str(hydra.run.dir)), config_dir)
     if params := plain(hydra.sweeper.get("params") or {}):
         # Hydra would sweep over these besides the words: merged, a typed word takes the place of the same key.
         merged = [*(f"{key}={value}" for key, value in params.items()), *words, "hydra.sweeper.params=null"]
         return plan(merged, config_dir, is_multirun=True)
-    points = composer.points(every)
+    points = composer.points(every, faults)
     configs = [point.config for point in points]
     if not configs[0].sweep.name:
         return plan([*words, f"sweep.name={sweep.sweep_name(swept, configs)}"], config_dir, is_multirun=True)
-    flags = ["--multirun", *([f"--config-dir={Path(config_dir).resolve()}"] if config_dir else [])]
-    if not hydra.sweep.dir:
-        raise ConfigError("hydra.sweep.dir", "is empty", "Name the sweep's folder, or leave it out")
     made = Plan(points, Path(str(hydra.sweep.dir)), config_dir, is_sweep=True, swept=swept)
+    flags = ["--multirun", *([f"--config-dir={Path(config_dir).resolve()}"] if config_dir else [])]
     if not str(hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):  # Optuna chooses as it goes
         made.hydra = [*flags, *(str(word.input_line) for word in typed)]
         return made
     baselines: list[Point] = []
     if all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha for c in configs):
-        # The same sweep without all that is typed of the loss, and without answers that only a teacher says anything of.
-        off = {"loss": "loss.alpha=0"}
-        if any(c.rollout.name == "student" for c in configs):
-            off["rollout"] = "rollout=none"
-        if any(c.loss.alpha_end is not None for c in configs):  # in YAML
-            off["loss.alpha_end"] = "loss.alpha_end=null"
-        kept = [str(word.input_line) for word in typed if word.key_or_group.split(".")[0] not in off]
-        baselines = composer.points(sweep.points(composer.parsed([*kept, *off.values()])[0])[0])
+        # The same points without all that is typed of the loss, and without answers that only a teacher judges.
+        off = ["loss.alpha=0", "loss.alpha_end=null"]
+        off += ["rollout=none"] if any(c.rollout.name == "student" for c in configs) else []
+        groups = {key_of(word).split(".")[0] for word in off}
+        kept = [tuple(word for word in point.words if key_of(word).split(".")[0] not in groups) for point in points]
+        baselines = [composer.point([*words, *off]) for words in dict.fromkeys(kept)]
     named = [(sweep.job_name(swept, job.words, job.config), job) for job in (*baselines, *points)]
     made.jobs = {made.folder / name: job for name, job in named}
     if not str(hydra.launcher.get("_target_")).endswith(".BasicLauncher"):
-        made.hydra = [*flags, *for_hydra, f"+kdx_job=range({len(made.jobs)})"]
+        deciding = [word for word in points[0].words if "." not in key_of(word) or word.startswith("sweep.")]
+        deciding += [str(word.input_line) for word in typed if word.key_or_group.startswith("hydra.")]
+        made.hydra = [*flags, *deciding, f"+kdx_job=range({len(made.jobs)})"]
     return made
 
 
@@ -136,23 +128,17 @@ class Composer:
                     raise ConfigError(str(file), f"is not read: kdx's conf/{name} has the same name", "Rename it")
         self.groups = groups_in(folder)
         self._loader: Any = ConfigLoaderImpl(search)
-        self._parser = OverridesParser.create(config_loader=self)  # type: ignore[arg-type]
+        self._parser = OverridesParser.create(config_loader=self._loader)
         self._composed = functools.cache(self._compose)
-
-    def get_group_options(self, group_name: str, *_: Any, **__: Any) -> list[str]:
-        """Answer Hydra's parser, which asks for `loss=glob(*)`."""
-        return self.groups.get(group_name, [])
 
     def parsed(self, words: list[str]) -> tuple[list[Override], list[ConfigError]]:
         """Read words as Hydra does, and what is wrong; values become ++KEY=VALUE, so that every key reaches the check."""
         keys, overrides = {key_of(word) for word in words}, []
         what, hint = "is the old name of {}, and both are given", "Leave out one of them"
         faults = [ConfigError(old, what.format(new), hint) for old, new in RENAMED.items() if {old, new} <= keys]
-        ignored = [key_of(word) for word in words if word.startswith("hydra.") and not word.endswith("=false")]
-        faults += [ConfigError(key, "is not used", FOREIGN[key]) for key in ignored if key in FOREIGN]
         for word in words:
             try:
-                overrides += self._parser.parse_overrides(self._spelt(word) if key_of(word) else [""])  # Hydra takes =3
+                overrides += self._parser.parse_overrides(self._spelt(word))
             except HydraException:
                 faults.append(_unreadable(word))
         return overrides, faults
@@ -171,17 +157,7 @@ class Composer:
             return [f"{key}=hf", f"++{key}.path={value}"]
         return [f"{key}={value}"] if key in self.groups else [f"++{key}={value}"]
 
-    def hydra(self, words: list[str]) -> tuple[list[str], Any]:
-        """Return the words that decide Hydra's own part of the config, and that part. Raises ConfigError."""
-        typed, _ = self.parsed(words)
-        choices, _ = self._choices(typed)
-        values = [word for word in typed if word.key_or_group.startswith(("hydra.", "sweep."))]
-        cfg = copy.deepcopy(self._composed(choices)[0])
-        if faults := apply(values, cfg):
-            raise together(faults)
-        return [*choices, *(str(word.input_line) for word in values)], cfg.hydra
-
-    def points(self, every: list[list[str]], faults: Sequence[ConfigError] = ()) -> list[Point]:
+    def points(self, every: list[list[str]], faults: list[ConfigError]) -> list[Point]:
         """Compose every point of a sweep. Raises ConfigError with these faults and those of all points."""
         points, faults = [], [*faults]
         for words in every:
@@ -196,45 +172,41 @@ class Composer:
     def point(self, words: list[str]) -> Point:
         """Compose and check one run. Raises ConfigError with all that is wrong."""
         typed, faults = self.parsed(words)
+        choices, values = self._split(typed, faults)
+        base, sources = self._composed(choices)
         keys = {word.key_or_group for word in typed}
-        choices, wrong = self._choices(typed)
-        composed, sources = self._composed(choices)
-        values = [w for w in typed if not self._is_choice(w) and not w.key_or_group.startswith("hydra.")]
-        tree, unset = laid_over(composed, values)
-        faults += wrong + unset
-        config = checked(tree, faults, keys, [key for key in leaves(plain(composed)) if not key.startswith("hydra.")])
+        config = _checked_over(base, values, keys, faults)
         said = [word.removeprefix("++") for word in words if not word.startswith("hydra.")]
         return Point(said, config, sources | {key: "typed" for key in SOURCES if key in keys})
 
-    def _is_choice(self, word: Override) -> bool:
-        return word.key_or_group in self.groups or word.key_or_group.startswith("hydra/")
+    def hydra(self, words: list[str]) -> Any:
+        """Return Hydra's own part of the config of one run."""
+        choices, values = self._split(self.parsed(words)[0], [])
+        return _laid_over(self._composed(choices)[0], values, []).hydra
 
-    def _choices(self, words: list[Override]) -> tuple[tuple[str, ...], list[ConfigError]]:
-        """Split off the words that choose from groups, and what is wrong with them."""
-        kept, faults = [], []
-        for word in filter(self._is_choice, words):
+    def _split(self, typed: list[Override], faults: list[ConfigError]) -> tuple[tuple[str, ...], list[Override]]:
+        """Split words into choices from groups and values; a choice that there is not is a fault."""
+        choices, values = [], []
+        for word in typed:
             line, key = str(word.input_line), word.key_or_group
             options, value = self.groups.get(key), line.partition("=")[2].strip("'\"")
-            if word.is_delete() or (line not in FOREIGN if options is None else value in options):
-                kept.append(line)
-                continue
-            own = OTHERS.get(key, "Your own options: --config-dir FOLDER").format(key)
-            hint = FOREIGN.get(line) or f"{did_you_mean(value, options or [])}. {own}"
-            faults.append(ConfigError(line, f"{key} has no option {value or repr(value)}", hint))
-        return tuple(kept), faults
+            if options is None and not key.startswith("hydra/"):
+                values.append(word)
+            elif word.is_delete() or (line not in FOREIGN if options is None else value in options):
+                choices.append(line)
+            else:
+                own = OTHERS.get(key, "Your own options: --config-dir FOLDER").format(key)
+                hint = FOREIGN.get(line) or f"{did_you_mean(value, options or [])}. {own}"
+                faults.append(ConfigError(line, f"{key} has no option {value!r}", hint))
+        return tuple(choices), values
 
     def _compose(self, choices: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
         """Compose what YAML says under some choices → it, and which file set each of SOURCES. Raises ConfigError."""
         try:
             cfg = self._loader.load_configuration("config", list(choices), RunMode.RUN)
             return cfg, self._sources(list(choices))
-        except yaml.MarkedYAMLError as error:
-            place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "YAML"
-            raise ConfigError(place, f"does not parse: {error.problem}", "Fix the YAML") from None
-        except HYDRA_ERRORS as error:
-            hint = "`python -m kdx --info defaults` lists what is composed"
-            if "'hydra/" in str(error):
-                hint = "Others are installed: pip install hydra-optuna-sweeper, or hydra-submitit-launcher"
+        except (yaml.YAMLError, *HYDRA_ERRORS) as error:
+            hint = "See python -m kdx --info defaults. Other sweepers and launchers are packages of their own"
             raise ConfigError("config", _reason(error), hint) from None
 
     def _sources(self, choices: list[str]) -> dict[str, str]:
@@ -258,105 +230,105 @@ def plain(node: Any) -> dict[str, Any]:
     return {str(k): v for k, v in OmegaConf.to_container(OmegaConf.create(node)).items()}  # type: ignore[union-attr]
 
 
-def apply(words: list[Override], cfg: DictConfig) -> list[ConfigError]:
-    """Set typed values as Hydra does → what is wrong with them."""
-    faults = []
-    for word in words:
-        try:
-            ConfigLoaderImpl._apply_overrides_to_config([word], cfg)
-        except HYDRA_ERRORS as error:
-            hint = "See all keys with: python -m kdx --cfg all"
-            faults.append(ConfigError(word.key_or_group or str(word.input_line), _reason(error), hint))
-    return faults
-
-
-def laid_over(base: Any, words: list[Override]) -> tuple[dict[str, Any], list[ConfigError]]:
-    """Set typed values in a composed config → plain values, and what is wrong; a wrong value becomes null.
+def _laid_over(base: Any, values: list[Override], faults: list[ConfigError]) -> DictConfig:
+    """Set typed values in a composed config. A value that cannot be set is a fault.
 
     Of max_steps and epochs the one that is typed wins: the other is null, unless it is typed too.
     """
-    cfg, typed = copy.deepcopy(OmegaConf.create(base)), {word.key_or_group for word in words}
+    cfg, typed = copy.deepcopy(OmegaConf.create(base)), {word.key_or_group for word in values}
     for old in RENAMED:  # in YAML
         group, _, name = old.partition(".")
         if name in (cfg.get(group) or ()):
             OmegaConf.set_struct(cfg, False)
             OmegaConf.update(cfg, new_name(old), cfg[group].pop(name))
-    faults = apply(words, cfg)
+    for word in values:
+        try:
+            ConfigLoaderImpl._apply_overrides_to_config([word], cfg)
+        except HYDRA_ERRORS as error:
+            where = word.key_or_group or str(word.input_line)
+            faults.append(ConfigError(where, _reason(error), "See all keys with: python -m kdx --cfg all"))
     for key, other in PAIRS.items():
         if key in typed and other not in typed and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, other, None)
-    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    for key in leaves(plain(cfg)):
-        try:
-            value = OmegaConf.select(cfg, key, throw_on_missing=True)
-            if OmegaConf.is_list(value):
-                OmegaConf.to_container(value, resolve=True)
-        except MissingMandatoryValue:
-            faults.append(ConfigError(key, "is missing", f"Set it: {key}=..."))
-            OmegaConf.update(cfg, key, None)
-        except OmegaConfBaseException as error:  # of an interpolation
-            faults.append(ConfigError(key, _reason(error), "Set what it names, or give a value"))
-            OmegaConf.update(cfg, key, None)
-    return OmegaConf.to_container(cfg, resolve=True), faults  # type: ignore[return-value]
+    return cfg
+
+
+def _checked_over(base: Any, values: list[Override], typed: set[str], faults: list[ConfigError]) -> Config:
+    """Set typed values in a composed config and check it. Raises ConfigError with these faults and all others."""
+    faults = [*faults]
+    cfg = _laid_over(base, values, faults)
+    tree = _resolved(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), faults)
+    config = checked(tree, {key: node for key, node in plain(base).items() if key != "hydra"}, typed, faults)
+    try:
+        check_source(config.data)
+    except ConfigError as error:
+        if not error.args[0].endswith(".name"):  # one's own sources are not imported yet
+            raise
+    return config
+
+
+def _resolved(cfg: DictConfig, faults: list[ConfigError]) -> dict[str, Any]:
+    """Return plain values. One that is missing or cannot be resolved is a fault, and null."""
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = str(error.full_key)
+        what = "is missing" if isinstance(error, MissingMandatoryValue) else _reason(error)
+        faults.append(ConfigError(key, what, f"Set it: {key}=..."))
+        OmegaConf.update(cfg, key, None)
+        return _resolved(cfg, faults)
 
 
 def _unreadable(word: str) -> ConfigError:
     """Say why a word cannot be read."""
-    what, hint = "cannot be read", "A value with spaces, brackets or signs needs quotes: 'KEY=\"a b\"'"
+    what, hint = "cannot be read", "See python -m kdx --help"
     if word.startswith("-"):
         what, hint = "is not a flag", "Flags are listed by python -m kdx --hydra-help"
+    elif "=" in word:
+        hint = "A value with spaces, brackets or signs needs quotes: 'KEY=\"a b\"'"
     hint = FOREIGN.get(key_of(word.lstrip("-")), hint)
     return ConfigError(word or "''", what, f"Words are KEY=VALUE, without dashes or spaces. {hint}")
 
 
 def _reason(error: Exception) -> str:
-    """Return the part of Hydra's or OmegaConf's message that helps the user."""
-    text = one_line(re.split(r"\nSee https|\n\s+full_key:|\n\s*Config search path", str(error))[0])
-    return re.sub(r"^\w+ raised while resolving interpolation: (.)(.*)\1$", r"\2", text)
+    """Return what helps the user of a library's message."""
+    return one_line(re.split(r"\n\s*(full_key:|Config search path|To append)", str(error))[0])
 
 
 def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
     """Resume a run in its own folder, under its own config with what is typed laid over it. Raises ConfigError."""
-    folder = newest() if name == "last" else Path(name)
-    where = f"run.resume={name}"
+    folder, where = newest() if name == "last" else Path(name), f"run.resume={name}"
     tree, recorded = _read(folder / "config.yaml", where), _read(folder / "overrides.yaml", where)
     if not is_resumable(folder):
-        raise ConfigError(
-            where, "has no checkpoint to resume from", f"Start a new run from its words: run.like={folder}"
-        )
+        hint = f"Start a new run from its words: run.like={folder}"
+        raise ConfigError(where, "has no checkpoint to resume from", hint)
     new = [word for word in words if word not in recorded and key_of(word) != "run.resume"]
     overrides, faults = composer_for(config_dir).parsed(new)
-    typed = [word for word in overrides if not word.key_or_group.startswith("hydra")]
-    keys = {word.key_or_group for word in typed}
-    tree, unset = laid_over(tree, typed)
-    flat, faults = leaves(tree), faults + unset
-    hidden = [key for key, value in flat.items() if HIDDEN in str(value)]
+    values = [word for word in overrides if not word.key_or_group.startswith("hydra")]
+    keys = {word.key_or_group for word in values}
+    hidden = [key for key, value in leaves(tree).items() if HIDDEN in str(value) and key not in keys]
     faults += [ConfigError(key, "was recorded without its secret", f"Type it again: {key}=...") for key in hidden]
-    config = checked(tree, faults, {key_of(word) for word in words}, list(flat))
+    config = _checked_over(tree, values, {key_of(word) for word in words}, faults)
     sources = read_json(folder / "record.json").get("sources", {}) | {key: "typed" for key in keys if key in SOURCES}
     kept = [word for word in recorded if key_of(word) not in keys]
-    return Plan([Point([*kept, *new], config, sources)], folder, config_dir, command=_command(folder))
+    return Plan([Point([*kept, *new], config, sources)], folder, config_dir, command=command_of(folder))
 
 
-def alike(name: str, words: list[str]) -> tuple[list[str], str | None]:
-    """Return the words of an earlier run, replaced by those typed now, and its --config-dir. Raises ConfigError."""
+def alike(name: str, words: list[str]) -> list[str]:
+    """Return the words of an earlier run, replaced by those typed now. Raises ConfigError."""
     where, folder = f"run.like={name}", Path(name)
-    typed = {RENAMED.get(key_of(word), key_of(word)) for word in words}
+    typed = {key_of(word) for word in words}
     typed |= {PAIRS[key] for key in typed & PAIRS.keys()}
     kept = []
     for word in _read(folder / "overrides.yaml", where):
-        if RENAMED.get(key_of(word), key_of(word)) in typed or word.startswith("sweep."):
+        if (
+            key_of(word) in typed or word.startswith("sweep.") or "trust_remote_code" in word
+        ):  # code must be typed again
             continue
         if HIDDEN in word:
             raise ConfigError(key_of(word), "was recorded without its secret", f"Type it again: {key_of(word)}=...")
-        if "trust_remote_code" in word:
-            print(f"kdx: {word} is not copied from {folder}: type it if that code may run", file=sys.stderr)
-            continue
         kept.append(word)
-    flags = argparse.ArgumentParser(add_help=False)
-    flags.add_argument("--config-dir", "-cd")
-    config_dir: str | None = flags.parse_known_args(_command(folder))[0].config_dir
-    return [*kept, *(word for word in words if key_of(word) != "run.like")], config_dir
+    return [*kept, *(word for word in words if key_of(word) != "run.like")]
 
 
 def newest() -> Path:
@@ -376,6 +348,7 @@ def _read(file: Path, where: str) -> Any:
     return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
-def _command(folder: Path) -> list[str]:
+def command_of(folder: Path) -> list[str]:
+    """Return what was typed for an earlier run."""
     file = folder / "command.txt"
     return shlex.split(file.read_text(encoding="utf-8"), comments=True)[3:] if file.is_file() else []

@@ -1,8 +1,8 @@
-"""The shape of a run: every key's name, type, range and meaning. Values live in conf/, never here."""
+"""The shape of a run: every key's name, type and range. Values live in conf/, with a comment each."""
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
@@ -20,8 +20,12 @@ Path = Annotated[Text, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Above0 = Annotated[float, Field(gt=0)]
+AtLeast0 = Annotated[float, Field(ge=0)]
+Temperature = Annotated[float, Field(gt=0, le=1e6)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts",
@@ -30,19 +34,15 @@ Schedule = Literal[
 
 
 class Group(BaseModel):
-    """A group of keys. A docstring below a key is part of the hint when a value does not fit."""
+    """A group of keys."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class OpenGroup(Group):
     """A group whose further keys are options of the function or class that `name` chooses."""
 
     model_config = ConfigDict(extra="allow")
-
-    name: Text
 
     @property
     def options(self) -> dict[str, Any]:
@@ -66,86 +66,59 @@ class TeacherConfig(ModelConfig):
     precision: Dtype  # Dtype of the frozen weights; auto takes bf16 where the processor has it
     quantization: Literal["none", "8bit", "4bit"]  # bitsandbytes quantisation of the frozen weights
     device_map: Literal["auto"] | None  # auto spreads the teacher over all devices (accelerate)
-    micro_batch_size: Positive | Literal["auto"]
-    """Rows per forward pass of the teacher, which needs less memory than training; auto is the student's."""
+    micro_batch_size: Positive | Literal["auto"]  # Its rows per forward pass; auto is the student's
     store: Literal["auto", "on", "off"]  # Cache its final hidden states on disk; auto: if rows are seen more than once
     store_dir: Path  # Folder of that cache; runs and sweeps that name the same folder share it
-    store_limit_gb: Above0 | None
-    """Largest size of the cache, in 10⁹ bytes; null is what the disk holds, less a tenth."""
+    store_limit_gb: Above0 | None  # Largest size of the cache, in 10⁹ bytes; null is what the disk holds, less a tenth
 
 
 class StudentConfig(ModelConfig):
-    init: Literal["pretrained", "cut", "random"]
-    """Where the weights come from: `path`, the teacher's own layers, or fresh ones in the shape of `path`."""
-    layers: Positive | Annotated[list[Count], Field(min_length=1)] | None
-    """For init=cut: how many of the teacher's layers (evenly spread, first and last kept), or which: [0,3,29]."""
-    save_dtype: Literal["auto", "fp32", "bf16", "fp16"]
-    """Dtype of the saved student; auto is the dtype of the weights it started from. Training uses fp32 weights."""
+    init: Literal["pretrained", "cut", "random"]  # From `path`, the teacher's layers, or fresh in the shape of `path`
+    layers: Positive | Annotated[list[Count], Field(min_length=1)] | None  # For init=cut: how many, or which
+    save_dtype: Literal["auto", "fp32", "bf16", "fp16"]  # Auto is that of the weights it started from
 
 
 class DataConfig(OpenGroup):
-    name: Text
-    """The registered source that turns files into conversations."""
-    path: Path | Annotated[list[Path], Field(min_length=1)] | None
-    """A file (jsonl, json, csv, parquet), glob, folder, a list of them, or a hub data set."""
+    name: Text  # The registered source that turns files into conversations
+    path: Path | Annotated[list[Path], Field(min_length=1)] | None  # File, glob, folder, or hub data set
     subset: Text | None  # The hub data set's configuration
     split: Text  # The hub data set's split to train on
-    validation: Positive | Share | Annotated[str, Field(min_length=1)] | None
-    """Held-out rows: a number of rows, a share below 1, a file, `split:NAME`, or null for none."""
-    seed: Seed
-    """Chooses the held-out rows and shuffles the rest before `take`; independent of train.seed."""
-    take: Positive | None
-    """Train on this many rows of the shuffled rest."""
+    validation: Positive | Share | Annotated[str, Field(min_length=1)] | None  # Rows, a share, a file or split:NAME
+    seed: Seed  # Chooses the held-out rows and shuffles the rest before `take`; independent of train.seed
+    take: Positive | None  # Train on this many rows of the shuffled rest
     shuffle: bool  # Shuffle rows each epoch (grouped by length); false keeps the file's order
-    max_length: Annotated[int, Field(ge=2)] | None
-    """Longest row in tokens; null is what the models can read."""
+    max_length: Annotated[int, Field(ge=2)] | None  # Longest row in tokens; null is what the models can read
     on_long: Literal["truncate", "split", "drop", "error"]  # What to do with a longer row
-    on_bad_row: Literal["stop", "skip"]
-    """What to do with a row that the source or the chat template rejects; skipped rows are counted."""
-    max_bad_rows: Count | Annotated[float, Field(ge=0, lt=1)] | None
-    """Most rows that on_bad_row=skip leaves out: a number of rows, a share of all below 1, or null for any number."""
+    on_bad_row: Literal["stop", "skip"]  # What to do with a row that the source or the chat template rejects
+    max_bad_rows: Count | Below1 | None  # Rows, or a share; null: any number
     assistant_only: bool  # Count only the assistant's tokens and the token that ends its turn in the loss
     chat_template: Text | None  # Jinja text or a file with it, instead of the tokenizer's own template
-    template_date: Day
-    """The day (YYYY-MM-DD) that a chat template sees which reads the clock, so that its rows are the same tomorrow."""
+    template_date: Day  # The day that a chat template sees which reads the clock: its rows are the same tomorrow
 
 
 class LossConfig(OpenGroup):
-    name: Text
-    """A registered divergence, or cross_entropy (alpha 0)."""
-    alpha: Annotated[float, Field(ge=0, le=1)]
-    """Weight of the distillation term: alpha·KD + (1−alpha)·CE."""
-    temperature: Annotated[float, Field(gt=0, le=1e6)]
-    """Softens both distributions in the distillation term; CE is always at 1."""
+    name: Text  # A registered divergence, or cross_entropy (alpha 0)
+    alpha: Fraction  # Weight of the distillation term: alpha·KD + (1−alpha)·CE
+    temperature: Temperature  # Of both distributions in the distillation term; CE is at 1
     scale_by_temperature: bool  # Multiply the distillation term by temperature² (Hinton et al., 2015)
-    alpha_end: Annotated[float, Field(ge=0, le=1)] | None
-    """What alpha moves to by the last step, in equal steps; null: it stays."""
-    temperature_end: Annotated[float, Field(gt=0, le=1e6)] | None
-    """What the temperature moves to by the last step, in equal steps; null: it stays."""
+    alpha_end: Fraction | None  # What alpha moves to by the last step, in equal steps
+    temperature_end: Temperature | None  # The same of the temperature
 
 
 class OptimConfig(OpenGroup):
-    name: Annotated[Text, Field(pattern=r"^(torch|bitsandbytes)\.[A-Za-z]\w*$")]
-    """An optimizer class of torch.optim or bitsandbytes.optim: torch.CLASS or bitsandbytes.CLASS."""
-    lr: Above0
-    """Peak learning rate."""
-    weight_decay: Annotated[float, Field(ge=0)]
-    """Decay of matrices; norms and biases have none."""
+    name: Annotated[Text, Field(pattern=r"^(torch|bitsandbytes)\.[A-Za-z]\w*$")]  # A class of that library's optim
+    lr: Above0  # Peak learning rate
+    weight_decay: AtLeast0  # Decay of matrices; norms and biases have none
     schedule: Schedule  # Learning-rate schedule (transformers' get_scheduler)
-    schedule_options: dict[str, Any]
-    """Further arguments of that schedule (scheduler_specific_kwargs)."""
-    warmup_steps: Count | Annotated[float, Field(ge=0, lt=1)]
-    """Steps of linear warm-up; below 1, a share of all steps."""
+    schedule_options: dict[str, Any]  # Further arguments of that schedule (scheduler_specific_kwargs)
+    warmup_steps: Count | Below1  # Steps of linear warm-up; below 1, a share of all steps
 
 
 class AdapterConfig(Group):
     name: Literal["none", "lora"]  # Train all weights, or small matrices added to frozen ones (peft's LoraConfig)
-    r: Positive
-    """Rank of each adapter."""
-    lora_alpha: Above0
-    """An adapter's output is multiplied by lora_alpha / r."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    """Dropout of an adapter's input."""
+    r: Positive  # Rank of each adapter
+    lora_alpha: Above0  # An adapter's output is multiplied by lora_alpha / r
+    lora_dropout: Below1  # Dropout of an adapter's input
     target_modules: Text | Annotated[list[Text], Field(min_length=1)]  # As peft reads it: all-linear, names, a pattern
     quantization: Literal["none", "8bit", "4bit"]  # bitsandbytes quantisation of the frozen base; needs a GPU
     save: Literal["merged", "adapter"]  # The student: an ordinary model folder, or peft's, without the base
@@ -153,18 +126,12 @@ class AdapterConfig(Group):
 
 class RolloutConfig(Group):
     name: Literal["none", "student", "teacher"]  # Who writes the answers that the student trains on
-    share: Annotated[float, Field(ge=0, le=1)]
-    """The share of a step's rows that get the student's own answer."""
-    max_new_tokens: Positive
-    """Most tokens of an answer."""
-    temperature: Annotated[float, Field(ge=0, le=1e6)]
-    """Temperature of sampling; 0 is greedy."""
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    """Sample from the likeliest tokens that have this much probability."""
-    reuse_steps: Positive
-    """Answers for so many steps are sampled at once, from the weights of the first."""
-    batch_size: Positive
-    """Prompts answered at once."""
+    share: Fraction  # The share of a step's rows that get the student's own answer
+    max_new_tokens: Positive  # Most tokens of an answer
+    temperature: Annotated[float, Field(ge=0, le=1e6)]  # Temperature of sampling; 0 is greedy
+    top_p: Annotated[float, Field(gt=0, le=1)]  # Sample from the likeliest tokens that have this much probability
+    reuse_steps: Positive  # Answers for so many steps are sampled at once, from the weights of the first
+    batch_size: Positive  # Prompts answered at once
     sampler: Text | None  # A sampler registered with @register_sampler, in place of kdx's own
 
     @property
@@ -173,64 +140,44 @@ class RolloutConfig(Group):
 
 
 class EarlyStoppingConfig(Group):
-    patience: Positive | None
-    """Evaluations without improvement before stopping; null is off."""
-    min_delta: Annotated[float, Field(ge=0)]
-    """What counts as improvement of the held-out measure."""
+    patience: Positive | None  # Evaluations without improvement before stopping; null is off
+    min_delta: AtLeast0  # What counts as improvement of the held-out measure
 
 
 class TrainConfig(Group):
-    batch_size: Positive
-    """Rows in one optimizer step, over all processes."""
-    micro_batch_size: Positive | Literal["auto"]
-    """Rows per forward pass on one device; auto is batch_size ÷ processes. Accumulation is derived."""
-    micro_batch_tokens: Positive | None
-    """Or as many rows of similar length as fit into this many tokens, padding included; the gradient is the same."""
-    max_steps: Annotated[int, Field(ge=0, le=10**9)] | None
-    """Optimizer steps; exactly one of max_steps and epochs. 0 measures and trains nothing."""
-    epochs: Annotated[float, Field(gt=0, le=1e9)] | None
-    """Passes over the training rows; exactly one of max_steps and epochs."""
-    max_grad_norm: Above0 | None
-    """Gradients are clipped to this norm; null is off."""
+    batch_size: Positive  # Rows in one optimizer step, over all processes
+    micro_batch_size: Positive | Literal["auto"]  # Rows per forward pass on one device; auto is batch_size ÷ processes
+    micro_batch_tokens: Positive | None  # Or as many rows of similar length as fit into so many tokens
+    max_steps: Annotated[int, Field(ge=0, le=10**9)] | None  # Optimizer steps; 0 measures and trains nothing
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None  # Passes over the training rows, instead of max_steps
+    max_grad_norm: Above0 | None  # Gradients are clipped to this norm; null is off
     precision: Dtype  # Compute precision over fp32 weights; auto takes accelerate's config, else what the hardware has
     gradient_checkpointing: bool  # Recompute activations in the backward pass: less memory, about a third slower
     compile: bool  # torch.compile the bodies of student and teacher
     use_liger_kernel: bool  # Norms, rotary embeddings and MLPs of the student by Liger's kernels, on a CUDA GPU
-    log_every: Positive
-    """Steps between log lines."""
-    save_every: Count
-    """Steps between checkpoints; 0 leaves it to save_minutes."""
-    save_minutes: Annotated[float, Field(ge=0)] | None
-    """Minutes between checkpoints, besides save_every; null or 0 is off."""
+    log_every: Positive  # Steps between log lines
+    save_every: Count  # Steps between checkpoints; 0 leaves it to save_minutes
+    save_minutes: AtLeast0 | None  # Minutes between checkpoints; null or 0 is off
     keep_checkpoints: bool  # Keep the checkpoints of a finished run, and write one at its last step
     early_stopping: EarlyStoppingConfig
     keep: Literal["last", "best"]  # Which weights become the student: the last step's, or the best held-out measure's
-    on_nonfinite: Literal["stop", "skip"]
-    """What to do with a step whose loss or gradient is not finite: stop the run before it, or skip it."""
-    max_nonfinite: Positive
-    """Most steps that on_nonfinite=skip skips; one more stops the run."""
-    seed: Seed
-    """Order of rows, dropout, fresh weights."""
+    on_nonfinite: Literal["stop", "skip"]  # At a step whose loss or gradient is not finite
+    max_nonfinite: Positive  # Most steps that on_nonfinite=skip skips; one more stops the run
+    seed: Seed  # Order of rows, dropout, fresh weights
 
 
 class EvalConfig(Group):
-    every: Count | Literal["auto"]
-    """Steps between held-out measures during training; 0 measures at the end only; auto takes up to five that cost little."""
-    metric: Literal["kl", "ce", "on_policy_kl", "rouge_l"]
-    """What train.keep=best, early stopping and a sweep compare; CE in place of KL where there is no teacher."""
-    num_prompts: Count | Literal["auto"]
-    """Held-out prompts that all models answer; 0 is none; auto takes 64, and fewer, but 8, in a short run."""
-    on_policy_kl: Literal["auto"] | bool
-    """The student's KL to the teacher on its own answers; true loads the teacher's body for it, after training."""
+    every: Count | Literal["auto"]  # Steps between held-out measures; 0: at the end only; auto: up to five
+    metric: Literal["kl", "ce", "on_policy_kl", "rouge_l"]  # What keep=best, early stopping and a sweep compare
+    num_prompts: Count | Literal["auto"]  # Held-out prompts that all models answer; auto: 8 to 64
+    on_policy_kl: Literal["auto"] | bool  # KL to the teacher on its own answers; true loads the teacher for it
 
 
 class TrackingConfig(Group):
-    mode: Literal["auto", "online", "offline", "disabled"]
-    """W&B: auto is WANDB_MODE, then online with a login, else offline."""
+    mode: Literal["auto", "online", "offline", "disabled"]  # W&B: auto is WANDB_MODE, then online if there is a login
     project: Text | None  # W&B project; null takes WANDB_PROJECT, then kdx
     entity: Text | None  # W&B entity; null takes WANDB_ENTITY
-    name: Text | None
-    """Name of the run; null takes WANDB_NAME, then what distinguishes it: its point in a sweep, else models and loss."""
+    name: Text | None  # Name of the run; null takes WANDB_NAME, then its point in a sweep, else models and loss
     group: Text | None  # W&B group; null takes the sweep's name, then WANDB_RUN_GROUP
     tags: list[Text]  # W&B tags, besides those that kdx gives; an empty list takes WANDB_TAGS
     notes: Text | None  # W&B notes; null takes WANDB_NOTES
@@ -245,11 +192,9 @@ class RunConfig(Group):
 
 
 class SweepConfig(Group):
-    name: Annotated[Text, Field(pattern=f"^{SAFE_NAME.pattern}$")] | None
-    """Name of the sweep: letters, digits and . _ -; null is made of the swept keys and a short hash of the rest."""
+    name: Annotated[Text, Field(pattern=f"^{SAFE_NAME.pattern}$")] | None  # Null: the swept keys and a short hash
     baseline: bool  # Also run alpha=0, once for each setting of what is swept besides the loss
-    workers: Positive
-    """Jobs that run at once on this machine, each on a GPU of its own or its share of the cores."""
+    workers: Positive  # Jobs that run at once on this machine, each on a GPU of its own or its share of the cores
 
 
 class Config(Group):
@@ -293,21 +238,16 @@ def short_key(key: str, keys: list[str]) -> str:
     return next((t for t in tails if sum(k == t or k.endswith(f".{t}") for k in {*keys, key}) == 1), key)
 
 
-def contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
-    """Find values that are fine alone and wrong together → where, what, hint for each."""
+def contradictions(config: Config, typed: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """Find values that are fine alone and wrong together → where, what, hint for each. typed: keys."""
     teacher, student, loss, train, rollout = config.teacher, config.student, config.loss, config.train, config.rollout
-    for group, model in (("teacher", teacher), ("student", student)):
-        path = model.path or ""
-        is_local = not path or path.startswith("pkg:") or os.path.isdir(path)
-        if model.trust_remote_code and not is_local and not COMMIT.fullmatch(model.revision or ""):
-            what = "runs code from the hub, so it needs a revision that is a commit (40 hex digits)"
-            yield f"{group}.trust_remote_code", what, f"Pin it: {group}.revision=COMMIT"
-    if student.init == "cut":
-        if teacher.path is None:
-            yield "student", "is cut from the teacher, and there is none", "Choose student=hf"
-        if student.layers is None:
-            yield "student.layers", "is null", "Set how many or which: student.layers=10"
-    elif student.path is None:
+    yield from _of_code(config, typed)
+    yield from _without_effect(config, typed)
+    if student.init == "cut" and teacher.path is None:
+        yield "student", "is cut from the teacher, and there is none", "Choose student=hf"
+    if student.init == "cut" and student.layers is None:
+        yield "student.layers", "is null", "Set how many or which: student.layers=10"
+    if student.init != "cut" and student.path is None:
         yield "student.path", "is null", "Set the model: student.path=FOLDER or a hub id"
     if teacher.path is None and loss.alpha > 0:
         what = f"is {loss.alpha:g}, but without a teacher there is nothing to distil from"
@@ -341,21 +281,42 @@ def contradictions(config: Config) -> Iterator[tuple[str, str, str]]:
             if getattr(config.adapter, key) != only:
                 yield f"adapter.{key}", what, f"Set adapter.{key}={only}"
     if teacher.adapter and (teacher.path is None or teacher.quantization != "none" or student.init == "cut"):
-        reason = "student is cut from the teacher's own files" if student.init == "cut" else "weights are quantised"
-        what = "cannot be merged: there is no teacher" if teacher.path is None else f"cannot be merged: the {reason}"
+        what = "cannot be merged into a teacher that is none or quantised, or that the student is cut from"
         yield "teacher.adapter", what, "Merge it into a folder first, and name that as teacher.path"
-    micro, warmup = train.micro_batch_size, config.optim.warmup_steps
+    micro = train.micro_batch_size
     if isinstance(micro, int) and train.micro_batch_tokens:
         what = "says how many tokens a micro-batch has, and train.micro_batch_size how many rows"
         yield "train.micro_batch_tokens", what, "Set one of them"
     if isinstance(micro, int) and train.batch_size % micro:
         what = f"is {train.batch_size}, not a multiple of train.micro_batch_size={micro}"
         yield "train.batch_size", what, f"Try {max(micro, train.batch_size // micro * micro)}"
-    if train.max_steps and warmup > train.max_steps:
-        what = f"is {warmup}, more than train.max_steps={train.max_steps}"
-        yield "optim.warmup_steps", what, f"It should be at most {train.max_steps}, or a share below 1"
     if config.data.validation is None or config.eval.every == 0:
         yield from unmeasured(config)
+
+
+def _of_code(config: Config, typed: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """A model's own Python code that is to run: that must be typed, and of the hub it must be one commit's."""
+    for group, model in (("teacher", config.teacher), ("student", config.student)):
+        key, path = f"{group}.trust_remote_code", model.path or ""
+        is_local = not path or path.startswith("pkg:") or os.path.isdir(path)
+        if model.trust_remote_code and key not in typed:
+            yield key, "runs a model's own code, so it must be typed, not only set in YAML", f"Type {key}=true"
+        elif model.trust_remote_code and not is_local and not COMMIT.fullmatch(model.revision or ""):
+            what = "runs code from the hub, so it needs a revision that is a commit (40 hex digits)"
+            yield key, what, f"Pin it: {group}.revision=COMMIT"
+
+
+def _without_effect(config: Config, typed: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """Typed keys that change nothing, because of a choice that was not typed."""
+    for choice, of, is_off, why in (
+        ("adapter=lora", "adapter.", config.adapter.name == "none", "the student has no adapter"),
+        ("rollout=student", "rollout.", config.rollout.name == "none", "nothing is generated"),
+        ("data=pairs or data=messages", "data.path", config.data.name == "chitchat", "chitchat has rows of its own"),
+        ("student=hf", "student.path", config.student.init == "cut" and config.student.path, "the student is cut"),
+    ):
+        if is_off and choice.split("=")[0] not in typed:
+            keys = sorted(key for key in typed if key.startswith(of) and not key.endswith(".name"))
+            yield from ((key, f"has no effect: {why}", f"Add {choice}") for key in keys)
 
 
 def unmeasured(config: Config) -> list[tuple[str, str, str]]:

@@ -4,10 +4,12 @@ Exit codes: 0 ok · 1 a bug in kdx · 2 the user's config or data · 3 the machi
 · 4 diverged · 5 some jobs of a sweep failed · 129/130/143 a signal, resumable.
 """
 
+import argparse
 import errno
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import NoReturn
 
 MACHINE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR,
@@ -32,7 +34,6 @@ class KdxError(Exception):
     exit_code = 2
 
     def __init__(self, where: str, what: str, hint: str) -> None:
-        assert where and what and hint, "a user's error says where, what and how to fix it"
         super().__init__(where, what, hint)  # all three, so that the error survives pickling between processes
         self.lines = [printable(f"{where}: {what}. {hint}", keep="")]
 
@@ -66,6 +67,13 @@ class DivergedError(KdxError):
     """A loss or gradient that is not finite."""
 
     exit_code = 4
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose error is a user's error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(self.prog, message, f"See {self.prog} --help")
 
 
 def user_error(error: BaseException, folder: object = "disk") -> KdxError | None:
@@ -110,12 +118,10 @@ def together(errors: Sequence[KdxError]) -> KdxError:
 
 def first_of(faults: Sequence[DataError]) -> KdxError:
     """Join faults of rows into one error that prints the first of them, a line each, and their number."""
-    total, is_one = sum(len(fault.lines) for fault in faults), len({fault.args[1:] for fault in faults}) == 1
-    error = together(faults)
+    total, error = sum(len(fault.lines) for fault in faults), together(faults)
     if total > 1:
-        shown = 1 if is_one and total > SHOWN else SHOWN
-        more = f", first {shown} shown" if total > shown else ""
-        error.lines[shown:] = [f"data: {total} invalid rows{more}. {SKIP}"]
+        more = f", first {SHOWN} shown" if total > SHOWN else ""
+        error.lines[SHOWN:] = [f"data: {total} invalid rows{more}. {SKIP}"]
     return error
 
 
@@ -135,7 +141,6 @@ def one_line(error: BaseException | str) -> str:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return a hint for an unknown name: the nearest one, and all choices if they are few."""
+    """Return a hint for an unknown name: the nearest one, and all choices."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    return f"{hint}Choices: {', '.join(known)}" if len(known) <= 24 else hint or "See the documentation for all names"
+    return (f"Did you mean {near[0]}? " if near else "") + f"Choices: {', '.join(known)}"

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kdx import plugins
 from kdx.adapter import load_adapter
@@ -16,7 +16,7 @@ from kdx.compare.read import find, read_run, show
 from kdx.compose import resumed
 from kdx.config import Config, replaced
 from kdx.data.encode import load_data
-from kdx.errors import ConfigError, KdxError, MachineError, of_hub, one_line, together, user_error
+from kdx.errors import ConfigError, KdxError, MachineError, Parser, of_hub, one_line, together, user_error
 from kdx.evaluate import MAX_NEW_TOKENS, Said, answers_of, num_prompts, on_policy_kls, said_of, tokens_of
 from kdx.run.files import read_json, write_json, write_lines
 from kdx.run.identity import adapter_base
@@ -52,8 +52,7 @@ def main(words: list[str]) -> int:
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("kdx evaluate", description="Measure the students of runs that are done.")
-    parser.error = _usage_error  # type: ignore[method-assign]
+    parser = Parser("kdx evaluate", description="Measure the students of runs that are done.")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a run or a sweep; KEY=VALUE changes their configs")
     parser.add_argument("--on-policy", action="store_true", help="KL to the teacher on the students' own answers")
     tasks = parser.add_argument_group("lm-evaluation-harness, with its own flags")
@@ -65,14 +64,10 @@ def _parsed(words: list[str]) -> argparse.Namespace:
     tasks.add_argument("--apply_chat_template", action="store_true")
     args = parser.parse_intermixed_args(words)
     if not (args.on_policy or args.tasks):
-        _usage_error("nothing is asked for: give --on-policy or --tasks A,B")
+        parser.error("nothing is asked for: give --on-policy or --tasks A,B")
     if args.tasks and not find_spec("lm_eval"):
         raise MachineError("--tasks", "needs the package lm_eval, which is not installed", "pip install lm_eval")
     return args
-
-
-def _usage_error(message: str) -> NoReturn:
-    raise ConfigError("kdx evaluate", message, "See kdx evaluate --help")
 
 
 def _done(paths: Sequence[Path]) -> list[Run]:

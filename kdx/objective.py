@@ -20,10 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from kdx import fused, loss
 from kdx.causal_lm import Head, counted_hidden, head_of
+from kdx.checked import option_faults
 from kdx.config import LossConfig
 from kdx.data.batches import IGNORED, MicroBatch
 from kdx.errors import ConfigError, did_you_mean, together
-from kdx.plugins import option_faults
 from kdx.teacher import Answer
 
 CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: larger chunks mean fewer passes over the head's gradient

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kdx.checked import option_faults
 from kdx.config import OptimConfig
 from kdx.errors import ConfigError, MachineError, did_you_mean, one_line, together
-from kdx.plugins import option_faults
 
 UNFIT = {"LBFGS", "SparseAdam", "Optimizer"}  # wants several losses a step; sparse gradients; is abstract
 

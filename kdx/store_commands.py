@@ -1,13 +1,11 @@
 """What `kdx store …` does: fill the teacher's store ahead of the runs, show it, verify it, prune it."""
 
-import argparse
 import os
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NoReturn
 
 from rich.markup import escape
 from rich.table import Column, Table
@@ -16,7 +14,7 @@ from kdx.config import Config, replaced
 from kdx.data.batches import collate
 from kdx.data.encode import load_data
 from kdx.data.files import at_home
-from kdx.errors import ConfigError, MachineError
+from kdx.errors import ConfigError, MachineError, Parser
 from kdx.evaluate import MAX_NEW_TOKENS, num_prompts, teacher_answers
 from kdx.rollout import with_teachers_answers
 from kdx.run.files import in_bytes, read_json, size_of
@@ -70,8 +68,7 @@ def _fill(config: Config) -> None:
 
 def manage(words: list[str]) -> int:
     """Run `kdx store stat | verify | prune` → the exit code. Raises ConfigError or MachineError."""
-    parser = argparse.ArgumentParser("kdx store", add_help=False)
-    parser.error = _usage_error  # type: ignore[method-assign]
+    parser = Parser("kdx store", add_help=False)
     parser.add_argument("command", choices=("fill", "stat", "verify", "prune"))
     parser.add_argument("folder", nargs="?", default="")
     parser.add_argument("--unused-days", type=float)
@@ -86,10 +83,6 @@ def manage(words: list[str]) -> int:
     else:
         _show(root, teachers, is_verify=args.command == "verify")
     return 0
-
-
-def _usage_error(message: str) -> NoReturn:
-    raise ConfigError("kdx store", message, "See kdx store --help")
 
 
 def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> None:

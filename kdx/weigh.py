@@ -4,18 +4,21 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 from kdx.causal_lm import counted_hidden, head_of
-from kdx.config import Config
-from kdx.objective import PULLS, chunk_size_of, mix_of, pulls_of, summed_loss
+from kdx.objective import PULLS, Mix, chunk_size_of, mix_of, pulls_of, summed_loss
 from kdx.run.files import write_json
 from kdx.run.tracking import CONSOLE, without
 from kdx.train import Training
 from kdx.words import key_of
+
+if TYPE_CHECKING:
+    from kdx.compose import Point
 
 NUM_STEPS = 4  # first steps of the run whose rows are looked at
 
@@ -24,93 +27,91 @@ NUM_STEPS = 4  # first steps of the run whose rows are looked at
 class Row:
     """Norms of the gradients of τ²·KD and CE, each with weight 1, for the untouched student: means over the steps."""
 
-    label: str  # what else is swept, and the divergence
-    words: list[str]  # what was typed for such a point, without alpha
+    divergence: str  # with its options and what else is swept
     temperature: float
     grad_kd: float
     grad_ce: float
-    cosine: float | None
+    grad_cosine: float | None
+    words: list[str]  # what was typed for such a point, without alpha
 
     def at(self, alpha: float) -> float | None:
         """Return the effective alpha."""
-        kd, ce = alpha * self.grad_kd, (1 - alpha) * self.grad_ce
-        return kd / (kd + ce) if kd + ce > 0 else None
+        return _share(alpha * self.grad_kd, (1 - alpha) * self.grad_ce)
 
     def alpha_for(self, share: float) -> float | None:
         """Return the alpha whose effective alpha is `share`."""
-        kd, ce = (1 - share) * self.grad_kd, share * self.grad_ce
-        return ce / (ce + kd) if kd + ce > 0 else None
+        return _share(share * self.grad_ce, (1 - share) * self.grad_kd)
+
+
+def _share(one: float, other: float) -> float | None:
+    return one / (one + other) if one + other > 0 else None
 
 
 @torch.no_grad()
-def weighed(training: Training, points: Sequence[tuple[Config, list[str]]], swept: Sequence[str]) -> list[Row]:
+def weighed(training: Training, points: Sequence["Point"], swept: Sequence[str]) -> list[Row]:
     """Measure each divergence and temperature of these points, which differ in the loss alone, on the run's first rows."""
-    mixes = [replace(mix_of(config.loss), alpha=0.5, alpha_end=None) for config, _ in points]
-    numbers = [i for i, mix in enumerate(mixes) if mixes.index(mix) == i]  # several alphas: one is enough
-    mixes, points = [mixes[i] for i in numbers], [points[i] for i in numbers]
+    asked: dict[str, tuple[Mix, Point]] = {}
+    for point in points:
+        mix = replace(mix_of(point.config.loss), alpha=0.5, alpha_end=None)
+        asked.setdefault(repr(mix), (mix, point))  # several alphas: one is enough
     objective, machine = training.objective, training.machine
     assert training.teacher is not None
     torch.manual_seed(training.config.train.seed)  # dropout
     objective.train()
-    steps, figures = replace(training.batches, rank=0, num_processes=1), []
+    steps, found = replace(training.batches, rank=0, num_processes=1), {name: list[dict[str, Any]]() for name in asked}
     for step in steps.steps(0, min(NUM_STEPS, training.max_steps)):
-        sums: Any = 0
-        for micro_batch in step.micro_batches if step else ():
+        if step is None:
+            break
+        sums = {name: dict.fromkeys(PULLS, 0.0) for name in asked}
+        for micro_batch in step.micro_batches:
             answer, batch = training.teacher.answer(micro_batch, is_kept=False), micro_batch.to(machine.device)
             with machine.autocast():
                 hidden, head = counted_hidden(objective.model, batch), head_of(objective.model).cut(objective.num_ids)
                 how: dict[str, Any] = {"chunk_size": chunk_size_of(head), "weights": batch.weights, "with_pulls": True}
-                terms = [summed_loss(hidden, head, answer, batch.counted_labels, mix, **how)[1] for mix in mixes]
-            sums = sums + torch.stack([torch.stack([t[name] for name in PULLS]) for t in terms])
-        if step:
-            named = [dict(zip(PULLS, of_mix, strict=True)) for of_mix in sums.tolist()]
-            figures.append([pulls_of(of_mix, step.num_tokens) for of_mix in named])
+                for name, (mix, _) in asked.items():
+                    _, terms = summed_loss(hidden, head, answer, batch.counted_labels, mix, **how)
+                    sums[name] = {pull: sums[name][pull] + float(terms[pull]) for pull in PULLS}
+        for name, pulls in sums.items():
+            found[name].append(pulls_of(pulls, step.num_tokens))
     rows = []
-    for of_mix, (config, words) in zip(zip(*figures, strict=True), points, strict=False):
-        kd, ce, cosine = (_mean([f[name] for f in of_mix]) for name in ("grad_kd", "grad_ce", "grad_cosine"))
-        others = [w for w in words if key_of(w) in swept and key_of(w).split(".")[0] != "loss"]
-        options = [f"{key}={value}" for key, value in config.loss.options.items()]
-        label, kept = " ".join([*others, config.loss.name, *options]), without(words, "loss.alpha=", "sweep.")
+    for name, (_, point) in asked.items():
+        kd, ce, cosine = (_mean([pulls[key] for pulls in found[name]]) for key in ("grad_kd", "grad_ce", "grad_cosine"))
+        loss, words = point.config.loss, point.words
+        others = [word for word in words if key_of(word) in swept and not word.startswith("loss")]
+        label = " ".join([*others, loss.name, *(f"{key}={value}" for key, value in loss.options.items())])
         norms = (2 * (kd or 0.0), 2 * (ce or 0.0))  # alpha was a half
-        rows.append(Row(label, kept, config.loss.temperature, *norms, cosine))
-    labels = [row.label for row in rows]
-    return sorted(rows, key=lambda row: labels.index(row.label))  # the temperatures of a divergence together
+        rows.append(Row(label, loss.temperature, *norms, cosine, without(words, "loss.alpha=", "sweep.")))
+    labels = [row.divergence for row in rows]
+    return sorted(rows, key=lambda row: labels.index(row.divergence))  # the temperatures of a divergence together
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return fmean(known) if known else None
 
 
 def show(rows: Sequence[Row], alphas: Sequence[float], folder: Path) -> None:
     """Print the table and a suggested grid; write check.json and effective_alpha.png into a folder."""
     heads = ["τ", "grad KD", "grad CE", "cosine", *(f"α {alpha:g}" for alpha in alphas), "equal at α"]
     title = f"effective alpha of the untouched student over its first {NUM_STEPS} steps"
-    table, texts = Table("divergence", title=title, title_justify="left"), []
-    for head in heads:
-        table.add_column(head, justify="right")
-    for row in rows:
-        values = [row.cosine, *map(row.at, alphas), row.alpha_for(0.5)]
-        shown = ["" if value is None else f"{value:.2f}" for value in values]
-        table.add_row(row.label, f"{row.temperature:g}", f"{row.grad_kd:.4g}", f"{row.grad_ce:.4g}", *shown)
+    columns = [Column(head, justify="right") for head in heads]
+    table, found, texts = Table("divergence", *columns, title=title, title_justify="left"), [], []
     num = len(alphas) if len(alphas) > 1 else 3
     shares = [i / (num + 1) for i in range(1, num + 1)]
     for row in rows:
+        effective = {f"{alpha:g}": row.at(alpha) for alpha in alphas}
+        more = {"effective_alpha": effective, "equal_at_alpha": row.alpha_for(0.5)}
+        found.append({key: value for key, value in vars(row).items() if key != "words"} | more)
+        values = [row.grad_cosine, *effective.values(), row.alpha_for(0.5)]
+        shown = ["" if value is None else f"{value:.2f}" for value in values]
+        table.add_row(row.divergence, f"{row.temperature:g}", f"{row.grad_kd:.4g}", f"{row.grad_ce:.4g}", *shown)
         even = [f"{alpha:.4g}" for share in shares if (alpha := row.alpha_for(share)) is not None]
-        name = f"sweep.name={folder.name}-even"
-        texts.append("python -m kdx -m " + shlex.join([*row.words, f"loss.alpha={','.join(even)}", name]))
+        grid = [f"loss.alpha={','.join(even)}", f"sweep.name={folder.name}-even"]
+        texts.append("python -m kdx -m " + shlex.join([*row.words, *grid]))
     CONSOLE.print(table)
     CONSOLE.print("grad KD and grad CE have weight 1; effective alpha is α·KD ÷ (α·KD + (1−α)·CE) by these norms")
     CONSOLE.print(f"effective alphas {', '.join(f'{share:.2f}' for share in shares)}, one line for each row:")
     CONSOLE.print("\n".join(f"  {text}" for text in texts), markup=False)
-    found = [
-        {
-            "divergence": row.label, "temperature": row.temperature, "grad_kd": row.grad_kd, "grad_ce": row.grad_ce,
-            "grad_cosine": row.cosine, "effective_alpha": {f"{alpha:g}": row.at(alpha) for alpha in alphas},
-            "equal_at_alpha": row.alpha_for(0.5),
-        }
-        for row in rows
-    ]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "check.json", {"num_steps": NUM_STEPS, "rows": found, "suggested": texts})
     draw(rows, alphas, folder / "effective_alpha.png")
@@ -127,7 +128,7 @@ def draw(rows: Sequence[Row], alphas: Sequence[float], file: Path) -> None:
     values = [[row.at(alpha) or 0.0 for alpha in alphas] for row in rows]
     axes.imshow(values, cmap="PuOr_r", vmin=0, vmax=1, alpha=0.7, aspect="auto")
     axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
-    axes.set_yticks(range(len(rows)), [f"{row.label}, τ {row.temperature:g}" for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{row.divergence}, τ {row.temperature:g}" for row in rows])
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=9)

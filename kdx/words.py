@@ -1,4 +1,4 @@
-"""What people type: other tools' names for kdx's keys, and the nearest key to a typo."""
+"""What people type: other tools' names for kdx's keys, old names, and the nearest key to a typo."""
 
 import sys
 from collections.abc import Sequence
@@ -10,114 +10,83 @@ from pathlib import Path
 CONF = Path(import_module("kdx.conf").__path__[0]).resolve()
 CHOICES = ("teacher", "student", "data", "loss", "optim", "adapter", "rollout", "experiment", "recipe", "pair")
 OPTIONAL = CHOICES[-3:]  # groups of which nothing may be chosen
-RENAMED = {
-    "train.eval_every": "eval.every",
-    "data.system": "data.system_prompt",
-}  # keys that still work under their old names when they are typed
+RENAMED = {"train.eval_every": "eval.every", "data.system": "data.system_prompt"}  # old names that still work
 
 # kdx's name: the names that it has in HF Trainer, TRL, peft, axolotl, Lightning and papers.
-MEANT = {
-    "loss.alpha": "distillation_weight distill_weight kd_alpha kd_weight kd_ratio alpha_kd soft_loss_weight",
-    "loss.alpha? The cross-entropy term has the weight 1 - loss.alpha": "ce_weight alpha_ce kd_ce_alpha hard_loss_weight",
-    "loss.temperature": "kd_temperature distillation_temperature tau",
-    "loss=NAME": "loss_fn loss_type divergence kd_loss kl_type",
-    "loss=forward_kl": "loss=kl loss=kld loss=kl_div loss=fkl loss=kd",
-    "loss=reverse_kl": "loss=rkl",
-    "loss=cross_entropy": "loss=ce loss=sft",
-    "loss=jsd": "loss=js loss=gkd",
-    "loss.beta, with loss=jsd": "beta",
-    "optim.lr": "learning_rate base_lr max_lr",
-    "optim=NAME": "optimizer optim_name",
-    "optim=adamw": "optim=adamw_torch optim=adamw_torch_fused optim=adam",
-    "optim=adamw_8bit": "optim=adamw_bnb_8bit optim=adamw8bit adamw_bnb_8bit",
-    "optim=paged_adamw_8bit": "optim=paged_adamw optim=paged_adamw8bit",
-    "optim.name=torch.SGD ~optim.betas": "optim=sgd",
-    "optim.betas": "adam_beta1 adam_beta2",
-    "optim.eps": "adam_epsilon",
-    "optim.schedule": "lr_scheduler_type lr_scheduler lr_schedule",
-    "optim.schedule_options": "lr_scheduler_kwargs",
-    "optim.warmup_steps? Below 1 it is a share of all steps": "warmup_ratio num_warmup_steps warmup",
-    "train.micro_batch_size": "per_device_train_batch_size per_device_eval_batch_size per_gpu_batch_size",
-    "train.batch_size": "train_batch_size global_batch_size effective_batch_size",
-    "train.micro_batch_size? A step accumulates train.batch_size rows": "gradient_accumulation_steps "
-    "accumulate_grad_batches accumulation_steps grad_accum",
-    "train.epochs": "num_train_epochs num_epochs max_epochs",
-    "train.max_steps": "num_train_steps total_steps num_steps",
-    "train.max_grad_norm": "gradient_clip_val grad_clip clip_grad_norm",
-    "train.compile": "torch_compile",
-    "train.log_every": "logging_steps log_every_n_steps",
-    "train.save_every or train.save_minutes": "save_steps save_strategy saves_per_epoch",
-    "train.keep_checkpoints? The two newest are kept until a run is done": "save_total_limit save_only_model",
-    "train.keep=best? The best is by eval.metric": "load_best_model_at_end metric_for_best_model greater_is_better",
-    "train.early_stopping.patience": "early_stopping_patience patience",
-    "train.seed": "random_seed seed_everything",
-    "train.seed or data.seed": "seed",
-    "train.precision=bf16": "bf16",
-    "train.precision=fp16": "fp16",
-    "train.precision": "mixed_precision dtype student.precision student.dtype student.torch_dtype",
-    "eval.every": "eval_steps eval.steps eval.strategy eval_strategy evaluation_strategy val_check_interval eval_every "
-    "check_val_every_n_epoch evals_per_epoch",
-    "eval.num_prompts": "eval.num_samples num_samples",
-    "experiment=demo": "fast_dev_run",
-    "teacher=none": "teacher=null",
-    "teacher=hf teacher.path": "teacher_spec teacher_model_name_or_path teacher_model teacher_name teacher_path "
-    "teacher.name teacher.model teacher.model_name teacher.model_name_or_path",
-    "teacher.precision": "torch_dtype teacher_dtype teacher.dtype",
-    "teacher.quantization=8bit": "load_in_8bit",
-    "teacher.quantization=4bit, or adapter=qlora for the student": "load_in_4bit",
-    "student=hf student.path": "student_module model_name_or_path student_model model_name model_id model base_model student.name "
-    "student.model student.model_name",
-    "student.layers, with student=cut": "student.num_layers student.num_hidden_layers",
-    "student.attn_implementation": "flash_attention use_flash_attention_2 flash_attn",
-    "data.max_length": "max_seq_length max_seq_len sequence_len cutoff_len block_size",
-    "data=NAME data.path": "data.train_path train_path dataset_name dataset_path dataset datasets train_file train_data",
-    "data=text data.text_column": "dataset_text_field",
-    "data.subset": "dataset_config_name",
-    "data.validation": "eval.path eval.data val_set_size validation_file eval_dataset test_size val_file max_eval_samples limit_val_batches",
-    "data.take": "max_train_samples max_samples limit_train_batches",
-    "data.assistant_only": "train_on_inputs assistant_only_loss completion_only_loss",
-    "data.shuffle? It groups rows by length": "group_by_length shuffle_data",
-    "data.source_column, with data=pairs": "data.prompt_column data.input_column data.instruction_column",
-    "data.target_column, with data=pairs": "data.completion_column data.output_column data.response_column",
-    "adapter=lora": "use_peft use_lora peft_config lora adapter=peft",
-    "adapter=lora adapter.r": "lora_r lora_rank adapter.rank",
-    "adapter=lora adapter.lora_alpha": "adapter.alpha",
-    "adapter=lora adapter.lora_dropout": "adapter.dropout",
-    "adapter=lora adapter.target_modules": "lora_target_modules lora_target_linear target_modules",
-    "adapter=lora student.path": "lora_model_dir",
-    "adapter=qlora": "use_qlora qlora",
-    "rollout.share, with rollout=student": "lmbda on_policy on_policy_ratio rollout.fraction rollout.ratio",
-    "rollout=student": "rollout=on_policy rollout=true",
-    "rollout=teacher": "seq_kd rollout=seqkd rollout=off_policy",
-    "rollout.max_new_tokens": "max_new_tokens max_completion_length",
-    "tracking.mode": "report_to use_wandb logger wandb",
-    "tracking.project": "wandb_project project_name",
-    "tracking.name": "run_name wandb_name experiment_name run.name",
-    "hydra.run.dir": "run.dir output_dir out_dir save_dir default_root_dir logging_dir",
-    "run.resume": "resume_from_checkpoint ckpt_path checkpoint",
-    "sweep.workers=2": "n_jobs hydra/launcher=parallel hydra/launcher=joblib",
-}
-_NONE = {
-    "adapters are added to linear layers only": "modules_to_save task_type bias use_dora use_rslora",
-    "rows are grouped by length, so packing would save little": "packing sample_packing pad_to_sequence_len",
-    "several GPUs are used through torchrun or accelerate launch, sharded by FSDP": "deepspeed fsdp fsdp_config strategy ddp",
-    "nothing is uploaded; the student is in the run folder's student/": "push_to_hub hub_model_id hub_token",
-    "a GPU is used if there is one; choose with CUDA_VISIBLE_DEVICES, or torchrun for several": "device devices gpus "
-    "no_cuda use_cpu accelerator num_gpus",
-    "a run always trains and measures; train.max_steps=0 only measures": "do_train do_eval do_predict",
-    "data are encoded once, before training": "dataloader_num_workers num_workers remove_unused_columns num_proc "
-    "dataset_num_proc dataset_prepared_path",
-    "a run folder is never overwritten; without hydra.run.dir each run has a new one": "overwrite_output_dir",
-    "kdx names the folder of each job; hydra.sweep.dir=FOLDER chooses where these are": "hydra.sweep.subdir",
-    "a run stays in the folder where it was started": "hydra.job.chdir",
-    "the loss is distillation and cross-entropy alone": "label_smoothing_factor neftune_noise_alpha",
-}
-FOREIGN = {
-    word: f"Did you mean {meant}" + ("" if "? " in meant else "?")
-    for meant, words in MEANT.items()
-    for word in words.split()
-}
-FOREIGN |= {word: f"No equivalent: {why}" for why, words in _NONE.items() for word in words.split()}
+MEANT = """
+loss.alpha: distillation_weight distill_weight kd_alpha kd_weight kd_ratio alpha_kd
+loss.temperature: kd_temperature distillation_temperature tau
+loss=NAME: loss_fn loss_type divergence kd_loss
+loss=forward_kl: loss=kl loss=kld loss=kl_div loss=fkl loss=kd
+loss=cross_entropy: loss=ce loss=sft
+loss=jsd: loss=js loss=gkd
+loss.beta, with loss=jsd: beta
+optim.lr: learning_rate base_lr max_lr
+optim=NAME: optimizer optim_name
+optim=adamw: optim=adamw_torch optim=adamw_torch_fused optim=adam
+optim=adamw_8bit: optim=adamw_bnb_8bit optim=adamw8bit
+optim=paged_adamw_8bit: optim=paged_adamw optim=paged_adamw8bit
+optim.betas: adam_beta1 adam_beta2
+optim.eps: adam_epsilon
+optim.schedule: lr_scheduler_type lr_scheduler lr_schedule
+optim.schedule_options: lr_scheduler_kwargs
+optim.warmup_steps (below 1 it is a share of all steps): warmup_ratio num_warmup_steps warmup
+train.micro_batch_size: per_device_train_batch_size per_device_eval_batch_size
+train.micro_batch_size (a step accumulates train.batch_size rows): gradient_accumulation_steps accumulate_grad_batches
+train.batch_size: train_batch_size global_batch_size effective_batch_size
+train.epochs: num_train_epochs num_epochs max_epochs
+train.max_steps: num_train_steps total_steps num_steps
+train.max_grad_norm: gradient_clip_val grad_clip clip_grad_norm
+train.compile: torch_compile
+train.log_every: logging_steps log_every_n_steps
+train.save_every or train.save_minutes: save_steps save_strategy
+train.keep_checkpoints (the two newest are kept until a run is done): save_total_limit save_only_model
+train.keep=best (the best is by eval.metric): load_best_model_at_end metric_for_best_model greater_is_better
+train.early_stopping.patience: early_stopping_patience
+train.precision=bf16: bf16
+train.precision=fp16: fp16
+train.precision: mixed_precision dtype student.precision student.dtype student.torch_dtype
+eval.every: eval_steps eval.steps eval_strategy evaluation_strategy val_check_interval check_val_every_n_epoch
+experiment=demo: fast_dev_run
+teacher=none: teacher=null
+teacher=hf teacher.path: teacher_spec teacher_model_name_or_path teacher_model teacher.name teacher.model_name_or_path
+teacher.precision: torch_dtype teacher_dtype teacher.dtype
+teacher.quantization=8bit: load_in_8bit
+teacher.quantization=4bit, or adapter=qlora for the student: load_in_4bit
+student=hf student.path: student_module model_name_or_path student_model model_name model_id model student.name
+student.layers, with student=cut: student.num_layers student.num_hidden_layers
+student.attn_implementation: flash_attention use_flash_attention_2 flash_attn
+data.max_length: max_seq_length max_seq_len sequence_len cutoff_len block_size
+data=NAME data.path: train_path dataset_name dataset_path dataset datasets train_file
+data=text data.text_column: dataset_text_field
+data.validation: val_set_size validation_file eval_dataset test_size max_eval_samples
+data.take: max_train_samples max_samples
+data.assistant_only: train_on_inputs assistant_only_loss completion_only_loss
+data.shuffle (it groups rows by length): group_by_length
+adapter=lora: use_peft use_lora peft_config lora adapter=peft
+adapter=lora adapter.r: lora_r lora_rank adapter.rank
+adapter=lora student.path: lora_model_dir
+adapter=qlora: use_qlora qlora
+rollout.share, with rollout=student: lmbda on_policy_ratio rollout.fraction
+rollout=student: on_policy rollout=on_policy rollout=true
+rollout=teacher: seq_kd rollout=seqkd rollout=off_policy
+rollout.max_new_tokens: max_completion_length
+tracking.mode: report_to use_wandb logger wandb
+tracking.project: wandb_project project_name
+tracking.name: run_name wandb_name experiment_name
+hydra.run.dir: output_dir out_dir save_dir default_root_dir logging_dir
+run.resume: resume_from_checkpoint ckpt_path checkpoint
+sweep.workers=2: n_jobs hydra/launcher=parallel hydra/launcher=joblib
+No equivalent (rows are grouped by length, so packing would save little): packing sample_packing pad_to_sequence_len
+No equivalent (several GPUs are used through torchrun or accelerate launch): deepspeed fsdp fsdp_config strategy ddp
+No equivalent (nothing is uploaded; student/ is in the run folder): push_to_hub hub_model_id hub_token
+No equivalent (a GPU is used if there is one; choose with CUDA_VISIBLE_DEVICES): device devices gpus no_cuda accelerator
+No equivalent (the loss is distillation and cross-entropy alone): label_smoothing_factor neftune_noise_alpha
+"""
+FOREIGN: dict[str, str] = {}  # word → hint
+for _meant, _, _words in (line.rpartition(": ") for line in MEANT.strip().splitlines()):
+    _hint = _meant if _meant.startswith("No equivalent") else f"Did you mean {_meant}?"
+    FOREIGN |= dict.fromkeys(_words.split(), _hint)
 
 
 def hint_for(key: str, known: Sequence[str]) -> str:
@@ -125,18 +94,13 @@ def hint_for(key: str, known: Sequence[str]) -> str:
     group, last = key.split(".")[0], key.rsplit(".", 1)[-1]
     if group in OPTIONAL:
         return f'Begin the YAML of that {group} with the line "# @package _global_"'
-    if key in FOREIGN:
-        return FOREIGN[key]
-    same = [k for k in known if k.rsplit(".", 1)[-1] == last]
-    if near := get_close_matches(key, same, n=1, cutoff=0.7):  # the group is mistyped
-        return f"Did you mean {near[0]}?"
-    if last in FOREIGN:
-        return FOREIGN[last]
-    if group in FOREIGN and not same:
-        return FOREIGN[group]
-    names = {k.removeprefix(f"{group}."): k for k in known}
-    near = same or [names[name] for name in get_close_matches(key.removeprefix(f"{group}."), names, n=1, cutoff=0.7)]
-    near = near or [names[name] for name in names if len(last) > 2 and name.startswith(last)]
+    same = [name for name in known if name.endswith(f".{last}")]
+    foreign = [word for word in (key, last, *([] if same else [group])) if word in FOREIGN]
+    if foreign:
+        return FOREIGN[foreign[0]]
+    names = {name.removeprefix(f"{group}."): name for name in known}
+    near = get_close_matches(key, same, n=1, cutoff=0.7) or same  # the group is mistyped, or is another one
+    near = near or [names[name] for name in get_close_matches(key.removeprefix(f"{group}."), names, n=1, cutoff=0.7)]
     near = near or [f"{choice}=NAME" for choice in get_close_matches(last, CHOICES, n=1, cutoff=0.7)]
     return f"Did you mean {' or '.join(near)}?" if near else "See all keys with: python -m kdx --cfg job"
 

@@ -82,7 +82,10 @@ def test_the_group_has_its_rate_and_a_cut_student_its_own(place):
     [
         (["adapter=lora", "adapter.save=adapter", "student=cut", "student.path=null"], r"Set adapter\.save=merged"),
         (["adapter=qlora", "student=cut", "student.path=null"], r"Set adapter\.quantization=none"),
-        (["teacher.adapter=x", "teacher.quantization=4bit"], "cannot be merged: the weights are quantised"),
+        (
+            ["teacher.adapter=x", "teacher.quantization=4bit"],
+            "cannot be merged into a teacher that is none or quantised",
+        ),
     ],
 )
 def test_contradictions(place, words, says):

@@ -128,7 +128,7 @@ def test_ones_own_source_yields_either_shape_and_takes_options(registry, data_co
     ("options", "says"),
     [
         ({"min_turn": 3}, "data.min_turn: is not an option here. Did you mean min_turns? "),
-        ({"min_turns": "many"}, "data.min_turns: is 'many'. It should be a whole number"),
+        ({"min_turns": "many"}, 'data.min_turns: is "many". It should be a valid integer'),
         ({}, "data.min_turns: is missing"),
     ],
 )

@@ -7,18 +7,10 @@ import pytest
 import torch
 
 from kdx import errors
-from kdx.errors import ConfigError, DataError, KdxError, MachineError, ModelError, did_you_mean, out_of_memory, together
+from kdx.errors import DataError, KdxError, MachineError, ModelError, did_you_mean, out_of_memory, together
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, KdxError)]
-CODES = {
-    "ConfigError": 2,
-    "DataError": 2,
-    "ModelError": 2,
-    "KdxError": 2,
-    "MachineError": 3,
-    "InUseError": 3,
-    "DivergedError": 4,
-}
+CODES = {"MachineError": 3, "InUseError": 3, "DivergedError": 4}  # all others: 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -27,7 +19,7 @@ def test_an_error_is_one_line_of_where_what_and_hint_in_any_process(kind):
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is kind
     assert str(error) == error.lines[0] == again.lines[0] == "loss.alpha: is 2. Allowed: 0 to 1"
-    assert error.exit_code == CODES[kind.__name__]
+    assert error.exit_code == CODES.get(kind.__name__, 2)
 
 
 def test_an_unreachable_hub_is_the_machines_error_and_a_wrong_name_the_users():
@@ -56,10 +48,6 @@ def test_errors_together_have_a_line_each_and_no_line_twice():
 def test_did_you_mean_names_the_nearest_and_few_choices():
     assert did_you_mean("forwad_kl", ["forward_kl", "tvd"]) == "Did you mean forward_kl? Choices: forward_kl, tvd"
     assert did_you_mean("zzz", ["forward_kl", "tvd"]) == "Choices: forward_kl, tvd"
-    many = [f"option_{i:03}" for i in range(40)]
-    assert did_you_mean("option_7", many).startswith("Did you mean option_")
-    assert did_you_mean("zzz", many)  # a hint is never empty
-    assert ConfigError("a", "b", did_you_mean("zzz", many))
 
 
 def test_every_kind_of_out_of_memory():

@@ -15,7 +15,6 @@ from kdx import check
 from kdx.cli import compose
 from kdx.data.batches import Row
 from kdx.distill import distill, prepared
-from kdx.errors import DataError
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, results
 from kdx.run.folder import Record
@@ -102,14 +101,6 @@ def test_what_alpha_would_weigh_is_what_the_first_step_logs(place, tmp_path, mon
     assert [text.count("loss.alpha=") for text in found["suggested"]] == [1] * 4
     assert out.count("memory of a step") == 1  # the points differ in the loss alone
     assert in_process(capfd, "check", "-m", *words, "loss.beta=2")[0] == 2  # of each divergence, not of the first alone
-
-
-def test_all_data_faults_are_said(place, tmp_path):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"messages": "oops"}\n{"messages": []}\n{"nothing": 1}\n')
-    with pytest.raises(DataError) as error:
-        check.check(config_of(place, "data=messages", f"data.path={bad}"), tmp_path)
-    assert [f"{bad}:{line}" in "\n".join(error.value.lines) for line in (1, 2, 3)] == [True] * 3
 
 
 def test_what_counts_is_marked(place):

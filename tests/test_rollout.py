@@ -334,7 +334,7 @@ def test_generate_writes_answers_as_data(place: Path, tmp_path: Path) -> None:
     assert all([m["role"] for m in row] == ["user", "assistant"] * 2 for row in rows)
     assert all(row[2]["content"] == "I am fine." for row in rows)
     assert len({row[3]["content"] for row in rows}) > 1
-    with pytest.raises(ConfigError, match="--out: is missing"):
+    with pytest.raises(ConfigError, match="required: --out"):
         _main(["generate", *words])
 
 

@@ -3,12 +3,11 @@
 No torch: it reads JSON and YAML, and runs after every job of a sweep.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from rich.markdown import Markdown
@@ -16,7 +15,7 @@ from rich.markdown import Markdown
 from kdx.compare.ranking import COLUMNS, Comparison, Run, compared, make_ranking
 from kdx.compare.tables import as_csv, as_json, as_markdown
 from kdx.config import leaves
-from kdx.errors import ConfigError, one_line
+from kdx.errors import ConfigError, Parser, one_line
 from kdx.run.files import read_lines, write_beside
 from kdx.run.tracking import CONSOLE
 
@@ -27,8 +26,7 @@ EXAMPLE = "Example: kdx compare outputs/sweeps/NAME"
 
 def main(words: list[str]) -> int:
     """Run `kdx compare PATH… [--out DIR] [--wandb]` and return the exit code."""
-    parser = argparse.ArgumentParser("kdx compare", description="Compare runs and sweeps.")
-    parser.error = _usage_error  # type: ignore[method-assign]
+    parser = Parser("kdx compare", description="Compare runs and sweeps.")
     parser.add_argument("paths", nargs="*", metavar="PATH", type=Path, help="a run folder or a sweep's folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write: PATH, or ./comparison for several")
     parser.add_argument("--wandb", action="store_true", help="also put it into W&B, with a dashboard of these runs")
@@ -41,10 +39,6 @@ def main(words: list[str]) -> int:
         CONSOLE.print(publish(comparison, out, "auto"), markup=False)
         CONSOLE.print(f"Dashboard: {save_dashboard(comparison)}", markup=False)
     return 0
-
-
-def _usage_error(message: str) -> NoReturn:
-    raise ConfigError("kdx compare", message, "Usage: kdx compare PATH... [--out DIR] [--wandb]")
 
 
 def show(paths: Sequence[Path], out: Path) -> Comparison:

@@ -20,11 +20,11 @@ import xxhash
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from kdx.checked import option_faults
 from kdx.config import DataConfig
 from kdx.data.files import kind_of, read_rows, resolve_path, text_in, what_is_read
 from kdx.data.mix import parts_of
 from kdx.errors import ConfigError, DataError, did_you_mean, together
-from kdx.plugins import option_faults
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "observation", "ipython")
 PREFERENCES = (("prompt", "completion"), ("prompt", "chosen"))  # columns of a pair, as trl names them
