@@ -44,11 +44,11 @@ def add_adapter(model: Any, config: AdapterConfig, path: str | None, seed: int) 
                 what = f"is {asked:g}, but the adapter in {path} has {has:g}"
                 raise ConfigError(f"adapter.{name}", what, f"Set adapter.{name}={has:g}")
     else:
-        text = set(map(id, model.get_decoder().modules()))
-        outside = [name for name, module in model.named_modules() if name and id(module) not in text]
-        is_multimodal = model.config.get_text_config() is not model.config
         settings = config.model_dump(include={"r", "lora_alpha", "lora_dropout", "target_modules"})
-        lora = LoraConfig(**settings, exclude_modules=outside if is_multimodal else None)
+        lora = LoraConfig(**settings)
+        if model.config.get_text_config() is not model.config:  # multimodal
+            text = {*model.get_decoder().modules()}
+            lora.exclude_modules = {name for name, part in model.named_modules() if name and part not in text}
         try:
             with warnings.catch_warnings():  # as of GPT-2's weights, which are transposed: peft sees that itself
                 warnings.simplefilter("ignore")
@@ -91,12 +91,9 @@ def merge_adapter(model: Any, dtype: torch.dtype) -> None:
     layers: list[Any] = [(name, part) for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
     for name, layer in reversed(layers):  # a mixture's experts have an adapter inside an adapter
         base = layer.get_base_layer()
-        for weight in base.parameters(recurse=False):
-            weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+        base.to(torch.promote_types(model.dtype, torch.float32))
         layer.merge()
-        for weight in base.parameters(recurse=False):
-            weight.data = weight.data.to(dtype)
-        model.set_submodule(name, base)
+        model.set_submodule(name, base.to(dtype))
     del model.peft_config
     model._hf_peft_config_loaded = False
 

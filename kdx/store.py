@@ -55,7 +55,7 @@ class Identity:
 
     @property
     def key(self) -> str:
-        return _sha256(json.dumps(asdict(self), sort_keys=True))[:16]
+        return _short_hash(json.dumps(asdict(self), sort_keys=True))
 
     @property
     def precision(self) -> str:
@@ -76,13 +76,12 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, "pt")
-        metadata = self._file.metadata() or {}
-        self.checksums = {name: metadata.get(name) for name in self._file.keys()}  # noqa: SIM118
+        self.names, self._checksums = list(self._file.keys()), self._file.metadata() or {}
 
     def read(self, name: str) -> Tensor | None:
         """Return a tensor as a view of the file, or None if it is damaged."""
         row = self._file.get_tensor(name)
-        return row if checksum(name, row) == self.checksums[name] else None
+        return row if checksum(name, row) == self._checksums.get(name) else None
 
 
 class TeacherStore:
@@ -151,22 +150,19 @@ class TeacherStore:
     def save_head(self, head: Head, num_parameters: int) -> None:
         """Store the teacher's name, head and size."""
         numbers = [head.scale, math.nan if head.softcap is None else head.softcap, num_parameters]
-        parts = {"weight": head.weight, "numbers": torch.tensor(numbers, dtype=torch.float64)}
-        parts |= {} if head.bias is None else {"bias": head.bias}
+        parts = {"weight": head.weight, "bias": head.bias, "numbers": torch.tensor(numbers, dtype=torch.float64)}
+        parts = {k: v.detach().cpu().contiguous() for k, v in parts.items() if v is not None}
         with self._writing():
             write_json(self.folder / "teacher.json", {"name": self.name, **asdict(self.identity)})
-            write_shard(self.folder / HEAD, {k: v.detach().cpu().contiguous() for k, v in parts.items()})
+            write_shard(self.folder / HEAD, parts)
 
     def load_answer(self, prompt: str) -> list[int] | None:
         """Return the teacher's answer to a prompt, if it is here."""
-        return read_json(self._answer_file(prompt)).get("answer")
+        return read_json(self.folder / "answers" / f"{_short_hash(prompt)}.json").get("answer")
 
     def save_answer(self, prompt: str, answer: list[int]) -> None:
         with self._writing():
-            write_json(self._answer_file(prompt), {"answer": answer})
-
-    def _answer_file(self, prompt: str) -> Path:
-        return self.folder / "answers" / f"{_sha256(prompt)[:16]}.json"
+            write_json(self.folder / "answers" / f"{_short_hash(prompt)}.json", {"answer": answer})
 
     def _flush_if_due(self) -> None:
         if self._buffer_bytes >= SHARD_BYTES or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
@@ -177,7 +173,7 @@ class TeacherStore:
         for path in sorted({*paths_in(self.rows)} - self._seen):
             self._seen.add(path)
             if shard := open_shard(path):
-                for digest in shard.checksums:
+                for digest in shard.names:
                     self._shards_of.setdefault(digest, []).append(shard)
 
     def _row(self, digest: str) -> Tensor | None:
@@ -213,8 +209,10 @@ def open_store(
     counted: digest → counted positions of these rows. is_repeated: whether this run or others of its sweep ask for a
     row twice. Raises MachineError if the store must be on and there is no room for it.
     """
-    if config.store == "off" or (config.store == "auto" and not is_repeated):
-        return None, "off" if config.store == "off" else "off (one epoch: nothing to reuse)"
+    if config.store == "off":
+        return None, "off"
+    if config.store == "auto" and not is_repeated:
+        return None, "off (one epoch: nothing to reuse)"
     root = at_home(config.store_dir, "teacher.store_dir").resolve()
     name = str(config.base_model or config.path)
     store = TeacherStore(root, identity, name=name, limit_gb=config.store_limit_gb)
@@ -262,22 +260,22 @@ def whole(path: Path) -> dict[str, Tensor] | None:
     """Read all tensors of a file; None if it is not there, or if it or one of them is damaged."""
     if (shard := open_shard(path)) is None:
         return None
-    tensors = {name: tensor for name in shard.checksums if (tensor := shard.read(name)) is not None}
-    return tensors if len(tensors) == len(shard.checksums) else None
+    tensors = {name: tensor for name in shard.names if (tensor := shard.read(name)) is not None}
+    return tensors if len(tensors) == len(shard.names) else None
 
 
-def load_head(folder: Path) -> tuple[Head, int] | None:
+def load_head(folder: Path, device: torch.device | None = None) -> tuple[Head, int] | None:
     """Load a teacher's head and its number of parameters; None if they are not there or damaged."""
     if (parts := whole(folder / HEAD)) is None:
         return None
-    scale, softcap, num_parameters = parts["numbers"].tolist()
-    head = Head(parts["weight"], parts.get("bias"), scale, None if math.isnan(softcap) else softcap)
-    return head, int(num_parameters)
+    scale, softcap, num_parameters = parts.pop("numbers").tolist()
+    tensors = {name: tensor.to(device=device) for name, tensor in parts.items()}
+    return Head(**tensors, scale=scale, softcap=None if math.isnan(softcap) else softcap), int(num_parameters)
 
 
 def count_rows(folder: Path) -> int:
     """Count a teacher's rows."""
-    return sum(len(shard.checksums) for path in paths_in(folder / "rows") if (shard := open_shard(path)))
+    return sum(len(shard.names) for path in paths_in(folder / "rows") if (shard := open_shard(path)))
 
 
 def damaged_files(folder: Path) -> list[Path]:
@@ -290,5 +288,5 @@ def paths_in(rows: Path) -> list[Path]:
     return sorted(rows.glob("[!.]*.safetensors"))
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -27,8 +27,6 @@ from kdx.store import count_rows, damaged_files
 from kdx.teacher import load_teacher
 from kdx.tokenizer import load_tokenizer, pad_id_of
 
-FILL_ROWS = 8  # rows in a pass, unless teacher.micro_batch_size says
-
 
 def fill(configs: Sequence[Config]) -> None:
     """Run each teacher of these configs over all rows of their data, and let it answer the sample prompts."""
@@ -53,7 +51,7 @@ def _fill(config: Config) -> None:
         raise ConfigError("teacher", "is none, so there is nothing to store", "Choose a teacher")
     log.info("teacher cache: %s", teacher.store_words)
     missing = sorted((rows[digest] for digest in store.missing([*rows])), key=lambda row: -len(row.tokens))
-    size = teacher.rows_at_once or FILL_ROWS
+    size = teacher.rows_at_once or 8
     starts = range(0, len(missing), size)[machine.process_index :: machine.num_processes]
     with closing(store), working("Running teacher", len(starts), is_main) as advance:
         for start in starts:
@@ -94,15 +92,14 @@ def _usage_error(message: str) -> NoReturn:
 
 def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> None:
     columns = [Column(name, justify="right") for name in ("rows", "size", "last used")]
-    table, damaged = Table("teacher", "dtype", *columns, title=escape(str(root)), title_justify="left"), []
+    table = Table("teacher", "dtype", *columns, title=escape(str(root)), title_justify="left")
     for folder in teachers:
         about, used = read_json(folder / "teacher.json"), time.localtime(_used(folder))
         precision = f"{about.get('dtype')}\n{about.get('quantization')}".removesuffix("none")
         cells = (f"{about.get('name')}\n{folder.name}", precision, f"{count_rows(folder):,}", in_bytes(size_of(folder)))
         table.add_row(*map(escape, cells), time.strftime("%Y-%m-%d", used))
-        damaged += damaged_files(folder) if is_verify else []
     CONSOLE.print(table)
-    if damaged:
+    if is_verify and (damaged := [file for folder in teachers for file in damaged_files(folder)]):
         hint = "Run kdx store prune to remove them; the teacher computes their rows again when they are needed"
         raise MachineError(str(root), f"{len(damaged):,} damaged files, such as {damaged[0]}", hint)
 

@@ -25,37 +25,29 @@ class Answer:
     head: Head
 
 
+@dataclass(eq=False)
 class Teacher:
-    """A frozen model whose body is loaded only when a row is asked for that its store lacks.
+    """A frozen model whose body is loaded only when a row is asked for that its store lacks."""
 
-    load: loads the whole model. device: where its head works if it comes from the store. rows_at_once: of its pass, by
-    default the student's. store_words: where the store is, or why there is none.
-    """
+    load: Callable[[], Any]  # the whole model
+    identity: Identity
+    store: TeacherStore | None = None
+    device: torch.device | None = None  # where its head works if it comes from the store
+    rows_at_once: int | None = None  # of its pass; None: as many as the student's
+    store_words: str = "off"  # where the store is, or why there is none
 
-    def __init__(
-        self,
-        load: Callable[[], Any],
-        identity: Identity,
-        *,
-        store: TeacherStore | None = None,
-        device: torch.device | None = None,
-        rows_at_once: int | None = None,
-        store_words: str = "off",
-    ) -> None:
-        self.identity, self.store, self.rows_at_once, self.store_words = identity, store, rows_at_once, store_words
-        self._load = load
-        stored = load_head(store.folder) if store else None
-        if stored:
-            self.head, self.num_parameters = stored[0].to(device), stored[1]
-        else:
-            self.head, self.num_parameters = head_of(self.model), self.model.num_parameters()
-            if store:
-                store.save_head(self.head, self.num_parameters)
+    def __post_init__(self) -> None:
+        if self.store and (stored := load_head(self.store.folder, self.device)):
+            self.head, self.num_parameters = stored
+            return
+        self.head, self.num_parameters = head_of(self.model), self.model.num_parameters()
+        if self.store:
+            self.store.save_head(self.head, self.num_parameters)
 
     @cached_property
     def model(self) -> Any:
         """The whole model, loaded when it is first asked for. Raises ModelError or MachineError."""
-        return self._load().requires_grad_(False).eval()
+        return self.load().requires_grad_(False).eval()
 
     @property
     def is_loaded(self) -> bool:
@@ -73,12 +65,12 @@ class Teacher:
 
     def answer(self, batch: MicroBatch, *, is_kept: bool = True) -> Answer:
         """Answer a batch; if the store lacks one of its rows all are computed, in one layout, and stored if is_kept."""
-        if self.store is None or "" in batch.row_digests:  # with what the student said: never stored
-            return Answer(self.live(batch), self.head)
-        if (rows := self.store.read(batch.row_digests)) is None:
-            if not is_kept:
-                return Answer(self.live(batch), self.head)
-            rows = self.store.write(batch.row_digests, self.live(batch).cpu().split(batch.num_counted))
+        store = None if "" in batch.row_digests else self.store  # what the student said is never stored
+        if (rows := store and store.read(batch.row_digests)) is None:
+            hidden = self.live(batch)
+            if store is None or not is_kept:
+                return Answer(hidden, self.head)
+            rows = store.write(batch.row_digests, hidden.cpu().split(batch.num_counted))
         return Answer(joined(rows, self.head.weight.device), self.head)
 
     @torch.no_grad()
@@ -123,19 +115,13 @@ def load_teacher(
     if config.path is None:
         return None
     identity = identity_of(config, device)
-    dtype = DTYPES[identity.dtype]
     store, store_words = open_store(config, identity, rows, is_repeated=is_repeated)
 
     def load() -> Any:
+        dtype, attention = DTYPES[identity.dtype], attention_for(config, device, max_length)
         device_map = config.device_map or (None if config.quantization == "none" else str(device))
-        model = load_causal_lm(
-            config,
-            "teacher",
-            dtype=dtype,
-            attn_implementation=attention_for(config, device, max_length),
-            quantization=config.quantization,
-            device_map=device_map,
-        )
+        how = {"quantization": config.quantization, "device_map": device_map}
+        model = load_causal_lm(config, "teacher", dtype=dtype, attn_implementation=attention, **how)
         if config.adapter:
             load_adapter(model, config.adapter, "teacher.adapter")
             merge_adapter(model, dtype)
@@ -144,7 +130,7 @@ def load_teacher(
         return model if device_map else model.to(device)
 
     rows_at_once = None if config.micro_batch_size == "auto" else int(config.micro_batch_size)
-    teacher = Teacher(load, identity, store=store, device=device, rows_at_once=rows_at_once, store_words=store_words)
+    teacher = Teacher(load, identity, store, device, rows_at_once, store_words)
     if store and store.missing(list(rows)):
         _ = teacher.model  # what is wrong with the model shows now, not in the middle of the run
     return teacher
