@@ -190,31 +190,19 @@ def stop_ids(config: GenerationConfig) -> list[int]:
 
 
 def load_causal_lm(
-    config: ModelConfig,
-    group: str,
-    *,
-    dtype: torch.dtype,
-    attn_implementation: str | None = None,
-    quantization: str = "none",
-    device_map: str | None = None,
+    config: ModelConfig, group: str, *, dtype: Any, quantization: str = "none", **how: Any
 ) -> PreTrainedModel:
-    """Load a model in eval mode, complete. Raises ModelError, or MachineError if a package is not installed."""
+    """Load a model in eval mode, complete. how: what else from_pretrained takes.
+
+    Raises ModelError, or MachineError if a package is not installed.
+    """
     path = locate(config, group)
-    quantised = dict[str, Any]()  # None would undo what a config.json says
+    how |= {"dtype": dtype, "revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with loading(path, "model", f"{group}.path"):
         if quantization != "none":
-            how = {f"load_in_{quantization}": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-            quantised = {"quantization_config": BitsAndBytesConfig(**how)}
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            device_map=device_map,
-            **quantised,
-        )
+            nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+            how["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantization}": True}, **nf4)
+        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **how)
     if missing := sorted(report["missing_keys"]):
         what = f"{path} lacks {len(missing)} tensors, the first {missing[0]}"
         raise ModelError(f"{group}.path", what, "They would be random: use a complete checkpoint")

@@ -65,7 +65,7 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("student.attn_implementation=x",): ["student.path: cannot load the model in student: Specified `attn_implementation=\"x\"` is not supported. *"],
     ("optim.schedule=polynomial", "+optim.schedule_options.powr=2"): ["optim.schedule_options: polynomial: * unexpected keyword argument 'powr'. Set one with +optim.schedule_options.NAME=..."],
     ('teacher.store_dir="~no-such-user/store"', "teacher.store=on"): ["teacher.store_dir: ~no-such-user/store names no user of this machine. Give the whole path"],
-    ("optim.name=torch.AdmW",): ["optim.name: torch has no optimizer AdmW that kdx can use. Did you mean AdamW? Choices: *"],
+    ("optim.name=torch.AdmW",): ["optim.name: torch has no optimizer AdmW. Did you mean AdamW? Choices: *"],
     ("data.chat_template=no/such.jinja",): ["data.chat_template: no/such.jinja is not a file. Give a file, or Jinja text with {{ }}"],
     ("data.chat_template='{% for m in messages %}{{ m.content'",): ["data.chat_template: is not Jinja: * (line 1). Fix it, or give another"],
     ("data.path=[t.jsonl,empty.jsonl]",): ["empty.jsonl: has no rows. Was the copy cut short? Copy it again, or leave it out"],
@@ -148,11 +148,11 @@ def no_numbers(folder: Path) -> None:
 MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "student.path: cannot load the model in bad: Error no file named model.safetensors, * bad has: config.json, *"),
     "no tensor": (no_tensor, "student.path: bad lacks 1 tensors, the first transformer.ln_f.weight. They would be random: use a complete checkpoint"),
-    "adapter": (adapter, "student.path: bad is an adapter that names no base. Add base_model_name_or_path to its config"),
+    "adapter": (adapter, "student.path: cannot load the *. bad has: adapter_config.json, *"),
     "other tokenizer": (other_tokenizer, "tokenizer: teacher and student differ at 2 of * ids, the first is 300: *. Choose a teacher and a student with the same tokenizer"),
     "damaged": (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 64), "student.path: cannot load the model in bad: *. Copy the weights again; from git: git lfs pull"),
     "a pickle": (pickled, "student.path: cannot load the model in bad: Weights only load failed. *"),
-    "no numbers": (no_numbers, "student.path: the logits of GPT2LMHeadModel are not finite. Check its weights for NaN and inf"),
+    "no numbers": (no_numbers, "student.path: GPT2LMHeadModel does more to its logits than kdx knows, or they are not finite (off by nan). Check its weights for NaN, or choose another model"),
 }  # fmt: skip
 
 

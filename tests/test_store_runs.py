@@ -14,7 +14,7 @@ from standins import write_dialogpt, write_llama
 
 from kdx.cli import compose
 from kdx.distill import distill
-from kdx.errors import ConfigError, MachineError
+from kdx.errors import MachineError
 from kdx.run.folder import Record
 from kdx.store import count_rows, damaged_files
 from kdx.store_commands import manage
@@ -91,20 +91,6 @@ def filled(place, tmp_path_factory):
     return folder / "store", folder / "run", summary
 
 
-@pytest.fixture
-def copied(filled, tmp_path):
-    """A copy of that store, to be changed."""
-    return shutil.copytree(filled[0], tmp_path / "store")
-
-
-def damage(store):
-    """Flip a bit of one row."""
-    (file,) = (teacher_in(store) / "rows").iterdir()
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-
-
 class TestSameStudents:
     def test_without_store_with_it_and_from_it(self, place, filled, tmp_path, monkeypatch):
         """Batches that are the same in both epochs: not a bit differs, and the body is not loaded again."""
@@ -136,10 +122,6 @@ class TestRoom:
 
     def test_a_disk_that_is_too_small(self, place, tmp_path, monkeypatch):
         monkeypatch.setattr("kdx.store.room", lambda root: (10_000, 20_000))
-        with pytest.raises(
-            MachineError, match=r"^teacher\.store: needs [\d,]+ bytes in .*, 20,000 are free and a tenth"
-        ):
-            distill(config_of(place, tmp_path / "store"), tmp_path / "on")
         summary = distill(config_of(place, tmp_path / "store", "teacher.store=auto"), tmp_path / "auto")
         assert summary.run["store"] is None
         assert (tmp_path / "auto" / "kdx.log").read_text().count("a tenth of the disk is left to others") == 1
@@ -237,7 +219,9 @@ class TestCommands:
         assert manage(["stat"]) == manage(["verify", f"teacher.store_dir={store}"]) == 0
         shown = capfd.readouterr().out
         assert "teacher" in shown and "bf16" in shown and f" {num_rows} " in shown
-        damage(store)
+        (file,) = (teacher_in(store) / "rows").iterdir()
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(MachineError, match=r": 1 damaged files, such as .* Run kdx store prune") as error:
             manage(["verify"])
         assert error.value.exit_code == 3
@@ -246,12 +230,8 @@ class TestCommands:
         summary = distill(config_of(place, store), tmp_path / "again")
         assert figures(summary, "computed", "bad") == (num_rows, 0) and count_rows(teacher_in(store)) == num_rows
 
-    def test_a_folder_that_does_not_exist(self):
-        with pytest.raises(ConfigError, match=r"teacher.store_dir: .*absent does not exist\."):
-            manage(["stat", "teacher.store_dir=absent"])
-
-    def test_prune_removes_what_no_one_uses(self, copied):
-        folder = teacher_in(copied)
+    def test_prune_removes_what_no_one_uses(self, filled, tmp_path):
+        folder = teacher_in(copied := shutil.copytree(filled[0], tmp_path / "store"))
         used, old, new = folder / "teacher.json", folder / "rows" / ".tmp-1-x", folder / ".tmp-2-x"
         old.touch()
         new.touch()
