@@ -7,10 +7,8 @@
     KEY/teacher.json            which teacher this is; modified when it is used
 
 KEY names what decides the answers (`Identity`). Any number of processes read and write, and any of them may be killed:
-a shard appears whole under its name and never changes.
-
-A stored row keeps its bits: whoever computes it again, in another batch, is given the stored ones. So a resumed run
-repeats the straight one exactly, however much of what it had computed was flushed when it stopped.
+a shard appears whole under its name and never changes. A stored row keeps its bits: whoever computes it again, in
+another batch, is given the stored ones, so a resumed run repeats the straight one exactly.
 """
 
 import hashlib
@@ -20,6 +18,7 @@ import math
 import os
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -94,15 +93,15 @@ class TeacherStore:
         self.folder, self.rows = root / identity.key, root / identity.key / part
         self.counts = Counts()
         self.is_full = False  # no more rows are written
-        self._seen: set[Path] = set()
-        self._shards_of: dict[str, list[Shard]] = {}  # by row digest
-        self._buffer: dict[str, Tensor] = {}  # rows not yet on disk
+        self._seen = set[Path]()
+        self._shards_of = defaultdict[str, list[Shard]](list)  # by row digest
+        self._buffer = dict[str, Tensor]()  # rows not yet on disk
         self._buffer_bytes, self._flushed_at = 0, time.monotonic()
         self._refresh()
 
     def missing(self, digests: Sequence[str]) -> list[str]:
         """Return those rows that are not here, each once."""
-        return [d for d in dict.fromkeys(digests) if not self._shards_of.get(d) and d not in self._buffer]
+        return [d for d in dict.fromkeys(digests) if not self._shards_of[d] and d not in self._buffer]
 
     def read(self, digests: Sequence[str]) -> list[Tensor] | None:
         """Return the rows of a micro-batch, or None if one is missing or damaged: then all are to be computed."""
@@ -174,12 +173,12 @@ class TeacherStore:
             self._seen.add(path)
             if shard := open_shard(path):
                 for digest in shard.names:
-                    self._shards_of.setdefault(digest, []).append(shard)
+                    self._shards_of[digest].append(shard)
 
     def _row(self, digest: str) -> Tensor | None:
         if digest in self._buffer:
             return self._buffer[digest]
-        shards = self._shards_of.get(digest, [])
+        shards = self._shards_of[digest]
         while shards:
             if (row := shards[0].read(digest)) is not None:
                 return row
@@ -246,11 +245,9 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def open_shard(path: Path) -> Shard | None:
-    """Open a shard; None if it is not there (any more), or if it is damaged, which is logged."""
+    """Open a shard; None if it is damaged, which is logged."""
     try:
         return Shard(path)
-    except FileNotFoundError:
-        return None
     except REFUSALS as error:
         log.warning("teacher cache: skipping the damaged file %s (%s)", path, error)
         return None
@@ -258,7 +255,7 @@ def open_shard(path: Path) -> Shard | None:
 
 def whole(path: Path) -> dict[str, Tensor] | None:
     """Read all tensors of a file; None if it is not there, or if it or one of them is damaged."""
-    if (shard := open_shard(path)) is None:
+    if not path.exists() or (shard := open_shard(path)) is None:
         return None
     tensors = {name: tensor for name in shard.names if (tensor := shard.read(name)) is not None}
     return tensors if len(tensors) == len(shard.names) else None

@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -93,8 +93,25 @@ def joined(rows: Sequence[Tensor], device: torch.device) -> Tensor:
 def identity_of(config: TeacherConfig, device: torch.device) -> Identity:
     """Identify a teacher by what decides its answers."""
     digest = model_digest(config, "teacher") or uuid.uuid4().hex  # unknown: equal to nothing
-    dtype = device_dtype(device) if config.precision == "auto" else config.precision
-    return Identity(digest, dtype, config.quantization)
+    return Identity(digest, _dtype(config, device), config.quantization)
+
+
+def _dtype(config: TeacherConfig, device: torch.device) -> str:
+    return device_dtype(device) if config.precision == "auto" else config.precision
+
+
+def load_body(config: TeacherConfig, device: torch.device, max_length: int, *, is_compiled: bool = False) -> Any:
+    """Load the whole model onto its device, or spread over all, with its adapter merged. Raises ModelError."""
+    dtype, attention = DTYPES[_dtype(config, device)], attention_for(config, device, max_length)
+    device_map = config.device_map or (None if config.quantization == "none" else str(device))
+    how = {"quantization": config.quantization, "device_map": device_map}
+    model: Any = load_causal_lm(config, "teacher", dtype=dtype, attn_implementation=attention, **how)
+    if config.adapter:
+        load_adapter(model, config.adapter, "teacher.adapter")
+        merge_adapter(model, dtype)
+    if is_compiled:
+        model.base_model.compile()
+    return model if device_map else model.to(device)
 
 
 def load_teacher(
@@ -108,27 +125,14 @@ def load_teacher(
 ) -> Teacher | None:
     """Open the teacher's store for these rows, and load the teacher if it lacks one; None without a teacher.
 
-    rows: digest → counted positions. is_repeated: whether rows are asked for more than once. is_compiled: whether its
-    body is compiled when it is loaded. The model is on the device, or spread over all. Raises ModelError, or
+    rows: digest → counted positions. is_repeated: whether rows are asked for more than once. Raises ModelError, or
     MachineError if the store must be on and has no room.
     """
     if config.path is None:
         return None
     identity = identity_of(config, device)
     store, store_words = open_store(config, identity, rows, is_repeated=is_repeated)
-
-    def load() -> Any:
-        dtype, attention = DTYPES[identity.dtype], attention_for(config, device, max_length)
-        device_map = config.device_map or (None if config.quantization == "none" else str(device))
-        how = {"quantization": config.quantization, "device_map": device_map}
-        model = load_causal_lm(config, "teacher", dtype=dtype, attn_implementation=attention, **how)
-        if config.adapter:
-            load_adapter(model, config.adapter, "teacher.adapter")
-            merge_adapter(model, dtype)
-        if is_compiled:
-            model.base_model.compile()
-        return model if device_map else model.to(device)
-
+    load = partial(load_body, config, device, max_length, is_compiled=is_compiled)
     rows_at_once = None if config.micro_batch_size == "auto" else int(config.micro_batch_size)
     teacher = Teacher(load, identity, store, device, rows_at_once, store_words)
     if store and store.missing(list(rows)):
