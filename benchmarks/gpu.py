@@ -343,7 +343,7 @@ def measure_memory(args: argparse.Namespace, kind: Kind) -> list[str]:
         models.append(quantised(model, bits) if bits < 16 and DEVICE.type == "cuda" else model)
     student, live = models
     if kind.adapter:
-        add_adapter(student, compose(["student=hf", "student.path=x", "adapter=lora"]).adapter, None, seed=0)
+        add_adapter(student, compose(["student=hf", "student.path=x", "adapter=lora"]).adapter, seed=0)
     if args.checkpointing:
         student.activation_checkpointing_enable()
     teacher = Teacher(lambda: live, Identity("", "bf16", "none"))

@@ -192,7 +192,7 @@ def stop_ids(config: GenerationConfig) -> list[int]:
 def load_causal_lm(
     config: ModelConfig, group: str, *, dtype: Any, quantization: str = "none", **how: Any
 ) -> PreTrainedModel:
-    """Load a model in eval mode, complete. how: what else from_pretrained takes.
+    """Load a model in eval mode, complete, with its adapter if it has one. how: what else from_pretrained takes.
 
     Raises ModelError, or MachineError if a package is not installed.
     """
@@ -208,7 +208,24 @@ def load_causal_lm(
         raise ModelError(f"{group}.path", what, "They would be random: use a complete checkpoint")
     if unused := sorted(report["unexpected_keys"]):
         log.warning("%s has %d tensors that its config.json has no place for: %s …", path, len(unused), unused[0])
-    return ready(model, group)
+    ready(model, group)
+    if adapter := getattr(config, "adapter", None):
+        load_adapter(model, adapter, "teacher.adapter")
+    elif config.path and adapter_base(config.path):
+        load_adapter(model, config.path, f"{group}.path")
+    return model
+
+
+def load_adapter(model: Any, path: str, key: str) -> None:
+    """Freeze a model and load an adapter folder into it, to be trained further. Raises ModelError."""
+    folder = resolve_path(path, key)
+    model.requires_grad_(False)
+    with loading(folder, "adapter", key):
+        model.load_adapter(folder, is_trainable=True)
+    config = model.peft_config["default"]
+    if config.peft_type != "LORA" or config.modules_to_save:
+        what = f"{folder} is not LoRA alone ({config.peft_type}, modules_to_save: {config.modules_to_save})"
+        raise ModelError(key, what, "Merge it into its base first")
 
 
 def ready(model: PreTrainedModel, group: str) -> PreTrainedModel:

@@ -205,7 +205,7 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     )
     student = student if quantised else student.to(device)
     if is_adapted:
-        add_adapter(student, adapter, config.student.path, config.train.seed)
+        add_adapter(student, adapter, config.train.seed)
     elif adapter_base(config.student.path):
         what = f"{config.student.path} is a LoRA adapter"
         raise ConfigError("student.path", what, "Add adapter=lora: it is loaded with its base, and trained further")

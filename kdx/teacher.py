@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdx.adapter import load_adapter, merge_adapter
+from kdx.adapter import merge_adapter
 from kdx.causal_lm import DTYPES, Head, attention_for, counted_hidden, device_dtype, head_of, load_causal_lm
 from kdx.config import TeacherConfig
 from kdx.data.batches import MicroBatch, merged
@@ -107,7 +107,6 @@ def load_body(config: TeacherConfig, device: torch.device, max_length: int, *, i
     how = {"quantization": config.quantization, "device_map": device_map}
     model: Any = load_causal_lm(config, "teacher", dtype=dtype, attn_implementation=attention, **how)
     if config.adapter:
-        load_adapter(model, config.adapter, "teacher.adapter")
         merge_adapter(model, dtype)
     if is_compiled:
         model.base_model.compile()
