@@ -259,11 +259,11 @@ def check_split(model: PreTrainedModel, group: str) -> None:
         raise ModelError(f"{group}.path", f"{name} has no backbone and output head that kdx can find", hint)
     head = head_of(model)
     row = torch.arange(3, 11, device=model.device).remainder(head.num_ids).unsqueeze(0)
-    rows = [row, torch.cat([row, row], dim=1), torch.cat([row, row.flip(1)], dim=1)]  # alone, and followed by others
     with torch.no_grad():
         own = model(input_ids=row, use_cache=False).logits
         alone, *followed = (
-            model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, : row.shape[1]] for ids in rows
+            model.base_model(input_ids=torch.cat([row, *more], dim=1), use_cache=False).last_hidden_state[:, :8]
+            for more in ([], [row], [row.flip(1)])  # what follows the row
         )
         ours, ours_followed = head.logits(alone), head.logits(followed[0])
     own = own.to(ours)
@@ -278,10 +278,7 @@ def check_split(model: PreTrainedModel, group: str) -> None:
 
 
 def locate(config: ModelConfig, group: str) -> str:
-    """Return a model's folder (for a GGUF file, its dequantised copy; of an adapter, its base) or hub id.
-
-    Raises ModelError.
-    """
+    """Return a model's folder (of a GGUF file its dequantised copy, of an adapter its base) or hub id."""
     path = resolve_path(config.path or "", f"{group}.path")
     if config.gguf_file:
         return str(_dequantised(Path(path), config.gguf_file, group))
