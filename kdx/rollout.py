@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 
 from kdx import plugins
 from kdx.causal_lm import stop_ids
-from kdx.config import Config, RolloutConfig
+from kdx.config import Config, RolloutConfig, replaced
 from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, collate, write_rows
 from kdx.data.encode import Data, Encoder, load_data
 from kdx.data.files import at_home
@@ -33,7 +33,7 @@ from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_bes
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import logging_to, quiet_libraries, working
 from kdx.store import TeacherStore
-from kdx.teacher import identity_of, load_body
+from kdx.teacher import identity_of, load_teacher
 from kdx.tokenizer import SharedTokenizer, load_tokenizer, pad_id_of
 
 log = logging.getLogger("kdx")
@@ -311,7 +311,8 @@ def teachers_answers(
     missing = store.missing([*prompts]) if store else [*prompts]
     answers: dict[str, list[int]] = {}
     if missing:
-        model = load_body(teacher, machine.device, shared.max_length)
+        off = replaced(teacher, store="off")
+        model = load_teacher(off, machine.device, shared.max_length, {}, is_repeated=False).model  # type: ignore[union-attr]
         sampling = Sampling(words.max_new_tokens, words.temperature, words.top_p)
         groups = groups_of([prompts[key] for key in missing], words.batch_size)
         groups = groups[machine.process_index :: machine.num_processes]

@@ -54,7 +54,7 @@ class Identity:
 
     @property
     def key(self) -> str:
-        return _short_hash(json.dumps(asdict(self), sort_keys=True))
+        return _sha256(json.dumps(asdict(self), sort_keys=True))[:16]
 
     @property
     def precision(self) -> str:
@@ -157,11 +157,14 @@ class TeacherStore:
 
     def load_answer(self, prompt: str) -> list[int] | None:
         """Return the teacher's answer to a prompt, if it is here."""
-        return read_json(self.folder / "answers" / f"{_short_hash(prompt)}.json").get("answer")
+        return read_json(self._answer_file(prompt)).get("answer")
 
     def save_answer(self, prompt: str, answer: list[int]) -> None:
         with self._writing():
-            write_json(self.folder / "answers" / f"{_short_hash(prompt)}.json", {"answer": answer})
+            write_json(self._answer_file(prompt), {"answer": answer})
+
+    def _answer_file(self, prompt: str) -> Path:
+        return self.folder / "answers" / f"{_sha256(prompt)[:16]}.json"
 
     def _flush_if_due(self) -> None:
         if self._buffer_bytes >= SHARD_BYTES or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
@@ -208,10 +211,8 @@ def open_store(
     counted: digest → counted positions of these rows. is_repeated: whether this run or others of its sweep ask for a
     row twice. Raises MachineError if the store must be on and there is no room for it.
     """
-    if config.store == "off":
-        return None, "off"
-    if config.store == "auto" and not is_repeated:
-        return None, "off (one epoch: nothing to reuse)"
+    if config.store == "off" or (config.store == "auto" and not is_repeated):
+        return None, "off" if config.store == "off" else "off (one epoch: nothing to reuse)"
     root = at_home(config.store_dir, "teacher.store_dir").resolve()
     name = str(config.base_model or config.path)
     store = TeacherStore(root, identity, name=name, limit_gb=config.store_limit_gb)
@@ -285,5 +286,5 @@ def paths_in(rows: Path) -> list[Path]:
     return sorted(rows.glob("[!.]*.safetensors"))
 
 
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

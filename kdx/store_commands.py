@@ -27,6 +27,8 @@ from kdx.store import count_rows, damaged_files
 from kdx.teacher import load_teacher
 from kdx.tokenizer import load_tokenizer, pad_id_of
 
+FILL_ROWS = 8  # rows in a pass, unless teacher.micro_batch_size says
+
 
 def fill(configs: Sequence[Config]) -> None:
     """Run each teacher of these configs over all rows of their data, and let it answer the sample prompts."""
@@ -51,7 +53,7 @@ def _fill(config: Config) -> None:
         raise ConfigError("teacher", "is none, so there is nothing to store", "Choose a teacher")
     log.info("teacher cache: %s", teacher.store_words)
     missing = sorted((rows[digest] for digest in store.missing([*rows])), key=lambda row: -len(row.tokens))
-    size = teacher.rows_at_once or 8
+    size = teacher.rows_at_once or FILL_ROWS
     starts = range(0, len(missing), size)[machine.process_index :: machine.num_processes]
     with closing(store), working("Running teacher", len(starts), is_main) as advance:
         for start in starts:
