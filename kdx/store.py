@@ -75,12 +75,13 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, "pt")
-        self.names, self._checksums = list(self._file.keys()), self._file.metadata() or {}
+        metadata = self._file.metadata() or {}
+        self.checksums = {name: metadata.get(name) for name in self._file.keys()}  # noqa: SIM118
 
     def read(self, name: str) -> Tensor | None:
         """Return a tensor as a view of the file, or None if it is damaged."""
         row = self._file.get_tensor(name)
-        return row if checksum(name, row) == self._checksums.get(name) else None
+        return row if checksum(name, row) == self.checksums[name] else None
 
 
 class TeacherStore:
@@ -175,7 +176,7 @@ class TeacherStore:
         for path in sorted({*paths_in(self.rows)} - self._seen):
             self._seen.add(path)
             if shard := open_shard(path):
-                for digest in shard.names:
+                for digest in shard.checksums:
                     self._shards_of[digest].append(shard)
 
     def _row(self, digest: str) -> Tensor | None:
@@ -258,8 +259,8 @@ def whole(path: Path) -> dict[str, Tensor] | None:
     """Read all tensors of a file; None if it is not there, or if it or one of them is damaged."""
     if not path.exists() or (shard := open_shard(path)) is None:
         return None
-    tensors = {name: tensor for name in shard.names if (tensor := shard.read(name)) is not None}
-    return tensors if len(tensors) == len(shard.names) else None
+    tensors = {name: tensor for name in shard.checksums if (tensor := shard.read(name)) is not None}
+    return tensors if len(tensors) == len(shard.checksums) else None
 
 
 def load_head(folder: Path, device: torch.device | None = None) -> tuple[Head, int] | None:
@@ -273,7 +274,7 @@ def load_head(folder: Path, device: torch.device | None = None) -> tuple[Head, i
 
 def count_rows(folder: Path) -> int:
     """Count a teacher's rows."""
-    return sum(len(shard.names) for path in paths_in(folder / "rows") if (shard := open_shard(path)))
+    return sum(len(shard.checksums) for path in paths_in(folder / "rows") if (shard := open_shard(path)))
 
 
 def damaged_files(folder: Path) -> list[Path]:
