@@ -92,7 +92,7 @@ def dequantise(model: Any, config: AdapterConfig, student: StudentConfig) -> Non
     attention = model.config._attn_implementation
     plain: Any = load_causal_lm(student, "student", dtype=torch.bfloat16, attn_implementation=attention)
     add_adapter(plain, config, seed=0)
-    plain.load_state_dict({name: tensor.cpu() for name, tensor in trained(model).items()}, strict=False)
+    plain.load_state_dict(trained(model), strict=False)
     for name, part in plain.named_children():
         setattr(model, name, part)
     del model.config.quantization_config

@@ -192,10 +192,7 @@ def stop_ids(config: GenerationConfig) -> list[int]:
 def load_causal_lm(
     config: ModelConfig, group: str, *, dtype: Any, quantization: str = "none", **how: Any
 ) -> PreTrainedModel:
-    """Load a model in eval mode, complete, with its adapter if it has one. how: what else from_pretrained takes.
-
-    Raises ModelError, or MachineError if a package is not installed.
-    """
+    """Load a model in eval mode, complete, with its adapter if it has one. Raises ModelError or MachineError."""
     path = locate(config, group)
     how |= {"dtype": dtype, "revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with loading(path, "model", f"{group}.path"):

@@ -40,11 +40,10 @@ def evenly_spread(num_layers: int, num_kept: int) -> list[int]:
 
 
 def cut(teacher: TeacherConfig, layers: int | list[int] | None, **how: Any) -> PreTrainedModel:
-    """Build a smaller model from some of the teacher's layers, and its embeddings, norms and head.
+    """Build a smaller model from some of the teacher's layers, and its embeddings, norms and head; proved first.
 
-    Only these tensors are read from the teacher's files. That the cut is right is proved first, on a tiny model of the
-    same class. layers: how many (evenly spread), or which. how: what from_pretrained takes. Raises ConfigError or
-    ModelError.
+    Only these tensors are read. layers: how many (evenly spread), or which. how: what else from_pretrained takes.
+    Raises ConfigError or ModelError.
     """
     config, path = load_config(teacher, "teacher"), locate(teacher, "teacher")
     total = config.get_text_config().num_hidden_layers
@@ -111,8 +110,7 @@ def prove(kind: type[PreTrainedModel], config: Any) -> None:
     """Prove on a tiny model of this class, with all its layers and random weights, that it can be cut.
 
     With all layers it gives the same logits; with half of them, those of the model with the other layers skipped; and
-    it reloads from its own files. So a config whose lists by layer are not understood is found before hours of
-    training. Raises ModelError.
+    it reloads from its own files. So lists by layer that are not understood cost no training. Raises ModelError.
     """
     row = torch.arange(3, 15).unsqueeze(0)
     try:

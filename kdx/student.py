@@ -21,10 +21,9 @@ log = logging.getLogger(__name__)
 def load_student(
     config: StudentConfig, teacher: TeacherConfig, *, dtype: torch.dtype, seed: int, **how: Any
 ) -> PreTrainedModel:
-    """Return the student in eval mode, its master weights in `dtype`. Raises ConfigError or ModelError.
+    """Return the student in eval mode, with the generation config of the model it comes from.
 
-    how: attn_implementation, and for a pretrained base what else load_causal_lm takes.
-    Its generation config is its model's, or that of the teacher it is cut from.
+    how: attn_implementation, and for a pretrained base what else load_causal_lm takes. Raises ConfigError or ModelError.
     """
     source, group = _source(config, teacher)
     shape = load_config(source, group)
