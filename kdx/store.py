@@ -150,11 +150,11 @@ class TeacherStore:
     def save_head(self, head: Head, num_parameters: int) -> None:
         """Store the teacher's name, head and size."""
         numbers = [head.scale, math.nan if head.softcap is None else head.softcap, num_parameters]
-        parts = {"weight": head.weight, "bias": head.bias, "numbers": torch.tensor(numbers, dtype=torch.float64)}
-        parts = {k: v.detach().cpu().contiguous() for k, v in parts.items() if v is not None}
+        parts = {"weight": head.weight, "numbers": torch.tensor(numbers, dtype=torch.float64)}
+        parts |= {} if head.bias is None else {"bias": head.bias}
         with self._writing():
             write_json(self.folder / "teacher.json", {"name": self.name, **asdict(self.identity)})
-            write_shard(self.folder / HEAD, parts)
+            write_shard(self.folder / HEAD, {k: v.detach().cpu().contiguous() for k, v in parts.items()})
 
     def load_answer(self, prompt: str) -> list[int] | None:
         """Return the teacher's answer to a prompt, if it is here."""

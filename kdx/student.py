@@ -31,20 +31,19 @@ def load_student(
         raise ModelError(f"{group}.path", f"{source.path} is quantised and cannot be trained", "Use its full weights")
     if config.init == "pretrained":
         model = load_causal_lm(config, "student", dtype=dtype, **how)
+    elif config.init == "cut":
+        model = ready(cut(teacher, config.layers, dtype=dtype, **how), "student")
     else:
-        if config.init == "cut":
-            model = cut(teacher, config.layers, dtype=dtype, **how)
-        else:
-            torch.manual_seed(seed)
-            how |= {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
-            with loading(str(config.path), "shape", "student.path"):
-                model = AutoModelForCausalLM.from_config(shape, **how)
-        ready(model, "student")
-        model.generation_config = generation_config(source, group)
+        torch.manual_seed(seed)
+        how |= {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+        with loading(str(config.path), "shape", "student.path"):
+            model = ready(AutoModelForCausalLM.from_config(shape, **how), "student")
     freeze_unread(model)
     if getattr(model.config, "output_router_logits", False):
         log.warning("the router's auxiliary loss, which the student's config asks for, is left out")
     with loading(str(source.path), "generation config", f"{group}.path"):
+        if config.init != "pretrained":
+            model.generation_config = generation_config(source, group)
         model.generation_config.validate(strict=True)  # as save_pretrained does after hours of training
     return model
 

@@ -66,7 +66,7 @@ class Teacher:
     def answer(self, batch: MicroBatch, *, is_kept: bool = True) -> Answer:
         """Answer a batch; if the store lacks one of its rows all are computed, in one layout, and stored if is_kept."""
         store = None if "" in batch.row_digests else self.store  # what the student said is never stored
-        if (rows := store and store.read(batch.row_digests)) is None:
+        if (rows := store.read(batch.row_digests) if store else None) is None:
             hidden = self.live(batch)
             if store is None or not is_kept:
                 return Answer(hidden, self.head)
@@ -104,8 +104,8 @@ def load_body(config: TeacherConfig, device: torch.device, max_length: int, *, i
     """Load the whole model onto its device, or spread over all, with its adapter merged. Raises ModelError."""
     dtype, attention = DTYPES[_dtype(config, device)], attention_for(config, device, max_length)
     device_map = config.device_map or (None if config.quantization == "none" else str(device))
-    how = {"quantization": config.quantization, "device_map": device_map}
-    model: Any = load_causal_lm(config, "teacher", dtype=dtype, attn_implementation=attention, **how)
+    how = {"dtype": dtype, "attn_implementation": attention, "device_map": device_map}
+    model: Any = load_causal_lm(config, "teacher", quantization=config.quantization, **how)
     if config.adapter:
         merge_adapter(model, dtype)
     if is_compiled:
