@@ -246,42 +246,6 @@ def test_gelu_in_one_kernel_is_the_same_function(name):
 
 # ---- rows padded on the right, without an attention mask
 
-WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-CAUSAL = {
-    **{kind: CONFIGS[kind] for kind in ("llama, tied", "gpt2", "gpt-neox")},
-    "gemma3": lambda: hf.Gemma3TextConfig(**SHAPE | WINDOWS, head_dim=8),
-    "opt": lambda: hf.OPTConfig(
-        vocab_size=V, hidden_size=d, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=d
-    ),
-    "mixtral": lambda: hf.MixtralConfig(**SHAPE, num_local_experts=3),
-    "mamba": lambda: hf.MambaConfig(vocab_size=V, hidden_size=d, num_hidden_layers=2, state_size=4),
-}
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", CAUSAL)
-def test_without_a_mask_real_positions_are_the_same(kind, attention):
-    if attention == "sdpa" and kind == "mamba":
-        pytest.skip("has no sdpa")
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(CAUSAL[kind](), attn_implementation=attention).eval()
-    rows = [Row(str(n), list(range(3, 3 + n)), [False] + [True] * (n - 1)) for n in (12, 5, 2)]
-    batch = collate(rows, pad_id=0)
-    check_split(model, "student")
-    assert not model.needs_attention_mask
-    hidden, gradients = [], []
-    for model.needs_attention_mask in (True, False):
-        hidden.append(counted_hidden(model, batch))
-        loss = hidden[-1].square().mul(torch.linspace(0, 1, hidden[-1].numel()).view_as(hidden[-1])).mean()
-        gradients.append(torch.autograd.grad(loss, list(model.base_model.parameters()), allow_unused=True))
-    if kind == "mixtral":  # experts round by how many tokens they are given
-        torch.testing.assert_close(*hidden, rtol=1e-6, atol=1e-6)
-    else:
-        assert torch.equal(*hidden)
-    for one, two in zip(*gradients, strict=True):
-        if one is not None:
-            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_mask_stays_where_it_is_needed(dtype):
