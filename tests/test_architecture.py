@@ -16,15 +16,7 @@ FILES = {
 CHOICES = {"teacher", "student", "data.sources", "loss", "optim"}
 STANDARD = {"collections", "functools", "importlib", "inspect", "math", "typing"}
 MAX_LINES, MAX_TOKENS = 11_055, 90_000
-NOT_CODE = {
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENCODING,
-    tokenize.ENDMARKER,
-}
+NOT_CODE = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER"}
 
 
 def imported(name: str) -> set[str]:
@@ -52,16 +44,11 @@ def num_tokens(path: Path) -> int:
     text = path.read_text(encoding="utf-8")
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(text)):
-        body = getattr(node, "body", None)
-        for part in body if isinstance(body, list) else []:
-            if (
-                isinstance(part, ast.Expr)
-                and isinstance(part.value, ast.Constant)
-                and isinstance(part.value.value, str)
-            ):
-                docstrings |= set(range(part.lineno, (part.end_lineno or part.lineno) + 1))
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):
+                docstrings |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    return sum(token.type not in NOT_CODE and token.start[0] not in docstrings for token in tokens)
+    return sum(tokenize.tok_name[t.type] not in NOT_CODE and t.start[0] not in docstrings for t in tokens)
 
 
 def test_the_package_stays_within_its_budget():
@@ -71,19 +58,13 @@ def test_the_package_stays_within_its_budget():
 
 
 def test_hydra_stays_in_the_command_line():
-    assert {name for name in FILES if top(name) & {"hydra", "omegaconf"}} <= {
-        "cli",
-        "compose",
-        "sweep",
-        "jobs",
-        "resolve",
-    }
+    assert {name for name in FILES if top(name) & {"hydra", "omegaconf"}} <= {"cli", "compose", "sweep"}
 
 
 def test_torch_is_not_imported_before_a_run_starts():
     late = {"torch", "transformers", "accelerate", "datasets", "wandb"}
     early = {"__init__", "__main__", "cli", "compose", "config", "errors", "sweep", "run.devices"}
-    early |= {name for name in FILES if name.startswith("compare")} - {"compare.workspace", "compare.wandb_run"}
+    early |= {name for name in FILES if name.startswith("compare")} - {"compare.wandb_run"}
     for name in early:
         assert not top(name) & late, name
 

@@ -5,15 +5,14 @@ R held-out rows or prompts, N runs, B resamples.
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from kdx.config import GENERATED
 from kdx.run.identity import canonical, used
 from kdx.run.labels import short
 
@@ -22,32 +21,39 @@ class Column(NamedTuple):
     """A measure or cost of a student."""
 
     heading: str
-    best: Callable[..., Any] | None = None  # min or max: measures with a heat map
+    best: Literal["min", "max"] | None = None  # students are ranked by it
+    per: str | None = None  # what it is a mean over: the key of a line's count; None: the lines themselves
     places: int | None = None  # decimals; None: as many as tell the students apart
 
 
-COLUMNS = {  # by name in summary.json; what matters most comes first
-    "kl": Column("KL", min), "ce": Column("CE", min), "agreement": Column("agreement", max),
+COLUMNS = {  # by name in summary.json; what matters most comes first. Lines of eval_rows.jsonl have sums of the ranked ones
+    "kl": Column("KL", "min", "counted"), "ce": Column("CE", "min", "counted"),
+    "agreement": Column("agreement", "max", "counted"),
     "steps": Column("steps", places=0), "tokens": Column("tokens", places=0), "reverse_kl": Column("reverse KL"),
     "effective_alpha_start": Column("effective α", places=2), "effective_alpha_end": Column("at the end", places=2),
     "accuracy": Column("accuracy"), "perplexity": Column("perplexity"),
     "tokens_per_second": Column("tokens/s", places=0), "seconds": Column("seconds", places=0),
 }  # fmt: skip
-ANSWERS = {  # the same of what the students say themselves, in a table of its own
-    "on_policy_kl": Column("on-policy KL", min), "rouge_l": Column("ROUGE-L", max),
+ANSWERS = {  # the same of what the students say themselves, in a table of its own, from eval_answers.jsonl
+    "on_policy_kl": Column("on-policy KL", "min", "answer_length"), "rouge_l": Column("ROUGE-L", "max"),
     "answer_length": Column("length", places=1), "finished": Column("finished", places=2),
     "distinct_2": Column("distinct bigrams"),
 }  # fmt: skip
 EVERY = COLUMNS | ANSWERS
-RANKED_BY = ("kl", "ce", "agreement", *GENERATED)  # eval_rows.jsonl or eval_answers.jsonl has their sums
+RANKED = {name: column for name, column in EVERY.items() if column.best}
 NUM_RESAMPLES = 4000
 DIGITS = 6  # values that agree to so many decimals are tied
 SAME_BUDGET = 0.05  # relative difference in trained tokens; the order of rows alone changes a few percent
+PULLS = ("effective_alpha_end", "effective_alpha_start")
 SAME_MIXTURE = 0.03  # of effective alpha, at start and end
 SEED_KEY = "train.seed"
 MOST_KEYS = 5  # keys in a label; all that differ are in a table of their own
-BASELINE = "baseline (alpha = 0)"
-Interval = tuple[float, float]
+CAVEAT = (
+    "★ best; * not distinguishable from the best: the 95 % interval of the difference includes 0 (paired bootstrap over "
+    f"held-out rows or prompts, {NUM_RESAMPLES:,} resamples; seeds and the choice of the best of many are not accounted for). "
+    "● on the Pareto front: no other student is better in both KL and CE. † trained longer or shorter than most: "
+    "differences to the others may come from that alone."
+)
 
 
 @dataclass(eq=False)
@@ -82,11 +88,6 @@ class Run:
         }
 
     @property
-    def measures(self) -> dict[str, Any]:
-        """All that its summary says of the student, its scores in tasks among them."""
-        return self.summary["run"] | self.summary["student"] | self.summary.get("tasks", {})
-
-    @property
     def student(self) -> str:
         """What decides the student apart from the seed: runs that agree in it are averaged."""
         config = {k: v for k, v in self.used.items() if k != SEED_KEY and v is not None}
@@ -101,11 +102,11 @@ class Point:
     baseline: bool  # trained without a teacher
     values: dict[str, Any]  # the keys that differ between students
     runs: list[Run]
-    measures: dict[str, float | None]  # EVERY, and scores in tasks with their standard errors
+    measures: dict[str, Any]  # EVERY, and scores in tasks with their standard errors; None if a run lacks it
     number: int = 0  # its line in the table
     rank: dict[str, int] = field(default_factory=dict)
     # (measure, "minus_best" or "minus_baseline") → of the difference; (measure, "seeds") → seeds around their mean
-    intervals: dict[tuple[str, str], Interval] = field(default_factory=dict)
+    intervals: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
     pareto_front: bool = False
     other_budget: bool = False  # trained on more or fewer tokens than most of the table
 
@@ -125,7 +126,39 @@ class Ranking:
     points: list[Point]  # by KL, or by CE without a teacher
     references: dict[str, dict[str, Any]]  # measures of the teacher and the untouched students
     title: str
-    measured_on: dict[str, Any]
+
+    @property
+    def sections(self) -> dict[str, dict[str, Column]]:
+        """The columns of its table, by title, and of that of the students' own answers, if those were measured."""
+        found = {self.title: COLUMNS}
+        if any(point.measures[name] is not None for point in self.points for name in ANSWERS):
+            first = self.points[0]
+            title = "Greedy answers to held-out prompts, not ranked: some students answered other prompts"
+            if by := [column.heading for name, column in ANSWERS.items() if name in first.rank]:
+                title = f"Greedy answers to {len(first.runs[0].answers)} held-out prompts, ranked by {' and '.join(by)}"
+            found[title] = ANSWERS
+        return found
+
+    @property
+    def same_mixtures(self) -> str:
+        """Which students' terms really pulled alike, whatever alpha, temperature and divergence were typed; or nothing."""
+        groups: list[list[Point]] = []
+
+        def is_like(one: Point, other: Point) -> bool:
+            pulls = (abs(one.measures[name] - other.measures[name]) for name in PULLS)
+            keys = one.values.keys() | other.values.keys()
+            differing = [key for key in keys if one.values.get(key) != other.values.get(key)]
+            return max(pulls) < SAME_MIXTURE and all(key.startswith("loss") for key in differing)
+
+        mixed = [p for p in self.points if not p.baseline and None not in [p.measures[name] for name in PULLS]]
+        for point in sorted(mixed, key=lambda p: [p.measures[name] for name in PULLS]):
+            group = next((group for group in groups if is_like(group[0], point)), [])
+            if not group:
+                groups.append(group)
+            group.append(point)
+        alike = " — ".join("; ".join(map(str, group)) for group in groups if len(group) > 1)
+        what = f"Really the same mixture (effective alpha within {SAME_MIXTURE} at start and end)"
+        return f"{what}: {alike}." if alike else ""
 
 
 @dataclass(frozen=True)
@@ -147,17 +180,17 @@ class Comparison:
 def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
     """Draw R of R rows with replacement, `num` times, and return each run's mean per counted position, [B, N].
 
-    counted: [R, N], or [R] for all; sums: [R, N]. A mean is a ratio of sums, and a draw takes the same rows for all runs:
-    rows that are hard for all of them cancel in the differences. The same runs give the same intervals.
+    counted, sums: [R, N]. A mean is a ratio of sums, and a draw takes the same rows for all runs: rows that are hard for all
+    of them cancel in the differences. The same runs give the same intervals.
     """
-    generator, size, num_runs = np.random.default_rng(seed), len(counted), sums.shape[1]
-    both = np.column_stack([sums, counted]).astype(float)
+    generator, size = np.random.default_rng(seed), len(counted)
+    both = np.hstack([sums, counted]).astype(float)
     draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(num))
-    totals = np.array([times @ both for times in draws])
-    return totals[:, :num_runs] / totals[:, num_runs:]
+    totals, of_counted = np.split(np.array([times @ both for times in draws]), 2, axis=1)
+    return np.asarray(totals / of_counted)
 
 
-def interval(differences: np.ndarray) -> Interval:
+def interval(differences: np.ndarray) -> tuple[float, float]:
     """Return the middle 95 % of resampled differences."""
     low, high = np.percentile(differences, (2.5, 97.5)).round(10)  # further digits vary with the number of threads
     return float(low), float(high)
@@ -173,11 +206,16 @@ def pareto(pairs: Sequence[tuple[float, float]]) -> list[bool]:
 
 def compared(runs: list[Run]) -> Comparison:
     """Rank those runs that can be, in as many tables as it takes."""
+    groups = _grouped((canonical(run.measured_on), run) for run in runs if not run.reason)
+    return Comparison([make_ranking(group) for group in groups], runs, differing(runs))
+
+
+def _grouped(runs: Iterable[tuple[str, Run]]) -> list[list[Run]]:
+    """Put runs that have the same key together."""
     groups: dict[str, list[Run]] = {}
-    for run in runs:
-        if not run.reason:
-            groups.setdefault(canonical(run.measured_on), []).append(run)
-    return Comparison([make_ranking(group) for group in groups.values()], runs, differing(runs))
+    for key, run in runs:
+        groups.setdefault(key, []).append(run)
+    return [*groups.values()]
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
@@ -194,59 +232,39 @@ def make_ranking(runs: Sequence[Run]) -> Ranking:
     """Rank runs that were measured on the same rows with the same teacher."""
     first, points = runs[0], make_points(runs)
     rank(points)
-    points.sort(key=lambda p: (p.rank.get("kl", len(points)), p.rank["ce"], p.label))
+    points.sort(key=lambda p: (p.rank.get("kl", 0), p.rank["ce"], p.label))
     references = {"teacher": first.summary["teacher"]}
     for number, point in enumerate(points, 1):
         point.number = number
-        own = [f" {setting(key, value)}" for key, value in point.values.items() if key.startswith("student.")]
+        own = [f" {short(key)} {shown(value)}" for key, value in point.values.items() if key.startswith("student.")]
         references.setdefault(f"untouched student{','.join(own)}", point.runs[0].summary["untouched"])
     references = {label: found for label, found in references.items() if found.get("ce") is not None}
-    data, precision = first.summary["data"], first.measured_on["precision of the teacher"]
-    title = f"{len(first.rows)} held-out rows, {data['counted_validation_tokens']:,} counted tokens, τ = 1; teacher: "
-    title += first.config.get("teacher.base_model") or first.config.get("teacher.path") or "none"
-    return Ranking(points, references, f"{title} ({precision})" if precision else title, first.measured_on)
+    tokens = first.summary["data"]["counted_validation_tokens"]
+    teacher = first.config.get("teacher.base_model") or first.config.get("teacher.path") or "none"
+    precision = first.measured_on["precision of the teacher"]
+    title = f"{len(first.rows)} held-out rows, {tokens:,} counted tokens, τ = 1; teacher: {teacher}"
+    return Ranking(points, references, f"{title} ({precision})" if precision else title)
 
 
 def make_points(runs: Sequence[Run]) -> list[Point]:
     """Average runs that differ only in the seed."""
     keys = [key for key in differing(runs) if key != SEED_KEY]
     names = dict.fromkeys([*EVERY, *(name for run in runs for name in run.summary.get("tasks", ()))])
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.student, []).append(run)
     points = []
-    for group in groups.values():
+    for group in _grouped((run.student, run) for run in runs):
         first, baseline = group[0], group[0].used["loss.alpha"] == 0
         values = {key: first.used[key] for key in keys if key in first.used}
-        label = [BASELINE] * baseline + [setting(k, v) for k, v in values.items() if (k, v) != ("loss.alpha", 0)]
+        label = ["baseline (alpha = 0)"] * baseline
+        label += [f"{short(k)} {shown(v)}" for k, v in values.items() if not (baseline and k == "loss.alpha")]
         point = Point(", ".join(label[:MOST_KEYS]) or first.name, baseline, values, group, {})
+        measures = [run.summary["run"] | run.summary["student"] | run.summary.get("tasks", {}) for run in group]
         for name in names:
-            known = [run.measures.get(name) for run in group]
-            taken = [value for value in known if value is not None]
-            mean = point.measures[name] = math.fsum(taken) / len(group) if len(taken) == len(group) else None
-            if name in RANKED_BY and mean is not None and len(group) > 1:
-                point.intervals[name, "seeds"] = min(taken) - mean, max(taken) - mean
+            found = [of_run.get(name) for of_run in measures]
+            mean = point.measures[name] = None if None in found else math.fsum(found) / len(group)
+            if name in RANKED and mean is not None and len(group) > 1:
+                point.intervals[name, "seeds"] = min(found) - mean, max(found) - mean
         points.append(point)
     return points
-
-
-def same_mixtures(ranking: Ranking) -> list[list[Point]]:
-    """Group students whose terms really pulled alike, whatever alpha, temperature and divergence were typed."""
-    groups: list[list[Point]] = []
-    ends = {p: [p.measures[f"effective_alpha_{end}"] for end in ("start", "end")] for p in ranking.points}
-    known = {p: tuple(e for e in pair if e is not None) for p, pair in ends.items() if not p.baseline}
-    for point in sorted((p for p in known if len(known[p]) == 2), key=lambda p: known[p][::-1]):
-        first = known[groups[-1][0]] if groups else (math.inf, math.inf)
-        if max(abs(a - b) for a, b in zip(first, known[point], strict=True)) < SAME_MIXTURE:
-            groups[-1].append(point)
-        else:
-            groups.append([point])
-    return [group for group in groups if len(group) > 1]
-
-
-def setting(key: str, value: Any) -> str:
-    """Write a key of a config and its value for people."""
-    return f"{short(key)} {shown(value)}"
 
 
 def shown(value: Any) -> str:
@@ -255,41 +273,34 @@ def shown(value: Any) -> str:
     return text if len(text) <= 28 else f"…{text[-27:]}"
 
 
-def rank(points: list[Point]) -> None:
+def rank(points: Sequence[Point]) -> None:
     """Set ranks, intervals, the Pareto front and the marks of other budgets."""
-    for measure in RANKED_BY:
-        if measure in ANSWERS and not answered_alike(points, measure):
-            continue
-        sign = -1 if EVERY[measure].best is max else 1
-        rounded = {p: sign * round(v, DIGITS) for p in points if (v := p.measures[measure]) is not None}
-        for point, value in rounded.items():
-            point.rank[measure] = 1 + sum(other < value for other in rounded.values())
-        if len(rounded) > 1:
-            _set_intervals(measure, [*rounded])
-    both = [point for point in points if {"kl", "ce"} <= point.rank.keys()]
-    for point, is_on in zip(both, pareto([(p.rank["kl"], p.rank["ce"]) for p in both]), strict=True):
-        point.pareto_front = is_on
-    budgets = [point.measures["tokens"] or 0 for point in points]
-    for point, budget in zip(points, budgets, strict=True):
-        point.other_budget = not math.isclose(budget, statistics.median_high(budgets), rel_tol=SAME_BUDGET)
-
-
-def answered_alike(points: Sequence[Point], measure: str) -> bool:
-    """Whether all runs answered the same prompts, and this was measured of every answer."""
     runs = [run for point in points for run in point.runs]
-    prompts = [[line["row"] for line in run.answers] for run in runs]
-    is_taken = all(line[measure] is not None for run in runs for line in run.answers)
-    return bool(prompts[0]) and is_taken and all(some == prompts[0] for some in prompts)
+    for measure in RANKED:
+        lines = [run.answers if measure in ANSWERS else run.rows for run in runs]
+        ids = [[line["row"] for line in of_run] for of_run in lines]
+        is_known = all(line[measure] is not None for of_run in lines for line in of_run)
+        if ids[0] and is_known and all(some == ids[0] for some in ids):  # the same rows or prompts for all
+            _rank_by(measure, points, dict(zip(runs, lines, strict=True)))
+    if "kl" in points[0].rank:
+        pairs = [(point.rank["kl"], point.rank["ce"]) for point in points]
+        for point, is_on_front in zip(points, pareto(pairs), strict=True):
+            point.pareto_front = is_on_front
+    usual = statistics.median_high(point.measures["tokens"] or 0 for point in points)
+    for point in points:
+        point.other_budget = not math.isclose(point.measures["tokens"] or 0, usual, rel_tol=SAME_BUDGET)
 
 
-def _set_intervals(measure: str, points: list[Point]) -> None:
-    """Bootstrap the difference of each point to the best and to its baseline, with rows or prompts paired."""
-    runs = [run for point in points for run in point.runs]
-    weight = {"on_policy_kl": "answer_length", "rouge_l": None}.get(measure, "counted")
-    lines = [run.answers if measure in ANSWERS else run.rows for run in runs]
-    sums = np.column_stack([[line[measure] for line in some] for some in lines])
-    counted = np.column_stack([[line[weight] if weight else 1 for line in some] for some in lines])
-    drawn = dict(zip(runs, resampled_means(counted, sums).T, strict=True))
+def _rank_by(measure: str, points: Sequence[Point], lines: dict[Run, Sequence[dict[str, Any]]]) -> None:
+    """Rank by one measure, and bootstrap the difference of each point to the best and to its baseline, lines paired."""
+    column = RANKED[measure]
+    sign = -1 if column.best == "max" else 1
+    values = {point: sign * round(point.measures[measure], DIGITS) for point in points}
+    for point, value in values.items():
+        point.rank[measure] = 1 + sum(other < value for other in values.values())
+    sums = np.array([[line[measure] for line in of_run] for of_run in lines.values()]).T
+    counted = np.array([[line[column.per] if column.per else 1 for line in of_run] for of_run in lines.values()]).T
+    drawn = dict(zip(lines, resampled_means(counted, sums).T, strict=True))
     means = {point: np.mean([drawn[run] for run in point.runs], axis=0) for point in points}
     settings = {p: canonical({k: v for k, v in p.values.items() if not k.startswith("loss.")}) for p in points}
     baselines = {settings[point]: point for point in points if point.baseline}

@@ -16,8 +16,8 @@ from rich.markdown import Markdown
 from kdx.compare.ranking import COLUMNS, Comparison, Run, compared, make_ranking
 from kdx.compare.tables import as_csv, as_json, as_markdown
 from kdx.config import leaves
-from kdx.errors import ConfigError
-from kdx.run.files import write_beside
+from kdx.errors import ConfigError, one_line
+from kdx.run.files import read_lines, write_beside
 from kdx.run.tracking import CONSOLE
 
 MARK = "status.json"  # a folder with it is a run's
@@ -29,37 +29,30 @@ def main(words: list[str]) -> int:
     """Run `kdx compare PATH… [--out DIR] [--wandb]` and return the exit code."""
     parser = argparse.ArgumentParser("kdx compare", description="Compare runs and sweeps.")
     parser.error = _usage_error  # type: ignore[method-assign]
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="a run folder or a sweep's folder")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where to write; by default into PATH, or into ./comparison if there are several",
-    )
+    parser.add_argument("paths", nargs="*", metavar="PATH", type=Path, help="a run folder or a sweep's folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write: PATH, or ./comparison for several")
     parser.add_argument("--wandb", action="store_true", help="also put it into W&B, with a dashboard of these runs")
     args = parser.parse_intermixed_args(words)
-    paths = [Path(word) for word in args.paths]
-    out = args.out or (paths[0] if len(paths) == 1 and paths[0].is_dir() else Path("comparison"))
-    comparison = show(paths, out)
+    out = args.out or (args.paths[0] if len(args.paths) == 1 else Path("comparison"))
+    comparison = show(args.paths, out)
     if args.wandb:
-        from kdx.compare import wandb_run, workspace
+        from kdx.compare.wandb_run import publish, save_dashboard
 
-        CONSOLE.print(wandb_run.publish(comparison, out, "auto"), markup=False)
-        CONSOLE.print(f"Dashboard: {workspace.save(comparison)}", markup=False)
+        CONSOLE.print(publish(comparison, out, "auto"), markup=False)
+        CONSOLE.print(f"Dashboard: {save_dashboard(comparison)}", markup=False)
     return 0
+
+
+def _usage_error(message: str) -> NoReturn:
+    raise ConfigError("kdx compare", message, "Usage: kdx compare PATH... [--out DIR] [--wandb]")
 
 
 def show(paths: Sequence[Path], out: Path) -> Comparison:
     """Compare, and print the table."""
     comparison = compare(paths, out)
-    names = [*IN_TERMINAL, *["rouge_l"] * (CONSOLE.width >= 100)]
-    CONSOLE.print(Markdown(as_markdown(comparison, names)))
+    CONSOLE.print(Markdown(as_markdown(comparison, IN_TERMINAL)))
     CONSOLE.print(f"Wrote {out / 'compare.html'}, .csv, .json and .md", markup=False)
     return comparison
-
-
-def _usage_error(message: str) -> NoReturn:
-    raise ConfigError("kdx compare", message, "Usage: kdx compare PATH... [--out DIR] [--wandb]")
 
 
 def compare(paths: Sequence[Path], out: Path) -> Comparison:
@@ -99,22 +92,19 @@ def read_run(name: str, folder: Path) -> Run:
         run.config = leaves(_load(folder / "config.yaml"))
         run.swept = _load(folder / "record.json")["swept"]
         if run.state != "done":  # only then are all measures finite
-            raise ValueError(status.get("reason") or f"step {status['step']} of {status['max_steps']}")
+            run.reason = status.get("reason") or f"step {status['step']} of {status['max_steps']}"
+            return run
         run.summary = _load(folder / "summary.json")
         if run.summary["student"]["ce"] is None:
-            raise ValueError("nothing was held out")
+            run.reason = "nothing was held out"
+            return run
         run.rows = sorted(_load(folder / "eval_rows.jsonl"), key=lambda line: str(line["row"]))
-        if len(run.rows) != (expected := run.summary["data"]["num_validation_rows"]):
-            raise ValueError(f"eval_rows.jsonl has {len(run.rows)} of {expected} rows")
-        if (file := folder / "eval_answers.jsonl").exists():  # older runs have none
-            run.answers = _load(file)
+        run.answers = read_lines(folder / "eval_answers.jsonl")  # not there if no prompts were asked
         run.curve = [line for line in _load(folder / "metrics.jsonl") if "eval/ce" in line]
         run.samples = _load(folder / "samples.json")
         make_ranking([run])  # reads what ranking will
-    except (KeyError, TypeError, AttributeError) as error:
-        run.reason = f"a file lacks what kdx writes into it ({type(error).__name__}: {error})"
-    except ValueError as error:
-        run.reason = str(error)
+    except Exception as error:  # a damaged file, or one of another version
+        run.reason = f"cannot be read ({type(error).__name__}: {one_line(error)})"
     return run
 
 
@@ -123,7 +113,7 @@ def _load(file: Path) -> Any:
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line]
+            return [json.loads(line) for line in text.splitlines()]
         return yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file.name} cannot be read: {' '.join(str(error).split())[:100]}") from None
+        raise ValueError(f"{file.name}: {error}") from None

@@ -1,82 +1,23 @@
 """Write a comparison as tables: CSV, JSON and Markdown, which the terminal shows too."""
 
-import csv
-import io
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from kdx.compare.ranking import (
-    ANSWERS,
-    COLUMNS,
-    DIGITS,
-    EVERY,
-    NUM_RESAMPLES,
-    RANKED_BY,
-    SAME_MIXTURE,
-    Column,
-    Comparison,
-    Interval,
-    Point,
-    Ranking,
-    same_mixtures,
-    shown,
-)
+import pandas as pd
+
+from kdx.compare.ranking import CAVEAT, DIGITS, EVERY, RANKED, Column, Comparison, Point, Ranking, shown
 
 APART = (
     "Measures compare only on the same held-out rows and with the same teacher in the same precision. "
     "Each of these tables has its own."
 )
-CAVEAT = (
-    "★ best; * not distinguishable from the best: the 95 % interval of the difference includes 0 (paired bootstrap over "
-    f"held-out rows or prompts, {NUM_RESAMPLES:,} resamples; seeds and the choice of the best of many are not accounted for). "
-    "● on the Pareto front: no other student is better in both KL and CE. † trained longer or shorter than most: "
-    "differences to the others may come from that alone."
-)
 Grid = list[tuple[str, ...]]  # a header, then rows of cells; the first cell labels the row
 
 
-def decimals(values: Iterable[float], least: int = 3, most: int = DIGITS) -> int:
-    """Return the fewest decimals that show values as different which are."""
-    distinct = {round(value, most) for value in values}
-    return next((d for d in range(least, most) if len({round(v, d) for v in distinct}) == len(distinct)), most)
-
-
-def difference(interval: Interval | None) -> str:
-    """Write the interval of a difference with signs; "tied" if there is no difference."""
-    if interval is None:
-        return ""
-    places = decimals([0.0, *interval])
-    low, high = (round(end, places) + 0.0 for end in interval)  # + 0.0: never -0.000
-    return "tied" if low == high == 0 else f"{low:+.{places}f} to {high:+.{places}f}"
-
-
-def mixtures(ranking: Ranking) -> str:
-    """Name the students whose mixture of both terms was really the same; empty if there are none."""
-    groups = ["; ".join(map(str, group)) for group in same_mixtures(ranking)]
-    what = f"Really the same mixture (effective alpha within {SAME_MIXTURE} at start and end): "
-    return what + " — ".join(groups) + "." if groups else ""
-
-
-def about_answers(ranking: Ranking) -> str:
-    """Head the table of what the students say themselves; empty if that was not measured."""
-    if all(p.measures[name] is None for p in ranking.points for name in ANSWERS):
-        return ""
-    by = [column.heading for name, column in ANSWERS.items() if any(name in p.rank for p in ranking.points)]
-    if not by:
-        return "Greedy answers to held-out prompts, not ranked: some students answered other prompts"
-    return f"Greedy answers to {len(ranking.points[0].runs[0].answers)} held-out prompts, ranked by {' and '.join(by)}"
-
-
-def ordered(ranking: Ranking, names: Collection[str]) -> list[Point]:
-    """Order the students by the first of these measures that ranks them."""
-    by = next((name for name in names if any(name in p.rank for p in ranking.points)), "")
-    return sorted(ranking.points, key=lambda p: (p.rank.get(by, len(ranking.points)), p.number))
-
-
-def grid(ranking: Ranking, names: Collection[str] = COLUMNS) -> Grid:
+def grid(ranking: Ranking, names: Collection[str]) -> Grid:
     """Lay out those measures and costs that there are: the students, then the teacher and the untouched student."""
     points = ordered(ranking, names)
     tasks = [name for name in points[0].measures if name not in EVERY and not name.endswith("_stderr")]
@@ -91,10 +32,10 @@ def grid(ranking: Ranking, names: Collection[str] = COLUMNS) -> Grid:
     return list(zip_longest(*columns, fillvalue=""))
 
 
-def kinds(ranking: Ranking, names: Collection[str] = COLUMNS) -> list[str]:
-    """Return the look of each row of the grid."""
-    is_best = [any(p.rank.get(name) == 1 for name in names) for p in ordered(ranking, names)]
-    return ["best" * is_one for is_one in is_best] + ["reference"] * len(ranking.references)
+def ordered(ranking: Ranking, names: Collection[str]) -> list[Point]:
+    """Order the students by the first of these measures that ranks them."""
+    by = next((name for name in names if name in ranking.points[0].rank), "")
+    return sorted(ranking.points, key=lambda p: (p.rank.get(by, 0), p.number))
 
 
 def _column(ranking: Ranking, points: Sequence[Point], name: str) -> list[str]:
@@ -106,16 +47,19 @@ def _column(ranking: Ranking, points: Sequence[Point], name: str) -> list[str]:
     for i, p in enumerate(points):
         if (error := p.measures.get(f"{name}_stderr")) is not None:
             texts[i] += f" ± {error:.{places}f}"
-        if p.rank.get(name) == 1:
-            texts[i] = f"★ {texts[i]}"
-        elif p.is_best(name):
-            texts[i] = f"* {texts[i]}"
-        elif p.other_budget and name in ("steps", "tokens"):
-            texts[i] = f"† {texts[i]}"
+        is_marked = p.other_budget and name in ("steps", "tokens")
+        mark = "★ " if p.rank.get(name) == 1 else "* " if p.is_best(name) else "† " if is_marked else ""
+        texts[i] = mark + texts[i]
     return [column.heading, *texts]
 
 
-def intervals(ranking: Ranking, names: dict[str, Any] = COLUMNS) -> Grid:
+def decimals(values: Iterable[float]) -> int:
+    """Return the fewest decimals, of 3 to DIGITS, that show values as different which are."""
+    distinct = {round(value, DIGITS) for value in values}
+    return next((d for d in range(3, DIGITS) if len({round(v, d) for v in distinct}) == len(distinct)), DIGITS)
+
+
+def intervals(ranking: Ranking, names: dict[str, Column]) -> Grid:
     """Lay out the differences to the best and to the baseline, and those of seeds to their mean."""
     pairs = [(name, kind) for name in names for kind in ("seeds", "minus_best", "minus_baseline")]
     pairs = [pair for pair in pairs if any(pair in point.intervals for point in ranking.points)]
@@ -124,9 +68,19 @@ def intervals(ranking: Ranking, names: dict[str, Any] = COLUMNS) -> Grid:
     return [headings, *rows] if pairs else []
 
 
+def difference(interval: tuple[float, float] | None) -> str:
+    """Write the interval of a difference with signs; "tied" if there is no difference."""
+    if interval is None:
+        return ""
+    places = decimals([0.0, *interval])
+    low, high = (round(end, places) + 0.0 for end in interval)  # + 0.0: never -0.000
+    return "tied" if low == high == 0 else f"{low:+.{places}f} to {high:+.{places}f}"
+
+
 def not_ranked(comparison: Comparison) -> Grid:
     """Lay out the runs that are not ranked, and why."""
-    return [("not ranked", "state", "reason"), *((run.name, run.state, run.reason) for run in comparison.not_ranked)]
+    rows = [(run.name, run.state, run.reason) for run in comparison.not_ranked]
+    return [("not ranked", "state", "reason"), *rows] if rows else []
 
 
 def settings(comparison: Comparison) -> Grid:
@@ -140,7 +94,7 @@ def row_of(point: Point, keys: Sequence[str]) -> dict[str, Any]:
     """Return a student at full precision. keys: those of its config to put in."""
     row = {"label": point.label, "baseline": point.baseline, "runs": " ".join(run.name for run in point.runs)}
     row |= {key: point.runs[0].used.get(key) for key in keys} | point.measures
-    for measure in RANKED_BY:
+    for measure in RANKED:
         row |= {f"{measure}_rank": point.rank.get(measure), f"{measure}_is_best": point.is_best(measure)}
     row |= {"pareto_front": point.pareto_front, "other_budget": point.other_budget}
     for (measure, kind), (low, high) in point.intervals.items():
@@ -152,18 +106,14 @@ def as_csv(comparison: Comparison) -> str:
     """Write a line for each student."""
     tables = enumerate(comparison.rankings, 1)
     rows = [{"table": i, **row_of(p, comparison.differing)} for i, ranking in tables for p in ranking.points]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return str(pd.DataFrame(rows, dtype=object).to_csv(index=False))
 
 
 def as_json(comparison: Comparison) -> str:
     """Write everything but curves and samples, which are in the run folders."""
     tables = [
         {
-            "title": ranking.title, "measured_on": ranking.measured_on,
+            "title": ranking.title, "measured_on": ranking.points[0].runs[0].measured_on,
             "students": [row_of(point, comparison.differing) for point in ranking.points], "references": ranking.references,
         }
         for ranking in comparison.rankings
@@ -174,25 +124,21 @@ def as_json(comparison: Comparison) -> str:
 
 def as_markdown(comparison: Comparison, names: Sequence[str] = ()) -> str:
     """Write the tables for an issue, a pull request or the terminal. names: these COLUMNS alone, without intervals."""
-    parts = [_escaped(APART)] if len(comparison.rankings) > 1 else []
+    parts: list[str | Grid] = [APART] if len(comparison.rankings) > 1 else []
     for ranking in comparison.rankings:
-        parts += [_escaped(ranking.title), _table(grid(ranking, names or COLUMNS))]
         if names:
+            parts += [ranking.title, grid(ranking, names)]
             continue
-        parts += [_table(rows)] if (rows := intervals(ranking)) else []
-        parts += [_escaped(text)] if (text := mixtures(ranking)) else []
-        if about := about_answers(ranking):
-            parts += [_escaped(about), _table(grid(ranking, ANSWERS))]
-            parts += [_table(rows)] if (rows := intervals(ranking, ANSWERS)) else []
-    parts += [_escaped(CAVEAT)] if comparison.rankings else []
-    parts += [_table(not_ranked(comparison))] if comparison.not_ranked else []
-    return "\n\n".join(parts) + "\n"
+        for title, columns in ranking.sections.items():
+            parts += [title, grid(ranking, columns), intervals(ranking, columns)]
+        parts.append(ranking.same_mixtures)
+    parts += [CAVEAT if comparison.rankings else "", not_ranked(comparison)]
+    return "\n\n".join(_markdown(part) for part in parts if part) + "\n"
 
 
-def _table(rows: Grid) -> str:
-    lines = ["| " + " | ".join(map(_escaped, cells)) + " |" for cells in rows]
-    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]|<~#])", r"\\\1", " ".join(text.split()))
+def _markdown(part: str | Grid) -> str:
+    """Write a paragraph, with Markdown's own letters escaped, or a table."""
+    if isinstance(part, str):
+        return re.sub(r"([\\`*_\[\]|<~#])", r"\\\1", " ".join(part.split()))
+    lines = ["| " + " | ".join(map(_markdown, cells)) + " |" for cells in part]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(part[0]) - 1), *lines[1:]])
