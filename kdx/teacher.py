@@ -93,19 +93,17 @@ def joined(rows: Sequence[Tensor], device: torch.device) -> Tensor:
 def identity_of(config: TeacherConfig, device: torch.device) -> Identity:
     """Identify a teacher by what decides its answers."""
     digest = model_digest(config, "teacher") or uuid.uuid4().hex  # unknown: equal to nothing
-    return Identity(digest, _dtype(config, device), config.quantization)
+    dtype = device_dtype(device) if config.precision == "auto" else config.precision
+    return Identity(digest, dtype, config.quantization)
 
 
-def _dtype(config: TeacherConfig, device: torch.device) -> str:
-    return device_dtype(device) if config.precision == "auto" else config.precision
-
-
-def load_body(config: TeacherConfig, device: torch.device, max_length: int, *, is_compiled: bool = False) -> Any:
+def load_body(
+    config: TeacherConfig, dtype: torch.dtype, device: torch.device, max_length: int, *, is_compiled: bool
+) -> Any:
     """Load the whole model onto its device, or spread over all, with its adapter merged. Raises ModelError."""
-    dtype, attention = DTYPES[_dtype(config, device)], attention_for(config, device, max_length)
     device_map = config.device_map or (None if config.quantization == "none" else str(device))
-    how = {"dtype": dtype, "attn_implementation": attention, "device_map": device_map}
-    model: Any = load_causal_lm(config, "teacher", quantization=config.quantization, **how)
+    how = {"attn_implementation": attention_for(config, device, max_length), "device_map": device_map}
+    model: Any = load_causal_lm(config, "teacher", dtype=dtype, quantization=config.quantization, **how)
     if config.adapter:
         merge_adapter(model, dtype)
     if is_compiled:
@@ -131,7 +129,7 @@ def load_teacher(
         return None
     identity = identity_of(config, device)
     store, store_words = open_store(config, identity, rows, is_repeated=is_repeated)
-    load = partial(load_body, config, device, max_length, is_compiled=is_compiled)
+    load = partial(load_body, config, DTYPES[identity.dtype], device, max_length, is_compiled=is_compiled)
     rows_at_once = None if config.micro_batch_size == "auto" else int(config.micro_batch_size)
     teacher = Teacher(load, identity, store, device, rows_at_once, store_words)
     if store and store.missing(list(rows)):
