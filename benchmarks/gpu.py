@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdx import check
 from kdx.adapter import add_adapter
-from kdx.causal_lm import Head, check_split, checkpoint_activations, counted_hidden, head_of
+from kdx.causal_lm import Head, check_split, counted_hidden, head_of
 from kdx.cli import compose
 from kdx.data.batches import MicroBatch, Row, collate
 from kdx.loss import divergence
@@ -343,9 +343,9 @@ def measure_memory(args: argparse.Namespace, kind: Kind) -> list[str]:
         models.append(quantised(model, bits) if bits < 16 and DEVICE.type == "cuda" else model)
     student, live = models
     if kind.adapter:
-        add_adapter(student, compose(["student=hf", "student.path=x", "adapter=lora"]).adapter, None, seed=0)
+        add_adapter(student, compose(["student=hf", "student.path=x", "adapter=lora"]).adapter, seed=0)
     if args.checkpointing:
-        checkpoint_activations(student)
+        student.activation_checkpointing_enable()
     teacher = Teacher(lambda: live, Identity("", "bf16", "none"))
     objective = Objective(student, args.vocabulary, Mix(alpha=ALPHA, temperature=TEMPERATURE))
     optim = compose([f"optim={kind.optim if DEVICE.type == 'cuda' else 'adamw'}"]).optim

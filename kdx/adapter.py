@@ -1,4 +1,4 @@
-"""LoRA adapters beside a model's linear layers: add or load them, merge them, save them alone (peft, via transformers).
+"""LoRA adapters beside a model's linear layers: add them, merge them (peft, via transformers).
 
 Hu et al., 2021, arXiv:2106.09685; over a quantised base: Dettmers et al., 2023, arXiv:2305.14314.
 """
@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdx.causal_lm import load_causal_lm, loading
+from kdx.causal_lm import load_causal_lm
 from kdx.config import AdapterConfig, StudentConfig
-from kdx.data.files import resolve_path
-from kdx.errors import ConfigError, ModelError, one_line
-from kdx.run.identity import adapter_base
+from kdx.errors import ConfigError, one_line
 
 
 def is_adapted(model: Any) -> bool:
@@ -26,29 +24,28 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 
-def add_adapter(model: Any, config: AdapterConfig, path: str | None, seed: int) -> None:
+def add_adapter(model: Any, config: AdapterConfig, seed: int) -> None:
     """Freeze a student and put adapters beside the linear layers of its text model; they begin as nothing.
 
-    path: of the student; if it is an adapter folder, that adapter is loaded and trained further.
-    Adapters are in float32, or in float64 beside a float64 base. Raises ConfigError or ModelError.
+    Adapters that it was loaded with are trained further. They are in float32, or in float64 beside a float64 base.
+    Raises ConfigError.
     """
     from peft import LoraConfig  # late: importing it takes a second
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model.requires_grad_(False)
-    torch.manual_seed(seed)
-    if path and adapter_base(path):
-        load_adapter(model, path, "student.path")
+    if is_adapted(model):
         for name in ("r", "lora_alpha", "lora_dropout"):
             if (has := getattr(model.peft_config["default"], name)) != (asked := getattr(config, name)):
-                what = f"is {asked:g}, but the adapter in {path} has {has:g}"
+                what = f"is {asked:g}, but the student's adapter has {has:g}"
                 raise ConfigError(f"adapter.{name}", what, f"Set adapter.{name}={has:g}")
     else:
-        text = set(map(id, model.get_decoder().modules()))
-        outside = [name for name, module in model.named_modules() if name and id(module) not in text]
-        is_multimodal = model.config.get_text_config() is not model.config
+        model.requires_grad_(False)
+        torch.manual_seed(seed)
         settings = config.model_dump(include={"r", "lora_alpha", "lora_dropout", "target_modules"})
-        lora = LoraConfig(**settings, exclude_modules=outside if is_multimodal else None)
+        lora = LoraConfig(**settings)
+        if model.config.get_text_config() is not model.config:  # multimodal
+            text = {*model.get_decoder().modules()}
+            lora.exclude_modules = {name for name, part in model.named_modules() if name and part not in text}
         try:
             with warnings.catch_warnings():  # as of GPT-2's weights, which are transposed: peft sees that itself
                 warnings.simplefilter("ignore")
@@ -73,17 +70,6 @@ def _as_autocast_does(inputs: Tensor | None, dtype: torch.dtype) -> Tensor | Non
     return inputs if inputs is None or torch.is_autocast_enabled(inputs.device.type) else inputs.to(dtype)
 
 
-def load_adapter(model: Any, path: str, key: str) -> None:
-    """Load an adapter folder into a model and train it further. Raises ModelError."""
-    folder = resolve_path(path, key)
-    with loading(folder, "adapter", key):
-        model.load_adapter(folder, is_trainable=True)
-    config = model.peft_config["default"]
-    if config.peft_type != "LORA" or config.modules_to_save:
-        what = f"{folder} is not LoRA alone ({config.peft_type}, modules_to_save: {config.modules_to_save})"
-        raise ModelError(key, what, "Merge it into its base first")
-
-
 def merge_adapter(model: Any, dtype: torch.dtype) -> None:
     """Add adapters to the weights they stand beside, in place: an ordinary model is left. dtype: of the sums."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -91,12 +77,9 @@ def merge_adapter(model: Any, dtype: torch.dtype) -> None:
     layers: list[Any] = [(name, part) for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
     for name, layer in reversed(layers):  # a mixture's experts have an adapter inside an adapter
         base = layer.get_base_layer()
-        for weight in base.parameters(recurse=False):
-            weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+        base.to(torch.promote_types(model.dtype, torch.float32))
         layer.merge()
-        for weight in base.parameters(recurse=False):
-            weight.data = weight.data.to(dtype)
-        model.set_submodule(name, base)
+        model.set_submodule(name, base.to(dtype))
     del model.peft_config
     model._hf_peft_config_loaded = False
 
@@ -108,8 +91,8 @@ def dequantise(model: Any, config: AdapterConfig, student: StudentConfig) -> Non
     """
     attention = model.config._attn_implementation
     plain: Any = load_causal_lm(student, "student", dtype=torch.bfloat16, attn_implementation=attention)
-    add_adapter(plain, config, student.path, seed=0)
-    plain.load_state_dict({name: tensor.cpu() for name, tensor in trained(model).items()}, strict=False)
+    add_adapter(plain, config, seed=0)
+    plain.load_state_dict(trained(model), strict=False)
     for name, part in plain.named_children():
         setattr(model, name, part)
     del model.config.quantization_config

@@ -7,8 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -31,11 +29,11 @@ from transformers import (
 )
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
-from kdx.config import SAFE_NAME, ModelConfig, replaced
+from kdx.config import ModelConfig, replaced
 from kdx.data.batches import MicroBatch
 from kdx.data.files import nearby, resolve_path
-from kdx.errors import KdxError, MachineError, ModelError, of_hub, one_line, out_of_memory
-from kdx.run.files import cache_dir, locked, read_json, whole_folder
+from kdx.errors import MachineError, ModelError, of_hub, one_line, user_error
+from kdx.run.files import cache_dir, locked, whole_folder
 from kdx.run.identity import adapter_base, content_hash
 
 log = logging.getLogger(__name__)
@@ -45,8 +43,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of check_split; lower 
 HINTS = {  # words of transformers' errors, in small letters → what helps
     "for this kind of automodel: automodelforcausallm": "kdx distils causal language models (decoders): choose one",
     "fp8": "fp8 weights need a GPU that has it: choose the model's bf16 weights",
+    "deserializing header": "Copy the weights again; from git: git lfs pull",
 }
-HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -100,15 +98,8 @@ class Head:
         """Keep the first `num_ids` rows, as views: rows beyond the tokenizer's ids are padding."""
         if num_ids == self.num_ids:
             return self
-        return self._changed(lambda tensor: tensor[:num_ids])
-
-    def to(self, device: torch.device | None) -> "Head":
-        """Move the head to a device; None leaves it where it is."""
-        return self if device is None else self._changed(lambda tensor: tensor.to(device))
-
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Head":
-        bias = None if self.bias is None else change(self.bias)
-        return dataclasses.replace(self, weight=change(self.weight), bias=bias)
+        bias = None if self.bias is None else self.bias[:num_ids]
+        return dataclasses.replace(self, weight=self.weight[:num_ids], bias=bias)
 
     def detached(self, weight: Tensor, bias: Tensor | None) -> "Head":
         """Return the same head with these tensors, detached from the graph."""
@@ -136,14 +127,6 @@ def head_of(model: Any) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(text, "final_logit_softcapping", None))
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Recompute activations in the backward pass instead of keeping them."""
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers renamed it within version 5
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 def counted_hidden(model: Any, batch: MicroBatch) -> Tensor:
     """Run the backbone and keep the last hidden states at the positions whose next token counts → [N, d]."""
     mask = batch.attention_mask if getattr(model, "needs_attention_mask", True) else None
@@ -154,11 +137,9 @@ def counted_hidden(model: Any, batch: MicroBatch) -> Tensor:
 def device_dtype(device: torch.device) -> str:
     """Return the fastest safe dtype of a device: bf16 if its processor has the instructions, else fp32."""
     if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        is_new = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        has_bf16 = device.type == "cpu" and is_new
-    return "bf16" if has_bf16 else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if device.type == "cpu" and has_bf16 else "fp32"
 
 
 def attention_for(config: ModelConfig, device: torch.device, max_length: int) -> str | None:
@@ -196,12 +177,10 @@ def load_config(config: ModelConfig, group: str) -> Any:
 
 def generation_config(config: ModelConfig, group: str) -> GenerationConfig:
     """Read a model's generation config; without one, what its config says of stopping. Raises ModelError."""
-    path = locate(config, group)
-    with loading(path, "generation config", f"{group}.path"):
-        try:
-            return GenerationConfig.from_pretrained(path, revision=config.revision)
-        except OSError:
-            return GenerationConfig.from_model_config(load_config(config, group))
+    try:
+        return GenerationConfig.from_pretrained(locate(config, group), revision=config.revision)
+    except OSError:
+        return GenerationConfig.from_model_config(load_config(config, group))
 
 
 def stop_ids(config: GenerationConfig) -> list[int]:
@@ -211,37 +190,39 @@ def stop_ids(config: GenerationConfig) -> list[int]:
 
 
 def load_causal_lm(
-    config: ModelConfig,
-    group: str,
-    *,
-    dtype: torch.dtype,
-    attn_implementation: str | None = None,
-    quantization: str = "none",
-    device_map: str | None = None,
+    config: ModelConfig, group: str, *, dtype: Any, quantization: str = "none", **how: Any
 ) -> PreTrainedModel:
-    """Load a model in eval mode, complete. Raises ModelError, or MachineError if a package is not installed."""
+    """Load a model in eval mode, complete, with its adapter if it has one. Raises ModelError or MachineError."""
     path = locate(config, group)
-    quantised = dict[str, Any]()  # None would undo what a config.json says
+    how |= {"dtype": dtype, "revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with loading(path, "model", f"{group}.path"):
         if quantization != "none":
-            how = {f"load_in_{quantization}": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-            quantised["quantization_config"] = BitsAndBytesConfig(**how)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            device_map=device_map,
-            **quantised,
-        )
+            nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+            how["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantization}": True}, **nf4)
+        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **how)
     if missing := sorted(report["missing_keys"]):
         what = f"{path} lacks {len(missing)} tensors, the first {missing[0]}"
         raise ModelError(f"{group}.path", what, "They would be random: use a complete checkpoint")
     if unused := sorted(report["unexpected_keys"]):
         log.warning("%s has %d tensors that its config.json has no place for: %s …", path, len(unused), unused[0])
-    return ready(model, group)
+    ready(model, group)
+    if adapter := getattr(config, "adapter", None):
+        load_adapter(model, adapter, "teacher.adapter")
+    elif config.path and adapter_base(config.path):
+        load_adapter(model, config.path, f"{group}.path")
+    return model
+
+
+def load_adapter(model: Any, path: str, key: str) -> None:
+    """Freeze a model and load an adapter folder into it, to be trained further. Raises ModelError."""
+    folder = resolve_path(path, key)
+    model.requires_grad_(False)
+    with loading(folder, "adapter", key):
+        model.load_adapter(folder, is_trainable=True)
+    config = model.peft_config["default"]
+    if config.peft_type != "LORA" or config.modules_to_save:
+        what = f"{folder} is not LoRA alone ({config.peft_type}, modules_to_save: {config.modules_to_save})"
+        raise ModelError(key, what, "Merge it into its base first")
 
 
 def ready(model: PreTrainedModel, group: str) -> PreTrainedModel:
@@ -250,6 +231,9 @@ def ready(model: PreTrainedModel, group: str) -> PreTrainedModel:
     model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None  # its look at the ids makes a GPU wait
     fuse_activations(model)
     check_split(model, group)
+    # Merges and full fine-tunes leave the flag as it was: what the tensors say is saved.
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = is_tied
     return model
 
 
@@ -272,49 +256,34 @@ def check_split(model: PreTrainedModel, group: str) -> None:
         raise ModelError(f"{group}.path", f"{name} has no backbone and output head that kdx can find", hint)
     head = head_of(model)
     row = torch.arange(3, 11, device=model.device).remainder(head.num_ids).unsqueeze(0)
-    rows = [row, torch.cat([row, row], dim=1), torch.cat([row, row.flip(1)], dim=1)]  # alone, and followed by others
     with torch.no_grad():
         own = model(input_ids=row, use_cache=False).logits
         alone, *followed = (
-            model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, : row.shape[1]] for ids in rows
+            model.base_model(input_ids=torch.cat([row, *more], dim=1), use_cache=False).last_hidden_state[:, :8]
+            for more in ([], [row], [row.flip(1)])  # what follows the row
         )
-        ours = head.logits(alone)
-        own = own.to(ours)
-        # Relative to the spread: with fresh weights a missed soft-cap changes the logits by only 1e-5.
-        off, off_followed = (
-            (logits - own).abs().max() / own.std().clamp_min(1e-30) for logits in (ours, head.logits(followed[0]))
-        )
-    bar = TOLERANCE.get(head.weight.dtype, 5e-2)
-    if not ours.isfinite().all():
-        raise ModelError(f"{group}.path", f"the logits of {name} are not finite", "Check its weights for NaN and inf")
-    if not off < bar:
-        what = f"{name} does more to its logits than kdx knows (off by {off.item():.1e} of their spread)"
-        raise ModelError(f"{group}.path", what, "Report the architecture, or choose another model")
+        ours, ours_followed = head.logits(alone), head.logits(followed[0])
+    own = own.to(ours)
+    # Relative to the spread: with fresh weights a missed soft-cap changes the logits by only 1e-5.
+    bar = TOLERANCE.get(head.weight.dtype, 5e-2) * own.std().clamp_min(1e-30)
+    if not (off := (ours - own).abs().max()) < bar:
+        what = f"{name} does more to its logits than kdx knows, or they are not finite (off by {off.item():.1e})"
+        raise ModelError(f"{group}.path", what, "Check its weights for NaN, or choose another model")
     # A mixture's experts round differently when other tokens are routed; its auxiliary loss must not see padding.
-    is_causal = torch.equal(*followed) and bool(off_followed < bar)
+    is_causal = torch.equal(*followed) and bool((ours_followed - own).abs().max() < bar)
     model.needs_attention_mask = not is_causal or bool(getattr(model.config, "output_router_logits", False))
 
 
 def locate(config: ModelConfig, group: str) -> str:
-    """Return a model's folder (for a GGUF file, its dequantised copy) or hub id. Raises ModelError."""
-    path, key = resolve_path(config.path or "", f"{group}.path"), f"{group}.path"
-    folder = Path(path)
+    """Return a model's folder (of a GGUF file its dequantised copy, of an adapter its base) or hub id."""
+    path = resolve_path(config.path or "", f"{group}.path")
     if config.gguf_file:
-        return str(_dequantised(folder, config.gguf_file, group))
-    if not folder.is_dir() and not HUB_NAME.fullmatch(path):
-        raise ModelError(key, f"{path} does not exist", nearby(folder))
-    if (folder / "adapter_config.json").is_file():
-        if group == "teacher":
-            raise ModelError(key, f"{folder} is a LoRA adapter", f"Name its base, and teacher.adapter={folder}")
-        if not (base := adapter_base(str(folder))):
-            what, hint = f"{folder} is an adapter that names no base", "Add base_model_name_or_path to its config"
-            raise ModelError(key, what, hint)
-        return locate(replaced(config, path=base), group)
-    for index in folder.glob("*.index.json"):
-        shards = read_json(index).get("weight_map") or {"": ""}
-        if not all(SAFE_NAME.fullmatch(str(name)) for name in shards.values()):
-            raise ModelError(key, f"{index} is damaged, or names files outside its folder", "Copy the model again")
-    return path
+        return str(_dequantised(Path(path), config.gguf_file, group))
+    if not (base := adapter_base(path)):
+        return path
+    if group == "teacher":
+        raise ModelError("teacher.path", f"{path} is a LoRA adapter", f"Name its base, and teacher.adapter={path}")
+    return locate(replaced(config, path=base), group)
 
 
 @contextlib.contextmanager
@@ -322,20 +291,16 @@ def loading(path: str, what: str, key: str) -> Iterator[None]:
     """Turn an error while loading a model into one line with the library's own message."""
     try:
         yield
-    except KdxError:
-        raise
     except Exception as error:
+        if user_error(error):
+            raise
         message = one_line(error).partition(" Model type should be one of")[0]
         what, hint = f"cannot load the {what} in {path}: {message}", nearby(Path(path))
-        if memory := out_of_memory(error):
-            raise memory from error
         if isinstance(error, ImportError):
             raise MachineError(key, what, "Install the package") from error
         if not Path(path).exists():
             what = f"{path} is not a folder here, and cannot be read from the hub"
             raise of_hub(error, ModelError, key, what, "Log in for gated models (hf auth login). " + hint) from error
-        if isinstance(error, SafetensorError):
-            hint = "Copy the weights again; from git: git lfs pull"
         hint = next((better for words, better in HINTS.items() if words in what.lower()), hint)
         raise ModelError(key, what, hint) from error
 
@@ -354,8 +319,7 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
                 model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
                 tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
             model.hf_quantizer = None  # save_pretrained refuses a GGUF model unless it counts as plain
-            if hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
+            vars(model.config).pop("quantization_config", None)
             with whole_folder(cached) as beside:
                 model.save_pretrained(beside)
                 tokenizer.save_pretrained(beside)

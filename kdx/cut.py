@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import json
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -10,28 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
-from kdx.causal_lm import generation_config, load_config, loading, locate, ready
+from kdx.causal_lm import load_config, loading, locate
 from kdx.config import TeacherConfig
-from kdx.errors import ConfigError, ModelError
+from kdx.errors import ConfigError, ModelError, one_line
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin")
 PER_LAYER = re.compile("layer|block|pattern|^intermediate_size$|^num_.*heads$")  # config lists with a value per layer
 # The widths of the tiny model that proves a cut; whatever is not named here stays, the layers above all.
 TINY = {
-    "vocab_size": 64, "hidden_size": 32, "n_embd": 32, "d_model": 32, "embedding_size": 32,
-    "num_attention_heads": 4, "n_head": 4, "num_heads": 4, "head_dim": 8, "kv_channels": 8,
-    "intermediate_size": 64, "n_inner": 64, "ffn_dim": 64, "ffn_hidden_size": 64, "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16, "sliding_window": 4, "window_size": 4,
-    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 64,
-}  # fmt: skip
+    4: "num_attention_heads n_head num_heads sliding_window window_size",
+    8: "head_dim kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim hidden_size_per_layer_input",
+    16: "moe_intermediate_size shared_expert_intermediate_size q_lora_rank kv_lora_rank qk_head_dim",
+    32: "hidden_size n_embd d_model embedding_size",
+    64: "vocab_size vocab_size_per_layer_input intermediate_size n_inner ffn_dim ffn_hidden_size "
+    "max_position_embeddings n_positions n_ctx",
+}
 TOLERANCE = 1e-5  # of the tiny model's logits, relative to their spread
+HINT = "Choose another teacher, or student=hf"
 
 
 def evenly_spread(num_layers: int, num_kept: int) -> list[int]:
@@ -39,17 +39,11 @@ def evenly_spread(num_layers: int, num_kept: int) -> list[int]:
     return [round(i * (num_layers - 1) / max(1, num_kept - 1)) for i in range(num_kept)]
 
 
-def cut(
-    teacher: TeacherConfig,
-    layers: int | list[int] | None,
-    *,
-    dtype: torch.dtype,
-    attn_implementation: str | None = None,
-) -> PreTrainedModel:
-    """Build a smaller model from some of the teacher's layers, and its embeddings, norms and head.
+def cut(teacher: TeacherConfig, layers: int | list[int] | None, **how: Any) -> PreTrainedModel:
+    """Build a smaller model from some of the teacher's layers, and its embeddings, norms and head; proved first.
 
-    Only these tensors are read from the teacher's files. That the cut is right is proved first, on a tiny model of the
-    same class. layers: how many (evenly spread), or which. Raises ConfigError or ModelError.
+    Only these tensors are read. layers: how many (evenly spread), or which. how: what else from_pretrained takes.
+    Raises ConfigError or ModelError.
     """
     config, path = load_config(teacher, "teacher"), locate(teacher, "teacher")
     total = config.get_text_config().num_hidden_layers
@@ -61,18 +55,14 @@ def cut(
         with torch.device("meta"):  # to learn its class, which may be code of the model's own
             kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=teacher.trust_remote_code))
         prove(kind, config)
-        tensors = stored_tensors(path, teacher.revision)
-        model = assemble(kind, config, tensors, kept, dtype=dtype, attn_implementation=attn_implementation)
-    model.config.name_or_path = path
-    model.generation_config = generation_config(teacher, "teacher")
-    return ready(model, "student")
+        return assemble(kind, config, dict(stored_tensors(path, teacher.revision)), kept, **how)
 
 
 def assemble(
-    kind: type[PreTrainedModel], config: Any, tensors: Iterable[tuple[str, Tensor]], kept: list[int], **options: Any
+    kind: type[PreTrainedModel], config: Any, stored: dict[str, Tensor], kept: list[int], **how: Any
 ) -> PreTrainedModel:
     """Build a model from these layers of a larger one of this config. Raises ConfigError or ModelError."""
-    config, stored, weights = copy.deepcopy(config), dict(tensors), {}
+    config, weights = copy.deepcopy(config), {}
     text = config.get_text_config()
     total = text.num_hidden_layers
     if (every := getattr(text, "decoder_sparse_step", 1)) > 1:  # Qwen: which layers have experts, as a rhythm
@@ -95,27 +85,11 @@ def assemble(
             weights[name] = tensor.clone()
         elif int(layer[1]) in kept:
             weights[f"{stack}.{kept.index(int(layer[1]))}.{name[layer.end() :]}"] = tensor.clone()
-    _tie_as_stored(kind, config, weights)
-    model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
+    model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **how)
     for what, names in (("is missing", report["missing_keys"]), ("has no place", report["unexpected_keys"])):
         if names:
-            text = f"the teacher's weights do not fit the student: {min(names)} {what}"
-            raise ModelError("teacher.path", text, "Choose another teacher, or student=hf")
+            raise ModelError("teacher.path", f"its weights do not fit the student: {min(names)} {what}", HINT)
     return model
-
-
-def _tie_as_stored(kind: type[PreTrainedModel], config: Any, weights: dict[str, Tensor]) -> None:
-    """Tie head and embeddings if the files have one tensor for both: some configs say otherwise."""
-    with torch.device("meta"):
-        model = kind(copy.deepcopy(config))
-    named = {id(module): name for name, module in model.named_modules()}
-    embeddings, head = (
-        weights.get(f"{named.get(id(module))}.weight")
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
-    if embeddings is not None:
-        is_tied = head is None or (head.shape == embeddings.shape and torch.equal(head, embeddings))
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = is_tied
 
 
 def _stack_of(names: Iterable[str], total: int) -> str:
@@ -127,18 +101,18 @@ def _stack_of(names: Iterable[str], total: int) -> str:
     stacks = [stack for stack, seen in numbers.items() if seen == set(range(total))]
     if len(stacks) != 1:
         what = f"cannot be cut from this teacher: its weights have {len(stacks)} stacks of {total} layers"
-        raise ConfigError("student", what, "Choose another teacher, or student=hf")
+        raise ConfigError("student", what, HINT)
     return stacks[0]
 
 
+@torch.no_grad()
 def prove(kind: type[PreTrainedModel], config: Any) -> None:
     """Prove on a tiny model of this class, with all its layers and random weights, that it can be cut.
 
     With all layers it gives the same logits; with half of them, those of the model with the other layers skipped; and
-    it reloads from its own files. So a config whose lists by layer are not understood is found before hours of
-    training. Raises ModelError.
+    it reloads from its own files. So lists by layer that are not understood cost no training. Raises ModelError.
     """
-    name = kind.__name__
+    row = torch.arange(3, 15).unsqueeze(0)
     try:
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
@@ -148,52 +122,40 @@ def prove(kind: type[PreTrainedModel], config: Any) -> None:
             whole.save_pretrained(folder)
             tensors = dict(stored_tensors(folder, None))
             total = whole.config.get_text_config().num_hidden_layers
-            half = evenly_spread(total, max(1, total // 2))
-            row = torch.arange(3, 15).unsqueeze(0)
-            for kept in (list(range(total)), half):
-                part = assemble(kind, whole.config, tensors.items(), kept).eval()
-                stack = _stack_of(dict(whole.named_parameters()), total)
-                ours, theirs = _logits(part, row), _logits(whole, row, stack, set(range(total)) - set(kept))
+            stack = whole.get_submodule(_stack_of((name for name, _ in whole.named_parameters()), total))
+            for kept in (list(range(total)), evenly_spread(total, max(1, total // 2))):
+                for i in set(range(total)) - set(kept):
+                    stack[i].register_forward_hook(_skip, with_kwargs=True)
+                part = assemble(kind, whole.config, tensors, kept).eval()
+                ours, theirs = (model(input_ids=row, use_cache=False).logits for model in (part, whole))
                 if not (ours - theirs).abs().max() < TOLERANCE * theirs.std():
                     raise ValueError(f"{len(kept)} of {total} layers give other logits than the model without the rest")
                 part.save_pretrained(Path(folder) / "part")
                 again = kind.from_pretrained(Path(folder) / "part").eval()
-                if not torch.equal(_logits(again, row), ours):
+                if not torch.equal(again(input_ids=row, use_cache=False).logits, ours):
                     raise ValueError("its config does not reload as it was saved")
     except Exception as error:  # whatever its code does with lists that were cut
-        what = f"{name} cannot be cut: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise ModelError("student", what[:300].rstrip(". "), "Choose another teacher, or student=hf") from error
+        what = f"{kind.__name__} cannot be cut: {type(error).__name__}: {one_line(error)}"
+        raise ModelError("student", what, HINT) from error
 
 
-@torch.no_grad()
-def _logits(model: PreTrainedModel, row: Tensor, stack: str = "", skipped: Iterable[int] = ()) -> Tensor:
-    """Run a model, some of its layers skipped: they give back the hidden states that they were given."""
-
-    def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    hooks = [model.get_submodule(f"{stack}.{i}").register_forward_hook(skip, with_kwargs=True) for i in skipped]
-    try:
-        return model(input_ids=row, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Have a layer give back the hidden states that it was given."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def tiny(config: Any) -> Any:
     """Return a config of the same architecture and number of layers, with small widths."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
-    grouped = getattr(text, "num_key_value_heads", None)
-    is_grouped = grouped not in (None, getattr(text, "num_attention_heads", None))
-    for name, size in TINY.items():
-        if isinstance(vars(text).get(name), int):
-            setattr(text, name, size)
-    if isinstance(expand := getattr(text, "expand", None), int) and hasattr(text, "num_heads"):  # Mamba 2
-        text.num_heads = expand * TINY["hidden_size"] // TINY["head_dim"]
-    if isinstance(grouped, int):
-        text.num_key_value_heads = min(grouped, 2) if is_grouped else 4
+    num_groups, num_heads = (getattr(text, f"num_{name}_heads", None) for name in ("key_value", "attention"))
+    for size, names in TINY.items():
+        for name in names.split():
+            if isinstance(vars(text).get(name), int):
+                setattr(text, name, size)
+    if isinstance(num_groups, int):
+        text.num_key_value_heads = 4 if num_groups == num_heads else min(num_groups, 2)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(text, name, None) is not None:
             setattr(text, name, 1)
@@ -207,11 +169,10 @@ def tiny(config: Any) -> Any:
 
 def stored_tensors(path: str, revision: str | None) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in a model's weight files; those of safetensors are read when they are used."""
-    for first in FILES:
-        if file := cached_file(path, first, revision=revision, _raise_exceptions_for_missing_entries=False):
+    for name in FILES:
+        is_last = name == FILES[-1]
+        if file := cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=is_last):
             break
-    names = json.loads(Path(file).read_text())["weight_map"].values() if first.endswith(".json") else [first]
-    for name in sorted(set(names)):
-        file = cached_file(path, name, revision=revision)
-        is_safe = name.endswith(".safetensors")
-        yield from (load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)).items()
+    is_index = file.endswith(".json")
+    for part in get_checkpoint_shard_files(path, file, revision=revision)[0] if is_index else [file]:
+        yield from load_state_dict(part).items()

@@ -17,7 +17,7 @@ from transformers.utils import is_liger_kernel_available
 
 from kdx import plugins
 from kdx.adapter import add_adapter
-from kdx.causal_lm import DTYPES, attention_for, check_split, checkpoint_activations, head_of, stop_ids
+from kdx.causal_lm import DTYPES, attention_for, check_split, head_of, stop_ids
 from kdx.config import GENERATED, Config, TrainConfig
 from kdx.data.batches import Batches
 from kdx.data.encode import Data, load_data
@@ -205,14 +205,14 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     )
     student = student if quantised else student.to(device)
     if is_adapted:
-        add_adapter(student, adapter, config.student.path, config.train.seed)
+        add_adapter(student, adapter, config.train.seed)
     elif adapter_base(config.student.path):
         what = f"{config.student.path} is a LoRA adapter"
         raise ConfigError("student.path", what, "Add adapter=lora: it is loaded with its base, and trained further")
     if config.train.use_liger_kernel:
         with_liger_kernels(student, device)
     if config.train.gradient_checkpointing:
-        checkpoint_activations(student)
+        student.activation_checkpointing_enable()
     if config.train.compile:
         student.base_model.compile()
     return student

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from kdx import plugins
-from kdx.adapter import load_adapter
 from kdx.causal_lm import attention_for, load_causal_lm, stop_ids
 from kdx.causal_lm import load_tokenizer as load_own_tokenizer
 from kdx.compare.ranking import Run
@@ -19,7 +18,6 @@ from kdx.data.encode import load_data
 from kdx.errors import ConfigError, KdxError, MachineError, Parser, of_hub, one_line, together, user_error
 from kdx.evaluate import MAX_NEW_TOKENS, Said, answers_of, num_prompts, on_policy_kls, said_of, tokens_of
 from kdx.run.files import read_json, write_json, write_lines
-from kdx.run.identity import adapter_base
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import log, logging_to, open_run, quiet_libraries, wandb_mode
 from kdx.student import teach_to_stop
@@ -97,8 +95,6 @@ def _evaluate(config: Config, run: Run, args: argparse.Namespace, tasks: Any, te
     attention = attention_for(saved, device, shared.max_length if shared else 10**9)
     how: dict[str, Any] = {"dtype": "auto", "attn_implementation": attention}  # as it was saved
     student: Any = load_causal_lm(saved, "student", **how)
-    if adapter_base(folder):
-        load_adapter(student, folder, folder)
     student.to(device).eval()
     found: dict[str, dict[str, Any]] = {}
     if shared:

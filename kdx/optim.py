@@ -14,8 +14,6 @@ from kdx.checked import option_faults
 from kdx.config import OptimConfig
 from kdx.errors import ConfigError, MachineError, did_you_mean, one_line, together
 
-UNFIT = {"LBFGS", "SparseAdam", "Optimizer"}  # wants several losses a step; sparse gradients; is abstract
-
 
 def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
     """Find torch.CLASS or bitsandbytes.CLASS and check the names of its options. Raises ConfigError or MachineError."""
@@ -25,9 +23,8 @@ def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
     except ImportError:
         raise MachineError("optim.name", f"{library} is not installed", f"Run: pip install {library}") from None
     known = {k: v for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Optimizer)}
-    if name not in known.keys() - UNFIT:
-        what = f"{library} has no optimizer {name} that kdx can use"
-        raise ConfigError("optim.name", what, did_you_mean(name, sorted(known.keys() - UNFIT)))
+    if name not in known:
+        raise ConfigError("optim.name", f"{library} has no optimizer {name}", did_you_mean(name, sorted(known)))
     if faults := option_faults(known[name], {"lr": config.lr, **config.options}, "optim.", num_given=1):
         raise together(faults)
     return known[name]
@@ -46,7 +43,7 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
     ]
     options = dict(config.options)
     if "fused" in inspect.signature(kind).parameters:  # one kernel over all weights: six times faster on a CPU
-        options.setdefault("fused", all(p.device.type in ("cpu", "cuda") for p in parameters))
+        options.setdefault("fused", True)
     try:
         return kind([g for g in groups if g["params"]], lr=config.lr, **options)
     except Exception as error:  # a library's class checks its options as it likes

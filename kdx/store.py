@@ -7,10 +7,8 @@
     KEY/teacher.json            which teacher this is; modified when it is used
 
 KEY names what decides the answers (`Identity`). Any number of processes read and write, and any of them may be killed:
-a shard appears whole under its name and never changes.
-
-A stored row keeps its bits: whoever computes it again, in another batch, is given the stored ones. So a resumed run
-repeats the straight one exactly, however much of what it had computed was flushed when it stopped.
+a shard appears whole under its name and never changes. A stored row keeps its bits: whoever computes it again, in
+another batch, is given the stored ones, so a resumed run repeats the straight one exactly.
 """
 
 import hashlib
@@ -20,6 +18,7 @@ import math
 import os
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -95,15 +94,15 @@ class TeacherStore:
         self.folder, self.rows = root / identity.key, root / identity.key / part
         self.counts = Counts()
         self.is_full = False  # no more rows are written
-        self._seen: set[Path] = set()
-        self._shards_of: dict[str, list[Shard]] = {}  # by row digest
-        self._buffer: dict[str, Tensor] = {}  # rows not yet on disk
+        self._seen = set[Path]()
+        self._shards_of = defaultdict[str, list[Shard]](list)  # by row digest
+        self._buffer = dict[str, Tensor]()  # rows not yet on disk
         self._buffer_bytes, self._flushed_at = 0, time.monotonic()
         self._refresh()
 
     def missing(self, digests: Sequence[str]) -> list[str]:
         """Return those rows that are not here, each once."""
-        return [d for d in dict.fromkeys(digests) if not self._shards_of.get(d) and d not in self._buffer]
+        return [d for d in dict.fromkeys(digests) if not self._shards_of[d] and d not in self._buffer]
 
     def read(self, digests: Sequence[str]) -> list[Tensor] | None:
         """Return the rows of a micro-batch, or None if one is missing or damaged: then all are to be computed."""
@@ -178,12 +177,12 @@ class TeacherStore:
             self._seen.add(path)
             if shard := open_shard(path):
                 for digest in shard.checksums:
-                    self._shards_of.setdefault(digest, []).append(shard)
+                    self._shards_of[digest].append(shard)
 
     def _row(self, digest: str) -> Tensor | None:
         if digest in self._buffer:
             return self._buffer[digest]
-        shards = self._shards_of.get(digest, [])
+        shards = self._shards_of[digest]
         while shards:
             if (row := shards[0].read(digest)) is not None:
                 return row
@@ -248,11 +247,9 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def open_shard(path: Path) -> Shard | None:
-    """Open a shard; None if it is not there (any more), or if it is damaged, which is logged."""
+    """Open a shard; None if it is damaged, which is logged."""
     try:
         return Shard(path)
-    except FileNotFoundError:
-        return None
     except REFUSALS as error:
         log.warning("teacher cache: skipping the damaged file %s (%s)", path, error)
         return None
@@ -260,19 +257,19 @@ def open_shard(path: Path) -> Shard | None:
 
 def whole(path: Path) -> dict[str, Tensor] | None:
     """Read all tensors of a file; None if it is not there, or if it or one of them is damaged."""
-    if (shard := open_shard(path)) is None:
+    if not path.exists() or (shard := open_shard(path)) is None:
         return None
     tensors = {name: tensor for name in shard.checksums if (tensor := shard.read(name)) is not None}
     return tensors if len(tensors) == len(shard.checksums) else None
 
 
-def load_head(folder: Path) -> tuple[Head, int] | None:
+def load_head(folder: Path, device: torch.device | None = None) -> tuple[Head, int] | None:
     """Load a teacher's head and its number of parameters; None if they are not there or damaged."""
     if (parts := whole(folder / HEAD)) is None:
         return None
-    scale, softcap, num_parameters = parts["numbers"].tolist()
-    head = Head(parts["weight"], parts.get("bias"), scale, None if math.isnan(softcap) else softcap)
-    return head, int(num_parameters)
+    scale, softcap, num_parameters = parts.pop("numbers").tolist()
+    tensors = {name: tensor.to(device=device) for name, tensor in parts.items()}
+    return Head(**tensors, scale=scale, softcap=None if math.isnan(softcap) else softcap), int(num_parameters)
 
 
 def count_rows(folder: Path) -> int:

@@ -77,7 +77,7 @@ def manage(words: list[str]) -> int:
     root = at_home(folder, "teacher.store_dir").resolve()
     if not root.is_dir():
         raise ConfigError("teacher.store_dir", f"{root} does not exist", "Name the store's folder, or set KDX_STORE")
-    teachers = sorted(file.parent for file in root.glob("*/teacher.json"))
+    teachers = {file.parent: file.stat().st_mtime for file in sorted(root.glob("*/teacher.json"))}
     if args.command == "prune":
         _prune(root, teachers, args.unused_days)
     else:
@@ -85,25 +85,25 @@ def manage(words: list[str]) -> int:
     return 0
 
 
-def _show(root: Path, teachers: list[Path], *, is_verify: bool) -> None:
+def _show(root: Path, teachers: dict[Path, float], *, is_verify: bool) -> None:
+    """Print a line for each teacher. teachers: folder → when a run last used it, in seconds since 1970."""
     columns = [Column(name, justify="right") for name in ("rows", "size", "last used")]
-    table, damaged = Table("teacher", "dtype", *columns, title=escape(str(root)), title_justify="left"), []
-    for folder in teachers:
-        about, used = read_json(folder / "teacher.json"), time.localtime(_used(folder))
+    table = Table("teacher", "dtype", *columns, title=escape(str(root)), title_justify="left")
+    for folder, used in teachers.items():
+        about = read_json(folder / "teacher.json")
         precision = f"{about.get('dtype')}\n{about.get('quantization')}".removesuffix("none")
         cells = (f"{about.get('name')}\n{folder.name}", precision, f"{count_rows(folder):,}", in_bytes(size_of(folder)))
-        table.add_row(*map(escape, cells), time.strftime("%Y-%m-%d", used))
-        damaged += damaged_files(folder) if is_verify else []
+        table.add_row(*map(escape, cells), time.strftime("%Y-%m-%d", time.localtime(used)))
     CONSOLE.print(table)
-    if damaged:
+    if is_verify and (damaged := [file for folder in teachers for file in damaged_files(folder)]):
         hint = "Run kdx store prune to remove them; the teacher computes their rows again when they are needed"
         raise MachineError(str(root), f"{len(damaged):,} damaged files, such as {damaged[0]}", hint)
 
 
-def _prune(root: Path, teachers: list[Path], unused_days: float | None) -> None:
+def _prune(root: Path, teachers: dict[Path, float], unused_days: float | None) -> None:
     before, now = size_of(root), time.time()
-    for folder in teachers:
-        days = (now - _used(folder)) / 86400
+    for folder, used in teachers.items():
+        days = (now - used) / 86400
         if unused_days is not None and days > unused_days:
             shutil.rmtree(folder)
             CONSOLE.print(f"removed {folder}, unused for {days:.0f} days", markup=False)
@@ -114,8 +114,3 @@ def _prune(root: Path, teachers: list[Path], unused_days: float | None) -> None:
         if now - left.stat().st_mtime > 3600:  # its writer was killed
             left.unlink()
     CONSOLE.print(f"{in_bytes(before - size_of(root))} freed in {root}", markup=False)
-
-
-def _used(teacher: Path) -> float:
-    """Return when a run last used a teacher's folder, in seconds since 1970."""
-    return (teacher / "teacher.json").stat().st_mtime

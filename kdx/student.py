@@ -21,10 +21,9 @@ log = logging.getLogger(__name__)
 def load_student(
     config: StudentConfig, teacher: TeacherConfig, *, dtype: torch.dtype, seed: int, **how: Any
 ) -> PreTrainedModel:
-    """Return the student in eval mode, its master weights in `dtype`. Raises ConfigError or ModelError.
+    """Return the student in eval mode, with the generation config of the model it comes from.
 
-    how: attn_implementation, and for a pretrained base what else load_causal_lm takes.
-    Its generation config is left as its model's, or as that of the teacher it is cut from.
+    how: attn_implementation, and for a pretrained base what else load_causal_lm takes. Raises ConfigError or ModelError.
     """
     source, group = _source(config, teacher)
     shape = load_config(source, group)
@@ -33,19 +32,18 @@ def load_student(
     if config.init == "pretrained":
         model = load_causal_lm(config, "student", dtype=dtype, **how)
     elif config.init == "cut":
-        model = cut(teacher, config.layers, dtype=dtype, **how)
+        model = ready(cut(teacher, config.layers, dtype=dtype, **how), "student")
     else:
         torch.manual_seed(seed)
+        how |= {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
         with loading(str(config.path), "shape", "student.path"):
-            model = AutoModelForCausalLM.from_config(
-                shape, dtype=dtype, trust_remote_code=config.trust_remote_code, **how
-            )
-        model.generation_config = generation_config(source, group)
-        ready(model, "student")
+            model = ready(AutoModelForCausalLM.from_config(shape, **how), "student")
     freeze_unread(model)
     if getattr(model.config, "output_router_logits", False):
         log.warning("the router's auxiliary loss, which the student's config asks for, is left out")
     with loading(str(source.path), "generation config", f"{group}.path"):
+        if config.init != "pretrained":
+            model.generation_config = generation_config(source, group)
         model.generation_config.validate(strict=True)  # as save_pretrained does after hours of training
     return model
 
@@ -68,10 +66,8 @@ def saved_dtype(config: StudentConfig, teacher: TeacherConfig) -> str:
         return config.save_dtype
     if config.init == "random" or source.gguf_file:
         return "bf16"
-    path = locate(source, group)
-    with loading(path, "model", f"{group}.path"):
-        tensors = stored_tensors(path, source.revision)
-        dtypes = collections.Counter(tensor.dtype for name, tensor in tensors if name.endswith("weight"))
+    tensors = stored_tensors(locate(source, group), source.revision)
+    dtypes = collections.Counter(tensor.dtype for name, tensor in tensors if name.endswith("weight"))
     (dtype, _), *_ = dtypes.most_common(1)
     return {torch.float32: "fp32", torch.float16: "fp16"}.get(dtype, "bf16")
 
@@ -103,8 +99,7 @@ def save_student(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """
     with saving("the student", folder), whole_folder(folder) as beside:
         model.save_pretrained(beside)
-        if is_adapted(model):  # it wrote the adapter alone
-            model.generation_config.save_pretrained(beside)
+        model.generation_config.save_pretrained(beside)  # of an adapter that is all that was written
         tokenizer.save_pretrained(beside)
 
 

@@ -3,13 +3,13 @@
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdx.adapter import load_adapter, merge_adapter
+from kdx.adapter import merge_adapter
 from kdx.causal_lm import DTYPES, Head, attention_for, counted_hidden, device_dtype, head_of, load_causal_lm
 from kdx.config import TeacherConfig
 from kdx.data.batches import MicroBatch, merged
@@ -25,37 +25,29 @@ class Answer:
     head: Head
 
 
+@dataclass(eq=False)
 class Teacher:
-    """A frozen model whose body is loaded only when a row is asked for that its store lacks.
+    """A frozen model whose body is loaded only when a row is asked for that its store lacks."""
 
-    load: loads the whole model. device: where its head works if it comes from the store. rows_at_once: of its pass, by
-    default the student's. store_words: where the store is, or why there is none.
-    """
+    load: Callable[[], Any]  # the whole model
+    identity: Identity
+    store: TeacherStore | None = None
+    device: torch.device | None = None  # where its head works if it comes from the store
+    rows_at_once: int | None = None  # of its pass; None: as many as the student's
+    store_words: str = "off"  # where the store is, or why there is none
 
-    def __init__(
-        self,
-        load: Callable[[], Any],
-        identity: Identity,
-        *,
-        store: TeacherStore | None = None,
-        device: torch.device | None = None,
-        rows_at_once: int | None = None,
-        store_words: str = "off",
-    ) -> None:
-        self.identity, self.store, self.rows_at_once, self.store_words = identity, store, rows_at_once, store_words
-        self._load = load
-        stored = load_head(store.folder) if store else None
-        if stored:
-            self.head, self.num_parameters = stored[0].to(device), stored[1]
-        else:
-            self.head, self.num_parameters = head_of(self.model), self.model.num_parameters()
-            if store:
-                store.save_head(self.head, self.num_parameters)
+    def __post_init__(self) -> None:
+        if self.store and (stored := load_head(self.store.folder, self.device)):
+            self.head, self.num_parameters = stored
+            return
+        self.head, self.num_parameters = head_of(self.model), self.model.num_parameters()
+        if self.store:
+            self.store.save_head(self.head, self.num_parameters)
 
     @cached_property
     def model(self) -> Any:
         """The whole model, loaded when it is first asked for. Raises ModelError or MachineError."""
-        return self._load().requires_grad_(False).eval()
+        return self.load().requires_grad_(False).eval()
 
     @property
     def is_loaded(self) -> bool:
@@ -73,12 +65,12 @@ class Teacher:
 
     def answer(self, batch: MicroBatch, *, is_kept: bool = True) -> Answer:
         """Answer a batch; if the store lacks one of its rows all are computed, in one layout, and stored if is_kept."""
-        if self.store is None or "" in batch.row_digests:  # with what the student said: never stored
-            return Answer(self.live(batch), self.head)
-        if (rows := self.store.read(batch.row_digests)) is None:
-            if not is_kept:
-                return Answer(self.live(batch), self.head)
-            rows = self.store.write(batch.row_digests, self.live(batch).cpu().split(batch.num_counted))
+        store = None if "" in batch.row_digests else self.store  # what the student said is never stored
+        if (rows := store.read(batch.row_digests) if store else None) is None:
+            hidden = self.live(batch)
+            if store is None or not is_kept:
+                return Answer(hidden, self.head)
+            rows = store.write(batch.row_digests, hidden.cpu().split(batch.num_counted))
         return Answer(joined(rows, self.head.weight.device), self.head)
 
     @torch.no_grad()
@@ -105,6 +97,20 @@ def identity_of(config: TeacherConfig, device: torch.device) -> Identity:
     return Identity(digest, dtype, config.quantization)
 
 
+def load_body(
+    config: TeacherConfig, dtype: torch.dtype, device: torch.device, max_length: int, *, is_compiled: bool
+) -> Any:
+    """Load the whole model onto its device, or spread over all, with its adapter merged. Raises ModelError."""
+    device_map = config.device_map or (None if config.quantization == "none" else str(device))
+    how = {"attn_implementation": attention_for(config, device, max_length), "device_map": device_map}
+    model: Any = load_causal_lm(config, "teacher", dtype=dtype, quantization=config.quantization, **how)
+    if config.adapter:
+        merge_adapter(model, dtype)
+    if is_compiled:
+        model.base_model.compile()
+    return model if device_map else model.to(device)
+
+
 def load_teacher(
     config: TeacherConfig,
     device: torch.device,
@@ -116,35 +122,16 @@ def load_teacher(
 ) -> Teacher | None:
     """Open the teacher's store for these rows, and load the teacher if it lacks one; None without a teacher.
 
-    rows: digest → counted positions. is_repeated: whether rows are asked for more than once. is_compiled: whether its
-    body is compiled when it is loaded. The model is on the device, or spread over all. Raises ModelError, or
+    rows: digest → counted positions. is_repeated: whether rows are asked for more than once. Raises ModelError, or
     MachineError if the store must be on and has no room.
     """
     if config.path is None:
         return None
     identity = identity_of(config, device)
-    dtype = DTYPES[identity.dtype]
     store, store_words = open_store(config, identity, rows, is_repeated=is_repeated)
-
-    def load() -> Any:
-        device_map = config.device_map or (None if config.quantization == "none" else str(device))
-        model = load_causal_lm(
-            config,
-            "teacher",
-            dtype=dtype,
-            attn_implementation=attention_for(config, device, max_length),
-            quantization=config.quantization,
-            device_map=device_map,
-        )
-        if config.adapter:
-            load_adapter(model, config.adapter, "teacher.adapter")
-            merge_adapter(model, dtype)
-        if is_compiled:
-            model.base_model.compile()
-        return model if device_map else model.to(device)
-
+    load = partial(load_body, config, DTYPES[identity.dtype], device, max_length, is_compiled=is_compiled)
     rows_at_once = None if config.micro_batch_size == "auto" else int(config.micro_batch_size)
-    teacher = Teacher(load, identity, store=store, device=device, rows_at_once=rows_at_once, store_words=store_words)
+    teacher = Teacher(load, identity, store, device, rows_at_once, store_words)
     if store and store.missing(list(rows)):
         _ = teacher.model  # what is wrong with the model shows now, not in the middle of the run
     return teacher

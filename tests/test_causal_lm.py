@@ -4,8 +4,6 @@ Tiny models with fresh weights, built here from their configurations: nothing is
 N counted positions, V vocabulary, d width, B rows, T positions of a row.
 """
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,24 +94,11 @@ def test_through_is_the_derivative_of_the_head(how):
     torch.testing.assert_close(head.through(logits.detach(), grad.clone()), expected)
 
 
-def test_cut_and_detached_share_the_weight():
-    head, hidden = random_head(scale=0.3, softcap=5.0)
-    cut, copy = head.cut(30), head.detached(head.weight.clone().requires_grad_(), None)
-    torch.testing.assert_close(cut.logits(hidden), head.logits(hidden)[:, :30])
-    assert (cut.weight.data_ptr(), cut.bias.data_ptr()) == (head.weight.data_ptr(), head.bias.data_ptr())
-    assert (cut.num_ids, cut.scale, cut.softcap) == (30, 0.3, 5.0)
-    assert head.cut(V) is head
-    assert (copy.weight.requires_grad, copy.bias, copy.scale) == (False, None, 0.3)
-
-
-def test_logits_are_float32_at_least():
-    for dtype, out in [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]:
-        head, hidden = random_head(dtype)
-        assert head.logits(hidden).dtype == out
-        assert head.logits(hidden.float()).dtype == out  # the product runs in the weight's dtype
+def test_logits_are_float32_and_the_bias_is_added_without_rounding():
     head, hidden = random_head(torch.bfloat16)
-    expected = (hidden @ head.weight.T).float() + head.bias  # the bias is added after the product, without its rounding
+    expected = (hidden @ head.weight.T).float() + head.bias
     assert torch.equal(head.logits(hidden), expected)
+    assert head.logits(hidden.float()).dtype == torch.float32  # the product runs in the weight's dtype
 
 
 def test_compute_dtype_is_autocasts_where_it_is_on():
@@ -121,8 +106,6 @@ def test_compute_dtype_is_autocasts_where_it_is_on():
     assert head.in_compute_dtype() is head
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = head.in_compute_dtype()
-        assert low.weight.dtype == torch.bfloat16
-        assert low.bias is head.bias
         assert torch.equal(low.logits(hidden), (hidden.bfloat16() @ head.weight.bfloat16().T).float() + head.bias)
         assert head.logits(hidden).dtype == torch.float32  # autocast is off inside of it
         exact, _ = random_head(torch.float64)
@@ -164,15 +147,13 @@ def changed(forward_of):
         lambda z: 2 * z,
         lambda z: 30 * torch.tanh(z / 30),  # on fresh weights hardly to be seen
         lambda z: z.roll(1, 1),
-        lambda z: z - 1e-3 * torch.arange(V),
         lambda z: z * float("nan"),
     ],
-    ids=["scaled", "soft-capped", "shifted in time", "biased", "nan"],
+    ids=["scaled", "soft-capped", "shifted in time", "nan"],
 )
 def test_a_model_that_does_more_is_refused_by_name(more):
-    with pytest.raises(ModelError, match=r"student\.path: Changed does more to its logits than kdx knows") as error:
+    with pytest.raises(ModelError, match=r"student\.path: Changed does more to its logits than kdx knows.* \(off by"):
         check_split(changed(more), "student")
-    assert "off by" in str(error.value)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e4])
@@ -203,19 +184,11 @@ def tokenizer(words):
 WORDS = ["<unk>", "<end>", "a", "b", "c"]
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["<unk>", "<end>", "b", "a", "c"], "differ at 2 of 5 ids, the first is 2: 'a' and 'b'"),  # the same size
-        (["<unk>", "<end>", "a", "b", "d"], "differ at 1 of 5 ids, the first is 4: 'c' and 'd'"),
-    ],
-)
-def test_other_tokenizers_are_refused(words, says):
+def test_other_tokenizers_are_refused():
     assert common_ids(tokenizer(WORDS), tokenizer(list(WORDS))) == (5, frozenset())
     assert common_ids(tokenizer(WORDS), tokenizer([*WORDS, "e"])) == (5, frozenset({5}))  # what one side only adds
-    with pytest.raises(ModelError) as error:
-        common_ids(tokenizer(WORDS), tokenizer(words))
-    assert says in str(error.value)
+    with pytest.raises(ModelError, match="differ at 2 of 5 ids, the first is 2: 'a' and 'b'"):
+        common_ids(tokenizer(WORDS), tokenizer(["<unk>", "<end>", "b", "a", "c"]))
 
 
 # ---- loading
@@ -227,61 +200,25 @@ def given(**keys):
     return ModelConfig(**plainest | {"tokenizer": None, "base_model": None, "license": None} | keys)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A saved Llama with its tokenizer."""
-    build("llama, untied", torch.float32).save_pretrained(tmp_path)
-    tokenizer(WORDS).save_pretrained(tmp_path)
-    return tmp_path
-
-
-def load(folder, dtype=torch.float32):
-    return causal_lm.load_causal_lm(given(path=str(folder)), "student", dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_load_gives_the_saved_model_in_the_dtype_asked_for(folder, dtype):
-    model, saved = load(folder, dtype), build("llama, untied", torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_gives_the_saved_model_in_the_dtype_asked_for(tmp_path, dtype):
+    saved = build("llama, untied", torch.float32)
+    saved.config.tie_word_embeddings = True  # merges and full fine-tunes leave it as it was
+    saved.save_pretrained(tmp_path)
+    model = causal_lm.load_causal_lm(given(path=str(tmp_path)), "student", dtype=dtype)
     assert not model.training
     for name, parameter in saved.named_parameters():
         ours = model.get_parameter(name)
         assert ours.dtype == dtype
         assert torch.equal(ours, parameter.to(dtype))
-    assert causal_lm.num_positions(causal_lm.load_config(given(path=str(folder)), "student")) == 32
+    assert model.config.tie_word_embeddings is False
+    assert causal_lm.num_positions(causal_lm.load_config(given(path=str(tmp_path)), "student")) == 32
 
 
-def test_weights_outside_of_their_folder(folder):
-    index = {"weight_map": {"lm_head.weight": "/elsewhere/model.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="names files outside its folder"):
-        load(folder)
-
-
-def test_what_cannot_be_loaded_is_one_line_with_the_librarys_own_words(folder, monkeypatch):
-    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ModelError, match=rf"student\.path: cannot load the model in {folder}: .* git lfs pull"):
-        load(folder)
-    (folder / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"student\.path: cannot load the model in .*config\.json"):
-        load(folder)
-    monkeypatch.chdir(folder.parent)
-    with pytest.raises(
-        ModelError, match=rf"student\.path: \./{folder.name}x does not exist\. Did you mean {folder.name}"
-    ):
-        load(f"./{folder.name}x")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ModelError, match=r"student\.path: org/none is not a folder here, and cannot be read from the hub"
-    ):
-        load("org/none")
-
-
-def test_an_adapter_is_refused(folder):
-    (folder / "adapter_config.json").touch()
-    with pytest.raises(ModelError, match="is an adapter that names no base"):
-        load(folder)
+def test_a_teacher_is_no_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     with pytest.raises(ModelError, match=r"is a LoRA adapter\. Name its base, and teacher\.adapter="):
-        causal_lm.locate(given(path=str(folder)), "teacher")
+        causal_lm.locate(given(path=str(tmp_path)), "teacher")
 
 
 # ---- speed
@@ -292,19 +229,12 @@ def test_a_cpu_takes_eager_attention_for_short_rows():
     assert [causal_lm.attention_for(auto, cpu, length) for length in (256, 257)] == ["eager", None]
 
 
-def test_no_forward_looks_for_padding(folder):
-    """transformers would compare the ids with the pad token, for which a GPU has to wait."""
-    model = load(folder).base_model
-    model.warn_if_padding_and_no_attention_mask(None, None)
-
-
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
 def test_gelu_in_one_kernel_is_the_same_function(name):
     torch.manual_seed(0)
     shape = hf.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, activation_function=name)
     model = hf.GPT2LMHeadModel(shape).double().eval()
-    ids = torch.arange(12).unsqueeze(0)
-    outcomes = []
+    ids, outcomes = torch.arange(12).unsqueeze(0), []
     for _ in range(2):
         logits = model(ids).logits
         outcomes.append((logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))))
@@ -312,47 +242,9 @@ def test_gelu_in_one_kernel_is_the_same_function(name):
     assert type(model.transformer.h[1].mlp.act) is torch.nn.GELU
     for one, two in zip(*outcomes, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)  # gelu_fast has ten digits of sqrt(2/π)
-    assert model.config.activation_function == name
 
 
 # ---- rows padded on the right, without an attention mask
-
-WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-CAUSAL = {
-    **{kind: CONFIGS[kind] for kind in ("llama, tied", "gpt2", "qwen2", "gpt-neox")},
-    "gemma2": lambda: hf.Gemma2Config(**SHAPE | WINDOWS, head_dim=8),
-    "gemma3": lambda: hf.Gemma3TextConfig(**SHAPE | WINDOWS, head_dim=8),
-    "opt": lambda: hf.OPTConfig(
-        vocab_size=V, hidden_size=d, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=d
-    ),
-    "mixtral": lambda: hf.MixtralConfig(**SHAPE, num_local_experts=3),
-    "mamba": lambda: hf.MambaConfig(vocab_size=V, hidden_size=d, num_hidden_layers=2, state_size=4),
-}
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", CAUSAL)
-def test_without_a_mask_real_positions_are_the_same(kind, attention):
-    if attention == "sdpa" and kind in ("gemma2", "mamba"):
-        pytest.skip("has no sdpa")
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(CAUSAL[kind](), attn_implementation=attention).eval()
-    rows = [Row(str(n), list(range(3, 3 + n)), [False] + [True] * (n - 1)) for n in (12, 5, 2)]
-    batch = collate(rows, pad_id=0)
-    check_split(model, "student")
-    assert not model.needs_attention_mask
-    hidden, gradients = [], []
-    for model.needs_attention_mask in (True, False):
-        hidden.append(counted_hidden(model, batch))
-        loss = hidden[-1].square().mul(torch.linspace(0, 1, hidden[-1].numel()).view_as(hidden[-1])).mean()
-        gradients.append(torch.autograd.grad(loss, list(model.base_model.parameters()), allow_unused=True))
-    if kind == "mixtral":  # experts round by how many tokens they are given
-        torch.testing.assert_close(*hidden, rtol=1e-6, atol=1e-6)
-    else:
-        assert torch.equal(*hidden)
-    for one, two in zip(*gradients, strict=True):
-        if one is not None:
-            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -155,11 +155,10 @@ class TestRows:
 
 class TestBesideTheRows:
     @pytest.mark.parametrize(
-        ("dtype", "softcap", "has_bias"),
-        [(torch.float32, None, True), (torch.bfloat16, 30.0, False), (torch.float64, 30.0, True)],
+        ("dtype", "softcap", "bias"), [(torch.float32, None, torch.randn(7)), (torch.bfloat16, 30.0, None)]
     )
-    def test_head(self, opened, dtype, softcap, has_bias):
-        head = Head(torch.randn(7, 5).to(dtype), torch.randn(7).to(dtype) if has_bias else None, 1 / 3, softcap)
+    def test_head(self, opened, dtype, softcap, bias):
+        head = Head(torch.randn(7, 5).to(dtype), bias, 1 / 3, softcap)
         store, umask = opened(), os.umask(0o027)
         store.save_head(head, 2**40)
         os.umask(umask)
@@ -168,19 +167,8 @@ class TestBesideTheRows:
         stored, num_parameters = load_head(store.folder)
         assert (stored.scale, stored.softcap, stored.weight.dtype, num_parameters) == (1 / 3, softcap, dtype, 2**40)
         assert torch.equal(stored.weight, head.weight) and (stored.bias is None) == (head.bias is None)
-
-    def test_a_damaged_head_is_as_if_absent(self, opened):
-        head = Head(torch.randn(7, 5), torch.randn(7), 1 / 3, 30.0)
-        opened().save_head(head, 35)
-        file = opened().folder / "head.safetensors"
-        whole = file.read_bytes()
-        for bit in range(0, 8 * len(whole), 37):
-            flip(file, bit)
-            if stored := load_head(file.parent):  # a bit that changes nothing, such as white space
-                assert torch.equal(stored[0].weight, head.weight) and (stored[0].scale, stored[1]) == (1 / 3, 35), bit
-            file.write_bytes(whole)
-        file.write_bytes(b"")
-        assert load_head(file.parent) is None and damaged_files(file.parent) == [file]
+        flip(file := store.folder / "head.safetensors", -1)
+        assert load_head(store.folder) is None and damaged_files(store.folder) == [file]
 
     def test_answers(self, opened):
         store = opened()
@@ -269,12 +257,3 @@ class TestTeacher:
             for answer, one in zip(teacher.answers(batches), alone, strict=True):
                 torch.testing.assert_close(answer.hidden, one, rtol=1e-12, atol=1e-12)
         assert teacher.passes == passes
-
-    def test_a_store_that_cannot_be_written_leaves_the_live_teacher(self, llama, rows, opened, caplog, tmp_path):
-        (tmp_path / "store").write_text("a file where the folder should be")
-        store, batch = opened(), collate(rows[:3], 0)
-        teacher = Counting(llama, store)
-        assert torch.equal(teacher.answer(batch).hidden, Teacher.live(teacher, batch))
-        store.save_answer("a", "b")
-        store.close()
-        assert len(caplog.records) == 1

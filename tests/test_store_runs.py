@@ -1,33 +1,27 @@
 """Whole runs with the teacher's store, and its commands."""
 
-import hashlib
 import json
 import os
 import shutil
 import signal
 import time
+from functools import partial
 
 import pytest
-import torch
-from processes import ended, in_process, started
+import runs
+from processes import in_process
+from runs import outcome, start
 from standins import write_dialogpt, write_llama
 
 from kdx.cli import compose
 from kdx.distill import distill
-from kdx.errors import ConfigError, MachineError
+from kdx.errors import MachineError
 from kdx.run.folder import Record
 from kdx.store import count_rows, damaged_files
 from kdx.store_commands import manage
+from kdx.teacher import Teacher
 
 NUM_TRAINED, NUM_HELD_OUT = 32, 8
-VARYING = ("speed/tokens_per_second", "memory/peak_bytes")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_folders(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +46,16 @@ def write_rows(file, numbers):
 
 def words_of(place, store, *words):
     """Two epochs of four steps, with a store or without; what is typed twice counts the last time."""
-    base = ["teacher=hf", f"teacher.path={place / 'teacher'}", "data=pairs", f"data.path={place / 'pairs.jsonl'}"]
-    base += ["student=hf", f"student.path={place / 'student'}", "teacher.precision=bf16", "train.precision=fp32"]
-    base += [f"data.validation={NUM_HELD_OUT}", "train.batch_size=8", "train.max_steps=8", "train.log_every=1"]
-    base += ["optim.lr=1e-2", "tracking.mode=disabled", "eval.on_policy_kl=false"]
+    base = [f"data.validation={NUM_HELD_OUT}", "train.batch_size=8", "train.micro_batch_size=auto", "train.max_steps=8"]
+    base += ["teacher.precision=bf16", "eval.num_prompts=auto", "eval.on_policy_kl=false", "tracking.samples=true"]
     base += ["teacher.attn_implementation=sdpa"]  # in bf16 its bits follow the layout, those of eager hardly do
     base += ["teacher.store=off"] if store is None else ["teacher.store=on", f"teacher.store_dir={store}"]
     keys = {word.split("=")[0] for word in words}
-    return [word for word in base if word.split("=")[0] not in keys] + list(words)
+    return runs.words_of(place, *(word for word in base if word.split("=")[0] not in keys), *words)
 
 
 def config_of(place, store, *words):
     return compose(words_of(place, store, *words))
-
-
-def outcome(run_dir):
-    """A digest of the student's weights, and every logged figure but those of speed and memory."""
-    student = hashlib.sha256((run_dir / "student" / "model.safetensors").read_bytes()).hexdigest()
-    read = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return student, [{k: v for k, v in line.items() if k not in VARYING} for line in read]
 
 
 def figures(summary, *names):
@@ -89,20 +74,6 @@ def filled(place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("filled")
     summary = distill(config_of(place, folder / "store", "data.shuffle=false"), folder / "run")
     return folder / "store", folder / "run", summary
-
-
-@pytest.fixture
-def copied(filled, tmp_path):
-    """A copy of that store, to be changed."""
-    return shutil.copytree(filled[0], tmp_path / "store")
-
-
-def damage(store):
-    """Flip a bit of one row."""
-    (file,) = (teacher_in(store) / "rows").iterdir()
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
 
 
 class TestSameStudents:
@@ -136,10 +107,6 @@ class TestRoom:
 
     def test_a_disk_that_is_too_small(self, place, tmp_path, monkeypatch):
         monkeypatch.setattr("kdx.store.room", lambda root: (10_000, 20_000))
-        with pytest.raises(
-            MachineError, match=r"^teacher\.store: needs [\d,]+ bytes in .*, 20,000 are free and a tenth"
-        ):
-            distill(config_of(place, tmp_path / "store"), tmp_path / "on")
         summary = distill(config_of(place, tmp_path / "store", "teacher.store=auto"), tmp_path / "auto")
         assert summary.run["store"] is None
         assert (tmp_path / "auto" / "kdx.log").read_text().count("a tenth of the disk is left to others") == 1
@@ -182,7 +149,7 @@ class TestExactResume:
         """Whether all rows were on disk by then or only those before a checkpoint."""
         config = config_of_doubles(place, tmp_path / "store")
         for step in kills:
-            assert ended(started(killed_at, step, config, tmp_path / "run", flush_seconds)) == -signal.SIGKILL
+            assert start(config, tmp_path / "run", partial(killed_at, step, flush_seconds)).code == -signal.SIGKILL
         summary = distill(config, tmp_path / "run")
         assert outcome(straight) == outcome(tmp_path / "run")
         assert figures(summary, "bad") == (0,) and summary.run["other_versions"] == []
@@ -195,31 +162,22 @@ class TestExactResume:
         one, two = (config_of_doubles(place, tmp_path / name) for name in ("one", "two"))
         summary = distill(one, tmp_path / "run-one")
         assert min(figures(summary, "hits", "computed")) > 0
-        assert ended(started(killed_at, 8, two, tmp_path / "run-two", 0)) == -signal.SIGKILL
+        assert start(two, tmp_path / "run-two", partial(killed_at, 8, 0)).code == -signal.SIGKILL
         distill(two, tmp_path / "run-two")
         assert outcome(tmp_path / "run-one") == outcome(tmp_path / "run-two")
 
 
-def killed_at(call, config, run_dir, flush_seconds):
-    """A run that is killed when its teacher is asked for the nth step of this process."""
-    from kdx import store
-    from kdx.teacher import Teacher
-
-    known, calls = Teacher.answers, 0
+def killed_at(call, flush_seconds, patch):
+    """Kill a run when its teacher is asked for the nth step of this process."""
+    known, calls = Teacher.answers, iter(range(1, call + 1))
 
     def answers(self, micro_batches):
-        nonlocal calls
-        calls += 1
-        if calls == call:
+        if next(calls) == call:
             os.kill(os.getpid(), signal.SIGKILL)
         return known(self, micro_batches)
 
-    Teacher.answers, store.FLUSH_SECONDS = answers, flush_seconds
-    torch.set_num_threads(1)
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
-    os.dup2(quiet, 2)
-    distill(config, run_dir)
+    patch.setattr(Teacher, "answers", answers)
+    patch.setattr("kdx.store.FLUSH_SECONDS", flush_seconds)
 
 
 class TestCommands:
@@ -237,7 +195,9 @@ class TestCommands:
         assert manage(["stat"]) == manage(["verify", f"teacher.store_dir={store}"]) == 0
         shown = capfd.readouterr().out
         assert "teacher" in shown and "bf16" in shown and f" {num_rows} " in shown
-        damage(store)
+        (file,) = (teacher_in(store) / "rows").iterdir()
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(MachineError, match=r": 1 damaged files, such as .* Run kdx store prune") as error:
             manage(["verify"])
         assert error.value.exit_code == 3
@@ -246,12 +206,8 @@ class TestCommands:
         summary = distill(config_of(place, store), tmp_path / "again")
         assert figures(summary, "computed", "bad") == (num_rows, 0) and count_rows(teacher_in(store)) == num_rows
 
-    def test_a_folder_that_does_not_exist(self):
-        with pytest.raises(ConfigError, match=r"teacher.store_dir: .*absent does not exist\."):
-            manage(["stat", "teacher.store_dir=absent"])
-
-    def test_prune_removes_what_no_one_uses(self, copied):
-        folder = teacher_in(copied)
+    def test_prune_removes_what_no_one_uses(self, filled, tmp_path):
+        folder = teacher_in(copied := shutil.copytree(filled[0], tmp_path / "store"))
         used, old, new = folder / "teacher.json", folder / "rows" / ".tmp-1-x", folder / ".tmp-2-x"
         old.touch()
         new.touch()
