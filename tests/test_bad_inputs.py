@@ -64,7 +64,6 @@ WORDS: dict[tuple[str, ...], list[str]] = {
     ("loss=jsd", "loss.beta=7"): ["loss: beta is 7; it must be between 0 and 1. See the function kdx.loss.jsd"],
     ("student.attn_implementation=x",): ["student.path: cannot load the model in student: Specified `attn_implementation=\"x\"` is not supported. *"],
     ("optim.schedule=polynomial", "+optim.schedule_options.powr=2"): ["optim.schedule_options: polynomial: * unexpected keyword argument 'powr'. Set one with +optim.schedule_options.NAME=..."],
-    ('teacher.store_dir="~no-such-user/store"', "teacher.store=on"): ["teacher.store_dir: ~no-such-user/store names no user of this machine. Give the whole path"],
     ("optim.name=torch.AdmW",): ["optim.name: torch has no optimizer AdmW that kdx can use. Did you mean AdamW? Choices: *"],
     ("data.chat_template=no/such.jinja",): ["data.chat_template: no/such.jinja is not a file. Give a file, or Jinja text with {{ }}"],
     ("data.chat_template='{% for m in messages %}{{ m.content'",): ["data.chat_template: is not Jinja: * (line 1). Fix it, or give another"],
