@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from kdx.data.files import read_rows, source_files
-from kdx.errors import DataError, MachineError
+from kdx.errors import DataError
 
 ROWS = [{"source": "a", "target": "b"}, {"source": "c\u2028d", "target": "caf\u00e9, \N{GRINNING FACE}\nline two"}]
 
@@ -111,12 +111,6 @@ def test_home_and_packages_are_found(tmp_path, monkeypatch):
     write(tmp_path / "kdx_test_rows" / "t.jsonl")
     assert rows_of("~/kdx_test_rows/t.jsonl") == ROWS
     assert rows_of("pkg:kdx_test_rows") == rows_of("pkg:kdx-test-rows/t.jsonl") == ROWS
-
-
-def test_a_package_that_is_not_there_is_an_error_of_the_machine():
-    with pytest.raises(MachineError, match=r"data\.path: the package .* is not installed\. Run: pip install") as caught:
-        read("pkg:no-such-package")
-    assert caught.value.exit_code == 3
 
 
 def test_the_files_behind_a_config_are_known_without_reading_them(tmp_path, data_config):

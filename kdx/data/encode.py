@@ -28,7 +28,7 @@ from kdx.config import DataConfig, as_dict
 from kdx.data.batches import Row, Rows, write_rows
 from kdx.data.files import source_files
 from kdx.data.mix import parts_of
-from kdx.data.sources import COUNTERS, Conversation, Conversations, Counts, Names, read_conversations, split
+from kdx.data.sources import COUNTERS, Conversation, Conversations, Counts, read_conversations, split
 from kdx.errors import DataError, first_of, one_line
 from kdx.run.devices import num_cores
 from kdx.run.files import cache_dir, locked, whole_folder
@@ -39,10 +39,9 @@ CHUNK = 512  # conversations given to a process at once
 MOST_PROCESSES = 8  # each takes some 100 MB of its own
 MARK = "\ue000\ue001"  # said in addition; private characters, so that no template treats it specially
 TEMPLATE = "data.chat_template"
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a block in which a template marks what the assistant says
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # around what the assistant says, if a template marks it
 CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")  # a template that writes today's date
 JOINED_BY_END_OF_TEXT = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
-FALLBACK = "turns joined by the end-of-text token"
 LONG = "longer than data.max_length"
 QUOTED = "arguments of tool_calls that are text, which the chat template quotes again: give objects"
 ENDLESS = "rows whose turns no special token ends: the student does not learn where to stop"
@@ -93,7 +92,6 @@ def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0,
     root = cache_dir() / "data"
     root.mkdir(parents=True, exist_ok=True)
     about = _digest(config, shared, num_prompts, answer_length)
-
     read = functools.partial(read_conversations, config, root, encoder)
     with locked(root / f"{about}.lock"):
         files = source_files(config)
@@ -186,17 +184,17 @@ def _encode_all(
 def _all_encoded(encoder: "Encoder", found: Conversations, numbers: Sequence[int]) -> Iterator[Encoded]:
     """Encode these conversations on all cores, or here if they are few. Elsewhere than on Linux forking is not safe."""
     num = min(num_cores(), MOST_PROCESSES, len(numbers) // (8 * CHUNK)) if sys.platform == "linux" else 0
-    is_alone = num < 2
+    num_workers = num if num > 1 else 0
     chunks = DataLoader(
         numbers,  # type: ignore[arg-type]
         CHUNK,
         collate_fn=lambda some: [encoder.encode(found[i]) for i in some],
-        num_workers=0 if is_alone else num,
-        multiprocessing_context=None if is_alone else "fork",
+        num_workers=num_workers,
+        multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # it draws a seed: not from training's own numbers
     )
-    for some in track(chunks, "Tokenising", console=Console(stderr=True), transient=True, disable=is_alone):
+    for some in track(chunks, "Tokenising", console=Console(stderr=True), transient=True, disable=not num_workers):
         yield from some
 
 
@@ -500,13 +498,12 @@ def template_text(tokenizer: Any) -> str:
     return template if isinstance(template, str) else "\n".join(template.values())
 
 
-def names_in(template: str) -> Names:
-    """Find what a chat template reads. Names of message keys are any words in it."""
-    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
-    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+def names_in(template: str) -> tuple[set[str], set[str]]:
+    """Find what a chat template reads → variables beside the messages, and keys of messages: any words in it."""
+    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", template))
     variables = {name for name in jinja2.meta.find_undeclared_variables(tree) if not name.endswith("_token")}
     keys = set(re.findall(r"\w+", template))
-    return Names(frozenset(variables - NOT_COLUMNS), frozenset(keys | (REASONING if keys & REASONING else set())))
+    return variables - NOT_COLUMNS, keys | (REASONING if keys & REASONING else set())
 
 
 def beginning(tokenizer: Any) -> list[int]:
@@ -531,7 +528,7 @@ def prepare_tokenizer(shared: SharedTokenizer, config: DataConfig) -> str:
     elif not tokenizer.chat_template:
         if tokenizer.eos_token is None:
             raise DataError(TEMPLATE, "the tokenizer has neither a template nor an end-of-text token", "Give one")
-        where, tokenizer.chat_template = FALLBACK, JOINED_BY_END_OF_TEXT
+        where, tokenizer.chat_template = "turns joined by the end-of-text token", JOINED_BY_END_OF_TEXT
         if beginning(tokenizer):  # as the model read it in training; without it Gemma's perplexity is in the billions
             where += f", after {tokenizer.bos_token}"
             tokenizer.chat_template = "{{ bos_token }}" + JOINED_BY_END_OF_TEXT

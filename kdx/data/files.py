@@ -122,13 +122,11 @@ def _suffix(file: Path) -> str:
 
 def nearby(path: Path) -> str:
     """List what is in a folder, or beside the first part of a path that does not exist, as a hint."""
-    while not path.is_dir() and not path.parent.is_dir() and path != path.parent:
-        path = path.parent
-    folder = path if path.is_dir() else path.parent
+    folder = next(place for place in (path, *path.parents) if place.is_dir())
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    near = get_close_matches(path.name, names, n=1, cutoff=0.5) if folder != path else []
-    if near:
-        return f"Did you mean {folder / near[0].rstrip('/')}?"
+    for missing in path.relative_to(folder).parts[:1]:
+        if near := get_close_matches(missing, names, n=1, cutoff=0.5):
+            return f"Did you mean {folder / near[0].rstrip('/')}?"
     return f"{f'This folder ({Path.cwd()})' if folder == Path() else folder} has: {', '.join(names[:12]) or 'nothing'}"
 
 

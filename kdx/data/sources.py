@@ -63,14 +63,6 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Names:
-    """What a chat template reads: variables beside the messages, and keys of a message."""
-
-    variables: frozenset[str] = frozenset()
-    keys: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
 class Dropped:
     """A row that a source leaves out, and the rule by which."""
 
@@ -210,7 +202,7 @@ def _read(config: DataConfig, found: Conversations, encoder: Any) -> None:
                     found.count([("dropped", item.rule)])
                     continue
                 whole = item if isinstance(item, Conversation) else _checked(item, f"{config.name}[{num_rows - 1}]")
-                conversation, counts = _trimmed(whole, encoder.names if encoder else Names())
+                conversation, counts = _trimmed(whole, *(encoder.names if encoder else (set(), set())))
                 if encoder and config.on_bad_row == "skip":
                     encoder.rendered(conversation)
                 found.append(conversation, counts)
@@ -264,10 +256,10 @@ def _id_of(row: dict[str, Any]) -> str:
     return str(given).encode(errors="backslashreplace").decode() if isinstance(given, str | int) else ""
 
 
-def _trimmed(whole: Conversation, names: Names) -> tuple[Conversation, Counts]:
+def _trimmed(whole: Conversation, variables: set[str], keys: set[str]) -> tuple[Conversation, Counts]:
     """Cut off an unanswered last turn and all that the chat template does not read → the rest, what is to be counted.
 
-    Raises DataError.
+    variables, keys: what it reads beside the messages, and of a message. Raises DataError.
     """
     where = whole.where
     last = max((i for i, m in enumerate(whole.messages) if m["role"] == "assistant"), default=-1)
@@ -276,9 +268,9 @@ def _trimmed(whole: Conversation, names: Names) -> tuple[Conversation, Counts]:
     messages = whole.messages[: last + 1]
     unlearned = [i for i, m in enumerate(messages) if _is_unlearned(m, f"{where}: messages[{i}]")]
     columns = {name: _parsed(value) for name, value in whole.variables.items() if value not in (None, "", [], {})}
-    unused = {f"column {name}" for name in columns.keys() - names.variables}
+    unused = {f"column {name}" for name in columns.keys() - variables}
     for message in messages:
-        for name in message.keys() - {"role", "content"} - names.keys:
+        for name in message.keys() - {"role", "content"} - keys:
             if name == "tool_calls" and not message["content"]:
                 what = "has only tool_calls, which the chat template does not write"
                 raise DataError(where, what, "Give a data.chat_template that writes them, or leave the row out")
@@ -289,8 +281,8 @@ def _trimmed(whole: Conversation, names: Names) -> tuple[Conversation, Counts]:
         counts.append(("said", whole.note))
     if len(messages) < len(whole.messages):
         counts.append(("changed", "unanswered last turn cut off"))
-    variables = {name: columns[name] for name in sorted(columns.keys() & names.variables)}
-    rest = replace(whole, messages=messages, variables=variables, unlearned=unlearned)
+    read = {name: columns[name] for name in sorted(columns.keys() & variables)}
+    rest = replace(whole, messages=messages, variables=read, unlearned=unlearned)
     return replace(rest, id=rest.id or rest.digest[:32]), counts
 
 
