@@ -1,12 +1,10 @@
 """Rows as people bring them: what the student learns of each, token by token, or what is said about it."""
 
-import gzip
 import json
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -16,7 +14,6 @@ from transformers import GPT2Config
 from kdx.cli import compose
 from kdx.data.batches import Batches
 from kdx.data.encode import JOINED_BY_END_OF_TEXT, Encoder, load_data, prepare_tokenizer
-from kdx.data.files import read_rows
 from kdx.data.sources import Conversation, check_source
 from kdx.errors import ConfigError, DataError
 from kdx.student import teach_to_stop
@@ -84,6 +81,11 @@ MARKED_WORDS = CHATML.replace(
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
     "{% endfor %}{% endgeneration %}{% else %}{{ m.content }}{% endif %}",
 )
+# DeepSeek-R1 and QwQ prompt for a thought, of which an earlier answer has none left.
+PROMPTED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
+)
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 TOKENIZERS = {  # a template, special tokens, end of text
     "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), {}),
@@ -95,6 +97,7 @@ TOKENIZERS = {  # a template, special tokens, end of text
     "marked": (MARKED, ("<|im_start|>", "<|im_end|>"), {}),
     "marked words": (MARKED_WORDS, ("<|im_start|>", "<|im_end|>"), {}),
     "unprompted": (CHATML[: CHATML.index("{% if")], ("<|im_start|>", "<|im_end|>"), {}),
+    "prompted": (PROMPTED, ("<|im_start|>", "<|im_end|>"), {}),
     "lower": (CHATML.replace("m.content", "m.content | lower"), ("<|im_start|>", "<|im_end|>"), {}),
     "plain": (PLAIN, (), {}),
     "base": (None, (), {}),
@@ -155,6 +158,9 @@ CASES = {
         options={"chat_template": "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"},
     ),
     "a template that knows no prompts": Case(chat(ASK, SAY, ASK, SAY), "unprompted", counted=[WHOLE, WHOLE]),
+    "words that begin like what the prompt ends with": Case(
+        chat(ASK, {"role": "assistant", "content": "<b>x</b>"}), "prompted", counted=["<b>x</b><|im_end|>"]
+    ),
     "an assistant that opens": Case(chat(SAY, ASK, SAY), counted=[WHOLE, WHOLE]),
     "a template without ends": Case(
         chat(ASK, SAY), "plain", counted=[" Nine degrees.\n"], stops=[], says=["rows whose turns no special token ends"]
@@ -382,32 +388,6 @@ def counted_of(tokenizer, row):
     return [tokenizer.decode([token for token, _ in run]) for counts, run in runs if counts]
 
 
-def test_a_row_is_read_the_same_whatever_the_rows_before_it(make_tokenizer, data_config, tmp_path):
-    template = (
-        "{% for m in messages %}{{ m.role }}: {{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}<|im_end|>"
-        "{% endfor %}{% if add_generation_prompt %}assistant: {{ '<think></think>' if thinking is false }}{% endif %}"
-    )
-    file = tmp_path / "rows.jsonl"
-    rows = [chat(ASK, SAY, thinking=False), chat(ASK, SAY), chat(ASK, SAY, thinking=False)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    tokenizer = make_tokenizer(template, ("<|im_end|>",))
-    data = load_data(data_config("messages", path=str(file), validation=None), SharedTokenizer(tokenizer, 1000))
-    assert [counted_of(tokenizer, row) for row in data.train] == [[WHOLE], [f"<think></think>{WHOLE}"], [WHOLE]]
-
-
-def test_words_that_begin_like_what_the_prompt_ends_with(make_tokenizer, data_config, tmp_path):
-    """DeepSeek-R1 and QwQ prompt for a thought, of which an earlier answer has none left."""
-    template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
-    )
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(chat(ASK, {"role": "assistant", "content": "<b>x</b>"})), encoding="utf-8")
-    tokenizer = make_tokenizer(template, ("<|im_end|>",))
-    (row,) = load_data(data_config("messages", path=str(file), validation=None), SharedTokenizer(tokenizer, 1000)).train
-    assert counted_of(tokenizer, row) == ["<b>x</b><|im_end|>"]
-
-
 def test_a_prompt_ends_where_the_answer_of_a_row_begins(make_tokenizer, data_config, tmp_path):
     """A template that knows no prompt for an answer writes its header all the same."""
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -518,47 +498,6 @@ def test_a_long_text_becomes_rows_that_count_every_token_once(make_tokenizer, da
     assert learnt == [*whole[1:], tokenizer.eos_token_id]  # nothing predicts the first
     assert max(len(row.tokens) for row in data.train) == 16
     assert len({row.id for row in data.train}) == len(data.train)
-
-
-def write_files(folder):
-    """The same two rows in every kind of file → its path, and the place of the second row."""
-    rows = [{"source": "a, b", "target": "c\nd"}, {"source": "e", "target": "f"}]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    with gzip.open(folder / "a.jsonl.gz", "wt") as file:
-        file.write(lines)
-    with pyarrow.output_stream(str(folder / "b.jsonl.zst"), compression="zstd") as stream:
-        stream.write(lines.encode())
-    (folder / "c.csv").write_text('"source";"target"\n"a, b";"c\nd"\n\ne;f\n', encoding="utf-8")
-    (folder / "d.json").write_text(json.dumps({"version": "1", "data": rows}), encoding="utf-8")
-    table = pyarrow.Table.from_pylist([{"messages": [{"role": "user", "content": "a, b"}, SAY]}] * 2)
-    pyarrow.parquet.write_table(table, folder / "e.parquet")
-    whole = datasets.Dataset.from_list(rows)
-    whole.save_to_disk(folder / "f")
-    datasets.DatasetDict({"train": whole, "test": whole.select([0])}).save_to_disk(folder / "g")
-    return {
-        "a.jsonl.gz": ":2",
-        "b.jsonl.zst": ":2",
-        "c.csv": ":5",
-        "d.json": "[1]",
-        "e.parquet": "[1]",
-        "f": "[1]",
-        "g": "[1]",
-    }
-
-
-def test_files_as_people_have_them(tmp_path):
-    for name, place in write_files(tmp_path).items():
-        first, (where, second) = read_rows(str(tmp_path / name), None, "train")
-        assert where.endswith(place), name
-        assert second == (
-            {"messages": [{"role": "user", "content": "a, b"}, SAY]}
-            if "parquet" in name
-            else {"source": "e", "target": "f"}
-        )
-        assert first[1] == second if "parquet" in name else first[1] == {"source": "a, b", "target": "c\nd"}
-    assert len(list(read_rows(str(tmp_path / "g"), None, "test"))) == 1
-    with pytest.raises(DataError, match="of the split dev"):
-        list(read_rows(str(tmp_path / "g"), None, "dev"))
 
 
 def test_a_mixture_has_its_shares_and_its_own_held_out_rows(make_tokenizer, data_config, tmp_path):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import takewhile, zip_longest
+from itertools import islice, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def _encode_all(
     known = {
         "fingerprint": digests[0],
         "held_out_fingerprint": digests[1],
-        "prompts": encoder.prompts((found[i] for i in held_out or train), num_prompts, answer_length),
+        "prompts": [*islice(encoder.prompts((found[i] for i in held_out or train), answer_length), num_prompts)],
         "stops": sorted(stops, key=lambda i: (-last_stops[i], -stops[i], i)),
         **counts,
     }
@@ -235,7 +235,6 @@ class Encoder:
         else:
             counted, stops = self._count(tokens, encoding["offset_mapping"], spans)
         found = Encoded(counts=[("said", what) for what in [*said, *([] if stops else [ENDLESS])]], stops=stops)
-        pieces: Iterable[tuple[list[int], list[bool]]] = [(tokens, counted)]
         if alien := self.foreign.intersection(tokens):
             what = f"the row has the token {self.tokenizer.convert_ids_to_tokens(min(alien))!r}, which one model lacks"
             return Encoded(fault=DataError(where, what, "Use a data.chat_template that both models know"))
@@ -245,12 +244,11 @@ class Encoder:
                 return Encoded(fault=DataError(where, what, "Raise it, or set data.on_long=truncate or split"))
             if self.on_long == "drop":
                 return Encoded(counts=[*found.counts, ("dropped", LONG)], stops=stops)
-            if self.on_long == "split":
-                pieces = self._split(tokens, counted)
             found.counts.append(("changed", f"{LONG}, split" if self.on_long == "split" else LONG))
+        pieces = islice(self._split(tokens, counted), None if self.on_long == "split" else 1)
         for number, (some, counts) in enumerate(pieces, 1):
             # What comes after the last counted token changes nothing in a causal model, and costs time.
-            end = max((i + 1 for i, is_counted in enumerate(counts[: self.max_length]) if is_counted), default=0)
+            end = max((i + 1 for i, is_counted in enumerate(counts) if is_counted), default=0)
             if end >= 2:  # nothing predicts the first token
                 name = conversation.id if number == 1 else f"{conversation.id}#{number}"
                 found.rows.append(Row(name, some[:end], counts[:end], where))
@@ -259,21 +257,20 @@ class Encoder:
         return found
 
     def _split(self, tokens: list[int], counted: list[bool]) -> Iterator[tuple[list[int], list[bool]]]:
-        """Cut a long row into pieces of max_length: each begins with the last token of the one before.
+        """Cut a row into pieces of at most max_length: each begins with the last token of the one before.
 
         So every counted token is predicted once, by a row that begins as the tokenizer's rows do.
         """
-        first = [tokens[0]] if tokens[0] == self.tokenizer.bos_token_id else []
+        first = tokens[:1] if tokens[:1] == [self.tokenizer.bos_token_id] else []
         size = self.max_length - len(first)
         yield tokens[: self.max_length], counted[: self.max_length]
         for start in range(self.max_length - 1, len(tokens) - 1, max(1, size - 1)):
             head = len(first) + 1  # the overlap was counted before
             yield first + tokens[start : start + size], [False] * head + counted[start + 1 : start + size]
 
-    def prompts(self, conversations: Iterable[Conversation], number: int, room: int) -> list[dict[str, Any]]:
-        """The first conversations up to the assistant's first turn that leave room for an answer, and that turn."""
-        found: list[dict[str, Any]] = []
-        for conversation in conversations if number else ():
+    def prompts(self, conversations: Iterable[Conversation], room: int) -> Iterator[dict[str, Any]]:
+        """Yield conversations up to the assistant's first turn that leave room for an answer, and that turn."""
+        for conversation in conversations:
             messages = list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
             if not any(m["role"] == "user" for m in messages):
                 continue
@@ -282,10 +279,7 @@ class Encoder:
             text += self.header if text else ""
             length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
             if reference and text and length + room <= self.max_length:
-                found.append({"messages": messages, "text": text, "reference": reference})
-            if len(found) == number:
-                break
-        return found
+                yield {"messages": messages, "text": text, "reference": reference}
 
     def rendered(self, conversation: Conversation) -> tuple[str, list[Span], list[str]]:
         """Render a conversation → text, where each counted turn is in it, and what the template leaves out, in words.

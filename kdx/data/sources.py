@@ -70,17 +70,15 @@ class Dropped:
 
 
 class Conversations:
-    """The checked conversations of a run in the order they were read: `train` rows, then those of a held-out file.
-
-    The messages are in a temporary file; ids, places and digests are in memory. Forked processes may read it too.
-    """
+    """The checked conversations of a run in the order they were read; what they say is in a file, not in memory."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.ids, self.where, self.digests = list[str](), list[str](), list[str]()
         self.num_train = 0  # rows of data.path; those after are data.validation's, if that is a file or split
         self.faults: list[DataError] = []
         self.counts = {name: Counter[str]() for name in COUNTERS}
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it has no name: nothing is left)
+        # Without a name, so that nothing is left; read at offsets, so that forked processes may share it.
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         self._starts = array("q", [0])
 
@@ -88,14 +86,13 @@ class Conversations:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> Conversation:
-        name, where = self.ids[i], self.where[i]
         start, end = self._starts[i : i + 2]
         content = json.loads(os.pread(self._file.fileno(), end - start, start))
-        return Conversation(id=name, where=where, **content)
+        return Conversation(id=self.ids[i], where=self.where[i], **content)
 
     def append(self, conversation: Conversation, counts: Counts) -> None:
         self.count(counts)
-        content = {k: v for k, v in vars(conversation).items() if k in ("messages", "text", "variables", "unlearned")}
+        content = {name: getattr(conversation, name) for name in ("messages", "text", "variables", "unlearned")}
         self._starts.append(self._starts[-1] + self._file.write(json.dumps(content, default=str).encode()))
         self.ids.append(conversation.id)
         self.where.append(conversation.where)
@@ -306,12 +303,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _messages(
-    turns: Any,
-    column: str,
-    where: str,
-    role_key: str = "role",
-    content_key: str = "content",
-    roles: dict[str, str] | None = None,
+    turns: Any, column: str, where: str, role_key: str = "role", content_key: str = "content", roles: Any = None
 ) -> Messages:
     """Check a list of messages, and name roles and keys as everywhere; other keys are kept. Raises DataError."""
     if not isinstance(turns, list) or not turns:
@@ -325,7 +317,8 @@ def _messages(
             what = f'is {kind_of(turn)}, expected an object with "{role_key}" and "{content_key}"'
             raise DataError(place, what, "Name them: data.role_key, data.content_key")
         role = turn[role_key]
-        role = roles.get(role, role) if roles and isinstance(role, str) else role
+        if isinstance(role, str):
+            role = (roles or {}).get(role, role)
         if role not in ROLES:
             hint = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
             raise DataError(place, f"the role is {kind_of(role)}", hint)
@@ -342,11 +335,10 @@ def _messages(
 
 def _joined_parts(content: Any) -> Any:
     """Join a content that is a list of text parts, as chat APIs have it; anything else stays."""
-    is_text = isinstance(content, list) and content and all(
-        isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
-        for part in content
-    )  # fmt: skip
-    return "".join(part["text"] for part in content) if is_text else content
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]
+    is_text = texts and len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if is_text else content
 
 
 class RawRow:
