@@ -102,6 +102,7 @@ ROWS = [
     ("messages", {"messages": [TALK[0], {**TALK[1], "content": [1]}]}, f'messages[1]: "content" is [1] (list), {FIX}'),
     ("messages", {"messages": [TALK[0], {**TALK[1], "content": " "}]}, f'messages[1]: "content" is " " (str), {FIX}'),
     ("messages", {"messages": [TALK[0]]}, "has no message of the assistant. The student learns the assistant's turns: add one"),
+    ("sharegpt", {"messages": TALK}, f'"conversations" is missing; the row is an object with messages. {LAYOUT}messages_column=...'),
     ("sharegpt", {"conversations": TALK}, 'messages[0]: is an object with role, content, expected an object with "from" and "value". Name them: data.role_key, data.content_key'),
 ]  # fmt: skip
 

@@ -466,7 +466,7 @@ def test_the_saved_student_stops_where_its_rows_do(make_tokenizer):
 
 @pytest.mark.parametrize("assistant_only", [True, False])
 def test_long_rows_are_truncated_dropped_or_refused(make_tokenizer, assistant_only):
-    tokenizer = make_tokenizer(None)
+    tokenizer = make_tokenizer(JOINED_BY_END_OF_TEXT)
     long = Conversation("long", [ASK, {"role": "assistant", "content": "Fine, thank you. And you?"}], "c.jsonl:7")
 
     def encoded(max_length, on_long):

@@ -82,8 +82,9 @@ class Rows(Sequence[Row]):
     """
 
     def __init__(self, file: Path | pyarrow.Table) -> None:
-        is_table = isinstance(file, pyarrow.Table)
-        self.table = file if is_table else pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+        if not isinstance(file, pyarrow.Table):
+            file = pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+        self.table: Any = file
         self.sources: dict[str, range] = {}
         self.drawn: dict[str, int] = {}
         self.lengths: np.ndarray = self.table["length"].to_numpy()  # tokens of each row [rows]

@@ -176,16 +176,15 @@ def _encode_all(
         "held_out_fingerprint": digests[1],
         "prompts": [*islice(encoder.prompts((found[i] for i in held_out or train), answer_length), num_prompts)],
         "stops": sorted(stops, key=lambda i: (-last_stops[i], -stops[i], i)),
-        **counts,
     }
-    (folder / "data.json").write_text(json.dumps(known), encoding="utf-8")
+    (folder / "data.json").write_text(json.dumps(known | counts), encoding="utf-8")
 
 
 def _all_encoded(encoder: "Encoder", found: Conversations, numbers: Sequence[int]) -> Iterator[Encoded]:
     """Encode these conversations on all cores, or here if they are few. Elsewhere than on Linux forking is not safe."""
     num = min(num_cores(), MOST_PROCESSES, len(numbers) // (8 * CHUNK)) if sys.platform == "linux" else 0
     num_workers = num if num > 1 else 0
-    chunks = DataLoader(
+    chunks: Any = DataLoader(
         numbers,  # type: ignore[arg-type]
         CHUNK,
         collate_fn=lambda some: [encoder.encode(found[i]) for i in some],

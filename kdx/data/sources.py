@@ -86,9 +86,10 @@ class Conversations:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> Conversation:
+        name, where = self.ids[i], self.where[i]  # the IndexError that ends iteration
         start, end = self._starts[i : i + 2]
         content = json.loads(os.pread(self._file.fileno(), end - start, start))
-        return Conversation(id=self.ids[i], where=self.where[i], **content)
+        return Conversation(id=name, where=where, **content)
 
     def append(self, conversation: Conversation, counts: Counts) -> None:
         self.count(counts)
@@ -181,7 +182,7 @@ def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int
 
 def _options(config: DataConfig) -> dict[str, Any]:
     """What the source is given: data's further keys, and of these what it has parameters for."""
-    given = {"path": config.path, "subset": config.subset, "split": config.split}
+    given: dict[str, Any] = {"path": config.path, "subset": config.subset, "split": config.split}
     given["raw_rows"] = read_rows(**given)  # nothing is read yet
     names = given.keys() & inspect.signature(_SOURCES[config.name]).parameters.keys()
     return {name: given[name] for name in names} | config.options
@@ -336,7 +337,7 @@ def _messages(
 def _joined_parts(content: Any) -> Any:
     """Join a content that is a list of text parts, as chat APIs have it; anything else stays."""
     parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]
+    texts: list[Any] = [part.get("text") for part in parts if part.get("type", "text") == "text"]
     is_text = texts and len(texts) == len(content) and all(isinstance(text, str) for text in texts)
     return "".join(texts) if is_text else content
 
@@ -345,7 +346,8 @@ class RawRow:
     """A row of a file: its columns, which of them were read, and a note on how, if that is to be said."""
 
     def __init__(self, where: str, columns: dict[str, Any]) -> None:
-        self.where, self.columns, self.used, self.note = where, columns, {"id"}, ""
+        self.where, self.columns, self.note = where, columns, ""
+        self.used: set[Any] = {"id"}
 
     def column(self, column: str, name: str) -> Any:
         """Return a column, which data.NAME_column names. Raises DataError."""
