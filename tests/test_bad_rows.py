@@ -202,8 +202,10 @@ def test_a_chat_template_may_refuse_all_rows(refused, how):
     [
         ({"max_length": 2}, "no training row is left (40 no counted token left). Raise data.max_length"),
         ({"max_length": 3, "on_long": "drop"}, "no training row is left (40 longer than data.max_length)"),
+        ({"chat_template": "{% oops %}"}, "data.chat_template: is not Jinja: Encountered unknown tag 'oops'"),
+        ({"chat_template": "nowhere.jinja"}, "data.chat_template: nowhere.jinja is not a file"),
     ],
 )
-def test_nothing_left(refused, changes, says):
+def test_nothing_left_and_templates_that_are_none(refused, changes, says):
     Path("t.jsonl").write_bytes(jsonl(*({"source": f"a b c {i}", "target": "d e f"} for i in range(40))))
     assert says in refused(**changes)[0]

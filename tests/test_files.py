@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from kdx.data.files import read_rows, source_files
-from kdx.errors import DataError
+from kdx.errors import DataError, MachineError
 
 ROWS = [{"source": "a", "target": "b"}, {"source": "c\u2028d", "target": "caf\u00e9, \N{GRINNING FACE}\nline two"}]
 
@@ -125,6 +125,8 @@ def test_home_and_packages_are_found(tmp_path, monkeypatch):
     write(tmp_path / "kdx_test_rows" / "t.jsonl")
     assert rows_of("~/kdx_test_rows/t.jsonl") == ROWS
     assert rows_of("pkg:kdx_test_rows") == rows_of("pkg:kdx-test-rows/t.jsonl") == ROWS
+    with pytest.raises(MachineError, match=r"data\.path: the package no-such is not installed\. Run: pip install"):
+        read("pkg:no-such")
 
 
 def test_the_files_behind_a_config_are_known_without_reading_them(tmp_path, data_config):
