@@ -23,7 +23,6 @@ from kdx.causal_lm import stop_ids
 from kdx.config import Config, RolloutConfig, replaced
 from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, collate, write_rows
 from kdx.data.encode import Data, Encoder, load_data
-from kdx.data.files import at_home
 from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
@@ -302,7 +301,7 @@ def teachers_answers(
     identity = identity_of(teacher, machine.device)
     store = None
     if teacher.store != "off":
-        root = at_home(teacher.store_dir, "teacher.store_dir").resolve()
+        root = Path(teacher.store_dir).expanduser().resolve()
         store = TeacherStore(root, identity, name=str(teacher.base_model or teacher.path), part="said")
     prompts = {}
     for row in rows:
@@ -359,7 +358,7 @@ def write_answers(config: Config, file: Path) -> None:
         conversations: dict[str, Conversation] = {}
         for name, (data, _) in parts.items():
             encoder = Encoder(shared, day=data.template_date)
-            found = read_conversations(data, cache_dir() / "data", encoder.rendered, encoder.names)
+            found = read_conversations(data, cache_dir() / "data", encoder)
             conversations |= {f"{name}/{c.id}".removeprefix("/"): c for c in map(found.__getitem__, range(len(found)))}
         texts = []
         for row in rows:
@@ -373,5 +372,5 @@ def write_answers(config: Config, file: Path) -> None:
                 said = shared.tokenizer.decode(answer, skip_special_tokens=True)
                 turn = {"role": "assistant", "content": said}
                 texts.append(json.dumps({"messages": [*messages[: turns[number]], turn]}, ensure_ascii=False) + "\n")
-        write_beside(at_home(str(file), "--out"), "".join(texts))
+        write_beside(file.expanduser(), "".join(texts))
         log.info("%s: %d answers to the %d training rows", file, len(texts), len(rows))

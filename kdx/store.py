@@ -32,7 +32,6 @@ from xxhash import xxh3_64
 
 from kdx.causal_lm import DTYPES, Head, load_config
 from kdx.config import TeacherConfig
-from kdx.data.files import at_home
 from kdx.errors import MachineError
 from kdx.run.files import in_bytes, open_to_umask, read_json, room, size_of, whole_file, write_json
 
@@ -214,7 +213,7 @@ def open_store(
     """
     if config.store == "off" or (config.store == "auto" and not is_repeated):
         return None, "off" if config.store == "off" else "off (one epoch: nothing to reuse)"
-    root = at_home(config.store_dir, "teacher.store_dir").resolve()
+    root = Path(config.store_dir).expanduser().resolve()
     name = str(config.base_model or config.path)
     store = TeacherStore(root, identity, name=name, limit_gb=config.store_limit_gb)
     missing = store.missing(list(counted))

@@ -13,7 +13,6 @@ from rich.table import Column, Table
 from kdx.config import Config, replaced
 from kdx.data.batches import collate
 from kdx.data.encode import load_data
-from kdx.data.files import at_home
 from kdx.errors import ConfigError, MachineError, Parser
 from kdx.evaluate import MAX_NEW_TOKENS, num_prompts, teacher_answers
 from kdx.rollout import with_teachers_answers
@@ -74,7 +73,7 @@ def manage(words: list[str]) -> int:
     parser.add_argument("--unused-days", type=float)
     args = parser.parse_args(words)
     folder = args.folder.removeprefix("teacher.store_dir=") or os.environ.get("KDX_STORE") or "outputs/teacher-store"
-    root = at_home(folder, "teacher.store_dir").resolve()
+    root = Path(folder).expanduser().resolve()
     if not root.is_dir():
         raise ConfigError("teacher.store_dir", f"{root} does not exist", "Name the store's folder, or set KDX_STORE")
     teachers = {file.parent: file.stat().st_mtime for file in sorted(root.glob("*/teacher.json"))}

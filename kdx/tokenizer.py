@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdx import causal_lm
-from kdx.config import Config, replaced
+from kdx.config import Config, ModelConfig
 from kdx.errors import ConfigError, ModelError
 
 log = logging.getLogger("kdx")
@@ -24,25 +24,21 @@ class SharedTokenizer:
 
 def load_tokenizer(config: Config) -> SharedTokenizer:
     """Load the tokenizer of a run. Raises KdxError if the two models' differ."""
-    limits = {"data.max_length": config.data.max_length}
-    found = {}
-    if config.teacher.path is not None:
-        found["teacher"] = causal_lm.load_tokenizer(config.teacher, "teacher")
-        limits["teacher"] = causal_lm.num_positions(causal_lm.load_config(config.teacher, "teacher"))
-    if config.student.init != "cut":
-        is_teachers = config.student.tokenizer == "teacher" and "teacher" in found
-        source = replaced(config.student, tokenizer=None) if is_teachers else config.student
-        found["student"] = found["teacher"] if is_teachers else causal_lm.load_tokenizer(source, "student")
-        limits["student"] = causal_lm.num_positions(causal_lm.load_config(config.student, "student"))
-    known = [limit for limit in limits.values() if limit is not None]
+    teacher, student, is_cut = config.teacher, config.student, config.student.init == "cut"
+    models: dict[str, ModelConfig] = {"teacher": teacher} if teacher.path is not None else {}
+    models |= {} if is_cut else {"student": student}
+    key, why = ("path", "is cut from the teacher") if is_cut else ("layers", "is not cut")
+    if getattr(student, key) is not None:
+        log.warning("student.%s=%s is not used: the student %s", key, getattr(student, key), why)
+    is_teachers = student.tokenizer == "teacher" and "teacher" in models
+    own = {name: model for name, model in models.items() if name == "teacher" or not is_teachers}
+    found = [causal_lm.load_tokenizer(model, name) for name, model in own.items()]
+    limits = [causal_lm.num_positions(causal_lm.load_config(model, name)) for name, model in models.items()]
+    known = [limit for limit in (config.data.max_length, *limits) if limit is not None]
     if not known:
         what = "is null, and the models' configs do not say how long a row they can read"
         raise ConfigError("data.max_length", what, "Give a number")
-    key, why = ("path", "is cut from the teacher") if config.student.init == "cut" else ("layers", "is not cut")
-    if getattr(config.student, key) is not None:
-        log.warning("student.%s=%s is not used: the student %s", key, getattr(config.student, key), why)
-    *_, tokenizer = found.values()
-    teachers = found.get("teacher", tokenizer)
+    teachers, tokenizer = found[0], found[-1]  # the same without a teacher, or where the student has no other
     num_ids, foreign = common_ids(teachers, tokenizer)
     template = "the tokenizer's own"
     if not tokenizer.chat_template and teachers.chat_template:

@@ -53,7 +53,7 @@ def test_any_row_is_a_conversation_or_a_fault_with_its_place(tmp_path, data_conf
         assert where == f"{file}:2"
         assert rest.count(". ") >= 1  # what, and the hint
         skipped = read_conversations(data_config(choice, path=str(file), on_bad_row="skip", max_bad_rows=None))
-        assert skipped.dropped.total() == len(skipped) == 1
+        assert skipped.counts["dropped"].total() == len(skipped) == 1
         return
     assert second.where == f"{file}:2"
     assert second.messages[-1]["role"] == "assistant"

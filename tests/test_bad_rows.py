@@ -48,22 +48,17 @@ def jsonl(*rows):
 FILES = {
     "broken JSON on line 2": ("t.jsonl", LINE + b'{"source": x}\n' + LINE, "t.jsonl:2:12: is not JSON", "one object a line"),
     "truncated last line, in text": ("t.jsonl", LINE + b'{"source": "a", "tar', "t.jsonl:2:17: is not JSON", "Was the copy cut short?"),
-    "truncated last line": ("t.jsonl", LINE + b'{"source": "a"', "t.jsonl:2:15: is not JSON", "Was the copy cut short?"),
     "broken list": ("t.json", b'[{"source": "a"},\n {"source": }]', "t.json:2:13: is not JSON", "Was the copy cut"),
     "lines in a .json": ("t.json", LINE * 2, "t.json:2:1: is not JSON", "A .jsonl file has one object a line"),
     "an object for a list": ("t.json", b'{"version": 1}', "t.json: holds an object with version, expected a list of rows", "Wrap the rows in [ ]"),
     "NaN": ("t.jsonl", LINE + b'{"source": NaN}', 't.jsonl:2: "source" is NaN (float), expected text', "Fix the row"),
     "latin-1": ("t.jsonl", LINE + b'{"source": "caf\xe9"}\n', "t.jsonl:2: byte 0xe9 is not UTF-8", "iconv -f LATIN1 -t UTF-8 t.jsonl"),
-    "latin-1 CSV": ("t.csv", b"source,target\na,caf\xe9\n", "t.csv:2: byte 0xe9", "iconv"),
     "a comma too few": ("t.csv", b"source,target\na,b\nc\n", "t.csv:3: ", '"target" is null (NoneType), expected text'),
-    "a header alone": ("t.csv", b"source,target\n", "t.csv: has no rows", "Was the copy cut short?"),
-    "an empty list": ("t.json", b"[]", "t.json: has no rows", "Was the copy cut short?"),
     "empty": ("t.jsonl", b"", "t.jsonl: has no rows", "Was the copy cut short?"),
     "chats": ("t.jsonl", (json.dumps({"messages": TALK}) + "\n").encode(), 't.jsonl:1: "source" is missing; the row is an object with messages', "Choose a layout (data=pairs, messages, sharegpt or text), or name the column"),
-    "copies of one row": ("t.jsonl", LINE * 20, "data.validation: is 0.05: all 20 rows are held out or equal to one that is", "Hold out fewer"),
+    "copies of one row": ("t.jsonl", LINE * 20, "data: no training row is left (19 equal to a held-out row)", "lower data.validation"),
     "a comma too many": ("t.csv", b"source,target\na,b\na,b, and c\n", "t.csv:3: has more columns than the header", "Quote the separators"),
     "a broken quote": ("t.csv", b'source,target\n"a"b,c\n', "t.csv:2: is not CSV", "Fix the quoting"),
-    "an open quote": ("t.csv", b'source,target\na,"b\n', "t.csv:2: is not CSV", "Fix the quoting"),
     "not parquet": ("t.parquet", b"PAR1 but no more", "t.parquet: is not readable as parquet", "Was the copy cut short?"),
     "another format": ("t.txt", b"hello", "data.path: t.txt is not one of .jsonl, .json, .csv, .parquet", "Convert it"),
 }  # fmt: skip
@@ -90,28 +85,20 @@ OTHER = "Fix the row, or name another column: data."
 FIX = "expected text that is not blank. Fix the row, or remove it"
 ROLES = "Roles are system, developer, user, assistant, tool, function, observation, ipython; map others with data.roles, as in '+data.roles.bot=assistant'"
 ROWS = [
-    ("pairs", {"source": "a"}, f'"target" is missing; the row is an object with source. {LAYOUT}target_column=...'),
     ("pairs", {"q": "a", "a": "b"}, f'"source" is missing; the row is an object with q, a. {LAYOUT}source_column=...'),
     ("pairs", {}, f'"source" is missing; the row is an object with no keys. {LAYOUT}source_column=...'),
     ("pairs", {**GOOD, "target": None}, f'"target" is null (NoneType), expected text that is not blank. {OTHER}target_column=...'),
     ("pairs", {**GOOD, "target": 5}, f'"target" is 5 (int), expected text that is not blank. {OTHER}target_column=...'),
-    ("pairs", {**GOOD, "target": True}, f'"target" is true (bool), expected text that is not blank. {OTHER}target_column=...'),
     ("pairs", {**GOOD, "source": ["a"]}, f'"source" is ["a"] (list), expected text that is not blank. {OTHER}source_column=...'),
-    ("pairs", {**GOOD, "source": {"a": 1}}, f'"source" is an object with a, expected text that is not blank. {OTHER}source_column=...'),
     ("pairs", {**GOOD, "target": ""}, f'"target" is "" (str), expected text that is not blank. {OTHER}target_column=...'),
     ("pairs", {**GOOD, "source": "a\ud83d"}, '"source" has half of a surrogate pair, which is not text. Was the text cut in the middle of an emoji? Fix it'),
     ("pairs", ["a", "b"], 'is ["a", "b"] (list), expected an object. Write one JSON object a row'),
-    ("pairs", "oops", 'is "oops" (str), expected an object. Write one JSON object a row'),
-    ("pairs", None, "is null (NoneType), expected an object. Write one JSON object a row"),
     ("messages", {"text": "a"}, f'"messages" is missing; the row is an object with text. {LAYOUT}messages_column=...'),
     ("messages", {"messages": "oops"}, f'"messages" is "oops" (str), expected a list of messages. {CHAT}'),
-    ("messages", {"messages": None}, f'"messages" is null (NoneType), expected a list of messages. {CHAT}'),
     ("messages", {"messages": []}, f'"messages" is [] (list), expected a list of messages. {CHAT}'),
     ("messages", {"messages": ["hi", *TALK]}, 'messages[0]: is "hi" (str), expected an object with "role" and "content". Name them: data.role_key, data.content_key'),
     ("messages", {"messages": [*TALK, {"role": "user"}]}, 'messages[2]: is an object with role, expected an object with "role" and "content". Name them: data.role_key, data.content_key'),
     ("messages", {"messages": [TALK[0], {"role": "bot", "content": "b"}]}, f'messages[1]: the role is "bot" (str). {ROLES}'),
-    ("messages", {"messages": [{**TALK[0], "role": []}, TALK[1]]}, f"messages[0]: the role is [] (list). {ROLES}"),
-    ("messages", {"messages": [TALK[0], {**TALK[1], "content": None}]}, f'messages[1]: "content" is null (NoneType), {FIX}'),
     ("messages", {"messages": [TALK[0], {**TALK[1], "content": [1]}]}, f'messages[1]: "content" is [1] (list), {FIX}'),
     ("messages", {"messages": [TALK[0], {**TALK[1], "content": " "}]}, f'messages[1]: "content" is " " (str), {FIX}'),
     ("messages", {"messages": [TALK[0]]}, "has no message of the assistant. The student learns the assistant's turns: add one"),
@@ -188,7 +175,7 @@ def test_rows_that_the_chat_template_refuses_are_skipped_and_counted(load, alter
     assert "skipped 4 bad rows, the first: t.jsonl:2: " in caplog.text
 
 
-def test_they_count_towards_the_most_that_are_skipped(refused, alternating):
+def test_they_count_towards_the_most_that_are_skipped(load, refused, alternating):
     first, *lines, total = refused("messages", **alternating, on_bad_row="skip", max_bad_rows=3)
     assert first == "data: 4 of 20 rows are bad, and data.max_bad_rows is 3. Fix them, or raise it"
     assert lines[0].startswith("t.jsonl:2: ")
@@ -196,11 +183,8 @@ def test_they_count_towards_the_most_that_are_skipped(refused, alternating):
     assert total.startswith("data: 5 ")
     first, *lines, total = refused("messages", **alternating)  # without skip
     assert [line.split(": ")[0] for line in (first, *lines)] == [f"t.jsonl:{n}" for n in (2, 4, 8, 12)]
-
-
-def test_rows_of_a_held_out_file_are_skipped_too(load, alternating):
     good = [{"messages": [{**TALK[0], "content": f"b{i}"}, TALK[1]]} for i in range(3)]
-    Path("held.jsonl").write_bytes(jsonl(*good, {"messages": [*TALK, TALK[1]]}))
+    Path("held.jsonl").write_bytes(jsonl(*good, {"messages": [*TALK, TALK[1]]}))  # rows of a held-out file, too
     data = load("messages", **alternating | {"validation": "held.jsonl"}, on_bad_row="skip", max_bad_rows=4)
     assert data.dropped == {"bad row (data.on_bad_row=skip)": 5}
     assert (len(data.train), len(data.held_out)) == (16, 3)

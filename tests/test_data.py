@@ -56,7 +56,7 @@ def read(config):
         raise first_of(found.faults)
     train, held_out = ([found[i] for i in part] for part in split(config, found))
     return types.SimpleNamespace(
-        train=train, held_out=held_out, dropped=+found.dropped, changed=+found.changed, notes=found.notes
+        train=train, held_out=held_out, **{name: +counter for name, counter in found.counts.items()}
     )
 
 
@@ -69,31 +69,6 @@ def faults(config, kind=DataError):
 
 GOOD = {"source": "a", "target": "b"}
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
-
-def test_messages_by_other_names_and_roles(file_of, data_config):
-    turns = [("sys", "Be kind."), ("me", "hi"), ("bot", "hello"), ("user", "so"), ("assistant", "yes")]
-    path = file_of([{"id": "x", "turns": [{"who": who, "text": text, "role": "z"} for who, text in turns]}])
-    config = data_config(
-        "messages",
-        path=path,
-        messages_column="turns",
-        role_key="who",
-        content_key="text",
-        roles={"sys": "system", "me": "user", "bot": "assistant"},
-    )
-    (row,) = read(config).train
-    expected = ["system", "user", "assistant", "user", "assistant"]
-    assert said(row) == [(role, text) for role, (_, text) in zip(expected, turns, strict=True)]
-    assert row.id == "x"
-
-
-def test_an_unanswered_turn_is_cut_off_and_its_row_counted_once(file_of, data_config):
-    more = [{"role": "user", "content": "c"}, {"role": "user", "content": "d"}]
-    path = file_of([{"messages": TALK + more}, {"messages": [*TALK, *more, TALK[1], more[0]]}, {"messages": TALK}])
-    dataset = read(data_config("messages", path=path))
-    assert [len(row.messages) for row in dataset.train] == [2, 5, 2]
-    assert dataset.changed == {"unanswered last turn cut off": 2}
 
 
 def test_chitchat_has_3240_conversations_that_end_with_the_assistant(data_config):
@@ -124,36 +99,21 @@ def test_ones_own_source_yields_either_shape_and_takes_options(registry, data_co
     assert len(read(more).train[0].messages) == 6
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"min_turn": 3}, "data.min_turn: is not an option here. Did you mean min_turns? "),
-        ({"min_turns": "many"}, 'data.min_turns: is "many". It should be a valid integer'),
-        ({}, "data.min_turns: is missing"),
-    ],
-)
-def test_a_wrong_option_names_the_key_and_the_known_ones(registry, data_config, options, says):
+def test_a_wrong_option_names_the_key_and_the_known_ones(registry, data_config):
     @register_source
     def tickets(path, min_turns: int):
         raise AssertionError("read before it was checked")
 
-    config = data_config("custom", name="tickets", path="t.db", **options)
-    with pytest.raises(ConfigError) as caught:
-        check_source(config)
-    assert says in str(caught.value)
-    assert faults(config, ConfigError) == str(caught.value).splitlines()
-
-
-def test_a_source_may_be_registered_again_but_not_under_anothers_name(registry):
-    source = "def tickets(path): yield {}"
-    for module in (types.ModuleType("mine"), types.ModuleType("mine")):
-        exec(source, module.__dict__)
-        register_source(module.tickets)
-    with pytest.raises(ValueError, match="a data source named pairs is registered already"):
-
-        @register_source
-        def pairs(path):
-            yield {}
+    for options, says in (
+        ({"min_turn": 3}, "data.min_turn: is not an option here. Did you mean min_turns? "),
+        ({"min_turns": "many"}, 'data.min_turns: is "many". It should be a valid integer'),
+        ({}, "data.min_turns: is missing"),
+    ):
+        config = data_config("custom", name="tickets", path="t.db", **options)
+        with pytest.raises(ConfigError) as caught:
+            check_source(config)
+        assert says in str(caught.value)
+        assert faults(config, ConfigError) == str(caught.value).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -243,9 +203,9 @@ def test_take_counts_training_rows_and_is_nested(file_of, data_config):
     assert ids(twenty.train) == [name for name in ids(whole.train) if name in ids(twenty.train)]
     assert set(ids(ten.train)) != set(ids(whole.train)[:10])
     assert ids(train(10, seed=1).train) != ids(ten.train)
-    assert not whole.notes
+    assert not whole.said
     assert len(train(51).train) == 50
-    assert train(51).notes == ["data.take=51, but there are 50 training rows: all are used"]
+    assert train(51).said == {"training rows are all that there are (data.take=51)": 50}
 
 
 @pytest.fixture

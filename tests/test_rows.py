@@ -1,12 +1,10 @@
 """Rows as people bring them: what the student learns of each, token by token, or what is said about it."""
 
-import gzip
 import json
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,8 +13,7 @@ from transformers import GPT2Config
 
 from kdx.cli import compose
 from kdx.data.batches import Batches
-from kdx.data.encode import Encoder, load_data, prepare_tokenizer
-from kdx.data.files import read_rows
+from kdx.data.encode import JOINED_BY_END_OF_TEXT, Encoder, load_data, prepare_tokenizer
 from kdx.data.sources import Conversation, check_source
 from kdx.errors import ConfigError, DataError
 from kdx.student import teach_to_stop
@@ -81,7 +78,13 @@ MARKED = CHATML.replace(
 )
 MARKED_WORDS = CHATML.replace(
     "{{ m.content }}",
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
+    "{% endfor %}{% endgeneration %}{% else %}{{ m.content }}{% endif %}",
+)
+# DeepSeek-R1 and QwQ prompt for a thought, of which an earlier answer has none left.
+PROMPTED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
 )
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 TOKENIZERS = {  # a template, special tokens, end of text
@@ -94,6 +97,7 @@ TOKENIZERS = {  # a template, special tokens, end of text
     "marked": (MARKED, ("<|im_start|>", "<|im_end|>"), {}),
     "marked words": (MARKED_WORDS, ("<|im_start|>", "<|im_end|>"), {}),
     "unprompted": (CHATML[: CHATML.index("{% if")], ("<|im_start|>", "<|im_end|>"), {}),
+    "prompted": (PROMPTED, ("<|im_start|>", "<|im_end|>"), {}),
     "lower": (CHATML.replace("m.content", "m.content | lower"), ("<|im_start|>", "<|im_end|>"), {}),
     "plain": (PLAIN, (), {}),
     "base": (None, (), {}),
@@ -130,7 +134,7 @@ CASES = {
     # ---- turns and their ends
     "a chat": Case(chat(ASK, SAY), counted=[WHOLE], stops=["<|im_end|>"]),
     "two answers": Case(chat(ASK, SAY, ASK, SAY), counted=[WHOLE, WHOLE]),
-    "an unanswered last turn": Case(chat(ASK, SAY, ASK), counted=[WHOLE], says=["unanswered last turn cut off"]),
+    "an unanswered last turn": Case(chat(ASK, SAY, ASK, ASK), counted=[WHOLE], says=["unanswered last turn cut off"]),
     "weight 0": Case(chat(ASK, SAY | {"weight": 0}, ASK, SAY | {"weight": 1}), counted=[WHOLE]),
     "train false": Case(chat(ASK, SAY | {"train": False}, ASK, SAY), "qwen", counted=[WHOLE]),
     "nothing that counts": Case(chat(ASK, SAY | {"weight": 0}), refused="no counted token left"),
@@ -145,7 +149,18 @@ CASES = {
     ),
     "a template that marks": Case(chat(ASK, SAY), "marked", counted=[f"<|im_start|>assistant\n{WHOLE}\n"], stops=["<|im_end|>"]),
     "a template that marks the words alone": Case(chat(ASK, SAY), "marked words", counted=[WHOLE], stops=["<|im_end|>"]),
+    "tool calls under a template that marks": Case(
+        chat(ASK, CALLS, RESULT, SAY), "marked words",
+        counted=['{"name": "weather", "arguments": {"city": "Oslo"}}<|im_end|>', WHOLE],
+    ),
+    "a template that leaves the assistant out": Case(
+        chat(ASK, SAY), refused="leaves out, repeats or rewrites the assistant's words. Set data.assistant_only=false",
+        options={"chat_template": "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"},
+    ),
     "a template that knows no prompts": Case(chat(ASK, SAY, ASK, SAY), "unprompted", counted=[WHOLE, WHOLE]),
+    "words that begin like what the prompt ends with": Case(
+        chat(ASK, {"role": "assistant", "content": "<b>x</b>"}), "prompted", counted=["<b>x</b><|im_end|>"]
+    ),
     "an assistant that opens": Case(chat(SAY, ASK, SAY), counted=[WHOLE, WHOLE]),
     "a template without ends": Case(
         chat(ASK, SAY), "plain", counted=[" Nine degrees.\n"], stops=[], says=["rows whose turns no special token ends"]
@@ -168,6 +183,12 @@ CASES = {
     ),
     "an unknown role": Case(chat(ASK, {"role": "critic", "content": "No."}, SAY), refused='the role is "critic"'),
     "an observation": Case(chat(ASK, {"role": "observation", "content": "It snows."}, SAY), reads="observation\nIt snows."),
+    "other names of columns, keys and roles": Case(
+        {"turns": [{"who": "sys", "text": "Be brief.", "role": "z"}, {"who": "me", "text": "a"}, {"who": "bot", "text": "Nine degrees."}]},
+        counted=[WHOLE], reads="<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>",
+        options={"messages_column": "turns", "role_key": "who", "content_key": "text",
+                 "roles": {"sys": "system", "me": "user", "bot": "assistant"}},
+    ),
     # ---- tools
     "tool calls of qwen": Case(
         chat(ASK, CALLS, RESULT, SAY, tools=TOOLS), "qwen", reads='Tools: [{"type": "function"',
@@ -367,32 +388,6 @@ def counted_of(tokenizer, row):
     return [tokenizer.decode([token for token, _ in run]) for counts, run in runs if counts]
 
 
-def test_a_row_is_read_the_same_whatever_the_rows_before_it(make_tokenizer, data_config, tmp_path):
-    template = (
-        "{% for m in messages %}{{ m.role }}: {{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}<|im_end|>"
-        "{% endfor %}{% if add_generation_prompt %}assistant: {{ '<think></think>' if thinking is false }}{% endif %}"
-    )
-    file = tmp_path / "rows.jsonl"
-    rows = [chat(ASK, SAY, thinking=False), chat(ASK, SAY), chat(ASK, SAY, thinking=False)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    tokenizer = make_tokenizer(template, ("<|im_end|>",))
-    data = load_data(data_config("messages", path=str(file), validation=None), SharedTokenizer(tokenizer, 1000))
-    assert [counted_of(tokenizer, row) for row in data.train] == [[WHOLE], [f"<think></think>{WHOLE}"], [WHOLE]]
-
-
-def test_words_that_begin_like_what_the_prompt_ends_with(make_tokenizer, data_config, tmp_path):
-    """DeepSeek-R1 and QwQ prompt for a thought, of which an earlier answer has none left."""
-    template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
-    )
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(chat(ASK, {"role": "assistant", "content": "<b>x</b>"})), encoding="utf-8")
-    tokenizer = make_tokenizer(template, ("<|im_end|>",))
-    (row,) = load_data(data_config("messages", path=str(file), validation=None), SharedTokenizer(tokenizer, 1000)).train
-    assert counted_of(tokenizer, row) == ["<b>x</b><|im_end|>"]
-
-
 def test_a_prompt_ends_where_the_answer_of_a_row_begins(make_tokenizer, data_config, tmp_path):
     """A template that knows no prompt for an answer writes its header all the same."""
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -429,19 +424,30 @@ def test_a_base_student_takes_the_teachers_template_and_the_tokens_it_names(make
     assert text.endswith("<|im_start|>assistant\nNine degrees.<|im_end|>\n")
 
 
-def test_a_beginning_of_text_is_written_once_or_said_to_be_missing(make_tokenizer, data_config):
-    for template, says in (
-        (None, "turns joined by the end-of-text token, after <bos>"),
-        (CHATML, "the tokenizer's own; it does not write <bos>, which begins other texts"),
-        (GEMMA, "the tokenizer's own"),
+def test_whose_template_is_used_and_a_beginning_of_text_is_written_once_or_said_to_be_missing(
+    make_tokenizer, data_config, tmp_path
+):
+    (tmp_path / "chat.jinja").write_text(CHATML, encoding="utf-8")
+    lacks = "; it does not write <bos>, which begins other texts"
+    for own, options, template, says in (
+        (None, {}, "{{ bos_token }}" + JOINED_BY_END_OF_TEXT, "turns joined by the end-of-text token, after <bos>"),
+        (CHATML, {}, CHATML, f"the tokenizer's own{lacks}"),
+        (GEMMA, {}, GEMMA, "the tokenizer's own"),
+        (GEMMA, {"chat_template": CHATML}, CHATML, f"data.chat_template{lacks}"),
+        (None, {"chat_template": str(tmp_path / "chat.jinja")}, CHATML, f"data.chat_template{lacks}"),
     ):
-        tokenizer = make_tokenizer(template, ("<|im_start|>", "<|im_end|>"), bos_token="<bos>")
+        tokenizer = make_tokenizer(own, ("<|im_start|>", "<|im_end|>"), bos_token="<bos>")
         bos = ("<bos>", tokenizer.convert_tokens_to_ids("<bos>"))
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[bos])
         shared = SharedTokenizer(tokenizer, 100)
-        assert prepare_tokenizer(shared, data_config("messages")) == says
+        assert prepare_tokenizer(shared, data_config("messages", **options)) == says
+        assert tokenizer.chat_template == template
         (row,) = Encoder(shared).encode(Conversation("", [ASK, SAY], "")).rows
         assert row.tokens.count(bos[1]) == ("write" not in says)
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"data\.chat_template: .* neither a template nor an end-of-text"):
+        prepare_tokenizer(SharedTokenizer(tokenizer, 100), data_config("messages"))
 
 
 def test_the_saved_student_stops_where_its_rows_do(make_tokenizer):
@@ -458,6 +464,26 @@ def test_the_saved_student_stops_where_its_rows_do(make_tokenizer):
         assert tokenizer.eos_token == "<|im_end|>"
 
 
+@pytest.mark.parametrize("assistant_only", [True, False])
+def test_long_rows_are_truncated_dropped_or_refused(make_tokenizer, assistant_only):
+    tokenizer = make_tokenizer(JOINED_BY_END_OF_TEXT)
+    long = Conversation("long", [ASK, {"role": "assistant", "content": "Fine, thank you. And you?"}], "c.jsonl:7")
+
+    def encoded(max_length, on_long):
+        return Encoder(SharedTokenizer(tokenizer, max_length), on_long, assistant_only).encode(long)
+
+    (whole,) = encoded(1000, "error").rows
+    limit = len(whole.tokens) - 2
+    truncated, dropped = encoded(limit, "truncate"), encoded(limit, "drop")
+    assert [(row.tokens, row.counted) for row in truncated.rows] == [(whole.tokens[:limit], whole.counted[:limit])]
+    assert truncated.counts == [("changed", "longer than data.max_length")]
+    assert (dropped.rows, dropped.counts) == ([], [("dropped", "longer than data.max_length")])
+    says = (
+        f"c.jsonl:7: the row has {limit + 2} tokens, data.max_length is {limit}. Raise it, or set data.on_long=truncate"
+    )
+    assert says in str(encoded(limit, "error").fault)
+
+
 def test_a_long_text_becomes_rows_that_count_every_token_once(make_tokenizer, data_config, tmp_path):
     tokenizer = make_tokenizer(None)
     words = "".join(f"word {i}, " for i in range(50))
@@ -472,47 +498,6 @@ def test_a_long_text_becomes_rows_that_count_every_token_once(make_tokenizer, da
     assert learnt == [*whole[1:], tokenizer.eos_token_id]  # nothing predicts the first
     assert max(len(row.tokens) for row in data.train) == 16
     assert len({row.id for row in data.train}) == len(data.train)
-
-
-def write_files(folder):
-    """The same two rows in every kind of file → its path, and the place of the second row."""
-    rows = [{"source": "a, b", "target": "c\nd"}, {"source": "e", "target": "f"}]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    with gzip.open(folder / "a.jsonl.gz", "wt") as file:
-        file.write(lines)
-    with pyarrow.output_stream(str(folder / "b.jsonl.zst"), compression="zstd") as stream:
-        stream.write(lines.encode())
-    (folder / "c.csv").write_text('"source";"target"\n"a, b";"c\nd"\n\ne;f\n', encoding="utf-8")
-    (folder / "d.json").write_text(json.dumps({"version": "1", "data": rows}), encoding="utf-8")
-    table = pyarrow.Table.from_pylist([{"messages": [{"role": "user", "content": "a, b"}, SAY]}] * 2)
-    pyarrow.parquet.write_table(table, folder / "e.parquet")
-    whole = datasets.Dataset.from_list(rows)
-    whole.save_to_disk(folder / "f")
-    datasets.DatasetDict({"train": whole, "test": whole.select([0])}).save_to_disk(folder / "g")
-    return {
-        "a.jsonl.gz": ":2",
-        "b.jsonl.zst": ":2",
-        "c.csv": ":5",
-        "d.json": "[1]",
-        "e.parquet": "[1]",
-        "f": "[1]",
-        "g": "[1]",
-    }
-
-
-def test_files_as_people_have_them(tmp_path):
-    for name, place in write_files(tmp_path).items():
-        first, (where, second) = read_rows(str(tmp_path / name), None, "train")
-        assert where.endswith(place), name
-        assert second == (
-            {"messages": [{"role": "user", "content": "a, b"}, SAY]}
-            if "parquet" in name
-            else {"source": "e", "target": "f"}
-        )
-        assert first[1] == second if "parquet" in name else first[1] == {"source": "a, b", "target": "c\nd"}
-    assert len(list(read_rows(str(tmp_path / "g"), None, "test"))) == 1
-    with pytest.raises(DataError, match="has no split dev"):
-        list(read_rows(str(tmp_path / "g"), None, "dev"))
 
 
 def test_a_mixture_has_its_shares_and_its_own_held_out_rows(make_tokenizer, data_config, tmp_path):

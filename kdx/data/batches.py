@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow
 import torch
-import torch.nn.functional as F
 import xxhash
 from torch import Tensor
 
@@ -47,6 +46,7 @@ class Row:
         return xxhash.xxh3_128_hexdigest(numbers)
 
 
+COLUMNS = ["id", "tokens", "counted", "where"]  # those of a Row
 SCHEMA = pyarrow.schema(
     {
         "id": pyarrow.string(),
@@ -82,17 +82,13 @@ class Rows(Sequence[Row]):
     """
 
     def __init__(self, file: Path | pyarrow.Table) -> None:
-        if isinstance(file, pyarrow.Table):
-            table = file
-        else:
-            table = pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+        if not isinstance(file, pyarrow.Table):
+            file = pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+        self.table: Any = file
         self.sources: dict[str, range] = {}
         self.drawn: dict[str, int] = {}
-        self.table = table
-        self._rows = table.select(["id", "tokens", "counted", "where"])
-        self.lengths: np.ndarray = table["length"].to_numpy()  # tokens of each row [rows]
-        self.num_counted: np.ndarray = table["num_counted"].to_numpy()  # counted positions of each row [rows]
-        self._digests = table["digest"]
+        self.lengths: np.ndarray = self.table["length"].to_numpy()  # tokens of each row [rows]
+        self.num_counted: np.ndarray = self.table["num_counted"].to_numpy()  # counted positions of each row [rows]
 
     @classmethod
     def joined(cls, parts: dict[str, "Rows"], drawn: dict[str, int] | None = None) -> "Rows":
@@ -117,15 +113,16 @@ class Rows(Sequence[Row]):
         return rows
 
     def __len__(self) -> int:
-        return int(self._rows.num_rows)
+        return int(self.table.num_rows)
 
     def __getitem__(self, i: Any) -> Any:
-        return Row(**self._rows.slice(range(len(self))[i], 1).to_pylist()[0])
+        (columns,) = self.table.slice(range(len(self))[i], 1).select(COLUMNS).to_pylist()
+        return Row(**columns)
 
     @property
     def digests(self) -> list[str]:
         """The digest of each row, without reading the rows."""
-        return list(self._digests.to_pylist())
+        return list(self.table["digest"].to_pylist())
 
 
 @dataclass(frozen=True)
@@ -137,22 +134,32 @@ class MicroBatch:
     positions: Tensor  # [N] indices into B·T, the positions whose next token counts
     counted_labels: Tensor  # [N] those next tokens
     row_of: Tensor  # [N] the row of the batch that each position belongs to
-    row_ids: tuple[str, ...]
-    row_digests: tuple[str, ...]
-    where: tuple[str, ...]  # file and line of each row
+    rows: tuple[Row, ...]
     weights: dict[str, Tensor] = field(default_factory=dict)  # term → [N] factors; a missing term weighs 1 everywhere
+
+    @property
+    def row_ids(self) -> tuple[str, ...]:
+        return tuple(row.id for row in self.rows)
+
+    @property
+    def row_digests(self) -> tuple[str, ...]:
+        return tuple(row.digest for row in self.rows)
+
+    @property
+    def where(self) -> tuple[str, ...]:
+        """File and line of each row."""
+        return tuple(row.where or row.id for row in self.rows)
 
     @property
     def num_counted(self) -> list[int]:
         """Counted positions of each row, in the order of the rows."""
-        return torch.bincount(self.row_of, minlength=len(self.row_ids)).tolist()
+        return torch.bincount(self.row_of, minlength=len(self.rows)).tolist()
 
     def to(self, device: torch.device) -> "MicroBatch":
-        tensors: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
-        }
-        weights = {name: weight.to(device, non_blocking=True) for name, weight in self.weights.items()}
-        return replace(self, **tensors, weights=weights)
+        def moved(tensors: dict[str, Any]) -> dict[str, Any]:
+            return {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)}
+
+        return replace(self, **moved(vars(self)), weights=moved(self.weights))
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> MicroBatch:
@@ -172,38 +179,14 @@ def collate(rows: Sequence[Row], pad_id: int) -> MicroBatch:
         row_of * length + at - 1,  # logits at t predict token t+1
         input_ids[row_of, at],
         row_of,
-        tuple(row.id for row in rows),
-        tuple(row.digest for row in rows),
-        tuple(row.where or row.id for row in rows),
+        tuple(rows),
     )
 
 
 def merged(batches: Sequence[MicroBatch]) -> MicroBatch:
     """Join micro-batches into one, padded to the longest, for the teacher's pass, which needs less memory than training."""
-    if len(batches) == 1:
-        return batches[0]
-    length = max(batch.input_ids.shape[1] for batch in batches)
-    rows_before = np.cumsum([0, *(len(batch.row_ids) for batch in batches)]).tolist()
-    row_of = [batch.row_of + start for batch, start in zip(batches, rows_before, strict=False)]
-    within = [batch.positions % batch.input_ids.shape[1] for batch in batches]
-
-    def padded(name: str) -> Tensor:  # masked, so any id does
-        parts = (getattr(batch, name) for batch in batches)
-        return torch.cat([F.pad(part, (0, length - part.shape[1])) for part in parts])
-
-    def joined(name: str) -> tuple[str, ...]:
-        return tuple(itertools.chain.from_iterable(getattr(batch, name) for batch in batches))
-
-    return MicroBatch(
-        padded("input_ids"),
-        padded("attention_mask"),
-        torch.cat(row_of) * length + torch.cat(within),
-        torch.cat([batch.counted_labels for batch in batches]),
-        torch.cat(row_of),
-        joined("row_ids"),
-        joined("row_digests"),
-        joined("where"),
-    )
+    rows = [row for batch in batches for row in batch.rows]
+    return batches[0] if len(batches) == 1 else collate(rows, pad_id=0)  # nothing looks at padding, so any id does
 
 
 def epoch_batches(
@@ -216,17 +199,20 @@ def epoch_batches(
     """
     order = list(range(len(lengths)))
     if not shuffle:
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        return in_groups(order, batch_size)
     rng = random.Random(f"{seed}:{epoch}")
     rng.shuffle(order)
     num_full = len(order) // batch_size * batch_size
     batches, full, rest = [], order[:num_full], order[num_full:]  # the small batch stays last, whatever its lengths
-    for start in range(0, num_full, WINDOW * batch_size):
-        window = sorted(full[start : start + WINDOW * batch_size], key=lambda row: lengths[row])
-        grouped = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+    for window in in_groups(full, WINDOW * batch_size):
+        grouped = in_groups(sorted(window, key=lambda row: lengths[row]), batch_size)
         rng.shuffle(grouped)
         batches += grouped
-    return batches + ([rest] if rest else [])
+    return batches + in_groups(rest, batch_size)
+
+
+def in_groups(numbers: list[int], size: int) -> list[list[int]]:
+    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 
 @dataclass(frozen=True)
@@ -264,15 +250,11 @@ class Batches:
 
         The next batch is prepared in a thread while the caller is busy with the current one.
         """
-        plan = self.plan(first, last)
-
-        def prepared() -> StepBatch | None:
-            return next((self._step_batch(step, numbers) for step, numbers in plan), None)
-
+        batches = (self._shared_out(step, numbers, self.rows) for step, numbers in self.plan(first, last))
         with ThreadPoolExecutor(1) as thread:
-            upcoming = thread.submit(prepared)
+            upcoming = thread.submit(next, batches, None)
             while (batch := upcoming.result()) is not None:
-                upcoming = thread.submit(prepared)
+                upcoming = thread.submit(next, batches, None)
                 yield batch
         yield None
 
@@ -289,24 +271,18 @@ class Batches:
                 yield step, [rows[i] for i in batch]
                 step += 1
 
-    def _step_batch(self, step: int, numbers: list[int]) -> StepBatch:
-        return self._shared_out(step, numbers, self.rows)
-
     def _shared_out(self, step: int, numbers: list[int], rows: Any) -> StepBatch:
         """Make this process's share of a step of these rows."""
-        lengths = rows.lengths
         size, most = self.micro_batch_size, self.micro_batch_tokens
         shares = [by_length(rows, size, most, numbers[i :: self.num_processes]) for i in range(self.num_processes)]
         # Every process runs the same number of micro-batches, if need be one that counts nothing: collectives must match.
         no_row = Row("", [self.pad_id] * 2, [False] * 2)
-        num_micro = max(map(len, shares))
-        parts = [[rows[i] for i in part] for part in shares[self.rank]]
-        parts += [[]] * (num_micro - len(parts))
+        parts = shares[self.rank] + [[]] * (max(map(len, shares)) - len(shares[self.rank]))
         return StepBatch(
             epoch=(step + 1) / self.steps_per_epoch,
-            micro_batches=[self._collated(part or [no_row], step) for part in parts],
+            micro_batches=[self._collated([rows[i] for i in part] or [no_row], step) for part in parts],
             num_tokens=int(rows.num_counted[numbers].sum()),
-            num_input_tokens=int(lengths[numbers].sum()),
+            num_input_tokens=int(rows.lengths[numbers].sum()),
         )
 
     def _collated(self, rows: Sequence[Row], step: int) -> MicroBatch:

@@ -1,58 +1,53 @@
 """Conversations → tokens, and which of them the student must learn; kept under $KDX_CACHE as memory-mapped arrays."""
 
+import ctypes
 import datetime
 import functools
 import json
-import logging
-import multiprocessing
-import os
 import re
 import signal
 import sys
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import takewhile, zip_longest
+from itertools import islice, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.meta
+import torch
 import xxhash
 from rich.console import Console
 from rich.progress import track
+from torch.utils.data import DataLoader
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from kdx.config import DataConfig, as_dict
 from kdx.data.batches import Row, Rows, write_rows
-from kdx.data.files import at_home, source_files
+from kdx.data.files import source_files
 from kdx.data.mix import parts_of
-from kdx.data.sources import Conversation, Conversations, Names, read_conversations, split
+from kdx.data.sources import COUNTERS, Conversation, Conversations, Counts, read_conversations, split
 from kdx.errors import DataError, first_of, one_line
 from kdx.run.devices import num_cores
 from kdx.run.files import cache_dir, locked, whole_folder
 from kdx.run.identity import content_hash
 from kdx.tokenizer import SharedTokenizer
 
-log = logging.getLogger(__name__)
-
 CHUNK = 512  # conversations given to a process at once
 MOST_PROCESSES = 8  # each takes some 100 MB of its own
 MARK = "\ue000\ue001"  # said in addition; private characters, so that no template treats it specially
 TEMPLATE = "data.chat_template"
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a block in which a template marks what the assistant says
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # around what the assistant says, if a template marks it
 CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")  # a template that writes today's date
 JOINED_BY_END_OF_TEXT = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
-FALLBACK = "turns joined by the end-of-text token"
+LONG = "longer than data.max_length"
 QUOTED = "arguments of tool_calls that are text, which the chat template quotes again: give objects"
 ENDLESS = "rows whose turns no special token ends: the student does not learn where to stop"
 
 NOT_COLUMNS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "dict", "range"}
 REASONING = {"reasoning_content", "reasoning", "thinking"}  # names of one thing, which transformers gives templates
-COUNTERS = ("dropped", "changed", "said", "unused")
 Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of its words, end
 
 
@@ -62,7 +57,7 @@ class Encoded:
 
     rows: list[Row] = field(default_factory=list)
     fault: DataError | None = None
-    counts: list[tuple[str, str]] = field(default_factory=list)  # a counter of the run's data, and for what it is
+    counts: Counts = field(default_factory=list)
     stops: list[int] = field(default_factory=list)  # the token that ends each counted turn, the last turn's last
 
 
@@ -73,13 +68,13 @@ class Data:
     train: Rows
     held_out: Rows
     prompts: list[dict[str, Any]]  # of the sample answers: {"messages", "text", "reference"}
-    dropped: Counter[str]  # rule → number of rows
-    changed: Counter[str]
+    dropped: dict[str, int]  # rule → number of rows
+    changed: dict[str, int]
+    said: dict[str, int]  # how rows were read, and what the template leaves out → number of rows
+    unused: dict[str, int]  # parts of rows that nothing reads
     fingerprint: str  # of the training rows as the models see them
     held_out_fingerprint: str
     template: str  # where the chat template is from
-    said: Counter[str]  # how rows were read, and what the template leaves out → number of rows
-    unused: Counter[str]  # parts of rows that nothing reads
     stops: list[int]  # ids of the tokens that end counted turns, the one that ends most conversations first
 
 
@@ -97,40 +92,33 @@ def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0,
     root = cache_dir() / "data"
     root.mkdir(parents=True, exist_ok=True)
     about = _digest(config, shared, num_prompts, answer_length)
-
-    def read() -> Conversations:
-        return read_conversations(config, root, encoder.rendered, encoder.names)
-
+    read = functools.partial(read_conversations, config, root, encoder)
     with locked(root / f"{about}.lock"):
         files = source_files(config)
         found = read() if files is None else None
         content = found.content() if found is not None else "".join(map(content_hash, files or []))
         folder = root / xxhash.xxh3_128_hexdigest((about + content).encode())
         if not folder.is_dir():
-            found = found or read()
             with whole_folder(folder) as beside:
-                _encode_all(config, found, encoder, beside, num_prompts, answer_length)
+                _encode_all(config, found or read(), encoder, beside, num_prompts, answer_length)
     known = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    for note in known.pop("notes"):
-        log.warning("%s", note)
-    known |= {name: Counter(known[name]) for name in COUNTERS}
-    return Data(Rows(folder / "train"), Rows(folder / "held_out"), **known, template=template)
+    return Data(Rows(folder / "train"), Rows(folder / "held_out"), template=template, **known)
 
 
 def _load_mix(config: DataConfig, shared: SharedTokenizer, num_prompts: int, answer_length: int) -> Data:
     """Load each source of a mixture, and join them. An epoch has as many rows of each as its weight allows."""
     parts = parts_of(config)
-    shares = {name: share for name, (_, share) in parts.items()}
     loaded = {name: load_data(part, shared, num_prompts, answer_length) for name, (part, _) in parts.items()}
     counted = {name: int(data.train.num_counted.sum()) for name, data in loaded.items()}
-    size = min(counted[name] / share for name, share in shares.items())  # until the first source has no row left
+    size = min(counted[name] / share for name, (_, share) in parts.items())  # until the first source has no row left
     drawn = {
-        name: max(1, round(len(data.train) * shares[name] * size / counted[name])) for name, data in loaded.items()
+        name: max(1, round(len(loaded[name].train) * share * size / counted[name]))
+        for name, (_, share) in parts.items()
     }
-    counters = {counter: Counter[str]() for counter in COUNTERS}
-    for name, data in loaded.items():
-        for counter, counts in counters.items():
-            counts.update({f"{name}: {rule}": number for rule, number in getattr(data, counter).items()})
+    counters = {
+        counter: {f"{name}: {rule}": n for name, data in loaded.items() for rule, n in getattr(data, counter).items()}
+        for counter in COUNTERS
+    }
     fingerprints = [[data.fingerprint, data.held_out_fingerprint] for data in loaded.values()]
     turns = zip_longest(*(data.prompts for data in loaded.values()))
     return Data(
@@ -161,77 +149,57 @@ def _encode_all(
     config: DataConfig, found: Conversations, encoder: "Encoder", folder: Path, num_prompts: int, answer_length: int
 ) -> None:
     """Tokenise the rows of a run and write them into a folder. Raises DataError."""
-    faults, dropped = found.faults, found.dropped
     stops, last_stops = Counter[int](), Counter[int]()
 
     def rows_of(numbers: Sequence[int]) -> Iterator[Row]:
         for encoded in _all_encoded(encoder, found, numbers):
-            for counter, what in encoded.counts:
-                getattr(found, counter)[what] += 1
+            found.count(encoded.counts)
             stops.update(encoded.stops)
             last_stops.update(encoded.stops[-1:])
             if encoded.fault:
-                faults.append(encoded.fault)
+                found.faults.append(encoded.fault)
             yield from encoded.rows
 
-    if faults:  # the others' faults are shown along with them
-        deque(rows_of(range(len(found))), maxlen=0)
-        raise first_of(faults)
-    parts = dict(zip(("train", "held_out"), split(config, found), strict=True))
-    digests = [write_rows(folder / name, rows_of(numbers)) for name, numbers in parts.items()]
-    if faults:
-        raise first_of(faults)
-    for name, numbers in parts.items():
-        if numbers and not len(Rows(folder / name)):
-            rules = "; ".join(f"{number} {rule}" for rule, number in (+dropped).items())
-            kind = "training" if name == "train" else "held-out"
-            raise DataError("data", f"no {kind} row is left ({rules})", "Raise data.max_length, or give other data")
-    opened = (found[i] for i in parts["held_out"] or parts["train"])
+    # Where there are faults already, all rows are read for theirs.
+    train, held_out = (range(len(found)), range(0)) if found.faults else split(config, found)
+    digests = [write_rows(folder / "train", rows_of(train)), write_rows(folder / "held_out", rows_of(held_out))]
+    if found.faults:
+        raise first_of(found.faults)
+    counts = {name: +counter for name, counter in found.counts.items()}
+    for name, kind in (("train", "training"), ("held_out", "held-out")):
+        if not len(Rows(folder / name)) and (name == "train" or config.validation is not None):
+            rules = "; ".join(f"{number} {rule}" for rule, number in counts["dropped"].items())
+            what = f"no {kind} row is left ({rules or 'all are held out'})"
+            raise DataError("data", what, "Raise data.max_length, lower data.validation, or give other data")
     known = {
         "fingerprint": digests[0],
         "held_out_fingerprint": digests[1],
-        "prompts": encoder.prompts(opened, num_prompts, answer_length),
+        "prompts": [*islice(encoder.prompts((found[i] for i in held_out or train), answer_length), num_prompts)],
         "stops": sorted(stops, key=lambda i: (-last_stops[i], -stops[i], i)),
-        "notes": found.notes,
-        **{name: +getattr(found, name) for name in COUNTERS},
     }
-    (folder / "data.json").write_text(json.dumps(known), encoding="utf-8")
-
-
-_work: tuple["Encoder", Conversations] | None = None  # of a process that encodes
+    (folder / "data.json").write_text(json.dumps(known | counts), encoding="utf-8")
 
 
 def _all_encoded(encoder: "Encoder", found: Conversations, numbers: Sequence[int]) -> Iterator[Encoded]:
     """Encode these conversations on all cores, or here if they are few. Elsewhere than on Linux forking is not safe."""
-    num_processes = min(num_cores(), MOST_PROCESSES, len(numbers) // (8 * CHUNK)) if sys.platform == "linux" else 1
-    if num_processes < 2:
-        yield from (encoder.encode(found[i]) for i in numbers)
-        return
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_processes, context, _start_worker, (encoder, found)) as pool:
-        done = pool.map(_encode, numbers, chunksize=CHUNK)
-        yield from track(done, "Tokenising", len(numbers), console=Console(stderr=True), transient=True)
+    num = min(num_cores(), MOST_PROCESSES, len(numbers) // (8 * CHUNK)) if sys.platform == "linux" else 0
+    num_workers = num if num > 1 else 0
+    chunks: Any = DataLoader(
+        numbers,  # type: ignore[arg-type]
+        CHUNK,
+        collate_fn=lambda some: [encoder.encode(found[i]) for i in some],
+        num_workers=num_workers,
+        multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # it draws a seed: not from training's own numbers
+    )
+    for some in track(chunks, "Tokenising", console=Console(stderr=True), transient=True, disable=not num_workers):
+        yield from some
 
 
-def _start_worker(encoder: "Encoder", found: Conversations) -> None:
-    global _work
-    _work = encoder, found
+def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the run ends its processes itself
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    run = multiprocessing.parent_process()
-
-    def end_with_the_run() -> None:  # when it was killed: this would wait for work, with all its memory, forever
-        if run is not None:
-            run.join()
-            os._exit(1)
-
-    threading.Thread(target=end_with_the_run, daemon=True).start()
-
-
-def _encode(number: int) -> Encoded:
-    assert _work is not None
-    encoder, found = _work
-    return encoder.encode(found[number])
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with a run that is killed
 
 
 class Encoder:
@@ -266,23 +234,20 @@ class Encoder:
         else:
             counted, stops = self._count(tokens, encoding["offset_mapping"], spans)
         found = Encoded(counts=[("said", what) for what in [*said, *([] if stops else [ENDLESS])]], stops=stops)
-        pieces: Iterable[tuple[list[int], list[bool]]] = [(tokens, counted)]
         if alien := self.foreign.intersection(tokens):
             what = f"the row has the token {self.tokenizer.convert_ids_to_tokens(min(alien))!r}, which one model lacks"
             return Encoded(fault=DataError(where, what, "Use a data.chat_template that both models know"))
         if len(tokens) > self.max_length:
-            rule = "longer than data.max_length"
             if self.on_long == "error":
                 what = f"the row has {len(tokens)} tokens, data.max_length is {self.max_length}"
                 return Encoded(fault=DataError(where, what, "Raise it, or set data.on_long=truncate or split"))
-            if self.on_long == "split":
-                rule, pieces = f"{rule}, split", self._split(tokens, counted)
-            found.counts.append(("dropped" if self.on_long == "drop" else "changed", rule))
             if self.on_long == "drop":
-                return found
+                return Encoded(counts=[*found.counts, ("dropped", LONG)], stops=stops)
+            found.counts.append(("changed", f"{LONG}, split" if self.on_long == "split" else LONG))
+        pieces = islice(self._split(tokens, counted), None if self.on_long == "split" else 1)
         for number, (some, counts) in enumerate(pieces, 1):
             # What comes after the last counted token changes nothing in a causal model, and costs time.
-            end = max((i + 1 for i, is_counted in enumerate(counts[: self.max_length]) if is_counted), default=0)
+            end = max((i + 1 for i, is_counted in enumerate(counts) if is_counted), default=0)
             if end >= 2:  # nothing predicts the first token
                 name = conversation.id if number == 1 else f"{conversation.id}#{number}"
                 found.rows.append(Row(name, some[:end], counts[:end], where))
@@ -291,21 +256,20 @@ class Encoder:
         return found
 
     def _split(self, tokens: list[int], counted: list[bool]) -> Iterator[tuple[list[int], list[bool]]]:
-        """Cut a long row into pieces of max_length: each begins with the last token of the one before.
+        """Cut a row into pieces of at most max_length: each begins with the last token of the one before.
 
         So every counted token is predicted once, by a row that begins as the tokenizer's rows do.
         """
-        first = [tokens[0]] if tokens[0] == self.tokenizer.bos_token_id else []
+        first = tokens[:1] if tokens[:1] == [self.tokenizer.bos_token_id] else []
         size = self.max_length - len(first)
         yield tokens[: self.max_length], counted[: self.max_length]
         for start in range(self.max_length - 1, len(tokens) - 1, max(1, size - 1)):
             head = len(first) + 1  # the overlap was counted before
             yield first + tokens[start : start + size], [False] * head + counted[start + 1 : start + size]
 
-    def prompts(self, conversations: Iterable[Conversation], number: int, room: int) -> list[dict[str, Any]]:
-        """The first conversations up to the assistant's first turn that leave room for an answer, and that turn."""
-        found: list[dict[str, Any]] = []
-        for conversation in conversations if number else ():
+    def prompts(self, conversations: Iterable[Conversation], room: int) -> Iterator[dict[str, Any]]:
+        """Yield conversations up to the assistant's first turn that leave room for an answer, and that turn."""
+        for conversation in conversations:
             messages = list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
             if not any(m["role"] == "user" for m in messages):
                 continue
@@ -314,10 +278,7 @@ class Encoder:
             text += self.header if text else ""
             length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
             if reference and text and length + room <= self.max_length:
-                found.append({"messages": messages, "text": text, "reference": reference})
-            if len(found) == number:
-                break
-        return found
+                yield {"messages": messages, "text": text, "reference": reference}
 
     def rendered(self, conversation: Conversation) -> tuple[str, list[Span], list[str]]:
         """Render a conversation → text, where each counted turn is in it, and what the template leaves out, in words.
@@ -326,18 +287,29 @@ class Encoder:
         """
         if conversation.text:
             return conversation.text, [], []
-        text = self._template(conversation, conversation.messages)
-        said = self._left_out(conversation, text)
+        text, marked = self._render(conversation, conversation.messages)
+        said, unlearned = self._left_out(conversation, text), conversation.unlearned
+        turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if not self.assistant_only:
-            if conversation.unlearned:
+            if unlearned:
                 what = "has a message of weight 0, and data.assistant_only=false counts every token"
                 raise DataError(conversation.where, what, "Set data.assistant_only=true")
             return text, [(0, len(text), len(text))], said
-        if self.marks_generation:
-            return text, self._generated(conversation), said
-        turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        spans = [self._turn(conversation, text, i) for i in turns if i not in conversation.unlearned]
-        return text, spans, said
+        if not self.marks_generation:
+            return text, [self._turn(conversation, text, i) for i in turns if i not in unlearned], said
+        if unlearned:
+            if len(marked) != len(turns):
+                raise _unfit(conversation)
+            marked = [span for i, span in zip(turns, marked, strict=True) if i not in unlearned]
+        return text, [self._marked_turn(text, *span) for span in marked], said
+
+    def _marked_turn(self, text: str, start: int, end: int) -> Span:
+        """Complete a turn that {% generation %} marks: the token that ends it is the block's last, or follows it."""
+        words_end = start + len(text[start:end].rstrip())
+        tokens = self.special.finditer(text, start)
+        if close := next((t for t in tokens if t.end() == words_end or t.start() == end), None):
+            words_end, end = close.start(), max(end, close.end())
+        return start, words_end, end
 
     def _turn(self, conversation: Conversation, text: str, i: int) -> Span:
         """Find the assistant's i-th message in the rendered text: all behind its prompt. Raises DataError.
@@ -379,7 +351,7 @@ class Encoder:
         self, text: str, conversation: Conversation, messages: list[dict[str, Any]], i: int, **options: Any
     ) -> str:
         """Return what a text of these messages has behind the words of the i-th: it is the same if that says more."""
-        longer = self._template(conversation, _saying_more(messages, i), **options)
+        longer, _ = self._render(conversation, _saying_more(messages, i), **options)
         if longer.count(MARK) != 1:
             raise _unfit(conversation)
         return text[len(text) - num_same(text[::-1], longer[::-1]) :]
@@ -427,49 +399,33 @@ class Encoder:
                     said.add(QUOTED)
         return sorted(said)
 
-    def _generated(self, conversation: Conversation) -> list[Span]:
-        """The turns that the template's own {% generation %} marks, each with the token that ends it."""
+    def _render(
+        self, conversation: Conversation, messages: list[dict[str, Any]], **options: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Render messages → the text, and what {% generation %} blocks mark in it. Raises DataError."""
         try:
-            (text,), (marked,) = render_jinja_template(
-                conversations=[conversation.messages],
+            texts, marked = render_jinja_template(
+                [[{k: v for k, v in message.items() if v is not None} for message in messages]],
                 chat_template=self._dated(conversation),
-                return_assistant_tokens_mask=True,
+                return_assistant_tokens_mask=self.marks_generation,
                 **self.tokenizer.special_tokens_map,
                 **conversation.variables,
+                **options,
             )
-        except Exception as error:
-            raise _refused(conversation, error) from None
-        turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        if conversation.unlearned and len(marked) != len(turns):
-            raise _unfit(conversation)
-        spans = []
-        for start, end in marked:
-            words_end = start + len(text[start:end].rstrip())
-            tokens = self.special.finditer(text, start)
-            # The token that ends the turn is the block's last, or follows it.
-            if close := next((t for t in tokens if t.end() == words_end or t.start() == end), None):
-                words_end, end = close.start(), max(end, close.end())
-            spans.append((start, words_end, end))
-        return [
-            span for i, span in enumerate(spans) if not conversation.unlearned or turns[i] not in conversation.unlearned
-        ]
-
-    def _template(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
-        options |= conversation.variables | {"chat_template": self._dated(conversation)}
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except Exception as error:  # its own raise_exception, or anything that a template can do wrong
-            raise _refused(conversation, error) from None
+            what = f"the chat template refuses the conversation: {one_line(error) or type(error).__name__}"
+            raise DataError(conversation.where, what, "Fix the row, or give a data.chat_template") from None
+        return texts[0], marked[0] if marked else []
 
     def _dated(self, conversation: Conversation) -> str:
         """The template of a conversation, with the run's day in place of today: else no row is the same tomorrow."""
         template = self.tokenizer.get_chat_template(tools=conversation.variables.get("tools"))
         return CLOCK.sub(lambda found: json.dumps(self.day.strftime(found[1] or found[2])), template)
 
-    def _prefix(self, conversation: Conversation, messages: list[dict[str, str]], **options: Any) -> str:
+    def _prefix(self, conversation: Conversation, messages: list[dict[str, Any]], **options: Any) -> str:
         """The first messages of a conversation alone; empty if the template refuses them."""
         try:
-            return self._template(conversation, messages, **options) if messages else ""
+            return self._render(conversation, messages, **options)[0] if messages else ""
         except DataError:
             return ""
 
@@ -492,11 +448,6 @@ class Encoder:
         if not self.assistant_only:  # the turn's end is among the last tokens, at most a line break follows
             stops = [token for token in tokens[-2:] if token in self.end_ids][-1:]
         return counted, stops
-
-
-def _refused(conversation: Conversation, error: Exception) -> DataError:
-    what = f"the chat template refuses the conversation: {one_line(error) or type(error).__name__}"
-    return DataError(conversation.where, what, "Fix the row, or give a data.chat_template")
 
 
 def _unfit(conversation: Conversation) -> DataError:
@@ -540,13 +491,12 @@ def template_text(tokenizer: Any) -> str:
     return template if isinstance(template, str) else "\n".join(template.values())
 
 
-def names_in(template: str) -> Names:
-    """Find what a chat template reads. Names of message keys are any words in it."""
-    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
-    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+def names_in(template: str) -> tuple[set[str], set[str]]:
+    """Find what a chat template reads → variables beside the messages, and keys of messages: any words in it."""
+    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", template))
     variables = {name for name in jinja2.meta.find_undeclared_variables(tree) if not name.endswith("_token")}
     keys = set(re.findall(r"\w+", template))
-    return Names(frozenset(variables - NOT_COLUMNS), frozenset(keys | (REASONING if keys & REASONING else set())))
+    return variables - NOT_COLUMNS, keys | (REASONING if keys & REASONING else set())
 
 
 def beginning(tokenizer: Any) -> list[int]:
@@ -562,26 +512,25 @@ def prepare_tokenizer(shared: SharedTokenizer, config: DataConfig) -> str:
     """
     tokenizer, where = shared.tokenizer, shared.template
     if config.chat_template:
-        where = TEMPLATE
-        tokenizer.chat_template = config.chat_template
+        where, tokenizer.chat_template = TEMPLATE, config.chat_template
         if "{" not in config.chat_template:
-            path = at_home(config.chat_template, TEMPLATE)
+            path = Path(config.chat_template).expanduser()
             if not path.is_file():
                 raise DataError(TEMPLATE, f"{path} is not a file", "Give a file, or Jinja text with {{ }}")
             tokenizer.chat_template = path.read_text(encoding="utf-8")
-        try:
-            render_jinja_template([], chat_template=tokenizer.chat_template)  # of no conversation: it only compiles
-        except jinja2.TemplateSyntaxError as error:
-            what = f"is not Jinja: {one_line(error.message or '')} (line {error.lineno})"
-            raise DataError(TEMPLATE, what, "Fix it, or give another") from None
     elif not tokenizer.chat_template:
         if tokenizer.eos_token is None:
             raise DataError(TEMPLATE, "the tokenizer has neither a template nor an end-of-text token", "Give one")
-        where, tokenizer.chat_template = FALLBACK, JOINED_BY_END_OF_TEXT
+        where, tokenizer.chat_template = "turns joined by the end-of-text token", JOINED_BY_END_OF_TEXT
         if beginning(tokenizer):  # as the model read it in training; without it Gemma's perplexity is in the billions
             where += f", after {tokenizer.bos_token}"
             tokenizer.chat_template = "{{ bos_token }}" + JOINED_BY_END_OF_TEXT
     template = template_text(tokenizer)
+    try:
+        names_in(template)
+    except jinja2.TemplateSyntaxError as error:
+        what = f"is not Jinja: {one_line(error.message or '')} (line {error.lineno})"
+        raise DataError(TEMPLATE, what, "Fix it, or give another") from None
     if beginning(tokenizer) and "bos_token" not in template and tokenizer.bos_token not in template:
         where += f"; it does not write {tokenizer.bos_token}, which begins other texts"
     if "strftime_now" in template:

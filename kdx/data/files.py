@@ -5,19 +5,19 @@ import glob
 import importlib.util
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from kdx.config import DataConfig, replaced
-from kdx.data.mix import parts_of
-from kdx.errors import ConfigError, DataError, MachineError, of_hub, shortened, together
+from kdx.errors import DataError, KdxError, MachineError, of_hub, shortened, together
 
 LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's default of 131,072 characters is less than a book's chapter
 FROM_FILES = ("pairs", "messages", "text", "chitchat")  # the sources that read data.path from disk
-
 SAVED = ("dataset_info.json", "state.json")  # beside the .arrow files of datasets' save_to_disk
 
 Item = tuple[str, Any] | DataError  # (file:line, row), or what is wrong with that row
@@ -26,7 +26,7 @@ Item = tuple[str, Any] | DataError  # (file:line, row), or what is wrong with th
 def resolve_path(path: str, key: str) -> str:
     """Turn `pkg:NAME` into that package's folder, without importing it; leave hub ids and folders alone."""
     if not path.startswith("pkg:"):
-        return str(at_home(path, key)) if path.startswith("~") else path
+        return os.path.expanduser(path)
     name, _, inside = path.removeprefix("pkg:").partition("/")
     name = name.replace("-", "_")
     spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
@@ -36,31 +36,19 @@ def resolve_path(path: str, key: str) -> str:
     return str(Path(next(iter(spec.submodule_search_locations))) / inside)
 
 
-def at_home(path: str, key: str) -> Path:
-    """Expand ~ and ~NAME. Raises ConfigError."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ConfigError(key, f"{path} names no user of this machine", "Give the whole path") from None
-
-
 def source_files(config: DataConfig) -> list[Path] | None:
     """List the files behind data.path and data.validation; None if some data are not files (the hub, one's own source).
 
     Raises DataError if a file does not exist.
     """
-    if config.name == "mix":
-        parts = [source_files(part) for part, _ in parts_of(config).values()]
-        return None if None in parts else [file for files in parts for file in files or ()]
     if config.name not in FROM_FILES:
         return None
-    files: list[Path] = []
-    for part in what_is_read(config):
-        for path in [part.path] if isinstance(part.path, str) else part.path or []:
-            if (some := _expand(path, part.split)) is None:
-                return None
-            files += some
-    return files
+    found = [_expand(path, part.split) for part in what_is_read(config) for path in _listed(part.path)]
+    return None if None in found else [file for files in found for file in files or ()]
+
+
+def _listed(path: str | list[str] | None) -> list[str]:
+    return [path] if isinstance(path, str) else path or []
 
 
 def what_is_read(config: DataConfig) -> list[DataConfig]:
@@ -77,24 +65,25 @@ def read_rows(path: str | list[str], subset: str | None, split: str) -> Iterator
     A row that cannot be read is yielded as its DataError; what makes a whole file unreadable is raised, once the
     other files are read.
     """
-    unreadable = []
-    for one in [path] if isinstance(path, str) else path:
+    unreadable: list[KdxError] = []
+    found: list[tuple[str, Iterator[Item]]] = []
+    for one in _listed(path):
         try:
             files = _expand(one, split)
-            if files is None:
-                yield from _read_hub(one, subset, split)
         except DataError as error:
             unreadable.append(error)
             continue
-        for file in files or []:
-            item = None
-            try:
-                for item in READERS[_suffix(file)](file):
-                    yield item
-                if item is None:
-                    raise DataError(str(file), "has no rows", "Was the copy cut short? Copy it again, or leave it out")
-            except DataError as error:
-                unreadable.append(error)
+        hub = [(one, _read_hub(one, subset, split))] if files is None else []
+        found += hub + [(str(file), READERS[_suffix(file)](file)) for file in files or ()]
+    for name, items in found:
+        item = None
+        try:
+            for item in items:
+                yield item
+            if item is None:
+                raise DataError(name, "has no rows", "Was the copy cut short? Copy it again, or leave it out")
+        except DataError as error:
+            unreadable.append(error)
     if unreadable:
         raise together(unreadable)
 
@@ -102,21 +91,17 @@ def read_rows(path: str | list[str], subset: str | None, split: str) -> Iterator
 def _expand(given: str, split: str) -> list[Path] | None:
     """The files of a path, or None for a hub data set. Only a folder has other splits: its files NAME.* and NAME-*."""
     path = Path(resolve_path(given, "data.path"))
-    if (path / "dataset_dict.json").is_file():  # splits that datasets saved, each a folder
-        if not (path / split).is_dir():
-            raise DataError("data.split", f"{path} has no split {split}", nearby(path / split))
-        path, split = path / split, "train"
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if _suffix(p) in READERS and not p.is_dir())
-        files = [p for p in files if p.name not in SAVED]
-        if split != "train":
+        is_saved = (path / "dataset_dict.json").is_file()  # by datasets, which give each split a folder
+        files = sorted((path / split if is_saved else path).glob("*"))
+        files = [p for p in files if _suffix(p) in READERS and p.name not in SAVED and not p.is_dir()]
+        if split != "train" and not is_saved:
             files = [p for p in files if p.stem == split or p.stem.startswith(f"{split}-")]
         if not files:
             what = f"the folder {path} has no {', '.join(READERS)} file of the split {split}"
             raise DataError("data.path", what, nearby(path))
         return files
-    is_pattern = any(c in str(path) for c in "*?[")
-    files = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True))) if is_pattern else []
+    files = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not files and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) and _suffix(path) not in READERS:
         return None
     if not files:
@@ -137,27 +122,19 @@ def _suffix(file: Path) -> str:
 
 def nearby(path: Path) -> str:
     """List what is in a folder, or beside the first part of a path that does not exist, as a hint."""
-    while not path.is_dir() and not path.parent.is_dir() and path != path.parent:
-        path = path.parent
-    folder = path if path.is_dir() else path.parent
+    folder = next(place for place in (path, *path.parents) if place.is_dir())
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    near = get_close_matches(path.name, names, n=1, cutoff=0.5) if folder != path else []
-    if near:
-        return f"Did you mean {folder / near[0].rstrip('/')}?"
+    for missing in path.relative_to(folder).parts[:1]:
+        if near := get_close_matches(missing, names, n=1, cutoff=0.5):
+            return f"Did you mean {folder / near[0].rstrip('/')}?"
     return f"{f'This folder ({Path.cwd()})' if folder == Path() else folder} has: {', '.join(names[:12]) or 'nothing'}"
 
 
-def _opened(file: Path) -> BinaryIO:
-    if file.suffix not in (".gz", ".zst"):
-        return file.open("rb")
+def _lines(file: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file, compressed or not, with or without BOM, one in memory at a time. Raises DataError."""
     import pyarrow
 
-    return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(file), compression="detect")))
-
-
-def _lines(file: Path) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file, with or without BOM, one in memory at a time. Raises DataError."""
-    with _opened(file) as stream:
+    with io.BufferedReader(pyarrow.input_stream(str(file), compression="detect")) as stream:
         for number, line in enumerate(stream, 1):  # not str.splitlines: U+2028 is text within JSON and CSV
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -196,25 +173,18 @@ def _not_json(where: str, error: json.JSONDecodeError) -> DataError:
 
 def _read_csv(file: Path) -> Iterator[Item]:
     csv.field_size_limit(LONGEST_FIELD)
-    header = re.sub('"[^"]*"', "", next((line for line in _lines(file) if line.strip()), ""))
-    began = 0  # the first line of the row that is read now, which may have line breaks in quotes
-
-    def lines() -> Iterator[str]:
-        nonlocal began
-        for number, line in enumerate(_lines(file), 1):
-            began = began or (number if line.strip() else 0)
-            yield line
-
-    reader = csv.DictReader(lines(), delimiter=max(",;\t", key=header.count), strict=True)
+    first = re.sub('"[^"]*"', "", next((line for line in _lines(file) if line.strip()), ""))
+    reader = csv.reader(_lines(file), delimiter=max(",;\t", key=first.count), strict=True)
+    header, began = list[str](), 1  # the first line of a row, which may have line breaks in quotes
     try:
-        if reader.fieldnames:
-            began = 0  # what was read is the header
-        for row in reader:
-            where, began = f"{file}:{began}", 0
-            if None in row:
+        for cells in reader:
+            where, began = f"{file}:{began}", reader.line_num + 1
+            if not header:
+                header = cells
+            elif len(cells) > len(header):
                 yield DataError(where, "has more columns than the header", "Quote the separators")
-            else:
-                yield where, row
+            elif cells:  # a blank line has none
+                yield where, dict(zip_longest(header, cells))
     except csv.Error as error:
         raise DataError(f"{file}:{began}", f"is not CSV ({error})", "Fix the quoting") from None
 

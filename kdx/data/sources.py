@@ -5,12 +5,13 @@ import hashlib
 import heapq
 import inspect
 import json
+import logging
 import os
 import tempfile
 import weakref
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +23,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kdx.checked import option_faults
 from kdx.config import DataConfig
-from kdx.data.files import kind_of, read_rows, resolve_path, text_in, what_is_read
+from kdx.data.files import Item, kind_of, read_rows, resolve_path, text_in, what_is_read
 from kdx.data.mix import parts_of
 from kdx.errors import ConfigError, DataError, did_you_mean, together
+
+log = logging.getLogger(__name__)
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "observation", "ipython")
 PREFERENCES = (("prompt", "completion"), ("prompt", "chosen"))  # columns of a pair, as trl names them
 OWN_KEYS = ("messages", "text", "source", "target", "id", "where")  # of what a source yields
+COUNTERS = ("dropped", "changed", "said", "unused")  # rows left out, altered, how rows were read, what nothing reads
+
+Counts = list[tuple[str, str]]  # a counter, and for what it is
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,6 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Names:
-    """What a chat template reads: variables beside the messages, and keys of a message."""
-
-    variables: frozenset[str] = frozenset()
-    keys: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
 class Dropped:
     """A row that a source leaves out, and the rule by which."""
 
@@ -72,19 +70,15 @@ class Dropped:
 
 
 class Conversations:
-    """The checked conversations of a run in the order they were read: `train` rows, then those of a held-out file.
-
-    The messages are in a temporary file; ids, places and digests are in memory. Forked processes may read it too.
-    """
+    """The checked conversations of a run in the order they were read; what they say is in a file, not in memory."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.ids, self.where, self.digests = list[str](), list[str](), list[str]()
         self.num_train = 0  # rows of data.path; those after are data.validation's, if that is a file or split
         self.faults: list[DataError] = []
-        self.dropped, self.changed = Counter[str](), Counter[str]()
-        self.said, self.unused = Counter[str](), Counter[str]()  # how rows were read; what in them nothing reads
-        self.notes: list[str] = []  # for the log
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it has no name: nothing is left)
+        self.counts = {name: Counter[str]() for name in COUNTERS}
+        # Without a name, so that nothing is left; read at offsets, so that forked processes may share it.
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         self._starts = array("q", [0])
 
@@ -92,27 +86,31 @@ class Conversations:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> Conversation:
-        name, where = self.ids[i], self.where[i]
+        name, where = self.ids[i], self.where[i]  # the IndexError that ends iteration
         start, end = self._starts[i : i + 2]
         content = json.loads(os.pread(self._file.fileno(), end - start, start))
         return Conversation(id=name, where=where, **content)
 
-    def append(self, conversation: Conversation) -> None:
-        content = {k: v for k, v in vars(conversation).items() if k in ("messages", "text", "variables", "unlearned")}
+    def append(self, conversation: Conversation, counts: Counts) -> None:
+        self.count(counts)
+        content = {name: getattr(conversation, name) for name in ("messages", "text", "variables", "unlearned")}
         self._starts.append(self._starts[-1] + self._file.write(json.dumps(content, default=str).encode()))
         self.ids.append(conversation.id)
         self.where.append(conversation.where)
         self.digests.append(conversation.digest)
 
+    def count(self, counts: Counts) -> None:
+        for counter, what in counts:
+            self.counts[counter][what] += 1
+
     def content(self) -> str:
         """A digest of all that was read: messages, ids, places, and what was dropped or changed."""
-        found = [self.digests, self.ids, self.where, self.num_train, self.dropped, self.changed, self.notes]
-        return xxhash.xxh3_128_hexdigest(json.dumps([*found, self.said, self.unused]).encode())
+        found = [self.digests, self.ids, self.where, self.num_train, self.counts]
+        return xxhash.xxh3_128_hexdigest(json.dumps(found, sort_keys=True).encode())
 
 
 Source = Callable[..., Iterable[Any]]
-Check = Callable[[Conversation], object]
-Read = tuple[list[dict[str, Any]] | str, set[str], str]  # messages or a text, checked; columns used; how it was read
+Messages = list[dict[str, Any]]
 _SOURCES: dict[str, Source] = {}
 
 
@@ -121,14 +119,9 @@ def register_source(function: Source) -> Source:
 
     A source yields {"messages": [{"role", "content"}, …]}, {"source": …, "target": …} or {"text": …}, with "id" and
     "where" if it knows them; everything else in it, such as "tools", is given to a chat template that reads it. It is
-    given data.path, data.subset and data.split if it has parameters of those names. Raises ValueError if another
-    function has that name.
+    given data.path, data.subset and data.split if it has parameters of those names.
     """
-    name = function.__name__
-    known = _SOURCES.get(name)
-    if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
-        raise ValueError(f"a data source named {name} is registered already, by {known.__module__}")
-    _SOURCES[name] = function
+    _SOURCES[function.__name__] = function
     return function
 
 
@@ -145,95 +138,76 @@ def check_source(config: DataConfig, where: str = "data") -> None:
         raise together(faults)
 
 
-def read_conversations(
-    config: DataConfig, folder: Path | None = None, check: Check | None = None, names: Names | None = None
-) -> Conversations:
+def read_conversations(config: DataConfig, folder: Path | None = None, encoder: Any = None) -> Conversations:
     """Read data.path, then data.validation if that is a file or split, and check every row.
 
-    Faults are collected, not raised. folder: where the temporary file goes. check: raises DataError for a row
-    that the chat template refuses; called only where bad rows are skipped, so that those count as bad. names: what the
-    chat template reads; all else in a row is counted as unused.
+    Faults are collected, not raised. folder: where the temporary file goes. encoder: knows what the chat template
+    reads; all else in a row is counted as unused. Where bad rows are skipped, so are those that the template refuses.
     """
     check_source(config)
     found = Conversations(folder)
-    check = check if config.on_bad_row == "skip" else None
     own, *held_out = what_is_read(config)
-    _read(own, found, check, names or Names())
+    _read(own, found, encoder)
     found.num_train = len(found)
     for part in held_out:
-        _read(part, found, check, names or Names())
+        _read(part, found, encoder)
     return found
 
 
 def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int]]:
-    """Choose the rows to train on, in their order, and the held-out rows, both as numbers. Raises DataError.
+    """Choose the rows to train on, in their order, and the held-out rows, both as numbers; count dropped copies.
 
-    A row's rank is a digest of data.seed and its id, so that adding rows moves no other. Counts dropped copies.
+    A row's rank is a digest of data.seed and its id, so that adding rows moves no other.
     """
     num_rows, wanted = found.num_train, config.validation
-
-    def check(some: Sequence[int], key: str, given: Any) -> None:
-        if not some:
-            rules = "; ".join(f"{count} rows: {rule}" for rule, count in (+found.dropped).items())
-            raise DataError(
-                key, f"no row of {given} is left ({rules or 'it has none'})", "Give more data, or loosen the rule"
-            )
 
     def rank(i: int) -> bytes:
         return hashlib.sha256(f"{config.seed}:{found.ids[i]}".encode()).digest()
 
-    check(range(num_rows), "data.path", config.path or config.name)
     if isinstance(wanted, str):
         held_out = list(range(num_rows, len(found)))
-        check(held_out, "data.validation", wanted)
     else:
         number = max(1, round(wanted * num_rows)) if isinstance(wanted, float) else wanted or 0
         held_out = heapq.nsmallest(number, range(num_rows), key=rank)
     same = {found.digests[i] for i in held_out}
     train = [i for i in range(num_rows) if found.digests[i] not in same]
-    found.dropped["equal to a held-out row"] += num_rows - sum(i < num_rows for i in held_out) - len(train)
-    if not train:
-        what = f"is {wanted}: all {num_rows} rows are held out or equal to one that is, so none is left to train on"
-        raise DataError("data.validation", what, "Hold out fewer rows, or give more data")
+    num_equal = num_rows - sum(i < num_rows for i in held_out) - len(train)
+    found.counts["dropped"]["equal to a held-out row"] += num_equal
     if config.take is not None:
         if config.take > len(train):
-            found.notes.append(f"data.take={config.take}, but there are {len(train)} training rows: all are used")
+            found.counts["said"][f"training rows are all that there are (data.take={config.take})"] = len(train)
         train = sorted(heapq.nsmallest(config.take, train, key=rank))
     return train, held_out
 
 
 def _options(config: DataConfig) -> dict[str, Any]:
-    """What the source is given: data's further keys, and those of path, subset and split that it has parameters for."""
-    names = {"path", "subset", "split"} & inspect.signature(_SOURCES[config.name]).parameters.keys()
-    return {name: getattr(config, name) for name in names} | config.options
+    """What the source is given: data's further keys, and of these what it has parameters for."""
+    given: dict[str, Any] = {"path": config.path, "subset": config.subset, "split": config.split}
+    given["raw_rows"] = read_rows(**given)  # nothing is read yet
+    names = given.keys() & inspect.signature(_SOURCES[config.name]).parameters.keys()
+    return {name: given[name] for name in names} | config.options
 
 
-def _read(config: DataConfig, found: Conversations, check: Check | None, names: Names) -> None:
+def _read(config: DataConfig, found: Conversations, encoder: Any) -> None:
     """Run the source and check what it yields, all faults in one pass."""
-    faults: list[DataError] = []
-    first, before = len(found), found.dropped.total()
+    faults, first, num_rows = list[DataError](), len(found), 0
     try:
-        for i, item in enumerate(_SOURCES[config.name](**_options(config))):
-            if isinstance(item, Dropped):
-                found.dropped[item.rule] += 1
-                continue
+        for num_rows, item in enumerate(_SOURCES[config.name](**_options(config)), 1):
             try:
                 if isinstance(item, DataError):
                     raise item
-                whole = item if isinstance(item, Conversation) else _checked(item, f"{config.name}[{i}]")
-                conversation, unused = _without_unused(whole, names)
-                if check:
-                    check(conversation)
-                found.append(conversation)
-                is_cut = len(conversation.messages) < len(whole.messages)
-                found.changed["unanswered last turn cut off"] += is_cut
-                found.unused.update(unused)
-                found.said.update([whole.note] if whole.note else [])
+                if isinstance(item, Dropped):
+                    found.count([("dropped", item.rule)])
+                    continue
+                whole = item if isinstance(item, Conversation) else _checked(item, f"{config.name}[{num_rows - 1}]")
+                conversation, counts = _trimmed(whole, *(encoder.names if encoder else (set(), set())))
+                if encoder and config.on_bad_row == "skip":
+                    encoder.rendered(conversation)
+                found.append(conversation, counts)
             except DataError as error:
                 faults.append(error)
     except DataError as error:  # not of a row: a file that cannot be read, which on_bad_row does not excuse
         found.faults.append(error)
-    num_rows = len(found) - first + len(faults) + found.dropped.total() - before
     most = config.max_bad_rows * num_rows if isinstance(config.max_bad_rows, float) else config.max_bad_rows
     if config.on_bad_row == "stop":
         found.faults += faults
@@ -241,8 +215,8 @@ def _read(config: DataConfig, found: Conversations, check: Check | None, names: 
         what = f"{len(faults)} of {num_rows} rows are bad, and data.max_bad_rows is {config.max_bad_rows}"
         found.faults += [DataError("data", what, "Fix them, or raise it"), *faults]
     elif faults:
-        found.dropped["bad row (data.on_bad_row=skip)"] += len(faults)
-        found.notes.append(f"skipped {len(faults)} bad rows, the first: {faults[0]}")
+        found.counts["dropped"]["bad row (data.on_bad_row=skip)"] += len(faults)
+        log.warning("skipped %d bad rows, the first: %s", len(faults), faults[0])
     _make_ids_unique(found, first)
 
 
@@ -251,13 +225,11 @@ def _make_ids_unique(found: Conversations, first: int) -> None:
 
     Rows that share an id and differ in text get a part of their text's digest; equal rows are numbered.
     """
-    rows, texts, copies = range(first, len(found)), dict[str, str](), Counter[str]()
-    shared = set()
-    for i in rows:
-        if texts.setdefault(found.ids[i], found.digests[i]) != found.digests[i]:
-            shared.add(found.ids[i])
-    for i in rows:
-        name = f"{found.ids[i]}~{found.digests[i][:12]}" if found.ids[i] in shared else found.ids[i]
+    texts, copies = defaultdict[str, set[str]](set), Counter[str]()
+    for name, digest in zip(found.ids[first:], found.digests[first:], strict=True):
+        texts[name].add(digest)
+    for i in range(first, len(found)):
+        name = found.ids[i] if len(texts[found.ids[i]]) == 1 else f"{found.ids[i]}~{found.digests[i][:12]}"
         copies[name] += 1
         found.ids[i] = name if copies[name] == 1 else f"{name}~{copies[name]}"
 
@@ -272,7 +244,7 @@ def _checked(item: Any, where: str) -> Conversation:
     if "messages" not in row and not {"source", "target"} <= row.keys():
         what = f'is {kind_of(item)}, expected an object with "messages", with "source" and "target", or with "text"'
         raise DataError(where, what, "Change what the source yields")
-    pair = [{"role": role, "content": row.get(name)} for role, name in (("user", "source"), ("assistant", "target"))]
+    pair = [{"role": "user", "content": row.get("source")}, {"role": "assistant", "content": row.get("target")}]
     turns = _messages(row.get("messages", pair), "messages", where)
     return Conversation(_id_of(row), turns, where, variables=columns)
 
@@ -282,10 +254,10 @@ def _id_of(row: dict[str, Any]) -> str:
     return str(given).encode(errors="backslashreplace").decode() if isinstance(given, str | int) else ""
 
 
-def _without_unused(whole: Conversation, names: Names) -> tuple[Conversation, set[str]]:
-    """Cut off an unanswered last turn and all that the chat template does not read → the rest, what it does not read.
+def _trimmed(whole: Conversation, variables: set[str], keys: set[str]) -> tuple[Conversation, Counts]:
+    """Cut off an unanswered last turn and all that the chat template does not read → the rest, what is to be counted.
 
-    Raises DataError.
+    variables, keys: what it reads beside the messages, and of a message. Raises DataError.
     """
     where = whole.where
     last = max((i for i, m in enumerate(whole.messages) if m["role"] == "assistant"), default=-1)
@@ -294,27 +266,30 @@ def _without_unused(whole: Conversation, names: Names) -> tuple[Conversation, se
     messages = whole.messages[: last + 1]
     unlearned = [i for i, m in enumerate(messages) if _is_unlearned(m, f"{where}: messages[{i}]")]
     columns = {name: _parsed(value) for name, value in whole.variables.items() if value not in (None, "", [], {})}
-    unused = {f"column {name}" for name in columns.keys() - names.variables}
+    unused = {f"column {name}" for name in columns.keys() - variables}
     for message in messages:
-        for name in message.keys() - {"role", "content"} - names.keys:
+        for name in message.keys() - {"role", "content"} - keys:
             if name == "tool_calls" and not message["content"]:
                 what = "has only tool_calls, which the chat template does not write"
                 raise DataError(where, what, "Give a data.chat_template that writes them, or leave the row out")
             unused.add(f"key {name} of messages")
             del message[name]
-    variables = {name: columns[name] for name in sorted(columns.keys() & names.variables)}
-    rest = replace(whole, messages=messages, variables=variables, unlearned=unlearned)
-    return replace(rest, id=rest.id or rest.digest[:32]), unused
+    counts = [("unused", what) for what in sorted(unused)]
+    if whole.note:
+        counts.append(("said", whole.note))
+    if len(messages) < len(whole.messages):
+        counts.append(("changed", "unanswered last turn cut off"))
+    read = {name: columns[name] for name in sorted(columns.keys() & variables)}
+    rest = replace(whole, messages=messages, variables=read, unlearned=unlearned)
+    return replace(rest, id=rest.id or rest.digest[:32]), counts
 
 
 def _is_unlearned(message: dict[str, Any], where: str) -> bool:
     """Take `weight` and `train` out of a message → whether the student only reads it. Raises DataError."""
     weight, train = message.pop("weight", 1), message.pop("train", True)
     if weight not in (0, 1) or train not in (0, 1):
-        what = (
-            f"weight is {kind_of(weight)} and train {kind_of(train)}; a message counts (1, true) or does not (0, false)"
-        )
-        raise DataError(where, what, "Fix the row")
+        what = f"weight is {kind_of(weight)} and train {kind_of(train)}"
+        raise DataError(where, what, "A message counts (1, true) or does not (0, false)")
     return message["role"] == "assistant" and not (weight and train)
 
 
@@ -329,13 +304,8 @@ def _parsed(value: Any) -> Any:
 
 
 def _messages(
-    turns: Any,
-    column: str,
-    where: str,
-    role_key: str = "role",
-    content_key: str = "content",
-    roles: dict[str, str] | None = None,
-) -> list[dict[str, Any]]:
+    turns: Any, column: str, where: str, role_key: str = "role", content_key: str = "content", roles: Any = None
+) -> Messages:
     """Check a list of messages, and name roles and keys as everywhere; other keys are kept. Raises DataError."""
     if not isinstance(turns, list) or not turns:
         hint = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
@@ -348,7 +318,8 @@ def _messages(
             what = f'is {kind_of(turn)}, expected an object with "{role_key}" and "{content_key}"'
             raise DataError(place, what, "Name them: data.role_key, data.content_key")
         role = turn[role_key]
-        role = roles.get(role, role) if roles and isinstance(role, str) else role
+        if isinstance(role, str):
+            role = (roles or {}).get(role, role)
         if role not in ROLES:
             hint = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
             raise DataError(place, f"the role is {kind_of(role)}", hint)
@@ -365,45 +336,70 @@ def _messages(
 
 def _joined_parts(content: Any) -> Any:
     """Join a content that is a list of text parts, as chat APIs have it; anything else stays."""
-    is_text = isinstance(content, list) and content and all(
-        isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
-        for part in content
-    )  # fmt: skip
-    return "".join(part["text"] for part in content) if is_text else content
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    texts: list[Any] = [part.get("text") for part in parts if part.get("type", "text") == "text"]
+    is_text = texts and len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if is_text else content
 
 
-def _converted(
-    path: str | list[str], subset: str | None, split: str, convert: Callable[[dict[str, Any], str], Read]
-) -> Iterator[Any]:
-    """Yield what rows of files say, and the faults of the others. convert: a row and its place → what it says."""
-    for item in read_rows(path, subset, split):
+class RawRow:
+    """A row of a file: its columns, which of them were read, and a note on how, if that is to be said."""
+
+    def __init__(self, where: str, columns: dict[str, Any]) -> None:
+        self.where, self.columns, self.note = where, columns, ""
+        self.used: set[Any] = {"id"}
+
+    def column(self, column: str, name: str) -> Any:
+        """Return a column, which data.NAME_column names. Raises DataError."""
+        self.used.add(column)
+        if column not in self.columns:
+            what = f'"{column}" is missing; the row is {kind_of(self.columns)}'
+            hint = (
+                f"Choose a layout (data=pairs, messages, sharegpt or text), or name the column: data.{name}_column=..."
+            )
+            raise DataError(self.where, what, hint)
+        return self.columns[column]
+
+    def after_prompt(self, column: str, prompt: Messages, answer: Messages) -> Messages:
+        """Put the prompt that a column has before an answer without an opening; it is used if it is in there already."""
+        if answer[0]["role"] == "assistant":
+            answer = prompt + answer
+        if answer[: len(prompt)] == prompt:
+            self.used.add(column)
+        return answer
+
+
+def _conversations(
+    raw_rows: Iterable[Item],
+    read: Callable[[RawRow], Messages | str],
+    system_column: str | None = None,
+    system_prompt: str | None = None,
+) -> Iterator[Conversation | DataError]:
+    """Yield what rows of files say, and the faults of the others.
+
+    read: a row → its checked messages, or a text. The filled system_prompt, else what is in the system_column, goes
+    before messages that have no system text.
+    """
+    prompt = RowTemplate("data.system_prompt", system_prompt) if system_prompt else None
+    for item in raw_rows:
         try:
             if isinstance(item, DataError):
                 raise item
-            where, row = item
-            if not isinstance(row, dict):
-                raise DataError(where, f"is {kind_of(row)}, expected an object", "Write one JSON object a row")
-            what, used, note = convert(row, where)
-            text, turns = (what, []) if isinstance(what, str) else ("", what)
-            columns = {name: value for name, value in row.items() if name not in used | {"id"}}
-            yield Conversation(_id_of(row), turns, where, text, columns, note=note)
+            where, columns = item
+            if not isinstance(columns, dict):
+                raise DataError(where, f"is {kind_of(columns)}, expected an object", "Write one JSON object a row")
+            row = RawRow(where, columns)
+            said = read(row)
+            text, turns = (said, []) if isinstance(said, str) else ("", said)
+            if turns and turns[0]["role"] != "system":
+                system = prompt.fill(columns, where) if prompt else columns.get(system_column)
+                if isinstance(system, str) and system.strip():
+                    turns = [{"role": "system", "content": system}, *turns]
+                    row.used |= prompt.names if prompt else {system_column}
+            rest = {name: value for name, value in columns.items() if name not in row.used}
+            yield Conversation(_id_of(columns), turns, where, text, rest, note=row.note)
         except DataError as error:
             yield error
-
-
-def _column(row: dict[str, Any], column: str, name: str, where: str) -> Any:
-    if column not in row:
-        hint = f"Choose a layout (data=pairs, messages, sharegpt or text), or name the column: data.{name}_column=..."
-        raise DataError(where, f'"{column}" is missing; the row is {kind_of(row)}', hint)
-    return row[column]
-
-
-def _with_prompt(prompt: Any, answer: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
-    """Put a prompt, text or messages, before an answer without an opening → all, and whether the prompt is in them."""
-    opening = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if answer[0]["role"] == "assistant":
-        return opening + answer, True
-    return answer, answer[: len(opening)] == opening
 
 
 def _not_null(value: Any) -> Any:
@@ -412,16 +408,16 @@ def _not_null(value: Any) -> Any:
     return value
 
 
+SANDBOX = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null)
+
+
 class RowTemplate:
     """A sandboxed Jinja template over the columns of a row. Raises ConfigError if it is not Jinja."""
 
     def __init__(self, key: str, text: str) -> None:
-        sandbox = ImmutableSandboxedEnvironment(
-            undefined=StrictUndefined, keep_trailing_newline=True, finalize=_not_null
-        )
         self.key = key
         try:
-            self.template, self.names = sandbox.from_string(text), meta.find_undeclared_variables(sandbox.parse(text))
+            self.template, self.names = SANDBOX.from_string(text), meta.find_undeclared_variables(SANDBOX.parse(text))
         except TemplateError as error:
             raise ConfigError(key, f"is not Jinja: {error}", "Fix the template") from None
 
@@ -435,25 +431,9 @@ class RowTemplate:
         return text_in(text, self.key, where, "Fix the template or the row")
 
 
-def _with_system(
-    turns: list[dict[str, Any]], row: dict[str, Any], where: str, column: str | None, prompt: RowTemplate | None
-) -> tuple[list[dict[str, Any]], set[str]]:
-    """Put a row's system text before its messages, unless they have one → them, and the columns that were used."""
-    text = row.get(column) if column else None
-    if turns[0]["role"] == "system":
-        return turns, set()
-    if prompt is not None:
-        return [{"role": "system", "content": prompt.fill(row, where)}, *turns], prompt.names
-    if isinstance(text, str) and text.strip():
-        return [{"role": "system", "content": text}, *turns], {str(column)}
-    return turns, set()
-
-
 @register_source
 def pairs(
-    path: str | list[str],
-    subset: str | None,
-    split: str,
+    raw_rows: Any,
     source_column: str,
     target_column: str,
     system_column: str | None,
@@ -467,46 +447,37 @@ def pairs(
     """
     if template.keys() != {"user", "assistant"}:
         raise ConfigError("data.template", f"has the keys {', '.join(template)}", "Give it user and assistant")
-    templates = {role: RowTemplate(f"data.template.{role}", text) for role, text in template.items()}
-    prompt = RowTemplate("data.system_prompt", system_prompt) if system_prompt else None
+    templates = {role: RowTemplate(f"data.template.{role}", template[role]) for role in ("user", "assistant")}
+    needed, own = set().union(*(one.names for one in templates.values())), (source_column, target_column)
 
-    def chat(row: dict[str, Any], where: str) -> Read:
-        columns, note = {"source": source_column, "target": target_column}, ""
-        if not {source_column, target_column} & row.keys():
-            for first, second in (names for names in PREFERENCES if {*names} <= row.keys()):
-                columns = {"source": first, "target": second}
-                note = f"source and target are the columns {first} and {second}"
-                break
-        used = set(columns.values())
-        source, target = (row.get(column) for column in columns.values())
-        if any(isinstance(side, list) and side and isinstance(side[0], dict) for side in (source, target)):
-            sides = zip(("user", "assistant"), (source, target), columns.values(), strict=True)
+    def read(row: RawRow) -> Messages:
+        names = own
+        if not {*own} & row.columns.keys():
+            names = next((pair for pair in PREFERENCES if {*pair} <= row.columns.keys()), own)
+        if names != own:
+            row.note = f"source and target are the columns {' and '.join(names)}"
+        sides = [row.columns.get(name) for name in names]
+        if any(isinstance(side, list) and side and isinstance(side[0], dict) for side in sides):
+            row.used.add(names[1])
             opening, answer = (
-                _messages(side if isinstance(side, list) else [{"role": role, "content": side}], column, where)
-                for role, side, column in sides
+                _messages(side if isinstance(side, list) else [{"role": role, "content": side}], name, row.where)
+                for role, side, name in zip(templates, sides, names, strict=True)
             )
-            turns, is_used = _with_prompt(opening, answer)
-            used -= set() if is_used else {columns["source"]}
-        else:
-            needed, own = set().union(*(t.names for t in templates.values())), {}
-            for name in (name for name in columns if name in needed):
+            return row.after_prompt(names[0], opening, answer)
+        row.used |= needed | {*names}
+        values = dict(row.columns)
+        for name, column in zip(("source", "target"), names, strict=True):
+            if name in needed:
                 hint = f"Fix the row, or name another column: data.{name}_column=..."
-                own[name] = text_in(_column(row, columns[name], name, where), columns[name], where, hint)
-            used |= needed
-            turns = [
-                {"role": role, "content": templates[role].fill(row | own, where)} for role in ("user", "assistant")
-            ]
-        turns, more = _with_system(turns, row, where, system_column, prompt)
-        return turns, used | more, note
+                values[name] = text_in(row.column(column, name), column, row.where, hint)
+        return [{"role": role, "content": one.fill(values, row.where)} for role, one in templates.items()]
 
-    return _converted(path, subset, split, chat)
+    return _conversations(raw_rows, read, system_column, system_prompt)
 
 
 @register_source
 def messages(
-    path: str | list[str],
-    subset: str | None,
-    split: str,
+    raw_rows: Any,
     messages_column: str,
     role_key: str,
     content_key: str,
@@ -518,32 +489,25 @@ def messages(
 
     Where the column is completion or chosen, a `prompt` goes before it, unless it is there already.
     """
-    prompt = RowTemplate("data.system_prompt", system_prompt) if system_prompt else None
+    how = (role_key, content_key, roles)
 
-    def chat(row: dict[str, Any], where: str) -> Read:
-        how = (where, role_key, content_key, roles)
-        turns = _messages(_column(row, messages_column, "messages", where), messages_column, *how)
-        used, note, length = {messages_column}, "", len(turns)
-        before = row.get("prompt") if messages_column in ("completion", "chosen") else None
-        if before and isinstance(before, str | list):
-            before = _messages(before, "prompt", *how) if isinstance(before, list) else text_in(before, "prompt", where)
-            turns, is_used = _with_prompt(before, turns)
-            used |= {"prompt"} if is_used else set()
-            note = f"the column prompt goes before {messages_column}" if len(turns) > length else ""
-        turns, more = _with_system(turns, row, where, system_column, prompt)
-        return turns, used | more, note
+    def read(row: RawRow) -> Messages:
+        turns = _messages(row.column(messages_column, "messages"), messages_column, row.where, *how)
+        prompt = row.columns.get("prompt") if messages_column in ("completion", "chosen") else None
+        if not prompt or not isinstance(prompt, str | list):
+            return turns
+        opening = prompt if isinstance(prompt, list) else [{role_key: "user", content_key: prompt}]
+        whole = row.after_prompt("prompt", _messages(opening, "prompt", row.where, *how), turns)
+        row.note = f"the column prompt goes before {messages_column}" if len(whole) > len(turns) else ""
+        return whole
 
-    return _converted(path, subset, split, chat)
+    return _conversations(raw_rows, read, system_column, system_prompt)
 
 
 @register_source
-def text(path: str | list[str], subset: str | None, split: str, text_column: str) -> Iterator[Any]:
+def text(raw_rows: Any, text_column: str) -> Iterator[Any]:
     """Plain text: a column of it; every token counts, and the end-of-text token after it."""
-
-    def plain(row: dict[str, Any], where: str) -> Read:
-        return text_in(_column(row, text_column, "text", where), text_column, where), {text_column}, ""
-
-    return _converted(path, subset, split, plain)
+    return _conversations(raw_rows, lambda row: text_in(row.column(text_column, "text"), text_column, row.where))
 
 
 @register_source
