@@ -22,6 +22,7 @@ from typing import Any
 import jinja2
 import jinja2.meta
 import xxhash
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import track
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -33,7 +34,7 @@ from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, Conversations, Names, read_conversations, split
 from kdx.errors import DataError, first_of, one_line
 from kdx.run.devices import num_cores
-from kdx.run.files import cache_dir, locked, whole_folder
+from kdx.run.files import cache_dir, whole_folder
 from kdx.run.identity import content_hash
 from kdx.tokenizer import SharedTokenizer
 
@@ -101,7 +102,7 @@ def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0,
     def read() -> Conversations:
         return read_conversations(config, root, encoder.rendered, encoder.names)
 
-    with locked(root / f"{about}.lock"):
+    with FileLock(root / f"{about}.lock"):
         files = source_files(config)
         found = read() if files is None else None
         content = found.content() if found is not None else "".join(map(content_hash, files or []))

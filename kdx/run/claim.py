@@ -106,23 +106,20 @@ def _keep_beating(beat: Path, done: threading.Event) -> None:
 
 def _is_fresh(beat: Path) -> bool:
     """Whether a heartbeat is that of a process that still runs, as far as this host can tell."""
+    owner = read_json(beat)  # empty as well if its process was killed before it was written
     with suppress(FileNotFoundError):
-        owner, age = read_json(beat), time.time() - beat.stat().st_mtime
-        if not owner:  # its process was killed, or its disk was full, before it was written
-            return False
-        if age > STALE or owner.get("host") != platform.node():
-            return age <= STALE
-        started = _started(owner["pid"])
-        return started is not None and abs(started - owner["started"]) < 2  # seconds: clocks are corrected
+        if owner and time.time() - beat.stat().st_mtime <= STALE:
+            # Clocks are corrected, by less than two seconds.
+            return owner["host"] != platform.node() or abs(_started(owner["pid"]) - owner["started"]) < 2
     return False
 
 
-def _started(pid: int) -> float | None:
-    """When a process of this host started, in seconds since 1970; None if it has ended."""
+def _started(pid: int) -> float:
+    """When a process of this host started, in seconds since 1970; 0 if it has ended."""
     with suppress(psutil.Error):
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    return None
+        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    return 0.0
 
 
 def _describe(beat: Path) -> str:
