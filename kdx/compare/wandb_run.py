@@ -18,7 +18,7 @@ from kdx.compare.ranking import RANKED_BY, Comparison, Run
 from kdx.compare.tables import as_json, row_of
 from kdx.errors import one_line
 from kdx.run.files import read_json, write_json
-from kdx.run.tracking import open_run, wandb_mode
+from kdx.run.tracking import open_whole, wandb_mode
 
 SENT = "wandb_comparison.json"  # what was sent last, and what was said then
 
@@ -63,7 +63,7 @@ def _send(comparison: Comparison, folder: Path, mode: str) -> str:
     about: dict[str, Any] = {key: config.get(f"tracking.{key}") for key in ("project", "entity")}
     about |= {"group": group, "config": {"comparison": name, "num_runs": len(comparison.runs)}}
     id = hashlib.sha256(name.encode()).hexdigest()[:8]
-    with open_run(mode, folder, id, is_whole=True, name="comparison", job_type="comparison", **about) as run:
+    with open_whole(mode, folder, id, name="comparison", job_type="comparison", **about) as run:
         run.log(dict(_media(comparison, folder)))
     if run.offline:
         return f"W&B: offline; to upload: {shlex.join(['wandb', 'sync', str(folder / 'wandb')])}"

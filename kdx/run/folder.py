@@ -15,14 +15,15 @@ import yaml
 
 from kdx import plugins
 from kdx.config import Config, as_dict
-from kdx.errors import ConfigError, DivergedError, InUseError, KdxError, user_error
+from kdx.errors import ConfigError, DivergedError, InUseError, user_error
 from kdx.run.claim import claim
-from kdx.run.files import local_time, read_json, remove_leftovers, write_beside, write_json
+from kdx.run.files import read_json, remove, write_beside, write_json
 from kdx.run.identity import differences, identity, may_differ, table
 from kdx.run.redact import redact
 from kdx.run.signals import Stopped
 
 log = logging.getLogger("kdx")
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 STATUS_SECONDS = 5  # between two writes of the step to status.json
 LONGER = ("train.max_steps", "train.epochs")  # a run may be resumed with more of these
 
@@ -51,7 +52,7 @@ class RunFolder:
         self.step = 0
         self.max_steps: int | None = None
         self.is_main = True
-        self._since = local_time()
+        self._since = time.strftime(TIME)
         self._written = 0.0
 
     def status(self) -> dict[str, Any]:
@@ -72,7 +73,8 @@ class RunFolder:
     def _remove_leftovers(self) -> None:
         """Remove what a killed process was writing or removing."""
         for folder in (self.path, self.path / "checkpoints", self.path / "student"):
-            remove_leftovers(folder)
+            for path in folder.glob(".tmp-*"):
+                remove(path)
 
     def _differences(self, config: Config, facts: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         """Return what differs from the run that is here and may differ. Raises ConfigError for the rest.
@@ -109,8 +111,24 @@ class RunFolder:
                 self._write_record(config, record)
                 self.step = self.status().get("step", 0)  # how far it was, until it is resumed
                 self.write_status("running")
-            with self._reporting():
+            try:
                 yield
+            except BaseException as error:
+                # Of several processes the one that fails says why. What fails after a run is done loses nothing.
+                if self.status().get("state") == "running":
+                    with suppress(OSError):  # a full disk: the error itself is printed
+                        self.write_status(*self._ending(error))
+                raise
+            if is_main:
+                self.write_status("done")
+
+    def _ending(self, error: BaseException) -> tuple[str, str, Any]:
+        """Return the state, the reason and the exit code that an error leads to."""
+        if isinstance(error, Stopped):
+            return "interrupted", f"stopped by a signal at step {self.step}", error.code
+        if (known := user_error(error, self.path)) is None:
+            return "failed", f"{type(error).__name__}: {error}".splitlines()[0], 1
+        return "diverged" if isinstance(known, DivergedError) else "failed", str(known), known.exit_code
 
     def _write_record(self, config: Config, record: Record) -> None:
         """Write down the config, the words and the command, without secrets, and the user's own code."""
@@ -143,40 +161,12 @@ class RunFolder:
             with suppress(OSError):
                 self.write_status("running")
 
-    @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Write to status.json how the run ends. The process that fails writes why; the others cannot know."""
-        try:
-            yield
-        except BaseException as error:
-            failure = user_error(error, self.path) or error
-            state = "diverged" if isinstance(failure, DivergedError) else "failed"
-            is_clear = isinstance(failure, KdxError)
-            reason = str(failure) if is_clear else f"{type(failure).__name__}: {failure}".splitlines()[0]
-            code: Any = getattr(failure, "exit_code", 1)
-            if isinstance(error, Stopped | KeyboardInterrupt):
-                state, reason = "interrupted", f"stopped by a signal at step {self.step}"
-                code = error.code if isinstance(error, Stopped) else 130
-            # The first reason stays, and what fails after a run is done loses nothing.
-            if self.status().get("state") == "running":
-                with suppress(OSError):  # a full disk: the error itself is printed
-                    self.write_status(state, reason, code)
-            raise
-        if self.is_main:
-            self.write_status("done")
-
     def write_status(self, state: str, reason: str = "", code: int | None = None) -> None:
         """Write status.json."""
         self._written = time.monotonic()
-        status = {
-            "state": state,
-            "reason": redact(reason),
-            "step": self.step,
-            "max_steps": self.max_steps,
-            "updated": local_time(),
-            "since": self._since,
-            "owner": {"pid": os.getpid(), "host": platform.node()},
-        }
+        status = {"state": state, "reason": redact(reason), "step": self.step, "max_steps": self.max_steps}
+        status |= {"updated": time.strftime(TIME), "since": self._since}
+        status |= {"owner": {"pid": os.getpid(), "host": platform.node()}}
         write_json(self.path / "status.json", status if code is None else status | {"exit_code": code})
 
     def keep(self, name: str, value: dict[str, Any]) -> None:
