@@ -83,19 +83,19 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         training = stack.enter_context(prepared(config, record, machine))
         data, judge = training.data, Judge(training, stop)
         folder.max_steps = training.max_steps
-        folder.begin(config, results.facts(data, training))  # refused if it is another run's
+        folder.begin(config, results.facts(training))  # refused if it is another run's
         if not training.restore(folder):
             results.check_room(training, path)
             with training.whole():
                 folder.keep("untouched.json", judge.before_training())
-        with Tracker(folder, config, record, training, is_main=is_main) as tracker:
-            tracker.header(report.header(config, record, data, training))
+        with Tracker(folder, config, record, training) as tracker:
+            tracker.header(report.header(record, training))
             results.warn_about(folder, data)
             if not training.is_finished:
                 with tracker.training():
                     train(training, judge, tracker, folder, stop)
             results.keep_student(training, folder)  # before it is measured: nothing there can cost training
-            summary = results.finish(training, judge, data, folder, tracker, started)
+            summary = results.finish(training, judge, folder, tracker, started)
             (summary,) = broadcast_object_list([summary])  # the main process made it
     return Summary(**summary, metric=config.eval.metric)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdx.config import Config, ModelConfig, as_dict, leaves
+from kdx.config import Config, DataConfig, ModelConfig, StudentConfig, as_dict, leaves
 from kdx.run.folder import Record
 from kdx.run.identity import canonical, config_identity, digest
 from kdx.run.redact import redact
@@ -71,15 +71,27 @@ def _public(value: Any) -> str:
     return text.rstrip("/").rsplit("/", 1)[-1].removeprefix("pkg:")
 
 
+def public_name(source: ModelConfig | DataConfig) -> str:
+    """Name a model or data by its hub id, or by the last part of its path."""
+    path = getattr(source, "base_model", None) or source.path or source.name
+    name = (path if isinstance(path, str) else path[0]).removeprefix("pkg:").rstrip("/")
+    is_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return name.rpartition("/")[2] if is_local else name
+
+
+def num_layers(student: StudentConfig) -> int:
+    """Count the layers of a student that is cut."""
+    return student.layers if isinstance(student.layers, int) else len(student.layers or ())
+
+
 def _model(model: ModelConfig) -> str:
-    return _public(model.base_model or model.path).removesuffix("-Instruct")
+    return public_name(model).rpartition("/")[2].removesuffix("-Instruct")
 
 
 def _student(config: Config) -> str:
-    layers, init = config.student.layers, config.student.init
-    if init == "cut":
-        return f"{layers if isinstance(layers, int) else len(layers or ())} layers"
-    return "fresh " * (init == "random") + _model(config.student)
+    if config.student.init == "cut":
+        return f"{num_layers(config.student)} layers"
+    return "fresh " * (config.student.init == "random") + _model(config.student)
 
 
 def _objective(config: Config) -> str:
