@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import IntervalSweep, Override
 
 from kdx.config import Config, as_dict, leaves, short_key
-from kdx.errors import ConfigError, InUseError, KdxError, printable
+from kdx.errors import ConfigError, InUseError, KdxError, one_line, printable
 from kdx.run.claim import claim, holder
 from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
@@ -161,7 +161,7 @@ def do_job(
             if not reason:
                 measure = start_run(config, record, folder, is_own_gpu=is_own_gpu)
         if not reason and is_main():
-            _write_page(folder.parent)
+            _compare(folder.parent)
         return 0
 
     code = guarded(work, folder)
@@ -248,16 +248,15 @@ def _report(plan: "Plan", since: float) -> None:
             what, why = "failed", str(error).splitlines()[0].removeprefix(f"{path}: ")
         found[what].append(f"  {os.path.relpath(path)}  {printable(why)}")
         _failed.update([path] if what == "failed" else [])
-    if len(found["failed"] + found["done"]) == len(known):
+    if not found["held by other processes"] + found["left"]:
         with suppress(InUseError), claim(plan.folder):  # of several processes that share a sweep one compares
             mark, jobs = plan.folder / ".compared", plan.folder.glob("*/status.json")
-            if not mark.exists() or mark.stat().st_mtime < max([since, *(file.stat().st_mtime for file in jobs)]):
-                started = time.time()
-                if _write_page(plan.folder, is_printed=True):
-                    mark.touch()
-                    os.utime(mark, (started, started))  # a job that ended meanwhile is compared again
-            else:
+            if mark.exists() and mark.stat().st_mtime >= max([since, *(file.stat().st_mtime for file in jobs)]):
                 print(f"kdx: nothing is left; another process has just compared the jobs in {plan.folder}", flush=True)
+            else:
+                mark.touch()  # first: a job that ends meanwhile is compared again
+                if not _compare(plan.folder, is_last=True):
+                    mark.unlink()
     for what, rows in found.items():
         if rows and what != "done":
             print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
@@ -265,20 +264,19 @@ def _report(plan: "Plan", since: float) -> None:
         print("kdx: type the same command again to do what is left", file=sys.stderr)
 
 
-def _write_page(folder: Path, *, is_printed: bool = False) -> bool:
-    """Compare the sweep so far; at its end print that, and put it into W&B → whether it could be compared."""
-    from kdx.compare.read import compare, show
+def _compare(folder: Path, *, is_last: bool = False) -> bool:
+    """Write the page of the sweep so far; at its end print it, and put it into W&B → whether that could be done."""
+    from kdx.compare import read
 
     try:
-        if not is_printed:
-            compare([folder], folder)
-            return True
-        comparison = show([folder], folder)
-        from kdx.compare.wandb_run import publish
+        if is_last:
+            from kdx.compare.wandb_run import publish
 
-        if line := publish(comparison, folder):
-            print(f"kdx: {line}", flush=True)
+            if line := publish(read.show([folder], folder), folder):
+                print(f"kdx: {line}", flush=True)
+        else:
+            read.compare([folder], folder)
     except Exception as error:  # it must not end the sweep
-        print(f"kdx: no comparison of {folder}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        print(f"kdx: no comparison of {folder}: {one_line(error)}", file=sys.stderr)
         return False
     return True

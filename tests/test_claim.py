@@ -13,7 +13,6 @@ from processes import forked, wait
 from kdx.errors import InUseError
 from kdx.run import claim as claims
 from kdx.run.claim import claim, holder
-from kdx.run.files import locked
 
 
 @pytest.fixture(params=["locks", "no locks"])
@@ -53,20 +52,6 @@ def test_a_folder_is_held_by_one_process_and_free_again_after(tmp_path: Path, lo
         assert wait(forked(another)) == 0
     assert holder(folder) is None
     assert [file.name for file in folder.iterdir()] == [claims.LOCK]
-
-
-def test_a_cache_is_filled_by_one_process_at_a_time(tmp_path: Path, locking: bool) -> None:
-    file = tmp_path / "about.lock"
-
-    def another() -> None:
-        with locked(file):
-            (tmp_path / "second").touch()
-
-    with locked(file):
-        pid = forked(another)
-        time.sleep(0.3)
-        assert not (tmp_path / "second").exists()
-    assert wait(pid) == 0
 
 
 def test_what_a_killed_process_held_is_free_at_once(tmp_path: Path, locking: bool) -> None:

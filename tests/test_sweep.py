@@ -80,7 +80,7 @@ class Folders:
         self.config = compose(["sweep.name=s"])
         monkeypatch.setattr(sweep, "start_run", self.start)
         monkeypatch.setattr(sweep.RunFolder, "is_done", self.is_done(self))
-        monkeypatch.setattr(sweep, "_write_page", lambda folder, is_printed=False: not self.printed.append(is_printed))
+        monkeypatch.setattr(sweep, "_compare", lambda folder, is_last=False: not self.printed.append(is_last))
 
     @staticmethod
     def is_done(folders: "Folders") -> Callable[[sweep.RunFolder, object], bool]:

@@ -434,7 +434,7 @@ def test_a_client_that_changed_costs_one_line(
     training = SimpleNamespace(state=state, max_steps=1)
     about = (RunFolder(tmp_path / "run"), compose(["tracking.mode=online"]), Record(), training)
     about[0].path.mkdir()
-    with logging_to(None, is_main=True), Tracker(*about, is_main=True) as tracker:
+    with logging_to(None, is_main=True), Tracker(*about) as tracker:
         tracker.log(state, {"eval/ce": 1.5})
         tracker.finish({part: {} for part in ("student", "untouched", "teacher", "run")}, [])
     assert capsys.readouterr().out.count("warning: ") == 1

@@ -180,8 +180,8 @@ def test_what_saved_nothing_may_be_corrected_in_its_folder(place, tmp_path):
 
 def test_a_signal_when_all_is_done_leaves_the_run_done(place, tmp_path):
     def fault(patch):
-        known = results.checkpoint.remove_all
-        patch.setattr(results.checkpoint, "remove_all", lambda path: (known(path), os.kill(os.getpid(), 15)))
+        known = results.remove
+        patch.setattr(results, "remove", lambda path: (known(path), os.kill(os.getpid(), 15)))
 
     assert run_here(config_of(place, *WORDS), tmp_path / "run", fault) == 143  # of a sweep, no other job begins
     assert status(tmp_path / "run")["state"] == "done"

@@ -32,10 +32,10 @@ def shared(student, teacher, most: float = 9.0):
     return forward_kl(student, teacher)
 '''
 NO_LOCKS = """
-import fcntl
+import errno, fcntl
 
 def flock(*_):
-    raise OSError("No locks available")
+    raise OSError(errno.ENOSYS, "Function not implemented")
 
 fcntl.flock = flock
 """  # from the first job that a process really does: a plug-in is imported then
