@@ -49,7 +49,7 @@ def check(
     with logging_to(None, machine.is_main_process), prepared(config, record, machine) as training:
         if not machine.is_main_process:
             return []
-        for line in report.header(record, training):
+        for line in report.header(training):
             log.info(line)
         for what, row in rows_to_show(training).items():
             log.info("the %s row as the student sees it, counted tokens between ⟦ and ⟧ (%s):", what, row.where)

@@ -81,16 +81,16 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         stack.enter_context(logging_to(path / "kdx.log", is_main))
         started = time.time()
         training = stack.enter_context(prepared(config, record, machine))
-        data, judge = training.data, Judge(training, stop)
+        judge = Judge(training, stop)
         folder.max_steps = training.max_steps
         folder.begin(config, results.facts(training))  # refused if it is another run's
         if not training.restore(folder):
             results.check_room(training, path)
             with training.whole():
                 folder.keep("untouched.json", judge.before_training())
-        with Tracker(folder, config, record, training) as tracker:
-            tracker.header(report.header(record, training))
-            results.warn_about(folder, data)
+        with Tracker(folder, training) as tracker:
+            tracker.header(report.header(training))
+            results.warn_about(folder, training.data)
             if not training.is_finished:
                 with tracker.training():
                     train(training, judge, tracker, folder, stop)
@@ -152,8 +152,8 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
                 max_length=max_length,
             )
             warn_about(config, student, stop_ids(teacher.model.generation_config))
-        parts = (config, data, tokenizer, max_length, batches, max_steps, measured_at, teacher, objective, machine)
-        yield Training(*parts)
+        given = (config, record, data, tokenizer, max_length, batches)
+        yield Training(*given, max_steps, measured_at, teacher, objective, machine)
 
 
 def check_names(config: Config) -> None:

@@ -30,7 +30,7 @@ from kdx.rollout import figures, write_samples
 from kdx.run import checkpoint, sharding
 from kdx.run.devices import keep_memory
 from kdx.run.files import fsync
-from kdx.run.folder import RunFolder
+from kdx.run.folder import Record, RunFolder
 from kdx.run.signals import Stopped, StopRequest
 from kdx.run.tracking import Tracker
 from kdx.student import cast, describe, load_saved, saved_dtype
@@ -84,6 +84,7 @@ class Training:
     """
 
     config: Config
+    record: Record
     data: Data
     tokenizer: Any
     max_length: int

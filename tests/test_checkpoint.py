@@ -121,8 +121,9 @@ def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path):
 def test_metrics_are_cut_back_to_what_the_checkpoint_counts_on(tmp_path):
     kept = b'{"step": 1}\n{"step": 2}\n'
     config = compose(["teacher=none", "student=hf", "student.path=x", "loss=cross_entropy"])
-    training = SimpleNamespace(state=State(step=2, lines=len(kept)), max_steps=4)
+    state = State(step=2, lines=len(kept))
+    training = SimpleNamespace(config=config, record=Record(), state=state, max_steps=4)
     for after in (b"", b'{"step": 2}\n{"step": 3}\n', b'{"step": 3'):
         (tmp_path / "metrics.jsonl").write_bytes(kept + after)
-        Tracker(RunFolder(tmp_path), config, Record(), training)
+        Tracker(RunFolder(tmp_path), training)
         assert (tmp_path / "metrics.jsonl").read_bytes() == kept

@@ -431,14 +431,14 @@ def test_a_client_that_changed_costs_one_line(
     monkeypatch.setattr("wandb.init", {"init": lambda: run, "run": lambda **_: run}[lacks])
     monkeypatch.setattr(labels, "config_of", lambda *_: {})
     state = SimpleNamespace(step=1, tokens=2, counted_tokens=2, lines=0)
-    training = SimpleNamespace(state=state, max_steps=1)
-    about = (RunFolder(tmp_path / "run"), compose(["tracking.mode=online"]), Record(), training)
-    about[0].path.mkdir()
-    with logging_to(None, is_main=True), Tracker(*about) as tracker:
+    config, folder = compose(["tracking.mode=online"]), RunFolder(tmp_path / "run")
+    training = SimpleNamespace(config=config, record=Record(), state=state, max_steps=1)
+    folder.path.mkdir()
+    with logging_to(None, is_main=True), Tracker(folder, training) as tracker:
         tracker.log(state, {"eval/ce": 1.5})
         tracker.finish({part: {} for part in ("student", "untouched", "teacher", "run")}, [])
     assert capsys.readouterr().out.count("warning: ") == 1
-    assert [line["eval/ce"] for line in lines(about[0].path / "metrics.jsonl")] == [1.5]
+    assert [line["eval/ce"] for line in lines(folder.path / "metrics.jsonl")] == [1.5]
 
 
 @pytest.mark.parametrize(

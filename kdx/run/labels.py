@@ -40,10 +40,11 @@ def tags(config: Config, record: Record) -> list[str]:
     return [tag[:LONGEST] for tag in dict.fromkeys(found)]
 
 
-def config_of(config: Config, record: Record, training: Any, folder: Path) -> dict[str, Any]:
+def config_of(training: Any, folder: Path) -> dict[str, Any]:
     """Describe a run as typed and as resolved. `point` is the same for runs that differ only in train.seed."""
     from kdx.run import report  # imports torch
 
+    config, record = training.config, training.record
     tree = {group: dict(node) for group, node in as_dict(config).items() if group not in NOT_SENT}
     tree["data"]["max_length"] = training.max_length
     if config.loss.alpha == 0:  # the rest of the loss is not used

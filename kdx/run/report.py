@@ -56,11 +56,12 @@ def counts(data: Data) -> dict[str, Any]:
     }
 
 
-def header(record: Record, training: Any) -> list[str]:
+def header(training: Any) -> list[str]:
     """Describe what is about to happen, a line for each part of the run."""
     config, data, machine, batches = training.config, training.data, training.machine, training.batches
     teacher, student, optim = training.teacher, training.student, training.config.optim
-    came = {key: f" ({where.removeprefix('conf/').removesuffix('.yaml')})" for key, where in record.sources.items()}
+    sources = training.record.sources.items()
+    came = {key: f" ({where.removeprefix('conf/').removesuffix('.yaml')})" for key, where in sources}
     processes = f", {machine.num_processes} processes" if machine.num_processes > 1 else ""
     processes += ", the student sharded (FSDP)" if machine.is_fsdp2 else ""
     num_micro = batches.batch_size // (batches.micro_batch_size * machine.num_processes)

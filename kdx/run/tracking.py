@@ -17,11 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
-from kdx.config import Config
 from kdx.errors import DivergedError, one_line, printable
 from kdx.run import labels
 from kdx.run.files import read_lines
-from kdx.run.folder import Record, RunFolder
+from kdx.run.folder import RunFolder
 from kdx.run.redact import redact
 
 log = logging.getLogger("kdx")
@@ -99,10 +98,10 @@ class Tracker:
     Use it as a context manager: the W&B run is closed, as failed if an exception passes.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, record: Record, training: Any) -> None:
+    def __init__(self, folder: RunFolder, training: Any) -> None:
         self.file = folder.path / "metrics.jsonl"
-        self.folder, self.config, self.record, self.is_main = folder, config, record, folder.is_main
-        self._run, self.name = training, labels.run_name(config, record)
+        self.folder, self.config, self.is_main = folder, training.config, folder.is_main
+        self._run, self.name = training, labels.run_name(training.config, training.record)
         self.wandb: Any = None
         self.wandb_line, self.sync = "W&B: disabled", ""
         self._show: Callable[..., None] = lambda words: None
@@ -141,8 +140,8 @@ class Tracker:
             project=tracking.project, entity=tracking.entity, group=tracking.group or config.sweep.name,
             name=tracking.name or os.environ.get("WANDB_NAME") or self.name, notes=tracking.notes,
             job_type="baseline" if config.loss.alpha == 0 else "student",
-            tags=[*dict.fromkeys([*labels.tags(config, self.record), *typed])],
-            config=labels.config_of(config, self.record, self._run, self.folder.path),
+            tags=[*dict.fromkeys([*labels.tags(config, self._run.record), *typed])],
+            config=labels.config_of(self._run, self.folder.path),
             timeout=60 if tracking.log_model == "none" else 3600,  # seconds; a student takes long to upload
         )  # fmt: skip
         id_file.write_text(run.id + "\n")  # an agent of a W&B sweep chooses the id itself
