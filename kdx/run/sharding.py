@@ -14,9 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import distribute_tensor
 
 from kdx.config import Config
 from kdx.errors import MachineError
@@ -72,37 +71,35 @@ def whole(objective: Objective, student: nn.Module) -> Iterator[None]:
     if objective.model is student:
         yield
         return
-    student.to(next(objective.model.parameters()).device).train(objective.model.training)
-    shard: Any
+    shards: list[Any] = list(objective.model.parameters())
+    student.to(shards[0].device).train(objective.model.training)
     with torch.no_grad():
-        for weight, shard in zip(student.parameters(), objective.model.parameters(), strict=True):
+        for weight, shard in zip(student.parameters(), shards, strict=True):
             weight.copy_(shard.full_tensor())
     yield
     student.to("cpu")
 
 
-@torch.no_grad()
 def spread(student: nn.Module, objective: Objective) -> None:
     """Copy the whole student into what is trained."""
-    if objective.model is student:
-        return
-    shard: Any
-    for weight, shard in zip(student.parameters(), objective.model.parameters(), strict=True):
-        shard.copy_(distribute_tensor(weight.to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None))
+    if objective.model is not student:
+        states.set_model_state_dict(
+            objective.model, student.state_dict(), options=states.StateDictOptions(full_state_dict=True)
+        )
 
 
 def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Any]:
     """Return the optimizer's state with whole tensors; under FSDP in the main process alone."""
     if not is_asked():
         return dict(optimizer.state_dict())
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_optimizer_state_dict(objective, optimizer.optimizer, options=options)
+    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return states.get_optimizer_state_dict(objective, optimizer.optimizer, options=options)
 
 
 def set_optimizer_state(objective: Objective, optimizer: Any, state: dict[str, Any]) -> None:
     """Load what optimizer_state returned."""
     if is_asked():
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(objective, optimizer.optimizer, state, options=options)
+        options = states.StateDictOptions(full_state_dict=True)
+        states.set_optimizer_state_dict(objective, optimizer.optimizer, state, options=options)
     else:
         optimizer.load_state_dict(state)
