@@ -28,6 +28,7 @@ from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
 from kdx.rollout import Rollouts, check_rollout, warn_about, with_teachers_answers
 from kdx.run import report, results
+from kdx.run.files import write_json
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import adapter_base
 from kdx.run.launch import build_accelerator
@@ -87,7 +88,9 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         if not training.restore(folder):
             results.check_room(training, path)
             with training.whole():
-                folder.keep("untouched.json", judge.before_training())
+                untouched = judge.before_training()
+            if is_main:
+                write_json(path / "untouched.json", untouched)
         with Tracker(folder, training) as tracker:
             tracker.header(report.header(training))
             results.warn_about(folder, training.data)

@@ -55,12 +55,10 @@ def points(words: list[Override]) -> tuple[list[list[str]], list[str]]:
 
 def sweep_name(keys: list[str], configs: list[Config]) -> str:
     """Name a sweep by its keys and a hash of what its points have in common, the same on any day."""
-    values: dict[str, list[Any]] = {}
-    for config in configs:
-        for key, value in config_identity(config).items():
-            values.setdefault(key, []).append(value)
-    known = list(values)
-    common = {k: some[0] for k, some in values.items() if k not in keys and all(v == some[0] for v in some)}
+    flats = [config_identity(config) for config in configs]
+    known = [key for flat in flats for key in flat]
+    common = {k: v for flat in flats for k, v in flat.items() if all(other.get(k, v) == v for other in flats)}
+    common = {key: value for key, value in common.items() if key not in keys}
     return "-".join([*(_safe(short_key(key, known)) for key in keys), digest(common)])
 
 
@@ -72,8 +70,8 @@ def job_name(keys: list[str], words: list[str], config: Config) -> str:
     known = [*decides, *keys]  # a key that decides nothing here makes no other key's name longer
     parts = ["baseline"] if is_baseline and "loss.alpha" not in keys else []
     for key in keys:
-        is_used = not is_baseline or not key.startswith("loss") or key == "loss.alpha"
-        if is_used and (key not in flat or key in decides or key.startswith(FREE)):  # no key of a group that is off
+        is_group = key not in flat and not (is_baseline and key.startswith("loss"))
+        if is_group or key in decides or key.startswith(FREE):  # no key of a group that is off
             value = flat.get(key, typed.get(key))
             value = int(value) if isinstance(value, float) and value.is_integer() else value
             parts.append(f"{short_key(key, known)}-{_safe(str(value))}")

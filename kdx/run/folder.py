@@ -18,7 +18,7 @@ from kdx.config import Config, as_dict
 from kdx.errors import ConfigError, DivergedError, InUseError, user_error
 from kdx.run.claim import claim
 from kdx.run.files import read_json, remove, write_beside, write_json
-from kdx.run.identity import differences, identity, may_differ, table
+from kdx.run.identity import Differences, differences, identity, may_differ, table
 from kdx.run.redact import redact
 from kdx.run.signals import Stopped
 
@@ -63,7 +63,7 @@ class RunFolder:
         """Return whether this run is done. Raises ConfigError, with a diff, if the folder has another run."""
         if self.status().get("state") != "done" or not self.kept("summary.json"):
             return False
-        if any(key in LONGER for key, _, _ in self._differences(config, {})):
+        if any(key in LONGER for key, _, _ in self._differences(config, identity(config))):
             return False
         if any(self.path.glob(".tmp-*")):  # killed once it was done, while it removed its checkpoints
             with suppress(InUseError), claim(self.path):
@@ -76,12 +76,12 @@ class RunFolder:
             for path in folder.glob(".tmp-*"):
                 remove(path)
 
-    def _differences(self, config: Config, facts: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-        """Return what differs from the run that is here and may differ. Raises ConfigError for the rest.
+    def _differences(self, config: Config, now: dict[str, Any]) -> Differences:
+        """Return what differs between this identity and the run that is here, and may. Raises ConfigError for the rest.
 
         A folder where nothing was saved yet is free for another config.
         """
-        was, now = self.kept("data.json"), identity(config) | facts
+        was = self.kept("data.json")
         if not was or not is_resumable(self.path):
             return []
         found = differences({key: was.get(key) for key in now}, now)
@@ -106,7 +106,7 @@ class RunFolder:
         self.is_main = is_main
         with claim(self.path) if is_main else nullcontext():
             if is_main:
-                self._differences(config, {})
+                self._differences(config, identity(config))
                 self._remove_leftovers()
                 self._write_record(config, record)
                 self.step = self.status().get("step", 0)  # how far it was, until it is resumed
@@ -144,9 +144,10 @@ class RunFolder:
 
         facts: what is known only once data and models are loaded (fingerprints of the rows, number of processes).
         """
-        if self.is_main:  # models and data have been downloaded by now, so the hub's commits are known
-            self._differences(config, facts)
-            self.keep("data.json", identity(config) | facts)
+        if self.is_main:
+            now = identity(config) | facts  # models and data have been downloaded: the hub's commits are known
+            self._differences(config, now)
+            write_json(self.path / "data.json", now)
 
     def begin_again(self) -> None:
         """Warn if a run that was stopped has nothing to resume from."""
@@ -168,11 +169,6 @@ class RunFolder:
         status |= {"updated": time.strftime(TIME), "since": self._since}
         status |= {"owner": {"pid": os.getpid(), "host": platform.node()}}
         write_json(self.path / "status.json", status if code is None else status | {"exit_code": code})
-
-    def keep(self, name: str, value: dict[str, Any]) -> None:
-        """Write a JSON file of the run, in the main process."""
-        if self.is_main:
-            write_json(self.path / name, value)
 
     def kept(self, name: str) -> dict[str, Any]:
         """Read a JSON file of the run; empty if there is none."""
