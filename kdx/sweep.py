@@ -197,14 +197,11 @@ def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, s
 
 def _claim(config: Config, folder: Path, since: float, held: ExitStack) -> str:
     """Claim a job, or say why it is not to be done now. Raises ConfigError if the folder has another run."""
-    what, why = _standing(folder, config, since)
-    if what != "left":
-        return why
     try:
         held.enter_context(claim(folder))
-    except InUseError as error:  # another process was faster
+    except InUseError as error:
         return f"{error.args[1]}, passed over"
-    what, why = _standing(folder, config, since)  # again: it may have done the job a moment ago
+    what, why = _standing(folder, config, since)
     return why if what in ("done", "failed") else ""
 
 
