@@ -181,7 +181,7 @@ def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool 
 
 
 def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, str]:
-    """Return the state of a job (done, held, failed by this command, or left) and the reason. Raises ConfigError."""
+    """Return the state of a job (done, failed by this command, or left) and the reason. Raises ConfigError."""
     run = RunFolder(folder)
     status = run.status()
     state, reason = status.get("state", "not started"), status.get("reason", "see its error above")
@@ -190,8 +190,6 @@ def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, s
     is_new = state in ("failed", "diverged") and (folder / "status.json").stat().st_mtime >= since
     if is_new or folder in _failed:
         return "failed", f"{state}: {reason}"
-    if owner := holder(folder):
-        return "held by other processes", f"in use by {owner}, passed over"
     return "left", "was killed" if state == "running" else state
 
 
@@ -202,7 +200,7 @@ def _claim(config: Config, folder: Path, since: float, held: ExitStack) -> str:
     except InUseError as error:
         return f"{error.args[1]}, passed over"
     what, why = _standing(folder, config, since)
-    return why if what in ("done", "failed") else ""
+    return "" if what == "left" else why
 
 
 def _agreed(decide: Callable[[], str]) -> str:
@@ -241,6 +239,8 @@ def _report(plan: "Plan", since: float) -> None:
             what, why = _standing(path, plan.jobs[path].config if plan.jobs else None, since)
         except KdxError as error:
             what, why = "failed", str(error).splitlines()[0].removeprefix(f"{path}: ")
+        if what == "left" and (owner := holder(path)):
+            what, why = "held by other processes", f"in use by {owner}"
         found[what].append(f"  {os.path.relpath(path)}  {printable(why)}")
         _failed.update([path] if what == "failed" else [])
     if not found["held by other processes"] + found["left"]:
