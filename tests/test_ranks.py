@@ -95,15 +95,8 @@ def two(own: Path) -> Path:
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "program.py"]
     variables = environment(KDX_PLUGINS="broken_loss", RUNS=repr(runs), **{**FSDP, "ACCELERATE_USE_FSDP": "false"})
     variables |= {name: os.environ[name] for name in ("KDX_STORE", "KDX_CACHE")}
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher],
-        cwd=own,
-        env=variables,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    how = {"cwd": own, "env": variables, "capture_output": True, "text": True, "check": False, "timeout": 300}
+    done = subprocess.run([sys.executable, "-m", *launcher], **how)
     (own / "told").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     return own

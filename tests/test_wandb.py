@@ -283,15 +283,8 @@ def check_comparison(server: Server, sweep: Path) -> StoredRun:
         row = dict(zip(table["columns"], cells, strict=True))
         assert row["point"].endswith(student["label"])
         assert (row["pareto"], "kl" in row["tied"]) == (student["pareto_front"], student["kl_is_best"])
-        for name in (
-            "kl",
-            "ce",
-            "agreement",
-            "kl_minus_best_low",
-            "ce_minus_best_high",
-            "agreement_minus_best_low",
-            "runs",
-        ):
+        intervals = ("kl_minus_best_low", "ce_minus_best_high", "agreement_minus_best_low")
+        for name in ("kl", "ce", "agreement", *intervals, "runs"):
             assert row.get(name) == student.get(name)
     assert {name.split("/")[3].rsplit("_", 2)[0] for name in files if "images" in name} >= {"CE_against_KL", "KL", "CE"}
     return comparison
@@ -444,13 +437,6 @@ def test_a_client_that_changed_costs_one_line(
 @pytest.mark.parametrize(
     ("words", "swept", "name", "tags"),
     [
-        ([], [], "SmolLM2-135M → 10 layers · forward_kl α0.7 τ2", ["forward_kl", "10 layers", "SmolLM2-135M"]),
-        (
-            ["experiment=null"],
-            [],
-            "SmolLM2-135M → 10 layers · forward_kl α0.7 τ2",
-            ["forward_kl", "10 layers", "SmolLM2-135M"],
-        ),
         (["loss=jsd"], [], "SmolLM2-135M → 10 layers · jsd α0.7 τ2 beta=0.5", ["jsd", "10 layers", "SmolLM2-135M"]),
         (
             ["loss=cross_entropy", "experiment=demo"],
@@ -458,12 +444,7 @@ def test_a_client_that_changed_costs_one_line(
             "SmolLM2-135M → 10 layers · cross_entropy",
             ["baseline", "10 layers", "SmolLM2-135M", "demo"],
         ),
-        (
-            ["loss.alpha=0.5", "train.seed=1"],
-            ["loss.temperature", "loss.alpha", "train.seed"],
-            "τ=2 α=0.5 seed=1",
-            None,
-        ),
+        (["loss.alpha=0.5"], ["loss.temperature", "loss.alpha", "train.seed"], "τ=2 α=0.5 seed=0", None),
         (["loss.alpha=0", "train.seed=1"], ["loss.temperature", "train.seed"], "baseline seed=1", None),
         (
             ["data=pairs", "data.path=[/home/me/a.jsonl,/b.jsonl]", "+loss.api_key=abc", "student=/home/me/gpt/"],
@@ -472,12 +453,6 @@ def test_a_client_that_changed_costs_one_line(
             ["forward_kl", "gpt", "SmolLM2-135M"],
         ),
         (["adapter=lora", f"tracking.notes={SECRET}", f"+loss.word={SECRET}"], ["loss.word"], "word=[redacted]", None),
-        (
-            ["teacher=none", "student=hf", "student.path=/home/me/gpt", "loss.alpha=0"],
-            [],
-            "gpt · cross_entropy",
-            ["baseline", "gpt"],
-        ),
     ],
 )
 def test_names_and_tags(words: list[str], swept: list[str], name: str, tags: list[str] | None) -> None:
