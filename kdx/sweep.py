@@ -183,7 +183,7 @@ def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool 
 def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, str]:
     """Return the state of a job (done, failed by this command, or left) and the reason. Raises ConfigError."""
     run = RunFolder(folder)
-    status = run.status()
+    status = run.kept("status.json")
     state, reason = status.get("state", "not started"), status.get("reason", "see its error above")
     if state == "done" and (config is None or run.is_done(config)):
         return "done", "done already"

@@ -30,7 +30,7 @@ def save(run_dir: Path, step: int, width: int = 4) -> Path:
     """Save a checkpoint of a small model, with best weights."""
     model = torch.nn.Linear(width, width)
     optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint.folder_of(run_dir).mkdir(exist_ok=True)
+    (run_dir / checkpoint.FOLDER).mkdir(exist_ok=True)
     checkpoint.save_weights(checkpoint.best_file(run_dir), model)
     rest = {"random": [checkpoint.random_state()]}
     checkpoint.save(run_dir, model, {"step": step}, optimizer.state_dict(), rest, lambda folder: None)

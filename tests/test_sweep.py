@@ -81,9 +81,9 @@ class Folders:
     @staticmethod
     def is_done(folders: "Folders") -> Callable[[sweep.RunFolder, object], bool]:
         def is_done(run: sweep.RunFolder, _: object) -> bool:
-            if run.status().get("state") == "done" and run.path.name == "changed":
+            if run.kept("status.json").get("state") == "done" and run.path.name == "changed":
                 raise ConfigError(str(run.path), "holds a run with a different plugins", "Set sweep.name=...")
-            return bool(run.status().get("state") == "done")
+            return bool(run.kept("status.json").get("state") == "done")
 
         return is_done
 

@@ -16,22 +16,19 @@ from kdx.adapter import is_adapted, trained
 from kdx.errors import MachineError
 from kdx.run.files import digest_of, fsync, read_json, remove, saving, whole_file, whole_folder
 
+FOLDER = "checkpoints"
 KEPT = 2
 MANIFEST = "MANIFEST.json"  # size and xxhash of every other file
 
 
-def folder_of(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
-
-
 def best_file(run_dir: Path) -> Path:
     """Return the file of the best weights so far (train.keep=best)."""
-    return folder_of(run_dir) / "best.safetensors"
+    return run_dir / FOLDER / "best.safetensors"
 
 
 def found(run_dir: Path) -> list[Path]:
     """List a run's checkpoints, newest first, verified or not."""
-    return sorted((p for p in folder_of(run_dir).glob("step-*") if p.is_dir()), reverse=True)
+    return sorted((run_dir / FOLDER).glob("step-*"), reverse=True)
 
 
 def save(
@@ -48,7 +45,7 @@ def save(
     tokenizer, so that the folder is also a model folder. Raises MachineError if the disk is full or refuses; older
     checkpoints then stay.
     """
-    final, best = folder_of(run_dir) / f"step-{state['step']:08d}", best_file(run_dir)
+    final, best = run_dir / FOLDER / f"step-{state['step']:08d}", best_file(run_dir)
     with saving("a checkpoint", final), whole_folder(final) as folder:
         save_file(_untied(model), folder / "model.safetensors", metadata={"format": "pt"})
         describe(folder)
@@ -87,7 +84,7 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
         skipped.append(f"{folder.name}: {fault}")
     if skipped:
         what = f"no checkpoint is whole ({'; '.join(skipped)})"
-        raise MachineError(str(folder_of(run_dir)), what, "Start again in another folder, or remove this one")
+        raise MachineError(str(run_dir / FOLDER), what, "Start again in another folder, or remove this one")
     return None, skipped
 
 

@@ -55,13 +55,9 @@ class RunFolder:
         self._since = time.strftime(TIME)
         self._written = 0.0
 
-    def status(self) -> dict[str, Any]:
-        """Read status.json; empty if there is none."""
-        return read_json(self.path / "status.json")
-
     def is_done(self, config: Config) -> bool:
         """Return whether this run is done. Raises ConfigError, with a diff, if the folder has another run."""
-        if self.status().get("state") != "done" or not self.kept("summary.json"):
+        if self.kept("status.json").get("state") != "done" or not self.kept("summary.json"):
             return False
         if any(key in LONGER for key, _, _ in self._differences(config, identity(config))):
             return False
@@ -109,13 +105,13 @@ class RunFolder:
                 self._differences(config, identity(config))
                 self._remove_leftovers()
                 self._write_record(config, record)
-                self.step = self.status().get("step", 0)  # how far it was, until it is resumed
+                self.step = self.kept("status.json").get("step", 0)  # how far it was, until it is resumed
                 self.write_status("running")
             try:
                 yield
             except BaseException as error:
                 # Of several processes the one that fails says why. What fails after a run is done loses nothing.
-                if self.status().get("state") == "running":
+                if self.kept("status.json").get("state") == "running":
                     with suppress(OSError):  # a full disk: the error itself is printed
                         self.write_status(*self._ending(error))
                 raise

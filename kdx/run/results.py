@@ -158,7 +158,7 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
     write_json(path / "summary.json", summary)
     folder.write_status("done")
     if not config.train.keep_checkpoints:
-        remove(checkpoint.folder_of(path))
+        remove(path / checkpoint.FOLDER)
     tracker.finish(summary, samples)
     CONSOLE.print(report.closing_table(summary))
     if pulls and 0 < config.loss.alpha < 1:
