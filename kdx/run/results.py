@@ -18,7 +18,7 @@ from kdx.run.files import in_bytes, read_lines, remove, usage_of, write_beside, 
 from kdx.run.folder import RunFolder
 from kdx.run.tracking import CONSOLE, Tracker, log
 from kdx.student import save_student
-from kdx.train import HINT, Training, num_bytes
+from kdx.train import Training, num_bytes
 
 FEW_TOKENS = 2000  # below so many counted held-out tokens, measures vary more than most choices move them
 
@@ -67,9 +67,7 @@ def warn_about(folder: RunFolder, data: Data) -> None:
         return
     untouched = folder.kept("untouched.json")
     counted = int(data.held_out.num_counted.sum())
-    if not len(data.held_out):
-        log.warning("nothing is held out (data.validation=null): this run cannot be compared with others")
-    elif counted < FEW_TOKENS:
+    if 0 < counted < FEW_TOKENS:
         log.warning("only %d counted held-out tokens: measures are uncertain; raise data.validation", counted)
     teacher, student = untouched["teacher"]["ce"], untouched["untouched"]["ce"]
     if (teacher or 0.0) > (student or math.inf):
@@ -173,10 +171,7 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
 
 def _check_finite(training: Training, measures: dict[str, float | None]) -> None:
     """Refuse to call a run done whose measures could rank anywhere. Raises DivergedError."""
-    state = training.state
-    if 0 < state.step == state.num_nonfinite:
-        raise DivergedError(f"step {state.step}", "every step was skipped: the student learnt nothing", HINT)
     wrong = [name for name, value in measures.items() if not math.isfinite(value or 0.0)]
     if wrong:
         what = f"the student's held-out {', '.join(wrong)} are not finite; it is never ranked"
-        raise DivergedError(f"step {state.step}", what, "Lower optim.lr, or set train.keep=best")
+        raise DivergedError(f"step {training.state.step}", what, "Lower optim.lr, or set train.keep=best")

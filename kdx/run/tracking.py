@@ -120,9 +120,8 @@ class Tracker:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        is_failed = error is not None and not isinstance(error, SystemExit | KeyboardInterrupt)
-        code = 1 if is_failed else getattr(error, "code", 0 if error is None else 130)
-        if is_failed and self.config.tracking.alerts:
+        code = error.code if isinstance(error, SystemExit) else int(error is not None)
+        if code == 1 and self.config.tracking.alerts:
             what = "diverged" if isinstance(error, DivergedError) else "failed"
             self._try(lambda run: run.alert(f"A run {what}", redact(f"{self.name}: {error}"), "ERROR"))
         self._log_tab.close()
