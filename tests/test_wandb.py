@@ -224,33 +224,23 @@ def test_a_stopped_run_goes_on_in_its_wandb_run(place: Path, server: Server) -> 
     assert {row["_step"]: row["tokens"] for row in kept.history} == logged
 
 
-@pytest.fixture(scope="module")
-def without(place: Path) -> dict[str, torch.Tensor]:
-    """The student of the same run without W&B."""
+def test_a_server_that_vanishes_costs_nothing_but_the_wait(place: Path) -> None:
+    """The server falls silent in mid-run: the same student, an end in time, and a line that uploads the rest."""
     told = kdx(place, "loss.name=eventful", "tracking.mode=disabled", "hydra.run.dir=outputs/without")
     assert told.returncode == 0, told.stderr
-    return load_file(place / "outputs/without/student/model.safetensors")
-
-
-def assert_unharmed(told: subprocess.CompletedProcess[str], run_dir: Path, without: dict[str, torch.Tensor]) -> None:
-    """The run ended well, soon after its summary (its finish_timeout is 1 s), with the student that there is without W&B."""
-    waited = time.time() - (run_dir / "summary.json").stat().st_mtime
-    assert told.returncode == 0, told.stderr
-    assert "Traceback" not in told.stderr and "kdx: error" not in told.stderr
-    assert waited < 30  # seconds, on a busy machine
-    student = load_file(run_dir / "student/model.safetensors")
-    assert all(torch.equal(student[name], weight) for name, weight in without.items())
-
-
-def test_a_server_that_vanishes_costs_nothing_but_the_wait(place: Path, without: dict[str, torch.Tensor]) -> None:
-    """The server falls silent in mid-run: the same student, an end in time, and a line that uploads the rest."""
+    without, run_dir = load_file(place / "outputs/without/student/model.safetensors"), place / "outputs/lost"
     with Server() as server:
         environment = server.environment | {"EVENT": "vanish", "WANDB_FINISH_TIMEOUT": "1"}
         told = kdx(place, "loss.name=eventful", "hydra.run.dir=outputs/lost", **environment)
-        assert_unharmed(told, place / "outputs/lost", without)
+        waited = time.time() - (run_dir / "summary.json").stat().st_mtime
+        assert told.returncode == 0, told.stderr
+        assert "Traceback" not in told.stderr and "kdx: error" not in told.stderr
+        assert waited < 30  # seconds, on a busy machine; its finish_timeout is 1 s
+        student = load_file(run_dir / "student/model.safetensors")
+        assert all(torch.equal(student[name], weight) for name, weight in without.items())
         assert told.stdout.count("warning: W&B") == 1
-        assert json.loads((place / "outputs/lost/status.json").read_text())["state"] == "done"
-        kept = stored(server, place / "outputs/lost")
+        assert json.loads((run_dir / "status.json").read_text())["state"] == "done"
+        kept = stored(server, run_dir)
         assert not server.answering.is_set()
         assert kept.exit_codes == []
         server.answering.set()

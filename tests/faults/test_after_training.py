@@ -72,7 +72,6 @@ def no_step(patch):
 
 SIGKILL = partial(signal_self, signal.SIGKILL)
 FAULTS = {
-    "a bug": (partial(in_final_measures, raises(RuntimeError("a bug"))), 1, "failed"),
     "out of memory": (partial(in_final_measures, raises(torch.OutOfMemoryError("CUDA out of memory"))), 3, "failed"),
     "a full disk": (partial(before_summary, raises(OSError(28, "No space left on device"))), 3, "failed"),
     "SIGTERM": (partial(in_final_measures, signal_self), 143, "interrupted"),
