@@ -48,17 +48,14 @@ def identity(config: Config) -> dict[str, Any]:
     A digest is None where there is nothing, or nothing yet, such as a model that will be downloaded.
     """
     template = config.data.chat_template or ""
-    groups = (("teacher", config.teacher), ("student", config.student))
+    groups = {"teacher": config.teacher, "student": config.student}
+    own = {name: model for name, model in groups.items() if model.tokenizer != "teacher"}
     return config_identity(config) | {
         "data": _data(config.data),
         "teacher": _model(config.teacher, "teacher", WEIGHTS),
         "student": _model(config.student, "student", WEIGHTS[: 1 if config.student.init == "random" else None]),
         "tokenizer": _joined(
-            [
-                _model(m, name, TOKENIZER, m.tokenizer)
-                for name, m in groups
-                if (m.tokenizer or m.path) and m.tokenizer != "teacher"
-            ]
+            [_model(m, name, TOKENIZER, m.tokenizer) for name, m in own.items() if m.tokenizer or m.path]
         ),
         "chat_template": content_hash(Path(template)) if os.path.isfile(template) else None,
         "plugins": _joined([content_hash(file) for file in plugins.files()]),

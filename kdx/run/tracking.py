@@ -83,11 +83,9 @@ def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
 @contextmanager
 def working(what: str, total: int, is_main: bool = True, done: int = 0) -> Iterator[Callable[..., None]]:
     """Show the progress of something long on a terminal → a function to call after each part, with words to show."""
-    if not (is_main and CONSOLE.is_terminal):
-        yield lambda words="": None
-        return
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
-    with Progress(*columns, console=CONSOLE, transient=True, speed_estimate_period=300) as progress:
+    how: dict[str, Any] = {"transient": True, "speed_estimate_period": 300}
+    with Progress(*columns, console=CONSOLE, disable=not (is_main and CONSOLE.is_terminal), **how) as progress:
         task = progress.add_task(what, total=total, completed=done, words="")
         yield lambda words="": progress.update(task, advance=1, words=words)
 
@@ -267,7 +265,7 @@ def without(words: list[str], *beginnings: str) -> list[str]:
 
 def wandb_mode(asked: str) -> Any:
     """Return the mode that is asked for, else that of WANDB_MODE, else online if its client has a key for its server."""
-    if mode := asked if asked != "auto" else os.environ.get("WANDB_MODE"):
+    if mode := os.environ.get("WANDB_MODE") if asked == "auto" else asked:
         return mode
     import wandb
 
