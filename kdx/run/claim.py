@@ -5,12 +5,10 @@ process of this one. Everything else is free at once.
 """
 
 import fcntl
-import json
 import os
 import platform
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,27 +17,20 @@ from typing import Any
 import psutil
 
 from kdx.errors import InUseError
-from kdx.run.files import read_json
+from kdx.run.files import read_json, write_json
 
 LOCK, BEAT = ".lock", "heartbeat.json"
 HEARTBEAT = 30.0  # seconds between two heartbeats
 STALE = 300.0  # seconds after which a heartbeat counts as that of a dead process
-_held: dict[Path, Any] = {}  # folders that this process holds → their locks
-
-
-def _release() -> None:
-    while _held:
-        _held.popitem()[1].close()
-
-
-os.register_at_fork(after_in_child=_release)  # else a worker that outlives a killed run would keep its folder locked
+SETTLE = 0.5  # seconds in which processes that saw no heartbeat have written theirs; the last one counts
+_held: set[tuple[int, Path]] = set()  # pid (a fork holds nothing) and folder
 
 
 def holder(folder: Path) -> str | None:
     """Describe the process that holds a folder ("pid 12 on host a"); None if the folder is free."""
     is_free = True
     with suppress(FileNotFoundError), open(folder / LOCK, "r+b") as lock:
-        is_free = _take(lock)
+        is_free = _take(lock) is not False
     return None if is_free and not _is_fresh(folder / BEAT) else _describe(folder / BEAT)
 
 
@@ -49,15 +40,21 @@ def claim(folder: Path) -> Iterator[None]:
 
     Raises InUseError.
     """
-    if folder.absolute() in _held:
+    key = (os.getpid(), folder.absolute())
+    if key in _held:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
     beat, done = folder / BEAT, threading.Event()
+    me = {"pid": os.getpid(), "started": _started(os.getpid()), "host": platform.node()}
     with open(folder / LOCK, "ab") as lock:
-        if not _take(lock) or _is_fresh(beat) or not _write(beat):
+        is_locked = _take(lock)
+        if is_locked is not False and not _is_fresh(beat):
+            write_json(beat, me)
+            time.sleep(0 if is_locked else SETTLE)
+        if read_json(beat) != me:
             raise InUseError(str(folder), f"in use by {_describe(beat)}", "Wait for it, or choose another folder")
-        _held[folder.absolute()] = lock
+        _held.add(key)
         thread = threading.Thread(target=_keep_beating, args=(beat, done), daemon=True)
         thread.start()
         try:
@@ -66,35 +63,20 @@ def claim(folder: Path) -> Iterator[None]:
             done.set()
             thread.join()
             beat.unlink(missing_ok=True)
-            _held.pop(folder.absolute(), None)
+            _held.remove(key)
 
 
-def _take(lock: Any) -> bool:
-    """Take a lock; True as well where the file system has none and the heartbeat alone decides."""
+def _take(lock: Any) -> bool | None:
+    """Take a lock → whether that could be done; None where the file system has no locks (NFS and Lustre may not)."""
     for _ in range(5):  # another process may hold it for a moment, only to see whether it is free
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.05)
-        except OSError:  # NFS or Lustre, mounted without locks
-            return True
+        except OSError:
+            return None
         else:
             return True
-    return False
-
-
-def _write(beat: Path) -> bool:
-    """Write the first heartbeat, in place of a dead process's; False if another process was faster."""
-    dead, aside = read_json(beat), beat.with_name(f".tmp-{uuid.uuid4().hex[:8]}")
-    with suppress(FileNotFoundError):  # without locks two may try: the second finds none, or has moved the first one's
-        beat.rename(aside)
-        if read_json(aside) != dead:
-            aside.rename(beat)
-            return False
-        aside.unlink()
-    with suppress(FileExistsError), beat.open("x") as file:
-        json.dump({"pid": os.getpid(), "started": _started(os.getpid()), "host": platform.node()}, file)
-        return True
     return False
 
 
@@ -106,7 +88,7 @@ def _keep_beating(beat: Path, done: threading.Event) -> None:
 
 def _is_fresh(beat: Path) -> bool:
     """Whether a heartbeat is that of a process that still runs, as far as this host can tell."""
-    owner = read_json(beat)  # empty as well if its process was killed before it was written
+    owner = read_json(beat)
     with suppress(FileNotFoundError):
         if owner and time.time() - beat.stat().st_mtime <= STALE:
             # Clocks are corrected, by less than two seconds.
