@@ -117,7 +117,7 @@ def test_keep_best_measures_again_what_it_kept(place, tmp_path):
 
 def saved_steps(patch, steps):
     known = checkpoint.save
-    patch.setattr(checkpoint, "save", lambda *a, **k: steps.append(a[4]["step"]) or known(*a, **k))
+    patch.setattr(checkpoint, "save", lambda *a, **k: steps.append(a[2]["step"]) or known(*a, **k))
 
 
 @pytest.mark.parametrize(
