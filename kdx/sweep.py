@@ -244,14 +244,8 @@ def _report(plan: "Plan", since: float) -> None:
         found[what].append(f"  {os.path.relpath(path)}  {printable(why)}")
         _failed.update([path] if what == "failed" else [])
     if not found["held by other processes"] + found["left"]:
-        with suppress(InUseError), claim(plan.folder):  # of several processes that share a sweep one compares
-            mark, jobs = plan.folder / ".compared", plan.folder.glob("*/status.json")
-            if mark.exists() and mark.stat().st_mtime >= max([since, *(file.stat().st_mtime for file in jobs)]):
-                print(f"kdx: nothing is left; another process has just compared the jobs in {plan.folder}", flush=True)
-            else:
-                mark.touch()  # first: a job that ends meanwhile is compared again
-                if not _compare(plan.folder, is_last=True):
-                    mark.unlink()
+        with suppress(InUseError), claim(plan.folder):  # of several processes that share a sweep one sends it to W&B
+            _compare(plan.folder, is_last=True)
     for what, rows in found.items():
         if rows and what != "done":
             print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
@@ -259,19 +253,18 @@ def _report(plan: "Plan", since: float) -> None:
         print("kdx: type the same command again to do what is left", file=sys.stderr)
 
 
-def _compare(folder: Path, *, is_last: bool = False) -> bool:
-    """Write the page of the sweep so far; at its end print it, and put it into W&B → whether that could be done."""
+def _compare(folder: Path, *, is_last: bool = False) -> None:
+    """Write the page of the sweep so far; at its end print it, and put it into W&B."""
     from kdx.compare import read
 
     try:
-        if is_last:
-            from kdx.compare.wandb_run import publish
-
-            if line := publish(read.show([folder], folder), folder):
-                print(f"kdx: {line}", flush=True)
-        else:
+        if not is_last:
             read.compare([folder], folder)
+            return
+        comparison = read.show([folder], folder)
+        from kdx.compare.wandb_run import publish
+
+        if line := publish(comparison, folder):
+            print(f"kdx: {line}", flush=True)
     except Exception as error:  # it must not end the sweep
         print(f"kdx: no comparison of {folder}: {one_line(error)}", file=sys.stderr)
-        return False
-    return True

@@ -62,8 +62,8 @@ def header(training: Any) -> list[str]:
     teacher, student, optim = training.teacher, training.student, training.config.optim
     sources = training.record.sources.items()
     came = {key: f" ({where.removeprefix('conf/').removesuffix('.yaml')})" for key, where in sources}
-    processes = f", {machine.num_processes} processes" if machine.num_processes > 1 else ""
-    processes += ", the student sharded (FSDP)" if machine.is_fsdp2 else ""
+    sharded = ", the student sharded (FSDP)" if machine.is_fsdp2 else ""
+    processes = f", {machine.num_processes} processes{sharded}" if machine.num_processes > 1 else ""
     num_micro = batches.batch_size // (batches.micro_batch_size * machine.num_processes)
     micro = f" in {num_micro} micro-batches of {batches.micro_batch_size}" if num_micro > 1 else ""
     if batches.micro_batch_tokens:
