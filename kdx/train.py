@@ -120,7 +120,7 @@ class Training:
         """Load a finished training, or the newest whole checkpoint → False at step 0. Raises KdxError."""
         config = self.config.adapter
         trained, saved = folder.kept("trained.json"), folder.path / "student"
-        if trained and trained["max_steps"] == self.max_steps and saved.is_dir():
+        if trained and saved.is_dir():
             self.state, self.is_finished = self._read_state(trained["state"], folder.path / "trained.json"), True
             if is_adapted(self.student) and config.save == "merged":
                 self.as_saved()
@@ -347,7 +347,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
             run.measure(judge, folder)
         if config.keep_checkpoints:
             run.save(folder)
-        if state.window:  # after the last checkpoint: a longer run from there logs at other steps
+        if state.window:
             tracker.log(state, means(run))
     except Stopped:
         run.save(folder)

@@ -18,14 +18,13 @@ from kdx.config import Config, as_dict
 from kdx.errors import ConfigError, DivergedError, InUseError, user_error
 from kdx.run.claim import claim
 from kdx.run.files import read_json, remove, write_beside, write_json
-from kdx.run.identity import Differences, differences, identity, may_differ, table
+from kdx.run.identity import differences, identity, may_differ, table
 from kdx.run.redact import redact
 from kdx.run.signals import Stopped
 
 log = logging.getLogger("kdx")
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 STATUS_SECONDS = 5  # between two writes of the step to status.json
-LONGER = ("train.max_steps", "train.epochs")  # a run may be resumed with more of these
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ class RunFolder:
         """Return whether this run is done. Raises ConfigError, with a diff, if the folder has another run."""
         if self.kept("status.json").get("state") != "done" or not self.kept("summary.json"):
             return False
-        if any(key in LONGER for key, _, _ in self._differences(config, identity(config))):
-            return False
+        self._refuse_another(identity(config))
         if any(self.path.glob(".tmp-*")):  # killed once it was done, while it removed its checkpoints
             with suppress(InUseError), claim(self.path):
                 self._remove_leftovers()
@@ -72,26 +70,18 @@ class RunFolder:
             for path in folder.glob(".tmp-*"):
                 remove(path)
 
-    def _differences(self, config: Config, now: dict[str, Any]) -> Differences:
-        """Return what differs between this identity and the run that is here, and may. Raises ConfigError for the rest.
-
-        A folder where nothing was saved yet is free for another config.
-        """
+    def _refuse_another(self, now: dict[str, Any]) -> None:
+        """Raise ConfigError, with a diff, if the folder has a run of another identity that saved something."""
         was = self.kept("data.json")
         if not was or not is_resumable(self.path):
-            return []
+            return
         found = differences({key: was.get(key) for key in now}, now)
-        if wrong := [d for d in found if not may_differ(*d, config)]:
+        if wrong := [(key, before, after) for key, before, after in found if not may_differ(key, after)]:
             keys = ", ".join(key for key, _, _ in wrong)
             hint = "Use another folder (hydra.run.dir=..., in a sweep sweep.name=...), or start a new run with run.like=..."
             error = ConfigError(str(self.path), f"holds a run with a different {keys}", hint)
             error.lines += table(wrong)
             raise error
-        trained = self.kept("trained.json")
-        if trained and any(key in LONGER for key, _, _ in found) and not any(self.path.glob("checkpoints/step-*")):
-            what = f"has trained to step {trained['state']['step']} and kept no checkpoint to continue from"
-            raise ConfigError(str(self.path), what, "Use the same train.max_steps, or another folder")
-        return found
 
     @contextmanager
     def claim(self, config: Config, record: Record, is_main: bool = True) -> Iterator[None]:
@@ -102,7 +92,7 @@ class RunFolder:
         self.is_main = is_main
         with claim(self.path) if is_main else nullcontext():
             if is_main:
-                self._differences(config, identity(config))
+                self._refuse_another(identity(config))
                 self._remove_leftovers()
                 self._write_record(config, record)
                 self.step = self.kept("status.json").get("step", 0)  # how far it was, until it is resumed
@@ -142,7 +132,7 @@ class RunFolder:
         """
         if self.is_main:
             now = identity(config) | facts  # models and data have been downloaded: the hub's commits are known
-            self._differences(config, now)
+            self._refuse_another(now)
             write_json(self.path / "data.json", now)
 
     def begin_again(self) -> None:

@@ -137,15 +137,6 @@ def test_checkpoints_are_written_where_they_are_due(place, tmp_path, words, expe
     assert (steps, checkpoints_of(tmp_path / "run")) == (expected, kept)
 
 
-def test_a_longer_run_needs_a_checkpoint_to_train_on_from(place, tmp_path, capfd):
-    words = [*WORDS[1:], "optim.schedule=constant"]
-    assert run_here(config_of(place, *words, "train.max_steps=2"), tmp_path / "run") == 0
-    assert run_here(config_of(place, *words, "train.max_steps=4"), tmp_path / "run") == 2
-    assert "has trained to step 2 and kept no checkpoint to continue from" in capfd.readouterr().err
-    assert status(tmp_path / "run")["state"] == "done"
-    assert run_here(config_of(place, *words, "train.max_steps=2"), tmp_path / "run", no_step) == 0
-
-
 def test_out_of_memory_in_training_keeps_the_last_checkpoint(place, tmp_path, undisturbed):
     """An allocation that no machine can give, in a process; then the same run to its end."""
     _, expected, _ = undisturbed

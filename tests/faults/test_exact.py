@@ -96,20 +96,6 @@ def test_another_number_of_processes_is_refused(stopped, tmp_path, capfd):
     assert re.search(r"  processes +2 +1", capfd.readouterr().err)
 
 
-@pytest.mark.parametrize(("schedule", "code"), [("constant", 0), ("cosine", 2)])
-def test_a_longer_run(place, tmp_path, schedule, code):
-    """Under a constant rate the first steps of a longer run are those of the shorter one."""
-    words = ["train.micro_batch_size=4", f"optim.schedule={schedule}", "train.keep_checkpoints=true"]
-    words += ["train.log_every=3"]  # the last step of the shorter run is none that the longer one logs
-    short, long = (config_of(place, *words, f"train.max_steps={steps}") for steps in (5, 8))
-    straight(short, tmp_path / "run")
-    assert run_here(long, tmp_path / "run") == code
-    if code == 0:
-        again, expected = outcome(tmp_path / "run"), straight(long, tmp_path / "straight")
-        assert again[0] == expected[0]
-        assert run_here(short, tmp_path / "run") == 2  # and not shorter again
-
-
 def test_a_log_line_spans_a_stop(place, tmp_path):
     """A line every 4 steps, a stop at step 3: the line of step 4 is over all four."""
     config = config_of(place, "train.log_every=4", "train.max_steps=5", "train.micro_batch_size=4")
