@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdx.config import Config, DataConfig, ModelConfig, StudentConfig, as_dict, leaves
+from kdx.config import Config, ModelConfig, StudentConfig, as_dict, leaves
 from kdx.run.folder import Record
 from kdx.run.identity import canonical, config_identity, digest
 from kdx.run.redact import redact
@@ -72,8 +72,8 @@ def _public(value: Any) -> str:
     return text.rstrip("/").rsplit("/", 1)[-1].removeprefix("pkg:")
 
 
-def public_name(source: ModelConfig | DataConfig) -> str:
-    """Name a model or data by its hub id, or by the last part of its path."""
+def public_name(source: Any) -> str:
+    """Name the config of a model or of data by its hub id, or by the last part of its path."""
     path = getattr(source, "base_model", None) or source.path or source.name
     name = (path if isinstance(path, str) else path[0]).removeprefix("pkg:").rstrip("/")
     is_local = name.startswith((".", "/", "~")) or name.count("/") > 1
