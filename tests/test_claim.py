@@ -24,6 +24,7 @@ def locking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             raise OSError("No locks available")
 
         monkeypatch.setattr(fcntl, "flock", refuse)
+        monkeypatch.setattr(claims, "SETTLE", 0.5)
     return bool(request.param == "locks")
 
 

@@ -22,7 +22,7 @@ from kdx.run.files import read_json, write_json
 LOCK, BEAT = ".lock", "heartbeat.json"
 HEARTBEAT = 30.0  # seconds between two heartbeats
 STALE = 300.0  # seconds after which a heartbeat counts as that of a dead process
-SETTLE = 0.5  # seconds in which processes that saw no heartbeat have written theirs; the last one counts
+SETTLE = 2.0  # seconds in which processes that saw no heartbeat have written theirs; the last one counts
 _held: set[tuple[int, Path]] = set()  # pid (a fork holds nothing) and folder
 
 
