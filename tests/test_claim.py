@@ -68,6 +68,21 @@ def test_what_a_killed_process_held_is_free_at_once(tmp_path: Path, locking: boo
         assert holder(tmp_path / "job")
 
 
+def test_a_forked_child_does_not_hold_its_parents_folder(tmp_path: Path) -> None:
+    ready, go = os.pipe(), os.pipe()
+
+    def child() -> None:
+        os.write(ready[1], b"x")
+        os.read(go[0], 1)
+
+    with claim(tmp_path):
+        pid = forked(child)
+        os.read(ready[0], 1)
+    assert holder(tmp_path) is None
+    os.write(go[1], b"x")
+    assert wait(pid) == 0
+
+
 def test_another_hosts_heartbeat_counts_until_it_is_stale(tmp_path: Path, locking: bool) -> None:
     leave_heartbeat(tmp_path, host="elsewhere", pid=7, age=claims.STALE - 60)
     assert holder(tmp_path) == "pid 7 on host elsewhere"

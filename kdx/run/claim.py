@@ -23,7 +23,15 @@ LOCK, BEAT = ".lock", "heartbeat.json"
 HEARTBEAT = 30.0  # seconds between two heartbeats
 STALE = 300.0  # seconds after which a heartbeat counts as that of a dead process
 SETTLE = 2.0  # seconds in which processes that saw no heartbeat have written theirs; the last one counts
-_held: set[tuple[int, Path]] = set()  # pid (a fork holds nothing) and folder
+_held: dict[Path, Any] = {}  # folders that this process holds → their locks
+
+
+def _release() -> None:
+    while _held:
+        _held.popitem()[1].close()
+
+
+os.register_at_fork(after_in_child=_release)  # else a worker that outlives a killed run would keep its folder locked
 
 
 def holder(folder: Path) -> str | None:
@@ -40,8 +48,7 @@ def claim(folder: Path) -> Iterator[None]:
 
     Raises InUseError.
     """
-    key = (os.getpid(), folder.absolute())
-    if key in _held:
+    if folder.absolute() in _held:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +61,7 @@ def claim(folder: Path) -> Iterator[None]:
             time.sleep(0 if is_locked else SETTLE)
         if read_json(beat) != me:
             raise InUseError(str(folder), f"in use by {_describe(beat)}", "Wait for it, or choose another folder")
-        _held.add(key)
+        _held[folder.absolute()] = lock
         thread = threading.Thread(target=_keep_beating, args=(beat, done), daemon=True)
         thread.start()
         try:
@@ -63,7 +70,7 @@ def claim(folder: Path) -> Iterator[None]:
             done.set()
             thread.join()
             beat.unlink(missing_ok=True)
-            _held.remove(key)
+            _held.pop(folder.absolute(), None)
 
 
 def _take(lock: Any) -> bool | None:
