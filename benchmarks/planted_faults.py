@@ -96,8 +96,8 @@ FAULTS = {
     ),
     "resume_optimizer": Fault(
         "a resumed run starts with empty moments",
-        "kdx/run/checkpoint.py",
-        'set_optimizer_state(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))',
+        "kdx/train.py",
+        "sharding.set_optimizer_state(self.objective, self.optimizer, optimizer)",
         "pass",
         ("faults/test_exact.py",),
     ),

@@ -69,7 +69,7 @@ def check(config: Config, path: Path, record: Record | None = None, points: Sequ
     with logging_to(None, machine.is_main_process), prepared(config, record, machine) as training:
         if not machine.is_main_process:
             return []
-        for line in report.header(config, record, training.data, training):
+        for line in report.header(training):
             log.info(line)
         for what, row in rows_to_show(training).items():
             log.info("the %s row as the student sees it, counted tokens between ⟦ and ⟧ (%s):", what, row.where)

@@ -28,6 +28,7 @@ from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
 from kdx.rollout import Rollouts, check_rollout, warn_about, with_teachers_answers
 from kdx.run import report, results
+from kdx.run.files import write_json
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import adapter_base
 from kdx.run.launch import build_accelerator
@@ -81,21 +82,23 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         stack.enter_context(logging_to(path / "kdx.log", is_main))
         started = time.time()
         training = stack.enter_context(prepared(config, record, machine))
-        data, judge = training.data, Judge(training, stop)
+        judge = Judge(training, stop)
         folder.max_steps = training.max_steps
-        folder.begin(config, results.facts(data, training))  # refused if it is another run's
+        folder.begin(config, results.facts(training))  # refused if it is another run's
         if not training.restore(folder):
             results.check_room(training, path)
             with training.whole():
-                folder.keep("untouched.json", judge.before_training())
-        with Tracker(folder, config, record, training, is_main=is_main) as tracker:
-            tracker.header(report.header(config, record, data, training))
-            results.warn_about(folder, data)
+                untouched = judge.before_training()
+            if is_main:
+                write_json(path / "untouched.json", untouched)
+        with Tracker(folder, training) as tracker:
+            tracker.header(report.header(training))
+            results.warn_about(folder, training.data)
             if not training.is_finished:
                 with tracker.training():
                     train(training, judge, tracker, folder, stop)
             results.keep_student(training, folder)  # before it is measured: nothing there can cost training
-            summary = results.finish(training, judge, data, folder, tracker, started)
+            summary = results.finish(training, judge, folder, tracker, started)
             (summary,) = broadcast_object_list([summary])  # the main process made it
     return Summary(**summary, metric=config.eval.metric)
 
@@ -152,8 +155,8 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
                 max_length=max_length,
             )
             warn_about(config, student, stop_ids(teacher.model.generation_config))
-        parts = (config, data, tokenizer, max_length, batches, max_steps, measured_at, teacher, objective, machine)
-        yield Training(*parts)
+        given = (config, record, data, tokenizer, max_length, batches)
+        yield Training(*given, max_steps, measured_at, teacher, objective, machine)
 
 
 def check_names(config: Config) -> None:

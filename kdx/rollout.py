@@ -17,6 +17,7 @@ import torch
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from filelock import FileLock
 
 from kdx import plugins
 from kdx.causal_lm import stop_ids
@@ -28,7 +29,7 @@ from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
 from kdx.evaluate import NUM_SAMPLES
 from kdx.generate import Sampling, generate, groups_of
-from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_beside, write_lines
+from kdx.run.files import cache_dir, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import logging_to, quiet_libraries, working
 from kdx.store import TeacherStore
@@ -284,7 +285,7 @@ def with_teachers_answers(config: Config, data: Data, shared: SharedTokenizer, m
             counted = row.counted[:start] + [True] * len(answer)
             yield Row(row.id, row.tokens[:start] + answer, counted, row.where) if answer else row
 
-    with locked(root / f"{folder.name}.lock"):
+    with FileLock(root / f"{folder.name}.lock"):
         if not folder.is_dir():
             with whole_folder(folder) as beside:
                 (beside / "fingerprint").write_text(write_rows(beside / "train", rows()))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import IntervalSweep, Override
 
 from kdx.config import Config, as_dict, leaves, short_key
-from kdx.errors import ConfigError, InUseError, KdxError, printable
+from kdx.errors import ConfigError, InUseError, KdxError, one_line, printable
 from kdx.run.claim import claim, holder
 from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
@@ -55,12 +55,10 @@ def points(words: list[Override]) -> tuple[list[list[str]], list[str]]:
 
 def sweep_name(keys: list[str], configs: list[Config]) -> str:
     """Name a sweep by its keys and a hash of what its points have in common, the same on any day."""
-    values: dict[str, list[Any]] = {}
-    for config in configs:
-        for key, value in config_identity(config).items():
-            values.setdefault(key, []).append(value)
-    known = list(values)
-    common = {k: some[0] for k, some in values.items() if k not in keys and all(v == some[0] for v in some)}
+    flats = [config_identity(config) for config in configs]
+    known = [key for flat in flats for key in flat]
+    common = {k: v for flat in flats for k, v in flat.items() if all(other.get(k, v) == v for other in flats)}
+    common = {key: value for key, value in common.items() if key not in keys}
     return "-".join([*(_safe(short_key(key, known)) for key in keys), digest(common)])
 
 
@@ -72,8 +70,8 @@ def job_name(keys: list[str], words: list[str], config: Config) -> str:
     known = [*decides, *keys]  # a key that decides nothing here makes no other key's name longer
     parts = ["baseline"] if is_baseline and "loss.alpha" not in keys else []
     for key in keys:
-        is_used = not is_baseline or not key.startswith("loss") or key == "loss.alpha"
-        if is_used and (key not in flat or key in decides or key.startswith(FREE)):  # no key of a group that is off
+        is_group = key not in flat and not (is_baseline and key.startswith("loss"))
+        if is_group or key in decides or key.startswith(FREE):  # no key of a group that is off
             value = flat.get(key, typed.get(key))
             value = int(value) if isinstance(value, float) and value.is_integer() else value
             parts.append(f"{short_key(key, known)}-{_safe(str(value))}")
@@ -161,7 +159,7 @@ def do_job(
             if not reason:
                 measure = start_run(config, record, folder, is_own_gpu=is_own_gpu)
         if not reason and is_main():
-            _write_page(folder.parent)
+            _compare(folder.parent)
         return 0
 
     code = guarded(work, folder)
@@ -183,31 +181,26 @@ def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool 
 
 
 def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, str]:
-    """Return the state of a job (done, held, failed by this command, or left) and the reason. Raises ConfigError."""
+    """Return the state of a job (done, failed by this command, or left) and the reason. Raises ConfigError."""
     run = RunFolder(folder)
-    status = run.status()
+    status = run.kept("status.json")
     state, reason = status.get("state", "not started"), status.get("reason", "see its error above")
     if state == "done" and (config is None or run.is_done(config)):
         return "done", "done already"
     is_new = state in ("failed", "diverged") and (folder / "status.json").stat().st_mtime >= since
     if is_new or folder in _failed:
         return "failed", f"{state}: {reason}"
-    if owner := holder(folder):
-        return "held by other processes", f"in use by {owner}, passed over"
     return "left", "was killed" if state == "running" else state
 
 
 def _claim(config: Config, folder: Path, since: float, held: ExitStack) -> str:
     """Claim a job, or say why it is not to be done now. Raises ConfigError if the folder has another run."""
-    what, why = _standing(folder, config, since)
-    if what != "left":
-        return why
     try:
         held.enter_context(claim(folder))
-    except InUseError as error:  # another process was faster
+    except InUseError as error:
         return f"{error.args[1]}, passed over"
-    what, why = _standing(folder, config, since)  # again: it may have done the job a moment ago
-    return why if what in ("done", "failed") else ""
+    what, why = _standing(folder, config, since)
+    return "" if what == "left" else why
 
 
 def _agreed(decide: Callable[[], str]) -> str:
@@ -246,18 +239,13 @@ def _report(plan: "Plan", since: float) -> None:
             what, why = _standing(path, plan.jobs[path].config if plan.jobs else None, since)
         except KdxError as error:
             what, why = "failed", str(error).splitlines()[0].removeprefix(f"{path}: ")
+        if what == "left" and (owner := holder(path)):
+            what, why = "held by other processes", f"in use by {owner}"
         found[what].append(f"  {os.path.relpath(path)}  {printable(why)}")
         _failed.update([path] if what == "failed" else [])
-    if len(found["failed"] + found["done"]) == len(known):
-        with suppress(InUseError), claim(plan.folder):  # of several processes that share a sweep one compares
-            mark, jobs = plan.folder / ".compared", plan.folder.glob("*/status.json")
-            if not mark.exists() or mark.stat().st_mtime < max([since, *(file.stat().st_mtime for file in jobs)]):
-                started = time.time()
-                if _write_page(plan.folder, is_printed=True):
-                    mark.touch()
-                    os.utime(mark, (started, started))  # a job that ended meanwhile is compared again
-            else:
-                print(f"kdx: nothing is left; another process has just compared the jobs in {plan.folder}", flush=True)
+    if not found["held by other processes"] + found["left"]:
+        with suppress(InUseError), claim(plan.folder):  # of several processes that share a sweep one sends it to W&B
+            _compare(plan.folder, is_last=True)
     for what, rows in found.items():
         if rows and what != "done":
             print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
@@ -265,20 +253,18 @@ def _report(plan: "Plan", since: float) -> None:
         print("kdx: type the same command again to do what is left", file=sys.stderr)
 
 
-def _write_page(folder: Path, *, is_printed: bool = False) -> bool:
-    """Compare the sweep so far; at its end print that, and put it into W&B → whether it could be compared."""
-    from kdx.compare.read import compare, show
+def _compare(folder: Path, *, is_last: bool = False) -> None:
+    """Write the page of the sweep so far; at its end print it, and put it into W&B."""
+    from kdx.compare import read
 
     try:
-        if not is_printed:
-            compare([folder], folder)
-            return True
-        comparison = show([folder], folder)
+        if not is_last:
+            read.compare([folder], folder)
+            return
+        comparison = read.show([folder], folder)
         from kdx.compare.wandb_run import publish
 
         if line := publish(comparison, folder):
             print(f"kdx: {line}", flush=True)
     except Exception as error:  # it must not end the sweep
-        print(f"kdx: no comparison of {folder}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-        return False
-    return True
+        print(f"kdx: no comparison of {folder}: {one_line(error)}", file=sys.stderr)

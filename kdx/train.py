@@ -30,7 +30,7 @@ from kdx.rollout import figures, write_samples
 from kdx.run import checkpoint, sharding
 from kdx.run.devices import keep_memory
 from kdx.run.files import fsync
-from kdx.run.folder import RunFolder
+from kdx.run.folder import Record, RunFolder
 from kdx.run.signals import Stopped, StopRequest
 from kdx.run.tracking import Tracker
 from kdx.student import cast, describe, load_saved, saved_dtype
@@ -84,6 +84,7 @@ class Training:
     """
 
     config: Config
+    record: Record
     data: Data
     tokenizer: Any
     max_length: int
@@ -119,7 +120,7 @@ class Training:
         """Load a finished training, or the newest whole checkpoint → False at step 0. Raises KdxError."""
         config = self.config.adapter
         trained, saved = folder.kept("trained.json"), folder.path / "student"
-        if trained and trained["max_steps"] == self.max_steps and saved.is_dir():
+        if trained and saved.is_dir():
             self.state, self.is_finished = self._read_state(trained["state"], folder.path / "trained.json"), True
             if is_adapted(self.student) and config.save == "merged":
                 self.as_saved()
@@ -138,9 +139,11 @@ class Training:
         return True
 
     def _resume(self, folder: RunFolder, newest: Path) -> None:
-        set_state = partial(sharding.set_optimizer_state, self.objective, self.optimizer)
-        rank, scaler = self.machine.process_index, self.machine.scaler
-        kept = checkpoint.load(newest, self.student, set_state, self.schedule, rank=rank, scaler=scaler)
+        kept, optimizer, rest = checkpoint.load(newest, self.student, self.machine.process_index)
+        sharding.set_optimizer_state(self.objective, self.optimizer, optimizer)
+        self.schedule.load_state_dict(rest["schedule"])
+        if self.machine.scaler:
+            self.machine.scaler.load_state_dict(rest["scaler"])
         self.state = state = self._read_state(kept, newest / "state.json")
         self._saved_step = state.step
         notes = [
@@ -166,22 +169,16 @@ class Training:
             return
         if self.teacher and self.teacher.store:
             self.teacher.store.flush()  # a resumed run reads the same rows
-        random_states = gather_object([checkpoint.random_state()])
+        scaler = self.machine.scaler
+        rest = {"schedule": self.schedule.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+        rest["random"] = gather_object([checkpoint.random_state()])
         optimizer = sharding.optimizer_state(self.objective, self.optimizer)
         with self.whole():
             if self.machine.is_main_process:
                 self.state.kept = self.batches.kept
                 self.state.lines = num_bytes(folder.path / "metrics.jsonl")
-                checkpoint.save(
-                    folder.path,
-                    self.student,
-                    optimizer,
-                    self.schedule,
-                    asdict(self.state),
-                    random_states,
-                    partial(describe, self.student, self.tokenizer),
-                    scaler=self.machine.scaler,
-                )
+                described = partial(describe, self.student, self.tokenizer)
+                checkpoint.save(folder.path, self.student, asdict(self.state), optimizer, rest, described)
         self.machine.wait_for_everyone()
         self._saved_step, self._saved_at, self.is_save_due = self.state.step, time.monotonic(), False
 
@@ -230,8 +227,9 @@ class Training:
         is_late = time.monotonic() - self._saved_at > 60 * (config.save_minutes or math.inf)
         flags = sums.new_tensor([stop.signal is not None, is_late and machine.is_main_process])
         reduced = machine.reduce(torch.cat([sums, flags]), reduction="sum")
-        clipped = machine.clip_grad_norm_(self.objective.parameters(), config.max_grad_norm or math.inf)
-        *values, asked, is_late, norm = torch.cat([reduced, sharding.plain(clipped).to(reduced)[None]]).tolist()
+        clipped: Any = machine.clip_grad_norm_(self.objective.parameters(), config.max_grad_norm or math.inf)
+        clipped = clipped.full_tensor() if machine.is_fsdp2 else clipped
+        *values, asked, is_late, norm = torch.cat([reduced, clipped.to(reduced)[None]]).tolist()
         stop.is_agreed = bool(asked)
         self.is_save_due = bool(is_late)
         found, num_tokens = dict(zip(terms, values, strict=True)), batch.num_tokens
@@ -288,13 +286,13 @@ class Training:
 
     def choose_weights(self, folder: RunFolder) -> None:
         """Leave the last or the best weights in the whole student. Raises DivergedError if no measure was finite."""
-        sharding.gather(self.objective, self.student)
         step = self.state.step
         if self.kept_step == 0 < step:
             hint = "Lower optim.lr, or set train.keep=last"
             raise DivergedError(f"step {step}", "no held-out measure was finite, so there is no best step", hint)
-        if self.kept_step < step:
-            checkpoint.load_weights(checkpoint.best_file(folder.path), self.student)
+        with self.whole():
+            if self.kept_step < step:
+                checkpoint.load_weights(checkpoint.best_file(folder.path), self.student)
 
 
 def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop: StopRequest) -> None:
@@ -349,7 +347,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
             run.measure(judge, folder)
         if config.keep_checkpoints:
             run.save(folder)
-        if state.window:  # after the last checkpoint: a longer run from there logs at other steps
+        if state.window:
             tracker.log(state, means(run))
     except Stopped:
         run.save(folder)

@@ -1,6 +1,5 @@
 """The command in this process, and processes of their own, to be killed or to share files."""
 
-import ctypes
 import multiprocessing
 import os
 import socket
@@ -17,7 +16,6 @@ import pytest
 import kdx
 from kdx import cli
 
-needs_glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
 SERVER = multiprocessing.get_context("forkserver")
 # Imported once, in a process that no thread has run in; `warm` only beside the fault tests. There is one such process
 # in a session: what another file asked it to import would replace this.

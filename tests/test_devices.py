@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import needs_glibc
 
 from kdx.run import devices
 from kdx.run.devices import take_gpu, visible_gpus
@@ -82,7 +81,6 @@ def test_without_a_list_all_gpus_of_the_machine_count(tmp_path: Path, monkeypatc
     assert visible_gpus() == ["0", "1"]
 
 
-@needs_glibc
 @pytest.mark.parametrize(
     ("device", "variable", "keeps"), [("cpu", "A", True), ("cuda", "A", False), ("cpu", "MALLOC_ARENA_MAX", False)]
 )

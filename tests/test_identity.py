@@ -57,13 +57,10 @@ def test_what_cannot_change_the_student_is_left_out() -> None:
     other += ["teacher.precision=fp32", "teacher.micro_batch_size=4", "data.template.user=x", "train.on_nonfinite=skip"]
     for word in other:
         assert config_identity(config(word)) != plain, word
-    assert config_identity(config("train.keep=best", "eval.every=3")) != config_identity(
-        config("train.keep=best", "eval.every=4")
-    )
-    cut = ["student=cut", "student.layers=2"]
-    assert differing(config_identity(compose(cut)), config_identity(compose(["student=cut", "student.layers=3"]))) == [
-        "student.layers"
-    ]
+    best, cut = (config("train.keep=best", "eval.every=3"), compose(["student=cut", "student.layers=2"]))
+    assert config_identity(best) != config_identity(config("train.keep=best", "eval.every=4"))
+    other_cut = config_identity(compose(["student=cut", "student.layers=3"]))
+    assert differing(config_identity(cut), other_cut) == ["student.layers"]
 
 
 def test_without_distillation_the_rest_of_the_loss_is_not_used() -> None:
@@ -138,24 +135,9 @@ def test_a_big_file_is_hashed_once_until_its_size_or_time_changes(place: Path, m
     assert content_hash(file) != first
 
 
-@pytest.mark.parametrize(
-    ("difference", "words", "may"),
-    [
-        (("train.max_steps", 5, 9), ["optim.schedule=constant"], True),
-        (("train.max_steps", 9, 5), ["optim.schedule=constant"], False),
-        (("train.max_steps", None, 5), ["optim.schedule=constant"], False),
-        (("train.max_steps", 5, 9), ["optim.schedule=linear"], False),
-        (("train.epochs", 1, 2), ["optim.schedule=constant_with_warmup", "optim.warmup_steps=10"], True),
-        (("train.epochs", 1, 2), ["optim.schedule=constant_with_warmup", "optim.warmup_steps=0.1"], False),
-        (("train.on_nonfinite", "stop", "skip"), [], True),
-        (("train.on_nonfinite", "skip", "stop"), [], False),
-        (("train.max_nonfinite", None, 10), [], True),
-        (("train.max_nonfinite", 10, 9), [], False),
-        (("train.seed", 0, 1), [], False),
-    ],
-)
-def test_what_may_differ_when_a_run_is_resumed(difference: tuple, words: list[str], may: bool) -> None:
-    assert may_differ(*difference, config(*words)) is may
+def test_a_run_that_diverged_may_skip_such_steps() -> None:
+    assert may_differ("train.on_nonfinite", "skip") and may_differ("train.max_nonfinite", 10)
+    assert not may_differ("train.on_nonfinite", "stop") and not may_differ("train.seed", 1)
 
 
 def test_the_table_has_three_columns() -> None:

@@ -224,33 +224,23 @@ def test_a_stopped_run_goes_on_in_its_wandb_run(place: Path, server: Server) -> 
     assert {row["_step"]: row["tokens"] for row in kept.history} == logged
 
 
-@pytest.fixture(scope="module")
-def without(place: Path) -> dict[str, torch.Tensor]:
-    """The student of the same run without W&B."""
+def test_a_server_that_vanishes_costs_nothing_but_the_wait(place: Path) -> None:
+    """The server falls silent in mid-run: the same student, an end in time, and a line that uploads the rest."""
     told = kdx(place, "loss.name=eventful", "tracking.mode=disabled", "hydra.run.dir=outputs/without")
     assert told.returncode == 0, told.stderr
-    return load_file(place / "outputs/without/student/model.safetensors")
-
-
-def assert_unharmed(told: subprocess.CompletedProcess[str], run_dir: Path, without: dict[str, torch.Tensor]) -> None:
-    """The run ended well, soon after its summary (its finish_timeout is 1 s), with the student that there is without W&B."""
-    waited = time.time() - (run_dir / "summary.json").stat().st_mtime
-    assert told.returncode == 0, told.stderr
-    assert "Traceback" not in told.stderr and "kdx: error" not in told.stderr
-    assert waited < 30  # seconds, on a busy machine
-    student = load_file(run_dir / "student/model.safetensors")
-    assert all(torch.equal(student[name], weight) for name, weight in without.items())
-
-
-def test_a_server_that_vanishes_costs_nothing_but_the_wait(place: Path, without: dict[str, torch.Tensor]) -> None:
-    """The server falls silent in mid-run: the same student, an end in time, and a line that uploads the rest."""
+    without, run_dir = load_file(place / "outputs/without/student/model.safetensors"), place / "outputs/lost"
     with Server() as server:
         environment = server.environment | {"EVENT": "vanish", "WANDB_FINISH_TIMEOUT": "1"}
         told = kdx(place, "loss.name=eventful", "hydra.run.dir=outputs/lost", **environment)
-        assert_unharmed(told, place / "outputs/lost", without)
+        waited = time.time() - (run_dir / "summary.json").stat().st_mtime
+        assert told.returncode == 0, told.stderr
+        assert "Traceback" not in told.stderr and "kdx: error" not in told.stderr
+        assert waited < 30  # seconds, on a busy machine; its finish_timeout is 1 s
+        student = load_file(run_dir / "student/model.safetensors")
+        assert all(torch.equal(student[name], weight) for name, weight in without.items())
         assert told.stdout.count("warning: W&B") == 1
-        assert json.loads((place / "outputs/lost/status.json").read_text())["state"] == "done"
-        kept = stored(server, place / "outputs/lost")
+        assert json.loads((run_dir / "status.json").read_text())["state"] == "done"
+        kept = stored(server, run_dir)
         assert not server.answering.is_set()
         assert kept.exit_codes == []
         server.answering.set()
@@ -283,15 +273,8 @@ def check_comparison(server: Server, sweep: Path) -> StoredRun:
         row = dict(zip(table["columns"], cells, strict=True))
         assert row["point"].endswith(student["label"])
         assert (row["pareto"], "kl" in row["tied"]) == (student["pareto_front"], student["kl_is_best"])
-        for name in (
-            "kl",
-            "ce",
-            "agreement",
-            "kl_minus_best_low",
-            "ce_minus_best_high",
-            "agreement_minus_best_low",
-            "runs",
-        ):
+        intervals = ("kl_minus_best_low", "ce_minus_best_high", "agreement_minus_best_low")
+        for name in ("kl", "ce", "agreement", *intervals, "runs"):
             assert row.get(name) == student.get(name)
     assert {name.split("/")[3].rsplit("_", 2)[0] for name in files if "images" in name} >= {"CE_against_KL", "KL", "CE"}
     return comparison
@@ -431,26 +414,19 @@ def test_a_client_that_changed_costs_one_line(
     monkeypatch.setattr("wandb.init", {"init": lambda: run, "run": lambda **_: run}[lacks])
     monkeypatch.setattr(labels, "config_of", lambda *_: {})
     state = SimpleNamespace(step=1, tokens=2, counted_tokens=2, lines=0)
-    training = SimpleNamespace(state=state, max_steps=1)
-    about = (RunFolder(tmp_path / "run"), compose(["tracking.mode=online"]), Record(), training)
-    about[0].path.mkdir()
-    with logging_to(None, is_main=True), Tracker(*about, is_main=True) as tracker:
+    config, folder = compose(["tracking.mode=online"]), RunFolder(tmp_path / "run")
+    training = SimpleNamespace(config=config, record=Record(), state=state, max_steps=1)
+    folder.path.mkdir()
+    with logging_to(None, is_main=True), Tracker(folder, training) as tracker:
         tracker.log(state, {"eval/ce": 1.5})
         tracker.finish({part: {} for part in ("student", "untouched", "teacher", "run")}, [])
     assert capsys.readouterr().out.count("warning: ") == 1
-    assert [line["eval/ce"] for line in lines(about[0].path / "metrics.jsonl")] == [1.5]
+    assert [line["eval/ce"] for line in lines(folder.path / "metrics.jsonl")] == [1.5]
 
 
 @pytest.mark.parametrize(
     ("words", "swept", "name", "tags"),
     [
-        ([], [], "SmolLM2-135M → 10 layers · forward_kl α0.7 τ2", ["forward_kl", "10 layers", "SmolLM2-135M"]),
-        (
-            ["experiment=null"],
-            [],
-            "SmolLM2-135M → 10 layers · forward_kl α0.7 τ2",
-            ["forward_kl", "10 layers", "SmolLM2-135M"],
-        ),
         (["loss=jsd"], [], "SmolLM2-135M → 10 layers · jsd α0.7 τ2 beta=0.5", ["jsd", "10 layers", "SmolLM2-135M"]),
         (
             ["loss=cross_entropy", "experiment=demo"],
@@ -458,12 +434,7 @@ def test_a_client_that_changed_costs_one_line(
             "SmolLM2-135M → 10 layers · cross_entropy",
             ["baseline", "10 layers", "SmolLM2-135M", "demo"],
         ),
-        (
-            ["loss.alpha=0.5", "train.seed=1"],
-            ["loss.temperature", "loss.alpha", "train.seed"],
-            "τ=2 α=0.5 seed=1",
-            None,
-        ),
+        (["loss.alpha=0.5"], ["loss.temperature", "loss.alpha", "train.seed"], "τ=2 α=0.5 seed=0", None),
         (["loss.alpha=0", "train.seed=1"], ["loss.temperature", "train.seed"], "baseline seed=1", None),
         (
             ["data=pairs", "data.path=[/home/me/a.jsonl,/b.jsonl]", "+loss.api_key=abc", "student=/home/me/gpt/"],
@@ -472,12 +443,6 @@ def test_a_client_that_changed_costs_one_line(
             ["forward_kl", "gpt", "SmolLM2-135M"],
         ),
         (["adapter=lora", f"tracking.notes={SECRET}", f"+loss.word={SECRET}"], ["loss.word"], "word=[redacted]", None),
-        (
-            ["teacher=none", "student=hf", "student.path=/home/me/gpt", "loss.alpha=0"],
-            [],
-            "gpt · cross_entropy",
-            ["baseline", "gpt"],
-        ),
     ],
 )
 def test_names_and_tags(words: list[str], swept: list[str], name: str, tags: list[str] | None) -> None:

@@ -20,7 +20,7 @@ from kdx.compare.tables import as_json, row_of
 from kdx.errors import ConfigError, MachineError, one_line
 from kdx.run.files import read_json, write_json
 from kdx.run.identity import digest
-from kdx.run.tracking import open_run, wandb_mode
+from kdx.run.tracking import open_whole, wandb_mode
 
 SENT = "wandb_comparison.json"  # what was sent last, and what was said then
 
@@ -66,7 +66,7 @@ def _send(comparison: Comparison, folder: Path, mode: str) -> str:
     about: dict[str, Any] = {"name": "comparison", "job_type": "comparison", "group": group}
     about |= {key: config.get(f"tracking.{key}") for key in ("project", "entity")}
     about["config"] = {"comparison": name, "num_runs": len(comparison.runs)}
-    with open_run(mode, folder, id, is_whole=True, **about) as run:
+    with open_whole(mode, folder, id, **about) as run:
         run.log(dict(_media(comparison, folder)))
     if run.offline:
         return f"W&B: offline; to upload: {shlex.join(['wandb', 'sync', str(folder / 'wandb')])}"

@@ -16,60 +16,48 @@ from kdx.adapter import is_adapted, trained
 from kdx.errors import MachineError
 from kdx.run.files import digest_of, fsync, read_json, remove, saving, whole_file, whole_folder
 
+FOLDER = "checkpoints"
 KEPT = 2
 MANIFEST = "MANIFEST.json"  # size and xxhash of every other file
 
 
-def folder_of(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
-
-
 def best_file(run_dir: Path) -> Path:
     """Return the file of the best weights so far (train.keep=best)."""
-    return folder_of(run_dir) / "best.safetensors"
+    return run_dir / FOLDER / "best.safetensors"
 
 
 def found(run_dir: Path) -> list[Path]:
     """List a run's checkpoints, newest first, verified or not."""
-    return sorted((p for p in folder_of(run_dir).glob("step-*") if p.is_dir()), reverse=True)
+    return sorted((run_dir / FOLDER).glob("step-*"), reverse=True)
 
 
 def save(
     run_dir: Path,
     model: nn.Module,
-    optimizer_state: dict[str, Any],
-    schedule: Any,
     state: dict[str, Any],
-    random_states: list[dict[str, Any]],
+    optimizer: dict[str, Any],
+    rest: dict[str, Any],
     describe: Callable[[Path], None],
-    *,
-    scaler: Any = None,
-) -> Path:
-    """Save a checkpoint of `state["step"]` and remove all older ones but one → its folder.
+) -> None:
+    """Save a checkpoint of `state["step"]` and remove all older ones but one.
 
-    random_states: random_state() of every process, by rank. describe: writes config and tokenizer, so that the folder
-    is also an ordinary model folder. Raises MachineError if the disk is full or refuses; older checkpoints then stay.
+    rest: `random`, the random_state() of every process by rank, and what else torch saves. describe: writes config and
+    tokenizer, so that the folder is also a model folder. Raises MachineError if the disk is full or refuses; older
+    checkpoints then stay.
     """
-    final, best = folder_of(run_dir) / f"step-{state['step']:08d}", best_file(run_dir)
+    final, best = run_dir / FOLDER / f"step-{state['step']:08d}", best_file(run_dir)
     with saving("a checkpoint", final), whole_folder(final) as folder:
         save_file(_untied(model), folder / "model.safetensors", metadata={"format": "pt"})
         describe(folder)
-        torch.save(optimizer_state, folder / "optimizer.pt")
+        torch.save(optimizer, folder / "optimizer.pt")
+        torch.save(rest, folder / "random.pt")
         if best.is_file():
             shutil.copyfile(best, folder / best.name)
-        rest = {"schedule": schedule.state_dict(), "scaler": scaler.state_dict() if scaler else None}
-        torch.save(rest | {"random": random_states}, folder / "random.pt")
         (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         (folder / MANIFEST).write_text(json.dumps(_manifest(folder), indent=2), encoding="utf-8")
     fsync(run_dir)
     for old in [folder for folder in found(run_dir) if folder.name <= final.name][KEPT:]:
         remove(old)
-    return final
-
-
-def remove_all(run_dir: Path) -> None:
-    """Remove the checkpoints of a run that is done."""
-    remove(folder_of(run_dir))
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -96,26 +84,21 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
         skipped.append(f"{folder.name}: {fault}")
     if skipped:
         what = f"no checkpoint is whole ({'; '.join(skipped)})"
-        raise MachineError(str(folder_of(run_dir)), what, "Start again in another folder, or remove this one")
+        raise MachineError(str(run_dir / FOLDER), what, "Start again in another folder, or remove this one")
     return None, skipped
 
 
-def load(
-    folder: Path, model: nn.Module, set_optimizer_state: Callable[[Any], None], schedule: Any, *, rank: int, scaler: Any
-) -> dict[str, Any]:
-    """Load a verified checkpoint into model, optimizer, schedule and this process's random generators → its state."""
+def load(folder: Path, model: nn.Module, rank: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Load a verified checkpoint's weights and this process's random numbers → state, optimizer and rest, as saved."""
     load_weights(folder / "model.safetensors", model)
-    set_optimizer_state(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
+    optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
     rest = torch.load(folder / "random.pt", weights_only=True, map_location="cpu")
-    schedule.load_state_dict(rest["schedule"])
-    if scaler:
-        scaler.load_state_dict(rest["scaler"])
     _set_random_state(rest["random"][rank])
     best = folder / "best.safetensors"
     if best.is_file() and rank == 0:
         with whole_file(folder.parent / best.name) as path:
             shutil.copyfile(best, path)
-    return read_json(folder / "state.json")
+    return read_json(folder / "state.json"), optimizer, rest
 
 
 def save_weights(file: Path, model: nn.Module) -> None:
@@ -135,15 +118,9 @@ def load_weights(file: Path, model: nn.Module) -> None:
 
 def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return each tensor once, under its first name: safetensors refuses shared memory. Of adapters, they alone."""
-    if is_adapted(model):
-        return {name: tensor.detach().contiguous() for name, tensor in trained(model).items()}
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach().contiguous()
-    return tensors
+    tensors = trained(model) if is_adapted(model) else model.state_dict(keep_vars=True)
+    first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    return {name: tensors[name].detach().contiguous() for name in first_names.values()}
 
 
 def random_state() -> dict[str, Any]:
@@ -162,5 +139,5 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     numpy.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and state["cuda"]:
+    if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -5,12 +5,10 @@ process of this one. Everything else is free at once.
 """
 
 import fcntl
-import json
 import os
 import platform
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,11 +17,12 @@ from typing import Any
 import psutil
 
 from kdx.errors import InUseError
-from kdx.run.files import read_json
+from kdx.run.files import read_json, write_json
 
 LOCK, BEAT = ".lock", "heartbeat.json"
 HEARTBEAT = 30.0  # seconds between two heartbeats
 STALE = 300.0  # seconds after which a heartbeat counts as that of a dead process
+SETTLE = 2.0  # seconds in which processes that saw no heartbeat have written theirs; the last one counts
 _held: dict[Path, Any] = {}  # folders that this process holds → their locks
 
 
@@ -39,7 +38,7 @@ def holder(folder: Path) -> str | None:
     """Describe the process that holds a folder ("pid 12 on host a"); None if the folder is free."""
     is_free = True
     with suppress(FileNotFoundError), open(folder / LOCK, "r+b") as lock:
-        is_free = _take(lock)
+        is_free = _take(lock) is not False
     return None if is_free and not _is_fresh(folder / BEAT) else _describe(folder / BEAT)
 
 
@@ -54,8 +53,13 @@ def claim(folder: Path) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     beat, done = folder / BEAT, threading.Event()
+    me = {"pid": os.getpid(), "started": _started(os.getpid()), "host": platform.node()}
     with open(folder / LOCK, "ab") as lock:
-        if not _take(lock) or _is_fresh(beat) or not _write(beat):
+        is_locked = _take(lock)
+        if is_locked is not False and not _is_fresh(beat):
+            write_json(beat, me)
+            time.sleep(0 if is_locked else SETTLE)
+        if read_json(beat) != me:
             raise InUseError(str(folder), f"in use by {_describe(beat)}", "Wait for it, or choose another folder")
         _held[folder.absolute()] = lock
         thread = threading.Thread(target=_keep_beating, args=(beat, done), daemon=True)
@@ -69,32 +73,17 @@ def claim(folder: Path) -> Iterator[None]:
             _held.pop(folder.absolute(), None)
 
 
-def _take(lock: Any) -> bool:
-    """Take a lock; True as well where the file system has none and the heartbeat alone decides."""
+def _take(lock: Any) -> bool | None:
+    """Take a lock → whether that could be done; None where the file system has no locks (NFS and Lustre may not)."""
     for _ in range(5):  # another process may hold it for a moment, only to see whether it is free
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.05)
-        except OSError:  # NFS or Lustre, mounted without locks
-            return True
+        except OSError:
+            return None
         else:
             return True
-    return False
-
-
-def _write(beat: Path) -> bool:
-    """Write the first heartbeat, in place of a dead process's; False if another process was faster."""
-    dead, aside = read_json(beat), beat.with_name(f".tmp-{uuid.uuid4().hex[:8]}")
-    with suppress(FileNotFoundError):  # without locks two may try: the second finds none, or has moved the first one's
-        beat.rename(aside)
-        if read_json(aside) != dead:
-            aside.rename(beat)
-            return False
-        aside.unlink()
-    with suppress(FileExistsError), beat.open("x") as file:
-        json.dump({"pid": os.getpid(), "started": _started(os.getpid()), "host": platform.node()}, file)
-        return True
     return False
 
 
@@ -106,23 +95,20 @@ def _keep_beating(beat: Path, done: threading.Event) -> None:
 
 def _is_fresh(beat: Path) -> bool:
     """Whether a heartbeat is that of a process that still runs, as far as this host can tell."""
+    owner = read_json(beat)
     with suppress(FileNotFoundError):
-        owner, age = read_json(beat), time.time() - beat.stat().st_mtime
-        if not owner:  # its process was killed, or its disk was full, before it was written
-            return False
-        if age > STALE or owner.get("host") != platform.node():
-            return age <= STALE
-        started = _started(owner["pid"])
-        return started is not None and abs(started - owner["started"]) < 2  # seconds: clocks are corrected
+        if owner and time.time() - beat.stat().st_mtime <= STALE:
+            # Clocks are corrected, by less than two seconds.
+            return owner["host"] != platform.node() or abs(_started(owner["pid"]) - owner["started"]) < 2
     return False
 
 
-def _started(pid: int) -> float | None:
-    """When a process of this host started, in seconds since 1970; None if it has ended."""
+def _started(pid: int) -> float:
+    """When a process of this host started, in seconds since 1970; 0 if it has ended."""
     with suppress(psutil.Error):
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    return None
+        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    return 0.0
 
 
 def _describe(beat: Path) -> str:

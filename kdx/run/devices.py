@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-LOCKS = Path(tempfile.gettempdir()) / f"kdx-devices-{os.getuid() if hasattr(os, 'getuid') else 0}"  # a file per share
+LOCKS = Path(tempfile.gettempdir()) / f"kdx-devices-{os.getuid()}"  # a file per share of a GPU
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _held: list[Any] = []  # for the life of this process
 
@@ -45,17 +45,13 @@ def visible_gpus() -> list[str]:
     """List the GPUs to choose from: those in CUDA_VISIBLE_DEVICES, else all of the machine."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
-        return [str(i) for i in range(_num_gpus())]
+        try:
+            told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return []
+        return [str(i) for i in range(len(re.findall("^GPU ", told, re.MULTILINE)))]
     names = (name.strip() for name in listed.split(","))
     return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))  # CUDA reads no further
-
-
-def _num_gpus() -> int:
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listing.splitlines())
 
 
 def num_cores() -> int:
@@ -70,10 +66,8 @@ def keep_memory(device_type: str) -> None:
     of the next one. This needs more memory where batches differ much; MALLOC_... or GLIBC_TUNABLES turn it off.
     """
     is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    if device_type != "cpu" or sys.platform != "linux" or is_set:
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+    if device_type == "cpu" and sys.platform == "linux" and not is_set:
+        libc = ctypes.CDLL(None)
         libc.malloc_trim(0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
         libc.mallopt(_M_MMAP_MAX, 0)

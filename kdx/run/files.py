@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -59,19 +58,6 @@ def saving(what: str, path: Path) -> Iterator[None]:
         raise out_of_memory(error) or MachineError(str(path), problem, hint) from error
 
 
-@contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold a lock file, once no other process does."""
-    from filelock import FileLock, SoftFileLock  # not for whoever only asks what is done
-
-    try:
-        held = FileLock(file).acquire()
-    except OSError:  # NFS, mounted without locks: the file itself is the lock
-        held = SoftFileLock(f"{file}.soft").acquire()
-    with held:
-        yield
-
-
 def write_beside(file: Path, text: str) -> None:
     """Write a whole file, or raise OSError and leave the old one."""
     with whole_file(file) as path:
@@ -122,12 +108,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process was writing or removing in a folder."""
-    for path in folder.glob(".tmp-*"):
-        remove(path)
-
-
 def fsync(path: Path) -> None:
     """Flush a file, or a folder's list of files, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -135,11 +115,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def local_time() -> str:
-    """Return the time, to the second and with its zone, as records of a run have it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def usage_of(path: Path) -> Any:

@@ -15,16 +15,16 @@ import yaml
 
 from kdx import plugins
 from kdx.config import Config, as_dict
-from kdx.errors import ConfigError, DivergedError, InUseError, KdxError, user_error
+from kdx.errors import ConfigError, DivergedError, InUseError, user_error
 from kdx.run.claim import claim
-from kdx.run.files import local_time, read_json, remove_leftovers, write_beside, write_json
+from kdx.run.files import read_json, remove, write_beside, write_json
 from kdx.run.identity import differences, identity, may_differ, table
 from kdx.run.redact import redact
 from kdx.run.signals import Stopped
 
 log = logging.getLogger("kdx")
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 STATUS_SECONDS = 5  # between two writes of the step to status.json
-LONGER = ("train.max_steps", "train.epochs")  # a run may be resumed with more of these
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,14 @@ class RunFolder:
         self.step = 0
         self.max_steps: int | None = None
         self.is_main = True
-        self._since = local_time()
+        self._since = time.strftime(TIME)
         self._written = 0.0
-
-    def status(self) -> dict[str, Any]:
-        """Read status.json; empty if there is none."""
-        return read_json(self.path / "status.json")
 
     def is_done(self, config: Config) -> bool:
         """Return whether this run is done. Raises ConfigError, with a diff, if the folder has another run."""
-        if self.status().get("state") != "done" or not self.kept("summary.json"):
+        if self.kept("status.json").get("state") != "done" or not self.kept("summary.json"):
             return False
-        if any(key in LONGER for key, _, _ in self._differences(config, {})):
-            return False
+        self._refuse_another(identity(config))
         if any(self.path.glob(".tmp-*")):  # killed once it was done, while it removed its checkpoints
             with suppress(InUseError), claim(self.path):
                 self._remove_leftovers()
@@ -72,28 +67,21 @@ class RunFolder:
     def _remove_leftovers(self) -> None:
         """Remove what a killed process was writing or removing."""
         for folder in (self.path, self.path / "checkpoints", self.path / "student"):
-            remove_leftovers(folder)
+            for path in folder.glob(".tmp-*"):
+                remove(path)
 
-    def _differences(self, config: Config, facts: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-        """Return what differs from the run that is here and may differ. Raises ConfigError for the rest.
-
-        A folder where nothing was saved yet is free for another config.
-        """
-        was, now = self.kept("data.json"), identity(config) | facts
+    def _refuse_another(self, now: dict[str, Any]) -> None:
+        """Raise ConfigError, with a diff, if the folder has a run of another identity that saved something."""
+        was = self.kept("data.json")
         if not was or not is_resumable(self.path):
-            return []
+            return
         found = differences({key: was.get(key) for key in now}, now)
-        if wrong := [d for d in found if not may_differ(*d, config)]:
+        if wrong := [(key, before, after) for key, before, after in found if not may_differ(key, after)]:
             keys = ", ".join(key for key, _, _ in wrong)
             hint = "Use another folder (hydra.run.dir=..., in a sweep sweep.name=...), or start a new run with run.like=..."
             error = ConfigError(str(self.path), f"holds a run with a different {keys}", hint)
             error.lines += table(wrong)
             raise error
-        trained = self.kept("trained.json")
-        if trained and any(key in LONGER for key, _, _ in found) and not any(self.path.glob("checkpoints/step-*")):
-            what = f"has trained to step {trained['state']['step']} and kept no checkpoint to continue from"
-            raise ConfigError(str(self.path), what, "Use the same train.max_steps, or another folder")
-        return found
 
     @contextmanager
     def claim(self, config: Config, record: Record, is_main: bool = True) -> Iterator[None]:
@@ -104,13 +92,29 @@ class RunFolder:
         self.is_main = is_main
         with claim(self.path) if is_main else nullcontext():
             if is_main:
-                self._differences(config, {})
+                self._refuse_another(identity(config))
                 self._remove_leftovers()
                 self._write_record(config, record)
-                self.step = self.status().get("step", 0)  # how far it was, until it is resumed
+                self.step = self.kept("status.json").get("step", 0)  # how far it was, until it is resumed
                 self.write_status("running")
-            with self._reporting():
+            try:
                 yield
+            except BaseException as error:
+                # Of several processes the one that fails says why. What fails after a run is done loses nothing.
+                if self.kept("status.json").get("state") == "running":
+                    with suppress(OSError):  # a full disk: the error itself is printed
+                        self.write_status(*self._ending(error))
+                raise
+            if is_main:
+                self.write_status("done")
+
+    def _ending(self, error: BaseException) -> tuple[str, str, Any]:
+        """Return the state, the reason and the exit code that an error leads to."""
+        if isinstance(error, Stopped):
+            return "interrupted", f"stopped by a signal at step {self.step}", error.code
+        if (known := user_error(error, self.path)) is None:
+            return "failed", f"{type(error).__name__}: {error}".splitlines()[0], 1
+        return "diverged" if isinstance(known, DivergedError) else "failed", str(known), known.exit_code
 
     def _write_record(self, config: Config, record: Record) -> None:
         """Write down the config, the words and the command, without secrets, and the user's own code."""
@@ -126,9 +130,10 @@ class RunFolder:
 
         facts: what is known only once data and models are loaded (fingerprints of the rows, number of processes).
         """
-        if self.is_main:  # models and data have been downloaded by now, so the hub's commits are known
-            self._differences(config, facts)
-            self.keep("data.json", identity(config) | facts)
+        if self.is_main:
+            now = identity(config) | facts  # models and data have been downloaded: the hub's commits are known
+            self._refuse_another(now)
+            write_json(self.path / "data.json", now)
 
     def begin_again(self) -> None:
         """Warn if a run that was stopped has nothing to resume from."""
@@ -143,46 +148,13 @@ class RunFolder:
             with suppress(OSError):
                 self.write_status("running")
 
-    @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Write to status.json how the run ends. The process that fails writes why; the others cannot know."""
-        try:
-            yield
-        except BaseException as error:
-            failure = user_error(error, self.path) or error
-            state = "diverged" if isinstance(failure, DivergedError) else "failed"
-            is_clear = isinstance(failure, KdxError)
-            reason = str(failure) if is_clear else f"{type(failure).__name__}: {failure}".splitlines()[0]
-            code: Any = getattr(failure, "exit_code", 1)
-            if isinstance(error, Stopped | KeyboardInterrupt):
-                state, reason = "interrupted", f"stopped by a signal at step {self.step}"
-                code = error.code if isinstance(error, Stopped) else 130
-            # The first reason stays, and what fails after a run is done loses nothing.
-            if self.status().get("state") == "running":
-                with suppress(OSError):  # a full disk: the error itself is printed
-                    self.write_status(state, reason, code)
-            raise
-        if self.is_main:
-            self.write_status("done")
-
     def write_status(self, state: str, reason: str = "", code: int | None = None) -> None:
         """Write status.json."""
         self._written = time.monotonic()
-        status = {
-            "state": state,
-            "reason": redact(reason),
-            "step": self.step,
-            "max_steps": self.max_steps,
-            "updated": local_time(),
-            "since": self._since,
-            "owner": {"pid": os.getpid(), "host": platform.node()},
-        }
+        status = {"state": state, "reason": redact(reason), "step": self.step, "max_steps": self.max_steps}
+        status |= {"updated": time.strftime(TIME), "since": self._since}
+        status |= {"owner": {"pid": os.getpid(), "host": platform.node()}}
         write_json(self.path / "status.json", status if code is None else status | {"exit_code": code})
-
-    def keep(self, name: str, value: dict[str, Any]) -> None:
-        """Write a JSON file of the run, in the main process."""
-        if self.is_main:
-            write_json(self.path / name, value)
 
     def kept(self, name: str) -> dict[str, Any]:
         """Read a JSON file of the run; empty if there is none."""

@@ -48,17 +48,14 @@ def identity(config: Config) -> dict[str, Any]:
     A digest is None where there is nothing, or nothing yet, such as a model that will be downloaded.
     """
     template = config.data.chat_template or ""
-    groups = (("teacher", config.teacher), ("student", config.student))
+    groups = {"teacher": config.teacher, "student": config.student}
+    own = {name: model for name, model in groups.items() if model.tokenizer != "teacher"}
     return config_identity(config) | {
         "data": _data(config.data),
         "teacher": _model(config.teacher, "teacher", WEIGHTS),
         "student": _model(config.student, "student", WEIGHTS[: 1 if config.student.init == "random" else None]),
         "tokenizer": _joined(
-            [
-                _model(m, name, TOKENIZER, m.tokenizer)
-                for name, m in groups
-                if (m.tokenizer or m.path) and m.tokenizer != "teacher"
-            ]
+            [_model(m, name, TOKENIZER, m.tokenizer) for name, m in own.items() if m.tokenizer or m.path]
         ),
         "chat_template": content_hash(Path(template)) if os.path.isfile(template) else None,
         "plugins": _joined([content_hash(file) for file in plugins.files()]),
@@ -99,19 +96,9 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> Differences:
     return [(key, was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)]
 
 
-def may_differ(key: str, was: Any, now: Any, config: Config) -> bool:
-    """Whether a run can be resumed with this difference: its steps so far are those of the new config, too."""
-    if key in ("train.max_steps", "train.epochs"):
-        name, warmup = config.optim.schedule, config.optim.warmup_steps
-        is_constant = name == "constant" or (name == "constant_with_warmup" and (warmup >= 1 or warmup == 0))
-        is_constant &= config.loss.alpha_end is None and config.loss.temperature_end is None
-        # With auto the steps that are measured, and the prompts that are answered, depend on how many steps there are.
-        decides = config_identity(config)
-        is_auto = "auto" in (decides.get("eval.every"), decides.get("eval.num_prompts"))
-        return is_constant and not is_auto and was is not None and now is not None and now > was
-    if key == "train.max_nonfinite":
-        return was is None or (now is not None and now > was)
-    return key == "train.on_nonfinite" and now == "skip"
+def may_differ(key: str, now: Any) -> bool:
+    """Whether a run can be resumed with this difference: one that diverged may go on and skip such steps."""
+    return key == "train.max_nonfinite" or (key == "train.on_nonfinite" and now == "skip")
 
 
 def table(found: Differences) -> list[str]:

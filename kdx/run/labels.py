@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdx.config import Config, ModelConfig, as_dict, leaves
+from kdx.config import Config, ModelConfig, StudentConfig, as_dict, leaves
 from kdx.run.folder import Record
 from kdx.run.identity import canonical, config_identity, digest
 from kdx.run.redact import redact
@@ -40,10 +40,11 @@ def tags(config: Config, record: Record) -> list[str]:
     return [tag[:LONGEST] for tag in dict.fromkeys(found)]
 
 
-def config_of(config: Config, record: Record, training: Any, folder: Path) -> dict[str, Any]:
+def config_of(training: Any, folder: Path) -> dict[str, Any]:
     """Describe a run as typed and as resolved. `point` is the same for runs that differ only in train.seed."""
     from kdx.run import report  # imports torch
 
+    config, record = training.config, training.record
     tree = {group: dict(node) for group, node in as_dict(config).items() if group not in NOT_SENT}
     tree["data"]["max_length"] = training.max_length
     if config.loss.alpha == 0:  # the rest of the loss is not used
@@ -71,15 +72,27 @@ def _public(value: Any) -> str:
     return text.rstrip("/").rsplit("/", 1)[-1].removeprefix("pkg:")
 
 
+def public_name(source: Any) -> str:
+    """Name the config of a model or of data by its hub id, or by the last part of its path."""
+    path = getattr(source, "base_model", None) or source.path or source.name
+    name = (path if isinstance(path, str) else path[0]).removeprefix("pkg:").rstrip("/")
+    is_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return name.rpartition("/")[2] if is_local else name
+
+
+def num_layers(student: StudentConfig) -> int:
+    """Count the layers of a student that is cut."""
+    return student.layers if isinstance(student.layers, int) else len(student.layers or ())
+
+
 def _model(model: ModelConfig) -> str:
-    return _public(model.base_model or model.path).removesuffix("-Instruct")
+    return public_name(model).rpartition("/")[2].removesuffix("-Instruct")
 
 
 def _student(config: Config) -> str:
-    layers, init = config.student.layers, config.student.init
-    if init == "cut":
-        return f"{layers if isinstance(layers, int) else len(layers or ())} layers"
-    return "fresh " * (init == "random") + _model(config.student)
+    if config.student.init == "cut":
+        return f"{num_layers(config.student)} layers"
+    return "fresh " * (config.student.init == "random") + _model(config.student)
 
 
 def _objective(config: Config) -> str:

@@ -20,16 +20,14 @@ def build_accelerator(config: Config) -> Accelerator:
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if sharding.is_asked(f"ACCELERATE_USE_{name}"):
             raise MachineError(f"ACCELERATE_USE_{name}", "is not supported", "Start without it, or with FSDP")
-    fsdp = sharding.plugin(config)
     cpu = not _has_gpu()
     precision: str = config.train.precision
     if precision == "auto":
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "")  # accelerate's config; "no" is fp32
-    if not precision:
-        device = torch.device("cpu") if cpu else Accelerator().device
-        precision = causal_lm.device_dtype(device)
+    precision = precision or causal_lm.device_dtype(PartialState(cpu=cpu).device)
     if precision == "fp16" and cpu:
         raise MachineError("train.precision", "fp16 needs a GPU", "Use train.precision=bf16 or fp32")
+    fsdp = sharding.plugin(config, precision)
     gc.collect()  # of a job before this one: its student and accelerate's autocast hold one another on the device
     # That job may have had another precision, too; FSDP is remembered in what is otherwise left alone.
     AcceleratorState._reset_state(reset_partial_state=fsdp is not None)
@@ -39,10 +37,6 @@ def build_accelerator(config: Config) -> Accelerator:
         fsdp_plugin=fsdp,
         step_scheduler_with_optimizer=False,
     )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes != machine.num_processes:
-        what = f"{processes} processes were started, but accelerate sees {machine.num_processes}"
-        raise MachineError("WORLD_SIZE", what, "Start them with torchrun, or with accelerate launch on GPUs")
     if fsdp and not machine.is_fsdp2:
         raise MachineError(sharding.ASKED, "needs several GPUs", "Start without it")
     return machine

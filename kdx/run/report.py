@@ -19,6 +19,7 @@ from kdx.data.encode import Data
 from kdx.errors import printable
 from kdx.run.folder import Record
 from kdx.run.identity import adapter_base
+from kdx.run.labels import num_layers, public_name
 from kdx.run.tracking import without
 from kdx.store import TeacherStore
 from kdx.version import __version__
@@ -55,19 +56,21 @@ def counts(data: Data) -> dict[str, Any]:
     }
 
 
-def header(config: Config, record: Record, data: Data, training: Any) -> list[str]:
+def header(training: Any) -> list[str]:
     """Describe what is about to happen, a line for each part of the run."""
-    machine, batches, teacher, student = training.machine, training.batches, training.teacher, training.student
-    came = {key: f" ({where.removeprefix('conf/').removesuffix('.yaml')})" for key, where in record.sources.items()}
-    processes = f", {machine.num_processes} processes" if machine.num_processes > 1 else ""
-    processes += ", the student sharded (FSDP)" if machine.is_fsdp2 else ""
+    config, data, machine, batches = training.config, training.data, training.machine, training.batches
+    teacher, student, optim = training.teacher, training.student, training.config.optim
+    sources = training.record.sources.items()
+    came = {key: f" ({where.removeprefix('conf/').removesuffix('.yaml')})" for key, where in sources}
+    sharded = ", the student sharded (FSDP)" if machine.is_fsdp2 else ""
+    processes = f", {machine.num_processes} processes{sharded}" if machine.num_processes > 1 else ""
     num_micro = batches.batch_size // (batches.micro_batch_size * machine.num_processes)
     micro = f" in {num_micro} micro-batches of {batches.micro_batch_size}" if num_micro > 1 else ""
     if batches.micro_batch_tokens:
         micro = f" in micro-batches of at most {batches.micro_batch_tokens:,} tokens"
     steps_from = came.get("train.epochs" if config.train.max_steps is None else "train.max_steps", "")
     length_from = came.get("data.max_length", "") if training.max_length == config.data.max_length else ""
-    epochs, optim = training.max_steps / batches.steps_per_epoch, config.optim
+    epochs, warmup = training.max_steps / batches.steps_per_epoch, optim.warmup_steps
     lines = {}
     if teacher is not None:
         uses = f", with the adapter {config.teacher.adapter}" if config.teacher.adapter else ""
@@ -94,13 +97,12 @@ def header(config: Config, record: Record, data: Data, training: Any) -> list[st
         "objective": training.objective.mix.formula(),
         "steps": f"{training.max_steps:,}{steps_from}, batch size {batches.batch_size}{micro}, {epochs:,.2f} epochs",
         "optimizer": f"{optim.name.partition('.')[2]}, lr {optim.lr:g}{came.get('optim.lr', '')}, {optim.schedule}, "
-        + (f"{optim.warmup_steps:.0%} warm-up" if optim.warmup_steps < 1 else f"{optim.warmup_steps} steps of warm-up"),
+        + (f"{warmup:.0%} warm-up" if warmup < 1 else f"{warmup} steps of warm-up"),
         "row length": f"at most {training.max_length} tokens{length_from}",
     }
-    unused = (
-        [f"  not used: {', '.join(f'{what} ({n:,} rows)' for what, n in data.unused.items())}"] if data.unused else []
-    )
-    return [f"kdx {__version__}", *(f"  {name:<16}{text}" for name, text in lines.items()), *unused]
+    if data.unused:
+        lines["not used"] = ", ".join(f"{what} ({number:,} rows)" for what, number in data.unused.items())
+    return [f"kdx {__version__}", *(f"  {name:<16}{text}" for name, text in lines.items())]
 
 
 def _stops(config: Config, training: Any) -> str:
@@ -113,10 +115,9 @@ def _stops(config: Config, training: Any) -> str:
 
 def _origin(config: Config) -> str:
     """Say what the student is made of."""
-    layers = config.student.layers
     adapter = f", LoRA adapters of rank {config.adapter.r}" if config.adapter.name != "none" else ""
     if config.student.init == "cut":
-        return f"{layers if isinstance(layers, int) else len(layers or ())} layers cut from the teacher" + adapter
+        return f"{num_layers(config.student)} layers cut from the teacher" + adapter
     return ("fresh weights" if config.student.init == "random" else public_name(config.student)) + adapter
 
 
@@ -133,18 +134,10 @@ def next_commands(run_dir: Path, config: Config, record: Record, *, has_samples:
     return ["next:", *(f"  {line}" for line in lines)]
 
 
-def _git_commit() -> str | None:
-    """Return the commit of the working folder; None where there is no repository or no git."""
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return git.stdout.strip() or None
-
-
 def environment(training: Any, folder: Path) -> dict[str, Any]:
     """Return versions, device, precision and commit: what a colleague needs to repeat the run."""
     machine, teacher = training.machine, training.teacher
+    status, commit = subprocess.getstatusoutput("git rev-parse HEAD")
     return training.versions | {
         "python": platform.python_version(),
         "device": str(machine.device),
@@ -155,7 +148,7 @@ def environment(training: Any, folder: Path) -> dict[str, Any]:
         # Only runs of one teacher in one precision can be ranked together.
         "teacher_precision": teacher.identity.precision if teacher else None,
         "teacher_digest": teacher.identity.teacher if teacher else None,
-        "git_commit": _git_commit(),
+        "git_commit": None if status else commit,
         "command": (folder / "command.txt").read_text(encoding="utf-8").strip(),
     }
 
@@ -164,8 +157,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     """Lay out the measures of teacher, untouched student and student."""
     data = summary["data"]
     title = f"held out: {data['num_validation_rows']} rows, {data['counted_validation_tokens']:,} counted tokens, τ = 1"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table = Table("", title=title, title_justify="left")
     for column in ("teacher", "untouched student", "student"):
         table.add_column(column, justify="right")
     for row in measures(summary):
@@ -250,11 +242,3 @@ chat = pipeline("text-generation", model="student")
 print(chat([{{"role": "user", "content": "Hello, how are you?"}}])[0]["generated_text"][-1]["content"])
 ```
 """
-
-
-def public_name(source: Any) -> str:
-    """Name a model or data by its hub id, or by the last part of its path."""
-    path = getattr(source, "base_model", None) or source.path or source.name
-    name = (path if isinstance(path, str) else path[0]).removeprefix("pkg:")
-    is_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    return name.rstrip("/").rsplit("/", 1)[-1] if is_local else name

@@ -14,18 +14,18 @@ from kdx.errors import DivergedError, MachineError
 from kdx.evaluate import MAX_NEW_TOKENS, Judge, peak_memory
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report
-from kdx.run.files import in_bytes, read_lines, usage_of, write_beside, write_json, write_lines
+from kdx.run.files import in_bytes, read_lines, remove, usage_of, write_beside, write_json, write_lines
 from kdx.run.folder import RunFolder
 from kdx.run.tracking import CONSOLE, Tracker, log
 from kdx.student import save_student
-from kdx.train import HINT, Training, num_bytes
+from kdx.train import Training, num_bytes
 
 FEW_TOKENS = 2000  # below so many counted held-out tokens, measures vary more than most choices move them
 
 
-def facts(data: Data, training: Training) -> dict[str, Any]:
+def facts(training: Training) -> dict[str, Any]:
     """Return what a started run knows of itself beside its identity; a resumed run must have the same."""
-    teacher, machine = training.teacher, training.machine
+    data, teacher, machine = training.data, training.teacher, training.machine
     return {
         "fingerprint": data.fingerprint,
         "validation_fingerprint": data.held_out_fingerprint,
@@ -67,9 +67,7 @@ def warn_about(folder: RunFolder, data: Data) -> None:
         return
     untouched = folder.kept("untouched.json")
     counted = int(data.held_out.num_counted.sum())
-    if not len(data.held_out):
-        log.warning("nothing is held out (data.validation=null): this run cannot be compared with others")
-    elif counted < FEW_TOKENS:
+    if 0 < counted < FEW_TOKENS:
         log.warning("only %d counted held-out tokens: measures are uncertain; raise data.validation", counted)
     teacher, student = untouched["teacher"]["ce"], untouched["untouched"]["ce"]
     if (teacher or 0.0) > (student or math.inf):
@@ -96,16 +94,15 @@ def keep_student(training: Training, folder: RunFolder) -> None:
         if training.machine.is_main_process:
             save_student(training.student, training.tokenizer, folder.path / "student")
             training.state.lines = num_bytes(folder.path / "metrics.jsonl")
-            folder.keep("trained.json", {"max_steps": training.max_steps, "state": asdict(training.state)})
+            trained = {"max_steps": training.max_steps, "state": asdict(training.state)}
+            write_json(folder.path / "trained.json", trained)
         training.machine.wait_for_everyone()
     training.student.to(training.machine.device)  # merged with a base that was quantised, it is in main memory
 
 
-def finish(
-    training: Training, judge: Judge, data: Data, folder: RunFolder, tracker: Tracker, started: float
-) -> dict[str, Any]:
+def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker, started: float) -> dict[str, Any]:
     """Measure the student as it was saved, and write what the run leaves → the summary. Raises DivergedError."""
-    config, state, student = training.config, training.state, training.student
+    config, state, student, path = training.config, training.state, training.student, folder.path
     training.free()
     final = judge(student, as_saved=True)
     measures = final.means()
@@ -145,40 +142,36 @@ def finish(
             "peak_memory_bytes": peak_memory(training.machine.device),
             "store": asdict(store.counts) if store else None,
         },
-        "data": report.counts(data),
-        "environment": report.environment(training, folder.path),
+        "data": report.counts(training.data),
+        "environment": report.environment(training, path),
     }
-    if (folder.path / "student").is_dir():
-        write_beside(folder.path / "student" / "README.md", report.model_card(config, summary))
-    write_lines(folder.path / "eval_rows.jsonl", final.rows)
+    if (path / "student").is_dir():
+        write_beside(path / "student" / "README.md", report.model_card(config, summary))
+    write_lines(path / "eval_rows.jsonl", final.rows)
     if said.rows:
-        write_lines(folder.path / "eval_answers.jsonl", said.rows)
-    write_json(folder.path / "samples.json", samples)
-    own = read_lines(folder.path / "rollouts.jsonl")
-    write_beside(folder.path / "samples.md", report.samples_page(samples, MAX_NEW_TOKENS, own))
-    write_json(folder.path / "summary.json", summary)
+        write_lines(path / "eval_answers.jsonl", said.rows)
+    write_json(path / "samples.json", samples)
+    own = read_lines(path / "rollouts.jsonl")
+    write_beside(path / "samples.md", report.samples_page(samples, MAX_NEW_TOKENS, own))
+    write_json(path / "summary.json", summary)
     folder.write_status("done")
     if not config.train.keep_checkpoints:
-        checkpoint.remove_all(folder.path)
+        remove(path / checkpoint.FOLDER)
     tracker.finish(summary, samples)
     CONSOLE.print(report.closing_table(summary))
     if pulls and 0 < config.loss.alpha < 1:
-        log.info(
-            "effective alpha, the teacher's share of the gradient: %.2f at first, %.2f at last", pulls[0], pulls[-1]
-        )
+        words = "effective alpha, the teacher's share of the gradient: %.2f at first, %.2f at last"
+        log.info(words, pulls[0], pulls[-1])
     if store:
         log.info(report.store_line(store))
-    for line in report.next_commands(folder.path, config, tracker.record, has_samples=bool(samples)):
+    for line in report.next_commands(path, config, training.record, has_samples=bool(samples)):
         log.info(line)
     return summary
 
 
 def _check_finite(training: Training, measures: dict[str, float | None]) -> None:
     """Refuse to call a run done whose measures could rank anywhere. Raises DivergedError."""
-    state = training.state
-    if 0 < state.step == state.num_nonfinite:
-        raise DivergedError(f"step {state.step}", "every step was skipped: the student learnt nothing", HINT)
     wrong = [name for name, value in measures.items() if not math.isfinite(value or 0.0)]
     if wrong:
         what = f"the student's held-out {', '.join(wrong)} are not finite; it is never ranked"
-        raise DivergedError(f"step {state.step}", what, "Lower optim.lr, or set train.keep=best")
+        raise DivergedError(f"step {training.state.step}", what, "Lower optim.lr, or set train.keep=best")

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
-from kdx.config import Config
 from kdx.errors import DivergedError, one_line, printable
 from kdx.run import labels
-from kdx.run.folder import Record, RunFolder
+from kdx.run.files import read_lines
+from kdx.run.folder import RunFolder
 from kdx.run.redact import redact
 
 log = logging.getLogger("kdx")
@@ -74,21 +74,18 @@ def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
     log.propagate = False
     with ExitStack() as stack:
         stack.enter_context(_to(_ConsoleHandler() if is_main else logging.NullHandler()))
-        if is_main and file is not None:
-            stack.enter_context(
-                _to(logging.FileHandler(file, encoding="utf-8"), "%(asctime)s %(levelname)s %(message)s")
-            )
+        if is_main and file:
+            lines = "%(asctime)s %(levelname)s %(message)s"
+            stack.enter_context(_to(logging.FileHandler(file, encoding="utf-8"), lines))
         yield
 
 
 @contextmanager
 def working(what: str, total: int, is_main: bool = True, done: int = 0) -> Iterator[Callable[..., None]]:
     """Show the progress of something long on a terminal → a function to call after each part, with words to show."""
-    if not (is_main and CONSOLE.is_terminal):
-        yield lambda words="": None
-        return
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
-    with Progress(*columns, console=CONSOLE, transient=True, speed_estimate_period=300) as progress:
+    how: dict[str, Any] = {"transient": True, "speed_estimate_period": 300}
+    with Progress(*columns, console=CONSOLE, disable=not (is_main and CONSOLE.is_terminal), **how) as progress:
         task = progress.add_task(what, total=total, completed=done, words="")
         yield lambda words="": progress.update(task, advance=1, words=words)
 
@@ -99,66 +96,62 @@ class Tracker:
     Use it as a context manager: the W&B run is closed, as failed if an exception passes.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, record: Record, training: Any, *, is_main: bool) -> None:
+    def __init__(self, folder: RunFolder, training: Any) -> None:
         self.file = folder.path / "metrics.jsonl"
-        self.folder, self.config, self.record, self.is_main = folder, config, record, is_main
-        self._run, self.name = training, labels.run_name(config, record)
+        self.folder, self.config, self.is_main = folder, training.config, folder.is_main
+        self._run, self.name = training, labels.run_name(training.config, training.record)
         self.wandb: Any = None
         self.wandb_line, self.sync = "W&B: disabled", ""
         self._show: Callable[..., None] = lambda words: None
         self._has_warned = False
         self._log_tab = ExitStack()
         kept = training.state.lines  # what comes after the checkpoint goes: a resumed run has each step once
-        if is_main and self.file.exists() and self.file.stat().st_size > kept:
+        if self.is_main and self.file.exists() and self.file.stat().st_size > kept:
             os.truncate(self.file, kept)
 
     def __enter__(self) -> "Tracker":
         try:
-            mode = wandb_mode(self.config.tracking.mode) if self.is_main else "disabled"
-            self.wandb = None if mode == "disabled" else self._open(mode)
+            if self.is_main and (mode := wandb_mode(self.config.tracking.mode)) != "disabled":
+                self.wandb = self._opened(mode)
         except Exception as error:  # a run never fails because of W&B
             log.warning("W&B is off for this run: %s", one_line(error))
-        self._try(self._begin)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        is_failed = error is not None and not isinstance(error, SystemExit | KeyboardInterrupt)
-        code = 1 if is_failed else getattr(error, "code", 0 if error is None else 130)
-        if is_failed and self.config.tracking.alerts:
+        code = error.code if isinstance(error, SystemExit) else int(error is not None)
+        if code == 1 and self.config.tracking.alerts:
             what = "diverged" if isinstance(error, DivergedError) else "failed"
             self._try(lambda run: run.alert(f"A run {what}", redact(f"{self.name}: {error}"), "ERROR"))
         self._log_tab.close()
         self._try(lambda run: run.finish(exit_code=code))
 
-    def _open(self, mode: Any) -> Any:
-        """Open the W&B run, under its old id if the run is resumed."""
+    def _opened(self, mode: Any) -> Any:
+        """Open the W&B run, under its old id if the run is resumed; kdx's lines go to its log tab, too."""
         config, tracking, id_file = self.config, self.config.tracking, self.folder.path / "wandb_id.txt"
         typed = tracking.tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
-        return open_run(
+        run = open_whole(
             mode,
             self.folder.path.parent,  # the files of runs side by side are together, to be synced at once
             id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4),
-            is_whole=True, metrics=self.file,
+            read_lines(self.file),
             project=tracking.project, entity=tracking.entity, group=tracking.group or config.sweep.name,
             name=tracking.name or os.environ.get("WANDB_NAME") or self.name, notes=tracking.notes,
             job_type="baseline" if config.loss.alpha == 0 else "student",
-            tags=[*dict.fromkeys([*labels.tags(config, self.record), *typed])],
-            config=labels.config_of(config, self.record, self._run, self.folder.path),
+            tags=[*dict.fromkeys([*labels.tags(config, self._run.record), *typed])],
+            config=labels.config_of(self._run, self.folder.path),
             timeout=60 if tracking.log_model == "none" else 3600,  # seconds; a student takes long to upload
         )  # fmt: skip
-
-    def _begin(self, run: Any) -> None:
-        """Keep the id, say where the run is seen, and name the axes; kdx's lines go to its log tab, too."""
+        id_file.write_text(run.id + "\n")  # an agent of a W&B sweep chooses the id itself
         online = [] if run.offline else ["--include-online"]  # without it `wandb sync` skips such a run
         self.sync = shlex.join(["wandb", "sync", *online, str(Path(run.dir).parent)])
         self.wandb_line = f"W&B: offline; to upload: {self.sync}" if run.offline else f"W&B: {run.url}"
-        (self.folder.path / "wandb_id.txt").write_text(run.id + "\n")  # an agent of a W&B sweep chooses the id itself
         run.define_metric("tokens", hidden=True)
         run.define_metric("*", step_metric="tokens")
-        temperature = {"temperature": self.config.loss.temperature} if self.config.loss.alpha > 0 else {}
-        run.summary.update({"alpha": self.config.loss.alpha} | temperature)
+        temperature = {"temperature": config.loss.temperature} if config.loss.alpha > 0 else {}
+        run.summary.update({"alpha": config.loss.alpha} | temperature)
         tab = SimpleNamespace(write=lambda text: self._try(lambda run: run.write_logs(text)), flush=bool)
         self._log_tab.enter_context(_to(logging.StreamHandler(tab)))
+        return run
 
     def header(self, lines: list[str]) -> None:
         """Log what the run is, where it writes, and its page in W&B."""
@@ -227,50 +220,42 @@ def _log(run: Any, line: dict[str, Any]) -> None:
     run.log({name: value for name, value in line.items() if value is not None and name != "step"}, step=line["step"])
 
 
-def open_run(
-    mode: Any,
-    folder: Path,
-    id: str,
-    *,
-    is_whole: bool = False,
-    metrics: Path | None = None,
-    timeout: int = 60,
-    **about: Any,
-) -> Any:
-    """Open a W&B run whose files lie in folder/wandb; offline where the server cannot be reached.
+def open_whole(mode: Any, folder: Path, id: str, metrics: Sequence[dict[str, Any]] = (), **about: Any) -> Any:
+    """Open a W&B run of which all is sent now, and the metrics so far again if an earlier process kept them offline.
 
-    is_whole: whether all of it is sent now, with what is in the file `metrics`. What an earlier process kept offline and
-    nobody uploaded is then replaced: W&B would count the steps of a second part on from those of the first, even if they
-    are the same steps.
+    What that one kept and nobody uploaded goes: W&B would count the steps of a second part on from those of the first,
+    even if they are the same steps.
     """
+    logs = folder.glob(f"wandb/offline-run-*-{id}/run-{id}.wandb")
+    earlier = [log.parent for log in logs if not log.with_suffix(".wandb.synced").exists()]
+    run = open_run(mode, folder, id, **about)
+    for line in metrics if earlier else ():
+        _log(run, line)
+    for old in earlier:
+        shutil.rmtree(old, ignore_errors=True)
+    return run
+
+
+def open_run(mode: Any, folder: Path, id: str, *, timeout: int = 60, **about: Any) -> Any:
+    """Open a W&B run whose files lie in folder/wandb; offline where the server cannot be reached."""
     import wandb
 
     settings = {"finish_timeout": timeout} | SETTINGS
     settings = {name: value for name, value in settings.items() if f"WANDB_{name.upper()}" not in os.environ}
     arguments = redact(about) | {"settings": wandb.Settings(**settings), "dir": str(folder), "id": id}
     arguments["resume"] = "allow"  # offline W&B takes no notice of it
-    logs = folder.glob(f"wandb/offline-run-*-{id}/run-{id}.wandb")
-    earlier = [log.parent for log in logs if not log.with_suffix(".wandb.synced").exists()]
     typed, sys.argv = sys.argv, redact(sys.argv)  # W&B reads it when a run opens
     try:
-        run = wandb.init(mode=mode, **arguments)
+        return wandb.init(mode=mode, **arguments)
     except Exception as error:
         if mode == "offline" or isinstance(error, AttributeError | TypeError):  # another client than kdx knows
             raise
         log.warning("cannot reach W&B (%s): this run is kept offline", one_line(error))
         with suppress(SystemExit):  # raised if its service failed
             wandb.teardown()  # the client still holds the id
-        run = wandb.init(mode="offline", **arguments)
+        return wandb.init(mode="offline", **arguments)
     finally:
         sys.argv = typed
-    if not is_whole:
-        return run
-    if earlier and metrics and metrics.exists():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            _log(run, json.loads(line))
-    for old in earlier:
-        shutil.rmtree(old, ignore_errors=True)
-    return run
 
 
 def without(words: list[str], *beginnings: str) -> list[str]:
@@ -280,7 +265,7 @@ def without(words: list[str], *beginnings: str) -> list[str]:
 
 def wandb_mode(asked: str) -> Any:
     """Return the mode that is asked for, else that of WANDB_MODE, else online if its client has a key for its server."""
-    if mode := asked if asked != "auto" else os.environ.get("WANDB_MODE"):
+    if mode := os.environ.get("WANDB_MODE") if asked == "auto" else asked:
         return mode
     import wandb
 

@@ -20,7 +20,6 @@ from runs import (
     status,
     steps_of,
     straight,
-    write_dialogpt,
     write_pairs,
 )
 
@@ -67,54 +66,24 @@ def test_stopped_and_resumed(place, tmp_path, full, figure, kind):
     figure(f"exact resume, {kind}: {len(points)} stops, bitwise equal")
 
 
-def other_data(place):
-    write_pairs(place / "pairs.jsonl", 41)
-
-
-def other_teacher(place):
-    shutil.rmtree(place / "teacher")
-    write_dialogpt(place / "teacher", 2, 16, pickled=False, seed=7)
-
-
-def other_tokenizer(place):
-    """Two ids change places: the rows' tokens change, and so does what the teacher answers."""
-    for model in ("teacher", "student"):
-        file = place / model / "vocab.json"
-        vocab = json.loads(file.read_text())
-        a, b = list(vocab)[60:62]
-        vocab[a], vocab[b] = vocab[b], vocab[a]
-        file.write_text(json.dumps(vocab))
-
-
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        (other_data, "data"),
-        (other_teacher, "teacher"),
-        (other_tokenizer, "tokenizer"),
-        ("optim.lr=2e-2", "optim.lr"),
-        ("train.micro_batch_size=4", "train.micro_batch_size"),
-        ("loss=reverse_kl", "loss.name"),
-    ],
-)
+@pytest.mark.parametrize(("change", "key"), [("rows", "data"), ("train.micro_batch_size=4", "train.micro_batch_size")])
 def test_another_run_is_refused_with_a_diff(stopped, tmp_path, capfd, change, key):
     folder, words = stopped
     shutil.copytree(folder / "run", tmp_path / "run")
-    place = folder / "place"
-    kept = shutil.copytree(place, tmp_path / "kept")
-    if callable(change):
-        change(place)  # the config's words stay the same
+    rows = folder / "place/pairs.jsonl"
+    kept = rows.read_text()
+    if change == "rows":  # the config's words stay the same
+        write_pairs(rows, 41)
         change = words[0]
     try:
-        code = run_here(config_of(place, *words[1:], *{words[0]: 0, change: 0}), tmp_path / "run")
+        code = run_here(config_of(folder / "place", change, *words[1:]), tmp_path / "run")
     finally:
-        shutil.rmtree(place)
-        shutil.copytree(kept, place)
+        rows.write_text(kept)
     told = [line.removeprefix("kdx: error: ") for line in capfd.readouterr().err.splitlines()]
     assert code == 2, told
-    assert re.match(rf".*/run: holds a run with a different (.*, )?{key}\b", told[0])
+    assert re.match(rf".*/run: holds a run with a different {key}\b", told[0])
     assert re.fullmatch(r"  key +was +now", told[1])
-    assert any(re.match(rf"  {re.escape(key)} +\S+ +\S+", line) for line in told[2:]), told
+    assert re.match(rf"  {re.escape(key)} +\S+ +\S+", told[2])
     assert status(tmp_path / "run")["state"] == "interrupted"
 
 
@@ -125,24 +94,6 @@ def test_another_number_of_processes_is_refused(stopped, tmp_path, capfd):
     (tmp_path / "run/data.json").write_text(json.dumps(kept | {"processes": 2}))
     assert run_here(config_of(folder / "place", *words), tmp_path / "run") == 2
     assert re.search(r"  processes +2 +1", capfd.readouterr().err)
-
-
-@pytest.mark.parametrize(("schedule", "code"), [("constant", 0), ("cosine", 2)])
-def test_a_longer_run(place, tmp_path, schedule, code):
-    """Under a constant rate the first steps of a longer run are those of the shorter one."""
-    words = (
-        "train.micro_batch_size=4",
-        f"optim.schedule={schedule}",
-        "train.keep_checkpoints=true",
-        "train.log_every=3",  # the last step of the shorter run is none that the longer one logs
-    )
-    short, long = (config_of(place, *words, f"train.max_steps={steps}") for steps in (5, 8))
-    straight(short, tmp_path / "run")
-    assert run_here(long, tmp_path / "run") == code
-    if code == 0:
-        again, expected = outcome(tmp_path / "run"), straight(long, tmp_path / "straight")
-        assert again[0] == expected[0]
-        assert run_here(short, tmp_path / "run") == 2  # and not shorter again
 
 
 def test_a_log_line_spans_a_stop(place, tmp_path):
