@@ -11,7 +11,7 @@ N counted positions, n positions of a chunk, V vocabulary, d / D width of studen
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from kdx.causal_lm import Head, counted_hidden, head_of
 from kdx.config import LossConfig
 from kdx.data.batches import IGNORED, MicroBatch
 from kdx.errors import ConfigError, did_you_mean, together
+from kdx.fused import Chunk
 from kdx.plugins import option_faults
 from kdx.teacher import Answer
 
@@ -89,22 +90,21 @@ class Mix:
 
 def mix_of(config: LossConfig) -> Mix:
     """Return the mix that a config asks for."""
-    numbers = (config.alpha, config.temperature, config.scale_by_temperature, config.options)
-    return Mix(config.name, *numbers, config.alpha_end, config.temperature_end)
+    return Mix(**{part.name: getattr(config, part.name) for part in fields(Mix)})
 
 
 def check_loss(config: LossConfig) -> None:
     """Refuse a divergence or options that the registry does not know. Raises ConfigError."""
-    name, options = config.name, config.options
+    name = config.name
     if name not in (choices := [*loss.names(), "cross_entropy"]):
         hint = f"{did_you_mean(name, choices)}. Your own: KDX_PLUGINS=module"
         raise ConfigError("loss.name", f"no divergence is named {name!r}", hint)
     function = loss.get("forward_kl" if name == "cross_entropy" else name)  # neither of these two has options
-    if faults := option_faults(function, options, "loss.", num_given=2, given=("labels",)):
+    if faults := option_faults(function, config.options, "loss.", num_given=2, given=("labels",)):
         raise together(faults)
     if name != "cross_entropy":
         try:
-            loss.check_options(name, options)  # ranges, and what the function returns
+            loss.check_options(name, config.options)  # ranges, and what the function returns
         except ValueError as error:
             raise ConfigError("loss", str(error), f"See the function {function.__module__}.{name}") from None
 
@@ -136,9 +136,8 @@ class Objective(nn.Module):
         """
         hidden = counted_hidden(self.model, batch)
         head = head_of(self.model).cut(self.num_ids)
-        size = chunk_size_of(head)
-        mix, labels = mix or self.mix, batch.counted_labels
-        return summed_loss(hidden, head, answer, labels, mix, size, factor, batch.weights, with_pulls=with_pulls)
+        how: dict[str, Any] = {"factor": factor, "weights": batch.weights, "with_pulls": with_pulls}
+        return summed_loss(hidden, head, answer, batch.counted_labels, mix or self.mix, chunk_size_of(head), **how)
 
 
 def distillation_loss(
@@ -160,8 +159,8 @@ def distillation_loss(
 
     Labels are the tokens to be predicted at each position (shifted already); −100 is not counted. The sum over
     counted positions is divided by `num_tokens`, by default their number. Differentiable in the student's hidden
-    states, head weight and bias. With alpha 0 the teacher may be None. Raises ValueError for unknown names and
-    options, or a missing teacher.
+    states, head weight and bias. With alpha 0 the teacher may be None. Raises ValueError for unknown names, values out
+    of range, or a missing teacher.
     """
     if name != "cross_entropy":
         loss.check_options(name, options)
@@ -171,15 +170,13 @@ def distillation_loss(
     if alpha > 0 and (answer is None or name == "cross_entropy"):
         raise ValueError(f"alpha is {alpha}: it needs the teacher's hidden states, its head and a divergence")
     counted = (labels != IGNORED).nonzero().squeeze(-1)
-    if num_tokens is None:
-        num_tokens = len(counted)
     if len(counted) < len(labels):
         student_hidden, labels = student_hidden[counted], labels[counted]
         if answer is not None:
-            answer = Answer(answer.hidden[counted.to(answer.hidden.device)], answer.head)
+            answer = replace(answer, hidden=answer.hidden[counted.to(answer.hidden.device)])
+    factor = 1 / max(len(counted) if num_tokens is None else num_tokens, 1)
     mix = Mix(name, alpha, temperature, scale_by_temperature, options)
-    total, _ = summed_loss(student_hidden, student_head, answer, labels, mix, chunk_size, 1 / max(num_tokens, 1))
-    return total
+    return summed_loss(student_hidden, student_head, answer, labels, mix, chunk_size, factor=factor)[0]
 
 
 def summed_loss(
@@ -189,9 +186,9 @@ def summed_loss(
     labels: Tensor,
     mix: Mix,
     chunk_size: int = 256,
+    *,
     factor: float = 1.0,
     weights: dict[str, Tensor] | None = None,
-    *,
     with_pulls: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum the loss over positions that all count → factor · total, and without gradient each term (kd includes τ²).
@@ -200,16 +197,99 @@ def summed_loss(
     `own` say how much of kd is summed once more, to be logged.
     with_pulls: also return PULLS.
     """
+    weights = weights or {}
     if mix.alpha == 0:
         answer = None
     if answer is not None:  # one tokenizer, heads padded differently: keep the ids that both have
         num_ids = min(head.num_ids, answer.head.num_ids)
         head, answer = head.cut(num_ids), Answer(answer.hidden, answer.head.cut(num_ids))
-    total, kd, ce, own, pulls = _ChunkedSum.apply(
-        hidden, head.weight, head.bias, head, answer, labels, mix, chunk_size, factor, weights or {}, with_pulls
-    )
-    terms = {"kd": kd, "ce": ce} | ({"own": own} if weights and "own" in weights else {})
-    return total, terms | (dict(zip(PULLS, pulls, strict=True)) if with_pulls else {})
+    inputs, device = (hidden, head.weight, head.bias), hidden.device
+    grad_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    sum_dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's MPS has no float64
+    names = ["kd", "ce", *["own"] * ("own" in weights), *PULLS * with_pulls]
+    sums = {name: torch.zeros((), dtype=sum_dtype, device=device) for name in names}
+    grad_hidden, grad_weight, grad_bias = grads = [
+        torch.zeros_like(x, dtype=hidden.dtype if x is hidden else grad_dtype)
+        if x is not None and x.requires_grad and torch.is_grad_enabled()
+        else None
+        for x in inputs
+    ]
+    # backward() passes over the gradients once more on a GPU: it applies the factor there.
+    factor_now, factor_later = (factor, 1.0) if device.type == "cpu" else (1.0, factor)
+
+    with torch.no_grad():
+        head = head.detached(head.weight, head.bias).in_compute_dtype()
+        for rows in chunks_of(len(labels), chunk_size):
+            product, theirs = head.product(hidden[rows]), None
+            if answer is not None:
+                theirs = answer.head.product(answer.hidden[rows]).to(product.device)
+            part = {name: weight[rows] for name, weight in weights.items()}
+            chunk = Chunk(product, head, theirs, answer.head if answer else None, labels[rows], part)
+            by_ce = None  # [n, V], the gradient of the cross-entropy alone
+            if with_pulls and mix.alpha < 1:
+                by_ce = product.clone()
+                replace_by_gradient(chunk._replace(product=by_ce, theirs=None, teacher_head=None), mix)
+            kd, ce = replace_by_gradient(chunk, mix)
+            sums["kd"] += mix.factor * kd.sum(dtype=sum_dtype)
+            sums["ce"] += ce.sum(dtype=sum_dtype)
+            if "own" in weights:
+                sums["own"] += mix.factor * (kd * part["own"]).sum(dtype=sum_dtype)
+            if grad_bias is not None:
+                grad_bias += product.sum(0, dtype=grad_dtype)
+            del theirs, chunk  # the peak of a step's memory is about here
+            if with_pulls or grad_hidden is not None:
+                by_hidden = product @ head.weight
+                if with_pulls:
+                    of_ce = torch.zeros_like(by_hidden) if by_ce is None else by_ce @ head.weight
+                    of_ce = of_ce.to(sum_dtype)
+                    of_kd = by_hidden.to(sum_dtype) - of_ce
+                    pulls = (of_kd.square().sum(), of_ce.square().sum(), (of_kd * of_ce).sum())
+                    for name, pull in zip(PULLS, pulls, strict=True):
+                        sums[name] += pull
+                    del by_ce, of_kd, of_ce
+                if grad_hidden is not None:
+                    grad_hidden[rows] = by_hidden.to(hidden.dtype).mul_(factor_now)
+            if grad_weight is not None:
+                _add_product(grad_weight, product, hidden[rows].to(product.dtype))
+        for of_head in (grad_weight, grad_bias):
+            if of_head is not None and factor_now != 1:
+                of_head.mul_(factor_now)
+        total = (factor * mix.loss(sums)).to(grad_dtype)
+    return _WithGradients.apply(total, factor_later, grads, *inputs), sums
+
+
+def _add_product(grad_weight: Tensor, product: Tensor, inputs: Tensor) -> None:
+    """Add productᵀ · inputs to the head's gradient, in its dtype."""
+    if product.dtype != grad_weight.dtype and product.device.type == "cuda":  # its products can add in float32
+        torch.addmm(grad_weight, product.T, inputs, out_dtype=grad_weight.dtype, out=grad_weight)
+        return
+    for ids in chunks_of(len(grad_weight), HEAD_ROWS):
+        if product.dtype == grad_weight.dtype:
+            grad_weight[ids].addmm_(product[:, ids].T, inputs)
+        else:
+            grad_weight[ids].add_(product[:, ids].T @ inputs)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A total whose gradients by its inputs are known; factor: what they are still multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, factor: float, grads: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
+        ctx.factor, ctx.dtypes = factor, [None if x is None else x.dtype for x in inputs]
+        ctx.save_for_backward(*grads)
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> Any:
+        grads = ctx.saved_tensors
+        # The factor is 1 as a rule, and a gradient of the head is as large as the head: avoid the copy. Looking costs
+        # nothing on a CPU; a GPU would have to be waited for.
+        if grad_total.device.type != "cpu" or grad_total.item() != 1:
+            grad_total = grad_total * ctx.factor
+            grads = [None if grad is None else grad * grad_total for grad in grads]  # before it is rounded to bf16
+        by_inputs = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        return None, None, None, *by_inputs
 
 
 def pulls_of(sums: dict[str, float], num_tokens: int) -> dict[str, float | None]:
@@ -226,98 +306,6 @@ def pulls_of(sums: dict[str, float], num_tokens: int) -> dict[str, float | None]
         "grad_cosine": dot / (kd * ce) if kd * ce > 0 else None,
         "effective_alpha": kd / (kd + ce) if kd + ce > 0 else None,
     }
-
-
-class _ChunkedSum(torch.autograd.Function):
-    """factor · Σ total over positions, with gradients formed chunk by chunk in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        answer: Answer | None,
-        labels: Tensor,
-        mix: Mix,
-        chunk_size: int,
-        factor: float,
-        weights: dict[str, Tensor],
-        with_pulls: bool,
-    ) -> tuple[Tensor, ...]:
-        head = head.detached(weight, bias).in_compute_dtype()
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=grad_dtype) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=grad_dtype) if wants_bias and bias is not None else None
-        sum_dtype = torch.float32 if hidden.device.type == "mps" else torch.float64  # Apple's MPS has no float64
-        kd_sum, ce_sum, own_sum = (torch.zeros((), dtype=sum_dtype, device=hidden.device) for _ in range(3))
-        pulls = torch.zeros(3, dtype=sum_dtype, device=hidden.device)
-        # backward() passes over the gradients once more on a GPU: it applies the factor there.
-        factor_now, factor_later = (factor, 1.0) if hidden.device.type == "cpu" else (1.0, factor)
-
-        for rows in chunks_of(len(labels), chunk_size):
-            product = head.product(hidden[rows])
-            teacher_head = teacher_product = None
-            if answer is not None:
-                teacher_head = answer.head
-                teacher_product = teacher_head.product(answer.hidden[rows]).to(product.device)
-            chunk_weights = {name: weight[rows] for name, weight in weights.items()}
-            by_ce = None  # [n, V], the gradient of the cross-entropy alone
-            if with_pulls and mix.alpha < 1:
-                by_ce = product.clone()
-                replace_by_gradient(by_ce, None, labels[rows], head, None, mix, chunk_weights)
-            kd, ce = replace_by_gradient(product, teacher_product, labels[rows], head, teacher_head, mix, chunk_weights)
-            kd_sum += mix.factor * kd.sum(dtype=sum_dtype)
-            ce_sum += ce.sum(dtype=sum_dtype)
-            if "own" in weights:
-                own_sum += mix.factor * (kd * chunk_weights["own"]).sum(dtype=sum_dtype)
-            if grad_bias is not None:
-                grad_bias += product.sum(0, dtype=grad_dtype)
-            del teacher_product  # the peak of a step's memory is about here
-            by_hidden = product @ head.weight if grad_hidden is not None or with_pulls else None
-            if with_pulls and by_hidden is not None:
-                of_ce = torch.zeros_like(by_hidden) if by_ce is None else by_ce @ head.weight
-                of_ce = of_ce.to(sum_dtype)
-                of_kd = by_hidden.to(sum_dtype) - of_ce
-                pulls += torch.stack([of_kd.square().sum(), of_ce.square().sum(), (of_kd * of_ce).sum()])
-                del by_ce, of_kd, of_ce
-            if grad_hidden is not None and by_hidden is not None:
-                grad_hidden[rows] = by_hidden.to(hidden.dtype).mul_(factor_now)
-            if grad_weight is not None:
-                inputs = hidden[rows].to(product.dtype)
-                if product.dtype != grad_dtype and product.device.type == "cuda":  # its products can add in float32
-                    torch.addmm(grad_weight, product.T, inputs, out_dtype=grad_dtype, out=grad_weight)
-                    continue
-                for ids in chunks_of(head.num_ids, HEAD_ROWS):
-                    if product.dtype == grad_dtype:
-                        grad_weight[ids].addmm_(product[:, ids].T, inputs)
-                    else:
-                        grad_weight[ids].add_(product[:, ids].T @ inputs)
-
-        for of_head in (grad_weight, grad_bias):
-            if of_head is not None and factor_now != 1:
-                of_head.mul_(factor_now)
-        ctx.factor = factor_later
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(kd_sum, ce_sum, own_sum, pulls)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        total = factor * mix.loss({"kd": kd_sum, "ce": ce_sum})
-        return total.to(grad_dtype), kd_sum, ce_sum, own_sum, pulls
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:
-        grads = ctx.saved_tensors
-        # The factor is 1 as a rule, and a gradient of the head is as large as the head: avoid the copy. Looking costs
-        # nothing on a CPU; a GPU would have to be waited for.
-        if grad_total.device.type != "cpu" or grad_total.item() != 1:
-            grad_total = grad_total * ctx.factor
-            grads = [None if grad is None else grad * grad_total for grad in grads]  # before it is rounded to bf16
-        by_inputs = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
-        return *by_inputs, *[None] * 8
 
 
 def chunk_size_of(head: Head) -> int:
@@ -344,27 +332,19 @@ def blocks_of(product: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def replace_by_gradient(
-    product: Tensor,
-    teacher_product: Tensor | None,
-    labels: Tensor,
-    head: Head,
-    teacher_head: Head | None,
-    mix: Mix,
-    weights: dict[str, Tensor],
-) -> tuple[Tensor, Tensor]:
+def replace_by_gradient(chunk: Chunk, mix: Mix) -> tuple[Tensor, Tensor]:
     """Replace a chunk's product h·Wᵀ [n, V] by the gradient of the loss by it → kd (without τ²) and ce [n]."""
-    if (terms := fused.terms(product, teacher_product, labels, head, teacher_head, mix, weights)) is not None:
+    if (terms := fused.terms(chunk, mix)) is not None:
         return terms
     kds, ces = [], []
     # The softmaxes pass over [n, V] many times: a few rows at once stay in the processor's cache.
-    for block in blocks_of(product):
-        logits, teacher_logits = head.finish(product[block]), None
-        if teacher_head is not None and teacher_product is not None:
-            teacher_logits = teacher_head.finish(teacher_product[block])
-        weighted = {name: weight[block] for name, weight in weights.items()}
-        kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[block], mix, weighted)
-        product[block] = head.through(logits, grad)
+    for block in blocks_of(chunk.product):
+        logits, teacher_logits = chunk.head.finish(chunk.product[block]), None
+        if chunk.teacher_head is not None and chunk.theirs is not None:
+            teacher_logits = chunk.teacher_head.finish(chunk.theirs[block])
+        weights = {name: weight[block] for name, weight in chunk.weights.items()}
+        kd, ce, grad = _loss_and_gradient(logits, teacher_logits, chunk.labels[block], mix, weights)
+        chunk.product[block] = chunk.head.through(logits, grad)
         kds.append(kd)
         ces.append(ce)
     return torch.cat(kds), torch.cat(ces)
