@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,20 +135,16 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         student = build_student(config, machine, max_length)
         teach_to_stop(student, tokenizer, data.stops)
         heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
-        mix = mix_of(config.loss)
-        objective = Objective(student, check_heads(shared.num_ids, heads), mix)
+        objective = Objective(student, check_heads(shared.num_ids, heads), mix_of(config.loss))
         if teacher and (config.rollout.is_on_policy or config.eval.metric == "on_policy_kl"):
             _ = teacher.model  # nothing that the student says is in the store
         if teacher and config.rollout.is_on_policy:
-            known = {part.name: getattr(batches, part.name) for part in fields(batches)}
             batches = Rollouts(
-                **known,
-                student=student,
+                **vars(batches),
+                objective=objective,
                 words=config.rollout,
-                mix=mix,
-                max_steps=max_steps,
                 machine=machine,
-                num_ids=objective.num_ids,
+                max_steps=max_steps,
                 max_length=max_length,
             )
             warn_about(config, student, stop_ids(teacher.model.generation_config))

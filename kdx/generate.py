@@ -3,16 +3,21 @@
 A row's answer depends on its prompt and seed; other rows of the batch change rounding alone.
 """
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+import xxhash
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from kdx.causal_lm import num_positions, stop_ids
+from kdx.run.tracking import log, working
+from kdx.store import TeacherStore
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,6 @@ class Drawn(LogitsProcessor):
         return scores
 
 
-def groups_of(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Group prompts of similar length, the longest first → numbers of prompts."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
 def generate(
     model: Any,
     prompts: Sequence[list[int]],
@@ -60,61 +59,112 @@ def generate(
     num_ids: int,
     pad_id: int,
     seeds: Sequence[int] = (),
-    stops: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continue prompts in one batch, padded on the left, in eval mode → the new tokens, with the stop token if one was said.
 
     All stop tokens of the model's generation config are heeded, and nothing else in it. No generator but those of the
-    rows is used. seeds: of each row. stops: in place of the model's own stop tokens.
+    rows is used. seeds: of each row.
 
     An answer ends where the model can read no further. Prompts that leave it less room than the others are a batch of
     their own: beside them it would read on, past its last position.
     """
-    seeds, stops = seeds or [0] * len(prompts), stop_ids(model.generation_config) if stops is None else stops
-    most, length = sampling.max_new_tokens, num_positions(model.config) or math.inf
-    rooms = [int(min(most, length - len(prompt))) for prompt in prompts]
-    answers: dict[int, list[int]] = {}
-    for room in sorted(set(rooms)):
+    seeds, length = seeds or [0] * len(prompts), num_positions(model.config) or math.inf
+    rooms = [int(min(sampling.max_new_tokens, length - len(prompt))) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    for room in sorted({room for room in rooms if room > 0}):
         some = [i for i, own in enumerate(rooms) if own == room]
-        if room > 0:
-            processor = Drawn(sampling, num_ids, [seeds[i] for i in some], model.device)
-            said = _continued(model, [prompts[i] for i in some], room, processor, pad_id, stops)
-            answers |= zip(some, said, strict=True)
-    return [answers.get(i, []) for i in range(len(prompts))]
+        drawn = Drawn(sampling, num_ids, [seeds[i] for i in some], model.device)
+        for i, answer in zip(some, _continued(model, [prompts[i] for i in some], room, drawn, pad_id), strict=True):
+            answers[i] = answer
+    return answers
 
 
 @torch.no_grad()
-def _continued(
-    model: Any, prompts: list[list[int]], num_tokens: int, processor: Drawn, pad_id: int, stops: Sequence[int]
-) -> list[list[int]]:
+def _continued(model: Any, prompts: list[list[int]], num_tokens: int, drawn: Drawn, pad_id: int) -> list[list[int]]:
     """Continue prompts, each by at most `num_tokens` tokens."""
-    longest, device = max(map(len, prompts)), model.device
-    input_ids = torch.full((len(prompts), longest), pad_id)
+    longest, own, was_training = max(map(len, prompts)), model.generation_config, model.training
+    input_ids, stops = torch.full((len(prompts), longest), pad_id), stop_ids(own)
     mask = torch.zeros_like(input_ids)
     for i, prompt in enumerate(prompts):
         input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
         mask[i, longest - len(prompt) :] = 1
-    own, was_training = model.generation_config, model.training
     # Not arguments of generate(): unset values would be taken from the model's own.
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=num_tokens,
-        eos_token_id=list(stops) or None,
-        pad_token_id=pad_id,
-    )
+    limits: dict[str, Any] = {"max_new_tokens": num_tokens, "eos_token_id": stops or None, "pad_token_id": pad_id}
+    model.generation_config = GenerationConfig(do_sample=False, **limits)
     model.eval()
     try:
         output = model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            logits_processor=LogitsProcessorList([processor]),
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            logits_processor=LogitsProcessorList([drawn]),
         )
     finally:
         model.generation_config = own
         model.train(was_training)
-    return [until_stop(row, stops) for row in output[:, longest:].tolist()]
+    answers = output[:, longest:].tolist()  # padded behind their stop tokens
+    return [next((a[: i + 1] for i, token in enumerate(a) if token in stops), a) for a in answers]
 
 
-def until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:
-    """Cut tokens behind the first stop token."""
-    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in stops), tokens)
+def groups_of(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Group prompts of similar length, the longest first → numbers of prompts."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def shared_out(
+    groups: Sequence[list[int]], answer: Callable[[list[int]], list[list[int]]], rank: int, num_processes: int
+) -> list[list[int]]:
+    """Have each process answer some of these groups of prompts → the answers to all, in the order of the prompts."""
+    said: list[tuple[int, list[int]]] = []
+    for group in filter(None, groups[rank::num_processes]):
+        said += zip(group, answer(group), strict=True)
+    return [tokens for _, tokens in sorted(gather_object(said))]
+
+
+def kept_answers(
+    load: Callable[[], Any],
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    store: TeacherStore | None,
+    machine: Any,
+    *,
+    batch_size: int,
+    num_ids: int,
+    pad_id: int,
+    about: object = None,
+) -> list[list[int]]:
+    """Return a teacher's answer to each prompt, from its store or generated now; an empty prompt has an empty one.
+
+    load: gives the teacher, if it is needed. about: what else the answers depend on; each has a seed of its own by that.
+    """
+
+    def key_of(prompt: list[int]) -> str:
+        return xxhash.xxh3_128_hexdigest(json.dumps([prompt, *astuple(sampling), about]).encode())
+
+    keys = [key_of(prompt) if prompt else "" for prompt in prompts]
+    asked = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if prompt}
+    absent = set(store.missing([*asked]) if store else asked)
+    known = {key: rows[0].tolist() for key in asked if store and key not in absent and (rows := store.read([key]))}
+    missing = [key for key in asked if key not in known]
+    known, missing = broadcast_object_list([known, missing])  # the same for all, whatever others write meanwhile
+    if missing:
+        model, groups = load(), groups_of([asked[key] for key in missing], batch_size)
+        num_groups = len(groups[machine.process_index :: machine.num_processes])
+        with working("Teacher answers", num_groups, machine.is_main_process) as advance:
+
+            def answer(group: list[int]) -> list[list[int]]:
+                some = [missing[i] for i in group]
+                seeds = [int(key[:15], 16) for key in some]
+                how: dict[str, Any] = {"num_ids": num_ids, "pad_id": pad_id, "seeds": seeds}
+                said = generate(model, [asked[key] for key in some], sampling, **how)
+                if store:
+                    said = [row.tolist() for row in store.write(some, [torch.tensor(tokens) for tokens in said])]
+                advance()
+                return said
+
+            answers = shared_out(groups, answer, machine.process_index, machine.num_processes)
+        known |= zip(missing, answers, strict=True)
+        log.info("the teacher answered %d prompts", len(missing))
+    if store:
+        store.close()
+    return [known[key] if key else [] for key in keys]

@@ -59,8 +59,7 @@ def _fill(config: Config) -> None:
         for start in starts:
             teacher.answer(collate(missing[start : start + size], pad_id_of(shared.tokenizer)))
             advance()
-        if is_main:
-            teacher_answers(teacher, shared.tokenizer, data.prompts, shared.num_ids)
+        teacher_answers(teacher, shared.tokenizer, data.prompts, shared.num_ids, machine)
     if is_main:
         log.info(store_line(store))
     machine.wait_for_everyone()

@@ -72,7 +72,7 @@ class Data:
 
     train: Rows
     held_out: Rows
-    prompts: list[dict[str, Any]]  # of the sample answers: {"messages", "text", "reference"}
+    prompts: list[dict[str, Any]]  # of the sample answers: {"messages", "text", "tokens", "reference"}
     dropped: Counter[str]  # rule → number of rows
     changed: Counter[str]
     fingerprint: str  # of the training rows as the models see them
@@ -312,9 +312,9 @@ class Encoder:
             reference = conversation.messages[len(messages)]["content"]
             text = self._prefix(conversation, messages, add_generation_prompt=True)
             text += self.header if text else ""
-            length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            if reference and text and length + room <= self.max_length:
-                found.append({"messages": messages, "text": text, "reference": reference})
+            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if reference and text and len(tokens) + room <= self.max_length:
+                found.append({"messages": messages, "text": text, "tokens": tokens, "reference": reference})
             if len(found) == number:
                 break
         return found
