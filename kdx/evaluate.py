@@ -25,13 +25,13 @@ from kdx import loss
 from kdx.causal_lm import Head, counted_hidden, generation_config, head_of, stop_ids
 from kdx.config import Config
 from kdx.data.batches import MicroBatch, Row, by_length, collate
-from kdx.generate import Sampling, generate, groups_of, kept_answers, shared_out
+from kdx.generate import Sampling, answers_to
 from kdx.objective import blocks_of, chunk_size_of, chunks_of
 from kdx.run.signals import StopRequest
 from kdx.run.tracking import log, working
 from kdx.store import TeacherStore
 from kdx.teacher import Answer, Teacher
-from kdx.tokenizer import pad_id_of
+from kdx.tokenizer import SharedTokenizer
 
 MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
 MIN_ROWS = 8  # rows at once: measuring needs less memory than training
@@ -152,7 +152,7 @@ class Judge:
         student, teacher, run = self.run.student, self.run.teacher, self.run
         untouched, of_teacher = self(student).means(), Said([], [])
         if teacher:
-            answers = teacher_answers(teacher, run.tokenizer, self.prompts, run.objective.num_ids, run.machine)
+            answers = teacher_answers(teacher, run.shared, self.prompts, run.machine)
             stops = stop_ids(generation_config(run.config.teacher, "teacher"))
             of_teacher = said_of(answers, self.prompts[: self.num_measured], run.tokenizer, stops)
         of_student = self.answered(student)
@@ -174,8 +174,7 @@ class Judge:
                 log.info("on-policy KL of the untouched student: not taken, the teacher is loaded after training")
             elif is_final:
                 log.info("on-policy KL: not taken, the teacher's body is not loaded; eval.on_policy_kl=true loads it")
-        rest = (self.num_measured, run.objective.num_ids, run.machine, teacher)
-        return answered(student, run.tokenizer, self.prompts, *rest)
+        return answered(student, run.shared, self.prompts, self.num_measured, run.machine, teacher)
 
     def samples(self, said: Said) -> list[str]:
         """Return the answers to show as text, with the token that they stopped at."""
@@ -210,35 +209,27 @@ def num_measured(run: Any) -> int:
 
 def answered(
     student: Any,
-    tokenizer: Any,
+    shared: SharedTokenizer,
     prompts: list[dict[str, Any]],
     num_measured: int,
-    num_ids: int,
     machine: Accelerator,
     teacher: Teacher | None = None,
 ) -> Said:
-    """Let a student answer prompts greedily, shared out over processes; with a teacher, take its KL to it there."""
-    inputs, pad_id = [prompt["tokens"] for prompt in prompts], pad_id_of(tokenizer)
-
-    def answer(group: list[int]) -> list[list[int]]:
-        return generate(student, [inputs[i] for i in group], GREEDY, num_ids=num_ids, pad_id=pad_id)
-
-    groups = groups_of(inputs, ANSWERED_AT_ONCE)
-    answers = shared_out(groups, answer, machine.process_index, machine.num_processes)
-    kls = None
-    if teacher:
-        kls = on_policy_kls(student, teacher, inputs[:num_measured], answers[:num_measured], num_ids, pad_id)
-    return said_of(answers, prompts[:num_measured], tokenizer, stop_ids(student.generation_config), kls)
+    """Let a student answer prompts greedily, and measure the first; with a teacher, take its KL to it there."""
+    inputs = [prompt["tokens"] for prompt in prompts]
+    answers = answers_to(inputs, lambda: student, GREEDY, shared, machine, batch_size=ANSWERED_AT_ONCE)
+    kls = on_policy_kls(student, teacher, inputs[:num_measured], answers, shared) if teacher else None
+    return said_of(answers, prompts[:num_measured], shared.tokenizer, stop_ids(student.generation_config), kls)
 
 
 def teacher_answers(
-    teacher: Teacher, tokenizer: Any, prompts: list[dict[str, Any]], num_ids: int, machine: Accelerator
+    teacher: Teacher, shared: SharedTokenizer, prompts: list[dict[str, Any]], machine: Accelerator
 ) -> list[list[int]]:
     """Let the teacher answer prompts greedily, or read its answers from its store."""
-    of_rows = teacher.store
+    of_rows, inputs = teacher.store, [prompt["tokens"] for prompt in prompts]
     store = of_rows and TeacherStore(of_rows.root, teacher.identity, name=of_rows.name, part="said")
-    how = {"batch_size": ANSWERED_AT_ONCE, "num_ids": num_ids, "pad_id": pad_id_of(tokenizer), "about": num_ids}
-    return kept_answers(lambda: teacher.model, [prompt["tokens"] for prompt in prompts], GREEDY, store, machine, **how)
+    how: dict[str, Any] = {"batch_size": ANSWERED_AT_ONCE, "store": store, "about": shared.num_ids}
+    return answers_to(inputs, lambda: teacher.model, GREEDY, shared, machine, **how)
 
 
 def said_of(
@@ -269,16 +260,16 @@ def said_of(
 
 @torch.no_grad()
 def on_policy_kls(
-    student: Any, teacher: Teacher, prompts: list[list[int]], answers: list[list[int]], num_ids: int, pad_id: int
+    student: Any, teacher: Teacher, prompts: list[list[int]], answers: list[list[int]], shared: SharedTokenizer
 ) -> list[float]:
     """Sum KL(student ‖ teacher) over the tokens of each of the student's own answers, with the teacher's body."""
     student.eval()
-    head, teacher_head = head_of(student).cut(num_ids).in_compute_dtype(), teacher.head.cut(num_ids)
-    pairs = zip(prompts, answers, strict=True)
+    head, teacher_head = (each.cut(shared.num_ids) for each in (head_of(student).in_compute_dtype(), teacher.head))
+    pairs = zip(prompts, answers, strict=False)
     rows = [Row("", prompt + said, [False] * len(prompt) + [True] * len(said)) for prompt, said in pairs]
     kls: list[float] = []
     for start in range(0, len(rows), MIN_ROWS):
-        batch = collate(rows[start : start + MIN_ROWS], pad_id).to(student.device)
+        batch = collate(rows[start : start + MIN_ROWS], shared.pad_id).to(student.device)
         values = score(counted_hidden(student, batch), head, batch, Answer(teacher.live(batch), teacher_head))
         kls += [row["reverse_kl"] for row in by_row(values, batch)]
     return kls

@@ -154,7 +154,7 @@ def _on_policy(
         what = f"was measured with another of these: {was} (which is {now} here)"
         raise ConfigError(str(run.path), what, "Type what it had, as in teacher.precision=fp32")
     teach_to_stop(student, shared.tokenizer, data.stops)
-    return answered(student, shared.tokenizer, prompts, len(prompts), shared.num_ids, machine, teacher)
+    return answered(student, shared, prompts, len(prompts), machine, teacher)
 
 
 @cache

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 import xxhash
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from kdx.causal_lm import num_positions, stop_ids
-from kdx.run.tracking import log, working
+from kdx.run.tracking import working
 from kdx.store import TeacherStore
+from kdx.tokenizer import SharedTokenizer
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,7 @@ class Drawn(LogitsProcessor):
 
 
 def generate(
-    model: Any,
-    prompts: Sequence[list[int]],
-    sampling: Sampling,
-    *,
-    num_ids: int,
-    pad_id: int,
-    seeds: Sequence[int] = (),
+    model: Any, prompts: Sequence[list[int]], sampling: Sampling, shared: SharedTokenizer, seeds: Sequence[int] = ()
 ) -> list[list[int]]:
     """Continue prompts in one batch, padded on the left, in eval mode → the new tokens, with the stop token if one was said.
 
@@ -73,8 +69,9 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     for room in sorted({room for room in rooms if room > 0}):
         some = [i for i, own in enumerate(rooms) if own == room]
-        drawn = Drawn(sampling, num_ids, [seeds[i] for i in some], model.device)
-        for i, answer in zip(some, _continued(model, [prompts[i] for i in some], room, drawn, pad_id), strict=True):
+        drawn = Drawn(sampling, shared.num_ids, [seeds[i] for i in some], model.device)
+        said = _continued(model, [prompts[i] for i in some], room, drawn, shared.pad_id)
+        for i, answer in zip(some, said, strict=True):
             answers[i] = answer
     return answers
 
@@ -112,59 +109,54 @@ def groups_of(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[in
 
 
 def shared_out(
-    groups: Sequence[list[int]], answer: Callable[[list[int]], list[list[int]]], rank: int, num_processes: int
+    groups: Sequence[list[int]], answer: Callable[[list[int]], list[list[int]]], machine: Accelerator
 ) -> list[list[int]]:
     """Have each process answer some of these groups of prompts → the answers to all, in the order of the prompts."""
     said: list[tuple[int, list[int]]] = []
-    for group in filter(None, groups[rank::num_processes]):
+    for group in groups[machine.process_index :: machine.num_processes]:
         said += zip(group, answer(group), strict=True)
     return [tokens for _, tokens in sorted(gather_object(said))]
 
 
-def kept_answers(
-    load: Callable[[], Any],
+def answers_to(
     prompts: Sequence[list[int]],
+    load: Callable[[], Any],
     sampling: Sampling,
-    store: TeacherStore | None,
-    machine: Any,
+    shared: SharedTokenizer,
+    machine: Accelerator,
     *,
     batch_size: int,
-    num_ids: int,
-    pad_id: int,
+    store: TeacherStore | None = None,
     about: object = None,
 ) -> list[list[int]]:
-    """Return a teacher's answer to each prompt, from its store or generated now; an empty prompt has an empty one.
+    """Return a model's answer to each prompt, from a store or generated now; an empty prompt has an empty one.
 
-    load: gives the teacher, if it is needed. about: what else the answers depend on; each has a seed of its own by that.
+    load: gives the model, if it is needed. about: what else the answers depend on; with the rest it decides the seeds.
     """
-
-    def key_of(prompt: list[int]) -> str:
-        return xxhash.xxh3_128_hexdigest(json.dumps([prompt, *astuple(sampling), about]).encode())
-
-    keys = [key_of(prompt) if prompt else "" for prompt in prompts]
-    asked = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if prompt}
-    absent = set(store.missing([*asked]) if store else asked)
-    known = {key: rows[0].tolist() for key in asked if store and key not in absent and (rows := store.read([key]))}
-    missing = [key for key in asked if key not in known]
+    words = [json.dumps([prompt, *astuple(sampling), about]) for prompt in prompts]
+    keys = [xxhash.xxh3_128_hexdigest(text.encode()) for text in words]
+    absent = set(store.missing(keys) if store else keys)
+    known = {key: rows[0].tolist() for key in keys if store and key not in absent and (rows := store.read([key]))}
+    missing = [i for i, prompt in enumerate(prompts) if prompt and keys[i] not in known]
     known, missing = broadcast_object_list([known, missing])  # the same for all, whatever others write meanwhile
+    answers = [known.get(key, []) for key in keys]
     if missing:
-        model, groups = load(), groups_of([asked[key] for key in missing], batch_size)
-        num_groups = len(groups[machine.process_index :: machine.num_processes])
-        with working("Teacher answers", num_groups, machine.is_main_process) as advance:
+        model, groups = load(), groups_of([prompts[i] for i in missing], batch_size)
+        with working("Answering prompts", len(groups) // machine.num_processes, machine.is_main_process) as advance:
 
             def answer(group: list[int]) -> list[list[int]]:
-                some = [missing[i] for i in group]
-                seeds = [int(key[:15], 16) for key in some]
-                how: dict[str, Any] = {"num_ids": num_ids, "pad_id": pad_id, "seeds": seeds}
-                said = generate(model, [asked[key] for key in some], sampling, **how)
+                some = [missing[k] for k in group]
+                seeds = [int(keys[i][:15], 16) for i in some]
+                said = generate(model, [prompts[i] for i in some], sampling, shared, seeds)
                 if store:
-                    said = [row.tolist() for row in store.write(some, [torch.tensor(tokens) for tokens in said])]
+                    rows = store.write([keys[i] for i in some], [torch.tensor(tokens) for tokens in said])
+                    said = [row.tolist() for row in rows]
                 advance()
                 return said
 
-            answers = shared_out(groups, answer, machine.process_index, machine.num_processes)
-        known |= zip(missing, answers, strict=True)
-        log.info("the teacher answered %d prompts", len(missing))
+            said = shared_out(groups, answer, machine)
+        for i, tokens in zip(missing, said, strict=True):
+            answers[i] = tokens
     if store:
         store.close()
-    return [known[key] if key else [] for key in keys]
+    return answers

@@ -1,6 +1,5 @@
 """On-policy rows: which rows of a step get the student's own answer, and how the loss weighs it."""
 
-import inspect
 import json
 import time
 from collections import Counter
@@ -26,13 +25,13 @@ from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
 from kdx.evaluate import NUM_SAMPLES
-from kdx.generate import Sampling, generate, groups_of, kept_answers, shared_out
+from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out
 from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import log, logging_to, quiet_libraries
 from kdx.store import TeacherStore
 from kdx.teacher import identity_of, load_teacher
-from kdx.tokenizer import SharedTokenizer, load_tokenizer, pad_id_of
+from kdx.tokenizer import SharedTokenizer, load_tokenizer
 
 Sampler = Callable[[Any, list[list[int]], int], list[list[int]]]
 _SAMPLERS: dict[str, Sampler] = {}
@@ -45,8 +44,6 @@ def register_sampler(function: Sampler) -> Sampler:
     The model is the student with its weights of now. An answer ends with the stop token where one was said; one that is
     longer than `rollout.max_new_tokens` is cut.
     """
-    if len(inspect.signature(function).parameters) != 3:
-        raise TypeError(f"{function.__name__} must take (model, prompts, step)")
     _SAMPLERS[function.__name__] = function
     return function
 
@@ -91,9 +88,9 @@ class Rollouts(Batches):
 
     objective: Any = None  # of the student that answers
     words: Any = None  # config.rollout
+    shared: Any = None  # the tokenizer
     machine: Any = None
     max_steps: int = 1
-    max_length: int = 0
     said: Counter[str] = field(default_factory=Counter)  # answers so far, and those with a stop token
 
     def steps(self, first: int, last: int) -> Iterator[StepBatch | None]:
@@ -117,41 +114,36 @@ class Rollouts(Batches):
         seeds = [self._number("answer", step, self.rows[i].id) for step, i in pairs]
         prompts = [prompt_of(self.rows[i]) for _, i in pairs]
         groups = groups_of(prompts, words.batch_size)
-        if words.sampler is not None:  # all prompts of this process at once
-            groups = [list(range(rank, len(prompts), self.num_processes)) for rank in range(self.num_processes)]
+        if words.sampler is not None:  # all prompts of a process at once
+            groups = [[*range(rank, len(prompts), self.num_processes)] for rank in range(self.num_processes)]
 
         def answer(group: list[int]) -> list[list[int]]:
             return self._sampled([prompts[k] for k in group], [seeds[k] for k in group], first)
 
-        said = shared_out(groups, answer, self.rank, self.num_processes)
+        said = shared_out(groups, answer, self.machine)
         self.kept.clear()
         self.kept.update({str(step): {} for step in steps})
         for (step, i), prompt, tokens in zip(pairs, prompts, said, strict=True):
-            self.kept[str(step)][str(i)] = tokens[: min(self.max_length - len(prompt), words.max_new_tokens)]
+            self.kept[str(step)][str(i)] = tokens[: min(self.shared.max_length - len(prompt), words.max_new_tokens)]
         return time.perf_counter() - started
 
     def _sampled(self, prompts: list[list[int]], seeds: list[int], step: int) -> list[list[int]]:
         student, words = self.objective.model, self.words
         with self.machine.autocast():
             if words.sampler is None:
-                sampling = Sampling(words.max_new_tokens, words.temperature, words.top_p)
-                how: dict[str, Any] = {"num_ids": self.objective.num_ids, "pad_id": self.pad_id, "seeds": seeds}
-                return generate(student, prompts, sampling, **how)
+                return generate(student, prompts, sampling_of(words), self.shared, seeds)
             with torch.random.fork_rng():  # it may draw as it likes: training's own numbers stay
                 torch.manual_seed(seeds[0])
                 was_training = student.training
                 student.eval()
                 answers = _SAMPLERS[words.sampler](student, prompts, step)
                 student.train(was_training)
-        if len(answers) != len(prompts):
-            what = f"returned {len(answers)} answers to {len(prompts)} prompts"
-            raise ConfigError(f"rollout.sampler={words.sampler}", what, "Return one for each, as lists of token ids")
         return [list(map(int, answer)) for answer in answers]
 
     def _is_own(self, step: int, row: Row) -> bool:
         """Whether the student is to answer a row at a step."""
         is_chosen = self._number("share", step, row.id) < self.words.share * 2**63
-        return is_chosen and 0 < last_turn(row) < self.max_length
+        return is_chosen and 0 < last_turn(row) < self.shared.max_length
 
     def _number(self, what: str, step: int, row_id: str) -> int:
         """Return a number below 2⁶³ that looks random, the same in every process and after a resume."""
@@ -189,6 +181,10 @@ class Rollouts(Batches):
             "own": is_own * torch.tensor(alpha, dtype=torch.float64),  # of kd, for the log: its value there
         }
         return replace(batch, weights={name: weight.to(dtype) for name, weight in weights.items()})
+
+
+def sampling_of(config: RolloutConfig) -> Sampling:
+    return Sampling(config.max_new_tokens, config.temperature, config.top_p)
 
 
 def last_turn(row: Row) -> int:
@@ -296,10 +292,12 @@ def teachers_answers(
         off = replaced(teacher, store="off")
         return load_teacher(off, machine.device, shared.max_length, {}, is_repeated=False).model  # type: ignore[union-attr]
 
-    prompts = [prompt if len(prompt) < shared.max_length else [] for prompt in map(prompt_of, rows)]
-    sampling = Sampling(words.max_new_tokens, words.temperature, words.top_p)
-    how: dict[str, Any] = {"num_ids": shared.num_ids, "pad_id": pad_id_of(shared.tokenizer), "about": config.data.seed}
-    return kept_answers(load, prompts, sampling, store, machine, batch_size=words.batch_size, **how)
+    prompts = [prompt if len(prompt) < shared.max_length else [] for prompt in map(tuple, map(prompt_of, rows))]
+    unique = [list(prompt) for prompt in dict.fromkeys(prompts)]
+    how: dict[str, Any] = {"batch_size": words.batch_size, "store": store, "about": config.data.seed}
+    answers = answers_to(unique, load, sampling_of(words), shared, machine, **how)
+    known = dict(zip(map(tuple, unique), answers, strict=True))
+    return [known[prompt] for prompt in prompts]
 
 
 def write_answers(config: Config, file: Path) -> None:

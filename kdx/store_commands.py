@@ -25,7 +25,7 @@ from kdx.run.report import store_line
 from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries, working
 from kdx.store import count_rows, damaged_files
 from kdx.teacher import load_teacher
-from kdx.tokenizer import load_tokenizer, pad_id_of
+from kdx.tokenizer import load_tokenizer
 
 FILL_ROWS = 8  # rows in a pass, unless teacher.micro_batch_size says
 
@@ -57,9 +57,9 @@ def _fill(config: Config) -> None:
     starts = range(0, len(missing), size)[machine.process_index :: machine.num_processes]
     with closing(store), working("Running teacher", len(starts), is_main) as advance:
         for start in starts:
-            teacher.answer(collate(missing[start : start + size], pad_id_of(shared.tokenizer)))
+            teacher.answer(collate(missing[start : start + size], shared.pad_id))
             advance()
-        teacher_answers(teacher, shared.tokenizer, data.prompts, shared.num_ids, machine)
+        teacher_answers(teacher, shared, data.prompts, machine)
     if is_main:
         log.info(store_line(store))
     machine.wait_for_everyone()

@@ -35,6 +35,7 @@ from kdx.run.signals import Stopped, StopRequest
 from kdx.run.tracking import Tracker
 from kdx.student import cast, describe, load_saved, saved_dtype
 from kdx.teacher import Teacher
+from kdx.tokenizer import SharedTokenizer
 
 log = logging.getLogger("kdx")
 
@@ -84,9 +85,8 @@ class Training:
     """
 
     config: Config
+    shared: SharedTokenizer
     data: Data
-    tokenizer: Any
-    max_length: int
     batches: Batches
     max_steps: int
     measured_at: Container[int]  # steps
@@ -96,6 +96,7 @@ class Training:
 
     def __post_init__(self) -> None:
         config, objective, machine = self.config, self.objective, self.machine
+        self.tokenizer, self.max_length = self.shared.tokenizer, self.shared.max_length
         optimizer = build_optimizer(config.optim, objective)
         self.schedule = build_schedule(config.optim, optimizer, self.max_steps)
         self.module, self.optimizer, self.student = sharding.prepare(machine, objective, optimizer)
@@ -117,11 +118,11 @@ class Training:
 
     def restore(self, folder: RunFolder) -> bool:
         """Load a finished training, or the newest whole checkpoint → False at step 0. Raises KdxError."""
-        config = self.config.adapter
         trained, saved = folder.kept("trained.json"), folder.path / "student"
         if trained and trained["max_steps"] == self.max_steps and saved.is_dir():
-            self.state, self.is_finished = self._read_state(trained["state"], folder.path / "trained.json"), True
-            if is_adapted(self.student) and config.save == "merged":
+            self._take_up(trained["state"], folder.path / "trained.json")
+            self.is_finished = True
+            if is_adapted(self.student) and self.config.adapter.save == "merged":
                 self.as_saved()
             load_saved(saved, self.student)
             log.info("training is finished: %s", saved)
@@ -132,33 +133,33 @@ class Training:
             if newest is None:
                 folder.begin_again()
                 return False
-            self._resume(folder, newest)
+            set_state = partial(sharding.set_optimizer_state, self.objective, self.optimizer)
+            rank, scaler = self.machine.process_index, self.machine.scaler
+            kept = checkpoint.load(newest, self.student, set_state, self.schedule, rank=rank, scaler=scaler)
+            self._take_up(kept, newest / "state.json")
+            self._note_versions()
+            self._saved_step = self.state.step
+            self.machine.wait_for_everyone()  # all may read the best weights at once, if no step is left
+            log.info("resuming from %s", newest)
         sharding.spread(self.student, self.objective)
         folder.step = self.state.step
         return True
 
-    def _resume(self, folder: RunFolder, newest: Path) -> None:
-        set_state = partial(sharding.set_optimizer_state, self.objective, self.optimizer)
-        rank, scaler = self.machine.process_index, self.machine.scaler
-        kept = checkpoint.load(newest, self.student, set_state, self.schedule, rank=rank, scaler=scaler)
-        self.state = state = self._read_state(kept, newest / "state.json")
-        self._saved_step = state.step
-        notes = [
-            f"{name} {was} up to step {state.step}, then {self.versions[name]}"
-            for name, was in state.versions.items()
-            if was != self.versions.get(name)
-        ]
-        if notes:
-            log.warning("this run no longer repeats bit for bit: %s", "; ".join(notes))
-        state.versions, state.other_versions = self.versions, [*state.other_versions, *notes]
-        self.machine.wait_for_everyone()  # all may read the best weights at once, if no step is left
-        log.info("resuming from %s", newest)
-
-    def _read_state(self, kept: dict[str, Any], file: Path) -> State:
+    def _take_up(self, kept: dict[str, Any], file: Path) -> None:
+        """Go on from a state that was saved."""
         if kept.keys() != asdict(State()).keys():
             raise MachineError(str(file), "was written by another version of kdx", "Resume with that version")
-        self.batches.kept.update(kept["kept"])
-        return State(**kept)
+        self.state = State(**kept)
+        self.batches.kept.update(self.state.kept)
+
+    def _note_versions(self) -> None:
+        """Note, and warn, if a part of the run was made with other versions."""
+        state, now = self.state, self.versions
+        pairs = [(name, was, now.get(name)) for name, was in state.versions.items()]
+        notes = [f"{name} {was} up to step {state.step}, then {new}" for name, was, new in pairs if was != new]
+        if notes:
+            log.warning("this run no longer repeats bit for bit: %s", "; ".join(notes))
+        state.versions, state.other_versions = now, [*state.other_versions, *notes]
 
     def save(self, folder: RunFolder) -> None:
         """Write a checkpoint of this step unless it is there. All processes must call it. Raises MachineError."""
@@ -283,17 +284,13 @@ class Training:
 
     @property
     def kept_step(self) -> int:
-        """The step whose weights become the student."""
-        return self.state.step if self.config.train.keep == "last" else self.state.best_step
+        """The step whose weights become the student: the best, if a measure was finite, or the last."""
+        return (self.config.train.keep == "best" and self.state.best_step) or self.state.step
 
     def choose_weights(self, folder: RunFolder) -> None:
-        """Leave the last or the best weights in the whole student. Raises DivergedError if no measure was finite."""
+        """Leave the last or the best weights in the whole student."""
         sharding.gather(self.objective, self.student)
-        step = self.state.step
-        if self.kept_step == 0 < step:
-            hint = "Lower optim.lr, or set train.keep=last"
-            raise DivergedError(f"step {step}", "no held-out measure was finite, so there is no best step", hint)
-        if self.kept_step < step:
+        if self.kept_step < self.state.step:
             checkpoint.load_weights(checkpoint.best_file(folder.path), self.student)
 
 
