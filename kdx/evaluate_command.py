@@ -113,7 +113,7 @@ def _evaluate(config: Config, run: Run, args: argparse.Namespace, teachers: dict
         found["student"] = said.means()
         _keep(run, "student", found["student"])
         write_lines(run.path / ANSWERS, said.rows)
-        log.info("%s: on-policy KL %.4f over %d answers", run.name, found["student"]["on_policy_kl"], len(said.rows))
+        log.info("%s: on-policy KL over %d answers", run.name, len(said.rows))
     if args.tasks:
         found["tasks"] = _scores(student, load_own_tokenizer(saved, "student"), args)
         _keep(run, "tasks", found["tasks"])
@@ -139,11 +139,7 @@ def _on_policy(
     teachers: the one that was loaded last. Raises KdxError; also if rows or teacher are not those of the run.
     """
     data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
-    asked = config.eval.num_prompts
-    prompts = data.prompts[: len(run.answers) or (num_prompts(config) if asked == "auto" else asked)]
-    if not prompts:
-        what = "has no held-out prompts that leave room for an answer"
-        raise ConfigError(str(run.path), what, "Raise data.max_length")
+    prompts = data.prompts[: len(run.answers) or num_prompts(config)]
     if (key := repr((config.teacher, shared.max_length))) not in teachers:
         teachers.clear()  # before the next is loaded
         of_live = replaced(config.teacher, store="off")

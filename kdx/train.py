@@ -111,7 +111,7 @@ class Training:
             base = config.adapter.quantization if config.adapter.quantization != "none" else str(self.student.dtype)[6:]
             self.versions["precision"] += f", beside a frozen base in {base}"
         self.save_dtype = saved_dtype(config.student, config.teacher)
-        self.state = State(versions=self.versions)
+        self.state = State(versions=self.versions, kept=self.batches.kept)
         self.is_finished = False
         self.is_save_due = False  # by train.save_minutes
         self._saved_step, self._saved_at = 0, time.monotonic()
@@ -149,8 +149,8 @@ class Training:
         """Go on from a state that was saved."""
         if kept.keys() != asdict(State()).keys():
             raise MachineError(str(file), "was written by another version of kdx", "Resume with that version")
-        self.state = State(**kept)
-        self.batches.kept.update(self.state.kept)
+        self.batches.kept.update(kept["kept"])
+        self.state = State(**kept | {"kept": self.batches.kept})
 
     def _note_versions(self) -> None:
         """Note, and warn, if a part of the run was made with other versions."""
@@ -171,7 +171,6 @@ class Training:
         optimizer = sharding.optimizer_state(self.objective, self.optimizer)
         with self.whole():
             if self.machine.is_main_process:
-                self.state.kept = self.batches.kept
                 self.state.lines = num_bytes(folder.path / "metrics.jsonl")
                 checkpoint.save(
                     folder.path,
@@ -214,10 +213,9 @@ class Training:
         """
         machine, config = self.machine, self.config.train
         factor = machine.num_processes / max(batch.num_tokens, 1)  # DDP and FSDP average gradients over processes
-        is_taught = self.teacher and self.objective.mix.alpha > 0
-        step = self.state.step
-        mix = self.objective.mix.at(step, self.max_steps)
-        with_pulls = (step + 1) % config.log_every == 0 or step + 1 == self.max_steps  # of steps that are logged
+        mix, step = self.objective.mix.at(self.state.step, self.max_steps), self.state.step + 1
+        with_pulls = step % config.log_every == 0 or step == self.max_steps  # of steps that are logged
+        is_taught = self.objective.mix.alpha > 0
         answers = self.teacher.answers(batch.micro_batches) if self.teacher and is_taught else repeat(None)
         self._parts: list[dict[str, Tensor]] = []  # the sum of each term, by micro-batch
         for i, (micro_batch, answer) in enumerate(zip(batch.micro_batches, answers, strict=False), 1):
@@ -235,10 +233,9 @@ class Training:
         *values, asked, is_late, norm = torch.cat([reduced, sharding.plain(clipped).to(reduced)[None]]).tolist()
         stop.is_agreed = bool(asked)
         self.is_save_due = bool(is_late)
-        found, num_tokens = dict(zip(terms, values, strict=True)), batch.num_tokens
-        self.pulls = pulls_of(found, num_tokens) if with_pulls else {}
-        means = {name: value / max(num_tokens, 1) for name, value in found.items() if name not in PULLS}
-        self.loss = float(mix.loss(means))
+        found = dict(zip(terms, values, strict=True))
+        means = {name: value / max(batch.num_tokens, 1) for name, value in found.items() if name not in PULLS}
+        self.loss, self.pulls = float(mix.loss(means)), pulls_of(found, batch.num_tokens) if with_pulls else {}
         return means, norm
 
     def update(self, batch: StepBatch, terms: dict[str, float], norm: float) -> bool:
@@ -305,26 +302,17 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
     run.objective.train()
     try:
         for batch in run.batches.steps(state.step, run.max_steps):
-            # Log once in a while.
             if state.window and state.step % config.log_every == 0:
                 tracker.log(state, means(run))
-
-            # A stop comes before any measuring: the time until the process is killed may be short.
-            if stop.is_asked:
+            if stop.is_asked:  # before any measuring: the time until the process is killed may be short
                 raise stop.stopped()
-
-            # Measure once in a while. The end of the run is measured after the student is saved.
             if state.step in run.measured_at and state.measured < state.step < run.max_steps:
                 measures = run.measure(judge, folder)
                 tracker.log(state, {f"eval/{name}": value for name, value in measures.items()})
                 write_samples(run, folder.path)
-
-            # Save once in a while.
             is_due = config.save_every and state.step % config.save_every == 0
             if (is_due or run.is_save_due) and state.step < run.max_steps:
                 run.save(folder)
-
-            # Stop at the end, or when the held-out measure no longer improves.
             if batch is None or state.num_worse >= patience:
                 break
 
