@@ -118,8 +118,8 @@ FAULTS = {
     "best_weights": Fault(
         "train.keep=best saves the last weights",
         "kdx/train.py",
-        "if self.kept_step < step:",
-        "if step < 0:",
+        "if self.kept_step < self.state.step:",
+        "if self.state.step < 0:",
         ("test_run.py",),
     ),
     "baseline_alpha": Fault(
@@ -139,7 +139,7 @@ FAULTS = {
     "padding_counted": Fault(
         "padding counts in the denominator",
         "kdx/data/batches.py",
-        "num_tokens=int(self.rows.num_counted[numbers].sum())",
+        "num_tokens=int(rows.num_counted[numbers].sum())",
         "num_tokens=len(numbers) * int(lengths[numbers].max())",
         ("test_batches.py", "test_objective.py"),
     ),

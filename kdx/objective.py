@@ -136,8 +136,9 @@ class Objective(nn.Module):
         """
         hidden = counted_hidden(self.model, batch)
         head = head_of(self.model).cut(self.num_ids)
-        how: dict[str, Any] = {"factor": factor, "weights": batch.weights, "with_pulls": with_pulls}
-        return summed_loss(hidden, head, answer, batch.counted_labels, mix or self.mix, chunk_size_of(head), **how)
+        size, how = chunk_size_of(head), {"weights": batch.weights, "with_pulls": with_pulls}
+        total, sums = summed_loss(hidden, head, answer, batch.counted_labels, mix or self.mix, size, **how)
+        return factor * total, sums
 
 
 def distillation_loss(
@@ -172,9 +173,9 @@ def distillation_loss(
         student_hidden, labels = student_hidden[counted], labels[counted]
         if answer is not None:
             answer = replace(answer, hidden=answer.hidden[counted.to(answer.hidden.device)])
-    factor = 1 / max(len(counted) if num_tokens is None else num_tokens, 1)
     mix = Mix(name, alpha, temperature, scale_by_temperature, options)
-    return summed_loss(student_hidden, student_head, answer, labels, mix, chunk_size, factor=factor)[0]
+    total, _ = summed_loss(student_hidden, student_head, answer, labels, mix, chunk_size)
+    return total * (1 / max(len(counted) if num_tokens is None else num_tokens, 1))
 
 
 def summed_loss(
@@ -184,12 +185,11 @@ def summed_loss(
     labels: Tensor,
     mix: Mix,
     chunk_size: int = 256,
-    *,
-    factor: float = 1.0,
     weights: dict[str, Tensor] | None = None,
+    *,
     with_pulls: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum the loss over positions that all count → factor · total, and without gradient each term (kd includes τ²).
+    """Sum the loss over positions that all count → total, and without gradient each term (kd includes τ²).
 
     weights: by term, a factor [N] for each position: the student's own words, say, have no cross-entropy. Those of
     `own` say how much of kd is summed once more, to be logged.
@@ -212,8 +212,6 @@ def summed_loss(
         else None
         for x in inputs
     ]
-    # backward() passes over the gradients once more on a GPU: it applies the factor there.
-    factor_now, factor_later = (factor, 1.0) if device.type == "cpu" else (1.0, factor)
 
     with torch.no_grad():
         head = head.detached(head.weight, head.bias).in_compute_dtype()
@@ -246,14 +244,11 @@ def summed_loss(
                         sums[name] += pull
                     del by_ce, of_kd, of_ce
                 if grad_hidden is not None:
-                    grad_hidden[rows] = by_hidden.to(hidden.dtype).mul_(factor_now)
+                    grad_hidden[rows] = by_hidden.to(hidden.dtype)
             if grad_weight is not None:
                 _add_product(grad_weight, product, hidden[rows].to(product.dtype))
-        for of_head in (grad_weight, grad_bias):
-            if of_head is not None and factor_now != 1:
-                of_head.mul_(factor_now)
-        total = (factor * mix.loss(sums)).to(grad_dtype)
-    return _WithGradients.apply(total, factor_later, grads, *inputs), sums
+        total = mix.loss(sums).to(grad_dtype)
+    return _WithGradients.apply(total, grads, *inputs), sums
 
 
 def _add_product(grad_weight: Tensor, product: Tensor, inputs: Tensor) -> None:
@@ -269,25 +264,20 @@ def _add_product(grad_weight: Tensor, product: Tensor, inputs: Tensor) -> None:
 
 
 class _WithGradients(torch.autograd.Function):
-    """A total whose gradients by its inputs are known; factor: what they are still multiplied by."""
+    """A total whose gradients by its inputs are known. They are used up by the backward pass: it runs once."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, factor: float, grads: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
-        ctx.factor, ctx.dtypes = factor, [None if x is None else x.dtype for x in inputs]
+    def forward(ctx: Any, total: Tensor, grads: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.save_for_backward(*grads)
         return total.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> Any:
-        grads = ctx.saved_tensors
-        # The factor is 1 as a rule, and a gradient of the head is as large as the head: avoid the copy. Looking costs
-        # nothing on a CPU; a GPU would have to be waited for.
-        if grad_total.device.type != "cpu" or grad_total.item() != 1:
-            grad_total = grad_total * ctx.factor
-            grads = [None if grad is None else grad * grad_total for grad in grads]  # before it is rounded to bf16
-        by_inputs = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
-        return None, None, None, *by_inputs
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        # In place: a gradient of the head is as large as the head. Only then is it rounded to bf16.
+        return None, None, *(None if grad is None else grad.mul_(grad_total).to(dtype) for grad, dtype in pairs)
 
 
 def pulls_of(sums: dict[str, float], num_tokens: int) -> dict[str, float | None]:
