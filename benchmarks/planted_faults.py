@@ -124,9 +124,9 @@ FAULTS = {
     ),
     "baseline_alpha": Fault(
         "a sweep's baseline trains with alpha 1 instead of 0",
-        "kdx/sweep.py",
-        '"loss.alpha=0"]',
-        '"loss.alpha=1"]',
+        "kdx/compose.py",
+        '{"loss": "loss.alpha=0"}',
+        '{"loss": "loss.alpha=1"}',
         ("test_sweep.py", "test_command.py"),
     ),
     "pairing": Fault(
@@ -167,8 +167,8 @@ FAULTS = {
     "gradient_kept": Fault(
         "a step starts with the gradient of the one before",
         "kdx/train.py",
-        "self.optimizer.zero_grad(set_to_none=True)",
-        "pass",
+        "self.schedule.step()\n        self.optimizer.zero_grad(set_to_none=True)",
+        "self.schedule.step()",
         ("test_run.py",),
     ),
     "eval_mode": Fault(

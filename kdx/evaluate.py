@@ -37,7 +37,6 @@ MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
 MIN_ROWS = 8  # rows at once: measuring needs less memory than training
 LEAST_MEASURED, MOST_MEASURED = 8, 64  # prompts, with eval.num_prompts=auto
 TOKENS_FOR_A_PROMPT = 4000  # trained on: three models that each say 48 take about a tenth as long
-ANSWERED_AT_ONCE = 32  # prompts; a step of generation takes hardly longer for many
 NUM_SAMPLES, MAX_NEW_TOKENS = 3, 48  # of the sample answers
 GREEDY = Sampling(MAX_NEW_TOKENS)
 
@@ -217,7 +216,7 @@ def answered(
 ) -> Said:
     """Let a student answer prompts greedily, and measure the first; with a teacher, take its KL to it there."""
     inputs = [prompt["tokens"] for prompt in prompts]
-    answers = answers_to(inputs, lambda: student, GREEDY, shared, machine, batch_size=ANSWERED_AT_ONCE)
+    answers = answers_to(inputs, lambda: student, GREEDY, shared, machine)
     kls = on_policy_kls(student, teacher, inputs[:num_measured], answers, shared) if teacher else None
     return said_of(answers, prompts[:num_measured], shared.tokenizer, stop_ids(student.generation_config), kls)
 
@@ -228,8 +227,7 @@ def teacher_answers(
     """Let the teacher answer prompts greedily, or read its answers from its store."""
     of_rows, inputs = teacher.store, [prompt["tokens"] for prompt in prompts]
     store = of_rows and TeacherStore(of_rows.root, teacher.identity, name=of_rows.name, part="said")
-    how: dict[str, Any] = {"batch_size": ANSWERED_AT_ONCE, "store": store, "about": shared.num_ids}
-    return answers_to(inputs, lambda: teacher.model, GREEDY, shared, machine, **how)
+    return answers_to(inputs, lambda: teacher.model, GREEDY, shared, machine, store=store, about=shared.num_ids)
 
 
 def said_of(
@@ -280,16 +278,14 @@ def score(hidden: Tensor, head: Head, batch: MicroBatch, answer: Answer | None =
     parts: list[dict[str, Tensor]] = []
     for chunk in chunks_of(len(hidden), chunk_size_of(head)):
         product = head.product(hidden[chunk])
-        teacher_product = None
-        if answer is not None:
-            teacher_product = answer.head.product(answer.hidden[chunk]).to(product.device)
+        theirs = answer.head.product(answer.hidden[chunk]).to(product.device) if answer else None
         for block in blocks_of(product):
             label = batch.counted_labels[chunk][block].unsqueeze(-1)
             s = loss.log_probabilities(head.finish(product[block]))
             choice = s.argmax(-1, keepdim=True)
             part = {"ce": -s.gather(-1, label), "accuracy": (choice == label).float()}
-            if answer is not None and teacher_product is not None:
-                t = loss.log_probabilities(answer.head.finish(teacher_product[block]))
+            if answer and theirs is not None:
+                t = loss.log_probabilities(answer.head.finish(theirs[block]))
                 part["kl"], part["reverse_kl"] = loss.forward_kl(s, t), loss.reverse_kl(s, t)
                 part["agreement"] = (choice == t.argmax(-1, keepdim=True)).float()
             parts.append(part)

@@ -21,6 +21,8 @@ from kdx.run.tracking import working
 from kdx.store import TeacherStore
 from kdx.tokenizer import SharedTokenizer
 
+AT_ONCE = 32  # prompts; a step of generation takes hardly longer for many
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -125,7 +127,7 @@ def answers_to(
     shared: SharedTokenizer,
     machine: Accelerator,
     *,
-    batch_size: int,
+    batch_size: int = AT_ONCE,
     store: TeacherStore | None = None,
     about: object = None,
 ) -> list[list[int]]:

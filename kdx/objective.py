@@ -198,7 +198,7 @@ def summed_loss(
     weights = weights or {}
     if mix.alpha == 0:
         answer = None
-    if answer is not None:  # one tokenizer, heads padded differently: keep the ids that both have
+    if answer:  # one tokenizer, heads padded differently: keep the ids that both have
         num_ids = min(head.num_ids, answer.head.num_ids)
         head, answer = head.cut(num_ids), Answer(answer.hidden, answer.head.cut(num_ids))
     inputs, device = (hidden, head.weight, head.bias), hidden.device
@@ -216,9 +216,8 @@ def summed_loss(
     with torch.no_grad():
         head = head.detached(head.weight, head.bias).in_compute_dtype()
         for rows in chunks_of(len(labels), chunk_size):
-            product, theirs = head.product(hidden[rows]), None
-            if answer is not None:
-                theirs = answer.head.product(answer.hidden[rows]).to(product.device)
+            product = head.product(hidden[rows])
+            theirs = answer.head.product(answer.hidden[rows]).to(product.device) if answer else None
             part = {name: weight[rows] for name, weight in weights.items()}
             chunk = Chunk(product, head, theirs, answer.head if answer else None, labels[rows], part)
             by_ce = None  # [n, V], the gradient of the cross-entropy alone
@@ -233,18 +232,16 @@ def summed_loss(
             if grad_bias is not None:
                 grad_bias += product.sum(0, dtype=grad_dtype)
             del theirs, chunk  # the peak of a step's memory is about here
-            if with_pulls or grad_hidden is not None:
-                by_hidden = product @ head.weight
-                if with_pulls:
-                    of_ce = torch.zeros_like(by_hidden) if by_ce is None else by_ce @ head.weight
-                    of_ce = of_ce.to(sum_dtype)
-                    of_kd = by_hidden.to(sum_dtype) - of_ce
-                    pulls = (of_kd.square().sum(), of_ce.square().sum(), (of_kd * of_ce).sum())
-                    for name, pull in zip(PULLS, pulls, strict=True):
-                        sums[name] += pull
-                    del by_ce, of_kd, of_ce
-                if grad_hidden is not None:
-                    grad_hidden[rows] = by_hidden.to(hidden.dtype)
+            by_hidden = product @ head.weight
+            if with_pulls:
+                of_ce = (torch.zeros_like(by_hidden) if by_ce is None else by_ce @ head.weight).to(sum_dtype)
+                of_kd = by_hidden.to(sum_dtype) - of_ce
+                pulls = (of_kd.square().sum(), of_ce.square().sum(), (of_kd * of_ce).sum())
+                for name, pull in zip(PULLS, pulls, strict=True):
+                    sums[name] += pull
+                del by_ce, of_kd, of_ce
+            if grad_hidden is not None:
+                grad_hidden[rows] = by_hidden
             if grad_weight is not None:
                 _add_product(grad_weight, product, hidden[rows].to(product.dtype))
         total = mix.loss(sums).to(grad_dtype)
