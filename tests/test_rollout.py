@@ -15,6 +15,7 @@ from runs import config_of, lines, run_here, signal_at, words_of
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import kdx.generate
 from kdx import distill, rollout, teacher
 from kdx.causal_lm import head_of
 from kdx.cli import _main, compose
@@ -29,6 +30,7 @@ from kdx.run.folder import Record
 from kdx.run.identity import config_identity
 from kdx.run.launch import build_accelerator
 from kdx.teacher import Answer, Teacher
+from kdx.tokenizer import SharedTokenizer
 from kdx.train import Training
 
 GREEDY = Sampling(max_new_tokens=12)
@@ -47,6 +49,7 @@ def gpt2(seed: int, layers: int = 1, vocab: int = 40) -> Any:
     return model
 
 
+SHARED = SharedTokenizer(SimpleNamespace(pad_token_id=0, eos_token_id=None), max_length=20, num_ids=40)
 PROMPTS = [[5], [1, 2, 3], [9, 8, 7, 6, 5, 4], [11, 12], [30, 3, 30, 3]]
 LONG = [[i % 7 + 1 for i in range(length)] for length in (20, 21, 30, 32)]  # the model reads 32 tokens
 
@@ -56,10 +59,8 @@ def test_a_left_padded_batch_answers_as_row_by_row(sampling: Sampling) -> None:
     model, prompts = gpt2(0).train(), [*PROMPTS, *LONG]
     state = torch.get_rng_state()
     seeds = list(range(10, 19))
-    together = generate(model, prompts, sampling, num_ids=40, pad_id=0, seeds=seeds)
-    alone = [
-        generate(model, [p], sampling, num_ids=40, pad_id=0, seeds=[s])[0] for p, s in zip(prompts, seeds, strict=True)
-    ]
+    together = generate(model, prompts, sampling, SHARED, seeds)
+    alone = [generate(model, [p], sampling, SHARED, [s])[0] for p, s in zip(prompts, seeds, strict=True)]
     assert together == alone
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -75,7 +76,7 @@ def test_a_left_padded_batch_answers_as_row_by_row(sampling: Sampling) -> None:
 def test_samples_have_the_models_probabilities() -> None:
     model, num = gpt2(0, vocab=12).eval(), 4000
     sampling = Sampling(1, temperature=2.0)
-    answers = generate(model, [[5, 3]] * num, sampling, num_ids=10, pad_id=0, seeds=list(range(num)))
+    answers = generate(model, [[5, 3]] * num, sampling, replace(SHARED, num_ids=10), range(num))
     counts = torch.bincount(torch.tensor(answers).flatten(), minlength=12) / num
     expected = (model(torch.tensor([[5, 3]])).logits[0, -1, :10] / 2).softmax(0)
     assert counts[10:].sum() == 0  # ids that only pad the head
@@ -87,10 +88,10 @@ def test_every_stop_token_ends_an_answer() -> None:
     free = copy.deepcopy(model)
     free.generation_config.eos_token_id = None
     free.config.eos_token_id = None
-    long = generate(free, PROMPTS, GREEDY, num_ids=40, pad_id=0)
+    long = generate(free, PROMPTS, GREEDY, SHARED)
     assert {len(answer) for answer in long} == {12}
     model.generation_config.eos_token_id = [long[1][3], long[2][5]]
-    for answer, whole in zip(generate(model, PROMPTS, GREEDY, num_ids=40, pad_id=0), long, strict=True):
+    for answer, whole in zip(generate(model, PROMPTS, GREEDY, SHARED), long, strict=True):
         ends = [i for i, token in enumerate(whole) if token in model.generation_config.eos_token_id]
         assert answer == whole[: ends[0] + 1 if ends else None]
 
@@ -103,10 +104,11 @@ def made(student: Any, num_rows: int = 6, rank: int = 0, num_processes: int = 1,
     )
     group = {"share": 0.6, "max_new_tokens": 5, "temperature": 1.0, "top_p": 1.0, "reuse_steps": 1, "batch_size": 2}
     asked = SimpleNamespace(**{**group, "sampler": None, **words})
-    machine: Any = SimpleNamespace(autocast=torch.no_grad)
+    machine = SimpleNamespace(autocast=torch.no_grad, process_index=rank, num_processes=num_processes)
+    objective = Objective(student, 40, Mix(alpha=0.3))
     return Rollouts(
         rows, 6, words.get("micro", 6), 0, True, 0, rank, num_processes,
-        student=student, words=asked, mix=Mix(alpha=0.3), machine=machine, num_ids=40, max_length=20,
+        objective=objective, words=asked, shared=SHARED, machine=machine,
     )  # type: ignore[arg-type]  # fmt: skip
 
 
@@ -166,7 +168,7 @@ def test_two_processes_have_the_rows_of_one(monkeypatch: pytest.MonkeyPatch) -> 
     alone = made(student)
     next(alone.steps(0, 1))
     said: list[Any] = []
-    monkeypatch.setattr(rollout, "gather_object", lambda part: said.extend(part) or said)
+    monkeypatch.setattr(kdx.generate, "gather_object", lambda part: said.extend(part) or said)
     ranks = [made(student, rank=rank, num_processes=2) for rank in range(2)]
     plans = [dict(batches.plan(0, 1)) for batches in ranks]
     for batches, steps in zip(ranks, plans, strict=True):
@@ -281,18 +283,10 @@ def test_the_teachers_answers_take_the_place_of_the_last_turns(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Typed twice nothing is generated the second time, by a sweep's other jobs neither; held-out rows stay."""
-    words = [
-        "rollout=teacher",
-        "rollout.max_new_tokens=8",
-        f"teacher.store_dir={tmp_path / 'store'}",
-        "teacher.store=on",
-    ]
-    prompts: list[Any] = []
-    known = rollout.generate
-    monkeypatch.setattr(
-        rollout, "generate", lambda model, some, *a, **k: prompts.extend(some) or known(model, some, *a, **k)
-    )
-    seen: list[Any] = []
+    words = ["rollout=teacher", "rollout.max_new_tokens=8", "rollout.temperature=0"]
+    words += [f"teacher.store_dir={tmp_path / 'store'}", "teacher.store=on"]
+    prompts, seen = list[Any](), list[Any]()
+    monkeypatch.setattr(kdx.generate, "generate", lambda m, some, *a: prompts.extend(some) or generate(m, some, *a))
     monkeypatch.setattr(
         distill.Batches,
         "__init__",
@@ -309,9 +303,8 @@ def test_the_teachers_answers_take_the_place_of_the_last_turns(
     for tokens, counted in one[:3]:
         start = counted.index(True)
         assert all(counted[start:])
-        seed = int(rollout._key(config_of(place, *words), tokens[:start])[:15], 16)
         (answer,) = generate(
-            teacher, [tokens[:start]], Sampling(8, 1.0), num_ids=len(teacher.lm_head.weight), pad_id=0, seeds=[seed]
+            teacher, [tokens[:start]], Sampling(8), replace(SHARED, num_ids=len(teacher.lm_head.weight))
         )
         assert tokens[start:] == answer
     summaries = [json.loads((tmp_path / name / "summary.json").read_text())["data"] for name in ("one", "two")]

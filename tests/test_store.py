@@ -182,12 +182,6 @@ class TestBesideTheRows:
         file.write_bytes(b"")
         assert load_head(file.parent) is None and damaged_files(file.parent) == [file]
 
-    def test_answers(self, opened):
-        store = opened()
-        assert store.load_answer("What is it?") is None
-        store.save_answer("What is it?", "It is … blue.\n")
-        assert opened().load_answer("What is it?") == "It is … blue.\n" and store.load_answer("What is it") is None
-
     def test_each_part_of_the_identity_decides(self, opened):
         others = [{"teacher": "x"}, {"dtype": "bf16"}, {"quantization": "8bit"}]
         assert len({WHO.key, *(replace(WHO, **other).key for other in others)}) == 4
@@ -275,6 +269,5 @@ class TestTeacher:
         store, batch = opened(), collate(rows[:3], 0)
         teacher = Counting(llama, store)
         assert torch.equal(teacher.answer(batch).hidden, Teacher.live(teacher, batch))
-        store.save_answer("a", "b")
         store.close()
         assert len(caplog.records) == 1
