@@ -165,15 +165,6 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return make
 
 
-@pytest.fixture(scope="session")
-def smollm2_tokenizer() -> Any:
-    """The tokenizer of the default teacher, read from its GGUF once and then from the cache."""
-    from kdx.causal_lm import load_tokenizer
-    from kdx.cli import compose
-
-    return load_tokenizer(compose([]).teacher, "teacher")
-
-
 def _data_group(name: str) -> dict[str, Any]:
     node = yaml.safe_load((CONF / "data" / f"{name}.yaml").read_text(encoding="utf-8"))
     for parent in node.pop("defaults", []):

@@ -187,9 +187,6 @@ def test_what_is_not_finite_in_one_process_stops_all_and_is_named(two: Path) -> 
     [
         ({"FSDP_VERSION": "1"}, [], "FSDP_VERSION: must be 2"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, [], "FSDP_OFFLOAD_PARAMS: "),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, [], "FSDP_ACTIVATION_CHECKPOINTING: cannot be combined with FSDP"),
-        ({}, ["train.compile=true"], "train.compile: "),
-        ({}, ["adapter=lora"], "adapter=lora: cannot be combined with FSDP"),
         ({}, ["rollout=student"], "rollout=student: cannot be combined with FSDP"),
         ({}, ["optim.name=torch.Adafactor"], "optim.name=torch.Adafactor: cannot be combined with FSDP"),
         ({}, [], "ACCELERATE_USE_FSDP: needs several GPUs"),

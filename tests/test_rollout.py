@@ -11,8 +11,7 @@ from typing import Any
 import plain
 import pytest
 import torch
-from runs import config_of, lines, run_here, signal_at, words_of
-from safetensors.torch import load_file
+from runs import config_of, lines, outcome, run_here, signal_at, words_of
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import kdx.generate
@@ -29,6 +28,7 @@ from kdx.rollout import Rollouts, register_sampler
 from kdx.run.folder import Record
 from kdx.run.identity import config_identity
 from kdx.run.launch import build_accelerator
+from kdx.store import open_shard, paths_in
 from kdx.teacher import Answer, Teacher
 from kdx.tokenizer import SharedTokenizer
 from kdx.train import Training
@@ -179,15 +179,6 @@ def test_two_processes_have_the_rows_of_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(len(b.positions) for part in parts for b in part.micro_batches) == parts[0].num_tokens
 
 
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "student/model.safetensors")
-
-
-def same(one: Path, two: Path) -> bool:
-    ours, theirs = weights(one), weights(two)
-    return all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
-
-
 @pytest.mark.parametrize("reuse", [1, 3])
 def test_kill_and_resume_is_bitwise_the_straight_run(place: Path, tmp_path: Path, reuse: int) -> None:
     words = [*ON_POLICY, f"rollout.reuse_steps={reuse}", "train.max_steps=7", "train.micro_batch_size=2"]
@@ -196,33 +187,23 @@ def test_kill_and_resume_is_bitwise_the_straight_run(place: Path, tmp_path: Path
     assert run_here(config, tmp_path / "straight") == 0
     assert run_here(config, tmp_path / "stopped", signal_at(4)) == 143
     assert run_here(config, tmp_path / "stopped") == 0
-    assert same(tmp_path / "straight", tmp_path / "stopped")
-    logs = [
-        [
-            {k: v for k, v in line.items() if not k.startswith(("speed/", "memory/"))}
-            for line in lines(run / "metrics.jsonl")
-        ]
-        for run in (tmp_path / "straight", tmp_path / "stopped")
-    ]
-    assert logs[0] == logs[1]
-    trained = [line for line in logs[0] if "rollout/kl" in line]
+    assert outcome(tmp_path / "straight") == outcome(tmp_path / "stopped")
+    trained = [line for line in lines(tmp_path / "straight/metrics.jsonl") if "rollout/kl" in line]
     assert len(trained) == 7
     assert all(line["rollout/length"] <= 6 for line in trained if line["rollout/length"])
-    assert "speed/generation_seconds" in lines(tmp_path / "straight/metrics.jsonl")[0]
+    assert all("speed/generation_seconds" in line for line in trained)
     said = lines(tmp_path / "straight/rollouts.jsonl")
     assert said == lines(tmp_path / "stopped/rollouts.jsonl")
     assert {line["step"] for line in said} == {3, 6, 7}
     page = (tmp_path / "stopped/samples.md").read_text()
-    assert [page.count(f"**step {step}**") for step in (3, 6, 7)] == [
-        [x["step"] for x in said].count(s) for s in (3, 6, 7)
-    ]
+    assert page.count("**step ") == len(said)
 
 
 def test_share_0_is_bitwise_the_run_without_the_group(place: Path, tmp_path: Path) -> None:
     words = ["train.max_steps=4", "train.micro_batch_size=2"]
     assert run_here(config_of(place, *words), tmp_path / "without") == 0
     assert run_here(config_of(place, *words, "rollout=student", "rollout.share=0"), tmp_path / "with") == 0
-    assert same(tmp_path / "without", tmp_path / "with")
+    assert outcome(tmp_path / "without") == outcome(tmp_path / "with")
 
 
 def test_own_rows_never_enter_the_store(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,8 +214,6 @@ def test_own_rows_never_enter_the_store(place: Path, tmp_path: Path, monkeypatch
     assert run_here(config_of(place, *words), tmp_path / "run") == 0
     own = [batch for batch in asked if "" in batch.row_digests]
     assert own
-    from kdx.store import open_shard, paths_in
-
     (rows,) = (tmp_path / "store").glob("*/rows")
     stored = {digest for path in paths_in(rows) for digest in open_shard(path).checksums}  # type: ignore[union-attr]
     given = {d for batch in asked if "" not in batch.row_digests for d in batch.row_digests}
@@ -316,11 +295,8 @@ def test_the_teachers_answers_take_the_place_of_the_last_turns(
 
 def test_generate_writes_answers_as_data(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    words = [*words_of(place), "rollout.max_new_tokens=8", f"teacher.store_dir={tmp_path / 'store'}"]
-    words[words.index("data=pairs")], words[words.index(f"data.path={place / 'pairs.jsonl'}")] = (
-        "data=messages",
-        f"data.path={place / 'chats.jsonl'}",
-    )
+    words = words_of(place, "data=messages", f"data.path={place / 'chats.jsonl'}", "rollout.max_new_tokens=8")
+    words += [f"teacher.store_dir={tmp_path / 'store'}"]
     assert _main(["generate", *words, "--out", str(out)]) == 0
     rows = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
     assert len(rows) == 36
