@@ -9,21 +9,22 @@ not grow with positions × vocabulary.
 N counted positions, n positions of a chunk, V vocabulary, d / D width of student / teacher.
 """
 
+import functools
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kdx import fused, loss
+from kdx import loss
 from kdx.causal_lm import Head, counted_hidden, head_of
 from kdx.config import LossConfig
 from kdx.data.batches import IGNORED, MicroBatch
 from kdx.errors import ConfigError, did_you_mean, together
-from kdx.fused import Chunk
 from kdx.plugins import option_faults
 from kdx.teacher import Answer
 
@@ -34,6 +35,9 @@ BLOCK_BYTES = 2**26  # of one elsewhere: large enough to fill a GPU, small besid
 # Sums over positions of the gradients of alpha·τ²·KD and (1 − alpha)·CE by the student's last hidden states.
 PULLS = ("grad_kd_squared", "grad_ce_squared", "grad_kd_times_grad_ce")
 HEAD_ROWS = 2**14  # rows of the head's gradient summed at once in float32, without a second matrix of the head's size
+COMPILED_ON = {"cuda"}  # kinds of device where a chunk's stage is compiled; emptied if that fails
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -317,10 +321,31 @@ def blocks_of(product: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
+class Chunk(NamedTuple):
+    """What the loss reads at n positions; a student that is not taught there has no `theirs` and no `teacher_head`."""
+
+    product: Tensor  # [n, V], h·Wᵀ of the student
+    head: Head
+    theirs: Tensor | None  # [n, V], of the teacher
+    teacher_head: Head | None
+    labels: Tensor  # [n]
+    weights: dict[str, Tensor]  # by term, [n]
+
+
 def replace_by_gradient(chunk: Chunk, mix: Mix) -> tuple[Tensor, Tensor]:
-    """Replace a chunk's product h·Wᵀ [n, V] by the gradient of the loss by it → kd (without τ²) and ce [n]."""
-    if (terms := fused.terms(chunk, mix)) is not None:
-        return terms
+    """Replace a chunk's product h·Wᵀ [n, V] by the gradient of the loss by it → kd (without τ²) and ce [n].
+
+    In blocks, or on a GPU as one compiled function. Step by step the softmaxes pass over float32 copies of a chunk some
+    thirty times; compiled, they read the products two or three times and write the gradient once.
+    """
+    has_form = chunk.teacher_head is None or mix.name in loss.CLOSED_FORMS
+    if chunk.product.device.type in COMPILED_ON and has_form:
+        try:
+            return _compiled_gradient(chunk, mix)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            COMPILED_ON.clear()
+            why = str(error).strip().split("\n")[0]
+            log.warning("the loss cannot be compiled here, and is slower without: %s", why)
     kds, ces = [], []
     # The softmaxes pass over [n, V] many times: a few rows at once stay in the processor's cache.
     for block in blocks_of(chunk.product):
@@ -361,3 +386,54 @@ def _loss_and_gradient(
         ce = ce * weights["ce"]
     assert grad is not None
     return kd, ce, grad
+
+
+def _compiled_gradient(chunk: Chunk, mix: Mix) -> tuple[Tensor, Tensor]:
+    """Do the same at once. Numbers are tensors and positions dynamic: no batch or point of a sweep compiles anew."""
+    product, head, theirs, teacher_head, labels, weights = chunk
+    dtype = torch.float64 if product.dtype == torch.float64 else torch.float32
+    ones = torch.ones(len(labels), dtype=dtype, device=product.device)
+    kd_weights, ce_weights = weights.get("kd", ones), weights.get("ce", ones)
+    inverse_temperature = torch.full((), 1 / mix.temperature, dtype=dtype, device=product.device)
+    of_kd, of_ce = kd_weights * (mix.alpha * mix.factor / mix.temperature), ce_weights * (1 - mix.alpha)
+    for tensor in (product, theirs, labels, of_kd, of_ce):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    parts = (product, theirs, labels, head, teacher_head, inverse_temperature, of_kd, of_ce)
+    with torch._dynamo.config.patch(recompile_limit=64):  # of a process: a sweep may try every divergence
+        kd, ce = compiled()(*parts, mix.name, mix.options)
+    return kd * kd_weights, ce * ce_weights
+
+
+@functools.cache
+def compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Compile `gradient_in_place`, some seconds when it is first called; sizes are fixed, but for the positions."""
+    return torch.compile(gradient_in_place, dynamic=False)
+
+
+def gradient_in_place(
+    product: Tensor,
+    theirs: Tensor | None,
+    labels: Tensor,
+    head: Head,
+    teacher_head: Head | None,
+    inverse_temperature: Tensor,
+    kd_weights: Tensor,
+    ce_weights: Tensor,
+    name: str,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of Σ kd_weights·kd + ce_weights·ce over the product → kd and ce of each position."""
+    logits = head.finish(product)
+    s1 = loss.log_probabilities(logits)
+    ce = -s1.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    is_label = torch.arange(product.shape[1], device=labels.device) == labels.unsqueeze(-1)
+    grad = (s1.exp() - is_label.to(s1.dtype)) * ce_weights.unsqueeze(-1)
+    kd = torch.zeros_like(ce)
+    if teacher_head is not None and theirs is not None:
+        s = loss.log_probabilities(logits * inverse_temperature)
+        t = loss.log_probabilities(teacher_head.finish(theirs) * inverse_temperature)
+        kd, by_kd = loss.value_and_gradient(name, s, t, options)
+        grad = grad + by_kd * kd_weights.unsqueeze(-1)
+    product.copy_(head.through(logits, grad))
+    return kd, ce

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kdx import fused, loss, objective
+from kdx import loss, objective
 from kdx.causal_lm import Head
 from kdx.check import PeakBytes
 from kdx.data.batches import Batches, Row, collate, merged
@@ -562,8 +562,8 @@ def test_merged_micro_batches_are_one_batch_of_all_rows(teacher):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Do what a GPU does with a chunk, by the function itself."""
-    monkeypatch.setattr(fused, "compiled", lambda: fused.gradient_in_place)
-    monkeypatch.setattr(fused, "DEVICES", {"cpu"})
+    monkeypatch.setattr(objective, "compiled", lambda: objective.gradient_in_place)
+    monkeypatch.setattr(objective, "COMPILED_ON", {"cpu"})
 
 
 @pytest.mark.parametrize(
@@ -584,7 +584,7 @@ def test_the_compiled_stage_and_the_blocks_agree(as_on_a_gpu, monkeypatch, name,
         case = exact.to(dtype)
         results = []
         for devices in ({"cpu"}, set()):
-            monkeypatch.setattr(fused, "DEVICES", devices)
+            monkeypatch.setattr(objective, "COMPILED_ON", devices)
             whole = case.loss(name=name, alpha=alpha, temperature=temperature, chunk_size=3, **options)
             parts = weighted(case, weights, 4, name, alpha)
             results.append(case.value_and_gradients(whole) + case.value_and_gradients(parts))
@@ -592,8 +592,8 @@ def test_the_compiled_stage_and_the_blocks_agree(as_on_a_gpu, monkeypatch, name,
 
 
 def test_one_compiled_function_serves_all_numbers_of_positions_and_weights(as_on_a_gpu, monkeypatch):
-    traced = torch.compile(fused.gradient_in_place, dynamic=False, backend="eager")
-    monkeypatch.setattr(fused, "compiled", lambda: traced)
+    traced = torch.compile(objective.gradient_in_place, dynamic=False, backend="eager")
+    monkeypatch.setattr(objective, "compiled", lambda: traced)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n in (7, 3, 12):
             Case(n=n).loss(alpha=0.05 * n, temperature=n / 2).backward()
@@ -603,7 +603,7 @@ def test_a_loss_that_cannot_be_compiled_is_computed_in_blocks(as_on_a_gpu, monke
     def failing(*_):
         raise torch._dynamo.exc.InternalTorchDynamoError("no C compiler\nat all")
 
-    monkeypatch.setattr(fused, "compiled", lambda: failing)
+    monkeypatch.setattr(objective, "compiled", lambda: failing)
     case = Case()
     for _ in range(2):
         assert_close(case.value_and_gradients(case.loss()), case.value_and_gradients(case.plain()), 1e-9)
