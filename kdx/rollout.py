@@ -174,13 +174,9 @@ class Rollouts(Batches):
         starts = torch.tensor([getattr(row, "start", len(row.tokens)) for row in rows])
         is_own = batch.positions % batch.input_ids.shape[1] + 1 >= starts[batch.row_of]
         alpha = self.objective.mix.at(step, self.max_steps).alpha
-        dtype = torch.float64 if self.objective.model.dtype == torch.float64 else torch.float32
-        weights = {
-            "kd": torch.where(is_own, 1 / alpha, torch.ones((), dtype=torch.float64)),
-            "ce": (~is_own).double(),
-            "own": is_own * torch.tensor(alpha, dtype=torch.float64),  # of kd, for the log: its value there
-        }
-        return replace(batch, weights={name: weight.to(dtype) for name, weight in weights.items()})
+        own = is_own.to(torch.promote_types(self.objective.model.dtype, torch.float32))
+        kd = torch.where(is_own, own.new_tensor(1 / alpha), 1)
+        return replace(batch, weights={"kd": kd, "ce": 1 - own, "own": alpha * own})  # own: of kd, for the log
 
 
 def sampling_of(config: RolloutConfig) -> Sampling:
