@@ -14,7 +14,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdx import plugins, weigh
+from kdx import weigh
 from kdx.adapter import trained
 from kdx.config import Config
 from kdx.data.batches import Row, collate
@@ -26,7 +26,7 @@ from kdx.run import checkpoint, report, results
 from kdx.run.files import in_bytes, usage_of
 from kdx.run.folder import Record
 from kdx.run.launch import build_accelerator
-from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries
+from kdx.run.tracking import CONSOLE, log, logging_to
 from kdx.teacher import Answer
 from kdx.train import Training
 
@@ -41,11 +41,9 @@ def check(
 
     points: those of a sweep that differ from it in the loss, with their words: what alpha weighs there.
     """
-    quiet_libraries()
-    plugins.load()
+    machine, record = build_accelerator(config), record or Record()
     for point, _ in points:
         check_loss(point.loss)
-    machine, record = build_accelerator(config), record or Record()
     with logging_to(None, machine.is_main_process), prepared(config, record, machine) as training:
         if not machine.is_main_process:
             return []

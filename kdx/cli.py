@@ -116,7 +116,6 @@ def _main(argv: list[str]) -> int:
         write_answers(plan.points[0].config, Path(args.out))
         return 0
     if name == "store":
-        plugins.load()
         from kdx.store_commands import fill
 
         fill([point.config for point in plan.points])

@@ -14,7 +14,6 @@ from accelerate.utils import broadcast_object_list
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
-from kdx import plugins
 from kdx.adapter import add_adapter
 from kdx.causal_lm import DTYPES, attention_for, check_split, checkpoint_activations, head_of, stop_ids
 from kdx.config import Config, TrainConfig
@@ -31,7 +30,7 @@ from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import adapter_base
 from kdx.run.launch import build_accelerator
 from kdx.run.signals import StopRequest
-from kdx.run.tracking import CONSOLE, Tracker, logging_to, quiet_libraries
+from kdx.run.tracking import CONSOLE, Tracker, logging_to
 from kdx.student import load_student, teach_to_stop
 from kdx.teacher import load_teacher
 from kdx.tokenizer import check_heads, load_tokenizer
@@ -64,8 +63,6 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
     record: what was typed; None for a run that is started from Python. A folder whose run is done is left as it is,
     and its summary returned. Raises KdxError for what a user can correct, Stopped after a signal.
     """
-    quiet_libraries()
-    plugins.load()
     machine = build_accelerator(config)
     (path,) = map(Path, broadcast_object_list([str(path)]))  # every process works in rank 0's folder
     folder, is_main = RunFolder(path), machine.is_main_process

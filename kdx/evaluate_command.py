@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 from accelerate import Accelerator
 
-from kdx import plugins
 from kdx.adapter import load_adapter
 from kdx.causal_lm import attention_for, load_causal_lm
 from kdx.causal_lm import load_tokenizer as load_own_tokenizer
@@ -24,7 +23,7 @@ from kdx.evaluate import MAX_NEW_TOKENS, Said, answered, num_prompts
 from kdx.run.files import read_json, write_json, write_lines
 from kdx.run.identity import adapter_base
 from kdx.run.launch import build_accelerator
-from kdx.run.tracking import log, logging_to, open_run, quiet_libraries, wandb_mode
+from kdx.run.tracking import log, logging_to, open_run, wandb_mode
 from kdx.student import teach_to_stop
 from kdx.teacher import Teacher, load_teacher
 from kdx.tokenizer import SharedTokenizer, load_tokenizer
@@ -37,8 +36,6 @@ def main(words: list[str]) -> int:
     args = _parsed(words)
     typed = [word for word in args.paths if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in args.paths if word not in typed]
-    quiet_libraries()
-    plugins.load()
     with logging_to(None, is_main=True):
         asked = [(resumed(str(run.path), typed).points[0].config, run) for run in _done(paths)]
         teachers, faults = dict[str, Teacher](), []

@@ -15,7 +15,6 @@ import torch
 import xxhash
 from accelerate import Accelerator
 
-from kdx import plugins
 from kdx.causal_lm import stop_ids
 from kdx.config import Config, RolloutConfig, replaced
 from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, collate, write_rows
@@ -28,7 +27,7 @@ from kdx.evaluate import NUM_SAMPLES
 from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out
 from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
-from kdx.run.tracking import log, logging_to, quiet_libraries
+from kdx.run.tracking import log, logging_to
 from kdx.store import TeacherStore
 from kdx.teacher import identity_of, load_teacher
 from kdx.tokenizer import SharedTokenizer, load_tokenizer
@@ -298,8 +297,6 @@ def teachers_answers(
 
 def write_answers(config: Config, file: Path) -> None:
     """Write each training conversation up to its last turn, with the teacher's answer, as a line for data=messages."""
-    quiet_libraries()
-    plugins.load()
     machine, shared = build_accelerator(config), load_tokenizer(config)
     with logging_to(None, machine.is_main_process):
         rows = load_data(config.data, shared).train

@@ -22,7 +22,7 @@ from kdx.rollout import with_teachers_answers
 from kdx.run.files import in_bytes, read_json, size_of
 from kdx.run.launch import build_accelerator
 from kdx.run.report import store_line
-from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries, working
+from kdx.run.tracking import CONSOLE, log, logging_to, working
 from kdx.store import count_rows, damaged_files
 from kdx.teacher import load_teacher
 from kdx.tokenizer import load_tokenizer
@@ -32,7 +32,6 @@ FILL_ROWS = 8  # rows in a pass, unless teacher.micro_batch_size says
 
 def fill(configs: Sequence[Config]) -> None:
     """Run each teacher of these configs over all rows of their data, and let it answer the sample prompts."""
-    quiet_libraries()
     # What decides the rows; the student may limit their length.
     unique = {repr((config.teacher, config.data, config.student, config.rollout)): config for config in configs}
     with logging_to(None, is_main=os.environ.get("RANK", "0") == "0"):
