@@ -18,13 +18,13 @@ from kdx.adapter import add_adapter
 from kdx.causal_lm import DTYPES, attention_for, check_split, checkpoint_activations, head_of, stop_ids
 from kdx.config import Config, TrainConfig
 from kdx.data.batches import Batches
-from kdx.data.encode import Data, load_data
+from kdx.data.encode import Data
 from kdx.data.sources import check_source
 from kdx.errors import ConfigError, MachineError, together
-from kdx.evaluate import MAX_NEW_TOKENS, Judge, num_prompts, to_minimise
+from kdx.evaluate import Judge, to_minimise
 from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
-from kdx.rollout import Rollouts, check_rollout, warn_about, with_teachers_answers
+from kdx.rollout import Rollouts, check_rollout, data_of, warn_about
 from kdx.run import report, results
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import adapter_base
@@ -104,8 +104,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         what = f"is {config.adapter.quantization}, which needs a GPU"
         raise MachineError("adapter.quantization", what, "Use adapter=lora")
     shared = load_tokenizer(config)
-    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
-    data = with_teachers_answers(config, data, shared, machine)
+    data = data_of(config, shared, machine)
     batches = Batches(
         data.train,
         batch_size=config.train.batch_size,

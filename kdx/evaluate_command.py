@@ -199,8 +199,8 @@ def _tell_wandb(config: Config, run: Run, found: dict[str, dict[str, Any]]) -> N
         values = read_json(max(kept, key=lambda file: file.stat().st_mtime, default=Path()))
         values = {name: value for name, value in values.items() if name[0] != "_"}  # `wandb sync` would else lose them
         for part, new in found.items():
-            taken = {name: value for name, value in new.items() if value is not None}
-            values |= {f"{'eval' if part == 'student' else part}/{name}": value for name, value in taken.items()}
+            kind = "eval" if part == "student" else part
+            values |= {f"{kind}/{name}": value for name, value in new.items() if value is not None}
         with open_run(mode, run.path.parent, id, project=tracking.project, entity=tracking.entity) as there:
             there.define_metric("tokens", hidden=True)  # again, as in a run that is resumed
             there.define_metric("*", step_metric="tokens")

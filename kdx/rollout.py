@@ -23,7 +23,7 @@ from kdx.data.files import at_home
 from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
-from kdx.evaluate import NUM_SAMPLES
+from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, num_prompts
 from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out
 from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
@@ -246,11 +246,12 @@ def warn_about(config: Config, student: Any, teacher_stops: list[int]) -> None:
         )
 
 
-def with_teachers_answers(config: Config, data: Data, shared: SharedTokenizer, machine: Accelerator) -> Data:
-    """Replace the last turn of each training row by the teacher's answer, from its store or generated now → the data.
+def data_of(config: Config, shared: SharedTokenizer, machine: Accelerator) -> Data:
+    """Load the data of a run; with rollout=teacher, the last turn of each training row is the teacher's answer.
 
     Rows whose prompt leaves no room for an answer stay as they are. Held-out rows keep the people's words.
     """
+    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
     if config.rollout.name != "teacher":
         return data
     answers, root = teachers_answers(config, data.train, shared, machine), cache_dir() / "data"
