@@ -115,7 +115,7 @@ def shared_out(
 ) -> list[list[int]]:
     """Have each process answer some of these groups of prompts → the answers to all, in the order of the prompts."""
     said: list[tuple[int, list[int]]] = []
-    for group in groups[machine.process_index :: machine.num_processes]:
+    for group in filter(None, groups[machine.process_index :: machine.num_processes]):
         said += zip(group, answer(group), strict=True)
     return [tokens for _, tokens in sorted(gather_object(said))]
 
@@ -137,8 +137,7 @@ def answers_to(
     """
     words = [json.dumps([prompt, *astuple(sampling), about]) for prompt in prompts]
     keys = [xxhash.xxh3_128_hexdigest(text.encode()) for text in words]
-    absent = set(store.missing(keys) if store else keys)
-    known = {key: rows[0].tolist() for key in keys if store and key not in absent and (rows := store.read([key]))}
+    known = {key: rows[0].tolist() for key in keys if store and (rows := store.read([key]))}
     missing = [i for i, prompt in enumerate(prompts) if prompt and keys[i] not in known]
     known, missing = broadcast_object_list([known, missing])  # the same for all, whatever others write meanwhile
     answers = [known.get(key, []) for key in keys]
