@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,9 +139,10 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
 
 def check_names(config: Config) -> None:
     """Check the names and options that only registries know, before data or models are read. Raises ConfigError."""
-    groups = {check_loss: config.loss, optimizer_class: config.optim, check_source: config.data}
+    groups: dict[Callable[[Any], Any], Any] = {check_loss: config.loss, optimizer_class: config.optim}
+    groups |= {check_source: config.data, check_rollout: config.rollout}
     errors = []
-    for check, group in (groups | {check_rollout: config.rollout}).items():
+    for check, group in groups.items():
         try:
             check(group)
         except ConfigError as error:

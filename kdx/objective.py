@@ -140,8 +140,8 @@ class Objective(nn.Module):
         """
         hidden = counted_hidden(self.model, batch)
         head = head_of(self.model).cut(self.num_ids)
-        size, how = chunk_size_of(head), {"weights": batch.weights, "with_pulls": with_pulls}
-        total, sums = summed_loss(hidden, head, answer, batch.counted_labels, mix or self.mix, size, **how)
+        size, labels, mix = chunk_size_of(head), batch.counted_labels, mix or self.mix
+        total, sums = summed_loss(hidden, head, answer, labels, mix, size, batch.weights, with_pulls=with_pulls)
         return factor * total, sums
 
 

@@ -288,7 +288,7 @@ def teachers_answers(
         off = replaced(teacher, store="off")
         return load_teacher(off, machine.device, shared.max_length, {}, is_repeated=False).model  # type: ignore[union-attr]
 
-    prompts = [prompt if len(prompt) < shared.max_length else [] for prompt in map(tuple, map(prompt_of, rows))]
+    prompts = [tuple(prompt) if len(prompt) < shared.max_length else () for prompt in map(prompt_of, rows)]
     unique = [list(prompt) for prompt in dict.fromkeys(prompts)]
     how: dict[str, Any] = {"batch_size": words.batch_size, "store": store, "about": config.data.seed}
     answers = answers_to(unique, load, sampling_of(words), shared, machine, **how)
