@@ -17,7 +17,7 @@ from kdx import loss, objective
 from kdx.causal_lm import Head
 from kdx.check import PeakBytes
 from kdx.data.batches import Batches, Row, collate, merged
-from kdx.objective import Mix, Objective, chunks_of, distillation_loss, summed_loss
+from kdx.objective import Mix, Objective, distillation_loss, summed_loss
 from kdx.store import Identity
 from kdx.teacher import Answer, Teacher
 from kdx.train import State, Training
@@ -457,16 +457,6 @@ def test_a_batch_without_counted_positions_gives_zero_gradients(accelerator, tea
     empty = [Row("x", [5, 6, 7], [True, False, False]), Row("y", [5, 6], [False, False])]
     assert forward_backward(accelerator, module, step_of(empty, 1), teacher) == ({"kd": 0.0, "ce": 0.0}, 0.0)
     assert all((g == 0).all() for g in gradients(model))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
-@pytest.mark.parametrize("num_rows", [0, 1, 6, 7, 23])
-def test_chunks_are_all_rows_in_order_and_of_nearly_one_length(num_rows, size):
-    lengths = [len(range(num_rows)[chunk]) for chunk in chunks_of(num_rows, size)]
-    assert [i for chunk in chunks_of(num_rows, size) for i in range(num_rows)[chunk]] == list(range(num_rows))
-    assert all(0 < length <= size for length in lengths)
-    assert not lengths or max(lengths) - min(lengths) <= 1
-    assert len(lengths) == -(-num_rows // size)
 
 
 @pytest.mark.parametrize("how", [{}, {"softcap": 3.0}])

@@ -20,7 +20,6 @@ from kdx import distill, rollout, teacher
 from kdx.causal_lm import head_of
 from kdx.cli import _main, compose
 from kdx.data.batches import Row
-from kdx.data.sources import check_source
 from kdx.errors import ConfigError
 from kdx.evaluate import said_of
 from kdx.generate import Sampling, generate
@@ -244,14 +243,8 @@ def test_a_sampler_of_ones_own(place: Path, tmp_path: Path, monkeypatch: pytest.
     [
         (["rollout.share=1"], "rollout.share: has no effect: nothing is generated. Add rollout=student"),
         (["rollout=student", "loss.alpha=0"], "loss.alpha: is 0, and cross-entropy teaches nothing"),
-        (["rollout=student", "rollout.share=2"], "rollout.share: is 2"),
         (["rollout=student", "data.assistant_only=false"], "data.assistant_only: is false"),
         (["eval.metric=on_policy_kl"], "eval.metric: is on_policy_kl, which needs eval.num_prompts"),
-        (["eval.metric=on_policy_kl", "eval.on_policy_kl=false"], "which needs eval.on_policy_kl. Set that, or choose"),
-        (
-            ["eval.metric=on_policy_kl", "teacher=none", "teacher.path=null", "loss=cross_entropy"],
-            "is on_policy_kl, which needs a teacher",
-        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(place: Path, words: list[str], reason: str) -> None:
@@ -418,6 +411,3 @@ def test_the_published_recipe_composes() -> None:
     config = compose(["experiment=minillm_gpt2"])
     assert (config.rollout.name, config.rollout.share, config.loss.name) == ("student", 1.0, "reverse_kl")
     assert (config.train.max_steps, config.train.epochs, config.optim.lr) == (5000, None, 5e-6)
-    row = {"instruction": "Why?", "context": "It rains.", "response": "So."}
-    assert row.keys() >= {config.data.options["source_column"], config.data.options["target_column"]}
-    check_source(config.data)
