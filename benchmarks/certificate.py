@@ -18,7 +18,7 @@ from kdx.data.batches import Row, collate
 from kdx.data.encode import load_data
 from kdx.run.launch import build_accelerator
 from kdx.teacher import Teacher, load_teacher
-from kdx.tokenizer import load_tokenizer, pad_id_of
+from kdx.tokenizer import load_tokenizer
 
 NUM_ROWS = 8
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -67,5 +67,5 @@ if __name__ == "__main__":
     rows = dict(zip(data.held_out.digests, data.held_out.num_counted.tolist(), strict=True))
     teacher = load_teacher(config.teacher, machine.device, shared.max_length, rows, is_repeated=True)
     assert teacher is not None
-    for name, by_temperature in certify(teacher, [*data.held_out], pad_id_of(shared.tokenizer)).items():
+    for name, by_temperature in certify(teacher, [*data.held_out], shared.pad_id).items():
         print(f"{name:15}", *(f"τ={t:g}: KL {value:.2g}" for t, value in by_temperature.items()), sep="   ")

@@ -118,8 +118,8 @@ FAULTS = {
     "best_weights": Fault(
         "train.keep=best saves the last weights",
         "kdx/train.py",
-        "if self.kept_step < step:",
-        "if step < 0:",
+        "if self.kept_step < self.state.step:",
+        "if self.state.step < 0:",
         ("test_run.py",),
     ),
     "baseline_alpha": Fault(
@@ -167,8 +167,8 @@ FAULTS = {
     "gradient_kept": Fault(
         "a step starts with the gradient of the one before",
         "kdx/train.py",
-        "self.optimizer.zero_grad(set_to_none=True)",
-        "pass",
+        "self.schedule.step()\n        self.optimizer.zero_grad(set_to_none=True)",
+        "self.schedule.step()",
         ("test_run.py",),
     ),
     "eval_mode": Fault(

@@ -14,7 +14,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdx import plugins, weigh
+from kdx import weigh
 from kdx.adapter import trained
 from kdx.config import Config
 from kdx.data.batches import Row, collate
@@ -27,7 +27,7 @@ from kdx.run.files import in_bytes, usage_of
 from kdx.run.folder import Record
 from kdx.run.identity import canonical, config_identity
 from kdx.run.launch import build_accelerator
-from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries
+from kdx.run.tracking import CONSOLE, log, logging_to
 from kdx.teacher import Answer
 from kdx.train import Training
 from kdx.words import key_of
@@ -61,11 +61,9 @@ def check(config: Config, path: Path, record: Record | None = None, points: Sequ
 
     points: those of a sweep that differ from it in the loss: what alpha weighs there.
     """
-    quiet_libraries()
-    plugins.load()
+    machine, record = build_accelerator(config), record or Record()
     for point in points:
         check_loss(point.config.loss)
-    machine, record = build_accelerator(config), record or Record()
     with logging_to(None, machine.is_main_process), prepared(config, record, machine) as training:
         if not machine.is_main_process:
             return []

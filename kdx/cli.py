@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdx import plugins
 from kdx.errors import ConfigError, MachineError, Parser, one_line, printable, user_error
 from kdx.run.redact import redact
 from kdx.run.signals import num_processes
@@ -113,7 +112,6 @@ def _main(argv: list[str]) -> int:
 
         write_answers(point.config, args.out)
     elif name == "store":
-        plugins.load()
         from kdx.store_commands import fill
 
         fill([point.config for point in plan.points])

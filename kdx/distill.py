@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,27 @@ from accelerate.utils import broadcast_object_list
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
-from kdx import plugins
 from kdx.adapter import add_adapter
 from kdx.causal_lm import DTYPES, attention_for, check_split, head_of, stop_ids
-from kdx.config import GENERATED, Config, TrainConfig
+from kdx.config import Config, TrainConfig
 from kdx.data.batches import Batches
-from kdx.data.encode import Data, load_data
+from kdx.data.encode import Data
 from kdx.data.sources import check_source
-from kdx.errors import ConfigError, DataError, MachineError, together
-from kdx.evaluate import MAX_NEW_TOKENS, Judge, num_prompts, to_minimise
+from kdx.errors import ConfigError, MachineError, together
+from kdx.evaluate import Judge, to_minimise
 from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
-from kdx.rollout import Rollouts, check_rollout, warn_about, with_teachers_answers
+from kdx.rollout import Rollouts, check_rollout, data_of, warn_about
 from kdx.run import report, results
 from kdx.run.files import write_json
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import adapter_base
 from kdx.run.launch import build_accelerator
 from kdx.run.signals import StopRequest
-from kdx.run.tracking import CONSOLE, Tracker, log, logging_to, quiet_libraries
+from kdx.run.tracking import CONSOLE, Tracker, logging_to
 from kdx.student import load_student, teach_to_stop
 from kdx.teacher import load_teacher
-from kdx.tokenizer import check_heads, load_tokenizer, pad_id_of
+from kdx.tokenizer import check_heads, load_tokenizer
 from kdx.train import Training, num_steps, steps_to_measure, train
 
 
@@ -66,8 +64,6 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
     record: what was typed; None for a run that is started from Python. A folder whose run is done is left as it is,
     and its summary returned. Raises KdxError for what a user can correct, Stopped after a signal.
     """
-    quiet_libraries()
-    plugins.load()
     machine = build_accelerator(config)
     (path,) = map(Path, broadcast_object_list([str(path)]))  # every process works in rank 0's folder
     folder, is_main = RunFolder(path), machine.is_main_process
@@ -111,12 +107,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         what = f"is {config.adapter.quantization}, which needs a GPU"
         raise MachineError("adapter.quantization", what, "Use adapter=lora")
     shared = load_tokenizer(config)
-    tokenizer, max_length = shared.tokenizer, shared.max_length
-    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
-    if config.eval.metric in GENERATED and not data.prompts:
-        what = f"is {config.eval.metric}, but no held-out prompt leaves room for an answer of {MAX_NEW_TOKENS} tokens"
-        raise DataError("eval.metric", what, "Raise data.max_length, or choose kl or ce")
-    data = with_teachers_answers(config, data, shared, machine)
+    data = data_of(config, shared, machine)
     batches = Batches(
         data.train,
         batch_size=config.train.batch_size,
@@ -124,7 +115,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         micro_batch_tokens=config.train.micro_batch_tokens,
         seed=config.train.seed,
         shuffle=config.data.shuffle,
-        pad_id=pad_id_of(tokenizer),
+        pad_id=shared.pad_id,
         rank=machine.process_index,
         num_processes=machine.num_processes,
     )
@@ -133,44 +124,31 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
     is_repeated = bool(record.swept) or max_steps > batches.steps_per_epoch
     rows = rows_to_ask(config, data, batches, max_steps)
     how = {"is_repeated": is_repeated, "is_compiled": config.train.compile}
-    teacher = load_teacher(config.teacher, machine.device, max_length, rows, **how)
+    teacher = load_teacher(config.teacher, machine.device, shared.max_length, rows, **how)
     with closing(teacher.store) if teacher and teacher.store else nullcontext():
-        student = build_student(config, machine, max_length)
-        teach_to_stop(student, tokenizer, data.stops)
+        student = build_student(config, machine, shared.max_length)
+        teach_to_stop(student, shared.tokenizer, data.stops)
         heads = {"student": head_of(student)} | ({"teacher": teacher.head} if teacher else {})
-        mix = mix_of(config.loss)
-        objective = Objective(student, check_heads(shared.num_ids, heads), mix)
-        if teacher and (config.rollout.is_on_policy or config.eval.metric == "on_policy_kl"):
+        objective = Objective(student, check_heads(shared.num_ids, heads), mix_of(config.loss))
+        is_on_policy = config.rollout.is_on_policy
+        if teacher and (is_on_policy or config.eval.metric == "on_policy_kl"):
             _ = teacher.model  # nothing that the student says is in the store
-        if teacher and config.rollout.is_on_policy:
-            known = {part.name: getattr(batches, part.name) for part in fields(batches)}
-            batches = Rollouts(
-                **known,
-                student=student,
-                words=config.rollout,
-                mix=mix,
-                max_steps=max_steps,
-                machine=machine,
-                num_ids=objective.num_ids,
-                max_length=max_length,
-            )
+        if teacher and is_on_policy:
+            own = {"objective": objective, "words": config.rollout, "shared": shared, "machine": machine}
+            batches = Rollouts(**vars(batches), **own, max_steps=max_steps)
             warn_about(config, student, stop_ids(teacher.model.generation_config))
-        given = (config, record, data, tokenizer, max_length, batches)
+        given = (config, record, shared, data, batches)
         yield Training(*given, max_steps, measured_at, teacher, objective, machine)
 
 
 def check_names(config: Config) -> None:
     """Check the names and options that only registries know, before data or models are read. Raises ConfigError."""
+    groups: dict[Callable[[Any], Any], Any] = {check_loss: config.loss, optimizer_class: config.optim}
+    groups |= {check_source: config.data, check_rollout: config.rollout}
     errors = []
-    checks = (
-        partial(check_loss, config.loss),
-        partial(optimizer_class, config.optim),
-        partial(check_source, config.data),
-        partial(check_rollout, config.rollout),
-    )
-    for check in checks:
+    for check, group in groups.items():
         try:
-            check()
+            check(group)
         except ConfigError as error:
             errors.append(error)
     if errors:
@@ -196,8 +174,6 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     if is_adapted and adapter.quantization != "none":
         quantised = {"quantization": adapter.quantization, "device_map": str(device)}
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
-    if is_adapted and config.student.init != "pretrained":
-        log.warning("the student is %s: it must move further than adapters can take it", config.student.init)
     student: Any = load_student(
         config.student,
         config.teacher,

@@ -7,13 +7,16 @@ import json
 import math
 import resource
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, repeat
 from typing import Any
 
 import torch
 import xxhash
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
@@ -22,19 +25,20 @@ from kdx import loss
 from kdx.causal_lm import Head, counted_hidden, generation_config, head_of, stop_ids
 from kdx.config import Config
 from kdx.data.batches import MicroBatch, Row, by_length, collate
-from kdx.generate import Sampling, generate, groups_of
+from kdx.generate import Sampling, answers_to
 from kdx.objective import blocks_of, chunk_size_of, chunks_of
 from kdx.run.signals import StopRequest
 from kdx.run.tracking import log, working
+from kdx.store import TeacherStore
 from kdx.teacher import Answer, Teacher
-from kdx.tokenizer import pad_id_of
+from kdx.tokenizer import SharedTokenizer
 
 MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
 MIN_ROWS = 8  # rows at once: measuring needs less memory than training
 LEAST_MEASURED, MOST_MEASURED = 8, 64  # prompts, with eval.num_prompts=auto
 TOKENS_FOR_A_PROMPT = 4000  # trained on: three models that each say 48 take about a tenth as long
-ANSWERED_AT_ONCE = 32  # prompts; a step of generation takes hardly longer for many
 NUM_SAMPLES, MAX_NEW_TOKENS = 3, 48  # of the sample answers
+GREEDY = Sampling(MAX_NEW_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -106,74 +110,70 @@ class Judge:
         self.batches = [collate([rows[i] for i in group], like.pad_id) for group in groups]
         self.answers: list[Answer] | None = None  # of the teacher, in main memory, by batch; taken once
         self.teacher_measures = Measures([])
-        self.sources = tuple(rows.sources)
 
     @torch.no_grad()
     def __call__(self, model: Any, *, as_saved: bool = False) -> Measures:
         """Measure a student in the precision it trains in, or, with its weights cast, as anyone would who loads it."""
         if self.run.teacher is not None and self.answers is None:
             self._ask_teacher()
-        machine = self.run.machine
         model.eval()
         head = head_of(model).cut(self.run.objective.num_ids)
-        rows: list[dict[str, Any]] = []
-        precision = nullcontext() if as_saved else machine.autocast()
-        with precision, working("Evaluating student", len(self.batches), machine.is_main_process) as advance:
-            head = head.in_compute_dtype()
-            for i, micro_batch in enumerate(self.batches):
-                batch = micro_batch.to(machine.device)
-                hidden = counted_hidden(model, batch)
-                rows += _by_row(score(hidden, head, batch, self.answers[i] if self.answers else None), batch)
-                advance()
-                self.stop.check()
-        return Measures(gather_object(rows), self.sources)
+        with nullcontext() if as_saved else self.run.machine.autocast():
+            hidden_of = partial(counted_hidden, model)
+            return self._measured("Evaluating student", head.in_compute_dtype(), hidden_of, self.answers)
 
     def _ask_teacher(self) -> None:
         """Take the teacher's answers to the held-out rows, and measure them as a student's."""
-        teacher, rows = self.run.teacher, []
-        self.answers = []
+        teacher, answers = self.run.teacher, list[Answer]()
         head = teacher.head.cut(self.run.objective.num_ids)
-        with working("Evaluating teacher", len(self.batches), self.run.machine.is_main_process) as advance:
-            for batch in self.batches:
-                answer = Answer(teacher.answer(batch).hidden.cpu(), head)
-                rows += _by_row(score(answer.hidden, head, batch.to(head.weight.device)), batch)
-                self.answers.append(answer)
+
+        def hidden_of(batch: MicroBatch) -> Tensor:
+            answers.append(Answer(teacher.answer(batch).hidden.cpu(), head))
+            return answers[-1].hidden
+
+        self.teacher_measures = self._measured("Evaluating teacher", head, hidden_of)
+        self.answers = answers
+
+    def _measured(
+        self, what: str, head: Head, hidden_of: Callable[[MicroBatch], Tensor], answers: list[Answer] | None = None
+    ) -> Measures:
+        rows: list[dict[str, Any]] = []
+        with working(what, len(self.batches), self.run.machine.is_main_process) as advance:
+            for i, micro_batch in enumerate(self.batches):
+                batch = micro_batch.to(head.weight.device)
+                rows += by_row(score(hidden_of(batch), head, batch, answers[i] if answers else None), batch)
                 advance()
                 self.stop.check()
-        self.teacher_measures = Measures(gather_object(rows), self.sources)
+        return Measures(gather_object(rows), tuple(self.run.data.held_out.sources))
 
     def before_training(self) -> dict[str, Any]:
         """Measure and sample the teacher and the untouched student: untouched.json."""
         student, teacher, run = self.run.student, self.run.teacher, self.run
-        untouched = self(student).means()
-        taught = teacher_answers(teacher, run.tokenizer, self.prompts, run.objective.num_ids) if teacher else []
-        stops = stop_ids(generation_config(run.config.teacher, "teacher")) if teacher else []
-        of_teacher = said_of(taught, self.prompts[: self.num_measured], run.tokenizer, stops)
+        untouched, of_teacher = self(student).means(), Said([], [])
+        if teacher:
+            answers = teacher_answers(teacher, run.shared, self.prompts, run.machine)
+            stops = stop_ids(generation_config(run.config.teacher, "teacher"))
+            of_teacher = said_of(answers, self.prompts[: self.num_measured], run.tokenizer, stops)
         of_student = self.answered(student)
+        num = teacher and teacher.num_parameters
         return {
             "untouched": untouched | of_student.means() | {"num_parameters": student.num_parameters()},
-            "teacher": self.teacher_measures.means()
-            | of_teacher.means()
-            | {"num_parameters": teacher and teacher.num_parameters},
+            "teacher": self.teacher_measures.means() | of_teacher.means() | {"num_parameters": num},
             "teacher_samples": self.samples(of_teacher) if teacher else [None] * self.num_samples,
             "untouched_samples": self.samples(of_student),
         }
 
     def answered(self, student: Any, *, is_final: bool = False) -> Said:
         """Let a student answer the prompts greedily. is_final: whether training is over, so the teacher may be loaded."""
-        run, like, tokenizer, num_ids = self.run, self.run.batches, self.run.tokenizer, self.run.objective.num_ids
-        answers = answers_of(student, tokenizer, self.prompts, num_ids, like.rank, like.num_processes)
-        prompts, kls = self.prompts[: self.num_measured], None
-        teacher, asked = run.teacher, run.config.eval.on_policy_kl
-        if prompts and teacher and asked is not False:
-            if teacher.is_loaded or (asked is True and is_final):
-                inputs, some = tokens_of(prompts, tokenizer), answers[: len(prompts)]
-                kls = on_policy_kls(student, teacher, inputs, some, num_ids, like.pad_id)
-            elif asked is True:
+        run, asked = self.run, self.run.config.eval.on_policy_kl
+        teacher = run.teacher if self.num_measured and self.prompts and asked is not False else None
+        if teacher and not teacher.is_loaded and not (asked is True and is_final):
+            teacher = None
+            if asked is True:
                 log.info("on-policy KL of the untouched student: not taken, the teacher is loaded after training")
             elif is_final:
                 log.info("on-policy KL: not taken, the teacher's body is not loaded; eval.on_policy_kl=true loads it")
-        return said_of(answers, prompts, tokenizer, stop_ids(student.generation_config), kls)
+        return answered(student, run.shared, self.prompts, self.num_measured, run.machine, teacher)
 
     def samples(self, said: Said) -> list[str]:
         """Return the answers to show as text, with the token that they stopped at."""
@@ -206,37 +206,28 @@ def num_measured(run: Any) -> int:
     return min(MOST_MEASURED, max(LEAST_MEASURED, tokens // TOKENS_FOR_A_PROMPT))
 
 
-def answers_of(
-    model: Any, tokenizer: Any, prompts: list[dict[str, Any]], num_ids: int, rank: int = 0, num_processes: int = 1
+def answered(
+    student: Any,
+    shared: SharedTokenizer,
+    prompts: list[dict[str, Any]],
+    num_measured: int,
+    machine: Accelerator,
+    teacher: Teacher | None = None,
+) -> Said:
+    """Let a student answer prompts greedily, and measure the first; with a teacher, take its KL to it there."""
+    inputs = [prompt["tokens"] for prompt in prompts]
+    answers = answers_to(inputs, lambda: student, GREEDY, shared, machine)
+    kls = on_policy_kls(student, teacher, inputs[:num_measured], answers, shared) if teacher else None
+    return said_of(answers, prompts[:num_measured], shared.tokenizer, stop_ids(student.generation_config), kls)
+
+
+def teacher_answers(
+    teacher: Teacher, shared: SharedTokenizer, prompts: list[dict[str, Any]], machine: Accelerator
 ) -> list[list[int]]:
-    """Answer prompts greedily, shared out over processes → token ids, with the stop token if one was said."""
-    inputs = tokens_of(prompts, tokenizer)
-    stops = stop_ids(model.generation_config) or [i for i in [tokenizer.eos_token_id] if i is not None]
-    found: list[tuple[int, list[int]]] = []
-    for group in groups_of(inputs, ANSWERED_AT_ONCE)[rank::num_processes]:
-        some, sampling = [inputs[i] for i in group], Sampling(MAX_NEW_TOKENS)
-        said = generate(model, some, sampling, num_ids=num_ids, pad_id=pad_id_of(tokenizer), stops=stops)
-        found += zip(group, said, strict=True)
-    return [answer for _, answer in sorted(gather_object(found) if num_processes > 1 else found)]
-
-
-def tokens_of(prompts: list[dict[str, Any]], tokenizer: Any) -> list[list[int]]:
-    """Return the tokens of prompts as the models read them."""
-    texts = [prompt["text"] for prompt in prompts]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-
-def teacher_answers(teacher: Teacher, tokenizer: Any, prompts: list[dict[str, Any]], num_ids: int) -> list[list[int]]:
-    """Let the teacher answer prompts, or read its answers from its store."""
-    keys = [f"{MAX_NEW_TOKENS} tokens, {num_ids} ids: {prompt['text']}" for prompt in prompts]
-    known = [teacher.store.load_answer(key) if teacher.store else None for key in keys]
-    if None not in known:
-        return [answer for answer in known if answer is not None]
-    answers = answers_of(teacher.model, tokenizer, prompts, num_ids)
-    if teacher.store:
-        for key, answer in zip(keys, answers, strict=True):
-            teacher.store.save_answer(key, answer)
-    return answers
+    """Let the teacher answer prompts greedily, or read its answers from its store."""
+    of_rows, inputs = teacher.store, [prompt["tokens"] for prompt in prompts]
+    store = of_rows and TeacherStore(of_rows.root, teacher.identity, name=of_rows.name, part="said")
+    return answers_to(inputs, lambda: teacher.model, GREEDY, shared, machine, store=store, about=shared.num_ids)
 
 
 def said_of(
@@ -267,19 +258,18 @@ def said_of(
 
 @torch.no_grad()
 def on_policy_kls(
-    student: Any, teacher: Teacher, prompts: list[list[int]], answers: list[list[int]], num_ids: int, pad_id: int
+    student: Any, teacher: Teacher, prompts: list[list[int]], answers: list[list[int]], shared: SharedTokenizer
 ) -> list[float]:
     """Sum KL(student ‖ teacher) over the tokens of each of the student's own answers, with the teacher's body."""
     student.eval()
-    head, teacher_head = head_of(student).cut(num_ids).in_compute_dtype(), teacher.head.cut(num_ids)
-    pairs = zip(prompts, answers, strict=True)
+    head, teacher_head = (each.cut(shared.num_ids) for each in (head_of(student).in_compute_dtype(), teacher.head))
+    pairs = zip(prompts, answers, strict=False)
     rows = [Row("", prompt + said, [False] * len(prompt) + [True] * len(said)) for prompt, said in pairs]
     kls: list[float] = []
     for start in range(0, len(rows), MIN_ROWS):
-        batch = collate(rows[start : start + MIN_ROWS], pad_id).to(student.device)
-        answer = Answer(teacher.live(batch), teacher_head)
-        values = score(counted_hidden(student, batch), head, batch, answer)
-        kls += [row["reverse_kl"] for row in _by_row(values, batch)]
+        batch = collate(rows[start : start + MIN_ROWS], shared.pad_id).to(student.device)
+        values = score(counted_hidden(student, batch), head, batch, Answer(teacher.live(batch), teacher_head))
+        kls += [row["reverse_kl"] for row in by_row(values, batch)]
     return kls
 
 
@@ -288,23 +278,21 @@ def score(hidden: Tensor, head: Head, batch: MicroBatch, answer: Answer | None =
     parts: list[dict[str, Tensor]] = []
     for chunk in chunks_of(len(hidden), chunk_size_of(head)):
         product = head.product(hidden[chunk])
-        teacher_product = None
-        if answer is not None:
-            teacher_product = answer.head.product(answer.hidden[chunk]).to(product.device)
+        theirs = answer.head.product(answer.hidden[chunk]).to(product.device) if answer else None
         for block in blocks_of(product):
             label = batch.counted_labels[chunk][block].unsqueeze(-1)
             s = loss.log_probabilities(head.finish(product[block]))
             choice = s.argmax(-1, keepdim=True)
             part = {"ce": -s.gather(-1, label), "accuracy": (choice == label).float()}
-            if answer is not None and teacher_product is not None:
-                t = loss.log_probabilities(answer.head.finish(teacher_product[block]))
+            if answer and theirs is not None:
+                t = loss.log_probabilities(answer.head.finish(theirs[block]))
                 part["kl"], part["reverse_kl"] = loss.forward_kl(s, t), loss.reverse_kl(s, t)
                 part["agreement"] = (choice == t.argmax(-1, keepdim=True)).float()
             parts.append(part)
     return {name: torch.cat([part[name].flatten() for part in parts]) for name in (parts[0] if parts else ())}
 
 
-def _by_row(values: dict[str, Tensor], batch: MicroBatch) -> list[dict[str, Any]]:
+def by_row(values: dict[str, Tensor], batch: MicroBatch) -> list[dict[str, Any]]:
     """Sum each measure over the positions of each row, in float64."""
     row_of, zeros = batch.row_of.cpu(), torch.zeros(len(batch.row_ids), dtype=torch.float64)
     sums = {name: zeros.index_add(0, row_of, value.double().cpu()).tolist() for name, value in values.items()}

@@ -3,12 +3,14 @@
 import argparse
 import logging
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kdx import plugins
-from kdx.causal_lm import attention_for, load_causal_lm, stop_ids
+from accelerate import Accelerator
+
+from kdx.causal_lm import attention_for, load_causal_lm
 from kdx.causal_lm import load_tokenizer as load_own_tokenizer
 from kdx.compare.ranking import Run
 from kdx.compare.read import find, read_run, show
@@ -16,13 +18,13 @@ from kdx.compose import resumed
 from kdx.config import Config, replaced
 from kdx.data.encode import load_data
 from kdx.errors import ConfigError, KdxError, MachineError, Parser, of_hub, one_line, together, user_error
-from kdx.evaluate import MAX_NEW_TOKENS, Said, answers_of, num_prompts, on_policy_kls, said_of, tokens_of
+from kdx.evaluate import MAX_NEW_TOKENS, Said, answered, num_prompts
 from kdx.run.files import read_json, write_json, write_lines
 from kdx.run.launch import build_accelerator
-from kdx.run.tracking import log, logging_to, open_run, quiet_libraries, wandb_mode
+from kdx.run.tracking import log, logging_to, open_run, wandb_mode
 from kdx.student import teach_to_stop
 from kdx.teacher import Teacher, load_teacher
-from kdx.tokenizer import SharedTokenizer, load_tokenizer, pad_id_of
+from kdx.tokenizer import SharedTokenizer, load_tokenizer
 
 ANSWERS = "eval_answers.jsonl"  # a line for each measured answer of a run's student
 
@@ -32,15 +34,12 @@ def main(words: list[str]) -> int:
     args = _parsed(words)
     typed = [word for word in args.paths if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in args.paths if word not in typed]
-    quiet_libraries()
-    plugins.load()
     with logging_to(None, is_main=True):
         asked = [(resumed(str(run.path), typed).points[0].config, run) for run in _done(paths)]
-        tasks, teachers = _tasks(args) if args.tasks else None, dict[str, Teacher]()
-        faults = []
+        teachers, faults = dict[str, Teacher](), []
         for config, run in sorted(asked, key=lambda pair: repr(pair[0].teacher)):  # those of one teacher together
             try:
-                _evaluate(config, run, args, tasks, teachers)
+                _evaluate(config, run, args, teachers)
             except KdxError as error:
                 faults.append(error)
         show(paths, paths[0] if len(paths) == 1 else Path("comparison"))
@@ -80,7 +79,7 @@ def _done(paths: Sequence[Path]) -> list[Run]:
     return [run for run in runs if run not in left]
 
 
-def _evaluate(config: Config, run: Run, args: argparse.Namespace, tasks: Any, teachers: dict[str, Teacher]) -> None:
+def _evaluate(config: Config, run: Run, args: argparse.Namespace, teachers: dict[str, Teacher]) -> None:
     """Measure the student of one run, and write what comes of it into its folder and its W&B run."""
     can = bool(config.teacher.path and config.eval.num_prompts)
     has = bool(run.answers) and all(line["on_policy_kl"] is not None for line in run.answers)
@@ -89,23 +88,22 @@ def _evaluate(config: Config, run: Run, args: argparse.Namespace, tasks: Any, te
         log.info("%s: on-policy KL %s", run.name, "is there" if can else "needs a teacher, and eval.num_prompts")
     if not (takes_kl or args.tasks):
         return
-    folder = str(run.path / "student")
+    folder, machine = str(run.path / "student"), build_accelerator(config)
     saved = replaced(config.student, path=folder, tokenizer=folder, revision=None, gguf_file=None)
-    device, shared = build_accelerator(config).device, load_tokenizer(config) if takes_kl else None
-    attention = attention_for(saved, device, shared.max_length if shared else 10**9)
+    shared = load_tokenizer(config) if takes_kl else None
+    attention = attention_for(saved, machine.device, shared.max_length if shared else 10**9)
     how: dict[str, Any] = {"dtype": "auto", "attn_implementation": attention}  # as it was saved
     student: Any = load_causal_lm(saved, "student", **how)
-    student.to(device).eval()
+    student.to(machine.device).eval()
     found: dict[str, dict[str, Any]] = {}
     if shared:
-        said = _on_policy(config, run, student, shared, teachers)
+        said = _on_policy(config, run, student, shared, machine, teachers)
         found["student"] = said.means()
-        _keep(run, "student", said.means())
+        _keep(run, "student", found["student"])
         write_lines(run.path / ANSWERS, said.rows)
-        kl, num = said.means().get("on_policy_kl", float("nan")), len(said.rows)
-        log.info("%s: on-policy KL %.4f over %d answers", run.name, kl, num)
-    if tasks:
-        found["tasks"] = _scores(student, load_own_tokenizer(saved, "student"), args, tasks)
+        log.info("%s: on-policy KL over %d answers", run.name, len(said.rows))
+    if args.tasks:
+        found["tasks"] = _scores(student, load_own_tokenizer(saved, "student"), args)
         _keep(run, "tasks", found["tasks"])
     _tell_wandb(config, run, found)
 
@@ -116,51 +114,51 @@ def _keep(run: Run, part: str, new: dict[str, Any]) -> None:
     write_json(run.path / "summary.json", summary | {part: summary.get(part, {}) | new})
 
 
-def _on_policy(config: Config, run: Run, student: Any, shared: SharedTokenizer, teachers: dict[str, Teacher]) -> Said:
+def _on_policy(
+    config: Config,
+    run: Run,
+    student: Any,
+    shared: SharedTokenizer,
+    machine: Accelerator,
+    teachers: dict[str, Teacher],
+) -> Said:
     """Let a student answer the prompts of its run, and take its KL to the teacher there.
 
     teachers: the one that was loaded last. Raises KdxError; also if rows or teacher are not those of the run.
     """
-    tokenizer, num_ids, max_length = shared.tokenizer, shared.num_ids, shared.max_length
     data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
-    asked = config.eval.num_prompts
-    prompts = data.prompts[: len(run.answers) or (num_prompts(config) if asked == "auto" else asked)]
-    if not prompts:
-        raise ConfigError(
-            str(run.path), "has no held-out prompts that leave room for an answer", "Raise data.max_length"
-        )
-    if (key := repr((config.teacher, max_length))) not in teachers:
+    prompts = data.prompts[: len(run.answers) or num_prompts(config)]
+    if (key := repr((config.teacher, shared.max_length))) not in teachers:
         teachers.clear()  # before the next is loaded
         of_live = replaced(config.teacher, store="off")
-        teachers[key] = load_teacher(of_live, student.device, max_length, {}, is_repeated=False)  # type: ignore[assignment]
+        teachers[key] = load_teacher(of_live, machine.device, shared.max_length, {}, is_repeated=False)  # type: ignore[assignment]
     teacher, identity = teachers[key], teachers[key].identity
     if [data.held_out_fingerprint, identity.teacher, identity.precision] != [*run.measured_on.values()]:
         was, now = ", ".join(map(str, run.measured_on)), identity.precision
         what = f"was measured with another of these: {was} (which is {now} here)"
         raise ConfigError(str(run.path), what, "Type what it had, as in teacher.precision=fp32")
-    teach_to_stop(student, tokenizer, data.stops)
-    answers, inputs = answers_of(student, tokenizer, prompts, num_ids), tokens_of(prompts, tokenizer)
-    kls = on_policy_kls(student, teacher, inputs, answers, num_ids, pad_id_of(tokenizer))
-    return said_of(answers, prompts, tokenizer, stop_ids(student.generation_config), kls)
+    teach_to_stop(student, shared.tokenizer, data.stops)
+    return answered(student, shared, prompts, len(prompts), machine, teacher)
 
 
-def _tasks(args: argparse.Namespace) -> Any:
+@cache
+def _tasks(include_path: str | None) -> Any:
     """Index all tasks that there are: thousands of files, so once for all runs."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return TaskManager(include_path=args.include_path)
+    return TaskManager(include_path=include_path)
 
 
-def _scores(student: Any, tokenizer: Any, args: argparse.Namespace, tasks: Any) -> dict[str, float]:
+def _scores(student: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, float]:
     """Score a model in tasks → `task/metric`, and its standard error as `task/metric_stderr`. Raises KdxError."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model, asked = HFLM(pretrained=student, tokenizer=tokenizer, batch_size=args.batch_size), args.tasks.split(",")
     options = {name: getattr(args, name) for name in ("limit", "num_fewshot", "apply_chat_template")}
+    options |= {"tasks": args.tasks.split(","), "task_manager": _tasks(args.include_path), "log_samples": False}
     try:
-        found = simple_evaluate(model, tasks=asked, task_manager=tasks, log_samples=False, **options)
+        found = simple_evaluate(HFLM(student, tokenizer=tokenizer, batch_size=args.batch_size), **options)
     except Exception as error:
         hint = "lm-eval ls tasks lists those there are; --include_path FOLDER adds your own"
         raise user_error(error) or of_hub(error, ConfigError, "--tasks", "lm_eval stopped", hint) from error
@@ -173,7 +171,7 @@ def _scores(student: Any, tokenizer: Any, args: argparse.Namespace, tasks: Any) 
         for name, value in found["results"][task].items():
             metric, _, choice = name.partition(",")  # as in acc,none and acc_stderr,none
             kind = metric.removesuffix("_stderr")
-            key = f"{task}/{kind}" if choice == "none" else f"{task}/{choice}/{kind}"
+            key = "/".join([task, kind] if choice == "none" else [task, choice, kind])
             key += f" ({', '.join(how)})" if how else ""
             if isinstance(value, float):
                 scores[key + metric.removeprefix(kind)] = value
@@ -192,8 +190,8 @@ def _tell_wandb(config: Config, run: Run, found: dict[str, dict[str, Any]]) -> N
         values = read_json(max(kept, key=lambda file: file.stat().st_mtime, default=Path()))
         values = {name: value for name, value in values.items() if name[0] != "_"}  # `wandb sync` would else lose them
         for part, new in found.items():
-            taken = {name: value for name, value in new.items() if value is not None}
-            values |= {f"{'eval' if part == 'student' else part}/{name}": value for name, value in taken.items()}
+            kind = "eval" if part == "student" else part
+            values |= {f"{kind}/{name}": value for name, value in new.items() if value is not None}
         with open_run(mode, run.path.parent, id, project=tracking.project, entity=tracking.entity) as there:
             there.define_metric("tokens", hidden=True)  # again, as in a run that is resumed
             there.define_metric("*", step_metric="tokens")

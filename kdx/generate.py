@@ -3,16 +3,25 @@
 A row's answer depends on its prompt and seed; other rows of the batch change rounding alone.
 """
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+import xxhash
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from kdx.causal_lm import num_positions, stop_ids
+from kdx.run.tracking import working
+from kdx.store import TeacherStore
+from kdx.tokenizer import SharedTokenizer
+
+AT_ONCE = 32  # prompts; a step of generation takes hardly longer for many
 
 
 @dataclass(frozen=True)
@@ -46,75 +55,109 @@ class Drawn(LogitsProcessor):
         return scores
 
 
+def generate(
+    model: Any, prompts: Sequence[list[int]], sampling: Sampling, shared: SharedTokenizer, seeds: Sequence[int] = ()
+) -> list[list[int]]:
+    """Continue prompts in one batch, padded on the left, in eval mode → the new tokens, with the stop token if one was said.
+
+    All stop tokens of the model's generation config are heeded, and nothing else in it. No generator but those of the
+    rows is used. seeds: of each row.
+
+    An answer ends where the model can read no further. Prompts that leave it less room than the others are a batch of
+    their own: beside them it would read on, past its last position.
+    """
+    seeds, length = seeds or [0] * len(prompts), num_positions(model.config) or math.inf
+    rooms = [int(min(sampling.max_new_tokens, length - len(prompt))) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    for room in sorted({room for room in rooms if room > 0}):
+        some = [i for i, own in enumerate(rooms) if own == room]
+        drawn = Drawn(sampling, shared.num_ids, [seeds[i] for i in some], model.device)
+        said = _continued(model, [prompts[i] for i in some], room, drawn, shared.pad_id)
+        for i, answer in zip(some, said, strict=True):
+            answers[i] = answer
+    return answers
+
+
+@torch.no_grad()
+def _continued(model: Any, prompts: list[list[int]], num_tokens: int, drawn: Drawn, pad_id: int) -> list[list[int]]:
+    """Continue prompts, each by at most `num_tokens` tokens."""
+    longest, own, was_training = max(map(len, prompts)), model.generation_config, model.training
+    input_ids, stops = torch.full((len(prompts), longest), pad_id), stop_ids(own)
+    mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):
+        input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[i, longest - len(prompt) :] = 1
+    # Not arguments of generate(): unset values would be taken from the model's own.
+    limits: dict[str, Any] = {"max_new_tokens": num_tokens, "eos_token_id": stops or None, "pad_token_id": pad_id}
+    model.generation_config = GenerationConfig(do_sample=False, **limits)
+    model.eval()
+    try:
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            logits_processor=LogitsProcessorList([drawn]),
+        )
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+    answers = output[:, longest:].tolist()  # padded behind their stop tokens
+    return [next((a[: i + 1] for i, token in enumerate(a) if token in stops), a) for a in answers]
+
+
 def groups_of(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
     """Group prompts of similar length, the longest first → numbers of prompts."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def generate(
-    model: Any,
+def shared_out(
+    groups: Sequence[list[int]], answer: Callable[[list[int]], list[list[int]]], machine: Accelerator
+) -> list[list[int]]:
+    """Have each process answer some of these groups of prompts → the answers to all, in the order of the prompts."""
+    said: list[tuple[int, list[int]]] = []
+    for group in filter(None, groups[machine.process_index :: machine.num_processes]):
+        said += zip(group, answer(group), strict=True)
+    return [tokens for _, tokens in sorted(gather_object(said))]
+
+
+def answers_to(
     prompts: Sequence[list[int]],
+    load: Callable[[], Any],
     sampling: Sampling,
+    shared: SharedTokenizer,
+    machine: Accelerator,
     *,
-    num_ids: int,
-    pad_id: int,
-    seeds: Sequence[int] = (),
-    stops: Sequence[int] | None = None,
+    batch_size: int = AT_ONCE,
+    store: TeacherStore | None = None,
+    about: object = None,
 ) -> list[list[int]]:
-    """Continue prompts in one batch, padded on the left, in eval mode → the new tokens, with the stop token if one was said.
+    """Return a model's answer to each prompt, from a store or generated now; an empty prompt has an empty one.
 
-    All stop tokens of the model's generation config are heeded, and nothing else in it. No generator but those of the
-    rows is used. seeds: of each row. stops: in place of the model's own stop tokens.
-
-    An answer ends where the model can read no further. Prompts that leave it less room than the others are a batch of
-    their own: beside them it would read on, past its last position.
+    load: gives the model, if it is needed. about: what else the answers depend on; with the rest it decides the seeds.
     """
-    seeds, stops = seeds or [0] * len(prompts), stop_ids(model.generation_config) if stops is None else stops
-    most, length = sampling.max_new_tokens, num_positions(model.config) or math.inf
-    rooms = [int(min(most, length - len(prompt))) for prompt in prompts]
-    answers: dict[int, list[int]] = {}
-    for room in sorted(set(rooms)):
-        some = [i for i, own in enumerate(rooms) if own == room]
-        if room > 0:
-            processor = Drawn(sampling, num_ids, [seeds[i] for i in some], model.device)
-            said = _continued(model, [prompts[i] for i in some], room, processor, pad_id, stops)
-            answers |= zip(some, said, strict=True)
-    return [answers.get(i, []) for i in range(len(prompts))]
+    words = [json.dumps([prompt, *astuple(sampling), about]) for prompt in prompts]
+    keys = [xxhash.xxh3_128_hexdigest(text.encode()) for text in words]
+    known = {key: rows[0].tolist() for key in keys if store and (rows := store.read([key]))}
+    missing = [i for i, prompt in enumerate(prompts) if prompt and keys[i] not in known]
+    known, missing = broadcast_object_list([known, missing])  # the same for all, whatever others write meanwhile
+    answers = [known.get(key, []) for key in keys]
+    if missing:
+        model, groups = load(), groups_of([prompts[i] for i in missing], batch_size)
+        with working("Answering prompts", len(groups) // machine.num_processes, machine.is_main_process) as advance:
 
+            def answer(group: list[int]) -> list[list[int]]:
+                some = [missing[k] for k in group]
+                seeds = [int(keys[i][:15], 16) for i in some]
+                said = generate(model, [prompts[i] for i in some], sampling, shared, seeds)
+                if store:
+                    rows = store.write([keys[i] for i in some], [torch.tensor(tokens) for tokens in said])
+                    said = [row.tolist() for row in rows]
+                advance()
+                return said
 
-@torch.no_grad()
-def _continued(
-    model: Any, prompts: list[list[int]], num_tokens: int, processor: Drawn, pad_id: int, stops: Sequence[int]
-) -> list[list[int]]:
-    """Continue prompts, each by at most `num_tokens` tokens."""
-    longest, device = max(map(len, prompts)), model.device
-    input_ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros_like(input_ids)
-    for i, prompt in enumerate(prompts):
-        input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[i, longest - len(prompt) :] = 1
-    own, was_training = model.generation_config, model.training
-    # Not arguments of generate(): unset values would be taken from the model's own.
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=num_tokens,
-        eos_token_id=list(stops) or None,
-        pad_token_id=pad_id,
-    )
-    model.eval()
-    try:
-        output = model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            logits_processor=LogitsProcessorList([processor]),
-        )
-    finally:
-        model.generation_config = own
-        model.train(was_training)
-    return [until_stop(row, stops) for row in output[:, longest:].tolist()]
-
-
-def until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:
-    """Cut tokens behind the first stop token."""
-    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in stops), tokens)
+            said = shared_out(groups, answer, machine)
+        for i, tokens in zip(missing, said, strict=True):
+            answers[i] = tokens
+    if store:
+        store.close()
+    return answers

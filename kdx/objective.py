@@ -9,16 +9,18 @@ not grow with positions × vocabulary.
 N counted positions, n positions of a chunk, V vocabulary, d / D width of student / teacher.
 """
 
+import functools
+import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kdx import fused, loss
+from kdx import loss
 from kdx.causal_lm import Head, counted_hidden, head_of
 from kdx.checked import option_faults
 from kdx.config import LossConfig
@@ -33,6 +35,9 @@ BLOCK_BYTES = 2**26  # of one elsewhere: large enough to fill a GPU, small besid
 # Sums over positions of the gradients of alpha·τ²·KD and (1 − alpha)·CE by the student's last hidden states.
 PULLS = ("grad_kd_squared", "grad_ce_squared", "grad_kd_times_grad_ce")
 HEAD_ROWS = 2**14  # rows of the head's gradient summed at once in float32, without a second matrix of the head's size
+COMPILED_ON = {"cuda"}  # kinds of device where a chunk's stage is compiled; emptied if that fails
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,22 +94,21 @@ class Mix:
 
 def mix_of(config: LossConfig) -> Mix:
     """Return the mix that a config asks for."""
-    numbers = (config.alpha, config.temperature, config.scale_by_temperature, config.options)
-    return Mix(config.name, *numbers, config.alpha_end, config.temperature_end)
+    return Mix(**{part.name: getattr(config, part.name) for part in fields(Mix)})
 
 
 def check_loss(config: LossConfig) -> None:
     """Refuse a divergence or options that the registry does not know. Raises ConfigError."""
-    name, options = config.name, config.options
+    name = config.name
     if name not in (choices := [*loss.names(), "cross_entropy"]):
         hint = f"{did_you_mean(name, choices)}. Your own: KDX_PLUGINS=module"
         raise ConfigError("loss.name", f"no divergence is named {name!r}", hint)
     function = loss.get("forward_kl" if name == "cross_entropy" else name)  # neither of these two has options
-    if faults := option_faults(function, options, "loss.", num_given=2, given=("labels",)):
+    if faults := option_faults(function, config.options, "loss.", num_given=2, given=("labels",)):
         raise together(faults)
     if name != "cross_entropy":
         try:
-            loss.check_options(name, options)  # ranges, and what the function returns
+            loss.check_options(name, config.options)  # ranges, and what the function returns
         except ValueError as error:
             raise ConfigError("loss", str(error), f"See the function {function.__module__}.{name}") from None
 
@@ -136,9 +140,9 @@ class Objective(nn.Module):
         """
         hidden = counted_hidden(self.model, batch)
         head = head_of(self.model).cut(self.num_ids)
-        size = chunk_size_of(head)
-        mix, labels = mix or self.mix, batch.counted_labels
-        return summed_loss(hidden, head, answer, labels, mix, size, factor, batch.weights, with_pulls=with_pulls)
+        size, labels, mix = chunk_size_of(head), batch.counted_labels, mix or self.mix
+        total, sums = summed_loss(hidden, head, answer, labels, mix, size, batch.weights, with_pulls=with_pulls)
+        return factor * total, sums
 
 
 def distillation_loss(
@@ -160,26 +164,22 @@ def distillation_loss(
 
     Labels are the tokens to be predicted at each position (shifted already); −100 is not counted. The sum over
     counted positions is divided by `num_tokens`, by default their number. Differentiable in the student's hidden
-    states, head weight and bias. With alpha 0 the teacher may be None. Raises ValueError for unknown names and
-    options, or a missing teacher.
+    states, head weight and bias. With alpha 0 the teacher may be None. Raises ValueError for an unknown name or a
+    missing teacher.
     """
     if name != "cross_entropy":
         loss.check_options(name, options)
-    if not 0 <= alpha <= 1 or not temperature > 0:
-        raise ValueError(f"alpha is {alpha} (between 0 and 1), temperature {temperature} (above 0)")
     answer = None if teacher_hidden is None or teacher_head is None else Answer(teacher_hidden, teacher_head)
-    if alpha > 0 and (answer is None or name == "cross_entropy"):
-        raise ValueError(f"alpha is {alpha}: it needs the teacher's hidden states, its head and a divergence")
+    if alpha > 0 and answer is None:
+        raise ValueError(f"alpha is {alpha}: it needs the teacher's hidden states and its head")
     counted = (labels != IGNORED).nonzero().squeeze(-1)
-    if num_tokens is None:
-        num_tokens = len(counted)
     if len(counted) < len(labels):
         student_hidden, labels = student_hidden[counted], labels[counted]
         if answer is not None:
-            answer = Answer(answer.hidden[counted.to(answer.hidden.device)], answer.head)
+            answer = replace(answer, hidden=answer.hidden[counted.to(answer.hidden.device)])
     mix = Mix(name, alpha, temperature, scale_by_temperature, options)
-    total, _ = summed_loss(student_hidden, student_head, answer, labels, mix, chunk_size, 1 / max(num_tokens, 1))
-    return total
+    total, _ = summed_loss(student_hidden, student_head, answer, labels, mix, chunk_size)
+    return total * (1 / max(len(counted) if num_tokens is None else num_tokens, 1))
 
 
 def summed_loss(
@@ -189,27 +189,96 @@ def summed_loss(
     labels: Tensor,
     mix: Mix,
     chunk_size: int = 256,
-    factor: float = 1.0,
     weights: dict[str, Tensor] | None = None,
     *,
     with_pulls: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum the loss over positions that all count → factor · total, and without gradient each term (kd includes τ²).
+    """Sum the loss over positions that all count → total, and without gradient each term (kd includes τ²).
 
     weights: by term, a factor [N] for each position: the student's own words, say, have no cross-entropy. Those of
     `own` say how much of kd is summed once more, to be logged.
     with_pulls: also return PULLS.
     """
+    weights = weights or {}
     if mix.alpha == 0:
         answer = None
-    if answer is not None:  # one tokenizer, heads padded differently: keep the ids that both have
+    if answer:  # one tokenizer, heads padded differently: keep the ids that both have
         num_ids = min(head.num_ids, answer.head.num_ids)
         head, answer = head.cut(num_ids), Answer(answer.hidden, answer.head.cut(num_ids))
-    total, kd, ce, own, pulls = _ChunkedSum.apply(
-        hidden, head.weight, head.bias, head, answer, labels, mix, chunk_size, factor, weights or {}, with_pulls
-    )
-    terms = {"kd": kd, "ce": ce} | ({"own": own} if weights and "own" in weights else {})
-    return total, terms | (dict(zip(PULLS, pulls, strict=True)) if with_pulls else {})
+    inputs, device = (hidden, head.weight, head.bias), hidden.device
+    grad_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    sum_dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's MPS has no float64
+    names = ["kd", "ce", *["own"] * ("own" in weights), *PULLS * with_pulls]
+    sums = {name: torch.zeros((), dtype=sum_dtype, device=device) for name in names}
+    grad_hidden, grad_weight, grad_bias = grads = [
+        torch.zeros_like(x, dtype=hidden.dtype if x is hidden else grad_dtype)
+        if x is not None and x.requires_grad and torch.is_grad_enabled()
+        else None
+        for x in inputs
+    ]
+
+    with torch.no_grad():
+        head = head.detached(head.weight, head.bias).in_compute_dtype()
+        for rows in chunks_of(len(labels), chunk_size):
+            product = head.product(hidden[rows])
+            theirs = answer.head.product(answer.hidden[rows]).to(product.device) if answer else None
+            part = {name: weight[rows] for name, weight in weights.items()}
+            chunk = Chunk(product, head, theirs, answer.head if answer else None, labels[rows], part)
+            by_ce = None  # [n, V], the gradient of the cross-entropy alone
+            if with_pulls and mix.alpha < 1:
+                by_ce = product.clone()
+                replace_by_gradient(chunk._replace(product=by_ce, theirs=None, teacher_head=None), mix)
+            kd, ce = replace_by_gradient(chunk, mix)
+            sums["kd"] += mix.factor * kd.sum(dtype=sum_dtype)
+            sums["ce"] += ce.sum(dtype=sum_dtype)
+            if "own" in weights:
+                sums["own"] += mix.factor * (kd * part["own"]).sum(dtype=sum_dtype)
+            if grad_bias is not None:
+                grad_bias += product.sum(0, dtype=grad_dtype)
+            del theirs, chunk  # the peak of a step's memory is about here
+            by_hidden = product @ head.weight
+            if with_pulls:
+                of_ce = (torch.zeros_like(by_hidden) if by_ce is None else by_ce @ head.weight).to(sum_dtype)
+                of_kd = by_hidden.to(sum_dtype) - of_ce
+                pulls = (of_kd.square().sum(), of_ce.square().sum(), (of_kd * of_ce).sum())
+                for name, pull in zip(PULLS, pulls, strict=True):
+                    sums[name] += pull
+                del by_ce, of_kd, of_ce
+            if grad_hidden is not None:
+                grad_hidden[rows] = by_hidden
+            if grad_weight is not None:
+                _add_product(grad_weight, product, hidden[rows].to(product.dtype))
+        total = mix.loss(sums).to(grad_dtype)
+    return _WithGradients.apply(total, grads, *inputs), sums
+
+
+def _add_product(grad_weight: Tensor, product: Tensor, inputs: Tensor) -> None:
+    """Add productᵀ · inputs to the head's gradient, in its dtype."""
+    if product.dtype != grad_weight.dtype and product.device.type == "cuda":  # its products can add in float32
+        torch.addmm(grad_weight, product.T, inputs, out_dtype=grad_weight.dtype, out=grad_weight)
+        return
+    for ids in chunks_of(len(grad_weight), HEAD_ROWS):
+        if product.dtype == grad_weight.dtype:
+            grad_weight[ids].addmm_(product[:, ids].T, inputs)
+        else:
+            grad_weight[ids].add_(product[:, ids].T @ inputs)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A total whose gradients by its inputs are known. They are used up by the backward pass: it runs once."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, grads: list[Tensor | None], *inputs: Tensor | None) -> Tensor:
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.save_for_backward(*grads)
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> Any:
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        # In place: a gradient of the head is as large as the head. Only then is it rounded to bf16.
+        return None, None, *(None if grad is None else grad.mul_(grad_total).to(dtype) for grad, dtype in pairs)
 
 
 def pulls_of(sums: dict[str, float], num_tokens: int) -> dict[str, float | None]:
@@ -226,98 +295,6 @@ def pulls_of(sums: dict[str, float], num_tokens: int) -> dict[str, float | None]
         "grad_cosine": dot / (kd * ce) if kd * ce > 0 else None,
         "effective_alpha": kd / (kd + ce) if kd + ce > 0 else None,
     }
-
-
-class _ChunkedSum(torch.autograd.Function):
-    """factor · Σ total over positions, with gradients formed chunk by chunk in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        answer: Answer | None,
-        labels: Tensor,
-        mix: Mix,
-        chunk_size: int,
-        factor: float,
-        weights: dict[str, Tensor],
-        with_pulls: bool,
-    ) -> tuple[Tensor, ...]:
-        head = head.detached(weight, bias).in_compute_dtype()
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=grad_dtype) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=grad_dtype) if wants_bias and bias is not None else None
-        sum_dtype = torch.float32 if hidden.device.type == "mps" else torch.float64  # Apple's MPS has no float64
-        kd_sum, ce_sum, own_sum = (torch.zeros((), dtype=sum_dtype, device=hidden.device) for _ in range(3))
-        pulls = torch.zeros(3, dtype=sum_dtype, device=hidden.device)
-        # backward() passes over the gradients once more on a GPU: it applies the factor there.
-        factor_now, factor_later = (factor, 1.0) if hidden.device.type == "cpu" else (1.0, factor)
-
-        for rows in chunks_of(len(labels), chunk_size):
-            product = head.product(hidden[rows])
-            teacher_head = teacher_product = None
-            if answer is not None:
-                teacher_head = answer.head
-                teacher_product = teacher_head.product(answer.hidden[rows]).to(product.device)
-            chunk_weights = {name: weight[rows] for name, weight in weights.items()}
-            by_ce = None  # [n, V], the gradient of the cross-entropy alone
-            if with_pulls and mix.alpha < 1:
-                by_ce = product.clone()
-                replace_by_gradient(by_ce, None, labels[rows], head, None, mix, chunk_weights)
-            kd, ce = replace_by_gradient(product, teacher_product, labels[rows], head, teacher_head, mix, chunk_weights)
-            kd_sum += mix.factor * kd.sum(dtype=sum_dtype)
-            ce_sum += ce.sum(dtype=sum_dtype)
-            if "own" in weights:
-                own_sum += mix.factor * (kd * chunk_weights["own"]).sum(dtype=sum_dtype)
-            if grad_bias is not None:
-                grad_bias += product.sum(0, dtype=grad_dtype)
-            del teacher_product  # the peak of a step's memory is about here
-            by_hidden = product @ head.weight if grad_hidden is not None or with_pulls else None
-            if with_pulls and by_hidden is not None:
-                of_ce = torch.zeros_like(by_hidden) if by_ce is None else by_ce @ head.weight
-                of_ce = of_ce.to(sum_dtype)
-                of_kd = by_hidden.to(sum_dtype) - of_ce
-                pulls += torch.stack([of_kd.square().sum(), of_ce.square().sum(), (of_kd * of_ce).sum()])
-                del by_ce, of_kd, of_ce
-            if grad_hidden is not None and by_hidden is not None:
-                grad_hidden[rows] = by_hidden.to(hidden.dtype).mul_(factor_now)
-            if grad_weight is not None:
-                inputs = hidden[rows].to(product.dtype)
-                if product.dtype != grad_dtype and product.device.type == "cuda":  # its products can add in float32
-                    torch.addmm(grad_weight, product.T, inputs, out_dtype=grad_dtype, out=grad_weight)
-                    continue
-                for ids in chunks_of(head.num_ids, HEAD_ROWS):
-                    if product.dtype == grad_dtype:
-                        grad_weight[ids].addmm_(product[:, ids].T, inputs)
-                    else:
-                        grad_weight[ids].add_(product[:, ids].T @ inputs)
-
-        for of_head in (grad_weight, grad_bias):
-            if of_head is not None and factor_now != 1:
-                of_head.mul_(factor_now)
-        ctx.factor = factor_later
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(kd_sum, ce_sum, own_sum, pulls)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        total = factor * mix.loss({"kd": kd_sum, "ce": ce_sum})
-        return total.to(grad_dtype), kd_sum, ce_sum, own_sum, pulls
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> Any:
-        grads = ctx.saved_tensors
-        # The factor is 1 as a rule, and a gradient of the head is as large as the head: avoid the copy. Looking costs
-        # nothing on a CPU; a GPU would have to be waited for.
-        if grad_total.device.type != "cpu" or grad_total.item() != 1:
-            grad_total = grad_total * ctx.factor
-            grads = [None if grad is None else grad * grad_total for grad in grads]  # before it is rounded to bf16
-        by_inputs = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
-        return *by_inputs, *[None] * 8
 
 
 def chunk_size_of(head: Head) -> int:
@@ -344,27 +321,40 @@ def blocks_of(product: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def replace_by_gradient(
-    product: Tensor,
-    teacher_product: Tensor | None,
-    labels: Tensor,
-    head: Head,
-    teacher_head: Head | None,
-    mix: Mix,
-    weights: dict[str, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Replace a chunk's product h·Wᵀ [n, V] by the gradient of the loss by it → kd (without τ²) and ce [n]."""
-    if (terms := fused.terms(product, teacher_product, labels, head, teacher_head, mix, weights)) is not None:
-        return terms
+class Chunk(NamedTuple):
+    """What the loss reads at n positions; a student that is not taught there has no `theirs` and no `teacher_head`."""
+
+    product: Tensor  # [n, V], h·Wᵀ of the student
+    head: Head
+    theirs: Tensor | None  # [n, V], of the teacher
+    teacher_head: Head | None
+    labels: Tensor  # [n]
+    weights: dict[str, Tensor]  # by term, [n]
+
+
+def replace_by_gradient(chunk: Chunk, mix: Mix) -> tuple[Tensor, Tensor]:
+    """Replace a chunk's product h·Wᵀ [n, V] by the gradient of the loss by it → kd (without τ²) and ce [n].
+
+    In blocks, or on a GPU as one compiled function. Step by step the softmaxes pass over float32 copies of a chunk some
+    thirty times; compiled, they read the products two or three times and write the gradient once.
+    """
+    has_form = chunk.teacher_head is None or mix.name in loss.CLOSED_FORMS
+    if chunk.product.device.type in COMPILED_ON and has_form:
+        try:
+            return _compiled_gradient(chunk, mix)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            COMPILED_ON.clear()
+            why = str(error).strip().split("\n")[0]
+            log.warning("the loss cannot be compiled here, and is slower without: %s", why)
     kds, ces = [], []
     # The softmaxes pass over [n, V] many times: a few rows at once stay in the processor's cache.
-    for block in blocks_of(product):
-        logits, teacher_logits = head.finish(product[block]), None
-        if teacher_head is not None and teacher_product is not None:
-            teacher_logits = teacher_head.finish(teacher_product[block])
-        weighted = {name: weight[block] for name, weight in weights.items()}
-        kd, ce, grad = _loss_and_gradient(logits, teacher_logits, labels[block], mix, weighted)
-        product[block] = head.through(logits, grad)
+    for block in blocks_of(chunk.product):
+        logits, teacher_logits = chunk.head.finish(chunk.product[block]), None
+        if chunk.teacher_head is not None and chunk.theirs is not None:
+            teacher_logits = chunk.teacher_head.finish(chunk.theirs[block])
+        weights = {name: weight[block] for name, weight in chunk.weights.items()}
+        kd, ce, grad = _loss_and_gradient(logits, teacher_logits, chunk.labels[block], mix, weights)
+        chunk.product[block] = chunk.head.through(logits, grad)
         kds.append(kd)
         ces.append(ce)
     return torch.cat(kds), torch.cat(ces)
@@ -396,3 +386,54 @@ def _loss_and_gradient(
         ce = ce * weights["ce"]
     assert grad is not None
     return kd, ce, grad
+
+
+def _compiled_gradient(chunk: Chunk, mix: Mix) -> tuple[Tensor, Tensor]:
+    """Do the same at once. Numbers are tensors and positions dynamic: no batch or point of a sweep compiles anew."""
+    product, head, theirs, teacher_head, labels, weights = chunk
+    dtype = torch.float64 if product.dtype == torch.float64 else torch.float32
+    ones = torch.ones(len(labels), dtype=dtype, device=product.device)
+    kd_weights, ce_weights = weights.get("kd", ones), weights.get("ce", ones)
+    inverse_temperature = torch.full((), 1 / mix.temperature, dtype=dtype, device=product.device)
+    of_kd, of_ce = kd_weights * (mix.alpha * mix.factor / mix.temperature), ce_weights * (1 - mix.alpha)
+    for tensor in (product, theirs, labels, of_kd, of_ce):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    parts = (product, theirs, labels, head, teacher_head, inverse_temperature, of_kd, of_ce)
+    with torch._dynamo.config.patch(recompile_limit=64):  # of a process: a sweep may try every divergence
+        kd, ce = compiled()(*parts, mix.name, mix.options)
+    return kd * kd_weights, ce * ce_weights
+
+
+@functools.cache
+def compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Compile `gradient_in_place`, some seconds when it is first called; sizes are fixed, but for the positions."""
+    return torch.compile(gradient_in_place, dynamic=False)
+
+
+def gradient_in_place(
+    product: Tensor,
+    theirs: Tensor | None,
+    labels: Tensor,
+    head: Head,
+    teacher_head: Head | None,
+    inverse_temperature: Tensor,
+    kd_weights: Tensor,
+    ce_weights: Tensor,
+    name: str,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of Σ kd_weights·kd + ce_weights·ce over the product → kd and ce of each position."""
+    logits = head.finish(product)
+    s1 = loss.log_probabilities(logits)
+    ce = -s1.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    is_label = torch.arange(product.shape[1], device=labels.device) == labels.unsqueeze(-1)
+    grad = (s1.exp() - is_label.to(s1.dtype)) * ce_weights.unsqueeze(-1)
+    kd = torch.zeros_like(ce)
+    if teacher_head is not None and theirs is not None:
+        s = loss.log_probabilities(logits * inverse_temperature)
+        t = loss.log_probabilities(teacher_head.finish(theirs) * inverse_temperature)
+        kd, by_kd = loss.value_and_gradient(name, s, t, options)
+        grad = grad + by_kd * kd_weights.unsqueeze(-1)
+    product.copy_(head.through(logits, grad))
+    return kd, ce

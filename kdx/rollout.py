@@ -1,8 +1,6 @@
 """On-policy rows: which rows of a step get the student's own answer, and how the loss weighs it."""
 
-import inspect
 import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +14,8 @@ import numpy as np
 import torch
 import xxhash
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from filelock import FileLock
 
-from kdx import plugins
 from kdx.causal_lm import stop_ids
 from kdx.config import Config, RolloutConfig, replaced
 from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, collate, write_rows
@@ -27,16 +23,14 @@ from kdx.data.encode import Data, Encoder, load_data
 from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
-from kdx.evaluate import NUM_SAMPLES
-from kdx.generate import Sampling, generate, groups_of
+from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, num_prompts
+from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out
 from kdx.run.files import cache_dir, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
-from kdx.run.tracking import logging_to, quiet_libraries, working
+from kdx.run.tracking import log, logging_to
 from kdx.store import TeacherStore
 from kdx.teacher import identity_of, load_teacher
-from kdx.tokenizer import SharedTokenizer, load_tokenizer, pad_id_of
-
-log = logging.getLogger("kdx")
+from kdx.tokenizer import SharedTokenizer, load_tokenizer
 
 Sampler = Callable[[Any, list[list[int]], int], list[list[int]]]
 _SAMPLERS: dict[str, Sampler] = {}
@@ -49,8 +43,6 @@ def register_sampler(function: Sampler) -> Sampler:
     The model is the student with its weights of now. An answer ends with the stop token where one was said; one that is
     longer than `rollout.max_new_tokens` is cut.
     """
-    if len(inspect.signature(function).parameters) != 3:
-        raise TypeError(f"{function.__name__} must take (model, prompts, step)")
     _SAMPLERS[function.__name__] = function
     return function
 
@@ -93,13 +85,11 @@ class Rollouts(Batches):
     Who answers which prompts together is the same for any number of processes: each does a part, and all get the answers.
     """
 
-    student: Any = None
+    objective: Any = None  # of the student that answers
     words: Any = None  # config.rollout
-    machine: Accelerator | None = None
-    mix: Any = None
+    shared: Any = None  # the tokenizer
+    machine: Any = None
     max_steps: int = 1
-    num_ids: int = 0
-    max_length: int = 0
     said: Counter[str] = field(default_factory=Counter)  # answers so far, and those with a stop token
 
     def steps(self, first: int, last: int) -> Iterator[StepBatch | None]:
@@ -116,56 +106,43 @@ class Rollouts(Batches):
 
     def _answer(self, steps: dict[int, list[int]]) -> float:
         """Have the student answer its rows of these steps, unless a checkpoint had the answers → seconds."""
-        started, first = time.perf_counter(), min(steps)
+        started, first, words = time.perf_counter(), min(steps), self.words
         if str(first) in self.kept:
             return 0.0
-        chosen = [(step, i, row) for step, rows in steps.items() for i in rows if (row := self._prompt(step, i))]
-        prompts = [row.tokens[: row.start] for *_, row in chosen]
-        words = self.words
-        if words.sampler is None:
-            groups = groups_of(prompts, words.batch_size)
-        else:  # all prompts of this process at once
-            groups = [list(range(rank, len(prompts), self.num_processes)) for rank in range(self.num_processes)]
-        said: list[tuple[int, list[int]]] = []
-        for group in filter(None, groups[self.rank :: self.num_processes]):
-            seeds = [self._number("answer", chosen[k][0], chosen[k][2].id) for k in group]
-            said += zip(group, self._sampled([prompts[k] for k in group], seeds, first), strict=True)
-        answers: dict[str, dict[str, list[int]]] = {str(step): {} for step in steps}
-        for k, answer in gather_object(said):
-            step, i, row = chosen[k]
-            room = min(self.max_length - row.start, words.max_new_tokens)
-            answers[str(step)][str(i)] = answer[:room]
+        pairs = [(step, i) for step, rows in steps.items() for i in rows if self._is_own(step, self.rows[i])]
+        seeds = [self._number("answer", step, self.rows[i].id) for step, i in pairs]
+        prompts = [prompt_of(self.rows[i]) for _, i in pairs]
+        groups = groups_of(prompts, words.batch_size)
+        if words.sampler is not None:  # all prompts of a process at once
+            groups = [[*range(rank, len(prompts), self.num_processes)] for rank in range(self.num_processes)]
+
+        def answer(group: list[int]) -> list[list[int]]:
+            return self._sampled([prompts[k] for k in group], [seeds[k] for k in group], first)
+
+        said = shared_out(groups, answer, self.machine)
         self.kept.clear()
-        self.kept.update(answers)
+        self.kept.update({str(step): {} for step in steps})
+        for (step, i), prompt, tokens in zip(pairs, prompts, said, strict=True):
+            self.kept[str(step)][str(i)] = tokens[: min(self.shared.max_length - len(prompt), words.max_new_tokens)]
         return time.perf_counter() - started
 
     def _sampled(self, prompts: list[list[int]], seeds: list[int], step: int) -> list[list[int]]:
-        assert self.machine is not None
-        words = self.words
+        student, words = self.objective.model, self.words
         with self.machine.autocast():
             if words.sampler is None:
-                sampling = Sampling(words.max_new_tokens, words.temperature, words.top_p)
-                return generate(self.student, prompts, sampling, num_ids=self.num_ids, pad_id=self.pad_id, seeds=seeds)
+                return generate(student, prompts, sampling_of(words), self.shared, seeds)
             with torch.random.fork_rng():  # it may draw as it likes: training's own numbers stay
                 torch.manual_seed(seeds[0])
-                was_training = self.student.training
-                self.student.eval()
-                answers = _SAMPLERS[words.sampler](self.student, prompts, step)
-                self.student.train(was_training)
-        if len(answers) != len(prompts):
-            what = f"returned {len(answers)} answers to {len(prompts)} prompts"
-            raise ConfigError(f"rollout.sampler={words.sampler}", what, "Return one for each, as lists of token ids")
+                was_training = student.training
+                student.eval()
+                answers = _SAMPLERS[words.sampler](student, prompts, step)
+                student.train(was_training)
         return [list(map(int, answer)) for answer in answers]
 
-    def _prompt(self, step: int, i: int) -> OwnRow | None:
-        """Return a row if the student is to answer it, with the place of its last turn."""
-        row = self.rows[i]
-        start = last_turn(row)
-        if not 0 < start < self.max_length:
-            return None
-        if self._number("share", step, row.id) >= self.words.share * 2**63:
-            return None
-        return OwnRow(**{name: getattr(row, name) for name in ("id", "tokens", "counted", "where")}, start=start)
+    def _is_own(self, step: int, row: Row) -> bool:
+        """Whether the student is to answer a row at a step."""
+        is_chosen = self._number("share", step, row.id) < self.words.share * 2**63
+        return is_chosen and 0 < last_turn(row) < self.shared.max_length
 
     def _number(self, what: str, step: int, row_id: str) -> int:
         """Return a number below 2⁶³ that looks random, the same in every process and after a resume."""
@@ -176,7 +153,7 @@ class Rollouts(Batches):
         answers = self.kept[str(step)]
         rows = StepRows(own_row(self.rows[i], answers.get(str(i))) for i in numbers)
         own = [row for row in rows if isinstance(row, OwnRow)]
-        stops = stop_ids(self.student.generation_config)
+        stops = stop_ids(self.objective.model.generation_config)
         num_finished = sum(row.tokens[-1] in stops for row in own)
         before = self.said["rows"]
         self.said.update(rows=len(own), finished=num_finished)
@@ -195,22 +172,25 @@ class Rollouts(Batches):
         batch = collate(rows, self.pad_id)
         starts = torch.tensor([getattr(row, "start", len(row.tokens)) for row in rows])
         is_own = batch.positions % batch.input_ids.shape[1] + 1 >= starts[batch.row_of]
-        alpha, is_fp64 = self.mix.at(step, self.max_steps).alpha, self.student.dtype == torch.float64
-        weights = {
-            "kd": torch.where(is_own, 1 / alpha, torch.ones((), dtype=torch.float64)),
-            "ce": (~is_own).double(),
-            "own": is_own * torch.tensor(alpha, dtype=torch.float64),  # of kd, for the log: its value there
-        }
-        return replace(
-            batch,
-            weights={name: weight.to(torch.float64 if is_fp64 else torch.float32) for name, weight in weights.items()},
-        )
+        alpha = self.objective.mix.at(step, self.max_steps).alpha
+        own = is_own.to(torch.promote_types(self.objective.model.dtype, torch.float32))
+        kd = torch.where(is_own, own.new_tensor(1 / alpha), 1)
+        return replace(batch, weights={"kd": kd, "ce": 1 - own, "own": alpha * own})  # own: of kd, for the log
+
+
+def sampling_of(config: RolloutConfig) -> Sampling:
+    return Sampling(config.max_new_tokens, config.temperature, config.top_p)
 
 
 def last_turn(row: Row) -> int:
     """Return where the last run of counted tokens begins."""
     end = max(i for i, is_counted in enumerate(row.counted) if is_counted)
     return next((i + 1 for i in range(end, -1, -1) if not row.counted[i]), 0)
+
+
+def prompt_of(row: Row) -> list[int]:
+    """Return a row's tokens before its last turn."""
+    return row.tokens[: last_turn(row)]
 
 
 def write_samples(run: Any, folder: Path) -> None:
@@ -225,8 +205,8 @@ def write_samples(run: Any, folder: Path) -> None:
     lines = [line for line in read_lines(file) if line["step"] < step]
     for i, answer in [*answers.items()][:NUM_SAMPLES]:
         row = batches.rows[int(i)]
-        prompt = run.tokenizer.decode(row.tokens[: last_turn(row)])
-        lines.append({"step": step, "row": row.id, "prompt": prompt, "answer": run.tokenizer.decode(answer)})
+        prompt, said = (run.tokenizer.decode(tokens) for tokens in (prompt_of(row), answer))
+        lines.append({"step": step, "row": row.id, "prompt": prompt, "answer": said})
     write_lines(file, lines)
 
 
@@ -266,22 +246,22 @@ def warn_about(config: Config, student: Any, teacher_stops: list[int]) -> None:
         )
 
 
-def with_teachers_answers(config: Config, data: Data, shared: SharedTokenizer, machine: Accelerator) -> Data:
-    """Replace the last turn of each training row by the teacher's answer, from its store or generated now → the data.
+def data_of(config: Config, shared: SharedTokenizer, machine: Accelerator) -> Data:
+    """Load the data of a run; with rollout=teacher, the last turn of each training row is the teacher's answer.
 
     Rows whose prompt leaves no room for an answer stay as they are. Held-out rows keep the people's words.
     """
+    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
     if config.rollout.name != "teacher":
         return data
-    root = cache_dir() / "data"
-    known = teachers_answers(config, data.train, shared, machine)
-    about = json.dumps([data.fingerprint, shared.max_length, [*known.items()]])
+    answers, root = teachers_answers(config, data.train, shared, machine), cache_dir() / "data"
+    about = json.dumps([data.fingerprint, shared.max_length, answers])
     folder = root / xxhash.xxh3_128_hexdigest(about.encode())
 
     def rows() -> Iterator[Row]:
-        for row in data.train:
+        for row, said in zip(data.train, answers, strict=True):
             start = last_turn(row)
-            answer = known.get(_key(config, row.tokens[:start]), [])[: shared.max_length - start]
+            answer = said[: shared.max_length - start]
             counted = row.counted[:start] + [True] * len(answer)
             yield Row(row.id, row.tokens[:start] + answer, counted, row.where) if answer else row
 
@@ -296,59 +276,28 @@ def with_teachers_answers(config: Config, data: Data, shared: SharedTokenizer, m
 
 def teachers_answers(
     config: Config, rows: Sequence[Row], shared: SharedTokenizer, machine: Accelerator
-) -> dict[str, list[int]]:
-    """Have the teacher answer each prompt of these rows once → key of the prompt → token ids, with the stop token."""
-    words, teacher = config.rollout, config.teacher
-    identity = identity_of(teacher, machine.device)
-    store = None
+) -> list[list[int]]:
+    """Have the teacher answer the prompt of each row → token ids, with the stop token; none where there is no room."""
+    words, teacher, store = config.rollout, config.teacher, None
     if teacher.store != "off":
         root = Path(teacher.store_dir).expanduser().resolve()
+        identity = identity_of(teacher, machine.device)
         store = TeacherStore(root, identity, name=str(teacher.base_model or teacher.path), part="said")
-    prompts = {}
-    for row in rows:
-        if 0 < (start := last_turn(row)) < shared.max_length:
-            prompts[_key(config, row.tokens[:start])] = row.tokens[:start]
-    missing = store.missing([*prompts]) if store else [*prompts]
-    answers: dict[str, list[int]] = {}
-    if missing:
+
+    def load() -> Any:
         off = replaced(teacher, store="off")
-        model = load_teacher(off, machine.device, shared.max_length, {}, is_repeated=False).model  # type: ignore[union-attr]
-        sampling = Sampling(words.max_new_tokens, words.temperature, words.top_p)
-        groups = groups_of([prompts[key] for key in missing], words.batch_size)
-        groups = groups[machine.process_index :: machine.num_processes]
-        with working("Teacher answers", len(groups), machine.is_main_process) as advance:
-            for group in groups:
-                keys = [missing[k] for k in group]
-                seeds = [int(key[:15], 16) for key in keys]
-                some = [prompts[key] for key in keys]
-                num_ids, pad_id = shared.num_ids, pad_id_of(shared.tokenizer)
-                said = generate(model, some, sampling, num_ids=num_ids, pad_id=pad_id, seeds=seeds)
-                if store:
-                    said = [row.tolist() for row in store.write(keys, [torch.tensor(tokens) for tokens in said])]
-                answers |= zip(keys, said, strict=True)
-                advance()
-        if store:
-            store.close()
-        log.info("the teacher answered %d prompts", len(missing))
-    answers = dict(gather_object([*answers.items()]))
-    for key in prompts:
-        if key not in answers:
-            (tokens,) = store.read([key]) or [torch.tensor([], dtype=torch.long)]  # type: ignore[union-attr]
-            answers[key] = tokens.tolist()
-    return answers
+        return load_teacher(off, machine.device, shared.max_length, {}, is_repeated=False).model  # type: ignore[union-attr]
 
-
-def _key(config: Config, prompt: list[int]) -> str:
-    """Name a prompt and how it is answered; the same for all training seeds of a sweep."""
-    words = config.rollout
-    about = [prompt, words.max_new_tokens, words.temperature, words.top_p, config.data.seed]
-    return xxhash.xxh3_128_hexdigest(json.dumps(about).encode())
+    prompts = [tuple(prompt) if len(prompt) < shared.max_length else () for prompt in map(prompt_of, rows)]
+    unique = [list(prompt) for prompt in dict.fromkeys(prompts)]
+    how: dict[str, Any] = {"batch_size": words.batch_size, "store": store, "about": config.data.seed}
+    answers = answers_to(unique, load, sampling_of(words), shared, machine, **how)
+    known = dict(zip(map(tuple, unique), answers, strict=True))
+    return [known[prompt] for prompt in prompts]
 
 
 def write_answers(config: Config, file: Path) -> None:
     """Write each training conversation up to its last turn, with the teacher's answer, as a line for data=messages."""
-    quiet_libraries()
-    plugins.load()
     machine, shared = build_accelerator(config), load_tokenizer(config)
     with logging_to(None, machine.is_main_process):
         rows = load_data(config.data, shared).train
@@ -362,9 +311,8 @@ def write_answers(config: Config, file: Path) -> None:
             found = read_conversations(data, cache_dir() / "data", encoder)
             conversations |= {f"{name}/{c.id}".removeprefix("/"): c for c in map(found.__getitem__, range(len(found)))}
         texts = []
-        for row in rows:
-            answer = answers.get(_key(config, row.tokens[: last_turn(row)]))
-            if answer is None or (conversation := conversations.get(row.id)) is None:  # a later part of a long row
+        for row, answer in zip(rows, answers, strict=True):
+            if not answer or (conversation := conversations.get(row.id)) is None:  # a later part of a long row
                 continue
             messages, unlearned = conversation.messages, conversation.unlearned
             turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in unlearned]

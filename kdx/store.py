@@ -2,8 +2,7 @@
 
     KEY/rows/UUID.safetensors   shards: rows [n, D] in the teacher's dtype by digest, their checksums as metadata
     KEY/head.safetensors        the teacher's head: with it hidden states give exact logits at any temperature
-    KEY/answers/                its answers to sample prompts
-    KEY/said/UUID.safetensors   token ids of its answers that students train on (rollout=teacher)
+    KEY/said/UUID.safetensors   token ids of its answers to prompts
     KEY/teacher.json            which teacher this is; modified when it is used
 
 KEY names what decides the answers (`Identity`). Any number of processes read and write, and any of them may be killed:
@@ -33,7 +32,7 @@ from xxhash import xxh3_64
 from kdx.causal_lm import DTYPES, Head, load_config
 from kdx.config import TeacherConfig
 from kdx.errors import MachineError
-from kdx.run.files import in_bytes, open_to_umask, read_json, room, size_of, whole_file, write_json
+from kdx.run.files import in_bytes, open_to_umask, room, size_of, whole_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class Identity:
 
     @property
     def key(self) -> str:
-        return _sha256(json.dumps(asdict(self), sort_keys=True))[:16]
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def precision(self) -> str:
@@ -154,17 +153,6 @@ class TeacherStore:
         with self._writing():
             write_json(self.folder / "teacher.json", {"name": self.name, **asdict(self.identity)})
             write_shard(self.folder / HEAD, {k: v.detach().cpu().contiguous() for k, v in parts.items()})
-
-    def load_answer(self, prompt: str) -> list[int] | None:
-        """Return the teacher's answer to a prompt, if it is here."""
-        return read_json(self._answer_file(prompt)).get("answer")
-
-    def save_answer(self, prompt: str, answer: list[int]) -> None:
-        with self._writing():
-            write_json(self._answer_file(prompt), {"answer": answer})
-
-    def _answer_file(self, prompt: str) -> Path:
-        return self.folder / "answers" / f"{_sha256(prompt)[:16]}.json"
 
     def _flush_if_due(self) -> None:
         if self._buffer_bytes >= SHARD_BYTES or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
@@ -284,7 +272,3 @@ def damaged_files(folder: Path) -> list[Path]:
 def paths_in(rows: Path) -> list[Path]:
     """Return a folder's shards; a file that begins with a dot is being written."""
     return sorted(rows.glob("[!.]*.safetensors"))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

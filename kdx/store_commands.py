@@ -12,24 +12,22 @@ from rich.table import Column, Table
 
 from kdx.config import Config, replaced
 from kdx.data.batches import collate
-from kdx.data.encode import load_data
 from kdx.errors import ConfigError, MachineError, Parser
-from kdx.evaluate import MAX_NEW_TOKENS, num_prompts, teacher_answers
-from kdx.rollout import with_teachers_answers
+from kdx.evaluate import teacher_answers
+from kdx.rollout import data_of
 from kdx.run.files import in_bytes, read_json, size_of
 from kdx.run.launch import build_accelerator
 from kdx.run.report import store_line
-from kdx.run.tracking import CONSOLE, log, logging_to, quiet_libraries, working
+from kdx.run.tracking import CONSOLE, log, logging_to, working
 from kdx.store import count_rows, damaged_files
 from kdx.teacher import load_teacher
-from kdx.tokenizer import load_tokenizer, pad_id_of
+from kdx.tokenizer import load_tokenizer
 
 FILL_ROWS = 8  # rows in a pass, unless teacher.micro_batch_size says
 
 
 def fill(configs: Sequence[Config]) -> None:
     """Run each teacher of these configs over all rows of their data, and let it answer the sample prompts."""
-    quiet_libraries()
     # What decides the rows; the student may limit their length.
     unique = {repr((config.teacher, config.data, config.student, config.rollout)): config for config in configs}
     with logging_to(None, is_main=os.environ.get("RANK", "0") == "0"):
@@ -41,8 +39,7 @@ def _fill(config: Config) -> None:
     machine = build_accelerator(config)
     is_main = machine.is_main_process
     shared = load_tokenizer(config)
-    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
-    data = with_teachers_answers(config, data, shared, machine)
+    data = data_of(config, shared, machine)
     rows = {row.digest: row for row in (*data.held_out, *data.train)}
     counted = {digest: row.num_counted for digest, row in rows.items()}
     teacher = load_teacher(config.teacher, machine.device, shared.max_length, counted, is_repeated=True)
@@ -54,10 +51,9 @@ def _fill(config: Config) -> None:
     starts = range(0, len(missing), size)[machine.process_index :: machine.num_processes]
     with closing(store), working("Running teacher", len(starts), is_main) as advance:
         for start in starts:
-            teacher.answer(collate(missing[start : start + size], pad_id_of(shared.tokenizer)))
+            teacher.answer(collate(missing[start : start + size], shared.pad_id))
             advance()
-        if is_main:
-            teacher_answers(teacher, shared.tokenizer, data.prompts, shared.num_ids)
+        teacher_answers(teacher, shared, data.prompts, machine)
     if is_main:
         log.info(store_line(store))
     machine.wait_for_everyone()

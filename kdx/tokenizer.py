@@ -21,6 +21,11 @@ class SharedTokenizer:
     num_ids: int = 0  # ids that both models know: rows of a head past them are cut before the softmax
     foreign: frozenset[int] = frozenset()  # ids that only one of them knows; no row may have them
 
+    @property
+    def pad_id(self) -> int:
+        """An id to pad with: any valid one, since nothing looks at padding; many tokenizers have no pad token."""
+        return next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+
 
 def load_tokenizer(config: Config) -> SharedTokenizer:
     """Load the tokenizer of a run. Raises KdxError if the two models' differ."""
@@ -74,8 +79,3 @@ def check_heads(num_ids: int, heads: dict[str, causal_lm.Head]) -> int:
             what = f"its head has {head.num_ids} rows, and its tokenizer {num_ids} ids"
             raise ModelError(f"{group}.path", what, "Resize the model's embeddings, or use its own tokenizer")
     return num_ids
-
-
-def pad_id_of(tokenizer: Any) -> int:
-    """Choose an id to pad with: any valid one, since nothing looks at padding; many tokenizers have no pad token."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -35,6 +35,7 @@ from kdx.run.signals import Stopped, StopRequest
 from kdx.run.tracking import Tracker
 from kdx.student import cast, describe, load_saved, saved_dtype
 from kdx.teacher import Teacher
+from kdx.tokenizer import SharedTokenizer
 
 log = logging.getLogger("kdx")
 
@@ -85,9 +86,8 @@ class Training:
 
     config: Config
     record: Record
+    shared: SharedTokenizer
     data: Data
-    tokenizer: Any
-    max_length: int
     batches: Batches
     max_steps: int
     measured_at: Container[int]  # steps
@@ -97,6 +97,7 @@ class Training:
 
     def __post_init__(self) -> None:
         config, objective, machine = self.config, self.objective, self.machine
+        self.tokenizer, self.max_length = self.shared.tokenizer, self.shared.max_length
         optimizer = build_optimizer(config.optim, objective)
         self.schedule = build_schedule(config.optim, optimizer, self.max_steps)
         self.module, self.optimizer, self.student = sharding.prepare(machine, objective, optimizer)
@@ -111,18 +112,18 @@ class Training:
             base = config.adapter.quantization if config.adapter.quantization != "none" else str(self.student.dtype)[6:]
             self.versions["precision"] += f", beside a frozen base in {base}"
         self.save_dtype = saved_dtype(config.student, config.teacher)
-        self.state = State(versions=self.versions)
+        self.state = State(versions=self.versions, kept=self.batches.kept)
         self.is_finished = False
         self.is_save_due = False  # by train.save_minutes
         self._saved_step, self._saved_at = 0, time.monotonic()
 
     def restore(self, folder: RunFolder) -> bool:
         """Load a finished training, or the newest whole checkpoint → False at step 0. Raises KdxError."""
-        config = self.config.adapter
         trained, saved = folder.kept("trained.json"), folder.path / "student"
         if trained and saved.is_dir():
-            self.state, self.is_finished = self._read_state(trained["state"], folder.path / "trained.json"), True
-            if is_adapted(self.student) and config.save == "merged":
+            self._take_up(trained["state"], folder.path / "trained.json")
+            self.is_finished = True
+            if is_adapted(self.student) and self.config.adapter.save == "merged":
                 self.as_saved()
             load_saved(saved, self.student)
             log.info("training is finished: %s", saved)
@@ -133,35 +134,35 @@ class Training:
             if newest is None:
                 folder.begin_again()
                 return False
-            self._resume(folder, newest)
+            state, optimizer, rest = checkpoint.load(newest, self.student, self.machine.process_index)
+            sharding.set_optimizer_state(self.objective, self.optimizer, optimizer)
+            self.schedule.load_state_dict(rest["schedule"])
+            if self.machine.scaler:
+                self.machine.scaler.load_state_dict(rest["scaler"])
+            self._take_up(state, newest / "state.json")
+            self._note_versions()
+            self._saved_step = self.state.step
+            self.machine.wait_for_everyone()  # all may read the best weights at once, if no step is left
+            log.info("resuming from %s", newest)
         sharding.spread(self.student, self.objective)
         folder.step = self.state.step
         return True
 
-    def _resume(self, folder: RunFolder, newest: Path) -> None:
-        kept, optimizer, rest = checkpoint.load(newest, self.student, self.machine.process_index)
-        sharding.set_optimizer_state(self.objective, self.optimizer, optimizer)
-        self.schedule.load_state_dict(rest["schedule"])
-        if self.machine.scaler:
-            self.machine.scaler.load_state_dict(rest["scaler"])
-        self.state = state = self._read_state(kept, newest / "state.json")
-        self._saved_step = state.step
-        notes = [
-            f"{name} {was} up to step {state.step}, then {self.versions[name]}"
-            for name, was in state.versions.items()
-            if was != self.versions.get(name)
-        ]
-        if notes:
-            log.warning("this run no longer repeats bit for bit: %s", "; ".join(notes))
-        state.versions, state.other_versions = self.versions, [*state.other_versions, *notes]
-        self.machine.wait_for_everyone()  # all may read the best weights at once, if no step is left
-        log.info("resuming from %s", newest)
-
-    def _read_state(self, kept: dict[str, Any], file: Path) -> State:
+    def _take_up(self, kept: dict[str, Any], file: Path) -> None:
+        """Go on from a state that was saved."""
         if kept.keys() != asdict(State()).keys():
             raise MachineError(str(file), "was written by another version of kdx", "Resume with that version")
         self.batches.kept.update(kept["kept"])
-        return State(**kept)
+        self.state = State(**kept | {"kept": self.batches.kept})
+
+    def _note_versions(self) -> None:
+        """Note, and warn, if a part of the run was made with other versions."""
+        state, now = self.state, self.versions
+        pairs = [(name, was, now.get(name)) for name, was in state.versions.items()]
+        notes = [f"{name} {was} up to step {state.step}, then {new}" for name, was, new in pairs if was != new]
+        if notes:
+            log.warning("this run no longer repeats bit for bit: %s", "; ".join(notes))
+        state.versions, state.other_versions = now, [*state.other_versions, *notes]
 
     def save(self, folder: RunFolder) -> None:
         """Write a checkpoint of this step unless it is there. All processes must call it. Raises MachineError."""
@@ -175,7 +176,6 @@ class Training:
         optimizer = sharding.optimizer_state(self.objective, self.optimizer)
         with self.whole():
             if self.machine.is_main_process:
-                self.state.kept = self.batches.kept
                 self.state.lines = num_bytes(folder.path / "metrics.jsonl")
                 described = partial(describe, self.student, self.tokenizer)
                 checkpoint.save(folder.path, self.student, asdict(self.state), optimizer, rest, described)
@@ -210,10 +210,9 @@ class Training:
         """
         machine, config = self.machine, self.config.train
         factor = machine.num_processes / max(batch.num_tokens, 1)  # DDP and FSDP average gradients over processes
-        is_taught = self.teacher and self.objective.mix.alpha > 0
-        step = self.state.step
-        mix = self.objective.mix.at(step, self.max_steps)
-        with_pulls = (step + 1) % config.log_every == 0 or step + 1 == self.max_steps  # of steps that are logged
+        mix, step = self.objective.mix.at(self.state.step, self.max_steps), self.state.step + 1
+        with_pulls = step % config.log_every == 0 or step == self.max_steps  # of steps that are logged
+        is_taught = self.objective.mix.alpha > 0
         answers = self.teacher.answers(batch.micro_batches) if self.teacher and is_taught else repeat(None)
         self._parts: list[dict[str, Tensor]] = []  # the sum of each term, by micro-batch
         for i, (micro_batch, answer) in enumerate(zip(batch.micro_batches, answers, strict=False), 1):
@@ -232,10 +231,9 @@ class Training:
         *values, asked, is_late, norm = torch.cat([reduced, clipped.to(reduced)[None]]).tolist()
         stop.is_agreed = bool(asked)
         self.is_save_due = bool(is_late)
-        found, num_tokens = dict(zip(terms, values, strict=True)), batch.num_tokens
-        self.pulls = pulls_of(found, num_tokens) if with_pulls else {}
-        means = {name: value / max(num_tokens, 1) for name, value in found.items() if name not in PULLS}
-        self.loss = float(mix.loss(means))
+        found = dict(zip(terms, values, strict=True))
+        means = {name: value / max(batch.num_tokens, 1) for name, value in found.items() if name not in PULLS}
+        self.loss, self.pulls = float(mix.loss(means)), pulls_of(found, batch.num_tokens) if with_pulls else {}
         return means, norm
 
     def update(self, batch: StepBatch, terms: dict[str, float], norm: float) -> bool:
@@ -306,26 +304,17 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
     run.objective.train()
     try:
         for batch in run.batches.steps(state.step, run.max_steps):
-            # Log once in a while.
             if state.window and state.step % config.log_every == 0:
                 tracker.log(state, means(run))
-
-            # A stop comes before any measuring: the time until the process is killed may be short.
-            if stop.is_asked:
+            if stop.is_asked:  # before any measuring: the time until the process is killed may be short
                 raise stop.stopped()
-
-            # Measure once in a while. The end of the run is measured after the student is saved.
             if state.step in run.measured_at and state.measured < state.step < run.max_steps:
                 measures = run.measure(judge, folder)
                 tracker.log(state, {f"eval/{name}": value for name, value in measures.items()})
                 write_samples(run, folder.path)
-
-            # Save once in a while.
             is_due = config.save_every and state.step % config.save_every == 0
             if (is_due or run.is_save_due) and state.step < run.max_steps:
                 run.save(folder)
-
-            # Stop at the end, or when the held-out measure no longer improves.
             if batch is None or state.num_worse >= patience:
                 break
 

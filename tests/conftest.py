@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from runs import config_of, make_place, run_here, signal_at
-from standins import write_chats, write_dialogpt, write_llama
+from standins import END, TEXT, write_chats, write_dialogpt, write_llama
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -24,12 +24,6 @@ from kdx.config import DataConfig
 torch.set_num_threads(1)  # the models are small: threads would mostly wait for one another
 
 CONF = Path(__file__).parents[1] / "conf"
-END_OF_TEXT = "<|endoftext|>"
-SENTENCES = [
-    "What is the capital of France? The capital of France is Paris.",
-    "Hello there, how are you today? I am fine, thank you. And you?",
-    "Name a colour. Blue is a colour, and so are red and green.",
-]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -152,26 +146,17 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     Further special tokens and a chat template can be given.
     """
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(SENTENCES * 4, vocab_size=400, special_tokens=[END_OF_TEXT], show_progress=False)
+    bpe.train_from_iterator(TEXT * 4, vocab_size=400, special_tokens=[END], show_progress=False)
     learnt = bpe.to_str()
 
     def make(template: str | None = None, special: tuple[str, ...] = (), **tokens: str) -> PreTrainedTokenizerFast:
-        tokens = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | tokens
+        tokens = {"bos_token": END, "eos_token": END} | tokens
         made = PreTrainedTokenizerFast(tokenizer_object=type(bpe._tokenizer).from_str(learnt), **tokens)
         made.add_special_tokens({"additional_special_tokens": list(special)})
         made.chat_template = template
         return made
 
     return make
-
-
-@pytest.fixture(scope="session")
-def smollm2_tokenizer() -> Any:
-    """The tokenizer of the default teacher, read from its GGUF once and then from the cache."""
-    from kdx.causal_lm import load_tokenizer
-    from kdx.cli import compose
-
-    return load_tokenizer(compose([]).teacher, "teacher")
 
 
 def _data_group(name: str) -> dict[str, Any]:

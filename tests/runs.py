@@ -33,7 +33,7 @@ Fault = Callable[[pytest.MonkeyPatch], None]
 
 torch.set_num_threads(1)
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # Python 3.11's fork server finds what it preloads only there
-VARYING = ("speed/tokens_per_second", "memory/peak_bytes")
+VARYING = ("speed/tokens_per_second", "speed/generation_seconds", "speed/training_seconds", "memory/peak_bytes")
 PATIENCE = 600  # seconds that a small run may take before it counts as stuck
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
 

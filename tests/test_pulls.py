@@ -44,7 +44,7 @@ def test_norms_and_cosine_are_those_of_autograd(name, head):
     for temperature, chunk_size, alpha in ((1.0, 4, 0.7), (2.0, 100, 0.2)):
         mix = Mix(name, alpha, temperature)
         hidden, student, answer, labels = case(**head)
-        total, terms = summed_loss(hidden, student, answer, labels, mix, chunk_size, 1 / N, with_pulls=True)
+        total, terms = summed_loss(hidden, student, answer, labels, mix, chunk_size, with_pulls=True)
         kd, ce = plainly(hidden, student, answer, labels, mix, N)
         found = pulls_of({k: v.item() for k, v in terms.items()}, N)
         expected = {
@@ -56,7 +56,7 @@ def test_norms_and_cosine_are_those_of_autograd(name, head):
         assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
         # The loss and its gradient are the same bits with and without.
         (with_pulls,) = torch.autograd.grad(total, hidden)
-        alone, _ = summed_loss(hidden, student, answer, labels, mix, chunk_size, 1 / N)
+        alone, _ = summed_loss(hidden, student, answer, labels, mix, chunk_size)
         assert torch.equal(total, alone)
         assert torch.equal(with_pulls, torch.autograd.grad(alone, hidden)[0])
 

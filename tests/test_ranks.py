@@ -22,10 +22,14 @@ from kdx.run import launch
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 WORDS = ["train.max_steps=4", "eval.every=2", "train.save_every=2", "train.keep=best", "train.precision=fp64"]
-ADAPTED = ["adapter=lora", "adapter.r=4", "train.keep=last"]
 WORDS += ["train.keep_checkpoints=true", "student.save_dtype=fp32", "optim.lr=1e-3", "data.validation=7"]
 ON_POLICY = ["rollout=student", "rollout.max_new_tokens=5", "rollout.batch_size=2", "tracking.samples=true"]
 ON_POLICY += ["eval.num_prompts=5"]
+MORE = {
+    "adapted": ["adapter=lora", "adapter.r=4", "train.keep=last"],
+    "share-0.5": [*ON_POLICY, "rollout.share=0.5"],
+    "share-1": [*ON_POLICY, "rollout.share=1"],
+}
 PROGRAM = '''
 import os, signal, sys
 from accelerate import Accelerator
@@ -87,8 +91,7 @@ def two(own: Path) -> Path:
     exact = [f"student.path={own / 'llama'}", *WORDS]
     runs = [
         ["plain", *words_of(own, *exact)],
-        ["adapted", *words_of(own, *exact, *ADAPTED)],
-        *([f"share-{share}", *words_of(own, *exact, *ON_POLICY, f"rollout.share={share}")] for share in (0.5, 1)),
+        *([name, *words_of(own, *exact, *more)] for name, more in MORE.items()),
         ["broken", *words_of(own, *exact, "loss.name=broken", "train.keep=last")],
         ["shards", *words_of(own, *exact)],
     ]
@@ -135,28 +138,21 @@ def test_two_processes_with_and_without_fsdp_are_one_run(two: Path, tmp_path: Pa
     assert "the student sharded (FSDP), fp64" in (two / "told").read_text()
 
 
-def test_two_processes_train_the_adapters_of_one(two: Path, tmp_path: Path) -> None:
-    words = [f"student.path={two / 'llama'}", *WORDS, *ADAPTED]
-    assert run_here(config_of(two, *words), tmp_path / "one") == 0
-    for file in ("student/model.safetensors", "checkpoints/step-00000002/model.safetensors"):
-        torch.testing.assert_close(
-            load_file(two / "adapted" / file), load_file(tmp_path / "one" / file), rtol=1e-6, atol=1e-9
-        )
-
-
-@pytest.mark.parametrize("share", [0.5, 1])
-def test_two_processes_train_on_the_same_answers_as_one(two: Path, tmp_path: Path, share: float) -> None:
-    words = [f"student.path={two / 'llama'}", *WORDS, *ON_POLICY, f"rollout.share={share}"]
-    assert run_here(config_of(two, *words), tmp_path / "one") == 0
-    ours, theirs = two / f"share-{share}", tmp_path / "one"
-    said = lines(ours / "rollouts.jsonl")
-    assert said == lines(theirs / "rollouts.jsonl")
-    assert len({line["row"] for line in said}) > 2
-    for ours_now, theirs_now in zip(figures(ours), figures(theirs), strict=True):
-        assert ours_now == pytest.approx(theirs_now, rel=1e-9)
-    weights = [load_file(run_dir / "student/model.safetensors") for run_dir in (ours, theirs)]
+@pytest.mark.parametrize(("name", "more"), MORE.items())
+def test_two_processes_train_adapters_and_on_own_answers_as_one(
+    two: Path, tmp_path: Path, name: str, more: list[str]
+) -> None:
+    assert run_here(config_of(two, f"student.path={two / 'llama'}", *WORDS, *more), tmp_path) == 0
+    for ours, theirs in zip(figures(two / name), figures(tmp_path), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+    weights = [load_file(run_dir / "student/model.safetensors") for run_dir in (two / name, tmp_path)]
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-9)
-    answers = [lines(run_dir / "eval_answers.jsonl") for run_dir in (ours, theirs)]
+    if name == "adapted":
+        return
+    said = lines(two / name / "rollouts.jsonl")
+    assert said == lines(tmp_path / "rollouts.jsonl")
+    assert len({line["row"] for line in said}) > 2
+    answers = [lines(run_dir / "eval_answers.jsonl") for run_dir in (two / name, tmp_path)]
     assert len(answers[0]) == len(answers[1]) == 5
     for our_answer, their_answer in zip(*answers, strict=True):
         assert our_answer.pop("row") == their_answer.pop("row")
@@ -178,6 +174,7 @@ def test_what_is_not_finite_in_one_process_stops_all_and_is_named(two: Path) -> 
         ({"FSDP_VERSION": "1"}, [], "fsdp_version: 1: cannot be combined with FSDP"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, [], "FSDP_OFFLOAD_PARAMS: "),
         ({}, ["adapter=lora"], "adapter=lora: "),
+        ({}, ["rollout=student"], "rollout=student: "),
         ({}, ["optim.name=torch.Adafactor"], "optim.name=torch.Adafactor: "),
         ({}, [], "ACCELERATE_USE_FSDP: needs several GPUs"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "ACCELERATE_USE_DEEPSPEED: is not supported"),

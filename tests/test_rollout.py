@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,15 +12,14 @@ from typing import Any
 import plain
 import pytest
 import torch
-from runs import config_of, lines, run_here, signal_at, words_of
-from safetensors.torch import load_file
+from runs import config_of, lines, outcome, run_here, signal_at, words_of
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import kdx.generate
 from kdx import distill, rollout, teacher
 from kdx.causal_lm import head_of
 from kdx.cli import _main, compose
 from kdx.data.batches import Row
-from kdx.data.sources import check_source
 from kdx.errors import ConfigError
 from kdx.evaluate import said_of
 from kdx.generate import Sampling, generate
@@ -28,7 +28,9 @@ from kdx.rollout import Rollouts, register_sampler
 from kdx.run.folder import Record
 from kdx.run.identity import config_identity
 from kdx.run.launch import build_accelerator
+from kdx.store import open_shard, paths_in
 from kdx.teacher import Answer, Teacher
+from kdx.tokenizer import SharedTokenizer
 from kdx.train import Training
 
 GREEDY = Sampling(max_new_tokens=12)
@@ -47,6 +49,7 @@ def gpt2(seed: int, layers: int = 1, vocab: int = 40) -> Any:
     return model
 
 
+SHARED = SharedTokenizer(SimpleNamespace(pad_token_id=0, eos_token_id=None), max_length=20, num_ids=40)
 PROMPTS = [[5], [1, 2, 3], [9, 8, 7, 6, 5, 4], [11, 12], [30, 3, 30, 3]]
 LONG = [[i % 7 + 1 for i in range(length)] for length in (20, 21, 30, 32)]  # the model reads 32 tokens
 
@@ -56,10 +59,8 @@ def test_a_left_padded_batch_answers_as_row_by_row(sampling: Sampling) -> None:
     model, prompts = gpt2(0).train(), [*PROMPTS, *LONG]
     state = torch.get_rng_state()
     seeds = list(range(10, 19))
-    together = generate(model, prompts, sampling, num_ids=40, pad_id=0, seeds=seeds)
-    alone = [
-        generate(model, [p], sampling, num_ids=40, pad_id=0, seeds=[s])[0] for p, s in zip(prompts, seeds, strict=True)
-    ]
+    together = generate(model, prompts, sampling, SHARED, seeds)
+    alone = [generate(model, [p], sampling, SHARED, [s])[0] for p, s in zip(prompts, seeds, strict=True)]
     assert together == alone
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -75,7 +76,7 @@ def test_a_left_padded_batch_answers_as_row_by_row(sampling: Sampling) -> None:
 def test_samples_have_the_models_probabilities() -> None:
     model, num = gpt2(0, vocab=12).eval(), 4000
     sampling = Sampling(1, temperature=2.0)
-    answers = generate(model, [[5, 3]] * num, sampling, num_ids=10, pad_id=0, seeds=list(range(num)))
+    answers = generate(model, [[5, 3]] * num, sampling, replace(SHARED, num_ids=10), range(num))
     counts = torch.bincount(torch.tensor(answers).flatten(), minlength=12) / num
     expected = (model(torch.tensor([[5, 3]])).logits[0, -1, :10] / 2).softmax(0)
     assert counts[10:].sum() == 0  # ids that only pad the head
@@ -87,10 +88,10 @@ def test_every_stop_token_ends_an_answer() -> None:
     free = copy.deepcopy(model)
     free.generation_config.eos_token_id = None
     free.config.eos_token_id = None
-    long = generate(free, PROMPTS, GREEDY, num_ids=40, pad_id=0)
+    long = generate(free, PROMPTS, GREEDY, SHARED)
     assert {len(answer) for answer in long} == {12}
     model.generation_config.eos_token_id = [long[1][3], long[2][5]]
-    for answer, whole in zip(generate(model, PROMPTS, GREEDY, num_ids=40, pad_id=0), long, strict=True):
+    for answer, whole in zip(generate(model, PROMPTS, GREEDY, SHARED), long, strict=True):
         ends = [i for i, token in enumerate(whole) if token in model.generation_config.eos_token_id]
         assert answer == whole[: ends[0] + 1 if ends else None]
 
@@ -103,10 +104,11 @@ def made(student: Any, num_rows: int = 6, rank: int = 0, num_processes: int = 1,
     )
     group = {"share": 0.6, "max_new_tokens": 5, "temperature": 1.0, "top_p": 1.0, "reuse_steps": 1, "batch_size": 2}
     asked = SimpleNamespace(**{**group, "sampler": None, **words})
-    machine: Any = SimpleNamespace(autocast=torch.no_grad)
+    machine = SimpleNamespace(autocast=torch.no_grad, process_index=rank, num_processes=num_processes)
+    objective = Objective(student, 40, Mix(alpha=0.3))
     return Rollouts(
         rows, 6, words.get("micro", 6), 0, True, 0, rank, num_processes,
-        student=student, words=asked, mix=Mix(alpha=0.3), machine=machine, num_ids=40, max_length=20,
+        objective=objective, words=asked, shared=SHARED, machine=machine,
     )  # type: ignore[arg-type]  # fmt: skip
 
 
@@ -166,24 +168,16 @@ def test_two_processes_have_the_rows_of_one(monkeypatch: pytest.MonkeyPatch) -> 
     alone = made(student)
     next(alone.steps(0, 1))
     said: list[Any] = []
-    monkeypatch.setattr(rollout, "gather_object", lambda part: said.extend(part) or said)
+    monkeypatch.setattr(kdx.generate, "gather_object", lambda part: said.extend(part) or said)
     ranks = [made(student, rank=rank, num_processes=2) for rank in range(2)]
     plans = [dict(batches.plan(0, 1)) for batches in ranks]
     for batches, steps in zip(ranks, plans, strict=True):
-        batches._answer(steps)
+        with suppress(ValueError):  # the first has a part of the answers only
+            batches._answer(steps)
     assert ranks[1].kept == alone.kept
     parts = [replace(ranks[1], rank=rank)._mixed(0, plans[0][0], 0.0) for rank in range(2)]
     assert parts[0].num_tokens == parts[1].num_tokens
     assert sum(len(b.positions) for part in parts for b in part.micro_batches) == parts[0].num_tokens
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "student/model.safetensors")
-
-
-def same(one: Path, two: Path) -> bool:
-    ours, theirs = weights(one), weights(two)
-    return all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
 @pytest.mark.parametrize("reuse", [1, 3])
@@ -194,33 +188,23 @@ def test_kill_and_resume_is_bitwise_the_straight_run(place: Path, tmp_path: Path
     assert run_here(config, tmp_path / "straight") == 0
     assert run_here(config, tmp_path / "stopped", signal_at(4)) == 143
     assert run_here(config, tmp_path / "stopped") == 0
-    assert same(tmp_path / "straight", tmp_path / "stopped")
-    logs = [
-        [
-            {k: v for k, v in line.items() if not k.startswith(("speed/", "memory/"))}
-            for line in lines(run / "metrics.jsonl")
-        ]
-        for run in (tmp_path / "straight", tmp_path / "stopped")
-    ]
-    assert logs[0] == logs[1]
-    trained = [line for line in logs[0] if "rollout/kl" in line]
+    assert outcome(tmp_path / "straight") == outcome(tmp_path / "stopped")
+    trained = [line for line in lines(tmp_path / "straight/metrics.jsonl") if "rollout/kl" in line]
     assert len(trained) == 7
     assert all(line["rollout/length"] <= 6 for line in trained if line["rollout/length"])
-    assert "speed/generation_seconds" in lines(tmp_path / "straight/metrics.jsonl")[0]
+    assert all("speed/generation_seconds" in line for line in trained)
     said = lines(tmp_path / "straight/rollouts.jsonl")
     assert said == lines(tmp_path / "stopped/rollouts.jsonl")
     assert {line["step"] for line in said} == {3, 6, 7}
     page = (tmp_path / "stopped/samples.md").read_text()
-    assert [page.count(f"**step {step}**") for step in (3, 6, 7)] == [
-        [x["step"] for x in said].count(s) for s in (3, 6, 7)
-    ]
+    assert page.count("**step ") == len(said)
 
 
 def test_share_0_is_bitwise_the_run_without_the_group(place: Path, tmp_path: Path) -> None:
     words = ["train.max_steps=4", "train.micro_batch_size=2"]
     assert run_here(config_of(place, *words), tmp_path / "without") == 0
     assert run_here(config_of(place, *words, "rollout=student", "rollout.share=0"), tmp_path / "with") == 0
-    assert same(tmp_path / "without", tmp_path / "with")
+    assert outcome(tmp_path / "without") == outcome(tmp_path / "with")
 
 
 def test_own_rows_never_enter_the_store(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,8 +215,6 @@ def test_own_rows_never_enter_the_store(place: Path, tmp_path: Path, monkeypatch
     assert run_here(config_of(place, *words), tmp_path / "run") == 0
     own = [batch for batch in asked if "" in batch.row_digests]
     assert own
-    from kdx.store import open_shard, paths_in
-
     (rows,) = (tmp_path / "store").glob("*/rows")
     stored = {digest for path in paths_in(rows) for digest in open_shard(path).checksums}  # type: ignore[union-attr]
     given = {d for batch in asked if "" not in batch.row_digests for d in batch.row_digests}
@@ -261,14 +243,8 @@ def test_a_sampler_of_ones_own(place: Path, tmp_path: Path, monkeypatch: pytest.
     [
         (["rollout.share=1"], "rollout.share: has no effect: nothing is generated. Add rollout=student"),
         (["rollout=student", "loss.alpha=0"], "loss.alpha: is 0, and cross-entropy teaches nothing"),
-        (["rollout=student", "rollout.share=2"], "rollout.share: is 2"),
         (["rollout=student", "data.assistant_only=false"], "data.assistant_only: is false"),
         (["eval.metric=on_policy_kl"], "eval.metric: is on_policy_kl, which needs eval.num_prompts"),
-        (["eval.metric=on_policy_kl", "eval.on_policy_kl=false"], "which needs eval.on_policy_kl. Set that, or choose"),
-        (
-            ["eval.metric=on_policy_kl", "teacher=none", "teacher.path=null", "loss=cross_entropy"],
-            "is on_policy_kl, which needs a teacher",
-        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(place: Path, words: list[str], reason: str) -> None:
@@ -281,18 +257,10 @@ def test_the_teachers_answers_take_the_place_of_the_last_turns(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Typed twice nothing is generated the second time, by a sweep's other jobs neither; held-out rows stay."""
-    words = [
-        "rollout=teacher",
-        "rollout.max_new_tokens=8",
-        f"teacher.store_dir={tmp_path / 'store'}",
-        "teacher.store=on",
-    ]
-    prompts: list[Any] = []
-    known = rollout.generate
-    monkeypatch.setattr(
-        rollout, "generate", lambda model, some, *a, **k: prompts.extend(some) or known(model, some, *a, **k)
-    )
-    seen: list[Any] = []
+    words = ["rollout=teacher", "rollout.max_new_tokens=8", "rollout.temperature=0"]
+    words += [f"teacher.store_dir={tmp_path / 'store'}", "teacher.store=on"]
+    prompts, seen = list[Any](), list[Any]()
+    monkeypatch.setattr(kdx.generate, "generate", lambda m, some, *a: prompts.extend(some) or generate(m, some, *a))
     monkeypatch.setattr(
         distill.Batches,
         "__init__",
@@ -309,9 +277,8 @@ def test_the_teachers_answers_take_the_place_of_the_last_turns(
     for tokens, counted in one[:3]:
         start = counted.index(True)
         assert all(counted[start:])
-        seed = int(rollout._key(config_of(place, *words), tokens[:start])[:15], 16)
         (answer,) = generate(
-            teacher, [tokens[:start]], Sampling(8, 1.0), num_ids=len(teacher.lm_head.weight), pad_id=0, seeds=[seed]
+            teacher, [tokens[:start]], Sampling(8), replace(SHARED, num_ids=len(teacher.lm_head.weight))
         )
         assert tokens[start:] == answer
     summaries = [json.loads((tmp_path / name / "summary.json").read_text())["data"] for name in ("one", "two")]
@@ -323,11 +290,8 @@ def test_the_teachers_answers_take_the_place_of_the_last_turns(
 
 def test_generate_writes_answers_as_data(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    words = [*words_of(place), "rollout.max_new_tokens=8", f"teacher.store_dir={tmp_path / 'store'}"]
-    words[words.index("data=pairs")], words[words.index(f"data.path={place / 'pairs.jsonl'}")] = (
-        "data=messages",
-        f"data.path={place / 'chats.jsonl'}",
-    )
+    words = words_of(place, "data=messages", f"data.path={place / 'chats.jsonl'}", "rollout.max_new_tokens=8")
+    words += [f"teacher.store_dir={tmp_path / 'store'}"]
     assert _main(["generate", *words, "--out", str(out)]) == 0
     rows = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
     assert len(rows) == 36
@@ -447,6 +411,3 @@ def test_the_published_recipe_composes() -> None:
     config = compose(["experiment=minillm_gpt2"])
     assert (config.rollout.name, config.rollout.share, config.loss.name) == ("student", 1.0, "reverse_kl")
     assert (config.train.max_steps, config.train.epochs, config.optim.lr) == (5000, None, 5e-6)
-    row = {"instruction": "Why?", "context": "It rains.", "response": "So."}
-    assert row.keys() >= {config.data.options["source_column"], config.data.options["target_column"]}
-    check_source(config.data)

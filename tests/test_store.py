@@ -170,12 +170,6 @@ class TestBesideTheRows:
         flip(file := store.folder / "head.safetensors", -1)
         assert load_head(store.folder) is None and damaged_files(store.folder) == [file]
 
-    def test_answers(self, opened):
-        store = opened()
-        assert store.load_answer("What is it?") is None
-        store.save_answer("What is it?", "It is … blue.\n")
-        assert opened().load_answer("What is it?") == "It is … blue.\n" and store.load_answer("What is it") is None
-
     def test_each_part_of_the_identity_decides(self, opened):
         others = [{"teacher": "x"}, {"dtype": "bf16"}, {"quantization": "8bit"}]
         assert len({WHO.key, *(replace(WHO, **other).key for other in others)}) == 4

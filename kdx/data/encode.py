@@ -68,7 +68,7 @@ class Data:
 
     train: Rows
     held_out: Rows
-    prompts: list[dict[str, Any]]  # of the sample answers: {"messages", "text", "reference"}
+    prompts: list[dict[str, Any]]  # of the sample answers: {"messages", "text", "tokens", "reference"}
     dropped: dict[str, int]  # rule → number of rows
     changed: dict[str, int]
     said: dict[str, int]  # how rows were read, and what the template leaves out → number of rows
@@ -277,9 +277,9 @@ class Encoder:
             reference = conversation.messages[len(messages)]["content"]
             text = self._prefix(conversation, messages, add_generation_prompt=True)
             text += self.header if text else ""
-            length = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            if reference and text and length + room <= self.max_length:
-                yield {"messages": messages, "text": text, "reference": reference}
+            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if reference and text and len(tokens) + room <= self.max_length:
+                yield {"messages": messages, "text": text, "tokens": tokens, "reference": reference}
 
     def rendered(self, conversation: Conversation) -> tuple[str, list[Span], list[str]]:
         """Render a conversation → text, where each counted turn is in it, and what the template leaves out, in words.

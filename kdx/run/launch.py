@@ -9,14 +9,20 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
-from kdx import causal_lm
+from kdx import causal_lm, plugins
 from kdx.config import Config
 from kdx.errors import MachineError
 from kdx.run import sharding
+from kdx.run.tracking import quiet_libraries
 
 
 def build_accelerator(config: Config) -> Accelerator:
-    """Choose device and precision, and refuse what accelerate would do differently in silence. Raises MachineError."""
+    """Choose device and precision, and refuse what accelerate would do differently in silence. Raises KdxError.
+
+    All that computes begins here: the user's plug-ins are loaded first, and other libraries told to be quiet.
+    """
+    quiet_libraries()
+    plugins.load()
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if sharding.is_asked(f"ACCELERATE_USE_{name}"):
             raise MachineError(f"ACCELERATE_USE_{name}", "is not supported", "Start without it, or with FSDP")

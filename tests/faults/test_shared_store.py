@@ -52,7 +52,7 @@ def test_some_share_a_store_and_one_is_killed(teacher, tmp_path, full, figure):
             wrong += rows is None or not torch.equal(torch.cat(rows), hidden)
             checked += len(batch.row_digests)
         assert damaged_files(reader.folder) == []
-        assert load_head(reader.folder) is not None and reader.load_answer("prompt") == "answer"
+        assert load_head(reader.folder) is not None
     figure(f"a shared store: {num_rounds} × {num_at_once} processes, {killed} killed: {wrong} of {checked} rows wrong")
     assert (wrong, stuck) == (0, 0) and killed > 0
 
@@ -84,5 +84,4 @@ def share(teacher, root, number):
     for i in order * 2:
         if not torch.equal(asked.answer(batches[i]).hidden, reference[str(i)]):
             os._exit(WRONG)
-    store.save_answer("prompt", "answer")
     store.close()
