@@ -36,6 +36,8 @@ def register(function: Divergence) -> Divergence:
     known = _REGISTRY.get(name)
     if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
         raise ValueError(f"a divergence named {name} is registered already, by {known.__module__}")
+    if name == "cross_entropy":
+        raise ValueError("cross_entropy names the loss without a teacher; choose another name")
     _REGISTRY[name] = function
     return function
 
@@ -53,9 +55,16 @@ def get(name: str) -> Divergence:
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:
-    """Raise TypeError or ValueError if the named divergence does not take these options or values."""
-    rows, labels = torch.zeros(2, 3).log_softmax(-1), torch.zeros(2, dtype=torch.long)
-    value = get(name)(rows, rows, **options, **_labels_for(get(name), labels))  # it checks ranges itself
+    """Raise ValueError if the named divergence does not take these options or values."""
+    function = get(name)
+    more = _labels_for(function, torch.zeros(2, dtype=torch.long))
+    try:
+        inspect.signature(function).bind(None, None, **options, **more)
+    except TypeError as error:
+        takes = ", ".join(list(inspect.signature(function).parameters)[2:]) or "none"
+        raise ValueError(f"{name}: {error}; its options: {takes}") from None
+    rows = torch.zeros(2, 3).log_softmax(-1)
+    value = function(rows, rows, **options, **more)  # it checks ranges itself
     shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if shape != [2]:  # a mean would be taken for the sum, and weigh a row by the size of its chunk
         raise ValueError(f"{name} returns shape {shape} for 2 positions; it must be one number each")
@@ -67,10 +76,16 @@ def divergence(
     """Compare logits [..., V] of student and teacher position by position → [...], τ² included.
 
     Computed in float32, or float64 where both are. Where one head has more rows than the other (padding of one
-    tokenizer), both are cut to the ids they share, before the softmax. Raises ValueError for an unknown name.
+    tokenizer), both are cut to the ids they share, before the softmax. Raises ValueError for an unknown name or
+    option, a temperature that is not positive, or shapes that differ.
     """
     check_options(name, options)
-    shape, num_ids = student_logits.shape[:-1], min(student_logits.shape[-1], teacher_logits.shape[-1])
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
+    shape = student_logits.shape[:-1]
+    if shape != teacher_logits.shape[:-1]:
+        raise ValueError(f"positions differ: {list(student_logits.shape)} and {list(teacher_logits.shape)}")
+    num_ids = min(student_logits.shape[-1], teacher_logits.shape[-1])
     s = log_probabilities(student_logits[..., :num_ids], temperature).reshape(shape.numel(), num_ids)
     t = log_probabilities(teacher_logits[..., :num_ids], temperature).reshape(shape.numel(), num_ids)
     return temperature**2 * get(name)(s, t, **options).reshape(shape)

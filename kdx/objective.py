@@ -164,14 +164,16 @@ def distillation_loss(
 
     Labels are the tokens to be predicted at each position (shifted already); −100 is not counted. The sum over
     counted positions is divided by `num_tokens`, by default their number. Differentiable in the student's hidden
-    states, head weight and bias. With alpha 0 the teacher may be None. Raises ValueError for an unknown name or a
-    missing teacher.
+    states, head weight and bias. With alpha 0 the teacher may be None. Raises ValueError for unknown names and
+    options, or a missing teacher.
     """
     if name != "cross_entropy":
         loss.check_options(name, options)
+    if not 0 <= alpha <= 1 or not temperature > 0:
+        raise ValueError(f"alpha is {alpha} (between 0 and 1), temperature {temperature} (above 0)")
     answer = None if teacher_hidden is None or teacher_head is None else Answer(teacher_hidden, teacher_head)
-    if alpha > 0 and answer is None:
-        raise ValueError(f"alpha is {alpha}: it needs the teacher's hidden states and its head")
+    if alpha > 0 and (answer is None or name == "cross_entropy"):
+        raise ValueError(f"alpha is {alpha}: it needs the teacher's hidden states, its head and a divergence")
     counted = (labels != IGNORED).nonzero().squeeze(-1)
     if len(counted) < len(labels):
         student_hidden, labels = student_hidden[counted], labels[counted]

@@ -68,6 +68,17 @@ def test_value_and_gradient_are_those_of_the_definition(name, options, temperatu
     )
 
 
+def test_against_torch():
+    student, teacher = logits(4, 9), logits(4, 9, seed=1)
+    s, t = student.log_softmax(-1), teacher.log_softmax(-1)
+    torch.testing.assert_close(
+        loss.divergence("forward_kl", student, teacher), F.kl_div(s, t, reduction="none", log_target=True).sum(-1)
+    )
+    torch.testing.assert_close(
+        loss.divergence("reverse_kl", student, teacher), F.kl_div(t, s, reduction="none", log_target=True).sum(-1)
+    )
+
+
 @each_variant
 def test_zero_at_a_match(name, options):
     z = logits(6, 50, dtype=torch.float32, scale=5.0).requires_grad_()
@@ -81,6 +92,42 @@ def test_one_number_per_position(name):
     for shape in [(7,), (3, 7), (2, 3, 7), (0, 7), (2, 0, 7)]:
         value = loss.divergence(name, logits(*shape), logits(*shape, seed=1))
         assert value.shape == shape[:-1]
+    # a mean over the vocabulary would halve when every token is split in two halves of half its probability
+    student, teacher = logits(3, 7), logits(3, 7, seed=1)
+    if name != "adaptive_kl":  # whose head may gain or lose half a token
+        twice = loss.divergence(name, student.repeat_interleave(2, -1), teacher.repeat_interleave(2, -1))
+        torch.testing.assert_close(twice, loss.divergence(name, student, teacher))
+
+
+def test_jsd_at_its_ends():
+    student, teacher = logits(4, 9), logits(4, 9, seed=1)
+    for beta, name in [(0, "forward_kl"), (0.0, "forward_kl"), (1, "reverse_kl"), (1.0, "reverse_kl")]:
+        ours = loss.divergence("jsd", student, teacher, beta=beta)
+        assert torch.equal(ours, loss.divergence(name, student, teacher))
+    for beta in (1e-9, 1 - 1e-9):  # the formula's own limit, which is not what the ends are
+        assert loss.divergence("jsd", student, teacher, beta=beta).abs().max() < 1e-7
+
+
+def test_adaptive_kl_weighs_by_head_and_tail():
+    teacher = torch.tensor([[0.6, 0.3, 0.1]]).double().log()
+    student = torch.tensor([[0.2, 0.3, 0.5]]).double().log()
+    forward, reverse = (loss.divergence(name, student, teacher) for name in ("forward_kl", "reverse_kl"))
+    # head_mass ½: the tail is tokens 2 and 3 (0.1 + 0.3 ≤ 0.5); both sides differ by 0.4
+    torch.testing.assert_close(loss.divergence("adaptive_kl", student, teacher), (forward + reverse) / 2)
+    # head_mass 0.95: no token fits into 0.05, all is head
+    torch.testing.assert_close(loss.divergence("adaptive_kl", student, teacher, head_mass=0.95), forward)
+
+
+@each_variant
+def test_closed_form_and_autograd_agree(name, options):
+    z, t = logits(5, 13), logits(5, 13, seed=1).log_softmax(-1)
+    value, closed = loss.value_and_gradient(name, z.log_softmax(-1), t, options)
+    z.requires_grad_()
+    expected = loss.get(name)(z.log_softmax(-1), t, **options)
+    assert not value.requires_grad
+    assert not closed.requires_grad
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(closed, gradient(expected, z), rtol=1e-10, atol=1e-12)
 
 
 @each_variant
@@ -145,9 +192,15 @@ def test_padded_heads_are_cut():
     ("call", "says"),
     [
         (lambda z: loss.divergence("forward", z, z), "adaptive_kl, forward_kl, jsd"),
+        (lambda z: loss.divergence("jsd", z, z, gamma=1), "its options: beta"),
+        (lambda z: loss.divergence("forward_kl", z, z, beta=0.5), "its options: none"),
         (lambda z: loss.divergence("jsd", z, z, beta=1.1), "beta is 1.1; it must be between 0 and 1"),
+        (lambda z: loss.divergence("jsd", z, z, beta=math.nan), "between 0 and 1"),
         (lambda z: loss.divergence("skew_forward_kl", z, z, skew=0), "both excluded"),
         (lambda z: loss.divergence("adaptive_kl", z, z, head_mass=1.0), "head_mass is 1.0; .* both excluded"),
+        (lambda z: loss.divergence("forward_kl", z, z, 0.0), "temperature is 0.0; it must be above 0"),
+        (lambda z: loss.divergence("forward_kl", z, z, math.nan), "above 0"),
+        (lambda z: loss.divergence("forward_kl", z, z[:1]), r"positions differ: \[2, 5\] and \[1, 5\]"),
     ],
 )
 def test_errors_name_what_is_allowed(call, says):
@@ -165,14 +218,21 @@ def test_own_loss(registry):
     torch.testing.assert_close(
         loss.divergence("half_tvd", student, teacher, 2.0), loss.divergence("tvd", student, teacher, 2.0)
     )
+    with pytest.raises(ValueError, match="its options: power"):
+        loss.divergence("half_tvd", student, teacher, strength=1)
 
 
 def test_taken_names_are_refused(registry):
     def tvd(student, teacher):
         return student.sum(-1) - teacher.sum(-1)
 
+    def cross_entropy(student, teacher):
+        return student.sum(-1) - teacher.sum(-1)
+
     with pytest.raises(ValueError, match=r"named tvd is registered already, by kdx\.loss"):
         loss.register(tvd)
+    with pytest.raises(ValueError, match="choose another name"):
+        loss.register(cross_entropy)
 
 
 @pytest.mark.parametrize("reduce", [lambda x: x.mean(), lambda x: x, lambda x: x.sum(-1, keepdim=True)])
@@ -183,6 +243,16 @@ def test_loss_of_another_shape_is_refused(registry, reduce):
 
     with pytest.raises(ValueError, match="for 2 positions; it must be one number each"):
         loss.divergence("mine", logits(2, 5), logits(2, 5, seed=1))
+
+
+def test_log_probabilities_keep_float64_and_raise_the_rest_to_float32():
+    z = logits(2, 5)
+    assert torch.equal(loss.log_probabilities(z), z.log_softmax(-1))
+    assert torch.equal(loss.log_probabilities(z, 2.0), (z / 2).log_softmax(-1))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        low = z.to(dtype)
+        assert torch.equal(loss.log_probabilities(low), low.float().log_softmax(-1))
+        assert torch.equal(low, z.to(dtype))  # the input is left as it was
 
 
 @st.composite

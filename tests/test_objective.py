@@ -11,15 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from standins import write_tokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kdx import loss, objective
 from kdx.causal_lm import Head
 from kdx.check import PeakBytes
 from kdx.data.batches import Batches, Row, collate, merged
-from kdx.objective import Mix, Objective, distillation_loss, summed_loss
+from kdx.objective import Mix, Objective, chunks_of, distillation_loss, summed_loss
 from kdx.store import Identity
 from kdx.teacher import Answer, Teacher
+from kdx.tokenizer import check_heads, common_ids
 from kdx.train import State, Training
 
 N, V, d, D = 7, 13, 5, 4
@@ -113,13 +117,22 @@ def test_options_reach_the_divergence(name, options, alpha):
     assert_close(case.value_and_gradients(case.loss(name=name, alpha=alpha, chunk_size=3, **options)), expected, 1e-9)
 
 
-def test_value_and_gradient_are_scaled_by_temperature_unless_asked_not_to():
-    case = Case()
-    scaled, plainly = (
-        case.value_and_gradients(case.loss(alpha=1.0, temperature=4.0, scale_by_temperature=scale))
-        for scale in (True, False)
-    )
-    assert_close(scaled, [16 * x for x in plainly], 1e-12)
+@each_name
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_finite_difference_over_gradient_is_1(name, temperature):
+    case, step = Case(), 1e-6
+    value, grad, *_ = case.value_and_gradients(case.loss(name=name, alpha=1.0, temperature=temperature))
+    hidden, moved = case.hidden.detach(), []
+    for sign in (1, -1):
+        case.hidden = hidden + sign * step * grad
+        moved.append(case.loss(name=name, alpha=1.0, temperature=temperature).item())
+    ratio = (moved[0] - moved[1]) / (2 * step) / grad.square().sum().item()
+    assert ratio == pytest.approx(1, abs=1e-5)
+    # a gradient without τ² under a value with it would be off by just that
+    case.hidden = hidden.requires_grad_()
+    unscaled = case.loss(name=name, alpha=1.0, temperature=temperature, scale_by_temperature=False)
+    torch.testing.assert_close(value, temperature**2 * unscaled.detach())
+    torch.testing.assert_close(grad, temperature**2 * torch.autograd.grad(unscaled, case.hidden)[0])
 
 
 def test_cross_entropy_alone_is_torchs():
@@ -238,6 +251,14 @@ def test_padding_rows_change_nothing(name, who):
     assert (grad_bias[V:] == 0).all()
 
 
+def test_rows_of_a_head_past_the_tokenizers_ids_are_padding(tmp_path):
+    size = write_tokenizer(tmp_path)
+    heads = {"teacher": Head(torch.zeros(size + 60, D)), "student": Head(torch.zeros(size + 8, d))}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    num_ids, foreign = common_ids(tokenizer, tokenizer)
+    assert (check_heads(num_ids, heads), foreign) == (size, frozenset())
+
+
 @each_name
 @pytest.mark.parametrize("both", [True, False])
 def test_excluded_tokens_are_finite(name, both):
@@ -283,10 +304,18 @@ def test_mixed_precision_matches_heads_in_that_precision():
 # ---- own losses, errors, words
 
 
-def test_a_missing_teacher_is_refused():
-    case = Case()
-    with pytest.raises(ValueError, match=r"alpha is 0\.7: it needs the teacher's hidden states and its head"):
-        distillation_loss(case.hidden, Head(case.weight), None, None, case.labels, alpha=0.7, temperature=1.0)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"name": "kl"}, "choices: adaptive_kl, forward_kl"),
+        ({"alpha": 1.5}, r"alpha is 1\.5 \(between 0 and 1\)"),
+        ({"temperature": 0.0}, r"temperature 0\.0 \(above 0\)"),
+        ({"name": "cross_entropy", "alpha": 0.5}, "it needs the teacher's hidden states, its head and a divergence"),
+    ],
+)
+def test_errors_name_what_is_allowed(options, says):
+    with pytest.raises(ValueError, match=says):
+        Case().loss(**options)
 
 
 @pytest.mark.parametrize(
@@ -457,6 +486,77 @@ def test_a_batch_without_counted_positions_gives_zero_gradients(accelerator, tea
     empty = [Row("x", [5, 6, 7], [True, False, False]), Row("y", [5, 6], [False, False])]
     assert forward_backward(accelerator, module, step_of(empty, 1), teacher) == ({"kd": 0.0, "ce": 0.0}, 0.0)
     assert all((g == 0).all() for g in gradients(model))
+
+
+def test_the_end_of_a_turn_counts_though_it_pads(teacher):
+    batch = collate(ROWS, END)
+    ends = (batch.counted_labels == END).sum().item()
+    assert (
+        ends == sum(token == END and c for row in ROWS for token, c in zip(row.tokens, row.counted, strict=True)) == 7
+    )
+    model = student_model()
+    hidden = {}
+    module = Objective(model, NUM_IDS, Mix(alpha=0.0))
+    model.base_model.register_forward_hook(lambda _, __, output: hidden.update(last=output.last_hidden_state))
+    ce = module(batch, None)[1]["ce"]
+    # labels made the other way: shifted by one, −100 where nothing counts, the mask from lengths alone
+    labels = torch.full((8, 12), IGNORED)
+    for i, row in enumerate(ROWS):
+        for t in range(1, len(row.tokens)):
+            if row.counted[t]:
+                labels[i, t - 1] = row.tokens[t]
+    logits = model.get_output_embeddings()(hidden["last"])[..., :NUM_IDS]
+    torch.testing.assert_close(ce, F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+    for wrong in (
+        labels.masked_fill(labels == END, IGNORED),  # a mask from the pad id: the student never learns to stop
+        labels.roll(1, dims=1),  # labels not shifted
+        labels.roll(-1, dims=1),  # labels shifted twice
+    ):
+        other = F.cross_entropy(logits.flatten(0, 1), wrong.flatten(), reduction="sum")
+        assert (other - ce).abs() > 0.5
+
+
+# ---- any shape
+
+
+@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@given(
+    n=st.integers(0, 6), v=st.integers(1, 12), chunk_size=st.integers(1, 7), seed=st.integers(0, 10_000),
+    spread=st.sampled_from([0.1, 1.0, 20.0]), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    name=st.sampled_from(sorted(plain.DEFINITIONS)), alpha=st.sampled_from([0.0, 0.3, 1.0]),
+    temperature=st.sampled_from([0.5, 1.0, 4.0]), bias=st.booleans(), excluded=st.integers(0, 3), hidden_rows=st.sets(st.integers(0, 5)),
+)  # fmt: skip
+def test_any_case_is_finite_and_the_same_in_any_chunk(
+    n, v, chunk_size, seed, spread, dtype, name, alpha, temperature, bias, excluded, hidden_rows
+):
+    case = Case(n=n, v=v, dtype=dtype, seed=seed, spread=spread, bias=bias)
+    for row in hidden_rows:
+        case.labels[row : row + 1] = IGNORED
+    case.teacher_head.bias[1 : 1 + excluded] = -math.inf
+    options = {"name": name, "alpha": alpha, "temperature": temperature}
+    whole = case.value_and_gradients(case.loss(**options, chunk_size=100))
+    assert all(x.isfinite().all() for x in whole)
+    assert whole[0] >= -1e-4
+    parts = case.value_and_gradients(case.loss(**options, chunk_size=chunk_size))
+    assert all(x.isfinite().all() for x in parts)
+    # products of another shape may round otherwise: in bf16 by whole logits, and a token at the edge of
+    # adaptive_kl's tail changes sides
+    if dtype == torch.bfloat16 or (name == "adaptive_kl" and dtype == torch.float32):
+        return
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}[dtype]
+    for a, b in zip(parts, whole, strict=True):
+        size = b.double().abs().max().item() if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * (1 + size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("num_rows", [0, 1, 6, 7, 23])
+def test_chunks_are_all_rows_in_order_and_of_nearly_one_length(num_rows, size):
+    lengths = [len(range(num_rows)[chunk]) for chunk in chunks_of(num_rows, size)]
+    assert [i for chunk in chunks_of(num_rows, size) for i in range(num_rows)[chunk]] == list(range(num_rows))
+    assert all(0 < length <= size for length in lengths)
+    assert not lengths or max(lengths) - min(lengths) <= 1
+    assert len(lengths) == -(-num_rows // size)
 
 
 @pytest.mark.parametrize("how", [{}, {"softcap": 3.0}])
