@@ -86,7 +86,13 @@ def assemble(
         elif int(layer[1]) in kept:
             weights[f"{stack}.{kept.index(int(layer[1]))}.{name[layer.end() :]}"] = tensor.clone()
     model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **how)
-    for what, names in (("is missing", report["missing_keys"]), ("has no place", report["unexpected_keys"])):
+    head, missing = model.get_output_embeddings(), set(report["missing_keys"])
+    if missing == {f"{name}.weight" for name, part in model.named_modules() if part is head}:
+        head.weight, missing = (
+            model.get_input_embeddings().weight,
+            set(),
+        )  # one tensor for both, whatever the config says
+    for what, names in (("is missing", missing), ("has no place", report["unexpected_keys"])):
         if names:
             raise ModelError("teacher.path", f"its weights do not fit the student: {min(names)} {what}", HINT)
     return model

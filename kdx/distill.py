@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ from transformers.utils import is_liger_kernel_available
 
 from kdx.adapter import add_adapter
 from kdx.causal_lm import DTYPES, attention_for, check_split, head_of, stop_ids
-from kdx.config import Config, TrainConfig
+from kdx.config import GENERATED, Config, TrainConfig
 from kdx.data.batches import Batches
-from kdx.data.encode import Data
+from kdx.data.encode import Data, load_data
 from kdx.data.sources import check_source
-from kdx.errors import ConfigError, MachineError, together
-from kdx.evaluate import Judge, to_minimise
+from kdx.errors import ConfigError, DataError, MachineError, together
+from kdx.evaluate import MAX_NEW_TOKENS, Judge, num_prompts, to_minimise
 from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
-from kdx.rollout import Rollouts, check_rollout, data_of, warn_about
+from kdx.rollout import Rollouts, check_rollout, warn_about, with_teachers_answers
 from kdx.run import report, results
 from kdx.run.files import write_json
 from kdx.run.folder import Record, RunFolder
@@ -107,7 +107,10 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         what = f"is {config.adapter.quantization}, which needs a GPU"
         raise MachineError("adapter.quantization", what, "Use adapter=lora")
     shared = load_tokenizer(config)
-    data = data_of(config, shared, machine)
+    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
+    if config.eval.metric in GENERATED and not data.prompts:
+        what = f"is {config.eval.metric}, but no held-out prompt leaves room for an answer of {MAX_NEW_TOKENS} tokens"
+        raise DataError("eval.metric", what, "Raise data.max_length, or choose kl or ce")
     batches = Batches(
         data.train,
         batch_size=config.train.batch_size,
@@ -120,6 +123,10 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         num_processes=machine.num_processes,
     )
     max_steps = num_steps(config.train, batches)
+    if config.rollout.name == "teacher":
+        numbers = batches.rows_seen(batches.end_of_window(max_steps))
+        data = with_teachers_answers(config, data, shared, machine, numbers)
+        batches = replace(batches, rows=data.train)
     measured_at = steps_to_measure(config, data, batches, max_steps)
     is_repeated = bool(record.swept) or max_steps > batches.steps_per_epoch
     rows = rows_to_ask(config, data, batches, max_steps)

@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +23,7 @@ from kdx.data.encode import Data, Encoder, load_data
 from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
-from kdx.evaluate import MAX_NEW_TOKENS, NUM_SAMPLES, num_prompts
+from kdx.evaluate import NUM_SAMPLES
 from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out
 from kdx.run.files import cache_dir, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
@@ -246,32 +246,36 @@ def warn_about(config: Config, student: Any, teacher_stops: list[int]) -> None:
         )
 
 
-def data_of(config: Config, shared: SharedTokenizer, machine: Accelerator) -> Data:
-    """Load the data of a run; with rollout=teacher, the last turn of each training row is the teacher's answer.
+def with_teachers_answers(
+    config: Config, data: Data, shared: SharedTokenizer, machine: Accelerator, numbers: Sequence[int]
+) -> Data:
+    """Replace the last turn of training rows by the teacher's answer (rollout=teacher) → the data.
 
-    Rows whose prompt leaves no room for an answer stay as they are. Held-out rows keep the people's words.
+    numbers: of the rows that are read; the teacher answers no others. Rows whose prompt leaves no room for an answer stay
+    as they are. Held-out rows keep the people's words.
     """
-    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
-    if config.rollout.name != "teacher":
-        return data
-    answers, root = teachers_answers(config, data.train, shared, machine), cache_dir() / "data"
-    about = json.dumps([data.fingerprint, shared.max_length, answers])
+    asked = [data.train[i] for i in numbers]
+    answers = dict(zip(numbers, teachers_answers(config, asked, shared, machine), strict=True))
+    root, settings = cache_dir() / "data", [config.data.seed, *astuple(sampling_of(config.rollout))]
+    about = json.dumps([data.fingerprint, shared.max_length, sorted(answers.items())])
     folder = root / xxhash.xxh3_128_hexdigest(about.encode())
 
     def rows() -> Iterator[Row]:
-        for row, said in zip(data.train, answers, strict=True):
+        for i, row in enumerate(data.train):
             start = last_turn(row)
-            answer = said[: shared.max_length - start]
+            answer = answers.get(i, [])[: shared.max_length - start]
             counted = row.counted[:start] + [True] * len(answer)
             yield Row(row.id, row.tokens[:start] + answer, counted, row.where) if answer else row
 
     with FileLock(root / f"{folder.name}.lock"):
         if not folder.is_dir():
             with whole_folder(folder) as beside:
-                (beside / "fingerprint").write_text(write_rows(beside / "train", rows()))
+                write_rows(beside / "train", rows())
     train = Rows(folder / "train")
     train.sources, train.drawn = data.train.sources, data.train.drawn
-    return replace(data, train=train, fingerprint=(folder / "fingerprint").read_text())
+    # Of how rows were answered, not of the answers: a run of another length reads other rows of the same data.
+    fingerprint = xxhash.xxh3_64_hexdigest(json.dumps([data.fingerprint, settings]).encode())
+    return replace(data, train=train, fingerprint=fingerprint)
 
 
 def teachers_answers(

@@ -12,9 +12,10 @@ from rich.table import Column, Table
 
 from kdx.config import Config, replaced
 from kdx.data.batches import collate
+from kdx.data.encode import load_data
 from kdx.errors import ConfigError, MachineError, Parser
-from kdx.evaluate import teacher_answers
-from kdx.rollout import data_of
+from kdx.evaluate import MAX_NEW_TOKENS, num_prompts, teacher_answers
+from kdx.rollout import with_teachers_answers
 from kdx.run.files import in_bytes, read_json, size_of
 from kdx.run.launch import build_accelerator
 from kdx.run.report import store_line
@@ -39,7 +40,9 @@ def _fill(config: Config) -> None:
     machine = build_accelerator(config)
     is_main = machine.is_main_process
     shared = load_tokenizer(config)
-    data = data_of(config, shared, machine)
+    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
+    if config.rollout.name == "teacher":
+        data = with_teachers_answers(config, data, shared, machine, range(len(data.train)))
     rows = {row.digest: row for row in (*data.held_out, *data.train)}
     counted = {digest: row.num_counted for digest, row in rows.items()}
     teacher = load_teacher(config.teacher, machine.device, shared.max_length, counted, is_repeated=True)

@@ -115,3 +115,12 @@ def test_a_head_beside_tied_embeddings_stays_apart():
     assert part.config.tie_word_embeddings is False
     assert torch.equal(part.lm_head.weight, model.lm_head.weight)
     assert torch.equal(part.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_embeddings_without_a_head_beside_them_are_the_head():
+    model = build("Llama")
+    stored = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    model.config.tie_word_embeddings = False
+    part = ready(assemble(type(model), model.config, stored, evenly_spread(LAYERS, 2)), "student")
+    assert part.config.tie_word_embeddings is True
+    assert torch.equal(part.lm_head.weight, model.model.embed_tokens.weight)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import plain
 import pytest
@@ -200,3 +201,15 @@ def test_the_rows_that_some_steps_read():
     for last in (0, 1, 5, 6, 7, 18):
         seen = {name for step in steps(batches, 0, last) for micro in step.micro_batches for name in micro.row_ids}
         assert {batches.rows[i].id for i in batches.rows_seen(last)} == seen
+
+
+def test_which_rows_come_before_the_end_of_a_window_does_not_depend_on_lengths():
+    rows = make_rows(100)
+    one, other = (
+        step_batches(rows, batch_size=2),
+        step_batches([replace(r, tokens=r.tokens[:2], counted=r.counted[:2]) for r in rows], batch_size=2),
+    )
+    assert [one.end_of_window(step) for step in (0, 1, 16, 17, 49, 50, 51)] == [0, 16, 16, 32, 50, 50, 66]
+    for step in (16, 32, 50):
+        assert set(one.rows_seen(step)) == set(other.rows_seen(step))
+    assert one.rows_seen(16) != other.rows_seen(16)

@@ -15,6 +15,7 @@ import torch
 from runs import config_of, lines, outcome, run_here, signal_at, words_of
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import kdx.data.batches
 import kdx.generate
 from kdx import distill, rollout, teacher
 from kdx.causal_lm import head_of
@@ -266,12 +267,16 @@ def test_the_teachers_answers_take_the_place_of_the_last_turns(
         "__init__",
         lambda self, rows, init=distill.Batches.__init__, **k: seen.append(rows) or init(self, rows, **k),
     )
+    with monkeypatch.context() as patch:
+        patch.setattr(kdx.data.batches, "WINDOW", 1)
+        assert run_here(config_of(place, *words, "train.max_steps=2"), tmp_path / "short") == 0
+    assert len(prompts) == 8  # those that two steps read
     assert run_here(config_of(place, *words, "train.max_steps=2"), tmp_path / "one") == 0
     assert len(prompts) == 36
     monkeypatch.setattr(rollout, "load_teacher", None)
     assert run_here(config_of(place, *words, "train.max_steps=2", "train.seed=1"), tmp_path / "two") == 0
     assert len(prompts) == 36
-    one, two = ([(row.tokens, row.counted) for row in rows] for rows in seen)
+    one, two = ([(row.tokens, row.counted) for row in rows] for rows in seen[3::2])
     assert one == two
     teacher = GPT2LMHeadModel.from_pretrained(place / "teacher").float()
     for tokens, counted in one[:3]:

@@ -288,6 +288,11 @@ class Batches:
     def _collated(self, rows: Sequence[Row], step: int) -> MicroBatch:
         return collate(rows, self.pad_id)
 
+    def end_of_window(self, step: int) -> int:
+        """Return where the window of batches ends that a step is in: which rows come before does not depend on lengths."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch * self.steps_per_epoch + min(math.ceil(within / WINDOW) * WINDOW, self.steps_per_epoch)
+
     def rows_seen(self, max_steps: int) -> list[int]:
         """Return the numbers of the rows that these steps read, over all processes, each once."""
         steps = max_steps if self.rows.drawn else min(max_steps, self.steps_per_epoch)
