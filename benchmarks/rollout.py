@@ -25,8 +25,6 @@ from kdx.distill import prepared
 from kdx.generate import Sampling, generate, groups_of
 from kdx.run.folder import Record
 from kdx.run.launch import build_accelerator
-from kdx.run.tracking import quiet_libraries
-from kdx.tokenizer import pad_id_of
 from kdx.train import Training
 
 WORDS = ["rollout=student", "rollout.share=1", "rollout.max_new_tokens=32", "data.max_length=192", "train.batch_size=4"]
@@ -41,15 +39,15 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def compare_generation(training: Training, num_prompts: int, batch_size: int) -> None:
     """Answer the same prompts in batches and one by one."""
-    student, tokenizer = training.student, training.tokenizer
-    prompts = [tokenizer(p["text"], add_special_tokens=False)["input_ids"] for p in training.data.prompts[:num_prompts]]
+    student, shared = training.student, training.shared
+    prompts = [prompt["tokens"] for prompt in training.data.prompts[:num_prompts]]
+    student.generation_config.eos_token_id = None  # all 48 tokens
 
     def answer(size: int) -> list[list[int]]:
         answers: dict[int, list[int]] = {}
         for group in groups_of(prompts, size):
             some = [prompts[i] for i in group]
-            how = {"num_ids": training.objective.num_ids, "pad_id": pad_id_of(tokenizer), "stops": ()}  # all 48 tokens
-            answers |= zip(group, generate(student, some, Sampling(48), **how), strict=True)
+            answers |= zip(group, generate(student, some, Sampling(48), shared), strict=True)
         return [answers[i] for i in range(len(prompts))]
 
     answer(batch_size)  # the first is slower
@@ -106,7 +104,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     args, words = parser.parse_known_args()
-    quiet_libraries()
     config = compose([*WORDS, f"eval.num_prompts={args.prompts}", "train.max_steps=60", *words])
     with prepared(config, Record(), build_accelerator(config)) as training:
         training.objective.train()
