@@ -118,8 +118,8 @@ FAULTS = {
     "best_weights": Fault(
         "train.keep=best saves the last weights",
         "kdx/train.py",
-        "if self.kept_step < self.state.step:",
-        "if self.state.step < 0:",
+        "if self.kept_step < step:",
+        "if step < 0:",
         ("test_run.py",),
     ),
     "baseline_alpha": Fault(

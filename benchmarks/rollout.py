@@ -41,7 +41,7 @@ def compare_generation(training: Training, num_prompts: int, batch_size: int) ->
     """Answer the same prompts in batches and one by one."""
     student, shared = training.student, training.shared
     prompts = [prompt["tokens"] for prompt in training.data.prompts[:num_prompts]]
-    student.generation_config.eos_token_id = None  # all 48 tokens
+    student.generation_config.eos_token_id = shared.num_ids  # never said: all 48 tokens
 
     def answer(size: int) -> list[list[int]]:
         answers: dict[int, list[int]] = {}

@@ -17,7 +17,6 @@ from typing import Any
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,7 +33,7 @@ from kdx.config import ModelConfig, replaced
 from kdx.data.batches import MicroBatch
 from kdx.data.files import nearby, resolve_path
 from kdx.errors import MachineError, ModelError, of_hub, one_line, user_error
-from kdx.run.files import cache_dir, whole_folder
+from kdx.run.files import cache_dir, locked, whole_folder
 from kdx.run.identity import adapter_base, content_hash
 
 log = logging.getLogger(__name__)
@@ -313,7 +312,7 @@ def _dequantised(folder: Path, gguf_file: str, group: str) -> Path:
         raise ModelError(f"{group}.gguf_file", f"{source} does not exist", nearby(folder))
     cached = cache_dir() / "gguf" / content_hash(source)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{cached}.lock"):
+    with locked(Path(f"{cached}.lock")):
         if not cached.is_dir():
             log.info("dequantising %s once, to %s", gguf_file, cached)
             with loading(str(source), "model", f"{group}.gguf_file"):

@@ -98,9 +98,16 @@ def faults_of(
         if fault["type"] == "extra_forbidden":
             found |= {name: unknown(name) for name in leaves({key: value}) or [key]}
         elif fault["type"] == "missing":
-            found[key] = ConfigError(key, "is missing", f"Set it: {key}=...")
+            hint = (
+                "" if prefix else f", or begin your own {key.partition('.')[0]} option with: defaults: [NAME, _self_]"
+            )
+            found[key] = ConfigError(key, "is missing", f"Set it: {key}=...{hint}")
         else:
-            wanted.setdefault(key, {})[re.sub(r"^\w+ should ", "", fault["msg"])] = None
+            wish = re.sub(r"^\w+ should | or instance of \w+", "", fault["msg"])
+            wanted.setdefault(key, {})[wish] = None
             shown = json.dumps(value, ensure_ascii=False, default=str)
-            found[key] = ConfigError(key, f"is {shown}", f"It should {' or '.join(wanted[key])}")
+            near = get_close_matches(str(value), re.findall(r"'(\w+)'", fault["msg"]), n=1)
+            near = ["null"] if value == "None" else near
+            hint = f"It should {' or '.join(wanted[key])}"
+            found[key] = ConfigError(key, f"is {shown}", f"Did you mean {near[0]}? {hint}" if near else hint)
     return list(found.values())

@@ -150,6 +150,8 @@ def _planned(args: argparse.Namespace) -> "Plan":
     asked = {key_of(word): word.partition("=")[2].strip("'\"") for word in words}
     resume, like = (asked.get(key, "null") for key in ("run.resume", "run.like"))
     if resume != "null":
+        if other := "run.like" if like != "null" else "-m" if args.multirun else "":
+            raise ConfigError("run.resume", f"resumes one run, and {other} is given too", f"Leave out {other}")
         return resumed(resume, words, config_dir)
     if like == "null":
         return plan(words, config_dir, args.multirun)

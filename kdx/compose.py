@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,9 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
     if not every:
         raise ConfigError("sweep", "has no points", "No option matches its pattern: see python -m kdx --help")
     hydra = composer.hydra(every[0])
+    for key, folder in (("hydra.run.dir", hydra.run.dir), ("hydra.sweep.dir", hydra.sweep.dir)):
+        if not str(folder):
+            raise ConfigError(key, "is empty", "Name a folder, or leave it out")
     if not is_multirun and getattr(hydra.mode, "name", "") != "MULTIRUN":
         if swept:
             hint = f"Add -m to try each; a list is typed with brackets: {swept[0]}=[...]"
@@ -317,13 +321,14 @@ def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
 def alike(name: str, words: list[str]) -> list[str]:
     """Return the words of an earlier run, replaced by those typed now. Raises ConfigError."""
     where, folder = f"run.like={name}", Path(name)
-    typed = {key_of(word) for word in words}
+    typed = {RENAMED.get(key_of(word), key_of(word)) for word in words}
     typed |= {PAIRS[key] for key in typed & PAIRS.keys()}
     kept = []
     for word in _read(folder / "overrides.yaml", where):
-        if (
-            key_of(word) in typed or word.startswith("sweep.") or "trust_remote_code" in word
-        ):  # code must be typed again
+        if RENAMED.get(key_of(word), key_of(word)) in typed or word.startswith("sweep."):
+            continue
+        if "trust_remote_code" in word:
+            print(f"kdx: {word} is not copied from {folder}: type it if that code may run", file=sys.stderr)
             continue
         if HIDDEN in word:
             raise ConfigError(key_of(word), "was recorded without its secret", f"Type it again: {key_of(word)}=...")

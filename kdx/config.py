@@ -290,6 +290,9 @@ def contradictions(config: Config, typed: Collection[str]) -> Iterator[tuple[str
     if isinstance(micro, int) and train.batch_size % micro:
         what = f"is {train.batch_size}, not a multiple of train.micro_batch_size={micro}"
         yield "train.batch_size", what, f"Try {max(micro, train.batch_size // micro * micro)}"
+    if train.max_steps and config.optim.warmup_steps > train.max_steps:
+        what = f"is {config.optim.warmup_steps}, more than train.max_steps={train.max_steps}"
+        yield "optim.warmup_steps", what, f"It should be at most {train.max_steps}, or a share below 1"
     if config.data.validation is None or config.eval.every == 0:
         yield from unmeasured(config)
 

@@ -31,7 +31,7 @@ from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import adapter_base
 from kdx.run.launch import build_accelerator
 from kdx.run.signals import StopRequest
-from kdx.run.tracking import CONSOLE, Tracker, logging_to
+from kdx.run.tracking import CONSOLE, Tracker, log, logging_to
 from kdx.student import load_student, teach_to_stop
 from kdx.teacher import load_teacher
 from kdx.tokenizer import check_heads, load_tokenizer
@@ -181,6 +181,8 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     if is_adapted and adapter.quantization != "none":
         quantised = {"quantization": adapter.quantization, "device_map": str(device)}
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
+    if is_adapted and config.student.init != "pretrained":
+        log.warning("the student is %s: it must move further than adapters can take it", config.student.init)
     student: Any = load_student(
         config.student,
         config.teacher,

@@ -22,10 +22,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 
 from kdx import loss
-from kdx.causal_lm import Head, counted_hidden, generation_config, head_of, stop_ids
+from kdx.causal_lm import Head, counted_hidden, generation_config, head_of
 from kdx.config import Config
 from kdx.data.batches import MicroBatch, Row, by_length, collate
-from kdx.generate import Sampling, answers_to
+from kdx.generate import Sampling, answers_to, stops_of
 from kdx.objective import blocks_of, chunk_size_of, chunks_of
 from kdx.run.signals import StopRequest
 from kdx.run.tracking import log, working
@@ -107,7 +107,7 @@ class Judge:
         rows, like = run.data.held_out, run.batches
         groups = by_length(rows, max(like.micro_batch_size, MIN_ROWS), like.micro_batch_tokens)
         groups = groups[like.rank :: like.num_processes]
-        self.batches = [collate([rows[i] for i in group], like.pad_id) for group in groups]
+        self.rows, self.groups, self.pad_id = rows, groups, like.pad_id
         self.answers: list[Answer] | None = None  # of the teacher, in main memory, by batch; taken once
         self.teacher_measures = Measures([])
 
@@ -138,9 +138,9 @@ class Judge:
         self, what: str, head: Head, hidden_of: Callable[[MicroBatch], Tensor], answers: list[Answer] | None = None
     ) -> Measures:
         rows: list[dict[str, Any]] = []
-        with working(what, len(self.batches), self.run.machine.is_main_process) as advance:
-            for i, micro_batch in enumerate(self.batches):
-                batch = micro_batch.to(head.weight.device)
+        with working(what, len(self.groups), self.run.machine.is_main_process) as advance:
+            for i, group in enumerate(self.groups):
+                batch = collate([self.rows[k] for k in group], self.pad_id).to(head.weight.device)
                 rows += by_row(score(hidden_of(batch), head, batch, answers[i] if answers else None), batch)
                 advance()
                 self.stop.check()
@@ -152,7 +152,7 @@ class Judge:
         untouched, of_teacher = self(student).means(), Said([], [])
         if teacher:
             answers = teacher_answers(teacher, run.shared, self.prompts, run.machine)
-            stops = stop_ids(generation_config(run.config.teacher, "teacher"))
+            stops = stops_of(generation_config(run.config.teacher, "teacher"), run.shared)
             of_teacher = said_of(answers, self.prompts[: self.num_measured], run.tokenizer, stops)
         of_student = self.answered(student)
         num = teacher and teacher.num_parameters
@@ -218,7 +218,7 @@ def answered(
     inputs = [prompt["tokens"] for prompt in prompts]
     answers = answers_to(inputs, lambda: student, GREEDY, shared, machine)
     kls = on_policy_kls(student, teacher, inputs[:num_measured], answers, shared) if teacher else None
-    return said_of(answers, prompts[:num_measured], shared.tokenizer, stop_ids(student.generation_config), kls)
+    return said_of(answers, prompts[:num_measured], shared.tokenizer, stops_of(student.generation_config, shared), kls)
 
 
 def teacher_answers(

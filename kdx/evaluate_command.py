@@ -101,7 +101,7 @@ def _evaluate(config: Config, run: Run, args: argparse.Namespace, teachers: dict
         found["student"] = said.means()
         _keep(run, "student", found["student"])
         write_lines(run.path / ANSWERS, said.rows)
-        log.info("%s: on-policy KL over %d answers", run.name, len(said.rows))
+        log.info("%s: on-policy KL %.4f over %d answers", run.name, found["student"]["on_policy_kl"], len(said.rows))
     if args.tasks:
         found["tasks"] = _scores(student, load_own_tokenizer(saved, "student"), args)
         _keep(run, "tasks", found["tasks"])
@@ -128,6 +128,9 @@ def _on_policy(
     """
     data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
     prompts = data.prompts[: len(run.answers) or num_prompts(config)]
+    if not prompts:
+        what = "has no held-out prompts that leave room for an answer"
+        raise ConfigError(str(run.path), what, "Raise data.max_length")
     if (key := repr((config.teacher, shared.max_length))) not in teachers:
         teachers.clear()  # before the next is loaded
         of_live = replaced(config.teacher, store="off")

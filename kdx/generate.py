@@ -72,23 +72,29 @@ def generate(
     for room in sorted({room for room in rooms if room > 0}):
         some = [i for i, own in enumerate(rooms) if own == room]
         drawn = Drawn(sampling, shared.num_ids, [seeds[i] for i in some], model.device)
-        said = _continued(model, [prompts[i] for i in some], room, drawn, shared.pad_id)
+        said = _continued(model, [prompts[i] for i in some], room, drawn, shared)
         for i, answer in zip(some, said, strict=True):
             answers[i] = answer
     return answers
 
 
 @torch.no_grad()
-def _continued(model: Any, prompts: list[list[int]], num_tokens: int, drawn: Drawn, pad_id: int) -> list[list[int]]:
+def _continued(
+    model: Any, prompts: list[list[int]], num_tokens: int, drawn: Drawn, shared: SharedTokenizer
+) -> list[list[int]]:
     """Continue prompts, each by at most `num_tokens` tokens."""
     longest, own, was_training = max(map(len, prompts)), model.generation_config, model.training
-    input_ids, stops = torch.full((len(prompts), longest), pad_id), stop_ids(own)
+    input_ids, stops = torch.full((len(prompts), longest), shared.pad_id), stops_of(own, shared)
     mask = torch.zeros_like(input_ids)
     for i, prompt in enumerate(prompts):
         input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
         mask[i, longest - len(prompt) :] = 1
     # Not arguments of generate(): unset values would be taken from the model's own.
-    limits: dict[str, Any] = {"max_new_tokens": num_tokens, "eos_token_id": stops or None, "pad_token_id": pad_id}
+    limits: dict[str, Any] = {
+        "max_new_tokens": num_tokens,
+        "eos_token_id": stops or None,
+        "pad_token_id": shared.pad_id,
+    }
     model.generation_config = GenerationConfig(do_sample=False, **limits)
     model.eval()
     try:
@@ -102,6 +108,12 @@ def _continued(model: Any, prompts: list[list[int]], num_tokens: int, drawn: Dra
         model.train(was_training)
     answers = output[:, longest:].tolist()  # padded behind their stop tokens
     return [next((a[: i + 1] for i, token in enumerate(a) if token in stops), a) for a in answers]
+
+
+def stops_of(config: GenerationConfig, shared: SharedTokenizer) -> list[int]:
+    """Return the tokens that end an answer; a model that names none stops at the tokenizer's end of text."""
+    end = shared.tokenizer.eos_token_id
+    return stop_ids(config) or ([] if end is None else [end])
 
 
 def groups_of(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
@@ -135,9 +147,10 @@ def answers_to(
 
     load: gives the model, if it is needed. about: what else the answers depend on; with the rest it decides the seeds.
     """
-    words = [json.dumps([prompt, *astuple(sampling), about]) for prompt in prompts]
-    keys = [xxhash.xxh3_128_hexdigest(text.encode()) for text in words]
-    known = {key: rows[0].tolist() for key in keys if store and (rows := store.read([key]))}
+    texts = (json.dumps([prompt, *astuple(sampling), about]) for prompt in prompts)
+    keys = [xxhash.xxh3_128_hexdigest(text.encode()) for text in texts]
+    there = {*keys} - {*store.missing(keys)} if store else set[str]()
+    known = {key: rows[0].tolist() for key in there if store and (rows := store.read([key]))}
     missing = [i for i, prompt in enumerate(prompts) if prompt and keys[i] not in known]
     known, missing = broadcast_object_list([known, missing])  # the same for all, whatever others write meanwhile
     answers = [known.get(key, []) for key in keys]

@@ -164,7 +164,7 @@ def distillation_loss(
 
     Labels are the tokens to be predicted at each position (shifted already); −100 is not counted. The sum over
     counted positions is divided by `num_tokens`, by default their number. Differentiable in the student's hidden
-    states, head weight and bias. With alpha 0 the teacher may be None. Raises ValueError for unknown names and
+    states, head weight and bias, once: its gradients are formed here and scaled in place. With alpha 0 the teacher may be None. Raises ValueError for unknown names and
     options, or a missing teacher.
     """
     if name != "cross_entropy":

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import xxhash
 from accelerate import Accelerator
-from filelock import FileLock
 
 from kdx.causal_lm import stop_ids
 from kdx.config import Config, RolloutConfig, replaced
@@ -25,7 +24,7 @@ from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
 from kdx.evaluate import NUM_SAMPLES
 from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out
-from kdx.run.files import cache_dir, read_lines, whole_folder, write_beside, write_lines
+from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import log, logging_to
 from kdx.store import TeacherStore
@@ -95,11 +94,10 @@ class Rollouts(Batches):
     def steps(self, first: int, last: int) -> Iterator[StepBatch | None]:
         """Yield this process's share of steps first … last − 1, then None. Nothing is prepared ahead of the weights."""
         every = self.words.reuse_steps
-        plan = self.plan(first, -(-last // every) * every)  # whole spans: a longer run has the same answers
-        for _, span in groupby(plan, lambda step_rows: step_rows[0] // every):
+        for _, span in groupby(self.plan(first, last), lambda step_rows: step_rows[0] // every):
             steps = dict(span)
             seconds = self._answer(steps)
-            for step in range(min(steps), min(last, max(steps) + 1)):
+            for step in steps:
                 yield self._mixed(step, steps[step], seconds)
                 seconds = 0.0
         yield None
@@ -254,7 +252,7 @@ def with_teachers_answers(
     numbers: of the rows that are read; the teacher answers no others. Rows whose prompt leaves no room for an answer stay
     as they are. Held-out rows keep the people's words.
     """
-    asked = [data.train[i] for i in numbers]
+    asked = (data.train[i] for i in numbers)
     answers = dict(zip(numbers, teachers_answers(config, asked, shared, machine), strict=True))
     root, settings = cache_dir() / "data", [config.data.seed, *astuple(sampling_of(config.rollout))]
     about = json.dumps([data.fingerprint, shared.max_length, sorted(answers.items())])
@@ -267,7 +265,7 @@ def with_teachers_answers(
             counted = row.counted[:start] + [True] * len(answer)
             yield Row(row.id, row.tokens[:start] + answer, counted, row.where) if answer else row
 
-    with FileLock(root / f"{folder.name}.lock"):
+    with locked(root / f"{folder.name}.lock"):
         if not folder.is_dir():
             with whole_folder(folder) as beside:
                 write_rows(beside / "train", rows())
@@ -279,7 +277,7 @@ def with_teachers_answers(
 
 
 def teachers_answers(
-    config: Config, rows: Sequence[Row], shared: SharedTokenizer, machine: Accelerator
+    config: Config, rows: Iterable[Row], shared: SharedTokenizer, machine: Accelerator
 ) -> list[list[int]]:
     """Have the teacher answer the prompt of each row → token ids, with the stop token; none where there is no room."""
     words, teacher, store = config.rollout, config.teacher, None

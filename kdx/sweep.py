@@ -195,11 +195,14 @@ def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, s
 
 def _claim(config: Config, folder: Path, since: float, held: ExitStack) -> str:
     """Claim a job, or say why it is not to be done now. Raises ConfigError if the folder has another run."""
+    what, why = _standing(folder, config, since)
+    if what != "left":
+        return why
     try:
         held.enter_context(claim(folder))
     except InUseError as error:
         return f"{error.args[1]}, passed over"
-    what, why = _standing(folder, config, since)
+    what, why = _standing(folder, config, since)  # again: another process may have done the job a moment ago
     return "" if what == "left" else why
 
 
@@ -244,8 +247,15 @@ def _report(plan: "Plan", since: float) -> None:
         found[what].append(f"  {os.path.relpath(path)}  {printable(why)}")
         _failed.update([path] if what == "failed" else [])
     if not found["held by other processes"] + found["left"]:
-        with suppress(InUseError), claim(plan.folder):  # of several processes that share a sweep one sends it to W&B
-            _compare(plan.folder, is_last=True)
+        with suppress(InUseError), claim(plan.folder):  # of several processes that share a sweep one compares
+            mark, jobs = plan.folder / ".compared", plan.folder.glob("*/status.json")
+            if mark.exists() and mark.stat().st_mtime >= max([since, *(file.stat().st_mtime for file in jobs)]):
+                print(f"kdx: nothing is left; another process has just compared the jobs in {plan.folder}", flush=True)
+            else:
+                started = time.time()
+                _compare(plan.folder, is_last=True)
+                mark.touch()
+                os.utime(mark, (started, started))  # a job that ended meanwhile is compared again
     for what, rows in found.items():
         if rows and what != "done":
             print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)

@@ -206,7 +206,8 @@ def pareto(pairs: Sequence[tuple[float, float]]) -> list[bool]:
 
 def compared(runs: list[Run]) -> Comparison:
     """Rank those runs that can be, in as many tables as it takes."""
-    groups = _grouped((canonical(run.measured_on), run) for run in runs if not run.reason)
+    ranked = [run for run in runs if not run.reason]
+    groups = _grouped((canonical([run.measured_on, [line["row"] for line in run.rows]]), run) for run in ranked)
     return Comparison([make_ranking(group) for group in groups], runs, differing(runs))
 
 

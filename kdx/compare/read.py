@@ -93,6 +93,8 @@ def read_run(name: str, folder: Path) -> Run:
             run.reason = "nothing was held out"
             return run
         run.rows = sorted(_load(folder / "eval_rows.jsonl"), key=lambda line: str(line["row"]))
+        if len(run.rows) != run.summary["data"]["num_validation_rows"]:
+            raise ValueError(f"eval_rows.jsonl has {len(run.rows)} rows")
         run.answers = read_lines(folder / "eval_answers.jsonl")  # not there if no prompts were asked
         run.curve = [line for line in _load(folder / "metrics.jsonl") if "eval/ce" in line]
         run.samples = _load(folder / "samples.json")

@@ -290,6 +290,8 @@ class Batches:
 
     def end_of_window(self, step: int) -> int:
         """Return where the window of batches ends that a step is in: which rows come before does not depend on lengths."""
+        if not self.shuffle:
+            return step
         epoch, within = divmod(step, self.steps_per_epoch)
         return epoch * self.steps_per_epoch + min(math.ceil(within / WINDOW) * WINDOW, self.steps_per_epoch)
 

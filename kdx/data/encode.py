@@ -19,7 +19,6 @@ import jinja2
 import jinja2.meta
 import torch
 import xxhash
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader
@@ -32,7 +31,7 @@ from kdx.data.mix import parts_of
 from kdx.data.sources import COUNTERS, Conversation, Conversations, Counts, read_conversations, split
 from kdx.errors import DataError, first_of, one_line
 from kdx.run.devices import num_cores
-from kdx.run.files import cache_dir, whole_folder
+from kdx.run.files import cache_dir, locked, whole_folder
 from kdx.run.identity import content_hash
 from kdx.tokenizer import SharedTokenizer
 
@@ -94,7 +93,7 @@ def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0,
     root.mkdir(parents=True, exist_ok=True)
     about = _digest(config, shared, num_prompts, answer_length)
     read = functools.partial(read_conversations, config, root, encoder)
-    with FileLock(root / f"{about}.lock"):
+    with locked(root / f"{about}.lock"):
         files = source_files(config)
         found = read() if files is None else None
         content = found.content() if found is not None else "".join(map(content_hash, files or []))

@@ -10,7 +10,7 @@ import os
 import tempfile
 import weakref
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -225,11 +225,11 @@ def _make_ids_unique(found: Conversations, first: int) -> None:
 
     Rows that share an id and differ in text get a part of their text's digest; equal rows are numbered.
     """
-    texts, copies = defaultdict[str, set[str]](set), Counter[str]()
-    for name, digest in zip(found.ids[first:], found.digests[first:], strict=True):
-        texts[name].add(digest)
+    texts, copies = dict[str, str](), Counter[str]()
+    names = zip(found.ids[first:], found.digests[first:], strict=True)
+    shared = {name for name, digest in names if texts.setdefault(name, digest) != digest}
     for i in range(first, len(found)):
-        name = found.ids[i] if len(texts[found.ids[i]]) == 1 else f"{found.ids[i]}~{found.digests[i][:12]}"
+        name = f"{found.ids[i]}~{found.digests[i][:12]}" if found.ids[i] in shared else found.ids[i]
         copies[name] += 1
         found.ids[i] = name if copies[name] == 1 else f"{name}~{copies[name]}"
 

@@ -58,6 +58,19 @@ def saving(what: str, path: Path) -> Iterator[None]:
         raise out_of_memory(error) or MachineError(str(path), problem, hint) from error
 
 
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock file, once no other process does."""
+    from filelock import FileLock, SoftFileLock  # not for whoever only asks what is done
+
+    try:
+        held = FileLock(file).acquire()
+    except OSError:  # NFS, mounted without locks: the file itself is the lock
+        held = SoftFileLock(f"{file}.soft").acquire()
+    with held:
+        yield
+
+
 def write_beside(file: Path, text: str) -> None:
     """Write a whole file, or raise OSError and leave the old one."""
     with whole_file(file) as path:

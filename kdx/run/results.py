@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from kdx.adapter import is_adapted, trained
 from kdx.causal_lm import DTYPES
 from kdx.config import GENERATED
@@ -18,7 +20,7 @@ from kdx.run.files import in_bytes, read_lines, remove, usage_of, write_beside, 
 from kdx.run.folder import RunFolder
 from kdx.run.tracking import CONSOLE, Tracker, log
 from kdx.student import save_student
-from kdx.train import Training, num_bytes
+from kdx.train import HINT, Training, num_bytes
 
 FEW_TOKENS = 2000  # below so many counted held-out tokens, measures vary more than most choices move them
 
@@ -26,12 +28,16 @@ FEW_TOKENS = 2000  # below so many counted held-out tokens, measures vary more t
 def facts(training: Training) -> dict[str, Any]:
     """Return what a started run knows of itself beside its identity; a resumed run must have the same."""
     data, teacher, machine = training.data, training.teacher, training.machine
+    is_answered = (
+        training.config.rollout.name == "teacher"
+    )  # where nothing is stored, it may answer otherwise next time
     return {
         "fingerprint": data.fingerprint,
         "validation_fingerprint": data.held_out_fingerprint,
         "teacher_precision": teacher.identity.precision if teacher else None,
         "processes": machine.num_processes,
         "shards": "FSDP" if machine.is_fsdp2 else None,
+        "answers": xxhash.xxh3_64_hexdigest("".join(data.train.digests).encode()) if is_answered else None,
     }
 
 
@@ -67,7 +73,9 @@ def warn_about(folder: RunFolder, data: Data) -> None:
         return
     untouched = folder.kept("untouched.json")
     counted = int(data.held_out.num_counted.sum())
-    if 0 < counted < FEW_TOKENS:
+    if not counted:
+        log.warning("nothing is held out: this run cannot be compared with others")
+    elif counted < FEW_TOKENS:
         log.warning("only %d counted held-out tokens: measures are uncertain; raise data.validation", counted)
     teacher, student = untouched["teacher"]["ce"], untouched["untouched"]["ce"]
     if (teacher or 0.0) > (student or math.inf):
@@ -94,8 +102,7 @@ def keep_student(training: Training, folder: RunFolder) -> None:
         if training.machine.is_main_process:
             save_student(training.student, training.tokenizer, folder.path / "student")
             training.state.lines = num_bytes(folder.path / "metrics.jsonl")
-            trained = {"max_steps": training.max_steps, "state": asdict(training.state)}
-            write_json(folder.path / "trained.json", trained)
+            write_json(folder.path / "trained.json", {"state": asdict(training.state)})
         training.machine.wait_for_everyone()
     training.student.to(training.machine.device)  # merged with a base that was quantised, it is in main memory
 
@@ -171,6 +178,9 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
 
 def _check_finite(training: Training, measures: dict[str, float | None]) -> None:
     """Refuse to call a run done whose measures could rank anywhere. Raises DivergedError."""
+    if 0 < training.state.step == training.state.num_nonfinite:
+        what = "every step was skipped: the student learnt nothing"
+        raise DivergedError(f"step {training.state.step}", what, HINT)
     wrong = [name for name, value in measures.items() if not math.isfinite(value or 0.0)]
     if wrong:
         what = f"the student's held-out {', '.join(wrong)} are not finite; it is never ranked"

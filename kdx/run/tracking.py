@@ -112,7 +112,7 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         try:
             if self.is_main and (mode := wandb_mode(self.config.tracking.mode)) != "disabled":
-                self.wandb = self._opened(mode)
+                self._open(mode)
         except Exception as error:  # a run never fails because of W&B
             log.warning("W&B is off for this run: %s", one_line(error))
         return self
@@ -125,11 +125,11 @@ class Tracker:
         self._log_tab.close()
         self._try(lambda run: run.finish(exit_code=code))
 
-    def _opened(self, mode: Any) -> Any:
+    def _open(self, mode: Any) -> None:
         """Open the W&B run, under its old id if the run is resumed; kdx's lines go to its log tab, too."""
         config, tracking, id_file = self.config, self.config.tracking, self.folder.path / "wandb_id.txt"
         typed = tracking.tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
-        run = open_whole(
+        run = self.wandb = open_whole(
             mode,
             self.folder.path.parent,  # the files of runs side by side are together, to be synced at once
             id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4),
@@ -151,7 +151,6 @@ class Tracker:
         run.summary.update({"alpha": config.loss.alpha} | temperature)
         tab = SimpleNamespace(write=lambda text: self._try(lambda run: run.write_logs(text)), flush=bool)
         self._log_tab.enter_context(_to(logging.StreamHandler(tab)))
-        return run
 
     def header(self, lines: list[str]) -> None:
         """Log what the run is, where it writes, and its page in W&B."""
