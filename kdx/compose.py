@@ -310,6 +310,10 @@ def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
     overrides, faults = composer_for(config_dir).parsed(new)
     values = [word for word in overrides if not word.key_or_group.startswith("hydra")]
     keys = {word.key_or_group for word in values}
+    if group := next((word.input_line for word in values if "." not in word.key_or_group), None):
+        raise ConfigError(
+            where, f"has its own options, and {group} chooses another", f"Start a new run: run.like={folder} {group}"
+        )
     hidden = [key for key, value in leaves(tree).items() if HIDDEN in str(value) and key not in keys]
     faults += [ConfigError(key, "was recorded without its secret", f"Type it again: {key}=...") for key in hidden]
     config = _checked_over(tree, values, {key_of(word) for word in words}, faults)
