@@ -361,7 +361,7 @@ def test_a_run_is_resumed_from_its_own_config():
     assert point.words[3:] == ["tracking.mode=disabled", "train.log_every=3", "loss.beta=0.4"]
     with pytest.raises(ConfigError, match=r"train\.log_evry: is not a key of kdx"):
         resumed(str(folder), ["train.log_evry=3"])
-    with pytest.raises(ConfigError, match='loss=tvd chooses another'):
+    with pytest.raises(ConfigError, match="loss=tvd chooses another"):
         resumed(str(folder), ["loss=tvd"])
 
 
