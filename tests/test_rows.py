@@ -8,13 +8,15 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from kdx.cli import compose
 from kdx.data.batches import Batches
 from kdx.data.encode import JOINED_BY_END_OF_TEXT, Encoder, load_data, prepare_tokenizer
 from kdx.data.sources import Conversation, check_source
+from kdx.distill import distill
 from kdx.errors import ConfigError, DataError
 from kdx.student import teach_to_stop
 from kdx.tokenizer import SharedTokenizer, load_tokenizer
@@ -462,6 +464,38 @@ def test_the_saved_student_stops_where_its_rows_do(make_tokenizer):
         teach_to_stop(Student, tokenizer, [end])
         assert Student.generation_config.eos_token_id == after
         assert tokenizer.eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen", "llama", "gemma", "mistral", "gpt-oss", "marked", "base"])
+def test_a_student_that_learns_its_rows_by_heart_stops_where_they_do(make_tokenizer, tmp_path, name):
+    """As a user finds out: load the saved student with transformers, apply its template, generate."""
+    template, special, tokens = TOKENIZERS[name]
+    tokenizer = make_tokenizer(template, special, **tokens)
+    tokenizer.save_pretrained(tmp_path / "student")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    }  # as base models' are
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(tmp_path / "student")
+    chats = [[ASK, SAY], [{"role": "user", "content": "And the sea?"}, {"role": "assistant", "content": "Five."}]]
+    lines = [json.dumps({"messages": messages}) for messages in chats * 4]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    words = ["loss=cross_entropy", "teacher=none", "student=hf", f"student.path={tmp_path}/student", "data=messages"]
+    words += [f"data.path={tmp_path}/chats.jsonl", "data.validation=null", "train.max_steps=60", "optim.lr=2e-2"]
+    words += ["optim.schedule=constant", "train.precision=fp32", "tracking.mode=disabled", "eval.num_prompts=0"]
+    distill(compose(words), tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/student").eval()
+    own = AutoTokenizer.from_pretrained(tmp_path / "run/student")
+    for messages in chats:
+        prompt = own.apply_chat_template(
+            messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        (said,) = model.generate(**prompt, max_new_tokens=40, do_sample=False).tolist()
+        answer = said[prompt["input_ids"].shape[1] :]
+        assert len(answer) < 40
+        assert own.decode(answer, skip_special_tokens=True).strip().endswith(messages[1]["content"])
 
 
 @pytest.mark.parametrize("assistant_only", [True, False])
