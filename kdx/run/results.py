@@ -102,7 +102,8 @@ def keep_student(training: Training, folder: RunFolder) -> None:
         if training.machine.is_main_process:
             save_student(training.student, training.tokenizer, folder.path / "student")
             training.state.lines = num_bytes(folder.path / "metrics.jsonl")
-            write_json(folder.path / "trained.json", {"state": asdict(training.state)})
+            trained = {"max_steps": training.max_steps, "state": asdict(training.state)}
+            write_json(folder.path / "trained.json", trained)
         training.machine.wait_for_everyone()
     training.student.to(training.machine.device)  # merged with a base that was quantised, it is in main memory
 

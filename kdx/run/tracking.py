@@ -114,6 +114,7 @@ class Tracker:
             if self.is_main and (mode := wandb_mode(self.config.tracking.mode)) != "disabled":
                 self._open(mode)
         except Exception as error:  # a run never fails because of W&B
+            self._has_warned = True
             log.warning("W&B is off for this run: %s", one_line(error))
         return self
 
