@@ -281,7 +281,7 @@ def contradictions(config: Config, typed: Collection[str]) -> Iterator[tuple[str
             if getattr(config.adapter, key) != only:
                 yield f"adapter.{key}", what, f"Set adapter.{key}={only}"
     if teacher.adapter and (teacher.path is None or teacher.quantization != "none" or student.init == "cut"):
-        what = "cannot be merged into a teacher that is none or quantised, or that the student is cut from"
+        what = "cannot be merged: there is no teacher, it is quantised, or the student is cut from it"
         yield "teacher.adapter", what, "Merge it into a folder first, and name that as teacher.path"
     micro = train.micro_batch_size
     if isinstance(micro, int) and train.micro_batch_tokens:

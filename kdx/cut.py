@@ -88,10 +88,9 @@ def assemble(
     model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **how)
     head, missing = model.get_output_embeddings(), set(report["missing_keys"])
     if missing == {f"{name}.weight" for name, part in model.named_modules() if part is head}:
-        head.weight, missing = (
-            model.get_input_embeddings().weight,
-            set(),
-        )  # one tensor for both, whatever the config says
+        # The file has one tensor for both, whatever the config says.
+        head.weight = model.get_input_embeddings().weight
+        missing = set()
     for what, names in (("is missing", missing), ("has no place", report["unexpected_keys"])):
         if names:
             raise ModelError("teacher.path", f"its weights do not fit the student: {min(names)} {what}", HINT)

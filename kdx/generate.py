@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from kdx.causal_lm import num_positions, stop_ids
+from kdx.data.batches import in_groups
 from kdx.run.tracking import working
 from kdx.store import TeacherStore
 from kdx.tokenizer import SharedTokenizer
@@ -119,7 +120,7 @@ def stops_of(config: GenerationConfig, shared: SharedTokenizer) -> list[int]:
 def groups_of(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
     """Group prompts of similar length, the longest first → numbers of prompts."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return in_groups(order, batch_size)
 
 
 def shared_out(

@@ -23,7 +23,7 @@ from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
 from kdx.evaluate import NUM_SAMPLES
-from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out
+from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out, stops_of
 from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import log, logging_to
@@ -151,7 +151,7 @@ class Rollouts(Batches):
         answers = self.kept[str(step)]
         rows = StepRows(own_row(self.rows[i], answers.get(str(i))) for i in numbers)
         own = [row for row in rows if isinstance(row, OwnRow)]
-        stops = stop_ids(self.objective.model.generation_config)
+        stops = stops_of(self.objective.model.generation_config, self.shared)
         num_finished = sum(row.tokens[-1] in stops for row in own)
         before = self.said["rows"]
         self.said.update(rows=len(own), finished=num_finished)

@@ -16,6 +16,7 @@ from kdx.data.encode import load_data
 from kdx.errors import ConfigError, MachineError, Parser
 from kdx.evaluate import MAX_NEW_TOKENS, num_prompts, teacher_answers
 from kdx.rollout import with_teachers_answers
+from kdx.run import signals
 from kdx.run.files import in_bytes, read_json, size_of
 from kdx.run.launch import build_accelerator
 from kdx.run.report import store_line
@@ -31,7 +32,7 @@ def fill(configs: Sequence[Config]) -> None:
     """Run each teacher of these configs over all rows of their data, and let it answer the sample prompts."""
     # What decides the rows; the student may limit their length.
     unique = {repr((config.teacher, config.data, config.student, config.rollout)): config for config in configs}
-    with logging_to(None, is_main=os.environ.get("RANK", "0") == "0"):
+    with logging_to(None, signals.is_main()):
         for config in unique.values():
             _fill(replaced(config, teacher=replaced(config.teacher, store="on")))
 

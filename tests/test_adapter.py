@@ -75,7 +75,7 @@ def test_the_group_has_its_rate_and_a_cut_student_its_own():
         (["adapter=qlora", "student=cut", "student.path=null"], r"Set adapter\.quantization=none"),
         (
             ["teacher.adapter=x", "teacher.quantization=4bit"],
-            "cannot be merged into a teacher that is none or quantised",
+            "cannot be merged: there is no teacher, it is quantised, or the student is cut from it",
         ),
     ],
 )

@@ -44,7 +44,7 @@ RANKED = {name: column for name, column in EVERY.items() if column.best}
 NUM_RESAMPLES = 4000
 DIGITS = 6  # values that agree to so many decimals are tied
 SAME_BUDGET = 0.05  # relative difference in trained tokens; the order of rows alone changes a few percent
-PULLS = ("effective_alpha_end", "effective_alpha_start")
+EFFECTIVE_ALPHAS = ("effective_alpha_end", "effective_alpha_start")
 SAME_MIXTURE = 0.03  # of effective alpha, at start and end
 SEED_KEY = "train.seed"
 MOST_KEYS = 5  # keys in a label; all that differ are in a table of their own
@@ -145,13 +145,15 @@ class Ranking:
         groups: list[list[Point]] = []
 
         def is_like(one: Point, other: Point) -> bool:
-            pulls = (abs(one.measures[name] - other.measures[name]) for name in PULLS)
+            pulls = (abs(one.measures[name] - other.measures[name]) for name in EFFECTIVE_ALPHAS)
             keys = one.values.keys() | other.values.keys()
             differing = [key for key in keys if one.values.get(key) != other.values.get(key)]
             return max(pulls) < SAME_MIXTURE and all(key.startswith("loss") for key in differing)
 
-        mixed = [p for p in self.points if not p.baseline and None not in [p.measures[name] for name in PULLS]]
-        for point in sorted(mixed, key=lambda p: [p.measures[name] for name in PULLS]):
+        mixed = [
+            p for p in self.points if not p.baseline and None not in [p.measures[name] for name in EFFECTIVE_ALPHAS]
+        ]
+        for point in sorted(mixed, key=lambda p: [p.measures[name] for name in EFFECTIVE_ALPHAS]):
             group = next((group for group in groups if is_like(group[0], point)), [])
             if not group:
                 groups.append(group)

@@ -212,6 +212,7 @@ def epoch_batches(
 
 
 def in_groups(numbers: list[int], size: int) -> list[list[int]]:
+    """Cut a list into groups of `size` numbers; the last may be smaller."""
     return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 

@@ -46,10 +46,10 @@ def visible_gpus() -> list[str]:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
         try:
-            told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+            listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError):
             return []
-        return [str(i) for i in range(len(re.findall("^GPU ", told, re.MULTILINE)))]
+        return [str(i) for i in range(len(re.findall("^GPU ", listing, re.MULTILINE)))]
     names = (name.strip() for name in listed.split(","))
     return list(itertools.takewhile(lambda name: name not in ("", "-1"), names))  # CUDA reads no further
 

@@ -19,7 +19,7 @@ from kdx.run.tracking import quiet_libraries
 def build_accelerator(config: Config) -> Accelerator:
     """Choose device and precision, and refuse what accelerate would do differently in silence. Raises KdxError.
 
-    All that computes begins here: the user's plug-ins are loaded first, and other libraries told to be quiet.
+    Every command that computes starts here, so this also loads the user's plug-ins and quiets other libraries.
     """
     quiet_libraries()
     plugins.load()

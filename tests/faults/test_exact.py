@@ -79,11 +79,11 @@ def test_another_run_is_refused_with_a_diff(stopped, tmp_path, capfd, change, ke
         code = run_here(config_of(folder / "place", change, *words[1:]), tmp_path / "run")
     finally:
         rows.write_text(kept)
-    told = [line.removeprefix("kdx: error: ") for line in capfd.readouterr().err.splitlines()]
-    assert code == 2, told
-    assert re.match(rf".*/run: holds a run with a different {key}\b", told[0])
-    assert re.fullmatch(r"  key +was +now", told[1])
-    assert re.match(rf"  {re.escape(key)} +\S+ +\S+", told[2])
+    printed = [line.removeprefix("kdx: error: ") for line in capfd.readouterr().err.splitlines()]
+    assert code == 2, printed
+    assert re.match(rf".*/run: holds a run with a different {key}\b", printed[0])
+    assert re.fullmatch(r"  key +was +now", printed[1])
+    assert re.match(rf"  {re.escape(key)} +\S+ +\S+", printed[2])
     assert status(tmp_path / "run")["state"] == "interrupted"
 
 
