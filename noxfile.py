@@ -25,7 +25,7 @@ def install(session: nox.Session, *groups: str, extras: str = "") -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Style (ruff), types (mypy) and the test suite; words after -- go to pytest (-n0: in one process)."""
+    """Style (ruff), types (mypy) and the test suite; arguments after -- go to pytest (-n0: in one process)."""
     install(session, "tests", "lint", "types", extras="[sweep,workspace]")
     if not session.posargs:
         session.run("ruff", "check", ".")
@@ -43,14 +43,14 @@ def full(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """The default run: SmolLM2-135M to ten of its layers; words after -- go to kdx."""
+    """The default run: SmolLM2-135M to ten of its layers; arguments after -- go to kdx."""
     install(session)
     session.run("python", "-m", "kdx", *session.posargs)
 
 
 @nox.session
 def benchmark(session: nox.Session) -> None:
-    """The measured claims, beside their peers: a step, the loss's memory, a sweep. About an hour on two cores."""
+    """The CPU benchmarks, beside their peers: a step, the loss's memory, a sweep. About an hour on two cores."""
     install(session)
     session.install(*PINNED, "--no-deps", *PEERS)
     for name in session.posargs or ("step", "memory", "sweep"):
