@@ -163,7 +163,7 @@ def load_tokenizer(config: ModelConfig, group: str) -> PreTrainedTokenizerBase:
     with loading(path, "tokenizer", key):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=config.trust_remote_code)
     if not tokenizer.is_fast:
-        what = f"the tokenizer in {path} is a slow one ({type(tokenizer).__name__}), which cannot say where tokens are"
+        what = f"the tokenizer in {path} is a slow one ({type(tokenizer).__name__}), without character offsets"
         raise ModelError(key, what, f"Name one with a tokenizer.json: {group}.tokenizer=...")
     return tokenizer
 
@@ -201,10 +201,10 @@ def load_causal_lm(
             how["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantization}": True}, **nf4)
         model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **how)
     if missing := sorted(report["missing_keys"]):
-        what = f"{path} lacks {len(missing)} tensors, the first {missing[0]}"
-        raise ModelError(f"{group}.path", what, "They would be random: use a complete checkpoint")
+        what = f"{path} is missing {len(missing)} tensors, such as {missing[0]}"
+        raise ModelError(f"{group}.path", what, "They would be initialised at random: use a complete checkpoint")
     if unused := sorted(report["unexpected_keys"]):
-        log.warning("%s has %d tensors that its config.json has no place for: %s …", path, len(unused), unused[0])
+        log.warning("%s: ignored %d tensors unknown to its architecture, such as %s", path, len(unused), unused[0])
     ready(model, group)
     if adapter := getattr(config, "adapter", None):
         load_adapter(model, adapter, "teacher.adapter")
@@ -252,7 +252,7 @@ def check_split(model: PreTrainedModel, group: str) -> None:
     """
     name = type(model).__name__
     if model.get_output_embeddings() is None or model.base_model is model:
-        hint = "Choose another model: kdx needs model.base_model and an output head (Llama 4 names them otherwise)"
+        hint = "Choose another model: kdx needs model.base_model and an output head (Llama 4 names them differently)"
         raise ModelError(f"{group}.path", f"{name} has no backbone and output head that kdx can find", hint)
     head = head_of(model)
     row = torch.arange(3, 11, device=model.device).remainder(head.num_ids).unsqueeze(0)
@@ -267,7 +267,7 @@ def check_split(model: PreTrainedModel, group: str) -> None:
     # Relative to the spread: with fresh weights a missed soft-cap changes the logits by only 1e-5.
     bar = TOLERANCE.get(head.weight.dtype, 5e-2) * own.std().clamp_min(1e-30)
     if not (off := (ours - own).abs().max()) < bar:
-        what = f"{name} does more to its logits than kdx knows, or they are not finite (off by {off.item():.1e})"
+        what = f"{name} computes logits in a way kdx does not support, or they are not finite (off by {off.item():.1e})"
         raise ModelError(f"{group}.path", what, "Check its weights for NaN, or choose another model")
     # A mixture's experts round differently when other tokens are routed; its auxiliary loss must not see padding.
     is_causal = torch.equal(*followed) and bool((ours_followed - own).abs().max() < bar)

@@ -191,7 +191,7 @@ def memory_lines(training: Training) -> list[str]:
     if fits := [size for size in sizes if predicted(measured, size) <= free]:
         best = f"train.micro_batch_tokens={fits[-1] * longest}" if by_tokens else f"train.micro_batch_size={fits[-1]}"
         best += " (the whole batch)" * (fits[-1] == share)
-    return ["memory of a step:", *lines, f"  fits            {best}, with {in_bytes(round(free))} free for a step"]
+    return ["memory of a step:", *lines, f"  largest fit     {best}, with {in_bytes(round(free))} free for a step"]
 
 
 def kept_in_memory(training: Training) -> dict[str, float]:
@@ -239,4 +239,4 @@ def time_line(training: Training, seconds: float) -> str:
     batches, max_steps = training.batches, training.max_steps
     tokens = int(max_steps / batches.steps_per_epoch * batches.rows.lengths.sum())
     total = timedelta(seconds=round(seconds * tokens / training.machine.num_processes))
-    return f"  time            about {total} for {tokens:,} tokens in {max_steps} steps, held-out measures aside"
+    return f"  time            about {total} for {tokens:,} tokens in {max_steps} steps, plus held-out evaluation"

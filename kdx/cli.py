@@ -26,14 +26,14 @@ python -m kdx                                    the default run: SmolLM2-135M t
 python -m kdx teacher=NAME student=NAME          choose from the groups below; org/name is any model of the hub
 python -m kdx -m loss.temperature=1,2,4          a sweep: one run for each combination of the values
 python -m kdx --cfg job                          print the composed configuration
-python -m kdx check [-m] KEY=VALUE ...           what such a run, or each point of a sweep, would be: data, memory, time
-python -m kdx store fill KEY=VALUE ...           run the teacher over all rows, so that the runs need not
-python -m kdx store stat | verify | prune        its cache ($KDX_STORE, else outputs/teacher-store): list, compare
-                                                 checksums, drop what is damaged; prune --unused-days N, old teachers too
+python -m kdx check [-m] KEY=VALUE ...           report data, memory and time of a run, or of each point of a sweep
+python -m kdx store fill KEY=VALUE ...           run the teacher over all rows in advance
+python -m kdx store stat | verify | prune        the teacher's cache ($KDX_STORE, else outputs/teacher-store): list, verify
+                                                 checksums, delete damaged files; prune --unused-days N, old teachers too
 python -m kdx generate KEY=VALUE ... --out FILE  write the teacher's answers to the training prompts, as data=messages
 python -m kdx compare PATH ...                   rank runs and sweeps: a table and a page
-python -m kdx evaluate PATH ... --on-policy      KL on their own answers, of runs that are done; --tasks A,B: scores by lm_eval
-python -m kdx run.resume=FOLDER                  resume a run; run.like=FOLDER starts a new one from its words
+python -m kdx evaluate PATH ... --on-policy      KL on finished students' own answers; --tasks A,B: lm_eval scores
+python -m kdx run.resume=FOLDER                  resume a run; run.like=FOLDER starts a new one with the same settings
 
 == Groups (group=option) ==
 {groups}

@@ -129,7 +129,7 @@ class Composer:
             search.prepend("command-line", f"file://{config_dir}", SearchPathQuery("schema", None))
             for file in config_dir.rglob("*.yaml"):
                 if (CONF / (name := file.relative_to(config_dir))).exists():
-                    raise ConfigError(str(file), f"is not read: kdx's conf/{name} has the same name", "Rename it")
+                    raise ConfigError(str(file), f"has the same name as kdx's own conf/{name}", "Rename it")
         self.groups = groups_in(folder)
         self._loader: Any = ConfigLoaderImpl(search)
         self._parser = OverridesParser.create(config_loader=self._loader)
@@ -210,7 +210,7 @@ class Composer:
             cfg = self._loader.load_configuration("config", list(choices), RunMode.RUN)
             return cfg, self._sources(list(choices))
         except (yaml.YAMLError, *HYDRA_ERRORS) as error:
-            hint = "See python -m kdx --info defaults. Other sweepers and launchers are packages of their own"
+            hint = "See python -m kdx --info defaults. Other sweepers and launchers must be installed separately"
             raise ConfigError("config", _reason(error), hint) from None
 
     def _sources(self, choices: list[str]) -> dict[str, str]:
@@ -291,7 +291,7 @@ def _unreadable(word: str) -> ConfigError:
     elif "=" in word:
         hint = "A value with spaces, brackets or signs needs quotes: 'KEY=\"a b\"'"
     hint = FOREIGN.get(key_of(word.lstrip("-")), hint)
-    return ConfigError(word or "''", what, f"Words are KEY=VALUE, without dashes or spaces. {hint}")
+    return ConfigError(word or "''", what, f"Write arguments as KEY=VALUE, without dashes or spaces. {hint}")
 
 
 def _reason(error: Exception) -> str:
@@ -304,7 +304,7 @@ def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
     folder, where = newest() if name == "last" else Path(name), f"run.resume={name}"
     tree, recorded = _read(folder / "config.yaml", where), _read(folder / "overrides.yaml", where)
     if not is_resumable(folder):
-        hint = f"Start a new run from its words: run.like={folder}"
+        hint = f"Start a new run with its settings: run.like={folder}"
         raise ConfigError(where, "has no checkpoint to resume from", hint)
     new = [word for word in words if word not in recorded and key_of(word) != "run.resume"]
     overrides, faults = composer_for(config_dir).parsed(new)
@@ -312,10 +312,10 @@ def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
     keys = {word.key_or_group for word in values}
     if group := next((word.input_line for word in values if "." not in word.key_or_group), None):
         raise ConfigError(
-            where, f"has its own options, and {group} chooses another", f"Start a new run: run.like={folder} {group}"
+            where, f"cannot resume with another option: {group}", f"Start a new run: run.like={folder} {group}"
         )
     hidden = [key for key, value in leaves(tree).items() if HIDDEN in str(value) and key not in keys]
-    faults += [ConfigError(key, "was recorded without its secret", f"Type it again: {key}=...") for key in hidden]
+    faults += [ConfigError(key, "was redacted in the record", f"Give it again: {key}=...") for key in hidden]
     config = _checked_over(tree, values, {key_of(word) for word in words}, faults)
     sources = read_json(folder / "record.json").get("sources", {}) | {key: "typed" for key in keys if key in SOURCES}
     kept = [word for word in recorded if key_of(word) not in keys]
@@ -332,10 +332,10 @@ def alike(name: str, words: list[str]) -> list[str]:
         if RENAMED.get(key_of(word), key_of(word)) in typed or word.startswith("sweep."):
             continue
         if "trust_remote_code" in word:
-            print(f"kdx: {word} is not copied from {folder}: type it if that code may run", file=sys.stderr)
+            print(f"kdx: {word} is not copied from {folder}: repeat it here if that code may run", file=sys.stderr)
             continue
         if HIDDEN in word:
-            raise ConfigError(key_of(word), "was recorded without its secret", f"Type it again: {key_of(word)}=...")
+            raise ConfigError(key_of(word), "was redacted in the record", f"Give it again: {key_of(word)}=...")
         kept.append(word)
     return [*kept, *(word for word in words if key_of(word) != "run.like")]
 

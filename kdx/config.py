@@ -276,7 +276,7 @@ def contradictions(config: Config, typed: Collection[str]) -> Iterator[tuple[str
         both = "are both set" if train.epochs else "are both null"
         yield "train.max_steps and train.epochs", both, "Set exactly one of them, the other to null"
     if config.adapter.name != "none" and student.init != "pretrained":
-        what = f"needs a base that is a model of its own, and student.init is {student.init}"
+        what = f"needs a pretrained student, but student.init is {student.init}"
         for key, only in (("quantization", "none"), ("save", "merged")):
             if getattr(config.adapter, key) != only:
                 yield f"adapter.{key}", what, f"Set adapter.{key}={only}"
@@ -285,7 +285,7 @@ def contradictions(config: Config, typed: Collection[str]) -> Iterator[tuple[str
         yield "teacher.adapter", what, "Merge it into a folder first, and name that as teacher.path"
     micro = train.micro_batch_size
     if isinstance(micro, int) and train.micro_batch_tokens:
-        what = "says how many tokens a micro-batch has, and train.micro_batch_size how many rows"
+        what = "cannot be combined with train.micro_batch_size"
         yield "train.micro_batch_tokens", what, "Set one of them"
     if isinstance(micro, int) and train.batch_size % micro:
         what = f"is {train.batch_size}, not a multiple of train.micro_batch_size={micro}"
@@ -303,7 +303,7 @@ def _of_code(config: Config, typed: Collection[str]) -> Iterator[tuple[str, str,
         key, path = f"{group}.trust_remote_code", model.path or ""
         is_local = not path or path.startswith("pkg:") or os.path.isdir(path)
         if model.trust_remote_code and key not in typed:
-            yield key, "runs a model's own code, so it must be typed, not only set in YAML", f"Type {key}=true"
+            yield key, "runs the model's own code, so set it on the command line, not only in YAML", f"Add {key}=true"
         elif model.trust_remote_code and not is_local and not COMMIT.fullmatch(model.revision or ""):
             what = "runs code from the hub, so it needs a revision that is a commit (40 hex digits)"
             yield key, what, f"Pin it: {group}.revision=COMMIT"

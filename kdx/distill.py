@@ -69,7 +69,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
     folder, is_main = RunFolder(path), machine.is_main_process
     record = record or Record(words=config._words, command=config._words)
     if folder.is_done(config):
-        CONSOLE.print(f"{path} is done already", markup=False)
+        CONSOLE.print(f"{path} is already done", markup=False)
         return Summary(**folder.kept("summary.json"), metric=config.eval.metric)
     machine.wait_for_everyone()  # all have looked before rank 0 writes
     with ExitStack() as stack:
@@ -182,7 +182,7 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
         quantised = {"quantization": adapter.quantization, "device_map": str(device)}
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
     if is_adapted and config.student.init != "pretrained":
-        log.warning("the student is %s: it must move further than adapters can take it", config.student.init)
+        log.warning("student.init=%s needs larger changes than LoRA allows; try adapter=none", config.student.init)
     student: Any = load_student(
         config.student,
         config.teacher,
@@ -196,7 +196,7 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
         add_adapter(student, adapter, config.train.seed)
     elif adapter_base(config.student.path):
         what = f"{config.student.path} is a LoRA adapter"
-        raise ConfigError("student.path", what, "Add adapter=lora: it is loaded with its base, and trained further")
+        raise ConfigError("student.path", what, "Add adapter=lora to load it with its base and train it further")
     if config.train.use_liger_kernel:
         with_liger_kernels(student, device)
     if config.train.gradient_checkpointing:

@@ -16,9 +16,9 @@ MACHINE = (
     errno.ENOTDIR,
 )  # fmt: skip
 MEMORY = (
-    "In this order: lower train.micro_batch_size, train.gradient_checkpointing=true, train.precision=bf16, "
+    "Try, in this order: a lower train.micro_batch_size, train.gradient_checkpointing=true, train.precision=bf16, "
     "optim=adamw_8bit, adapter=lora, teacher.quantization=8bit, teacher.store=on (once filled, the teacher is not "
-    "loaded). kdx check with the same words says what fits"
+    "loaded). kdx check with the same arguments shows what fits"
 )
 NO_MEMORY = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory", "alloc_failed")
 SHOWN = 20  # invalid rows that are printed; the rest are counted
@@ -95,7 +95,7 @@ def out_of_memory(error: BaseException) -> MachineError | None:
     text = " ".join(str(error).split())
     if not isinstance(error, MemoryError) and not any(words in text.lower() for words in NO_MEMORY):
         return None
-    return MachineError("memory", f"ran out ({text[:160].rstrip('.') or type(error).__name__})", MEMORY)
+    return MachineError("out of memory", text[:160].rstrip(".") or type(error).__name__, MEMORY)
 
 
 def of_hub(error: BaseException, kind: type[KdxError], key: str, what: str, hint: str) -> KdxError:

@@ -170,9 +170,9 @@ class Judge:
         if teacher and not teacher.is_loaded and not (asked is True and is_final):
             teacher = None
             if asked is True:
-                log.info("on-policy KL of the untouched student: not taken, the teacher is loaded after training")
+                log.info("on-policy KL of the untouched student: not measured, the teacher is loaded after training")
             elif is_final:
-                log.info("on-policy KL: not taken, the teacher's body is not loaded; eval.on_policy_kl=true loads it")
+                log.info("on-policy KL: not measured, the teacher is not loaded; eval.on_policy_kl=true loads it")
         return answered(student, run.shared, self.prompts, self.num_measured, run.machine, teacher)
 
     def samples(self, said: Said) -> list[str]:

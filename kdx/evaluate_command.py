@@ -61,7 +61,7 @@ def _parsed(words: list[str]) -> argparse.Namespace:
     tasks.add_argument("--apply_chat_template", action="store_true")
     args = parser.parse_intermixed_args(words)
     if not (args.on_policy or args.tasks):
-        parser.error("nothing is asked for: give --on-policy or --tasks A,B")
+        parser.error("nothing to do: give --on-policy or --tasks A,B")
     if args.tasks and not find_spec("lm_eval"):
         raise MachineError("--tasks", "needs the package lm_eval, which is not installed", "pip install lm_eval")
     return args
@@ -75,7 +75,7 @@ def _done(paths: Sequence[Path]) -> list[Run]:
     if len(left) == len(runs):
         raise ConfigError("kdx evaluate", why[0], "Resume it: python -m kdx run.resume=FOLDER")
     for line in why:
-        log.info("passed over: %s", line)
+        log.info("skipped: %s", line)
     return [run for run in runs if run not in left]
 
 
@@ -85,7 +85,7 @@ def _evaluate(config: Config, run: Run, args: argparse.Namespace, teachers: dict
     has = bool(run.answers) and all(line["on_policy_kl"] is not None for line in run.answers)
     takes_kl = args.on_policy and can and not has
     if args.on_policy and not takes_kl:
-        log.info("%s: on-policy KL %s", run.name, "is there" if can else "needs a teacher, and eval.num_prompts")
+        log.info("%s: on-policy KL %s", run.name, "is known" if can else "needs a teacher, and eval.num_prompts")
     if not (takes_kl or args.tasks):
         return
     folder, machine = str(run.path / "student"), build_accelerator(config)
@@ -137,9 +137,9 @@ def _on_policy(
         teachers[key] = load_teacher(of_live, machine.device, shared.max_length, {}, is_repeated=False)  # type: ignore[assignment]
     teacher, identity = teachers[key], teachers[key].identity
     if [data.held_out_fingerprint, identity.teacher, identity.precision] != [*run.measured_on.values()]:
-        was, now = ", ".join(map(str, run.measured_on)), identity.precision
-        what = f"was measured with another of these: {was} (which is {now} here)"
-        raise ConfigError(str(run.path), what, "Type what it had, as in teacher.precision=fp32")
+        was, now = run.measured_on["precision of the teacher"], identity.precision
+        what = f"was measured on other rows, or with another teacher or precision (recorded: {was}, here: {now})"
+        raise ConfigError(str(run.path), what, "Set what the run used, as in teacher.precision=fp32")
     teach_to_stop(student, shared.tokenizer, data.stops)
     return answered(student, shared, prompts, len(prompts), machine, teacher)
 
@@ -200,4 +200,4 @@ def _tell_wandb(config: Config, run: Run, found: dict[str, dict[str, Any]]) -> N
             there.define_metric("*", step_metric="tokens")
             there.summary.update(values)
     except Exception as error:
-        log.warning("W&B has no measures of %s: %s", run.name, one_line(error))
+        log.warning("could not send the measures of %s to W&B: %s", run.name, one_line(error))

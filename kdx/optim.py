@@ -78,4 +78,4 @@ def build_schedule(config: OptimConfig, optimizer: Optimizer, max_steps: int) ->
         )
     except (TypeError, ValueError) as error:
         key = "optim.schedule_options"
-        raise ConfigError(key, f"{config.schedule}: {one_line(error)}", f"Set one with +{key}.NAME=...") from None
+        raise ConfigError(key, f"{config.schedule}: {one_line(error)}", f"Set one with {key}.NAME=...") from None

@@ -39,7 +39,7 @@ ENOUGH = 64  # answers, before a warning that most of them are cut
 def register_sampler(function: Sampler) -> Sampler:
     """Register a sampler under its name: (model, prompts, step) → answers, both as lists of token ids.
 
-    The model is the student with its weights of now. An answer ends with the stop token where one was said; one that is
+    The model is the student with its current weights. An answer ends with its stop token, if it has one; one that is
     longer than `rollout.max_new_tokens` is cut.
     """
     _SAMPLERS[function.__name__] = function
@@ -236,11 +236,11 @@ def figures(window: list[dict[str, Any]]) -> dict[str, float | None]:
 def warn_about(config: Config, student: Any, teacher_stops: list[int]) -> None:
     """Warn about what makes training on own answers go wrong."""
     if set(stop_ids(student.generation_config)) != set(teacher_stops):
-        log.warning("student and teacher stop at other tokens: the student's own answers may grow without end")
+        log.warning("student and teacher stop at different tokens: the student's answers may never end")
     if config.rollout.share == 1 and config.student.init != "pretrained":
         log.warning(
-            "rollout.share=1 with a student that cannot speak yet: its own answers teach little; train it on given "
-            "answers first, and start from it (student=hf student.path=RUN/student)"
+            "rollout.share=1 with an untrained student: its own answers teach it little. Train it on the data first, "
+            "and start from that (student=hf student.path=RUN/student)"
         )
 
 

@@ -210,7 +210,7 @@ def open_store(
     grows = num_vectors * shape.hidden_size * DTYPES[identity.dtype].itemsize
     may_take, free = room(root)
     if grows > may_take:
-        fault = f"needs {grows:,} bytes in {root}, {free:,} are free and a tenth of the disk is left to others"
+        fault = f"needs {in_bytes(grows)} in {root}, but may take {in_bytes(may_take)}: a tenth of the disk stays free"
         if config.store == "on":
             hint = "Free space, set teacher.store_dir=..., or use teacher.store=off"
             raise MachineError("teacher.store", fault, hint)

@@ -99,7 +99,7 @@ def run(plan: "Plan", argv: list[str]) -> int:
         print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
     if workers > 1 and not is_worker:
         if plan.hydra or num_processes() > 1:
-            what = f"is {workers}, but workers share only points that are known in advance, without torchrun"
+            what = f"is {workers}, which cannot be combined with torchrun, or with another sweeper or launcher"
             raise ConfigError("sweep.workers", what, "Leave it out")
         code = _run_workers(min(workers, len(plan.jobs)), argv, since)
         if code not in (0, 5):
@@ -186,7 +186,7 @@ def _standing(folder: Path, config: Config | None, since: float) -> tuple[str, s
     status = run.kept("status.json")
     state, reason = status.get("state", "not started"), status.get("reason", "see its error above")
     if state == "done" and (config is None or run.is_done(config)):
-        return "done", "done already"
+        return "done", "already done"
     is_new = state in ("failed", "diverged") and (folder / "status.json").stat().st_mtime >= since
     if is_new or folder in _failed:
         return "failed", f"{state}: {reason}"
@@ -201,7 +201,7 @@ def _claim(config: Config, folder: Path, since: float, held: ExitStack) -> str:
     try:
         held.enter_context(claim(folder))
     except InUseError as error:
-        return f"{error.args[1]}, passed over"
+        return f"{error.args[1]}, skipped"
     what, why = _standing(folder, config, since)  # again: another process may have done the job a moment ago
     return "" if what == "left" else why
 
@@ -250,7 +250,7 @@ def _report(plan: "Plan", since: float) -> None:
         with suppress(InUseError), claim(plan.folder):  # of several processes that share a sweep one compares
             mark, jobs = plan.folder / ".compared", plan.folder.glob("*/status.json")
             if mark.exists() and mark.stat().st_mtime >= max([since, *(file.stat().st_mtime for file in jobs)]):
-                print(f"kdx: nothing is left; another process has just compared the jobs in {plan.folder}", flush=True)
+                print(f"kdx: no job is left; another process has just compared them all in {plan.folder}", flush=True)
             else:
                 started = time.time()
                 _compare(plan.folder, is_last=True)
@@ -260,7 +260,7 @@ def _report(plan: "Plan", since: float) -> None:
         if rows and what != "done":
             print(f"kdx: {len(rows)} of {len(known)} jobs {what}:", *rows, sep="\n", file=sys.stderr)
     if found["left"]:
-        print("kdx: type the same command again to do what is left", file=sys.stderr)
+        print("kdx: run the same command again to finish the remaining jobs", file=sys.stderr)
 
 
 def _compare(folder: Path, *, is_last: bool = False) -> None:

@@ -47,7 +47,7 @@ def load_tokenizer(config: Config) -> SharedTokenizer:
     num_ids, foreign = common_ids(teachers, tokenizer)
     template = "the tokenizer's own"
     if not tokenizer.chat_template and teachers.chat_template:
-        tokenizer.chat_template, template = teachers.chat_template, "the teacher's, which the student is saved with"
+        tokenizer.chat_template, template = teachers.chat_template, "the teacher's (saved with the student)"
         for name in ("bos_token", "eos_token"):  # it means the teacher's
             if name in str(teachers.chat_template) and getattr(teachers, name) in tokenizer.get_vocab():
                 setattr(tokenizer, name, getattr(teachers, name))

@@ -161,7 +161,7 @@ class Training:
         pairs = [(name, was, now.get(name)) for name, was in state.versions.items()]
         notes = [f"{name} {was} up to step {state.step}, then {new}" for name, was, new in pairs if was != new]
         if notes:
-            log.warning("this run no longer repeats bit for bit: %s", "; ".join(notes))
+            log.warning("this run can no longer be reproduced bit for bit: %s", "; ".join(notes))
         state.versions, state.other_versions = now, [*state.other_versions, *notes]
 
     def save(self, folder: RunFolder) -> None:

@@ -57,7 +57,7 @@ WORDS = {
     "data.path=notes": "data.path: the folder notes has no .jsonl, .json, .csv, .parquet, .arrow file of the split train. notes has: a.txt",
     "loss.name=forwad_kl": "loss.name: no divergence is named 'forwad_kl'. Did you mean forward_kl? Choices: adaptive_kl, *",
     "loss=jsd loss.beta=7": "loss: beta is 7; it must be between 0 and 1. See the function kdx.loss.jsd",
-    "optim.schedule=polynomial +optim.schedule_options.powr=2": "optim.schedule_options: polynomial: * unexpected keyword argument 'powr'. Set one with +optim.schedule_options.NAME=...",
+    "optim.schedule=polynomial +optim.schedule_options.powr=2": "optim.schedule_options: polynomial: * unexpected keyword argument 'powr'. Set one with optim.schedule_options.NAME=...",
     "optim.name=torch.AdmW": "optim.name: torch has no optimizer * Did you mean AdamW? Choices: *",
     "student.attn_implementation=x": "student.path: cannot load the model in student: Specified `attn_implementation=\"x\"` is not supported. *",
     "teacher.path=teechr": "teacher.path: teechr is not a folder here, and cannot be read from the hub: * Did you mean teacher?",
@@ -111,7 +111,7 @@ def no_numbers(folder: Path) -> None:
 
 MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "student.path: cannot load the model in bad: Error no file named model.safetensors, * bad has: config.json, *"),
-    "no tensor": (no_tensor, "student.path: bad lacks 1 tensors, the first transformer.ln_f.weight. They would be random: use a complete checkpoint"),
+    "no tensor": (no_tensor, "student.path: bad is missing 1 tensors, such as transformer.ln_f.weight. They would be initialised at random: use a complete checkpoint"),
     "no numbers": (no_numbers, "student.path: * finite *"),
 }  # fmt: skip
 
@@ -131,7 +131,7 @@ def test_a_disk_that_is_too_small(refused, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1000, used=990, free=10))
     (line,) = refused("train.save_every=1", "train.max_steps=3", "data.validation=2", "hydra.run.dir=run", code=3)
     assert re.search(
-        r"run: the student and its checkpoints need [\d.]+ kB, and 10 bytes are free\. Free some space", line
+        r"run: the student and its checkpoints need [\d.]+ kB, but only 10 bytes are free\. Free some space", line
     )
     assert not list(Path("run").glob("checkpoints/*"))
 

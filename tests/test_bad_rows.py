@@ -83,7 +83,7 @@ CHAT = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "conten
 LAYOUT = "Choose a layout (data=pairs, messages, sharegpt or text), or name the column: data."
 OTHER = "Fix the row, or name another column: data."
 FIX = "expected text that is not blank. Fix the row, or remove it"
-ROLES = "Roles are system, developer, user, assistant, tool, function, observation, ipython; map others with data.roles, as in '+data.roles.bot=assistant'"
+ROLES = "Roles are system, developer, user, assistant, tool, function, observation, ipython; map others with data.roles, as in data.roles.bot=assistant"
 ROWS = [
     ("pairs", {"q": "a", "a": "b"}, f'"source" is missing; the row is an object with q, a. {LAYOUT}source_column=...'),
     ("pairs", {}, f'"source" is missing; the row is an object with no keys. {LAYOUT}source_column=...'),

@@ -204,7 +204,7 @@ class TestRanking:
         comparison = ranked(tmp_path)
         for table in comparison.rankings:
             assert [p.rank for p in table.points] == [{"kl": 1, "ce": 1, "agreement": 1}]
-        assert tables.as_markdown(comparison).startswith("Measures compare only on the same held-out rows")
+        assert tables.as_markdown(comparison).startswith("Measures can be compared only on the same held-out rows")
         one, other = (table["measured_on"] for table in json.loads(tables.as_json(comparison))["tables"])
         assert len({*one.items()} - {*other.items()}) == 1
 

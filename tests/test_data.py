@@ -205,7 +205,7 @@ def test_take_counts_training_rows_and_is_nested(file_of, data_config):
     assert ids(train(10, seed=1).train) != ids(ten.train)
     assert not whole.said
     assert len(train(51).train) == 50
-    assert train(51).said == {"training rows are all that there are (data.take=51)": 50}
+    assert train(51).said == {"all training rows are used, fewer than data.take=51": 50}
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_every_kind_of_out_of_memory():
     ):
         said = out_of_memory(error)
         assert said.exit_code == 3
-        assert said.lines[0].startswith("memory: ran out (")
+        assert said.lines[0].startswith("out of memory: ")
         assert said.lines[0].endswith(errors.MEMORY)
         assert len(said.lines[0].splitlines()) == 1
     assert out_of_memory(RuntimeError("shapes do not match")) is None

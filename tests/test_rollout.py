@@ -350,7 +350,7 @@ def test_the_teacher_is_loaded_for_its_kl_after_training(
     words = ["teacher.store=on", f"teacher.store_dir={tmp_path / 'store'}", "train.max_steps=2", "eval.num_prompts=3"]
     assert run_here(config_of(place, *words), tmp_path / "filling") == 0
     assert run_here(config_of(place, *words), tmp_path / "auto") == 0
-    assert "on-policy KL: not taken" in (tmp_path / "auto/kdx.log").read_text()
+    assert "on-policy KL: not measured" in (tmp_path / "auto/kdx.log").read_text()
     seen: list[Any] = []
     free, load, run_dir = Training.free, teacher.load_causal_lm, tmp_path / "true"
     monkeypatch.setattr(Training, "free", lambda self: free(self) or seen.append(len(self.optimizer.state)))

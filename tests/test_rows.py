@@ -165,9 +165,9 @@ CASES = {
     ),
     "an assistant that opens": Case(chat(SAY, ASK, SAY), counted=[WHOLE, WHOLE]),
     "a template without ends": Case(
-        chat(ASK, SAY), "plain", counted=[" Nine degrees.\n"], stops=[], says=["rows whose turns no special token ends"]
+        chat(ASK, SAY), "plain", counted=[" Nine degrees.\n"], stops=[], says=["turns that do not end with a special token"]
     ),
-    "words in other letters": Case(chat(ASK, SAY), "lower", counted=["nine degrees.<|im_end|>"], says=["leaves out or rewrites"]),
+    "words in other letters": Case(chat(ASK, SAY), "lower", counted=["nine degrees.<|im_end|>"], says=["assistant text dropped or rewritten"]),
     "every token": Case(chat(ASK, SAY), options={"assistant_only": False}, reads="How warm", stops=["<|im_end|>"]),
     # ---- roles
     "a system text": Case(chat({"role": "system", "content": "Be brief."}, ASK, SAY), counted=[WHOLE], reads="Be brief."),
@@ -177,7 +177,7 @@ CASES = {
     ),
     "a system text left out": Case(
         chat({"role": "system", "content": "Be brief."}, ASK, SAY), "mistral",
-        says=["system text that the chat template leaves out"], counted=[" Nine degrees.</s>"],
+        says=["system text dropped or rewritten"], counted=[" Nine degrees.</s>"],
     ),
     "a role left out": Case(
         chat(ASK, {"role": "observation", "content": "It snows."}, SAY), "mistral",
@@ -218,14 +218,14 @@ CASES = {
     "tool calls of gpt-oss": Case(
         chat(ASK, CALLS | {"thinking": "I ask."}, RESULT, SAY), "gpt-oss", stops=["<|return|>", "<|call|>"],
         counted=[' to=weather<|message|>{"city": "Oslo"}<|call|>', "<|channel|>final<|message|>Nine degrees.<|return|>"],
-        says=["thinking that the chat template leaves out"],
+        says=["thinking dropped or rewritten"],
     ),
     "two calls of which one is written": Case(
         chat(ASK, CALLS | {"tool_calls": [CALL, {"function": {"name": "weather", "arguments": {"city": "Bergen"}}}]}, RESULT, SAY),
         "llama", refused="the chat template leaves out, repeats or rewrites the assistant's words",
     ),
     "words beside a call": Case(
-        chat(ASK, CALLS | {"content": "Let me look."}, RESULT, SAY), "llama", says=["words of the assistant that"]
+        chat(ASK, CALLS | {"content": "Let me look."}, RESULT, SAY), "llama", says=["assistant text dropped"]
     ),
     "tool calls as JSON text": Case(
         chat(ASK, CALLS | {"tool_calls": json.dumps([CALL])}, RESULT, SAY), "llama", reads='{"city": "Oslo"}'
@@ -237,12 +237,12 @@ CASES = {
     ),
     "tools that nothing reads": Case(chat(ASK, SAY, tools=TOOLS), says=["column tools"]),
     "tools that the template leaves out": Case(
-        chat(ASK, SAY, tools=TOOLS), says=["column tools that the chat template leaves out"],
+        chat(ASK, SAY, tools=TOOLS), says=["column tools dropped or rewritten"],
         options={"chat_template": "{% if tools and messages[0].role == 'system' %}{{ tools }}{% endif %}" + CHATML},
     ),
     "arguments as text": Case(
         chat(ASK, {**CALLS, "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]}, RESULT, SAY),
-        "qwen", says=["arguments of tool_calls that are text"],
+        "qwen", says=["tool_calls arguments given as a string"],
     ),
     # ---- thinking
     "thinking": Case(
@@ -256,15 +256,15 @@ CASES = {
     "thinking of an earlier turn of gpt-oss": Case(
         chat(ASK, SAY | {"thinking": "It says 9."}, ASK, SAY), "gpt-oss", stops=["<|return|>"],
         counted=["<|channel|>final<|message|>Nine degrees.", "<|channel|>final<|message|>Nine degrees.<|return|>"],
-        says=["thinking that the chat template leaves out"],
+        says=["thinking dropped or rewritten"],
     ),
     "thinking of an earlier turn": Case(
         chat(ASK, SAY | {"reasoning_content": "It says 9."}, ASK, SAY), "qwen", counted=[WHOLE, WHOLE],
-        says=["reasoning_content that the chat template leaves out"],
+        says=["reasoning_content dropped or rewritten"],
     ),
     "thinking in the content": Case(
         chat(ASK, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nNine degrees."}), "qwen", counted=[WHOLE],
-        says=["thinking that the chat template leaves out"],
+        says=["thinking dropped or rewritten"],
     ),
     "thinking that nothing reads": Case(
         chat(ASK, SAY | {"reasoning_content": "It says 9."}), says=["key reasoning_content of messages"], counted=[WHOLE]
@@ -421,7 +421,7 @@ def test_a_base_student_takes_the_teachers_template_and_the_tokens_it_names(make
         GPT2Config().save_pretrained(tmp_path / name)
     words = [f"{name}.path={tmp_path / name}" for name in ("teacher", "student")]
     shared = load_tokenizer(compose(["teacher=hf", "student=hf", *words]))
-    assert shared.template == "the teacher's, which the student is saved with"
+    assert shared.template == "the teacher's (saved with the student)"
     text = shared.tokenizer.apply_chat_template([ASK, SAY], tokenize=False)
     assert text.endswith("<|im_start|>assistant\nNine degrees.<|im_end|>\n")
 
@@ -430,7 +430,7 @@ def test_whose_template_is_used_and_a_beginning_of_text_is_written_once_or_said_
     make_tokenizer, data_config, tmp_path
 ):
     (tmp_path / "chat.jinja").write_text(CHATML, encoding="utf-8")
-    lacks = "; it does not write <bos>, which begins other texts"
+    lacks = "; it does not begin with <bos>, which the tokenizer puts before plain text"
     for own, options, template, says in (
         (None, {}, "{{ bos_token }}" + JOINED_BY_END_OF_TEXT, "turns joined by the end-of-text token, after <bos>"),
         (CHATML, {}, CHATML, f"the tokenizer's own{lacks}"),
@@ -445,7 +445,7 @@ def test_whose_template_is_used_and_a_beginning_of_text_is_written_once_or_said_
         assert prepare_tokenizer(shared, data_config("messages", **options)) == says
         assert tokenizer.chat_template == template
         (row,) = Encoder(shared).encode(Conversation("", [ASK, SAY], "")).rows
-        assert row.tokens.count(bos[1]) == ("write" not in says)
+        assert row.tokens.count(bos[1]) == (lacks not in says)
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match=r"data\.chat_template: .* neither a template nor an end-of-text"):

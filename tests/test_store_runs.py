@@ -109,7 +109,7 @@ class TestRoom:
         monkeypatch.setattr("kdx.store.room", lambda root: (10_000, 20_000))
         summary = distill(config_of(place, tmp_path / "store", "teacher.store=auto"), tmp_path / "auto")
         assert summary.run["store"] is None
-        assert (tmp_path / "auto" / "kdx.log").read_text().count("a tenth of the disk is left to others") == 1
+        assert (tmp_path / "auto" / "kdx.log").read_text().count("a tenth of the disk stays free") == 1
 
     def test_no_more_room_in_mid_run(self, place, filled, tmp_path, small_disk, monkeypatch):
         """One warning, and the same student; where disks cannot be mounted it is the limit that is reached."""

@@ -124,8 +124,8 @@ def test_a_process_does_what_is_neither_done_nor_held_and_says_which_are(
     assert folders.sweep("old", "held", "cut-off", "new") == 0
     assert folders.runs == ["cut-off", "new"]
     out, err = capsys.readouterr()
-    assert f"kdx: {os.path.relpath(folders.root / 'old')}: done already" in out
-    assert "held: in use by pid 7 on host elsewhere, passed over" in out
+    assert f"kdx: {os.path.relpath(folders.root / 'old')}: already done" in out
+    assert "held: in use by pid 7 on host elsewhere, skipped" in out
     assert "kdx: 1 of 4 jobs held by other processes:" in err
     assert True not in folders.printed  # that process will compare
 

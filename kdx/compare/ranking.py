@@ -159,7 +159,7 @@ class Ranking:
                 groups.append(group)
             group.append(point)
         alike = " — ".join("; ".join(map(str, group)) for group in groups if len(group) > 1)
-        what = f"Really the same mixture (effective alpha within {SAME_MIXTURE} at start and end)"
+        what = f"Effectively the same mixture of losses (effective alpha within {SAME_MIXTURE} at start and end)"
         return f"{what}: {alike}." if alike else ""
 
 

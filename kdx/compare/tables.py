@@ -11,8 +11,8 @@ import pandas as pd
 from kdx.compare.ranking import CAVEAT, DIGITS, EVERY, RANKED, Column, Comparison, Point, Ranking, shown
 
 APART = (
-    "Measures compare only on the same held-out rows and with the same teacher in the same precision. "
-    "Each of these tables has its own."
+    "Measures can be compared only on the same held-out rows and with the same teacher at the same precision, "
+    "so there is one table for each such set."
 )
 Grid = list[tuple[str, ...]]  # a header, then rows of cells; the first cell labels the row
 

@@ -43,8 +43,8 @@ GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # around what the 
 CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")  # a template that writes today's date
 JOINED_BY_END_OF_TEXT = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 LONG = "longer than data.max_length"
-QUOTED = "arguments of tool_calls that are text, which the chat template quotes again: give objects"
-ENDLESS = "rows whose turns no special token ends: the student does not learn where to stop"
+QUOTED = "tool_calls arguments given as a string, which the chat template quotes again: use objects"
+ENDLESS = "turns that do not end with a special token: the student will not learn where to stop"
 
 NOT_COLUMNS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "dict", "range"}
 REASONING = {"reasoning_content", "reasoning", "thinking"}  # names of one thing, which transformers gives templates
@@ -235,7 +235,7 @@ class Encoder:
             counted, stops = self._count(tokens, encoding["offset_mapping"], spans)
         found = Encoded(counts=[("said", what) for what in [*said, *([] if stops else [ENDLESS])]], stops=stops)
         if alien := self.foreign.intersection(tokens):
-            what = f"the row has the token {self.tokenizer.convert_ids_to_tokens(min(alien))!r}, which one model lacks"
+            what = f"the token {self.tokenizer.convert_ids_to_tokens(min(alien))!r} is unknown to one of the two models"
             return Encoded(fault=DataError(where, what, "Use a data.chat_template that both models know"))
         if len(tokens) > self.max_length:
             if self.on_long == "error":
@@ -373,7 +373,7 @@ class Encoder:
 
         def look_for(what: str, parts: list[Any]) -> None:
             if not all(map(is_there, parts)):
-                said.add(f"{what} that the chat template leaves out or rewrites")
+                said.add(f"{what} dropped or rewritten by the chat template")
 
         for name, value in conversation.variables.items():
             parts = texts_in(value) if isinstance(value, list | dict) else []  # a text may be a switch
@@ -384,7 +384,7 @@ class Encoder:
             if role == "assistant":
                 *thinking, words = re.split("</?think>", content)
                 look_for("thinking", thinking)
-                look_for("words of the assistant", [words])
+                look_for("assistant text", [words])
             elif content.strip() not in text and MARK not in self._prefix(conversation, _saying_more(messages, i)):
                 if role not in ("system", "developer"):
                     what = f"messages[{i}]: the chat template leaves out the role {role}"
@@ -532,7 +532,7 @@ def prepare_tokenizer(shared: SharedTokenizer, config: DataConfig) -> str:
         what = f"is not Jinja: {one_line(error.message or '')} (line {error.lineno})"
         raise DataError(TEMPLATE, what, "Fix it, or give another") from None
     if beginning(tokenizer) and "bos_token" not in template and tokenizer.bos_token not in template:
-        where += f"; it does not write {tokenizer.bos_token}, which begins other texts"
+        where += f"; it does not begin with {tokenizer.bos_token}, which the tokenizer puts before plain text"
     if "strftime_now" in template:
-        where += f"; it reads the clock, and sees {config.template_date} (data.template_date)"
+        where += f"; it prints today's date, fixed to {config.template_date} (data.template_date)"
     return where

@@ -22,7 +22,7 @@ def parts_of(config: DataConfig) -> dict[str, tuple[DataConfig, float]]:
     if not isinstance(sources, dict) or not sources or not all(isinstance(given, dict) for given in sources.values()):
         raise ConfigError("data.sources", "names no sources", f"Give each a layout, a path and a weight: {hint}")
     if not config.shuffle:
-        raise ConfigError("data.shuffle", "is false, but the rows of a mixture are drawn", "Leave it out")
+        raise ConfigError("data.shuffle", "is false, but a mixture samples its rows", "Leave it out")
     general = {key: value for key, value in as_dict(config).items() if key not in (*ONE_SOURCES, "sources")}
     found, weights = {}, {}
     for name, given in sources.items():
@@ -30,7 +30,7 @@ def parts_of(config: DataConfig) -> dict[str, tuple[DataConfig, float]]:
         if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise ConfigError(f"{where}.weight", f"is {weight!r}, expected a number above 0", hint)
         if "chat_template" in given:
-            raise ConfigError(f"{where}.chat_template", "is the mixture's", "Set data.chat_template for all sources")
+            raise ConfigError(f"{where}.chat_template", "cannot be set for one source", "Set data.chat_template")
         own = {key: value for key, value in given.items() if key not in ("layout", "weight")}
         keys = {"subset": None, "split": "train", "take": None} | general | _layout(given.get("layout"), where) | own
         try:

@@ -175,7 +175,7 @@ def split(config: DataConfig, found: Conversations) -> tuple[list[int], list[int
     found.counts["dropped"]["equal to a held-out row"] += num_equal
     if config.take is not None:
         if config.take > len(train):
-            found.counts["said"][f"training rows are all that there are (data.take={config.take})"] = len(train)
+            found.counts["said"][f"all training rows are used, fewer than data.take={config.take}"] = len(train)
         train = sorted(heapq.nsmallest(config.take, train, key=rank))
     return train, held_out
 
@@ -321,7 +321,7 @@ def _messages(
         if isinstance(role, str):
             role = (roles or {}).get(role, role)
         if role not in ROLES:
-            hint = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in '+data.roles.bot=assistant'"
+            hint = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in data.roles.bot=assistant"
             raise DataError(place, f"the role is {kind_of(role)}", hint)
         content = _joined_parts(turn.get(content_key))
         if not (calls and content in (None, "")) and not (role not in ROLES[:4] and content == ""):

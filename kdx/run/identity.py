@@ -1,6 +1,6 @@
 """What decides which student comes out of a run: its config and the contents of the files it reads. Imports no torch.
 
-One definition serves job folders, "done already", resuming and ranking.
+One definition serves job folders, "already done", resuming and ranking.
 """
 
 import glob

@@ -90,7 +90,7 @@ def header(training: Any) -> list[str]:
         lines[name] = f"{what}{len(rows):,} rows, {int(rows.num_counted.sum()):,} counted tokens"
     for name, counted in (("left out", data.dropped), ("changed", data.changed), ("notes", data.said)):
         if counted:
-            lines[name] = "; ".join(f"{number:,} {rule}" for rule, number in counted.items())
+            lines[name] = "; ".join(f"{rule} ({number:,} rows)" for rule, number in counted.items())
     lines |= {
         "chat template": data.template,
         "stops at": _stops(config, training),

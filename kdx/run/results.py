@@ -62,7 +62,7 @@ def check_room(training: Training, path: Path) -> None:
     needed = student + best + (checkpoint.KEPT + 1) * one * is_saved
     free = usage_of(path).free
     if needed > free:
-        what = f"the student and its checkpoints need {in_bytes(needed)}, and {in_bytes(free)} are free"
+        what = f"the student and its checkpoints need {in_bytes(needed)}, but only {in_bytes(free)} are free"
         hint = "Free some space, or choose another disk with hydra.run.dir=..."
         raise MachineError(str(path), what, hint + "; train.save_every=0 writes fewer checkpoints" * is_saved)
 
@@ -168,7 +168,7 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
     tracker.finish(summary, samples)
     CONSOLE.print(report.closing_table(summary))
     if pulls and 0 < config.loss.alpha < 1:
-        words = "effective alpha, the teacher's share of the gradient: %.2f at first, %.2f at last"
+        words = "effective alpha (the teacher's share of the gradient): %.2f at the start, %.2f at the end"
         log.info(words, pulls[0], pulls[-1])
     if store:
         log.info(report.store_line(store))

@@ -87,7 +87,7 @@ def test_what_goes_wrong_in_the_final_measures_costs_no_step(undisturbed, tmp_pa
     ended = start(config, run_dir, fault).code if kind == "SIGKILL" else run_here(config, run_dir, fault)
     assert (ended, status(run_dir)["state"]) == (code, state)
     if kind == "out of memory":
-        assert status(run_dir)["reason"].startswith("memory: ran out")
+        assert status(run_dir)["reason"].startswith("out of memory: ")
         assert "optim=adamw_8bit" in capfd.readouterr().err
     student = run_dir / "student/model.safetensors"
     written, trained = student.stat().st_mtime_ns, json.loads((run_dir / "trained.json").read_text())
@@ -152,7 +152,7 @@ def test_out_of_memory_in_training_keeps_the_last_checkpoint(place, tmp_path, un
         patch.setattr(Training, "forward_backward", step)
 
     assert run_here(config, tmp_path / "run", greedy) == 3
-    assert status(tmp_path / "run")["reason"].startswith("memory: ran out")
+    assert status(tmp_path / "run")["reason"].startswith("out of memory: ")
     assert checkpoints_of(tmp_path / "run") == ["step-00000002"]
     assert run_here(config, tmp_path / "run") == 0
     assert outcome(tmp_path / "run") == expected

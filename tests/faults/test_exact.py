@@ -148,7 +148,7 @@ def test_a_stop_comes_before_measures(place, tmp_path):
     assert [x["step"] for x in lines(tmp_path / "run/metrics.jsonl") if "eval/kl" in x] == [2, 4, 6]
 
 
-# ---- what no longer repeats bit for bit is noted
+# ---- what can no longer be reproduced bit for bit is noted
 
 
 def test_other_versions_and_a_store_that_comes_are_noted(stopped, tmp_path):
@@ -162,7 +162,7 @@ def test_other_versions_and_a_store_that_comes_are_noted(stopped, tmp_path):
 
     store = ("teacher.store=on", f"teacher.store_dir={tmp_path / 'store'}")
     assert run_here(config_of(folder / "place", *words, *store), tmp_path / "run", other_versions) == 0
-    assert "this run no longer repeats bit for bit: torch" in log_of(tmp_path / "run")
+    assert "this run can no longer be reproduced bit for bit: torch" in log_of(tmp_path / "run")
     marks = json.loads((tmp_path / "run/summary.json").read_text())["run"]["other_versions"]
     assert marks[0].startswith("torch ") and marks[0].endswith("up to step 5, then 0.0")
     assert marks[1:] == ["teacher.store off up to step 5, then on"]

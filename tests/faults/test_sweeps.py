@@ -115,7 +115,7 @@ def test_two_terminals_share_a_sweep_and_once_it_is_done_nothing_is_repeated(own
     env = environment(KDX_PLUGINS=plugins, KDX_CACHE=str(own / "cache"))
     again = subprocess.run(command, cwd=own, env=env, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert again.stdout.count(": done already") == 7
+    assert again.stdout.count(": already done") == 7
     assert again.stdout.count("compare.html") == 1
     imported = {line.rpartition("|")[2].strip() for line in again.stderr.splitlines()}
     assert not imported & {"torch", "transformers", "datasets", "wandb"}
