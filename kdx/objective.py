@@ -171,7 +171,9 @@ def distillation_loss(
         loss.check_options(name, options)
     if not 0 <= alpha <= 1 or not temperature > 0:
         raise ValueError(f"alpha is {alpha} (between 0 and 1), temperature {temperature} (above 0)")
-    answer = None if teacher_hidden is None or teacher_head is None else Answer(teacher_hidden, teacher_head)
+    answer = None
+    if alpha > 0 and teacher_hidden is not None and teacher_head is not None:
+        answer = Answer(teacher_hidden, teacher_head)
     if alpha > 0 and (answer is None or name == "cross_entropy"):
         raise ValueError(f"alpha is {alpha}: it needs the teacher's hidden states, its head and a divergence")
     counted = (labels != IGNORED).nonzero().squeeze(-1)
@@ -202,8 +204,6 @@ def summed_loss(
     with_pulls: also return PULLS.
     """
     weights = weights or {}
-    if mix.alpha == 0:
-        answer = None
     if answer:  # one tokenizer, heads padded differently: keep the ids that both have
         num_ids = min(head.num_ids, answer.head.num_ids)
         head, answer = head.cut(num_ids), Answer(answer.hidden, answer.head.cut(num_ids))

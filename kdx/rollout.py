@@ -23,7 +23,7 @@ from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
 from kdx.evaluate import NUM_SAMPLES
-from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out, stops_of
+from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out, stops_of, teacher_stops
 from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import log, logging_to
@@ -46,11 +46,15 @@ def register_sampler(function: Sampler) -> Sampler:
     return function
 
 
-def check_rollout(config: RolloutConfig) -> None:
-    """Refuse a sampler that is not registered. Raises ConfigError."""
-    if config.sampler is not None and config.sampler not in _SAMPLERS:
-        hint = f"{did_you_mean(config.sampler, list(_SAMPLERS))}. Your own: KDX_PLUGINS=module"
-        raise ConfigError("rollout.sampler", f"no sampler is named {config.sampler!r}", hint)
+def check_rollout(config: Config) -> None:
+    """Refuse a sampler that is not registered, and data without prompts. Raises ConfigError."""
+    sampler, data = config.rollout.sampler, config.data
+    if sampler is not None and sampler not in _SAMPLERS:
+        hint = f"{did_you_mean(sampler, list(_SAMPLERS))}. Your own: KDX_PLUGINS=module"
+        raise ConfigError("rollout.sampler", f"no sampler is named {sampler!r}", hint)
+    parts = [part for part, _ in parts_of(data).values()] if data.name == "mix" else [data]
+    if config.rollout.name != "none" and any(part.name == "text" for part in parts):
+        raise ConfigError("rollout", "needs prompts to answer, and plain text has none", "Leave that source out")
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,8 @@ class Rollouts(Batches):
         num_finished = sum(row.tokens[-1] in stops for row in own)
         before = self.said["rows"]
         self.said.update(rows=len(own), finished=num_finished)
-        if before < ENOUGH <= self.said["rows"] and 2 * self.said["finished"] < self.said["rows"]:
-            log.warning("over half of the student's answers are cut before they end: raise rollout.max_new_tokens")
+        if before < ENOUGH <= self.said["rows"]:
+            warn_if_cut("student", self.said["finished"], self.said["rows"])
         figures = {
             "own_rows": len(own),
             "own_tokens": sum(len(row.tokens) - row.start for row in own),
@@ -176,8 +180,14 @@ class Rollouts(Batches):
         return replace(batch, weights={"kd": kd, "ce": 1 - own, "own": alpha * own})  # own: of kd, for the log
 
 
-def sampling_of(config: RolloutConfig) -> Sampling:
-    return Sampling(config.max_new_tokens, config.temperature, config.top_p)
+def warn_if_cut(who: str, num_finished: int, num: int) -> None:
+    """Warn if most answers have no end."""
+    if 2 * num_finished < num:
+        log.warning("over half of the %s's answers are cut before they end: raise rollout.max_new_tokens", who)
+
+
+def sampling_of(config: RolloutConfig, stops: tuple[int, ...] = ()) -> Sampling:
+    return Sampling(config.max_new_tokens, config.temperature, config.top_p, stops)
 
 
 def last_turn(row: Row) -> int:
@@ -253,7 +263,7 @@ def with_teachers_answers(
     as they are. Held-out rows keep the people's words.
     """
     asked = (data.train[i] for i in numbers)
-    answers = dict(zip(numbers, teachers_answers(config, asked, shared, machine), strict=True))
+    answers = dict(zip(numbers, teachers_answers(config, asked, data.stops, shared, machine), strict=True))
     root, settings = cache_dir() / "data", [config.data.seed, *astuple(sampling_of(config.rollout))]
     about = json.dumps([data.fingerprint, shared.max_length, sorted(answers.items())])
     folder = root / xxhash.xxh3_128_hexdigest(about.encode())
@@ -277,9 +287,12 @@ def with_teachers_answers(
 
 
 def teachers_answers(
-    config: Config, rows: Iterable[Row], shared: SharedTokenizer, machine: Accelerator
+    config: Config, rows: Iterable[Row], row_stops: list[int], shared: SharedTokenizer, machine: Accelerator
 ) -> list[list[int]]:
-    """Have the teacher answer the prompt of each row → token ids, with the stop token; none where there is no room."""
+    """Have the teacher answer the prompt of each row → token ids, with the stop token; none where there is no room.
+
+    row_stops: tokens that end the rows; they end its answers as well.
+    """
     words, teacher, store = config.rollout, config.teacher, None
     if teacher.store != "off":
         root = Path(teacher.store_dir).expanduser().resolve()
@@ -293,7 +306,9 @@ def teachers_answers(
     prompts = [tuple(prompt) if len(prompt) < shared.max_length else () for prompt in map(prompt_of, rows)]
     unique = [list(prompt) for prompt in dict.fromkeys(prompts)]
     how: dict[str, Any] = {"batch_size": words.batch_size, "store": store, "about": config.data.seed}
-    answers = answers_to(unique, load, sampling_of(words), shared, machine, **how)
+    stops = teacher_stops(teacher, row_stops, shared)
+    answers = answers_to(unique, load, sampling_of(words, stops), shared, machine, **how)
+    warn_if_cut("teacher", sum(answer[-1] in stops for answer in answers if answer), sum(map(bool, answers)))
     known = dict(zip(map(tuple, unique), answers, strict=True))
     return [known[prompt] for prompt in prompts]
 
@@ -302,8 +317,9 @@ def write_answers(config: Config, file: Path) -> None:
     """Write each training conversation up to its last turn, with the teacher's answer, as a line for data=messages."""
     machine, shared = build_accelerator(config), load_tokenizer(config)
     with logging_to(None, machine.is_main_process):
-        rows = load_data(config.data, shared).train
-        answers = teachers_answers(config, rows, shared, machine)
+        given = load_data(config.data, shared)
+        rows, stops = given.train, given.stops
+        answers = teachers_answers(config, rows, stops, shared, machine)
         if not machine.is_main_process:
             return
         parts = parts_of(config.data) if config.data.name == "mix" else {"": (config.data, 1.0)}

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdx.adapter import merge_adapter
 from kdx.causal_lm import DTYPES, Head, attention_for, counted_hidden, device_dtype, head_of, load_causal_lm
 from kdx.config import TeacherConfig
-from kdx.data.batches import MicroBatch, merged
+from kdx.data.batches import MicroBatch, collate, merged
 from kdx.run.identity import model_digest
 from kdx.store import Identity, TeacherStore, load_head, open_store
 
@@ -65,6 +65,9 @@ class Teacher:
 
     def answer(self, batch: MicroBatch, *, is_kept: bool = True) -> Answer:
         """Answer a batch; if the store lacks one of its rows all are computed, in one layout, and stored if is_kept."""
+        if (most := self.rows_at_once) and len(batch.rows) > most:
+            parts = [collate(batch.rows[i : i + most], pad_id=0) for i in range(0, len(batch.rows), most)]
+            return Answer(torch.cat([self.answer(part, is_kept=is_kept).hidden for part in parts]), self.head)
         store = None if "" in batch.row_digests else self.store  # what the student said is never stored
         if (rows := store.read(batch.row_digests) if store else None) is None:
             hidden = self.live(batch)

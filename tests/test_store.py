@@ -241,8 +241,8 @@ class TestTeacher:
         store.close()
         assert torch.equal(Counting(llama, opened()).answer(batch).hidden, answer)
 
-    @pytest.mark.parametrize(("rows_at_once", "passes"), [(None, [2] * 4), (1, [2] * 4), (5, [4, 4]), (100, [8])])
-    def test_larger_passes(self, llama, rows, opened, rows_at_once, passes):
+    @pytest.mark.parametrize(("rows_at_once", "passes"), [(None, [2] * 4), (1, [1] * 8), (5, [4, 4]), (100, [8])])
+    def test_smaller_and_larger_passes(self, llama, rows, opened, rows_at_once, passes):
         rows = sorted(rows, key=lambda row: len(row.tokens), reverse=True)
         batches = [collate(rows[i : i + 2], 0) for i in range(0, 8, 2)]
         alone = [Counting(llama, None, torch.float64).live(batch) for batch in batches]
