@@ -16,7 +16,7 @@ import xxhash
 from accelerate import Accelerator
 
 from kdx.causal_lm import stop_ids
-from kdx.config import Config, RolloutConfig, replaced
+from kdx.config import Config, RolloutConfig
 from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, collate, write_rows
 from kdx.data.encode import Data, Encoder, load_data
 from kdx.data.mix import parts_of
@@ -55,18 +55,6 @@ def check_rollout(config: Config) -> None:
     parts = [part for part, _ in parts_of(data).values()] if data.name == "mix" else [data]
     if config.rollout.name != "none" and any(part.name == "text" for part in parts):
         raise ConfigError("rollout", "needs prompts to answer, and plain text has none", "Leave that source out")
-
-
-@dataclass(frozen=True)
-class OwnRow(Row):
-    """A row whose last turn, from token `start` on, the student said itself."""
-
-    start: int = 0
-
-    @property
-    def digest(self) -> str:
-        """Nothing: such a row never enters the teacher's store."""
-        return ""
 
 
 class StepRows(list[Row]):
@@ -153,8 +141,8 @@ class Rollouts(Batches):
     def _mixed(self, step: int, numbers: list[int], seconds: float) -> StepBatch:
         """Put the student's answers into the rows of a step; the denominator is counted then."""
         answers = self.kept[str(step)]
-        rows = StepRows(own_row(self.rows[i], answers.get(str(i))) for i in numbers)
-        own = [row for row in rows if isinstance(row, OwnRow)]
+        rows = StepRows(answered(self.rows[i], answers.get(str(i)), is_own=True) for i in numbers)
+        own = [row for row in rows if row.start is not None]
         stops = stops_of(self.objective.model.generation_config, self.shared)
         num_finished = sum(row.tokens[-1] in stops for row in own)
         before = self.said["rows"]
@@ -163,7 +151,7 @@ class Rollouts(Batches):
             warn_if_cut("student", self.said["finished"], self.said["rows"])
         figures = {
             "own_rows": len(own),
-            "own_tokens": sum(len(row.tokens) - row.start for row in own),
+            "own_tokens": sum(len(row.tokens) - (row.start or 0) for row in own),
             "finished": num_finished,
             "generation": seconds,
         }
@@ -172,7 +160,7 @@ class Rollouts(Batches):
     def _collated(self, rows: Sequence[Row], step: int) -> MicroBatch:
         """Pad rows, and weigh what the student said: the divergence counts in full, and there is no cross-entropy."""
         batch = collate(rows, self.pad_id)
-        starts = torch.tensor([getattr(row, "start", len(row.tokens)) for row in rows])
+        starts = torch.tensor([len(row.tokens) if row.start is None else row.start for row in rows])
         is_own = batch.positions % batch.input_ids.shape[1] + 1 >= starts[batch.row_of]
         alpha = self.objective.mix.at(step, self.max_steps).alpha
         own = is_own.to(torch.promote_types(self.objective.model.dtype, torch.float32))
@@ -218,13 +206,13 @@ def write_samples(run: Any, folder: Path) -> None:
     write_lines(file, lines)
 
 
-def own_row(row: Row, answer: list[int] | None) -> Row:
-    """Replace a row's last turn by an answer; without one it stays as it is given."""
+def answered(row: Row, answer: list[int] | None, *, is_own: bool = False) -> Row:
+    """Replace a row's last turn by an answer, the student's own or the teacher's; without one it stays as it is given."""
     if not answer:
         return row
     start = last_turn(row)
     tokens, counted = row.tokens[:start] + answer, row.counted[:start] + [True] * len(answer)
-    return OwnRow(row.id, tokens, counted, row.where, start)
+    return Row(row.id, tokens, counted, row.where, start if is_own else None)
 
 
 def figures(window: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -268,17 +256,10 @@ def with_teachers_answers(
     about = json.dumps([data.fingerprint, shared.max_length, sorted(answers.items())])
     folder = root / xxhash.xxh3_128_hexdigest(about.encode())
 
-    def rows() -> Iterator[Row]:
-        for i, row in enumerate(data.train):
-            start = last_turn(row)
-            answer = answers.get(i, [])[: shared.max_length - start]
-            counted = row.counted[:start] + [True] * len(answer)
-            yield Row(row.id, row.tokens[:start] + answer, counted, row.where) if answer else row
-
     with locked(root / f"{folder.name}.lock"):
         if not folder.is_dir():
             with whole_folder(folder) as beside:
-                write_rows(beside / "train", rows())
+                write_rows(beside / "train", (answered(row, answers.get(i)) for i, row in enumerate(data.train)))
     train = Rows(folder / "train")
     train.sources, train.drawn = data.train.sources, data.train.drawn
     # Of how rows were answered, not of the answers: a run of another length reads other rows of the same data.
@@ -299,18 +280,18 @@ def teachers_answers(
         identity = identity_of(teacher, machine.device)
         store = TeacherStore(root, identity, name=str(teacher.base_model or teacher.path), part="said")
 
-    def load() -> Any:
-        off = replaced(teacher, store="off")
-        return load_teacher(off, machine.device, shared.max_length, {}, is_repeated=False).model  # type: ignore[union-attr]
-
     prompts = [tuple(prompt) if len(prompt) < shared.max_length else () for prompt in map(prompt_of, rows)]
     unique = [list(prompt) for prompt in dict.fromkeys(prompts)]
     how: dict[str, Any] = {"batch_size": words.batch_size, "store": store, "about": config.data.seed}
     stops = teacher_stops(teacher, row_stops, shared)
+
+    def load() -> Any:
+        return load_teacher(teacher, machine.device, shared.max_length).model  # type: ignore[union-attr]
+
     answers = answers_to(unique, load, sampling_of(words, stops), shared, machine, **how)
     warn_if_cut("teacher", sum(answer[-1] in stops for answer in answers if answer), sum(map(bool, answers)))
     known = dict(zip(map(tuple, unique), answers, strict=True))
-    return [known[prompt] for prompt in prompts]
+    return [known[prompt][: shared.max_length - len(prompt)] for prompt in prompts]
 
 
 def write_answers(config: Config, file: Path) -> None:
