@@ -153,7 +153,7 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
             "seconds_per_step": state.seconds / state.step if state.step else None,
             "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
             "peak_memory_bytes": peak_memory(training.machine.device),
-            "store": asdict(store.counts) if store else None,
+            "store": store.counts if store else None,
         },
         "data": report.counts(training.data),
         "environment": report.environment(training, path),
