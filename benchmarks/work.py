@@ -62,7 +62,7 @@ def prepare_work(pair: str, folder: Path, *, steps: int) -> Work:
     if pair == "smollm2":  # the others read model folders
         build_student(config, machine, shared.max_length).save_pretrained(folder / "student")
         shared.tokenizer.save_pretrained(folder / "student")
-        teacher = load_teacher(config.teacher, machine.device, shared.max_length, {}, is_repeated=False)
+        teacher = load_teacher(config.teacher, machine.device, shared.max_length)
         assert teacher is not None
         teacher.model.save_pretrained(folder / "teacher")
     work = {

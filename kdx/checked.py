@@ -53,14 +53,17 @@ def _odd_options(tree: dict[str, Any], in_yaml: dict[str, Any], typed: Collectio
     return found
 
 
-def option_faults(
+def check_options(
     function: Callable[..., Any], options: dict[str, Any], prefix: str, num_given: int = 0, given: Sequence[str] = ()
-) -> list[ConfigError]:
-    """Check options against a function's signature, past the parameters it is given anyway: names, types, missing."""
+) -> None:
+    """Check options against a function's signature, past the parameters it is given anyway: names, types, missing.
+
+    Raises one ConfigError with a line for each fault.
+    """
     parameters = [*inspect.signature(function).parameters.values()][num_given:]
     parameters = [parameter for parameter in parameters if parameter.name not in given]
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return []
+        return
     types: dict[str, Any] = {}
     with suppress(NameError):  # an annotation may name what is imported for type checking alone
         types = get_type_hints(function) if inspect.isfunction(function) else {}
@@ -77,8 +80,7 @@ def option_faults(
     try:
         create_model("Options", __config__=OPTIONS, **fields).model_validate(options)
     except ValidationError as error:
-        return faults_of(error, options, unknown, prefix)
-    return []
+        raise together(faults_of(error, options, unknown, prefix)) from None
 
 
 def faults_of(

@@ -151,7 +151,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
 def check_names(config: Config) -> None:
     """Check the names and options that only registries know, before data or models are read. Raises ConfigError."""
     groups: dict[Callable[[Any], Any], Any] = {check_loss: config.loss, optimizer_class: config.optim}
-    groups |= {check_source: config.data, check_rollout: config.rollout}
+    groups |= {check_source: config.data, check_rollout: config}
     errors = []
     for check, group in groups.items():
         try:

@@ -5,11 +5,12 @@ N counted positions, n positions of a chunk, V vocabulary.
 
 import json
 import math
+import re
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, repeat
 from typing import Any
@@ -22,10 +23,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 
 from kdx import loss
-from kdx.causal_lm import Head, counted_hidden, generation_config, head_of
+from kdx.causal_lm import Head, counted_hidden, head_of
 from kdx.config import Config
 from kdx.data.batches import MicroBatch, Row, by_length, collate
-from kdx.generate import Sampling, answers_to, stops_of
+from kdx.generate import Sampling, answers_to, stops_of, teacher_stops
 from kdx.objective import blocks_of, chunk_size_of, chunks_of
 from kdx.run.signals import StopRequest
 from kdx.run.tracking import log, working
@@ -34,6 +35,7 @@ from kdx.teacher import Answer, Teacher
 from kdx.tokenizer import SharedTokenizer
 
 MEASURES = ("ce", "kl", "reverse_kl", "agreement", "accuracy")
+KEPT_BYTES = 2 * 2**30  # of a teacher's answers to held-out rows in main memory; it is asked again for the others
 MIN_ROWS = 8  # rows at once: measuring needs less memory than training
 LEAST_MEASURED, MOST_MEASURED = 8, 64  # prompts, with eval.num_prompts=auto
 TOKENS_FOR_A_PROMPT = 4000  # trained on: three models that each say 48 take about a tenth as long
@@ -68,6 +70,14 @@ class Measures:
         if (ce := means["ce"]) is not None:
             means["perplexity"] = math.exp(min(ce, 700.0))
         return means
+
+
+class Words:
+    """Splits text into words for ROUGE, in any script; rouge_score's own tokenizer keeps a–z and 0–9 alone."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return lower-case words; of scripts without spaces, characters."""
+        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", text.lower())
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class Judge:
         groups = by_length(rows, max(like.micro_batch_size, MIN_ROWS), like.micro_batch_tokens)
         groups = groups[like.rank :: like.num_processes]
         self.rows, self.groups, self.pad_id = rows, groups, like.pad_id
-        self.answers: list[Answer] | None = None  # of the teacher, in main memory, by batch; taken once
+        self.answers: list[Answer] | None = None  # of the teacher to the first batches, taken once; in main memory
         self.teacher_measures = Measures([])
 
     @torch.no_grad()
@@ -124,15 +134,23 @@ class Judge:
 
     def _ask_teacher(self) -> None:
         """Take the teacher's answers to the held-out rows, and measure them as a student's."""
-        teacher, answers = self.run.teacher, list[Answer]()
-        head = teacher.head.cut(self.run.objective.num_ids)
+        answers, room = list[Answer](), KEPT_BYTES
 
         def hidden_of(batch: MicroBatch) -> Tensor:
-            answers.append(Answer(teacher.answer(batch).hidden.cpu(), head))
-            return answers[-1].hidden
+            nonlocal room
+            answer = self._teachers(batch)
+            room -= answer.hidden.nbytes
+            if room > 0:
+                answers.append(replace(answer, hidden=answer.hidden.cpu()))
+            return answer.hidden
 
+        head = self.run.teacher.head.cut(self.run.objective.num_ids)
         self.teacher_measures = self._measured("Evaluating teacher", head, hidden_of)
         self.answers = answers
+
+    def _teachers(self, batch: MicroBatch) -> Answer:
+        answer = self.run.teacher.answer(batch)
+        return replace(answer, head=answer.head.cut(self.run.objective.num_ids))
 
     def _measured(
         self, what: str, head: Head, hidden_of: Callable[[MicroBatch], Tensor], answers: list[Answer] | None = None
@@ -141,7 +159,8 @@ class Judge:
         with working(what, len(self.groups), self.run.machine.is_main_process) as advance:
             for i, group in enumerate(self.groups):
                 batch = collate([self.rows[k] for k in group], self.pad_id).to(head.weight.device)
-                rows += by_row(score(hidden_of(batch), head, batch, answers[i] if answers else None), batch)
+                answer = None if answers is None else answers[i] if i < len(answers) else self._teachers(batch)
+                rows += by_row(score(hidden_of(batch), head, batch, answer), batch)
                 advance()
                 self.stop.check()
         return Measures(gather_object(rows), tuple(self.run.data.held_out.sources))
@@ -151,8 +170,8 @@ class Judge:
         student, teacher, run = self.run.student, self.run.teacher, self.run
         untouched, of_teacher = self(student).means(), Said([], [])
         if teacher:
-            answers = teacher_answers(teacher, run.shared, self.prompts, run.machine)
-            stops = stops_of(generation_config(run.config.teacher, "teacher"), run.shared)
+            stops = teacher_stops(run.config.teacher, run.data.stops, run.shared)
+            answers = teacher_answers(teacher, run.shared, self.prompts, run.machine, stops)
             of_teacher = said_of(answers, self.prompts[: self.num_measured], run.tokenizer, stops)
         of_student = self.answered(student)
         num = teacher and teacher.num_parameters
@@ -222,26 +241,31 @@ def answered(
 
 
 def teacher_answers(
-    teacher: Teacher, shared: SharedTokenizer, prompts: list[dict[str, Any]], machine: Accelerator
+    teacher: Teacher,
+    shared: SharedTokenizer,
+    prompts: list[dict[str, Any]],
+    machine: Accelerator,
+    stops: tuple[int, ...],
 ) -> list[list[int]]:
     """Let the teacher answer prompts greedily, or read its answers from its store."""
     of_rows, inputs = teacher.store, [prompt["tokens"] for prompt in prompts]
     store = of_rows and TeacherStore(of_rows.root, teacher.identity, name=of_rows.name, part="said")
-    return answers_to(inputs, lambda: teacher.model, GREEDY, shared, machine, store=store, about=shared.num_ids)
+    greedy = replace(GREEDY, stops=stops)
+    return answers_to(inputs, lambda: teacher.model, greedy, shared, machine, store=store, about=shared.num_ids)
 
 
 def said_of(
     answers: list[list[int]],
     prompts: list[dict[str, Any]],
     tokenizer: Any,
-    stops: list[int],
+    stops: Sequence[int],
     kls: list[float] | None = None,
 ) -> Said:
     """Measure the answers to these prompts: ROUGE-L (F) to the people's answer, tokens, whether a stop token was said.
 
     kls: of each, the KL to the teacher summed over its tokens, if it was taken.
     """
-    scorer, rows = RougeScorer(["rougeL"]), []
+    scorer, rows = RougeScorer(["rougeL"], tokenizer=Words()), []
     for prompt, answer, kl in zip(prompts, answers, kls or repeat(None), strict=False):
         text = tokenizer.decode(answer, skip_special_tokens=True)
         rows.append(

@@ -133,8 +133,7 @@ def _on_policy(
         raise ConfigError(str(run.path), what, "Raise data.max_length")
     if (key := repr((config.teacher, shared.max_length))) not in teachers:
         teachers.clear()  # before the next is loaded
-        of_live = replaced(config.teacher, store="off")
-        teachers[key] = load_teacher(of_live, machine.device, shared.max_length, {}, is_repeated=False)  # type: ignore[assignment]
+        teachers[key] = load_teacher(config.teacher, machine.device, shared.max_length)  # type: ignore[assignment]
     teacher, identity = teachers[key], teachers[key].identity
     if [data.held_out_fingerprint, identity.teacher, identity.precision] != [*run.measured_on.values()]:
         was, now = run.measured_on["precision of the teacher"], identity.precision

@@ -16,7 +16,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from kdx.causal_lm import num_positions, stop_ids
+from kdx.causal_lm import generation_config, num_positions, stop_ids
+from kdx.config import TeacherConfig
 from kdx.data.batches import in_groups
 from kdx.run.tracking import working
 from kdx.store import TeacherStore
@@ -32,6 +33,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
+    stops: tuple[int, ...] = ()  # tokens that end an answer; empty: those of the model
 
 
 class Drawn(LogitsProcessor):
@@ -61,8 +63,8 @@ def generate(
 ) -> list[list[int]]:
     """Continue prompts in one batch, padded on the left, in eval mode → the new tokens, with the stop token if one was said.
 
-    All stop tokens of the model's generation config are heeded, and nothing else in it. No generator but those of the
-    rows is used. seeds: of each row.
+    Of the model's generation config only the stop tokens are used. No random generator but those of the rows is used.
+    seeds: of each row.
 
     An answer ends where the model can read no further. Prompts that leave it less room than the others are a batch of
     their own: beside them it would read on, past its last position.
@@ -73,7 +75,7 @@ def generate(
     for room in sorted({room for room in rooms if room > 0}):
         some = [i for i, own in enumerate(rooms) if own == room]
         drawn = Drawn(sampling, shared.num_ids, [seeds[i] for i in some], model.device)
-        said = _continued(model, [prompts[i] for i in some], room, drawn, shared)
+        said = _continued(model, [prompts[i] for i in some], room, drawn, shared, [*sampling.stops])
         for i, answer in zip(some, said, strict=True):
             answers[i] = answer
     return answers
@@ -81,11 +83,11 @@ def generate(
 
 @torch.no_grad()
 def _continued(
-    model: Any, prompts: list[list[int]], num_tokens: int, drawn: Drawn, shared: SharedTokenizer
+    model: Any, prompts: list[list[int]], num_tokens: int, drawn: Drawn, shared: SharedTokenizer, stops: list[int]
 ) -> list[list[int]]:
-    """Continue prompts, each by at most `num_tokens` tokens."""
+    """Continue prompts, each by at most `num_tokens` tokens. stops: as in Sampling."""
     longest, own, was_training = max(map(len, prompts)), model.generation_config, model.training
-    input_ids, stops = torch.full((len(prompts), longest), shared.pad_id), stops_of(own, shared)
+    input_ids, stops = torch.full((len(prompts), longest), shared.pad_id), stops or stops_of(own, shared)
     mask = torch.zeros_like(input_ids)
     for i, prompt in enumerate(prompts):
         input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
@@ -115,6 +117,11 @@ def stops_of(config: GenerationConfig, shared: SharedTokenizer) -> list[int]:
     """Return the tokens that end an answer; a model that names none stops at the tokenizer's end of text."""
     end = shared.tokenizer.eos_token_id
     return stop_ids(config) or ([] if end is None else [end])
+
+
+def teacher_stops(config: TeacherConfig, stops: Sequence[int], shared: SharedTokenizer) -> tuple[int, ...]:
+    """Return the tokens that end a teacher's answer: its own, and those that end the rows of the data."""
+    return tuple(dict.fromkeys([*stops_of(generation_config(config, "teacher"), shared), *stops]))
 
 
 def groups_of(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:

@@ -22,10 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from kdx import loss
 from kdx.causal_lm import Head, counted_hidden, head_of
-from kdx.checked import option_faults
+from kdx.checked import check_options
 from kdx.config import LossConfig
 from kdx.data.batches import IGNORED, MicroBatch
-from kdx.errors import ConfigError, did_you_mean, together
+from kdx.errors import ConfigError, did_you_mean
 from kdx.teacher import Answer
 
 CHUNK_BYTES = 2**27  # of a chunk's product h·Wᵀ: larger chunks mean fewer passes over the head's gradient
@@ -104,8 +104,7 @@ def check_loss(config: LossConfig) -> None:
         hint = f"{did_you_mean(name, choices)}. Your own: KDX_PLUGINS=module"
         raise ConfigError("loss.name", f"no divergence is named {name!r}", hint)
     function = loss.get("forward_kl" if name == "cross_entropy" else name)  # neither of these two has options
-    if faults := option_faults(function, config.options, "loss.", num_given=2, given=("labels",)):
-        raise together(faults)
+    check_options(function, config.options, "loss.", num_given=2, given=("labels",))
     if name != "cross_entropy":
         try:
             loss.check_options(name, config.options)  # ranges, and what the function returns
@@ -171,7 +170,9 @@ def distillation_loss(
         loss.check_options(name, options)
     if not 0 <= alpha <= 1 or not temperature > 0:
         raise ValueError(f"alpha is {alpha} (between 0 and 1), temperature {temperature} (above 0)")
-    answer = None if teacher_hidden is None or teacher_head is None else Answer(teacher_hidden, teacher_head)
+    answer = None
+    if alpha > 0 and teacher_hidden is not None and teacher_head is not None:
+        answer = Answer(teacher_hidden, teacher_head)
     if alpha > 0 and (answer is None or name == "cross_entropy"):
         raise ValueError(f"alpha is {alpha}: it needs the teacher's hidden states, its head and a divergence")
     counted = (labels != IGNORED).nonzero().squeeze(-1)
@@ -202,8 +203,6 @@ def summed_loss(
     with_pulls: also return PULLS.
     """
     weights = weights or {}
-    if mix.alpha == 0:
-        answer = None
     if answer:  # one tokenizer, heads padded differently: keep the ids that both have
         num_ids = min(head.num_ids, answer.head.num_ids)
         head, answer = head.cut(num_ids), Answer(answer.hidden, answer.head.cut(num_ids))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from kdx.checked import option_faults
+from kdx.checked import check_options
 from kdx.config import OptimConfig
-from kdx.errors import ConfigError, MachineError, did_you_mean, one_line, together
+from kdx.errors import ConfigError, MachineError, did_you_mean, one_line
 
 
 def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
@@ -25,8 +25,7 @@ def optimizer_class(config: OptimConfig) -> Callable[..., Optimizer]:
     known = {k: v for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Optimizer)}
     if name not in known:
         raise ConfigError("optim.name", f"{library} has no optimizer {name}", did_you_mean(name, sorted(known)))
-    if faults := option_faults(known[name], {"lr": config.lr, **config.options}, "optim.", num_given=1):
-        raise together(faults)
+    check_options(known[name], {"lr": config.lr, **config.options}, "optim.", num_given=1)
     return known[name]
 
 

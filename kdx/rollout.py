@@ -16,14 +16,14 @@ import xxhash
 from accelerate import Accelerator
 
 from kdx.causal_lm import stop_ids
-from kdx.config import Config, RolloutConfig, replaced
+from kdx.config import Config, RolloutConfig
 from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, collate, write_rows
 from kdx.data.encode import Data, Encoder, load_data
 from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
 from kdx.evaluate import NUM_SAMPLES
-from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out, stops_of
+from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out, stops_of, teacher_stops
 from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import log, logging_to
@@ -46,23 +46,15 @@ def register_sampler(function: Sampler) -> Sampler:
     return function
 
 
-def check_rollout(config: RolloutConfig) -> None:
-    """Refuse a sampler that is not registered. Raises ConfigError."""
-    if config.sampler is not None and config.sampler not in _SAMPLERS:
-        hint = f"{did_you_mean(config.sampler, list(_SAMPLERS))}. Your own: KDX_PLUGINS=module"
-        raise ConfigError("rollout.sampler", f"no sampler is named {config.sampler!r}", hint)
-
-
-@dataclass(frozen=True)
-class OwnRow(Row):
-    """A row whose last turn, from token `start` on, the student said itself."""
-
-    start: int = 0
-
-    @property
-    def digest(self) -> str:
-        """Nothing: such a row never enters the teacher's store."""
-        return ""
+def check_rollout(config: Config) -> None:
+    """Refuse a sampler that is not registered, and data without prompts. Raises ConfigError."""
+    sampler, data = config.rollout.sampler, config.data
+    if sampler is not None and sampler not in _SAMPLERS:
+        hint = f"{did_you_mean(sampler, list(_SAMPLERS))}. Your own: KDX_PLUGINS=module"
+        raise ConfigError("rollout.sampler", f"no sampler is named {sampler!r}", hint)
+    parts = [part for part, _ in parts_of(data).values()] if data.name == "mix" else [data]
+    if config.rollout.name != "none" and any(part.name == "text" for part in parts):
+        raise ConfigError("rollout", "needs prompts to answer, and plain text has none", "Leave that source out")
 
 
 class StepRows(list[Row]):
@@ -149,17 +141,17 @@ class Rollouts(Batches):
     def _mixed(self, step: int, numbers: list[int], seconds: float) -> StepBatch:
         """Put the student's answers into the rows of a step; the denominator is counted then."""
         answers = self.kept[str(step)]
-        rows = StepRows(own_row(self.rows[i], answers.get(str(i))) for i in numbers)
-        own = [row for row in rows if isinstance(row, OwnRow)]
+        rows = StepRows(answered(self.rows[i], answers.get(str(i)), is_own=True) for i in numbers)
+        own = [row for row in rows if row.start is not None]
         stops = stops_of(self.objective.model.generation_config, self.shared)
         num_finished = sum(row.tokens[-1] in stops for row in own)
         before = self.said["rows"]
         self.said.update(rows=len(own), finished=num_finished)
-        if before < ENOUGH <= self.said["rows"] and 2 * self.said["finished"] < self.said["rows"]:
-            log.warning("over half of the student's answers are cut before they end: raise rollout.max_new_tokens")
+        if before < ENOUGH <= self.said["rows"]:
+            warn_if_cut("student", self.said["finished"], self.said["rows"])
         figures = {
             "own_rows": len(own),
-            "own_tokens": sum(len(row.tokens) - row.start for row in own),
+            "own_tokens": sum(len(row.tokens) - (row.start or 0) for row in own),
             "finished": num_finished,
             "generation": seconds,
         }
@@ -168,7 +160,7 @@ class Rollouts(Batches):
     def _collated(self, rows: Sequence[Row], step: int) -> MicroBatch:
         """Pad rows, and weigh what the student said: the divergence counts in full, and there is no cross-entropy."""
         batch = collate(rows, self.pad_id)
-        starts = torch.tensor([getattr(row, "start", len(row.tokens)) for row in rows])
+        starts = torch.tensor([len(row.tokens) if row.start is None else row.start for row in rows])
         is_own = batch.positions % batch.input_ids.shape[1] + 1 >= starts[batch.row_of]
         alpha = self.objective.mix.at(step, self.max_steps).alpha
         own = is_own.to(torch.promote_types(self.objective.model.dtype, torch.float32))
@@ -176,8 +168,14 @@ class Rollouts(Batches):
         return replace(batch, weights={"kd": kd, "ce": 1 - own, "own": alpha * own})  # own: of kd, for the log
 
 
-def sampling_of(config: RolloutConfig) -> Sampling:
-    return Sampling(config.max_new_tokens, config.temperature, config.top_p)
+def warn_if_cut(who: str, num_finished: int, num: int) -> None:
+    """Warn if most answers have no end."""
+    if 2 * num_finished < num:
+        log.warning("over half of the %s's answers are cut before they end: raise rollout.max_new_tokens", who)
+
+
+def sampling_of(config: RolloutConfig, stops: tuple[int, ...] = ()) -> Sampling:
+    return Sampling(config.max_new_tokens, config.temperature, config.top_p, stops)
 
 
 def last_turn(row: Row) -> int:
@@ -208,13 +206,13 @@ def write_samples(run: Any, folder: Path) -> None:
     write_lines(file, lines)
 
 
-def own_row(row: Row, answer: list[int] | None) -> Row:
-    """Replace a row's last turn by an answer; without one it stays as it is given."""
+def answered(row: Row, answer: list[int] | None, *, is_own: bool = False) -> Row:
+    """Replace a row's last turn by an answer, the student's own or the teacher's; without one it stays as it is given."""
     if not answer:
         return row
     start = last_turn(row)
     tokens, counted = row.tokens[:start] + answer, row.counted[:start] + [True] * len(answer)
-    return OwnRow(row.id, tokens, counted, row.where, start)
+    return Row(row.id, tokens, counted, row.where, start if is_own else None)
 
 
 def figures(window: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -253,22 +251,15 @@ def with_teachers_answers(
     as they are. Held-out rows keep the people's words.
     """
     asked = (data.train[i] for i in numbers)
-    answers = dict(zip(numbers, teachers_answers(config, asked, shared, machine), strict=True))
+    answers = dict(zip(numbers, teachers_answers(config, asked, data.stops, shared, machine), strict=True))
     root, settings = cache_dir() / "data", [config.data.seed, *astuple(sampling_of(config.rollout))]
     about = json.dumps([data.fingerprint, shared.max_length, sorted(answers.items())])
     folder = root / xxhash.xxh3_128_hexdigest(about.encode())
 
-    def rows() -> Iterator[Row]:
-        for i, row in enumerate(data.train):
-            start = last_turn(row)
-            answer = answers.get(i, [])[: shared.max_length - start]
-            counted = row.counted[:start] + [True] * len(answer)
-            yield Row(row.id, row.tokens[:start] + answer, counted, row.where) if answer else row
-
     with locked(root / f"{folder.name}.lock"):
         if not folder.is_dir():
             with whole_folder(folder) as beside:
-                write_rows(beside / "train", rows())
+                write_rows(beside / "train", (answered(row, answers.get(i)) for i, row in enumerate(data.train)))
     train = Rows(folder / "train")
     train.sources, train.drawn = data.train.sources, data.train.drawn
     # Of how rows were answered, not of the answers: a run of another length reads other rows of the same data.
@@ -277,33 +268,39 @@ def with_teachers_answers(
 
 
 def teachers_answers(
-    config: Config, rows: Iterable[Row], shared: SharedTokenizer, machine: Accelerator
+    config: Config, rows: Iterable[Row], row_stops: list[int], shared: SharedTokenizer, machine: Accelerator
 ) -> list[list[int]]:
-    """Have the teacher answer the prompt of each row → token ids, with the stop token; none where there is no room."""
+    """Have the teacher answer the prompt of each row → token ids, with the stop token; none where there is no room.
+
+    row_stops: tokens that end the rows; they end its answers as well.
+    """
     words, teacher, store = config.rollout, config.teacher, None
     if teacher.store != "off":
         root = Path(teacher.store_dir).expanduser().resolve()
         identity = identity_of(teacher, machine.device)
         store = TeacherStore(root, identity, name=str(teacher.base_model or teacher.path), part="said")
 
-    def load() -> Any:
-        off = replaced(teacher, store="off")
-        return load_teacher(off, machine.device, shared.max_length, {}, is_repeated=False).model  # type: ignore[union-attr]
-
     prompts = [tuple(prompt) if len(prompt) < shared.max_length else () for prompt in map(prompt_of, rows)]
     unique = [list(prompt) for prompt in dict.fromkeys(prompts)]
     how: dict[str, Any] = {"batch_size": words.batch_size, "store": store, "about": config.data.seed}
-    answers = answers_to(unique, load, sampling_of(words), shared, machine, **how)
+    stops = teacher_stops(teacher, row_stops, shared)
+
+    def load() -> Any:
+        return load_teacher(teacher, machine.device, shared.max_length).model  # type: ignore[union-attr]
+
+    answers = answers_to(unique, load, sampling_of(words, stops), shared, machine, **how)
+    warn_if_cut("teacher", sum(answer[-1] in stops for answer in answers if answer), sum(map(bool, answers)))
     known = dict(zip(map(tuple, unique), answers, strict=True))
-    return [known[prompt] for prompt in prompts]
+    return [known[prompt][: shared.max_length - len(prompt)] for prompt in prompts]
 
 
 def write_answers(config: Config, file: Path) -> None:
     """Write each training conversation up to its last turn, with the teacher's answer, as a line for data=messages."""
     machine, shared = build_accelerator(config), load_tokenizer(config)
     with logging_to(None, machine.is_main_process):
-        rows = load_data(config.data, shared).train
-        answers = teachers_answers(config, rows, shared, machine)
+        given = load_data(config.data, shared)
+        rows, stops = given.train, given.stops
+        answers = teachers_answers(config, rows, stops, shared, machine)
         if not machine.is_main_process:
             return
         parts = parts_of(config.data) if config.data.name == "mix" else {"": (config.data, 1.0)}

@@ -59,15 +59,6 @@ class Identity:
         return self.dtype if self.quantization == "none" else f"{self.quantization}, {self.dtype}"
 
 
-@dataclass
-class Counts:
-    """What a store did for a run."""
-
-    hits: int = 0  # rows read
-    computed: int = 0  # rows that the teacher computed
-    bad: int = 0  # rows found damaged
-
-
 class Shard:
     """A file of named tensors with a checksum each, mapped into memory. Raises OSError or SafetensorError."""
 
@@ -90,7 +81,7 @@ class TeacherStore:
     ) -> None:
         self.root, self.identity, self.name, self.limit_gb = root, identity, name, limit_gb
         self.folder, self.rows = root / identity.key, root / identity.key / part
-        self.counts = Counts()
+        self.counts = {"hits": 0, "computed": 0, "bad": 0}  # rows read, computed by the teacher, found damaged
         self.is_full = False  # no more rows are written
         self._seen = set[Path]()
         self._shards_of = defaultdict[str, list[Shard]](list)  # by row digest
@@ -110,7 +101,7 @@ class TeacherStore:
         rows = [row for digest in digests if (row := self._row(digest)) is not None]
         if len(rows) < len(digests):
             return None
-        self.counts.hits += len(rows)
+        self.counts["hits"] += len(rows)
         return rows
 
     def write(self, digests: Sequence[str], rows: Sequence[Tensor]) -> list[Tensor]:
@@ -118,7 +109,7 @@ class TeacherStore:
 
         Those that are here already (duplicates, a half-filled store) are not replaced: the stored ones are returned.
         """
-        self.counts.computed += len(rows)
+        self.counts["computed"] += len(rows)
         stored = []
         for digest, row in zip(digests, rows, strict=True):
             if (known := self._row(digest)) is None and not self.is_full:
@@ -173,7 +164,7 @@ class TeacherStore:
         while shards:
             if (row := shards[0].read(digest)) is not None:
                 return row
-            self.counts.bad += 1
+            self.counts["bad"] += 1
             shards.pop(0)  # another shard may have it, written again
         return None
 

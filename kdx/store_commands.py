@@ -15,6 +15,7 @@ from kdx.data.batches import collate
 from kdx.data.encode import load_data
 from kdx.errors import ConfigError, MachineError, Parser
 from kdx.evaluate import MAX_NEW_TOKENS, num_prompts, teacher_answers
+from kdx.generate import teacher_stops
 from kdx.rollout import with_teachers_answers
 from kdx.run import signals
 from kdx.run.files import in_bytes, read_json, size_of
@@ -57,7 +58,8 @@ def _fill(config: Config) -> None:
         for start in starts:
             teacher.answer(collate(missing[start : start + size], shared.pad_id))
             advance()
-        teacher_answers(teacher, shared, data.prompts, machine)
+        stops = teacher_stops(config.teacher, data.stops, shared)
+        teacher_answers(teacher, shared, data.prompts, machine, stops)
     if is_main:
         log.info(store_line(store))
     machine.wait_for_everyone()

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdx.adapter import merge_adapter
 from kdx.causal_lm import DTYPES, Head, attention_for, counted_hidden, device_dtype, head_of, load_causal_lm
 from kdx.config import TeacherConfig
-from kdx.data.batches import MicroBatch, merged
+from kdx.data.batches import MicroBatch, collate, merged
 from kdx.run.identity import model_digest
 from kdx.store import Identity, TeacherStore, load_head, open_store
 
@@ -65,6 +65,9 @@ class Teacher:
 
     def answer(self, batch: MicroBatch, *, is_kept: bool = True) -> Answer:
         """Answer a batch; if the store lacks one of its rows all are computed, in one layout, and stored if is_kept."""
+        if (most := self.rows_at_once) and len(batch.rows) > most:
+            parts = [collate(batch.rows[i : i + most], pad_id=0) for i in range(0, len(batch.rows), most)]
+            return Answer(torch.cat([self.answer(part, is_kept=is_kept).hidden for part in parts]), self.head)
         store = None if "" in batch.row_digests else self.store  # what the student said is never stored
         if (rows := store.read(batch.row_digests) if store else None) is None:
             hidden = self.live(batch)
@@ -115,23 +118,23 @@ def load_teacher(
     config: TeacherConfig,
     device: torch.device,
     max_length: int,
-    rows: dict[str, int],
+    rows: dict[str, int] | None = None,
     *,
-    is_repeated: bool,
+    is_repeated: bool = False,
     is_compiled: bool = False,
 ) -> Teacher | None:
     """Open the teacher's store for these rows, and load the teacher if it lacks one; None without a teacher.
 
-    rows: digest → counted positions. is_repeated: whether rows are asked for more than once. Raises ModelError, or
-    MachineError if the store must be on and has no room.
+    rows: digest → counted positions; without them no store is used. is_repeated: whether rows are asked for more than
+    once. Raises ModelError, or MachineError if the store must be on and has no room.
     """
     if config.path is None:
         return None
     identity = identity_of(config, device)
-    store, store_words = open_store(config, identity, rows, is_repeated=is_repeated)
+    store, store_words = open_store(config, identity, rows, is_repeated=is_repeated) if rows else (None, "off")
     load = partial(load_body, config, DTYPES[identity.dtype], device, max_length, is_compiled=is_compiled)
     rows_at_once = None if config.micro_batch_size == "auto" else int(config.micro_batch_size)
     teacher = Teacher(load, identity, store, device, rows_at_once, store_words)
-    if store and store.missing(list(rows)):
+    if rows and store and store.missing(list(rows)):
         _ = teacher.model  # what is wrong with the model shows now, not in the middle of the run
     return teacher

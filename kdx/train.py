@@ -52,7 +52,7 @@ class State:
     step: int = 0
     tokens: int = 0  # input tokens without padding
     counted_tokens: int = 0  # those in the loss
-    seconds: float = 0.0  # spent in steps, without measuring and saving
+    seconds: float = 0.0  # spent in steps and on their own answers, without measuring and saving
     window: list[dict[str, Any]] = field(default_factory=list)  # steps since the last line of metrics
     best: float = math.inf  # held-out measure
     best_step: int = 0
@@ -69,7 +69,7 @@ class State:
         self.step += 1
         self.tokens += batch.num_input_tokens
         self.counted_tokens += batch.num_tokens
-        self.seconds += seconds
+        self.seconds += seconds + batch.figures.get("generation", 0.0)
         counted = 0 if is_skipped else batch.num_tokens
         part = {"counted": counted, "tokens": batch.num_input_tokens, "seconds": seconds, "epoch": batch.epoch}
         self.window.append(part | batch.figures | values)

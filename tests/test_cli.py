@@ -14,7 +14,7 @@ import yaml
 from processes import in_process as run
 
 from kdx import __version__, cli, plugins
-from kdx.checked import option_faults
+from kdx.checked import check_options
 from kdx.cli import compose
 from kdx.compose import Composer, Plan, alike, newest, plan, resumed
 from kdx.config import as_dict, leaves
@@ -509,9 +509,11 @@ def test_options_are_checked_against_the_signature():
         pass
 
     def lines(**options: object) -> list[str]:
-        return [line for fault in option_faults(source, options, "data.") for line in fault.lines]
+        with pytest.raises(ConfigError) as found:
+            check_options(source, options, "data.")
+        return found.value.lines
 
-    assert lines(path="x", min_turns=3, roles={"a": "b"}) == []
+    check_options(source, {"path": "x", "min_turns": 3, "roles": {"a": "b"}}, "data.")
     assert lines() == ["data.path: is missing. Set it: data.path=..."]
     assert lines(path="x", min_turn=3)[0].startswith("data.min_turn: is not an option here. Did you mean min_turns?")
     assert lines(path="x", min_turns="few", roles={"a": 1}) == [

@@ -112,4 +112,11 @@ def test_alpha_and_temperature_move_in_equal_steps():
     assert math.isclose(mix.at(0, 1).alpha, 0.2)
     assert mix.formula() == "loss = α·τ²·forward_kl(teacher, student; τ) + (1−α)·CE(student, labels), α=0.2→1, τ=4→2"
     still = Mix("forward_kl", 0.2, 4.0)
+    s, t = torch.randn(3, 8), torch.randn(3, 8)
+    _, terms = summed_loss(
+        s, Head(torch.eye(8)), Answer(t, Head(torch.eye(8))), torch.tensor([1, 2, 3]), Mix(alpha=0.0)
+    )
+    assert float(terms["kd"]) == pytest.approx(
+        float(loss.divergence("forward_kl", s, t).sum())
+    )  # logged at the end, too
     assert still.at(3, 5) is still

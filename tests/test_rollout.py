@@ -245,12 +245,13 @@ def test_a_sampler_of_ones_own(place: Path, tmp_path: Path, monkeypatch: pytest.
         (["rollout.share=1"], "rollout.share: has no effect: nothing is generated. Add rollout=student"),
         (["rollout=student", "loss.alpha=0"], "loss.alpha: is 0, and cross-entropy teaches nothing"),
         (["rollout=student", "data.assistant_only=false"], "data.assistant_only: is false"),
+        (["rollout=teacher", "data=text"], "rollout: needs prompts to answer, and plain text has none"),
         (["eval.metric=on_policy_kl"], "eval.metric: is on_policy_kl, which needs eval.num_prompts"),
     ],
 )
 def test_what_makes_no_sense_is_refused(place: Path, words: list[str], reason: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        config_of(place, *words)
+        distill.check_names(config_of(place, *words))
     assert reason in str(refused.value)
 
 
@@ -391,6 +392,19 @@ def test_rouge_is_of_the_peoples_answer(make_tokenizer: Any) -> None:
     found = said_of([tokenizer(said)["input_ids"]], [prompt], tokenizer, [0]).means()
     assert found["rouge_l"] == pytest.approx(0.5)  # of four words each, "the capital" is in the same order
     assert found["finished"] == 0
+    other = {"text": "", "reference": "Столица Франции — Париж. 首都是巴黎"}
+    tokens = tokenizer(other["reference"])["input_ids"]
+    tokenizer.decode = lambda *a, **k: other["reference"]
+    assert said_of([tokens], [other], tokenizer, [0]).means()["rouge_l"] == 1
+
+
+def test_a_teacher_stops_where_the_rows_do() -> None:
+    """Its own generation config may not know their stop token; without it, it would write the next turn too."""
+    model = gpt2(0)
+    (free,) = generate(model, [PROMPTS[2]], GREEDY, SHARED)
+    assert len(free) > 4
+    (stopped,) = generate(model, [PROMPTS[2]], replace(GREEDY, stops=(0, 7, free[3])), SHARED)
+    assert stopped == free[: free.index(free[3]) + 1]
 
 
 def test_adapters_roll_out(place: Path) -> None:

@@ -19,6 +19,7 @@ from standins import write_dialogpt, write_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kdx import evaluate
 from kdx.cli import compose
 from kdx.config import Config
 from kdx.data.encode import load_data
@@ -263,6 +264,15 @@ def test_a_student_that_is_the_teacher_measures_zero(place: Path, tmp_path: Path
     assert summary.untouched["agreement"] == 1
     assert summary.untouched["ce"] == pytest.approx(summary.teacher["ce"], abs=1e-6)
     assert not (tmp_path / "student").exists()
+
+
+def test_a_teacher_is_asked_again_for_held_out_rows_that_memory_has_no_room_for(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = distill(short(place, "train.max_steps=0"), tmp_path / "kept")
+    monkeypatch.setattr(evaluate, "KEPT_BYTES", 2000)
+    again = distill(short(place, "train.max_steps=0"), tmp_path / "again")
+    assert again.student["kl"] == kept.student["kl"] and again.teacher["ce"] == kept.teacher["ce"]
 
 
 def test_dropout_is_on_while_training_and_off_while_measuring(place: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class Row:
     tokens: list[int]
     counted: list[bool]
     where: str = ""  # file:line
+    start: int | None = None  # from this token on the student said it itself; None: a row as it was given
 
     @cached_property
     def num_counted(self) -> int:
@@ -41,7 +42,12 @@ class Row:
 
     @cached_property
     def digest(self) -> str:
-        """What decides a teacher's hidden states of this row: its tokens, and which of them count."""
+        """What decides a teacher's hidden states of this row: its tokens, and which of them count.
+
+        Empty for the student's own words, which never enter the teacher's store.
+        """
+        if self.start is not None:
+            return ""
         numbers = np.asarray(self.tokens, np.int32).tobytes() + np.asarray(self.counted[1:], bool).tobytes()
         return xxhash.xxh3_128_hexdigest(numbers)
 

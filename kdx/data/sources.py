@@ -21,11 +21,11 @@ import xxhash
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kdx.checked import option_faults
+from kdx.checked import check_options
 from kdx.config import DataConfig
 from kdx.data.files import Item, kind_of, read_rows, resolve_path, text_in, what_is_read
 from kdx.data.mix import parts_of
-from kdx.errors import ConfigError, DataError, did_you_mean, together
+from kdx.errors import ConfigError, DataError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +134,7 @@ def check_source(config: DataConfig, where: str = "data") -> None:
     if config.name not in _SOURCES:
         hint = did_you_mean(config.name, sorted(_SOURCES)) + ". For your own: KDX_PLUGINS=module"
         raise ConfigError(f"{where}.name", f"no source is named {config.name!r}", hint)
-    if faults := option_faults(_SOURCES[config.name], _options(config), f"{where}."):
-        raise together(faults)
+    check_options(_SOURCES[config.name], _options(config), f"{where}.")
 
 
 def read_conversations(config: DataConfig, folder: Path | None = None, encoder: Any = None) -> Conversations:

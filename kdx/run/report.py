@@ -177,9 +177,9 @@ def measures(summary: dict[str, Any]) -> list[list[str]]:
 
 def store_line(store: TeacherStore) -> str:
     """Summarise what the teacher's cache did for the run."""
-    counts = store.counts
-    damaged = f", {counts.bad:,} damaged and computed again" if counts.bad else ""
-    return f"teacher cache: {counts.hits:,} rows read, {counts.computed:,} computed{damaged}"
+    hits, computed, bad = store.counts.values()
+    damaged = f", {bad:,} damaged and computed again" if bad else ""
+    return f"teacher cache: {hits:,} rows read, {computed:,} computed{damaged}"
 
 
 def samples_page(samples: list[dict[str, Any]], max_new_tokens: int, own: list[dict[str, Any]]) -> str:

@@ -55,12 +55,17 @@ def bytes_on_disk(training: Training) -> tuple[int, int, int]:
 
 
 def check_room(training: Training, path: Path) -> None:
-    """Refuse a run whose student and checkpoints do not fit on its disk. Raises MachineError."""
+    """Refuse a run whose student and checkpoints do not fit on its disk. Raises MachineError.
+
+    Checkpoints by time are only warned about: the run may be done before the first.
+    """
     config = training.config.train
     student, best, one = bytes_on_disk(training)
     is_saved = 0 < config.save_every < training.max_steps
-    needed = student + best + (checkpoint.KEPT + 1) * one * is_saved
-    free = usage_of(path).free
+    checkpoints, free = (checkpoint.KEPT + 1) * one, usage_of(path).free
+    needed = student + best + checkpoints * is_saved
+    if needed <= free < student + best + checkpoints:
+        log.warning("checkpoints may need %s, but only %s are free", in_bytes(checkpoints), in_bytes(free))
     if needed > free:
         what = f"the student and its checkpoints need {in_bytes(needed)}, but only {in_bytes(free)} are free"
         hint = "Free some space, or choose another disk with hydra.run.dir=..."
@@ -148,7 +153,7 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
             "seconds_per_step": state.seconds / state.step if state.step else None,
             "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
             "peak_memory_bytes": peak_memory(training.machine.device),
-            "store": asdict(store.counts) if store else None,
+            "store": store.counts if store else None,
         },
         "data": report.counts(training.data),
         "environment": report.environment(training, path),
