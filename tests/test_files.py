@@ -106,9 +106,13 @@ def test_a_folder_a_glob_and_a_list_give_their_files_in_order(tmp_path):
 
 
 def test_a_folder_has_the_splits_its_files_are_named_for(tmp_path):
-    for name in ("train.jsonl", "test-00000.jsonl", "test-00001.jsonl", "tests.jsonl"):
+    for name in ("train.jsonl", "test-00000.jsonl", "test-00001.jsonl.gz", "tests.jsonl", "sft/test_sft-0.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, [{"source": name, "target": "x"}])
-    assert [row["source"] for row in rows_of(str(tmp_path), "test")] == ["test-00000.jsonl", "test-00001.jsonl"]
+    assert [row["source"] for row in rows_of(str(tmp_path), "test")] == ["test-00000.jsonl", "test-00001.jsonl.gz"]
+    assert [row["source"] for row in rows_of(str(tmp_path))] == ["train.jsonl"]
+    assert "file of the split train" in error_of(str(tmp_path / "sft"))
+    assert rows_of(str(tmp_path / "sft"), "test_sft")
     assert "file of the split dev" in error_of(str(tmp_path), "dev")
     saved = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": saved, "test": saved.select([1])}).save_to_disk(tmp_path / "saved")
