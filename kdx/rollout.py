@@ -307,7 +307,7 @@ def write_answers(config: Config, file: Path) -> None:
         conversations: dict[str, Conversation] = {}
         for name, (data, _) in parts.items():
             encoder = Encoder(shared, day=data.template_date)
-            found = read_conversations(data, cache_dir() / "data", encoder)
+            found = read_conversations(data, encoder)
             conversations |= {f"{name}/{c.id}".removeprefix("/"): c for c in map(found.__getitem__, range(len(found)))}
         texts = []
         for row, answer in zip(rows, answers, strict=True):

@@ -6,6 +6,7 @@ import random
 import sys
 import types
 
+import datasets
 import pytest
 from standins import DIALOGPT_TEMPLATE
 
@@ -239,6 +240,18 @@ def test_a_second_run_maps_what_the_first_has_encoded(file_of, data_config, load
         ):
             with pytest.raises(AssertionError, match="read or encoded again"):
                 changed()
+
+
+def test_a_hub_data_set_is_read_again_only_when_it_changes(data_config, load, monkeypatch):
+    hub = {"org/name": datasets.Dataset.from_list(numbered(30))}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **_: hub[path])
+    config = data_config("pairs", path="org/name", validation=5)
+    first = load(config)
+    monkeypatch.setattr(encode, "read_conversations", unread)
+    assert load(config).fingerprint == first.fingerprint
+    hub["org/name"] = datasets.Dataset.from_list(numbered(31))
+    with pytest.raises(AssertionError, match="read or encoded again"):
+        load(config)
 
 
 def test_ones_own_source_is_cached_by_what_it_yields(registry, data_config, load, monkeypatch):

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from kdx.data.files import read_rows, source_files
+from kdx.data.files import origins_of, read_rows
 from kdx.errors import DataError, MachineError
 
 ROWS = [{"source": "a", "target": "b"}, {"source": "c\u2028d", "target": "caf\u00e9, \N{GRINNING FACE}\nline two"}]
@@ -137,18 +137,18 @@ def test_the_files_behind_a_config_are_known_without_reading_them(tmp_path, data
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / name).write_text("not read")
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
-    assert source_files(data_config("pairs", path=str(train))) == [train]
-    assert source_files(data_config("pairs", path=str(train), validation=str(test))) == [train, test]
-    assert source_files(data_config("messages", path=str(tmp_path), validation="split:test")) == [test, train, test]
-    assert [file.name for file in source_files(data_config("chitchat"))] == ["dataset.json"]
-    assert source_files(data_config("pairs", path="org/name")) is None  # on the hub
-    assert source_files(data_config("custom", name="tickets", path=str(train))) is None  # one's own
+    assert origins_of(data_config("pairs", path=str(train))) == [train]
+    assert origins_of(data_config("pairs", path=str(train), validation=str(test))) == [train, test]
+    assert origins_of(data_config("messages", path=str(tmp_path), validation="split:test")) == [train, test]
+    assert [file.name for file in origins_of(data_config("chitchat"))] == ["dataset.json"]
+    assert origins_of(data_config("custom", name="tickets", path=str(train))) is None  # one's own
 
 
 def test_all_files_are_looked_at_before_the_unreadable_ones_are_said(tmp_path):
     write(tmp_path / "good.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'"caf\xe9"')
-    paths = [str(tmp_path / name) for name in ("missing.jsonl", "latin.jsonl", "good.jsonl")]
+    (tmp_path / "empty.jsonl").touch()
+    paths = [str(tmp_path / name) for name in ("empty.jsonl", "latin.jsonl", "good.jsonl")]
     seen = []
     with pytest.raises(DataError) as caught:
         seen.extend(read_rows(paths, None, "train"))

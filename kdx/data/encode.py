@@ -26,7 +26,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from kdx.config import DataConfig, as_dict
 from kdx.data.batches import Row, Rows, write_rows
-from kdx.data.files import source_files
+from kdx.data.files import origins_of
 from kdx.data.mix import parts_of
 from kdx.data.sources import COUNTERS, Conversation, Conversations, Counts, read_conversations, split
 from kdx.errors import DataError, first_of, one_line
@@ -92,15 +92,17 @@ def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0,
     root = cache_dir() / "data"
     root.mkdir(parents=True, exist_ok=True)
     about = _digest(config, shared, num_prompts, answer_length)
-    read = functools.partial(read_conversations, config, root, encoder)
     with locked(root / f"{about}.lock"):
-        files = source_files(config)
-        found = read() if files is None else None
-        content = found.content() if found is not None else "".join(map(content_hash, files or []))
+        found, origins = None, origins_of(config)
+        if origins is None:
+            found = read_conversations(config, encoder)
+            origins = [found.content()]
+        content = "".join(one if isinstance(one, str) else content_hash(one) for one in origins)
         folder = root / xxhash.xxh3_128_hexdigest((about + content).encode())
         if not folder.is_dir():
             with whole_folder(folder) as beside:
-                _encode_all(config, found or read(), encoder, beside, num_prompts, answer_length)
+                found = found or read_conversations(config, encoder)
+                _encode_all(config, found, encoder, beside, num_prompts, answer_length)
     known = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     return Data(Rows(folder / "train"), Rows(folder / "held_out"), template=template, **known)
 

@@ -37,18 +37,23 @@ def resolve_path(path: str, key: str) -> str:
     return str(Path(next(iter(spec.submodule_search_locations))) / inside)
 
 
-def source_files(config: DataConfig) -> list[Path] | None:
-    """List the files behind data.path and data.validation; None if some data are not files (the hub, one's own source).
+def origins_of(config: DataConfig) -> list[Path | str] | None:
+    """List what is behind data.path and data.validation: files, fingerprints of hub data sets; None of one's own source.
 
-    Raises DataError if a file does not exist.
+    Raises DataError if one does not exist.
     """
     if config.name not in FROM_FILES:
         return None
-    found = [_expand(path, part.split) for part in what_is_read(config) for path in _listed(part.path)]
-    return None if None in found else [file for files in found for file in files or ()]
+    return [
+        origin
+        for part in what_is_read(config)
+        for path in listed(part.path)
+        for origin in _expand(path, part.split) or [_load_hub(path, part.subset, part.split)._fingerprint]
+    ]
 
 
-def _listed(path: str | list[str] | None) -> list[str]:
+def listed(path: str | list[str] | None) -> list[str]:
+    """Return the paths of data.path, which is one or several."""
     return [path] if isinstance(path, str) else path or []
 
 
@@ -68,14 +73,9 @@ def read_rows(path: str | list[str], subset: str | None, split: str) -> Iterator
     """
     unreadable: list[KdxError] = []
     found: list[tuple[str, Iterator[Item]]] = []
-    for one in _listed(path):
-        try:
-            files = _expand(one, split)
-        except DataError as error:
-            unreadable.append(error)
-            continue
-        hub = [(one, _read_hub(one, subset, split))] if files is None else []
-        found += hub + [(str(file), READERS[_suffix(file)](file)) for file in files or ()]
+    for one in listed(path):
+        files = [(str(file), READERS[_suffix(file)](file)) for file in _expand(one, split) or ()]
+        found += files or [(one, _read_hub(one, subset, split))]
     for name, items in found:
         item = None
         try:
@@ -210,16 +210,19 @@ def _read_arrow(file: Path) -> Iterator[Item]:
         yield f"{file}[{i}]", without_nulls(row)
 
 
-def _read_hub(path: str, subset: str | None, split: str) -> Iterator[Item]:
+def _load_hub(path: str, subset: str | None, split: str) -> Any:
     import datasets
 
     try:
-        rows = datasets.load_dataset(path, name=subset, split=split)
+        return datasets.load_dataset(path, name=subset, split=split)
     except Exception as error:  # the hub client raises many kinds; each becomes one line
         what = f"{path} does not exist on disk, and loading it from the hub failed"
         hint = f"Check the name, data.subset, data.split and the network. {nearby(Path(path))}"
         raise of_hub(error, DataError, "data.path", what, hint) from error
-    for i, row in enumerate(rows):
+
+
+def _read_hub(path: str, subset: str | None, split: str) -> Iterator[Item]:
+    for i, row in enumerate(_load_hub(path, subset, split)):
         yield f"{path}[{i}]", without_nulls(row)
 
 

@@ -26,6 +26,7 @@ from kdx.config import DataConfig
 from kdx.data.files import Item, kind_of, read_rows, resolve_path, text_in, what_is_read
 from kdx.data.mix import parts_of
 from kdx.errors import ConfigError, DataError, did_you_mean
+from kdx.run.files import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +73,13 @@ class Dropped:
 class Conversations:
     """The checked conversations of a run in the order they were read; what they say is in a file, not in memory."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self) -> None:
         self.ids, self.where, self.digests = list[str](), list[str](), list[str]()
         self.num_train = 0  # rows of data.path; those after are data.validation's, if that is a file or split
         self.faults: list[DataError] = []
         self.counts = {name: Counter[str]() for name in COUNTERS}
         # Without a name, so that nothing is left; read at offsets, so that forked processes may share it.
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(dir=cache_dir(), buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         self._starts = array("q", [0])
 
@@ -137,14 +138,14 @@ def check_source(config: DataConfig, where: str = "data") -> None:
     check_options(_SOURCES[config.name], _options(config), f"{where}.")
 
 
-def read_conversations(config: DataConfig, folder: Path | None = None, encoder: Any = None) -> Conversations:
+def read_conversations(config: DataConfig, encoder: Any = None) -> Conversations:
     """Read data.path, then data.validation if that is a file or split, and check every row.
 
-    Faults are collected, not raised. folder: where the temporary file goes. encoder: knows what the chat template
-    reads; all else in a row is counted as unused. Where bad rows are skipped, so are those that the template refuses.
+    Faults are collected, not raised. encoder: knows what the chat template reads; all else in a row is counted as
+    unused. Where bad rows are skipped, so are those that the template refuses.
     """
     check_source(config)
-    found = Conversations(folder)
+    found = Conversations()
     own, *held_out = what_is_read(config)
     _read(own, found, encoder)
     found.num_train = len(found)
