@@ -106,6 +106,13 @@ def test_data_are_known_by_their_contents_however_they_are_named(place: Path) ->
     named = ("rows", "rows/*.jsonl", "[rows/a.jsonl,rows/b.jsonl]", str(place / "rows"))
     assert len({identity(config(data=data))["data"] for data in named}) == 1
     assert identity(config("data.validation=rows/a.jsonl"))["data"] != identity(config())["data"]
+    (place / "saved" / "train").mkdir(parents=True)
+    (place / "saved" / "dataset_dict.json").write_text("{}")
+    found = []
+    for rows in ("old", "new"):
+        (place / "saved" / "train" / "data.arrow").write_text(rows)
+        found.append(identity(config(data="saved"))["data"])
+    assert len({*found}) == 2
 
 
 def test_what_is_on_the_hub_is_known_by_its_commit_once_it_was_downloaded(place: Path) -> None:

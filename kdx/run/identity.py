@@ -17,7 +17,7 @@ import xxhash
 
 from kdx import plugins
 from kdx.config import COMMIT, GENERATED, Config, DataConfig, ModelConfig, as_dict, leaves, replaced
-from kdx.data.files import resolve_path
+from kdx.data.files import listed, resolve_path, what_is_read
 from kdx.data.mix import parts_of
 from kdx.errors import shortened
 from kdx.run.files import cache_dir, digest_of, read_json, write_beside
@@ -128,12 +128,11 @@ def _data(data: DataConfig) -> str | None:
     """Hash the files that hold rows, or name the commit of a hub data set."""
     if data.name == "mix":
         return _joined([_data(part) for part, _ in parts_of(data).values()])
-    paths = [data.path] if isinstance(data.path, str) else data.path or []
-    validation = data.validation
     found: list[str | None] = []
-    for path in [*paths, *([validation] if isinstance(validation, str) and validation[:6] != "split:" else [])]:
+    for path in dict.fromkeys(path for part in what_is_read(data) for path in listed(part.path)):
         here = resolve_path(path, "data.path")
-        files = [str(file) for file in Path(here).iterdir() if ROWS.search(file.name)] if os.path.isdir(here) else []
+        inside = [*Path(here).glob("*"), *Path(here).glob("*/*.arrow")]  # a DatasetDict saves each split in a folder
+        files = [str(file) for file in inside if ROWS.search(file.name)]
         files = sorted(files or ([here] if os.path.exists(here) else glob.glob(here, recursive=True)))
         hashes = [content_hash(Path(file)) for file in files if os.path.isfile(file)]
         found += hashes or [_commit("datasets", path, None)]
