@@ -151,13 +151,13 @@ def _encode_all(
     config: DataConfig, found: Conversations, encoder: "Encoder", folder: Path, num_prompts: int, answer_length: int
 ) -> None:
     """Tokenise the rows of a run and write them into a folder. Raises DataError."""
-    stops, last_stops = Counter[int](), Counter[int]()
+    stops = Counter[int]()  # the tokens that end turns, by how many rows they end
 
     def rows_of(numbers: Sequence[int]) -> Iterator[Row]:
         for encoded in _all_encoded(encoder, found, numbers):
             found.count(encoded.counts)
-            stops.update(encoded.stops)
-            last_stops.update(encoded.stops[-1:])
+            stops.update(dict.fromkeys(encoded.stops, 0))
+            stops.update(encoded.stops[-1:])
             if encoded.fault:
                 found.faults.append(encoded.fault)
             yield from encoded.rows
@@ -177,7 +177,7 @@ def _encode_all(
         "fingerprint": digests[0],
         "held_out_fingerprint": digests[1],
         "prompts": [*islice(encoder.prompts((found[i] for i in held_out or train), answer_length), num_prompts)],
-        "stops": sorted(stops, key=lambda i: (-last_stops[i], -stops[i], i)),
+        "stops": [token for token, _ in stops.most_common()],
     }
     (folder / "data.json").write_text(json.dumps(known | counts), encoding="utf-8")
 
