@@ -94,6 +94,7 @@ class DataConfig(OpenGroup):
     assistant_only: bool  # Count only the assistant's tokens and the token that ends its turn in the loss
     chat_template: Text | None  # Jinja text or a file with it, instead of the tokenizer's own template
     template_date: Day  # The day that a chat template sees which reads the clock: its rows are the same tomorrow
+    template_options: dict[str, Any]  # Variables for the chat template, such as enable_thinking; a row's come first
 
 
 class LossConfig(OpenGroup):

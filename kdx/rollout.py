@@ -306,7 +306,7 @@ def write_answers(config: Config, file: Path) -> None:
         parts = parts_of(config.data) if config.data.name == "mix" else {"": (config.data, 1.0)}
         conversations: dict[str, Conversation] = {}
         for name, (data, _) in parts.items():
-            encoder = Encoder(shared, day=data.template_date)
+            encoder = Encoder(shared, data)
             found = read_conversations(data, encoder)
             conversations |= {f"{name}/{c.id}".removeprefix("/"): c for c in map(found.__getitem__, range(len(found)))}
         texts = []

@@ -63,6 +63,7 @@ data.validation: val_set_size validation_file eval_dataset test_size max_eval_sa
 data.take: max_train_samples max_samples
 data.assistant_only: train_on_inputs assistant_only_loss completion_only_loss
 data.shuffle (it groups rows by length): group_by_length
+data.template_options: chat_template_kwargs enable_thinking reasoning_effort
 adapter=lora: use_peft use_lora peft_config lora adapter=peft
 adapter=lora adapter.r: lora_r lora_rank adapter.rank
 adapter=lora student.path: lora_model_dir

@@ -74,11 +74,14 @@ turns = st.lists(st.tuples(roles, said | st.sampled_from(["<|im_end|>", "a <|im_
     turns=turns, last=said, name=st.sampled_from(sorted({*TOKENIZERS} - {"base"})), max_length=st.integers(1, 40),
     on_long=st.sampled_from(["truncate", "split", "drop", "error"]), assistant_only=st.booleans(),
 )  # fmt: skip
-def test_encoded_rows_keep_their_bounds(make_tokenizer, turns, last, name, max_length, on_long, assistant_only):
+def test_encoded_rows_keep_their_bounds(
+    make_tokenizer, data_config, turns, last, name, max_length, on_long, assistant_only
+):
     template, special, tokens = TOKENIZERS[name]
     tokenizer = make_tokenizer(template, special, **tokens)
     told = [{"role": role, "content": content} for role, content in [*turns, ("assistant", last)]]
-    encoder = Encoder(SharedTokenizer(tokenizer, max_length), on_long, assistant_only)
+    config = data_config("messages", on_long=on_long, assistant_only=assistant_only)
+    encoder = Encoder(SharedTokenizer(tokenizer, max_length), config)
     encoded = encoder.encode(Conversation("r", told, "t.jsonl:1"))
     if encoded.fault:
         (line,) = encoded.fault.lines

@@ -151,7 +151,7 @@ def test_a_mistake_is_one_clear_line(composer, typed, says):
 
 def test_what_the_words_of_other_tools_point_to_exists(composer):
     known = [*leaves(as_dict(compose())), "hydra.run.dir", "loss.beta", "optim.eps", "optim.schedule_options"]
-    known += [f"data.{name}_column" for name in ("source", "target", "text")]
+    known += [f"data.{name}" for name in ("source_column", "target_column", "text_column", "template_options")]
     for meant in (line.rpartition(": ")[0] for line in MEANT.strip().splitlines()):
         for word in re.sub(r" \(.*|,|^No equivalent", "", meant).split():
             key, _, value = word.partition("=")

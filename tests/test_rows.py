@@ -275,6 +275,15 @@ CASES = {
     "a variable of the template": Case(chat(ASK, SAY, date_string="May"), "llama", reads="Today is May"),
     "the clock": Case(chat(ASK, SAY), "llama", reads="Today is 26 Jul 2024"),
     "another day": Case(chat(ASK, SAY), "llama", reads="Today is 01 Feb 2025", options={"template_date": "2025-02-01"}),
+    "a variable for all rows": Case(
+        chat(ASK, SAY), "llama", reads="Today is May", options={"template_options": {"date_string": "May"}}
+    ),
+    "a variable of a row before that of all": Case(
+        chat(ASK, SAY, date_string="June"), "llama", reads="Today is June", options={"template_options": {"date_string": "May"}}
+    ),
+    "a variable that the template does not read": Case(
+        chat(ASK, SAY), refused="does not read enable_thinking. It reads none", options={"template_options": {"enable_thinking": True}}
+    ),
     "a column named as a token": Case(chat(ASK, SAY, bos_token="no"), "llama", says=["column bos_token"], reads="<|begin|>"),
     "a system column": Case(chat(ASK, SAY, system="Be brief."), reads="system\nBe brief."),
     "a system prompt": Case(chat(ASK, SAY, city="Oslo"), reads="You are in Oslo.", options={"system_prompt": "You are in {{ city }}."}),
@@ -444,7 +453,7 @@ def test_whose_template_is_used_and_a_beginning_of_text_is_written_once_or_said_
         shared = SharedTokenizer(tokenizer, 100)
         assert prepare_tokenizer(shared, data_config("messages", **options)) == says
         assert tokenizer.chat_template == template
-        (row,) = Encoder(shared).encode(Conversation("", [ASK, SAY], "")).rows
+        (row,) = Encoder(shared, data_config("messages")).encode(Conversation("", [ASK, SAY], "")).rows
         assert row.tokens.count(bos[1]) == (lacks not in says)
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
@@ -499,12 +508,13 @@ def test_a_student_that_learns_its_rows_by_heart_stops_where_they_do(make_tokeni
 
 
 @pytest.mark.parametrize("assistant_only", [True, False])
-def test_long_rows_are_truncated_dropped_or_refused(make_tokenizer, assistant_only):
+def test_long_rows_are_truncated_dropped_or_refused(make_tokenizer, data_config, assistant_only):
     tokenizer = make_tokenizer(JOINED_BY_END_OF_TEXT)
     long = Conversation("long", [ASK, {"role": "assistant", "content": "Fine, thank you. And you?"}], "c.jsonl:7")
 
     def encoded(max_length, on_long):
-        return Encoder(SharedTokenizer(tokenizer, max_length), on_long, assistant_only).encode(long)
+        config = data_config("messages", on_long=on_long, assistant_only=assistant_only)
+        return Encoder(SharedTokenizer(tokenizer, max_length), config).encode(long)
 
     (whole,) = encoded(1000, "error").rows
     limit = len(whole.tokens) - 2

@@ -88,7 +88,7 @@ def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0,
     if config.name == "mix":
         return _load_mix(config, shared, num_prompts, answer_length)
     template = prepare_tokenizer(shared, config)
-    encoder = Encoder(shared, config.on_long, config.assistant_only, config.template_date)
+    encoder = Encoder(shared, config)
     root = cache_dir() / "data"
     root.mkdir(parents=True, exist_ok=True)
     about = _digest(config, shared, num_prompts, answer_length)
@@ -207,11 +207,10 @@ def _start_worker(_: int) -> None:
 class Encoder:
     """Turns conversations into rows under one tokenizer and chat template."""
 
-    def __init__(
-        self, shared: SharedTokenizer, on_long: str = "truncate", assistant_only: bool = True, day: str = "2024-07-26"
-    ) -> None:
+    def __init__(self, shared: SharedTokenizer, config: DataConfig) -> None:
         self.tokenizer, self.max_length, self.foreign = shared.tokenizer, shared.max_length, shared.foreign
-        self.on_long, self.assistant_only, self.day = on_long, assistant_only, datetime.date.fromisoformat(day)
+        self.on_long, self.assistant_only = config.on_long, config.assistant_only
+        self.day, self.options = datetime.date.fromisoformat(config.template_date), config.template_options
         # The end of a turn is a special token in most templates; ids, not text, so that content cannot fake one.
         added = self.tokenizer.added_tokens_decoder.values()
         ends = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
@@ -411,8 +410,7 @@ class Encoder:
                 chat_template=self._dated(conversation),
                 return_assistant_tokens_mask=self.marks_generation,
                 **self.tokenizer.special_tokens_map,
-                **conversation.variables,
-                **options,
+                **self.options | conversation.variables | options,
             )
         except Exception as error:  # its own raise_exception, or anything that a template can do wrong
             what = f"the chat template refuses the conversation: {one_line(error) or type(error).__name__}"
@@ -529,10 +527,13 @@ def prepare_tokenizer(shared: SharedTokenizer, config: DataConfig) -> str:
             tokenizer.chat_template = "{{ bos_token }}" + JOINED_BY_END_OF_TEXT
     template = template_text(tokenizer)
     try:
-        names_in(template)
+        variables, _ = names_in(template)
     except jinja2.TemplateSyntaxError as error:
         what = f"is not Jinja: {one_line(error.message or '')} (line {error.lineno})"
         raise DataError(TEMPLATE, what, "Fix it, or give another") from None
+    for name in config.template_options.keys() - variables:
+        what, hint = f"the chat template does not read {name}", f"It reads {', '.join(sorted(variables)) or 'none'}"
+        raise DataError("data.template_options", what, hint)
     if beginning(tokenizer) and "bos_token" not in template and tokenizer.bos_token not in template:
         where += f"; it does not begin with {tokenizer.bos_token}, which the tokenizer puts before plain text"
     if "strftime_now" in template:
