@@ -200,6 +200,10 @@ CASES = {
     "tools as JSON texts": Case(
         chat(ASK, SAY, tools=[json.dumps(tool) for tool in TOOLS]), "qwen", reads='Tools: [{"type": "function"'
     ),
+    "no tools as JSON text": Case(
+        chat(ASK, SAY, tools="[]"), counted=[WHOLE],
+        options={"chat_template": "{% if tools is defined and tools is not none %}Tools{% endif %}" + CHATML},
+    ),
     "tool calls without content": Case(
         chat(ASK, {"role": "assistant", "tool_calls": [CALL]}, RESULT, SAY), "qwen", reads="<tool_response>\n9\n</tool"
     ),

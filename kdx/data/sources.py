@@ -265,7 +265,8 @@ def _trimmed(whole: Conversation, variables: set[str], keys: set[str]) -> tuple[
         raise DataError(where, "has no message of the assistant", "The student learns the assistant's turns: add one")
     messages = whole.messages[: last + 1]
     unlearned = [i for i, m in enumerate(messages) if _is_unlearned(m, f"{where}: messages[{i}]")]
-    columns = {name: _parsed(value) for name, value in whole.variables.items() if value not in (None, "", [], {})}
+    columns = {name: _parsed(value) for name, value in whole.variables.items()}
+    columns = {name: value for name, value in columns.items() if value not in (None, "", [], {})}
     unused = {f"column {name}" for name in columns.keys() - variables}
     for message in messages:
         for name in message.keys() - {"role", "content"} - keys:
