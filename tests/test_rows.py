@@ -322,6 +322,10 @@ CASES = {
         {"prompt": "How warm?", "chosen": "Nine degrees.", "rejected": "Ten."}, layout="pairs", counted=[WHOLE],
         says=["source and target are the columns prompt and chosen", "column rejected"],
     ),
+    "prompt and completion beside where the row is from": Case(
+        {"prompt": "How warm?", "completion": "Nine degrees.", "source": "web"}, layout="pairs", counted=[WHOLE],
+        says=["source and target are the columns prompt and completion"],
+    ),
     "lists of messages as pairs": Case(
         {"prompt": [{"role": "system", "content": "Be brief."}, ASK], "completion": [SAY]}, layout="pairs",
         counted=[WHOLE], reads="Be brief.", says=['source and target are the columns prompt and completion']),

@@ -444,16 +444,17 @@ def pairs(
     """Instruction pairs: one user turn, one assistant turn, each a sandboxed Jinja template over the row's columns.
 
     In the templates `source` and `target` are the two columns, under whatever name; all others go by their own. A row
-    with neither column may have trl's: prompt, and completion or chosen, as text or as lists of messages.
+    that lacks one may have trl's: prompt, and completion or chosen, as text or as lists of messages.
     """
     if template.keys() != {"user", "assistant"}:
         raise ConfigError("data.template", f"has the keys {', '.join(template)}", "Give it user and assistant")
     templates = {role: RowTemplate(f"data.template.{role}", template[role]) for role in ("user", "assistant")}
     needed, own = set().union(*(one.names for one in templates.values())), (source_column, target_column)
+    wanted = {column for name, column in zip(("source", "target"), own, strict=True) if name in needed}
 
     def read(row: RawRow) -> Messages:
         names = own
-        if not {*own} & row.columns.keys():
+        if not wanted <= row.columns.keys():
             names = next((pair for pair in PREFERENCES if {*pair} <= row.columns.keys()), own)
         if names != own:
             row.note = f"source and target are the columns {' and '.join(names)}"
