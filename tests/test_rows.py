@@ -312,6 +312,15 @@ CASES = {
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}, {"from": "human", "value": "c"}, {"from": "gpt", "value": "Nine degrees."}]},
         layout="sharegpt", counted=[WHOLE],
     ),
+    "sharegpt with a blank system text": Case(
+        {"conversations": [{"from": "system", "value": ""}, {"from": "human", "value": "How warm?"}, {"from": "gpt", "value": "Nine degrees."}]},
+        "gemma", layout="sharegpt", counted=["Nine degrees.<end_of_turn>"],
+    ),
+    "sharegpt as JSON text": Case(
+        {"conversations": json.dumps([{"from": "human", "value": "How warm?"}, {"from": "gpt", "value": "Nine degrees."}])},
+        layout="sharegpt", counted=[WHOLE],
+    ),
+    "sharegpt as texts": Case({"conversations": ["How warm?", "Nine degrees."]}, layout="sharegpt", counted=[WHOLE], reads="user\nHow warm?"),
     # ---- pairs, preferences, Alpaca
     "pairs": Case({"source": "How warm?", "target": "Nine degrees."}, layout="pairs", counted=[WHOLE]),
     "prompt and completion": Case(

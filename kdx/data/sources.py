@@ -307,10 +307,16 @@ def _parsed(value: Any) -> Any:
 def _messages(
     turns: Any, column: str, where: str, role_key: str = "role", content_key: str = "content", roles: Any = None
 ) -> Messages:
-    """Check a list of messages, and name roles and keys as everywhere; other keys are kept. Raises DataError."""
+    """Check a list of messages, and name roles and keys as everywhere; other keys are kept. Raises DataError.
+
+    It may be JSON text. In a list of texts user and assistant take turns. Blank system messages are left out.
+    """
+    turns = _parsed(turns) if isinstance(turns, str) else turns
     if not isinstance(turns, list) or not turns:
         hint = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
         raise DataError(where, f'"{column}" is {kind_of(turns)}, expected a list of messages', hint)
+    if all(isinstance(turn, str) for turn in turns):
+        turns = [{role_key: ("user", "assistant")[i % 2], content_key: said} for i, said in enumerate(turns)]
     messages = []
     for i, turn in enumerate(turns):
         place = f"{where}: messages[{i}]"
@@ -325,6 +331,8 @@ def _messages(
             hint = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in data.roles.bot=assistant"
             raise DataError(place, f"the role is {kind_of(role)}", hint)
         content = _joined_parts(turn.get(content_key))
+        if role in ("system", "developer") and not str(content or "").strip():
+            continue
         if not (calls and content in (None, "")) and not (role not in ROLES[:4] and content == ""):
             content = text_in(content, content_key, place)
         if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
@@ -363,7 +371,7 @@ class RawRow:
 
     def after_prompt(self, column: str, prompt: Messages, answer: Messages) -> Messages:
         """Put the prompt that a column has before an answer without an opening; it is used if it is in there already."""
-        if answer[0]["role"] == "assistant":
+        if answer and answer[0]["role"] == "assistant":
             answer = prompt + answer
         if answer[: len(prompt)] == prompt:
             self.used.add(column)
@@ -498,7 +506,7 @@ def messages(
         prompt = row.columns.get("prompt") if messages_column in ("completion", "chosen") else None
         if not prompt or not isinstance(prompt, str | list):
             return turns
-        opening = prompt if isinstance(prompt, list) else [{role_key: "user", content_key: prompt}]
+        opening = prompt if isinstance(prompt, list) else [prompt]
         whole = row.after_prompt("prompt", _messages(opening, "prompt", row.where, *how), turns)
         row.note = f"the column prompt goes before {messages_column}" if len(whole) > len(turns) else ""
         return whole
@@ -534,5 +542,4 @@ def chitchat(path: str, min_turns: int, max_turns: int) -> Iterator[Any]:
         elif not all(turns[:max_turns]):
             yield Dropped("an empty turn")
         else:
-            chat = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns[:max_turns])]
-            yield {"messages": chat, "id": name, "where": f"{file.name}:{name}"}
+            yield {"messages": turns[:max_turns], "id": name, "where": f"{file.name}:{name}"}
