@@ -299,8 +299,8 @@ def write_answers(config: Config, file: Path) -> None:
     machine, shared = build_accelerator(config), load_tokenizer(config)
     with logging_to(None, machine.is_main_process):
         given = load_data(config.data, shared)
-        rows, stops = given.train, given.stops
-        answers = teachers_answers(config, rows, stops, shared, machine)
+        rows, stops = given.train, teacher_stops(config.teacher, given.stops, shared)
+        answers = teachers_answers(config, rows, given.stops, shared, machine)
         if not machine.is_main_process:
             return
         parts = parts_of(config.data) if config.data.name == "mix" else {"": (config.data, 1.0)}
@@ -308,17 +308,25 @@ def write_answers(config: Config, file: Path) -> None:
         for name, (data, _) in parts.items():
             encoder = Encoder(shared, data)
             found = read_conversations(data, encoder)
-            conversations |= {f"{name}/{c.id}".removeprefix("/"): c for c in map(found.__getitem__, range(len(found)))}
-        texts = []
+            training = map(found.__getitem__, range(found.num_train))
+            conversations |= {f"{name}/{c.id}".removeprefix("/"): c for c in training}
+        texts, left_out = list[str](), Counter[str]()
         for row, answer in zip(rows, answers, strict=True):
             if not answer or (conversation := conversations.get(row.id)) is None:  # a later part of a long row
                 continue
             messages, unlearned = conversation.messages, conversation.unlearned
             turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in unlearned]
             number = sum(is_counted for is_counted, _ in groupby(row.counted)) - 1  # of the row's last turn
-            if number < len(turns):
-                said = shared.tokenizer.decode(answer, skip_special_tokens=True)
-                turn = {"role": "assistant", "content": said}
-                texts.append(json.dumps({"messages": [*messages[: turns[number]], turn]}, ensure_ascii=False) + "\n")
+            *words, last = answer
+            said = shared.tokenizer.decode(words)
+            if last not in stops:
+                left_out["cut before their end"] += 1
+            elif encoder.end_ids.intersection(words) or not said.strip():
+                left_out["with special tokens or no text"] += 1
+            elif number < len(turns):
+                asked = [m | {"weight": 0} if i in unlearned else m for i, m in enumerate(messages[: turns[number]])]
+                line = {"messages": [*asked, {"role": "assistant", "content": said}], **conversation.variables}
+                texts.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_beside(file.expanduser(), "".join(texts))
-        log.info("%s: %d answers to the %d training rows", file, len(texts), len(rows))
+        notes = ", ".join(f"{num} {what}" for what, num in left_out.items()) or "none"
+        log.info("%s: %d answers to the %d training rows; left out: %s", file, len(texts), len(rows), notes)

@@ -13,6 +13,7 @@ import plain
 import pytest
 import torch
 from runs import config_of, lines, outcome, run_here, signal_at, words_of
+from standins import DIALOGPT_TEMPLATE
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import kdx.data.batches
@@ -294,16 +295,31 @@ def test_the_teachers_answers_take_the_place_of_the_last_turns(
     assert summaries[0]["fingerprint"] == summaries[1]["fingerprint"] != given["fingerprint"]
 
 
-def test_generate_writes_answers_as_data(place: Path, tmp_path: Path) -> None:
-    out = tmp_path / "answers.jsonl"
-    words = words_of(place, "data=messages", f"data.path={place / 'chats.jsonl'}", "rollout.max_new_tokens=8")
-    words += [f"teacher.store_dir={tmp_path / 'store'}"]
+def test_generate_writes_whole_answers_as_data(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that are cut or not plain text are left out. Held-out rows may have the ids of training rows."""
+    (tmp_path / "chat.jinja").write_text("{{ part }}" + DIALOGPT_TEMPLATE)
+    for part in ("train", "held"):
+        with (tmp_path / f"{part}.jsonl").open("w") as stream:
+            for i in range(8):
+                said = {"user": f"{part} {i}?", "assistant": "No."}
+                turns = [{"role": role, "content": content, "weight": 0} for role, content in said.items()]
+                turns += [{"role": role, "content": f"Since {i}."} for role in said]
+                stream.write(json.dumps({"id": i, "part": part, "messages": turns}) + "\n")
+    kinds = [[40, 41, 0], [40, 41], [40, 0, 41, 0], [0]]  # 0 is the end of text
+    monkeypatch.setattr(kdx.generate, "generate", lambda model, some, *a: [kinds[i % 4] for i in range(len(some))])
+    out, words = tmp_path / "answers.jsonl", words_of(place, "data=messages", f"data.path={tmp_path}/train.jsonl")
+    words += [f"data.validation={tmp_path}/held.jsonl", f"data.chat_template={tmp_path}/chat.jinja"]
     assert _main(["generate", *words, "--out", str(out)]) == 0
-    rows = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
-    assert len(rows) == 36
-    assert all([m["role"] for m in row] == ["user", "assistant"] * 2 for row in rows)
-    assert all(row[2]["content"] == "I am fine." for row in rows)
-    assert len({row[3]["content"] for row in rows}) > 1
+    says = "2 answers to the 8 training rows; left out: 2 cut before their end, 4 with special tokens or no text"
+    assert says in capsys.readouterr().out
+    for row in lines(out):
+        asked, unlearned, _, answer = row["messages"]
+        assert row["part"] == "train"
+        assert asked["content"].startswith("train")
+        assert unlearned == {"role": "assistant", "content": "No.", "weight": 0}
+        assert answer["role"] == "assistant"
     with pytest.raises(ConfigError, match="required: --out"):
         _main(["generate", *words])
 
