@@ -18,10 +18,10 @@ from kdx.adapter import add_adapter
 from kdx.causal_lm import DTYPES, attention_for, check_split, head_of, stop_ids
 from kdx.config import GENERATED, Config, TrainConfig
 from kdx.data.batches import Batches
-from kdx.data.encode import Data, load_data
+from kdx.data.encode import MAX_NEW_TOKENS, Data, load_data
 from kdx.data.sources import check_source
 from kdx.errors import ConfigError, DataError, MachineError, together
-from kdx.evaluate import MAX_NEW_TOKENS, Judge, num_prompts, to_minimise
+from kdx.evaluate import Judge, num_prompts, to_minimise
 from kdx.objective import Objective, check_loss, mix_of
 from kdx.optim import optimizer_class
 from kdx.rollout import Rollouts, check_rollout, warn_about, with_teachers_answers
@@ -107,7 +107,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
         what = f"is {config.adapter.quantization}, which needs a GPU"
         raise MachineError("adapter.quantization", what, "Use adapter=lora")
     shared = load_tokenizer(config)
-    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
+    data = load_data(config.data, shared, num_prompts(config))
     if config.eval.metric in GENERATED and not data.prompts:
         what = f"is {config.eval.metric}, but no held-out prompt leaves room for an answer of {MAX_NEW_TOKENS} tokens"
         raise DataError("eval.metric", what, "Raise data.max_length, or choose kl or ce")

@@ -26,6 +26,7 @@ from kdx import loss
 from kdx.causal_lm import Head, counted_hidden, head_of
 from kdx.config import Config
 from kdx.data.batches import MicroBatch, Row, by_length, collate
+from kdx.data.encode import MAX_NEW_TOKENS
 from kdx.generate import Sampling, answers_to, stops_of, teacher_stops
 from kdx.objective import blocks_of, chunk_size_of, chunks_of
 from kdx.run.signals import StopRequest
@@ -39,7 +40,7 @@ KEPT_BYTES = 2 * 2**30  # of a teacher's answers to held-out rows in main memory
 MIN_ROWS = 8  # rows at once: measuring needs less memory than training
 LEAST_MEASURED, MOST_MEASURED = 8, 64  # prompts, with eval.num_prompts=auto
 TOKENS_FOR_A_PROMPT = 4000  # trained on: three models that each say 48 take about a tenth as long
-NUM_SAMPLES, MAX_NEW_TOKENS = 3, 48  # of the sample answers
+NUM_SAMPLES = 3  # answers that a run shows
 GREEDY = Sampling(MAX_NEW_TOKENS)
 
 

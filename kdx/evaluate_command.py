@@ -18,7 +18,7 @@ from kdx.compose import resumed
 from kdx.config import Config, replaced
 from kdx.data.encode import load_data
 from kdx.errors import ConfigError, KdxError, MachineError, Parser, of_hub, one_line, together, user_error
-from kdx.evaluate import MAX_NEW_TOKENS, Said, answered, num_prompts
+from kdx.evaluate import Said, answered, num_prompts
 from kdx.run.files import read_json, write_json, write_lines
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import log, logging_to, open_run, wandb_mode
@@ -126,7 +126,7 @@ def _on_policy(
 
     teachers: the one that was loaded last. Raises KdxError; also if rows or teacher are not those of the run.
     """
-    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
+    data = load_data(config.data, shared, num_prompts(config))
     prompts = data.prompts[: len(run.answers) or num_prompts(config)]
     if not prompts:
         what = "has no held-out prompts that leave room for an answer"

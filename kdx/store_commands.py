@@ -14,7 +14,7 @@ from kdx.config import Config, replaced
 from kdx.data.batches import collate
 from kdx.data.encode import load_data
 from kdx.errors import ConfigError, MachineError, Parser
-from kdx.evaluate import MAX_NEW_TOKENS, num_prompts, teacher_answers
+from kdx.evaluate import num_prompts, teacher_answers
 from kdx.generate import teacher_stops
 from kdx.rollout import with_teachers_answers
 from kdx.run import signals
@@ -42,7 +42,7 @@ def _fill(config: Config) -> None:
     machine = build_accelerator(config)
     is_main = machine.is_main_process
     shared = load_tokenizer(config)
-    data = load_data(config.data, shared, num_prompts(config), MAX_NEW_TOKENS)
+    data = load_data(config.data, shared, num_prompts(config))
     if config.rollout.name == "teacher":
         data = with_teachers_answers(config, data, shared, machine, range(len(data.train)))
     rows = {row.digest: row for row in (*data.held_out, *data.train)}

@@ -214,7 +214,7 @@ def load(make_tokenizer):
     """Load the data of a config with a small tokenizer, and a chat template if need be."""
 
     def run(config, template=DIALOGPT_TEMPLATE, max_length=100):
-        return load_data(config, SharedTokenizer(make_tokenizer(template), max_length), 2, 8)
+        return load_data(config, SharedTokenizer(make_tokenizer(template), max_length), 2)
 
     return run
 

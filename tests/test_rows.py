@@ -422,7 +422,7 @@ def test_a_prompt_ends_where_the_answer_of_a_row_begins(make_tokenizer, data_con
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(chat(ASK, SAY)), encoding="utf-8")
     tokenizer = make_tokenizer(template, ("<|im_start|>", "<|im_end|>"))
-    data = load_data(data_config("messages", path=str(file), validation=None), SharedTokenizer(tokenizer, 1000), 1, 4)
+    data = load_data(data_config("messages", path=str(file), validation=None), SharedTokenizer(tokenizer, 1000), 1)
     text = tokenizer.decode(data.train[0].tokens)
     assert text.startswith(data.prompts[0]["text"] + SAY["content"])
 
@@ -574,7 +574,7 @@ def test_a_mixture_has_its_shares_and_its_own_held_out_rows(make_tokenizer, data
     }
     config = data_config("mix", sources=sources, validation=4)
     tokenizer = make_tokenizer(CHATML, ("<|im_start|>", "<|im_end|>"))
-    data = load_data(config, SharedTokenizer(tokenizer, 100), 2, 8)
+    data = load_data(config, SharedTokenizer(tokenizer, 100), 2)
     assert [row.id.split("/")[0] for row in data.held_out] == ["a"] * 4 + ["b"] * 5
     assert len(data.prompts) == 2
     epochs = [data.train.epoch(0, epoch) for epoch in range(2)]

@@ -160,7 +160,7 @@ def test_a_process_without_kdx_answers_and_measures_the_same(place: Path, finish
     chats = [json.loads(line)["messages"] for line in (place / "chats.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(finished / "student")
     config = compose(words_of(place, "data=messages", f"data.path={place / 'chats.jsonl'}", "data.validation=8"))
-    held_out = load_data(config.data, load_tokenizer(config), 3, 48).held_out
+    held_out = load_data(config.data, load_tokenizer(config), 3).held_out
     texts = {tokenizer.decode(row.tokens): row for row in held_out}
     rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
     chosen = [chat for chat, text in zip(chats, rendered, strict=True) if text in texts]

@@ -36,6 +36,7 @@ from kdx.run.identity import content_hash
 from kdx.tokenizer import SharedTokenizer
 
 CHUNK = 512  # conversations given to a process at once
+MAX_NEW_TOKENS = 48  # of an answer to a held-out prompt
 MOST_PROCESSES = 8  # each takes some 100 MB of its own
 MARK = "\ue000\ue001"  # said in addition; private characters, so that no template treats it specially
 TEMPLATE = "data.chat_template"
@@ -78,20 +79,19 @@ class Data:
     stops: list[int]  # ids of the tokens that end counted turns, the one that ends most conversations first
 
 
-def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0, answer_length: int = 0) -> Data:
+def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0) -> Data:
     """Read, check and tokenise the data of a run, or map what a run with the same data has left in the cache.
 
     Gives the tokenizer the run's chat template. Processes that ask for the same data at once wait for the first one.
-    num_prompts: conversations whose opening leaves room for an answer of `answer_length` tokens. Raises DataError with
-    all faults.
+    num_prompts: conversations whose opening leaves room for an answer. Raises DataError with all faults.
     """
     if config.name == "mix":
-        return _load_mix(config, shared, num_prompts, answer_length)
+        return _load_mix(config, shared, num_prompts)
     template = prepare_tokenizer(shared, config)
     encoder = Encoder(shared, config)
     root = cache_dir() / "data"
     root.mkdir(parents=True, exist_ok=True)
-    about = _digest(config, shared, num_prompts, answer_length)
+    about = _digest(config, shared, num_prompts)
     with locked(root / f"{about}.lock"):
         found, origins = None, origins_of(config)
         if origins is None:
@@ -102,15 +102,15 @@ def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0,
         if not folder.is_dir():
             with whole_folder(folder) as beside:
                 found = found or read_conversations(config, encoder)
-                _encode_all(config, found, encoder, beside, num_prompts, answer_length)
+                _encode_all(config, found, encoder, beside, num_prompts)
     known = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     return Data(Rows(folder / "train"), Rows(folder / "held_out"), template=template, **known)
 
 
-def _load_mix(config: DataConfig, shared: SharedTokenizer, num_prompts: int, answer_length: int) -> Data:
+def _load_mix(config: DataConfig, shared: SharedTokenizer, num_prompts: int) -> Data:
     """Load each source of a mixture, and join them. An epoch has as many rows of each as its weight allows."""
     parts = parts_of(config)
-    loaded = {name: load_data(part, shared, num_prompts, answer_length) for name, (part, _) in parts.items()}
+    loaded = {name: load_data(part, shared, num_prompts) for name, (part, _) in parts.items()}
     counted = {name: int(data.train.num_counted.sum()) for name, data in loaded.items()}
     size = min(counted[name] / share for name, (_, share) in parts.items())  # until the first source has no row left
     drawn = {
@@ -135,21 +135,19 @@ def _load_mix(config: DataConfig, shared: SharedTokenizer, num_prompts: int, ans
     )
 
 
-def _digest(config: DataConfig, shared: SharedTokenizer, *numbers: int) -> str:
+def _digest(config: DataConfig, shared: SharedTokenizer, num_prompts: int) -> str:
     """All that decides the rows but the content of the data: keys, tokenizer, template and the code itself."""
     elsewhere = ("shuffle", "max_length", "chat_template")  # not of the rows, or resolved in the arguments
     keys = {name: value for name, value in as_dict(config).items() if name not in elsewhere}
     code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
     tokenizer = shared.tokenizer
     words = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()]
-    limits = [shared.max_length, sorted(shared.foreign), *numbers]
+    limits = [shared.max_length, sorted(shared.foreign), num_prompts]
     made = [version("transformers"), version("tokenizers"), code, words, keys, limits]
     return xxhash.xxh3_128_hexdigest(json.dumps(made, sort_keys=True, default=str).encode())
 
 
-def _encode_all(
-    config: DataConfig, found: Conversations, encoder: "Encoder", folder: Path, num_prompts: int, answer_length: int
-) -> None:
+def _encode_all(config: DataConfig, found: Conversations, encoder: "Encoder", folder: Path, num_prompts: int) -> None:
     """Tokenise the rows of a run and write them into a folder. Raises DataError."""
     stops = Counter[int]()  # the tokens that end turns, by how many rows they end
 
@@ -176,7 +174,7 @@ def _encode_all(
     known = {
         "fingerprint": digests[0],
         "held_out_fingerprint": digests[1],
-        "prompts": [*islice(encoder.prompts((found[i] for i in held_out or train), answer_length), num_prompts)],
+        "prompts": [*islice(encoder.prompts(found[i] for i in held_out or train), num_prompts)],
         "stops": [token for token, _ in stops.most_common()],
     }
     (folder / "data.json").write_text(json.dumps(known | counts), encoding="utf-8")
@@ -268,7 +266,7 @@ class Encoder:
             head = len(first) + 1  # the overlap was counted before
             yield first + tokens[start : start + size], [False] * head + counted[start + 1 : start + size]
 
-    def prompts(self, conversations: Iterable[Conversation], room: int) -> Iterator[dict[str, Any]]:
+    def prompts(self, conversations: Iterable[Conversation]) -> Iterator[dict[str, Any]]:
         """Yield conversations up to the assistant's first turn that leave room for an answer, and that turn."""
         for conversation in conversations:
             messages = list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
@@ -278,7 +276,7 @@ class Encoder:
             text = self._prefix(conversation, messages, add_generation_prompt=True)
             text += self.header if text else ""
             tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if reference and text and len(tokens) + room <= self.max_length:
+            if reference and text and len(tokens) + MAX_NEW_TOKENS <= self.max_length:
                 yield {"messages": messages, "text": text, "tokens": tokens, "reference": reference}
 
     def rendered(self, conversation: Conversation) -> tuple[str, list[Span], list[str]]:

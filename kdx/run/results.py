@@ -11,9 +11,9 @@ import xxhash
 from kdx.adapter import is_adapted, trained
 from kdx.causal_lm import DTYPES
 from kdx.config import GENERATED
-from kdx.data.encode import Data
+from kdx.data.encode import MAX_NEW_TOKENS, Data
 from kdx.errors import DivergedError, MachineError
-from kdx.evaluate import MAX_NEW_TOKENS, Judge, peak_memory
+from kdx.evaluate import Judge, peak_memory
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report
 from kdx.run.files import in_bytes, read_lines, remove, usage_of, write_beside, write_json, write_lines
