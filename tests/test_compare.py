@@ -109,6 +109,22 @@ class TestIntervals:
             assert np.mean(found) == pytest.approx(difference, abs=0.02)
         assert ("kl", "minus_baseline") not in point(table, "α 0.5, lr 0.004").intervals
 
+    def test_a_student_without_adapters_or_answers_of_its_own_has_its_own_line_and_baseline(self, tmp_path):
+        for adapter, level in (("none", 0.9), ("lora", 1.9)):
+            write_run(
+                tmp_path / f"base-{adapter}", loss__alpha=0.0, adapter__name=adapter, means={"kl": level}, noise=0
+            )
+            for share in (0, 0.5, 1):
+                own = {"rollout__name": "student" if share else "none", "rollout__share": share or 0.5}
+                means = {"kl": level - 0.1 * (1 + share)}
+                write_run(tmp_path / f"{adapter}-{share}", adapter__name=adapter, means=means, noise=0, **own)
+        table = only(ranked(tmp_path))
+        assert len({p.label for p in table.points}) == 8
+        for adapter in ("none", "lora"):
+            for share, own in ((0, "none, α 0.7"), (0.5, "student, α 0.7, share 0.5"), (1, "student, α 0.7, share 1")):
+                found = point(table, f"adapter {adapter}, rollout {own}").intervals["kl", "minus_baseline"]
+                assert np.mean(found) == pytest.approx(-0.1 * (1 + share), abs=0.02)
+
     def test_the_interval_of_an_average_is_of_all_its_seeds(self, tmp_path):
         for lr, levels in ((1e-3, (0.5, 0.9)), (2e-3, (0.71, 0.71))):
             for seed, kl in enumerate(levels):
@@ -175,6 +191,22 @@ class TestRanking:
         write_run(tmp_path / "b", train__seed=1)
         edit(tmp_path / "b" / "summary.json", lambda s: s["data"].update(fingerprint="other"))
         assert [len(p.runs) for p in only(ranked(tmp_path)).points] == [1, 1]
+
+    @pytest.mark.parametrize(("held", "label"), [("plugins", "plugins"), ("student", "weights")])
+    def test_other_contents_of_the_same_files_are_another_student(self, tmp_path, held, label):
+        """But a baseline has no loss of one's own, and paths tell students apart already."""
+        for seed, digest in enumerate(("a1" * 16, "b2" * 16)):
+            for alpha in (0, 0.7):
+                run = write_run(tmp_path / f"{alpha}-{seed}", loss__alpha=alpha, train__seed=seed, student__path="x")
+                (run / "data.json").write_text(json.dumps({held: digest}))
+        labels = {p.label: len(p.runs) for p in only(ranked(tmp_path)).points}
+        assert {name: num for name, num in labels.items() if "baseline" not in name} == {
+            f"α 0.7, {label} a1a1a1a1": 1, f"α 0.7, {label} b2b2b2b2": 1
+        }  # fmt: skip
+        assert len(labels) == (3 if held == "plugins" else 4)
+        run = write_run(tmp_path / "other", student__path="y")
+        (run / "data.json").write_text(json.dumps({"student": "c3" * 16}))
+        assert not any("weights" in p.label for p in only(ranked(run, tmp_path / "0.7-0")).points)
 
     @pytest.mark.parametrize(
         "keys",

@@ -74,8 +74,8 @@ class Run:
 
     @cached_property
     def used(self) -> dict[str, Any]:
-        """The keys of its config that decide the student."""
-        return used(self.config)
+        """The keys of its config that decide the student; that it has no adapter or rollout tells it apart, too."""
+        return {key: self.config.get(key, "none") for key in ("adapter.name", "rollout.name")} | used(self.config)
 
     @property
     def measured_on(self) -> dict[str, Any]:
@@ -113,6 +113,10 @@ class Point:
     def __str__(self) -> str:
         return f"#{self.number} {self.label}"
 
+    def besides(self, *groups: str) -> str:
+        """Write down its values but for the keys of some groups, to be compared with those of other students."""
+        return canonical({key: value for key, value in self.values.items() if not key.startswith(groups)})
+
     def is_best(self, measure: str) -> bool:
         """Whether it is the best by a measure, or not distinguishable from the best."""
         low, high = self.intervals.get((measure, "minus_best"), (1, 1))
@@ -146,9 +150,7 @@ class Ranking:
 
         def is_like(one: Point, other: Point) -> bool:
             pulls = (abs(one.measures[name] - other.measures[name]) for name in EFFECTIVE_ALPHAS)
-            keys = one.values.keys() | other.values.keys()
-            differing = [key for key in keys if one.values.get(key) != other.values.get(key)]
-            return max(pulls) < SAME_MIXTURE and all(key.startswith("loss") for key in differing)
+            return max(pulls) < SAME_MIXTURE and one.besides("loss.") == other.besides("loss.")
 
         mixed = [
             p for p in self.points if not p.baseline and None not in [p.measures[name] for name in EFFECTIVE_ALPHAS]
@@ -227,6 +229,9 @@ def differing(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         for key, value in run.used.items():
             values.setdefault(key, set()).add(canonical(value))
+    weights = {(run.used.get("student.path"), run.used.get("student.weights")) for run in runs}
+    if len(weights) == len(values.get("student.path", ())):  # the paths tell them apart
+        values.pop("student.weights", None)
     swept = [key for run in runs for key in run.swept]
     return [key for key in dict.fromkeys([*swept, *values]) if len(values.get(key, ())) > 1]
 
@@ -303,12 +308,17 @@ def _rank_by(measure: str, points: Sequence[Point], lines: dict[Run, Sequence[di
         point.rank[measure] = 1 + sum(other < value for other in values.values())
     sums = np.array([[line[measure] for line in of_run] for of_run in lines.values()]).T
     counted = np.array([[line[column.per] if column.per else 1 for line in of_run] for of_run in lines.values()]).T
+    if len(points) == 1:
+        return
     drawn = dict(zip(lines, resampled_means(counted, sums).T, strict=True))
     means = {point: np.mean([drawn[run] for run in point.runs], axis=0) for point in points}
-    settings = {p: canonical({k: v for k, v in p.values.items() if not k.startswith("loss.")}) for p in points}
-    baselines = {settings[point]: point for point in points if point.baseline}
+    alone = [p for p in points if p.baseline]
+    # The baseline on given answers is that of all students with whose kind of answers there is none.
+    baselines = {p.besides("loss.", "rollout."): p for p in alone if p.values.get("rollout.name") != "teacher"}
+    baselines |= {p.besides("loss."): p for p in alone}
     best = min(points, key=lambda p: (p.rank[measure], p.label))
     for point in points:
-        for name, other in (("minus_best", best), ("minus_baseline", baselines.get(settings[point], point))):
+        baseline = baselines.get(point.besides("loss.")) or baselines.get(point.besides("loss.", "rollout."), point)
+        for name, other in (("minus_best", best), ("minus_baseline", baseline)):
             if other is not point:
                 point.intervals[measure, name] = interval(means[point] - means[other])

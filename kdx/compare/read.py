@@ -16,7 +16,7 @@ from kdx.compare.ranking import COLUMNS, Comparison, Run, compared, make_ranking
 from kdx.compare.tables import as_csv, as_json, as_markdown
 from kdx.config import leaves
 from kdx.errors import ConfigError, Parser, one_line
-from kdx.run.files import read_lines, write_beside
+from kdx.run.files import read_json, read_lines, write_beside
 from kdx.run.tracking import CONSOLE
 
 MARK = "status.json"  # a folder with it is a run's
@@ -85,6 +85,9 @@ def read_run(name: str, folder: Path) -> Run:
         run.state = status["state"]
         run.config = leaves(_load(folder / "config.yaml"))
         run.swept = _load(folder / "record.json")["swept"]
+        kept = read_json(folder / "data.json")  # plug-ins count as part of the loss: a baseline uses none
+        digests = {"student.weights": kept.get("student"), "loss.plugins": kept.get("plugins")}
+        run.config |= {key: digest[:8] for key, digest in digests.items() if digest}
         if run.state != "done":  # only then are all measures finite
             run.reason = status.get("reason") or f"step {status['step']} of {status['max_steps']}"
             return run
