@@ -76,7 +76,6 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
         stop = stack.enter_context(StopRequest(path))
         stack.enter_context(folder.claim(config, record, is_main))
         stack.enter_context(logging_to(path / "kdx.log", is_main))
-        started = time.time()
         training = stack.enter_context(prepared(config, record, machine))
         judge = Judge(training, stop)
         folder.max_steps = training.max_steps
@@ -94,7 +93,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
                 with tracker.training():
                     train(training, judge, tracker, folder, stop)
             results.keep_student(training, folder)  # before it is measured: nothing there can cost training
-            summary = results.finish(training, judge, folder, tracker, started)
+            summary = results.finish(training, judge, folder, tracker)
             (summary,) = broadcast_object_list([summary])  # the main process made it
     return Summary(**summary, metric=config.eval.metric)
 
@@ -102,6 +101,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
 @contextmanager
 def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[Training]:
     """Build all parts of a run; the teacher's store is closed at the end. Raises KdxError."""
+    started = time.time()
     check_names(config)
     if config.adapter.quantization != "none" and machine.device.type == "cpu":
         what = f"is {config.adapter.quantization}, which needs a GPU"
@@ -145,7 +145,7 @@ def prepared(config: Config, record: Record, machine: Accelerator) -> Iterator[T
             batches = Rollouts(**vars(batches), **own, max_steps=max_steps)
             warn_about(config, student, stop_ids(teacher.model.generation_config))
         given = (config, record, shared, data, batches)
-        yield Training(*given, max_steps, measured_at, teacher, objective, machine)
+        yield Training(*given, max_steps, measured_at, teacher, objective, machine, started)
 
 
 def check_names(config: Config) -> None:

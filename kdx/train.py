@@ -60,6 +60,7 @@ class State:
     measured: int = 0  # the last step with held-out measures
     num_nonfinite: int = 0  # steps that were skipped
     lines: int = 0  # bytes of metrics.jsonl
+    elapsed: float = 0.0  # seconds of all its processes until this was saved
     versions: dict[str, str] = field(default_factory=dict)
     other_versions: list[str] = field(default_factory=list)  # with which a part of the run was made
     kept: dict[str, Any] = field(default_factory=dict)  # of the batches: what the student said for the steps to come
@@ -94,6 +95,7 @@ class Training:
     teacher: Teacher | None
     objective: Objective
     machine: Accelerator
+    started: float  # when this process began; of a run that is resumed, earlier by the time of those before it
 
     def __post_init__(self) -> None:
         config, objective, machine = self.config, self.objective, self.machine
@@ -154,6 +156,7 @@ class Training:
             raise MachineError(str(file), "was written by another version of kdx", "Resume with that version")
         self.batches.kept.update(kept["kept"])
         self.state = State(**kept | {"kept": self.batches.kept})
+        self.started -= self.state.elapsed
 
     def _note_versions(self) -> None:
         """Note, and warn, if a part of the run was made with other versions."""
@@ -163,6 +166,12 @@ class Training:
         if notes:
             log.warning("this run can no longer be reproduced bit for bit: %s", "; ".join(notes))
         state.versions, state.other_versions = now, [*state.other_versions, *notes]
+
+    def saved_state(self, folder: RunFolder) -> dict[str, Any]:
+        """Return the state as it is saved."""
+        self.state.lines = num_bytes(folder.path / "metrics.jsonl")
+        self.state.elapsed = time.time() - self.started
+        return asdict(self.state)
 
     def save(self, folder: RunFolder) -> None:
         """Write a checkpoint of this step unless it is there. All processes must call it. Raises MachineError."""
@@ -176,9 +185,8 @@ class Training:
         optimizer = sharding.optimizer_state(self.objective, self.optimizer)
         with self.whole():
             if self.machine.is_main_process:
-                self.state.lines = num_bytes(folder.path / "metrics.jsonl")
                 described = partial(describe, self.student, self.tokenizer)
-                checkpoint.save(folder.path, self.student, asdict(self.state), optimizer, rest, described)
+                checkpoint.save(folder.path, self.student, self.saved_state(folder), optimizer, rest, described)
         self.machine.wait_for_everyone()
         self._saved_step, self._saved_at, self.is_save_due = self.state.step, time.monotonic(), False
 

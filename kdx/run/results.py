@@ -2,7 +2,6 @@
 
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from kdx.run.files import in_bytes, read_lines, remove, usage_of, write_beside, 
 from kdx.run.folder import RunFolder
 from kdx.run.tracking import CONSOLE, Tracker, log
 from kdx.student import save_student
-from kdx.train import HINT, Training, num_bytes
+from kdx.train import HINT, Training
 
 FEW_TOKENS = 2000  # below so many counted held-out tokens, measures vary more than most choices move them
 
@@ -106,14 +105,13 @@ def keep_student(training: Training, folder: RunFolder) -> None:
     if not training.is_finished and training.max_steps > 0:
         if training.machine.is_main_process:
             save_student(training.student, training.tokenizer, folder.path / "student")
-            training.state.lines = num_bytes(folder.path / "metrics.jsonl")
-            trained = {"max_steps": training.max_steps, "state": asdict(training.state)}
+            trained = {"max_steps": training.max_steps, "state": training.saved_state(folder)}
             write_json(folder.path / "trained.json", trained)
         training.machine.wait_for_everyone()
     training.student.to(training.machine.device)  # merged with a base that was quantised, it is in main memory
 
 
-def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker, started: float) -> dict[str, Any]:
+def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker) -> dict[str, Any]:
     """Measure the student as it was saved, and write what the run leaves → the summary. Raises DivergedError."""
     config, state, student, path = training.config, training.state, training.student, folder.path
     training.free()
@@ -149,7 +147,7 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
             "effective_alpha_end": pulls[-1] if pulls else None,
             "tokens": state.tokens,
             "counted_tokens": state.counted_tokens,
-            "seconds": time.time() - started,
+            "seconds": time.time() - training.started,
             "seconds_per_step": state.seconds / state.step if state.step else None,
             "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
             "peak_memory_bytes": peak_memory(training.machine.device),
