@@ -40,12 +40,11 @@ def files() -> dict[Path, Path]:
 
 
 def keep(run_dir: Path) -> None:
-    """Copy the source of every plug-in into the run's folder, once."""
+    """Copy the source of every plug-in into the run's folder."""
     for source, name in files().items():
         kept = run_dir / "plugins" / name
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, kept)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, kept)
 
 
 def _all() -> list[str]:

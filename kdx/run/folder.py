@@ -15,7 +15,7 @@ import yaml
 
 from kdx import plugins
 from kdx.config import Config, as_dict
-from kdx.errors import ConfigError, DivergedError, InUseError, user_error
+from kdx.errors import ConfigError, DivergedError, user_error
 from kdx.run.claim import claim
 from kdx.run.files import read_json, remove, write_beside, write_json
 from kdx.run.identity import differences, identity, may_differ, table
@@ -59,9 +59,6 @@ class RunFolder:
         if self.kept("status.json").get("state") != "done" or not self.kept("summary.json"):
             return False
         self._refuse_another(identity(config))
-        if any(self.path.glob(".tmp-*")):  # killed once it was done, while it removed its checkpoints
-            with suppress(InUseError), claim(self.path):
-                self._remove_leftovers()
         return True
 
     def _remove_leftovers(self) -> None:
@@ -133,6 +130,8 @@ class RunFolder:
         if self.is_main:
             now = identity(config) | facts  # models and data have been downloaded: the hub's commits are known
             self._refuse_another(now)
+            if not is_resumable(self.path) and differences(self.kept("data.json"), now):
+                (self.path / "wandb_id.txt").unlink(missing_ok=True)  # what was logged then is of another run
             write_json(self.path / "data.json", now)
 
     def begin_again(self) -> None:

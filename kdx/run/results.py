@@ -165,9 +165,9 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
     own = read_lines(path / "rollouts.jsonl")
     write_beside(path / "samples.md", report.samples_page(samples, MAX_NEW_TOKENS, own))
     write_json(path / "summary.json", summary)
-    folder.write_status("done")
     if not config.train.keep_checkpoints:
         remove(path / checkpoint.FOLDER)
+    folder.write_status("done")
     tracker.finish(summary, samples)
     CONSOLE.print(report.closing_table(summary))
     if pulls and 0 < config.loss.alpha < 1:
