@@ -45,7 +45,7 @@ def check_points(plan: "Plan") -> None:
     for point in plan.points:  # the loss changes neither data nor time, and memory little, but for having a teacher
         same = {k: v for k, v in config_identity(point.config).items() if not k.startswith("loss.")}
         groups.setdefault(canonical([same, point.config.loss.alpha > 0]), []).append(point)
-    is_loss_swept, rows = any(key.split(".")[0] == "loss" for key in plan.swept), list[weigh.Row]()
+    is_loss_swept, rows = any(key.split(".")[0] == "loss" for key in plan.swept), list[dict[str, Any]]()
     for points in groups.values():
         first = points[0]
         print("", *(word for word in first.words if key_of(word) in plan.swept), flush=True)
@@ -53,10 +53,12 @@ def check_points(plan: "Plan") -> None:
         rows += check(first.config, plan.folder, Record(first.words, plan.swept, first.sources), weighed)
     if rows:
         alphas = sorted({point.config.loss.alpha for point in plan.points} - {0.0})
-        weigh.show(rows, alphas, Path("outputs/check") / str(plan.points[0].config.sweep.name))
+        weigh.show(rows, alphas, Path("outputs/check") / str(plan.points[0].config.sweep.name), plan.flags)
 
 
-def check(config: Config, path: Path, record: Record | None = None, points: Sequence["Point"] = ()) -> list[weigh.Row]:
+def check(
+    config: Config, path: Path, record: Record | None = None, points: Sequence["Point"] = ()
+) -> list[dict[str, Any]]:
     """Say what a run of this config in a folder would be. Raises KdxError for all that the run would refuse.
 
     points: those of a sweep that differ from it in the loss: what alpha weighs there.

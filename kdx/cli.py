@@ -119,7 +119,7 @@ def _main(argv: list[str]) -> int:
         from kdx import sweep
         from kdx.run.folder import Record
 
-        if plan.is_sweep:
+        if plan.jobs or plan.hydra:
             return sweep.run(plan, argv)
         sweep.start_run(point.config, Record(point.words, [], point.sources, argv), plan.folder)
     return 0
@@ -158,8 +158,7 @@ def _planned(args: argparse.Namespace) -> "Plan":
     words = alike(like, words)
     config_dir = config_dir or _parsed(command_of(Path(like))).config_dir
     made = plan(words, config_dir, args.multirun)
-    flags = [f"--config-dir={Path(config_dir).resolve()}"] if config_dir else []
-    made.command = [*flags, *["-m"] * args.multirun, *words]
+    made.command = [*made.flags, *["-m"] * args.multirun, *words]
     return made
 
 

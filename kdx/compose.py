@@ -63,11 +63,15 @@ class Plan:
     points: list[Point]
     folder: Path  # of the run or the sweep
     config_dir: str | None = None
-    is_sweep: bool = False
     swept: list[str] = field(default_factory=list)  # the keys with several values
     jobs: dict[Path, Point] = field(default_factory=dict)  # baselines and points; none if a sweeper chooses as it goes
     hydra: list[str] = field(default_factory=list)  # Hydra's command line, if a launcher or sweeper of it is chosen
     command: list[str] = field(default_factory=list)  # what repeats a run that names another one; else what was typed
+
+    @property
+    def flags(self) -> list[str]:
+        """Hydra's flag for the user's own options, wherever the words are typed."""
+        return [f"--config-dir={Path(self.config_dir).resolve()}"] if self.config_dir else []
 
 
 def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = False) -> Plan:
@@ -94,10 +98,9 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
     configs = [point.config for point in points]
     if not configs[0].sweep.name:
         return plan([*words, f"sweep.name={sweep.sweep_name(swept, configs)}"], config_dir, is_multirun=True)
-    made = Plan(points, Path(str(hydra.sweep.dir)), config_dir, is_sweep=True, swept=swept)
-    flags = ["--multirun", *([f"--config-dir={Path(config_dir).resolve()}"] if config_dir else [])]
+    made = Plan(points, Path(str(hydra.sweep.dir)), config_dir, swept=swept)
     if not str(hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):  # Optuna chooses as it goes
-        made.hydra = [*flags, *(str(word.input_line) for word in typed)]
+        made.hydra = ["--multirun", *made.flags, *(str(word.input_line) for word in typed)]
         return made
     baselines: list[Point] = []
     if all(c.sweep.baseline and c.teacher.path for c in configs) and any(c.loss.alpha for c in configs):
@@ -112,7 +115,7 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
     if not str(hydra.launcher.get("_target_")).endswith(".BasicLauncher"):
         deciding = [word for word in points[0].words if "." not in key_of(word) or word.startswith("sweep.")]
         deciding += [str(word.input_line) for word in typed if word.key_or_group.startswith("hydra.")]
-        made.hydra = [*flags, *deciding, f"+kdx_job=range({len(made.jobs)})"]
+        made.hydra = ["--multirun", *made.flags, *deciding, f"+kdx_job=range({len(made.jobs)})"]
     return made
 
 

@@ -2,18 +2,20 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from rich.table import Column, Table
 
 from kdx.causal_lm import counted_hidden, head_of
+from kdx.compare.page import heat_map
 from kdx.objective import PULLS, Mix, chunk_size_of, mix_of, pulls_of, summed_loss
 from kdx.run.files import write_json
-from kdx.run.tracking import CONSOLE, without
+from kdx.run.tracking import CONSOLE
 from kdx.train import Training
 from kdx.words import key_of
 
@@ -21,35 +23,16 @@ if TYPE_CHECKING:
     from kdx.compose import Point
 
 NUM_STEPS = 4  # first steps of the run whose rows are looked at
-
-
-@dataclass(frozen=True)
-class Row:
-    """Norms of the gradients of τ²·KD and CE, each with weight 1, for the untouched student: means over the steps."""
-
-    divergence: str  # with its options and what else is swept
-    temperature: float
-    grad_kd: float
-    grad_ce: float
-    grad_cosine: float | None
-    words: list[str]  # what was typed for such a point, without alpha
-
-    def at(self, alpha: float) -> float | None:
-        """Return the effective alpha."""
-        return _share(alpha * self.grad_kd, (1 - alpha) * self.grad_ce)
-
-    def alpha_for(self, share: float) -> float | None:
-        """Return the alpha whose effective alpha is `share`."""
-        return _share(share * self.grad_ce, (1 - share) * self.grad_kd)
-
-
-def _share(one: float, other: float) -> float | None:
-    return one / (one + other) if one + other > 0 else None
+NORMS = ("grad_kd", "grad_ce", "grad_cosine")
 
 
 @torch.no_grad()
-def weighed(training: Training, points: Sequence["Point"], swept: Sequence[str]) -> list[Row]:
-    """Measure each divergence and temperature of these points, which differ in the loss alone, on the run's first rows."""
+def weighed(training: Training, points: Sequence["Point"], swept: Sequence[str]) -> list[dict[str, Any]]:
+    """Measure each divergence and temperature of these points, which differ in the loss alone, on the run's first rows.
+
+    A row has the norms of the gradients of τ²·KD and CE, each with weight 1, for the untouched student: means over the
+    steps; and the words of such a point, without alpha.
+    """
     asked: dict[str, tuple[Mix, Point]] = {}
     for point in points:
         mix = replace(mix_of(point.config.loss), alpha=0.5, alpha_end=None)
@@ -75,61 +58,49 @@ def weighed(training: Training, points: Sequence["Point"], swept: Sequence[str])
             found[name].append(pulls_of(pulls, step.num_tokens))
     rows = []
     for name, (_, point) in asked.items():
-        kd, ce, cosine = (_mean([pulls[key] for pulls in found[name]]) for key in ("grad_kd", "grad_ce", "grad_cosine"))
+        known = {key: [pulls[key] for pulls in found[name] if pulls[key] is not None] for key in NORMS}
+        kd, ce, cosine = (fmean(values) if values else None for values in known.values())
         loss, words = point.config.loss, point.words
         others = [word for word in words if key_of(word) in swept and not word.startswith("loss")]
         label = " ".join([*others, loss.name, *(f"{key}={value}" for key, value in loss.options.items())])
-        norms = (2 * (kd or 0.0), 2 * (ce or 0.0))  # alpha was a half
-        rows.append(Row(label, loss.temperature, *norms, cosine, without(words, "loss.alpha=", "sweep.")))
-    labels = [row.divergence for row in rows]
-    return sorted(rows, key=lambda row: labels.index(row.divergence))  # the temperatures of a divergence together
+        row = {"divergence": label, "temperature": loss.temperature}
+        row |= {"grad_kd": 2 * (kd or 0.0), "grad_ce": 2 * (ce or 0.0), "grad_cosine": cosine}  # alpha was a half
+        rows.append(row | {"words": [word for word in words if not word.startswith(("loss.alpha=", "sweep."))]})
+    labels = [row["divergence"] for row in rows]
+    return sorted(rows, key=lambda row: labels.index(row["divergence"]))  # the temperatures of a divergence together
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+def _share(one: float, other: float) -> float | None:
+    return one / (one + other) if one + other > 0 else None
 
 
-def show(rows: Sequence[Row], alphas: Sequence[float], folder: Path) -> None:
-    """Print the table and a suggested grid; write check.json and effective_alpha.png into a folder."""
+def show(rows: Sequence[dict[str, Any]], alphas: Sequence[float], folder: Path, flags: Sequence[str]) -> None:
+    """Print the table and a grid to type, with these flags; write check.json and effective_alpha.png into a folder."""
     heads = ["τ", "grad KD", "grad CE", "cosine", *(f"α {alpha:g}" for alpha in alphas), "equal at α"]
     title = f"effective alpha of the untouched student over its first {NUM_STEPS} steps"
     columns = [Column(head, justify="right") for head in heads]
-    table, found, texts = Table("divergence", *columns, title=title, title_justify="left"), [], []
+    table, texts = Table("divergence", *columns, title=title, title_justify="left"), []
     num = len(alphas) if len(alphas) > 1 else 3
     shares = [i / (num + 1) for i in range(1, num + 1)]
     for row in rows:
-        effective = {f"{alpha:g}": row.at(alpha) for alpha in alphas}
-        more = {"effective_alpha": effective, "equal_at_alpha": row.alpha_for(0.5)}
-        found.append({key: value for key, value in vars(row).items() if key != "words"} | more)
-        values = [row.grad_cosine, *effective.values(), row.alpha_for(0.5)]
+        kd, ce, words = row["grad_kd"], row["grad_ce"], row.pop("words")
+        effective = {f"{alpha:g}": _share(alpha * kd, (1 - alpha) * ce) for alpha in alphas}
+        row |= {"effective_alpha": effective, "equal_at_alpha": _share(ce, kd)}
+        values = [row["grad_cosine"], *effective.values(), row["equal_at_alpha"]]
         shown = ["" if value is None else f"{value:.2f}" for value in values]
-        table.add_row(row.divergence, f"{row.temperature:g}", f"{row.grad_kd:.4g}", f"{row.grad_ce:.4g}", *shown)
-        even = [f"{alpha:.4g}" for share in shares if (alpha := row.alpha_for(share)) is not None]
+        table.add_row(row["divergence"], f"{row['temperature']:g}", f"{kd:.4g}", f"{ce:.4g}", *shown)
+        even = [f"{alpha:.4g}" for share in shares if (alpha := _share(share * ce, (1 - share) * kd)) is not None]
         grid = [f"loss.alpha={','.join(even)}", f"sweep.name={folder.name}-even"]
-        texts.append("python -m kdx -m " + shlex.join([*row.words, *grid]))
+        texts.append("python -m kdx -m " + shlex.join([*flags, *words, *grid]))
     CONSOLE.print(table)
     CONSOLE.print("grad KD and grad CE have weight 1; effective alpha is α·KD ÷ (α·KD + (1−α)·CE) by these norms")
     CONSOLE.print(f"effective alphas {', '.join(f'{share:.2f}' for share in shares)}, one line for each row:")
     CONSOLE.print("\n".join(f"  {text}" for text in texts), markup=False)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "check.json", {"num_steps": NUM_STEPS, "rows": found, "suggested": texts})
-    draw(rows, alphas, folder / "effective_alpha.png")
+    write_json(folder / "check.json", {"num_steps": NUM_STEPS, "rows": rows, "suggested": texts})
+    names = [f"{row['divergence']}, τ {row['temperature']:g}" for row in rows]
+    values = pd.DataFrame([row["effective_alpha"] for row in rows], names, dtype=float).rename_axis(columns="alpha")
+    figure = heat_map(values, "Effective alpha", 2, cmap="PuOr_r", vmin=0, vmax=1).figure
+    figure.set_size_inches(2.6 + 0.7 * len(alphas), 1.2 + 0.32 * len(rows))
+    figure.savefig(folder / "effective_alpha.png", dpi=150)
     CONSOLE.print(f"Wrote {folder / 'effective_alpha.png'} and check.json", markup=False)
-
-
-def draw(rows: Sequence[Row], alphas: Sequence[float], file: Path) -> None:
-    """Draw the effective alpha over rows and nominal alphas, as PNG."""
-    from matplotlib.figure import Figure
-
-    size = (2.6 + 0.7 * len(alphas), 1.2 + 0.32 * len(rows))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot(title="Effective alpha", xlabel="alpha")
-    values = [[row.at(alpha) or 0.0 for alpha in alphas] for row in rows]
-    axes.imshow(values, cmap="PuOr_r", vmin=0, vmax=1, alpha=0.7, aspect="auto")
-    axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
-    axes.set_yticks(range(len(rows)), [f"{row.divergence}, τ {row.temperature:g}" for row in rows])
-    for y, line in enumerate(values):
-        for x, value in enumerate(line):
-            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=9)
-    figure.savefig(file, dpi=150)

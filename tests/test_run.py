@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import config_of, lines, litter, log_of, losses_of, run_here, status, words_of
+from runs import config_of, lines, log_of, losses_of, run_here, status, words_of
 from safetensors.torch import load_file
 from standins import write_dialogpt, write_llama
 from torch import nn
@@ -25,7 +25,7 @@ from kdx.config import Config
 from kdx.data.encode import load_data
 from kdx.distill import Summary, distill, micro_batch_size
 from kdx.errors import ConfigError, MachineError
-from kdx.run import checkpoint, report, results
+from kdx.run import checkpoint, results
 from kdx.run.folder import Record, RunFolder
 from kdx.tokenizer import load_tokenizer
 from kdx.train import State, Training, steps_to_measure
@@ -174,18 +174,6 @@ def test_a_process_without_kdx_answers_and_measures_the_same(place: Path, finish
     assert all(s["student"].splitlines()[0] in page for s in samples if s["student"].strip())
 
 
-def test_what_to_type_next_keeps_the_words_of_this_run(place: Path, tmp_path: Path) -> None:
-    words = ["--config-dir", "mine", "data=pairs", "data.path=my file.jsonl", "loss.alpha=1", "run.like=x"]
-    sweep = (
-        "  python -m kdx -m --config-dir mine data=pairs 'data.path=my file.jsonl' "
-        "loss.temperature=1,2,4 loss.alpha=0.3,0.7"
-    )
-    told = report.next_commands(tmp_path, short(place), Record(command=words), has_samples=True)
-    assert told == ["next:", f"  less {tmp_path}/samples.md", sweep]
-    in_sweep = report.next_commands(tmp_path / "job", short(place, "sweep.name=s"), Record(), has_samples=False)
-    assert in_sweep == ["next:", f"  python -m kdx compare {tmp_path}"]
-
-
 # ---- the same run, and another
 
 REFUSED = ("optim.lr=2e-3", "loss.alpha=0.5", "train.seed=3", "data.max_length=50")
@@ -198,7 +186,6 @@ def test_done_is_done_and_another_config_is_refused(place: Path, finished: Path,
     words = ["data=messages", f"data.path={place / 'chats.jsonl'}", "train.max_steps=4", "eval.every=2"]
     words += ["teacher.license=mit", "tracking.samples=true", "data.validation=8"]
     before, config = content(), config_of(place, *words)
-    (finished / ".tmp-0" / "step-00000002").mkdir(parents=True)  # it was killed while it removed its checkpoints
     assert RunFolder(finished).is_done(config)
     assert distill(config, finished) == Summary(**json.loads((finished / "summary.json").read_text()))
     for word in REFUSED:
@@ -208,7 +195,7 @@ def test_done_is_done_and_another_config_is_refused(place: Path, finished: Path,
         assert error.value.lines[1].split() == ["key", "was", "now"]
         assert error.value.lines[2].split()[0] == word.split("=")[0]
     assert distill(config_of(place, *words, "train.log_every=7"), finished)  # nothing that decides the student
-    assert content() == before and not litter(finished)
+    assert content() == before
     assert not RunFolder(tmp_path / "none").is_done(config)
 
 
@@ -222,6 +209,33 @@ def test_a_state_of_another_version_is_refused(
     monkeypatch.setattr(checkpoint, "verify", lambda folder: None)
     with pytest.raises(MachineError, match=r"state\.json: was written by another version of kdx"):
         distill(config_of(folder / "place", *words), tmp_path / "run")
+
+
+def test_seconds_are_those_of_all_processes_of_a_run(
+    stopped: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, words = stopped
+    shutil.copytree(folder / "run", tmp_path / "run")
+    file = tmp_path / "run/checkpoints/step-00000005/state.json"
+    state = json.loads(file.read_text())
+    assert 0 < state["seconds"] < state["elapsed"]
+    file.write_text(json.dumps(state | {"elapsed": 1000.0}))
+    monkeypatch.setattr(checkpoint, "verify", lambda folder: None)
+    summary = distill(config_of(folder / "place", *words), tmp_path / "run")
+    kept = json.loads((tmp_path / "run/trained.json").read_text())["state"]["elapsed"]
+    assert 1000 < kept < summary.run["seconds"] < 1100
+
+
+def test_another_run_in_the_same_folder_is_another_one_in_wandb(place: Path, tmp_path: Path) -> None:
+    """Unless it goes on from a checkpoint of the first."""
+    folder, file = RunFolder(tmp_path), tmp_path / "wandb_id.txt"
+    for words, is_same in (([], False), ([], True), (["train.seed=1"], False)):
+        folder.begin(short(place, *words), {"fingerprint": "a"})
+        assert file.is_file() == is_same
+        file.write_text("abc")
+    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
+    folder.begin(short(place, "train.seed=1", "train.on_nonfinite=skip"), {"fingerprint": "a"})
+    assert file.is_file()
 
 
 # ---- numbers

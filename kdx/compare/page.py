@@ -101,15 +101,21 @@ def heat_maps(ranking: Ranking) -> Iterator[Any]:
             continue
         values = measured.pivot_table("measure", *keys[:2], aggfunc=column.best)
         title = f"{column.heading}, {'lower' if column.best == 'min' else 'higher'} is better"
-        axes = _axes(title, xlabel=short(keys[1]), ylabel=short(keys[0]))
-        axes.set_xticks(range(len(values.columns)), values.columns)
-        axes.set_yticks(range(len(values.index)), values.index)
-        axes.grid(False)
-        for (row, place), value in np.ndenumerate(values):
-            axes.text(place, row, "" if math.isnan(value) else f"{value:.3f}", ha="center", va="center", fontsize=8)
         colors = "Blues_r" if column.best == "min" else "Blues"
-        axes.imshow(values, cmap=colors, alpha=0.5, aspect="auto", origin="lower")
-        yield axes
+        yield heat_map(values.rename_axis(short(keys[0]), columns=short(keys[1])), title, cmap=colors, origin="lower")
+
+
+def heat_map(values: pd.DataFrame, title: str, places: int = 3, **look: Any) -> Any:
+    """Draw numbers over two settings, the names of the table's axes → its axes."""
+    axes = _axes(title, xlabel=values.columns.name, ylabel=values.index.name)
+    axes.set_xticks(range(len(values.columns)), values.columns)
+    axes.set_yticks(range(len(values.index)), values.index)
+    axes.grid(False)
+    for (row, place), value in np.ndenumerate(values):
+        text = "" if math.isnan(value) else f"{value:.{places}f}"
+        axes.text(place, row, text, ha="center", va="center", fontsize=8)
+    axes.imshow(values, alpha=0.5, aspect="auto", **look)
+    return axes
 
 
 def _axes(title: str, **words: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shlex
 import subprocess
 from pathlib import Path
 from textwrap import indent
@@ -17,10 +16,8 @@ from kdx.causal_lm import generation_config, stop_ids
 from kdx.config import Config, replaced
 from kdx.data.encode import Data
 from kdx.errors import printable
-from kdx.run.folder import Record
 from kdx.run.identity import adapter_base
 from kdx.run.labels import num_layers, public_name
-from kdx.run.tracking import without
 from kdx.store import TeacherStore
 from kdx.version import __version__
 
@@ -119,19 +116,6 @@ def _origin(config: Config) -> str:
     if config.student.init == "cut":
         return f"{num_layers(config.student)} layers cut from the teacher" + adapter
     return ("fresh weights" if config.student.init == "random" else public_name(config.student)) + adapter
-
-
-def next_commands(run_dir: Path, config: Config, record: Record, *, has_samples: bool) -> list[str]:
-    """Suggest what to type next."""
-    folder = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
-    lines = [f"less {folder}/samples.md"] if has_samples else []
-    if config.sweep.name:
-        lines.append(f"python -m kdx compare {folder.parent}")
-    elif record.command:
-        words = without(record.command, "run.", "sweep.", "hydra.", "loss.temperature=", "loss.alpha=")
-        sweep = shlex.join([*words, "loss.temperature=1,2,4", "loss.alpha=0.3,0.7"])
-        lines.append(f"python -m kdx -m {sweep}")
-    return ["next:", *(f"  {line}" for line in lines)]
 
 
 def environment(training: Any, folder: Path) -> dict[str, Any]:

@@ -66,8 +66,9 @@ class StopRequest:
         if isinstance(error, Stopped):
             from kdx.run.folder import is_resumable
 
-            resume = f"Resume with: python -m kdx run.resume={self.path}"
-            start = f"Nothing was saved yet. Start again with: python -m kdx run.like={self.path}"
+            how = "python -m kdx" if num_processes() == 1 else "the same command and"
+            resume = f"Resume with: {how} run.resume={self.path}"
+            start = f"Nothing was saved yet. Start again with: {how} run.like={self.path}"
             _say(f"kdx: stopped. {resume if is_resumable(self.path) else start}")
             if self.signal == self._requeue and callable(requeue := self._before[self._requeue]):
                 requeue(self._requeue, None)

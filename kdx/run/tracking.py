@@ -258,11 +258,6 @@ def open_run(mode: Any, folder: Path, id: str, *, timeout: int = 60, **about: An
         sys.argv = typed
 
 
-def without(words: list[str], *beginnings: str) -> list[str]:
-    """Leave out the words that begin with one of these."""
-    return [word for word in words if not word.lstrip("+~").startswith(beginnings)]
-
-
 def wandb_mode(asked: str) -> Any:
     """Return the mode that is asked for, else that of WANDB_MODE, else online if its client has a key for its server."""
     if mode := os.environ.get("WANDB_MODE") if asked == "auto" else asked:
