@@ -93,8 +93,7 @@ def _main(argv: list[str]) -> int:
         print(HELP.format(groups="\n".join(groups)))
         return 0
     if args.hydra_help or args.info or args.shell_completion or (args.cfg and (args.cfg != "job" or args.package)):
-        run_hydra(argv)
-        return 0
+        return run_hydra(argv)
     plan = _planned(args)
     point, argv = plan.points[0], plan.command or argv
     if args.cfg:
@@ -125,8 +124,8 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def run_hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
-    """Run Hydra's own command line on these words. Raises ConfigError."""
+def run_hydra(words: list[str], job: Callable[[Any], Any] = bool) -> int:
+    """Run Hydra's own command line on these words → the exit code. Raises ConfigError."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -134,12 +133,17 @@ def run_hydra(words: list[str], job: Callable[[Any], Any] = bool) -> None:
     sys.argv = [sys.argv[0], *words]
     try:
         hydra.main(config_path="pkg://kdx.conf", config_name="config", version_base="1.3")(job)()
-    except RuntimeError as error:
-        if "srun" not in str(error):
+    except RuntimeError as error:  # submitit's
+        if "Could not detect" in str(error):
+            raise MachineError("hydra/launcher", "slurm needs srun", "Run it on a node of a Slurm cluster") from None
+        if type(error).__name__ != "UncompletedJobError":
             raise
-        raise MachineError("hydra/launcher", "slurm needs srun", "Run it on a node of a Slurm cluster") from None
+        killed = " ".join(str(error).splitlines()[:2])  # its log follows
+        print(f"kdx: error: hydra/launcher: {killed}", file=sys.stderr)
+        return 5
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError("hydra", one_line(error), "See python -m kdx --hydra-help") from None
+    return 0
 
 
 def _planned(args: argparse.Namespace) -> "Plan":

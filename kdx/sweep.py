@@ -58,7 +58,9 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
     flats = [config_identity(config) for config in configs]
     known = [key for flat in flats for key in flat]
     common = {k: v for flat in flats for k, v in flat.items() if all(other.get(k, v) == v for other in flats)}
-    common = {key: value for key, value in common.items() if key not in keys}
+    # Of a swept group, a key that only some of the options have counts no more than what is swept.
+    some = [k for k in common if k.split(".")[0] in keys and not all(k in flat for flat in flats)]
+    common = {key: value for key, value in common.items() if key not in (*keys, *some)}
     return "-".join([*(_safe(short_key(key, known)) for key in keys), digest(common)])
 
 
@@ -107,12 +109,13 @@ def run(plan: "Plan", argv: list[str]) -> int:
     elif plan.hydra:
         from kdx.cli import run_hydra
 
-        words = [point.words for point in plan.jobs.values()]
-        run_hydra(plan.hydra, partial(_hydras_job, words, plan.config_dir, Record([], plan.swept, {}, argv), since))
+        words, record = [point.words for point in plan.jobs.values()], Record([], plan.swept, {}, argv)
+        code = run_hydra(plan.hydra, partial(_hydras_job, words, plan.config_dir, record, since))
     else:
+        if is_worker:
+            take_gpu(is_own=True)
         for folder, point in plan.jobs.items():
-            record = Record(point.words, plan.swept, point.sources, argv)
-            do_job(point.config, record, folder, since=since, is_own_gpu=is_worker)
+            do_job(point.config, Record(point.words, plan.swept, point.sources, argv), folder, since=since)
     if not is_worker and is_main():  # the parent, or rank 0, reports
         _report(plan, since)
     return 5 if _failed else code
@@ -131,20 +134,18 @@ def _hydras_job(jobs: list[list[str]], config_dir: str | None, record: Record, s
     point = composer_for(config_dir).point(jobs[cfg.kdx_job] if jobs else list(hydra.overrides.task))
     folder = Path(hydra.sweep.dir) / job_name(record.swept, point.words, point.config)
     record = replace(record, words=point.words, sources=point.sources)
-    is_own_gpu = not str(hydra.launcher.get("_target_")).endswith(".BasicLauncher")
-    return do_job(point.config, record, folder, since=since, is_shared=bool(jobs), is_own_gpu=is_own_gpu)
+    if not str(hydra.launcher.get("_target_")).endswith((".BasicLauncher", ".SlurmLauncher")):
+        take_gpu(is_own=True)  # other jobs run here at the same time; Slurm gives each job its own GPUs
+    return do_job(point.config, record, folder, since=since, is_shared=bool(jobs))
 
 
-def do_job(
-    config: Config, record: Record, folder: Path, *, since: float, is_shared: bool = True, is_own_gpu: bool = False
-) -> float:
+def do_job(config: Config, record: Record, folder: Path, *, since: float, is_shared: bool = True) -> float:
     """Do one job of a sweep → its measure; infinity if it failed or was passed over. Exits after a signal.
 
     A job is passed over if it is done, held by another process, or failed since the command started. One that fails
     does not stop the others.
 
     is_shared: whether jobs may be passed over; a sweeper that chooses points by their measures needs every one.
-    is_own_gpu: whether the job needs a GPU of its own, because other jobs run at the same time.
     """
     from kdx.cli import guarded
 
@@ -157,24 +158,25 @@ def do_job(
             if is_main():
                 print(f"kdx: {os.path.relpath(folder)}{reason and f': {reason}'}", flush=True)
             if not reason:
-                measure = start_run(config, record, folder, is_own_gpu=is_own_gpu)
+                measure = start_run(config, record, folder)
         if not reason and is_main():
             _compare(folder.parent)
         return 0
 
     code = guarded(work, folder)
-    if code > 128 or (code and num_processes() > 1):  # a signal, or an error for which the other ranks would wait
+    # A signal, submitit's requeue (-1), or an error for which the other ranks would wait.
+    if not 0 <= code <= 128 or (code and num_processes() > 1):
         sys.exit(code)
     if code:
         _failed.add(folder)
     return measure
 
 
-def start_run(config: Config, record: Record, folder: Path, *, is_own_gpu: bool = False) -> float:
+def start_run(config: Config, record: Record, folder: Path) -> float:
     """Start or resume one run → the measure that a sweep compares. Raises KdxError, Stopped. Imports torch."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries; read when they are imported
-    take_gpu(is_own=is_own_gpu)
+    take_gpu(is_own=False)  # unless this process has taken one
     from kdx.distill import distill
 
     return distill(config, folder, record).measure

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,6 +64,8 @@ def test_a_sweep_is_named_by_what_its_points_have_in_common() -> None:
     assert sweep.sweep_name(keys, [compose(["train.seed=1"])]) != made
     groups = [[compose([f"loss={n}", f"loss.alpha={a}"]) for n in ("jsd", "tvd")] for a in (0.3, 0.7)]
     assert sweep.sweep_name(["loss"], groups[0]) != sweep.sweep_name(["loss"], groups[1])
+    more = [*groups[0], compose(["loss=skew_forward_kl", "loss.alpha=0.3"])]  # it has a key of its own
+    assert sweep.sweep_name(["loss"], more) == sweep.sweep_name(["loss"], groups[0])
 
 
 # Who does which job
@@ -92,7 +95,7 @@ class Folders:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f'{{"state": "{state}"}}')
 
-    def start(self, _: object, __: object, folder: Path, *, is_own_gpu: bool) -> float:
+    def start(self, _: object, __: object, folder: Path) -> float:
         self.runs.append(folder.name)
         self.leave(folder.name, "done")
         return 1.5
@@ -101,7 +104,7 @@ class Folders:
         config = replaced(self.config, sweep=replaced(self.config.sweep, workers=workers))
         point = Point([], config, {})
         jobs = {self.root / name: point for name in names}
-        return Plan([point] * len(names), self.root, is_sweep=True, jobs=jobs)
+        return Plan([point] * len(names), self.root, jobs=jobs)
 
     def sweep(self, *names: str) -> int:
         """One process that goes through these jobs → the exit code."""
@@ -137,6 +140,18 @@ def test_a_job_whose_data_have_changed_is_refused_and_fails(
     assert folders.sweep("changed", "good") == 5
     assert folders.runs == ["good"]
     assert "changed  holds a run with a different plugins. Set sweep.name=..." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [-1, 144])
+def test_a_job_that_submitit_requeues_has_not_failed(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """On Slurm its handler exits with -1, on this machine with 144: no result may be written."""
+    monkeypatch.setattr(sweep, "start_run", lambda *_: sys.exit(code))
+    with pytest.raises(SystemExit) as left:
+        folders.sweep("0")
+    assert left.value.code == code
+    assert not sweep._failed
 
 
 # Several processes
