@@ -120,7 +120,7 @@ def _main(argv: list[str]) -> int:
 
         if plan.jobs or plan.hydra:
             return sweep.run(plan, argv)
-        sweep.start_run(point.config, Record(point.words, [], point.sources, argv), plan.folder)
+        sweep.start_run(point.config, Record(point.words, plan.swept, point.sources, argv), plan.folder)
     return 0
 
 

@@ -145,12 +145,12 @@ class Composer:
         faults = [ConfigError(old, what.format(new), hint) for old, new in RENAMED.items() if {old, new} <= keys]
         for word in words:
             try:
-                overrides += self._parser.parse_overrides(self._spelt(word))
+                overrides += self._parser.parse_overrides(self.spelt(word))
             except HydraException:
                 faults.append(_unreadable(word))
         return overrides, faults
 
-    def _spelt(self, word: str) -> list[str]:
+    def spelt(self, word: str) -> list[str]:
         """Spell a typed word as Hydra needs it."""
         key, is_assigned, value = word.lstrip("+").partition("=")
         if word.startswith(("~", "-")) or not is_assigned or key.startswith(("hydra.", "hydra/")):
@@ -309,8 +309,10 @@ def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
     if not is_resumable(folder):
         hint = f"Start a new run with its settings: run.like={folder}"
         raise ConfigError(where, "has no checkpoint to resume from", hint)
-    new = [word for word in words if word not in recorded and key_of(word) != "run.resume"]
-    overrides, faults = composer_for(config_dir).parsed(new)
+    composer, record = composer_for(config_dir), read_json(folder / "record.json")
+    spelt = [part.removeprefix("++") for word in words for part in composer.spelt(word)]  # as they are recorded
+    new = [word for word in spelt if word not in recorded and key_of(word) != "run.resume"]
+    overrides, faults = composer.parsed(new)
     values = [word for word in overrides if not word.key_or_group.startswith("hydra")]
     keys = {word.key_or_group for word in values}
     if group := next((word.input_line for word in values if "." not in word.key_or_group), None):
@@ -320,19 +322,21 @@ def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
     hidden = [key for key, value in leaves(tree).items() if HIDDEN in str(value) and key not in keys]
     faults += [ConfigError(key, "was redacted in the record", f"Give it again: {key}=...") for key in hidden]
     config = _checked_over(tree, values, {key_of(word) for word in words}, faults)
-    sources = read_json(folder / "record.json").get("sources", {}) | {key: "typed" for key in keys if key in SOURCES}
-    kept = [word for word in recorded if key_of(word) not in keys]
-    return Plan([Point([*kept, *new], config, sources)], folder, config_dir, command=command_of(folder))
+    sources = record.get("sources", {}) | {key: "typed" for key in keys if key in SOURCES}
+    point = Point([*(word for word in recorded if key_of(word) not in keys), *new], config, sources)
+    return Plan([point], folder, config_dir, swept=record.get("swept", []), command=command_of(folder))
 
 
 def alike(name: str, words: list[str]) -> list[str]:
     """Return the words of an earlier run, replaced by those typed now. Raises ConfigError."""
     where, folder = f"run.like={name}", Path(name)
-    typed = {RENAMED.get(key_of(word), key_of(word)) for word in words}
+    typed = {new_name(key_of(word)) for word in words}
     typed |= {PAIRS[key] for key in typed & PAIRS.keys()}
     kept = []
     for word in _read(folder / "overrides.yaml", where):
-        if RENAMED.get(key_of(word), key_of(word)) in typed or word.startswith("sweep."):
+        key = new_name(key_of(word))
+        group = key.split(".")[0]
+        if key in typed or group == "sweep" or (group in MODELS and group in typed):  # another model has its own keys
             continue
         if "trust_remote_code" in word:
             print(f"kdx: {word} is not copied from {folder}: repeat it here if that code may run", file=sys.stderr)

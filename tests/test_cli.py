@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -307,6 +308,20 @@ def test_hydra_sweeps_over_the_same_points(capfd, monkeypatch):
     assert (code, lines[0]) == (0, "kdx: 2 of 2 jobs left:")
 
 
+def test_a_job_of_submitit_that_is_killed_is_one_line_and_the_sweep_reports(capfd, monkeypatch):
+    class UncompletedJobError(RuntimeError):
+        pass
+
+    def killed(_: object) -> None:
+        raise UncompletedJobError("Job 7_0 (task: 0) with path x.pkl\nhas not produced any output\nsrun: Killed")
+
+    monkeypatch.setattr("hydra.main", lambda **_: lambda _: partial(killed, None))
+    code, _, lines = run(capfd, "-m", "loss.alpha=0.3,0.7", "sweep.baseline=false", "hydra/launcher=submitit_local")
+    assert code == 5
+    assert lines[0] == "kdx: error: hydra/launcher: Job 7_0 (task: 0) with path x.pkl has not produced any output"
+    assert lines[1] == "kdx: 2 of 2 jobs left:"
+
+
 def test_every_point_of_a_sweep_is_checked():
     with pytest.raises(ConfigError) as caught:
         sweep("loss=forward_kl,nope", "loss.alpha=0.1,3")
@@ -348,11 +363,24 @@ def made_run(folder: str, state: str, *typed: str, checkpoint: bool = True) -> P
     return path
 
 
+def test_a_run_is_resumed_with_the_words_that_started_it():
+    """As typed, and as a job of its sweep."""
+    typed = ["teacher=org/big", *HF, "loss.temperature=3", "optim.betas=[0.8,0.9]", "+loss.floor=1e-4"]
+    folder = made_run("outputs/2026/a", "interrupted", *typed)
+    write(f"{folder}/record.json", json.dumps({"swept": ["loss.temperature"], "sources": {}}))
+    made = resumed(str(folder), [f"run.resume={folder}", *typed])
+    assert made.points[0].words == yaml.safe_load((folder / "overrides.yaml").read_text())
+    assert (made.swept, made.jobs) == (["loss.temperature"], {})
+    other = made_run("outputs/2026/b", "interrupted")
+    with pytest.raises(ConfigError, match=r"run\.resume=outputs/2026/b: .*teacher=hf"):
+        resumed(str(other), typed)
+
+
 def test_a_run_is_resumed_from_its_own_config():
     folder = made_run("outputs/2026/a", "interrupted", "loss=jsd", "loss.beta=0.3", "train.epochs=2", "optim.lr=1e-4")
     made = resumed(str(folder), ["loss=jsd", "tracking.mode=disabled", "train.log_every=3", "loss.beta=0.4"])
     (point,) = made.points
-    assert (made.folder, made.is_sweep) == (folder, False)
+    assert (made.folder, made.jobs) == (folder, {})
     assert (point.config.loss.options, point.config.train.epochs, point.config.optim.lr) == ({"beta": 0.4}, 2, 1e-4)
     assert point.config.tracking.mode == "disabled"
     assert point.sources["train.epochs"] == "typed"
@@ -402,6 +430,10 @@ def test_a_new_run_from_the_words_of_another(capfd):
     made_run("r", "failed", "train.epochs=2", "loss.alpha=0.3", "sweep.name=s", checkpoint=False)
     typed = ["run.like=r", "train.max_steps=9", "loss.floor=1e-3"]
     assert alike("r", typed) == ["loss.alpha=0.3", "train.max_steps=9", "loss.floor=1e-3"]
+    made_run("models", "failed", "teacher=org/big", *HF, "loss=jsd", "loss.temperature=4")
+    (point,) = plan(alike("models", ["run.like=models", "teacher=dialogpt_medium", "loss=forward_kl"])).points
+    assert (point.config.teacher.path, point.config.student.path) == ("microsoft/DialoGPT-medium", "x")
+    assert (point.config.loss.name, point.config.loss.temperature) == ("forward_kl", 4)
     write("mine/teacher/small.yaml", "defaults: [hf, _self_]\npath: small\n")
     code, out, _ = run(capfd, "--cfg", "job", "run.like=r", "teacher=small")  # with that one's --config-dir
     assert (code, "path: small" in out, "alpha: 0.3" in out) == (0, True, True)
@@ -499,6 +531,9 @@ def test_plugins_are_imported_and_kept(monkeypatch):
     plugins.keep(Path("r"))
     kept = {file.relative_to("r/plugins").as_posix() for file in Path("r/plugins").rglob("*.py")}
     assert kept == {"my_kdx_loss.py", "my_kdx_pack/__init__.py", "my_kdx_pack/inner.py"}
+    write("my_kdx_loss.py", "LOADED = 1\n")
+    plugins.keep(Path("r"))  # again, after it failed
+    assert Path("r/plugins/my_kdx_loss.py").read_text() == "LOADED = 1\n"
     monkeypatch.setenv("KDX_PLUGINS", "no_such_module")
     with pytest.raises(KdxError, match="KDX_PLUGINS: cannot import no_such_module"):
         plugins.load()
