@@ -212,8 +212,7 @@ def step_contestants(args: argparse.Namespace, batch: MicroBatch) -> dict[str, W
     if args.checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.compile:
-        student.base_model.compile()
-        teacher.base_model.compile()
+        student.is_compiled = teacher.is_compiled = True
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     teacher_head = head_of(teacher)
     labels = torch.full(batch.input_ids.shape, -100, device=DEVICE)
@@ -434,7 +433,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the student's activations")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the bodies")
+    parser.add_argument("--compile", action="store_true", help="torch.compile kdx's bodies")
     parser.add_argument("--liger", action="store_true", help="Liger's norms, rotary embeddings and SwiGLU")
     args = parser.parse_args(words)
     if args.tiny:

@@ -5,9 +5,10 @@ N positions, V rows of the head, d width of the model.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,20 @@ def head_of(model: Any) -> Head:
 def counted_hidden(model: Any, batch: MicroBatch) -> Tensor:
     """Run the backbone and keep the last hidden states at the positions whose next token counts → [N, d]."""
     mask = batch.attention_mask if getattr(model, "needs_attention_mask", True) else None
-    output = model.base_model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)[batch.positions.to(output.last_hidden_state.device)]
+    run = compiled() if getattr(model, "is_compiled", False) else _called
+    hidden = run(model.base_model, input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[batch.positions.to(hidden.device)]
+
+
+def _called(backbone: Any, **inputs: Any) -> Any:
+    return backbone(**inputs)
+
+
+@functools.cache
+def compiled() -> Callable[..., Any]:
+    """Compile the call of a backbone: a graph for each model and mode (training, measuring) serves all lengths."""
+    torch._dynamo.config.recompile_limit = 64  # of a process
+    return torch.compile(_called, dynamic=True)
 
 
 def device_dtype(device: torch.device) -> str:

@@ -201,8 +201,7 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
         with_liger_kernels(student, device)
     if config.train.gradient_checkpointing:
         student.activation_checkpointing_enable()
-    if config.train.compile:
-        student.base_model.compile()
+    student.is_compiled = config.train.compile
     return student
 
 

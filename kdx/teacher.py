@@ -109,9 +109,8 @@ def load_body(
     model: Any = load_causal_lm(config, "teacher", dtype=dtype, quantization=config.quantization, **how)
     if config.adapter:
         merge_adapter(model, dtype)
-    if is_compiled:
-        model.base_model.compile()
-    return model if device_map else model.to(device)
+    model.is_compiled = is_compiled
+    return model
 
 
 def load_teacher(
