@@ -203,9 +203,12 @@ def stop_ids(config: GenerationConfig) -> list[int]:
 
 
 def load_causal_lm(
-    config: ModelConfig, group: str, *, dtype: Any, quantization: str = "none", **how: Any
+    config: ModelConfig, group: str, *, dtype: Any, quantization: str = "none", is_proved: bool = False, **how: Any
 ) -> PreTrainedModel:
-    """Load a model in eval mode, complete, with its adapter if it has one. Raises ModelError or MachineError."""
+    """Load a model in eval mode, complete, with its adapter if it has one. Raises ModelError or MachineError.
+
+    is_proved: whether its split was checked before. how: what else from_pretrained takes, such as a device_map.
+    """
     path = locate(config, group)
     how |= {"dtype": dtype, "revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with loading(path, "model", f"{group}.path"):
@@ -218,7 +221,7 @@ def load_causal_lm(
         raise ModelError(f"{group}.path", what, "They would be initialised at random: use a complete checkpoint")
     if unused := sorted(report["unexpected_keys"]):
         log.warning("%s: ignored %d tensors unknown to its architecture, such as %s", path, len(unused), unused[0])
-    ready(model, group)
+    ready(model, group, is_proved=is_proved)
     if adapter := getattr(config, "adapter", None):
         load_adapter(model, adapter, "teacher.adapter")
     elif config.path and adapter_base(config.path):
@@ -238,12 +241,13 @@ def load_adapter(model: Any, path: str, key: str) -> None:
         raise ModelError(key, what, "Merge it into its base first")
 
 
-def ready(model: PreTrainedModel, group: str) -> PreTrainedModel:
-    """Put a model into eval mode, fuse its activations and check its split. Raises ModelError."""
+def ready(model: PreTrainedModel, group: str, *, is_proved: bool = False) -> PreTrainedModel:
+    """Put a model into eval mode, fuse its activations and check its split, on its device. Raises ModelError."""
     model.eval()  # check it without dropout
     model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None  # its look at the ids makes a GPU wait
     fuse_activations(model)
-    check_split(model, group)
+    if not is_proved:
+        check_split(model, group)
     # Merges and full fine-tunes leave the flag as it was: what the tensors say is saved.
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = is_tied

@@ -177,9 +177,7 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     A base that is frozen beside adapters is in the dtype that it computes in, or quantised.
     """
     adapter, device = config.adapter, machine.device
-    is_adapted, quantised = adapter.name != "none", dict[str, Any]()
-    if is_adapted and adapter.quantization != "none":
-        quantised = {"quantization": adapter.quantization, "device_map": str(device)}
+    is_adapted = adapter.name != "none"
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
     if is_adapted and config.student.init != "pretrained":
         log.warning("student.init=%s needs larger changes than LoRA allows; try adapter=none", config.student.init)
@@ -187,11 +185,11 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
         config.student,
         config.teacher,
         dtype=DTYPES.get(machine.mixed_precision, dtype) if is_adapted else dtype,
-        attn_implementation=attention_for(config.student, device, max_length),
         seed=config.train.seed,
-        **quantised,
+        device=device,
+        quantization=adapter.quantization,
+        attn_implementation=attention_for(config.student, device, max_length),
     )
-    student = student if quantised else student.to(device)
     if is_adapted:
         add_adapter(student, adapter, config.train.seed)
     elif adapter_base(config.student.path):

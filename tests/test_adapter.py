@@ -278,11 +278,11 @@ def test_an_adapter_folder_loads_with_peft_is_trained_further_and_teaches(place,
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of bitsandbytes, without its kernels for CPUs
-def test_a_quantised_base_takes_its_adapters_in_as_it_was(place, tmp_path):
+def test_a_quantised_base_takes_its_adapters_in_as_it_was(place, tmp_path, monkeypatch):
     wide = write_llama(tmp_path / "wide", layers=2, width=64)
     config = config_of(place, f"student.path={wide}", "adapter=qlora")
     how = {"dtype": torch.bfloat16, "attn_implementation": None, "seed": 0}
-    small = load_student(config.student, config.teacher, **how, quantization="4bit", device_map="cpu")
+    small = load_student(config.student, config.teacher, **how, quantization="4bit")
     whole = load_student(config.student, config.teacher, **how)
     for model in (small, whole):
         add_adapter(model, config.adapter, seed=0)
@@ -299,6 +299,7 @@ def test_a_quantised_base_takes_its_adapters_in_as_it_was(place, tmp_path):
     ours, theirs = small.state_dict(), whole.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     small.to("cpu").save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr("kdx.causal_lm.check_split", None)  # with kernels of a GPU it would not run in main memory
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
