@@ -208,6 +208,10 @@ def with_liger_kernels(student: Any, device: torch.device) -> None:
     where, hint = "train.use_liger_kernel", "Leave it out, or: pip install liger-kernel"
     if device.type != "cuda" or not is_liger_kernel_available():
         raise MachineError(where, "needs a CUDA GPU and the package liger-kernel", hint)
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if (kind := student.config.model_type) not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise MachineError(where, f"Liger has no kernels for {kind}", "Leave it out")
     apply_liger_kernel(student, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     check_split(student, "student")
 
