@@ -234,11 +234,14 @@ def load_adapter(model: Any, path: str, key: str) -> None:
     folder = resolve_path(path, key)
     model.requires_grad_(False)
     with loading(folder, "adapter", key):
-        model.load_adapter(folder, is_trainable=True)
+        report = model.load_adapter(folder, is_trainable=True)
     config = model.peft_config["default"]
     if config.peft_type != "LORA" or config.modules_to_save:
         what = f"{folder} is not LoRA alone ({config.peft_type}, modules_to_save: {config.modules_to_save})"
         raise ModelError(key, what, "Merge it into its base first")
+    if wrong := sorted(report.missing_keys | report.unexpected_keys):
+        what = f"{folder} does not fit its base: {len(wrong)} tensors are missing or unknown, the first {wrong[0]}"
+        raise ModelError(key, what, "Name the base that it was trained with")
 
 
 def ready(model: PreTrainedModel, group: str, *, is_proved: bool = False) -> PreTrainedModel:
