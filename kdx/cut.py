@@ -68,9 +68,6 @@ def assemble(
     config, weights = copy.deepcopy(config), {}
     text = config.get_text_config()
     total = text.num_hidden_layers
-    if (every := getattr(text, "decoder_sparse_step", 1)) > 1:  # Qwen: which layers have experts, as a rhythm
-        text.mlp_only_layers = [i for i in range(total) if i in text.mlp_only_layers or (i + 1) % every]
-        text.decoder_sparse_step = 1
     for name, value in list(vars(text).items()):
         if not PER_LAYER.search(name) or not isinstance(value, list | tuple):
             continue
