@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import operator
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,10 +103,6 @@ class Head:
         bias = None if self.bias is None else self.bias[:num_ids]
         return dataclasses.replace(self, weight=self.weight[:num_ids], bias=bias)
 
-    def detached(self, weight: Tensor, bias: Tensor | None) -> "Head":
-        """Return the same head with these tensors, detached from the graph."""
-        return dataclasses.replace(self, weight=weight.detach(), bias=None if bias is None else bias.detach())
-
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the product: autocast's if autocast is on, except that float64 stays float64."""
@@ -131,20 +128,16 @@ def head_of(model: Any) -> Head:
 def counted_hidden(model: Any, batch: MicroBatch) -> Tensor:
     """Run the backbone and keep the last hidden states at the positions whose next token counts → [N, d]."""
     mask = batch.attention_mask if getattr(model, "needs_attention_mask", True) else None
-    run = compiled() if getattr(model, "is_compiled", False) else _called
+    run = compiled() if getattr(model, "is_compiled", False) else operator.call
     hidden = run(model.base_model, input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1)[batch.positions.to(hidden.device)]
-
-
-def _called(backbone: Any, **inputs: Any) -> Any:
-    return backbone(**inputs)
 
 
 @functools.cache
 def compiled() -> Callable[..., Any]:
     """Compile the call of a backbone: a graph for each model and mode (training, measuring) serves all lengths."""
     torch._dynamo.config.recompile_limit = 64  # of a process
-    return torch.compile(_called, dynamic=True)
+    return torch.compile(lambda backbone, **inputs: backbone(**inputs), dynamic=True)
 
 
 def device_dtype(device: torch.device) -> str:
@@ -259,10 +252,9 @@ def ready(model: PreTrainedModel, group: str, *, is_proved: bool = False) -> Pre
 
 def fuse_activations(model: PreTrainedModel) -> None:
     """Compute GPT-2's GELU in one kernel: transformers takes eight steps, most of which save a tensor for backward."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) in (NewGELUActivation, FastGELUActivation):  # the same formula, written in two ways
-                setattr(module, name, nn.GELU(approximate="tanh"))
+    for name, part in list(model.named_modules()):
+        if type(part) in (NewGELUActivation, FastGELUActivation):  # the same formula, written in two ways
+            model.set_submodule(name, nn.GELU(approximate="tanh"))
 
 
 def check_split(model: PreTrainedModel, group: str) -> None:

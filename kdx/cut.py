@@ -39,9 +39,7 @@ def evenly_spread(num_layers: int, num_kept: int) -> list[int]:
     return [round(i * (num_layers - 1) / max(1, num_kept - 1)) for i in range(num_kept)]
 
 
-def cut(
-    teacher: TeacherConfig, layers: int | list[int] | None, device: torch.device | str, **how: Any
-) -> PreTrainedModel:
+def cut(teacher: TeacherConfig, layers: int | list[int] | None, **how: Any) -> PreTrainedModel:
     """Build a smaller model from some of the teacher's layers, and its embeddings, norms and head; proved first.
 
     Only these tensors are read. layers: how many (evenly spread), or which. how: what else from_pretrained takes.
@@ -56,9 +54,8 @@ def cut(
     with loading(path, "model", "teacher.path"):
         with torch.device("meta"):  # to learn its class, which may be code of the model's own
             kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=teacher.trust_remote_code))
-        prove(kind, config, device)
-        stored = dict(stored_tensors(path, teacher.revision))
-        return assemble(kind, config, stored, kept, device_map=device, **how)
+        prove(kind, config, how["device_map"])
+        return assemble(kind, config, dict(stored_tensors(path, teacher.revision)), kept, **how)
 
 
 def assemble(

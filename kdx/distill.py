@@ -178,6 +178,7 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     """
     adapter, device = config.adapter, machine.device
     is_adapted = adapter.name != "none"
+    quantised = {"quantization": adapter.quantization} if adapter.quantization != "none" else {}
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
     if is_adapted and config.student.init != "pretrained":
         log.warning("student.init=%s needs larger changes than LoRA allows; try adapter=none", config.student.init)
@@ -187,8 +188,8 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
         dtype=DTYPES.get(machine.mixed_precision, dtype) if is_adapted else dtype,
         seed=config.train.seed,
         device=device,
-        quantization=adapter.quantization,
         attn_implementation=attention_for(config.student, device, max_length),
+        **quantised,
     )
     if is_adapted:
         add_adapter(student, adapter, config.train.seed)

@@ -19,18 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def load_student(
-    config: StudentConfig,
-    teacher: TeacherConfig,
-    *,
-    dtype: torch.dtype,
-    seed: int,
-    device: torch.device | str = "cpu",
-    quantization: str = "none",
-    **how: Any,
+    config: StudentConfig, teacher: TeacherConfig, *, dtype: torch.dtype, seed: int, device: Any = "cpu", **how: Any
 ) -> PreTrainedModel:
     """Return the student on its device in eval mode, with the generation config of the model it comes from.
 
-    quantization: of a pretrained base. how: what else from_pretrained takes. Raises ConfigError or ModelError.
+    how: attn_implementation, and for a pretrained base what else load_causal_lm takes. Raises ConfigError or ModelError.
     """
     source, group = _source(config, teacher)
     shape = load_config(source, group)
@@ -38,9 +31,9 @@ def load_student(
         raise ModelError(f"{group}.path", f"{source.path} is quantised and cannot be trained", "Use its full weights")
     how["dtype"] = dtype
     if config.init == "pretrained":
-        model = load_causal_lm(config, "student", quantization=quantization, device_map=device, **how)
+        model = load_causal_lm(config, "student", device_map=device, **how)
     elif config.init == "cut":
-        model = ready(cut(teacher, config.layers, device, **how), "student")
+        model = ready(cut(teacher, config.layers, device_map=device, **how), "student")
     else:
         torch.manual_seed(seed)
         how["trust_remote_code"] = config.trust_remote_code
