@@ -104,7 +104,8 @@ def load_body(
     config: TeacherConfig, dtype: torch.dtype, device: torch.device, max_length: int, *, is_compiled: bool
 ) -> Any:
     """Load the whole model onto its device, or spread over all, with its adapter merged. Raises ModelError."""
-    how = {"attn_implementation": attention_for(config, device, max_length), "device_map": config.device_map or device}
+    attention = attention_for(config, device, max_length)
+    how: dict[str, Any] = {"attn_implementation": attention, "device_map": config.device_map or device}
     model: Any = load_causal_lm(config, "teacher", dtype=dtype, quantization=config.quantization, **how)
     if config.adapter:
         merge_adapter(model, dtype)
