@@ -5,9 +5,11 @@ N positions, V rows of the head, d width of the model.
 
 import contextlib
 import dataclasses
+import functools
 import logging
+import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +103,6 @@ class Head:
         bias = None if self.bias is None else self.bias[:num_ids]
         return dataclasses.replace(self, weight=self.weight[:num_ids], bias=bias)
 
-    def detached(self, weight: Tensor, bias: Tensor | None) -> "Head":
-        """Return the same head with these tensors, detached from the graph."""
-        return dataclasses.replace(self, weight=weight.detach(), bias=None if bias is None else bias.detach())
-
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the product: autocast's if autocast is on, except that float64 stays float64."""
@@ -130,8 +128,16 @@ def head_of(model: Any) -> Head:
 def counted_hidden(model: Any, batch: MicroBatch) -> Tensor:
     """Run the backbone and keep the last hidden states at the positions whose next token counts → [N, d]."""
     mask = batch.attention_mask if getattr(model, "needs_attention_mask", True) else None
-    output = model.base_model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)[batch.positions.to(output.last_hidden_state.device)]
+    run = compiled() if getattr(model, "is_compiled", False) else operator.call
+    hidden = run(model.base_model, input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[batch.positions.to(hidden.device)]
+
+
+@functools.cache
+def compiled() -> Callable[..., Any]:
+    """Compile the call of a backbone: a graph for each model and mode (training, measuring) serves all lengths."""
+    torch._dynamo.config.recompile_limit = 64  # of a process
+    return torch.compile(lambda backbone, **inputs: backbone(**inputs), dynamic=True)
 
 
 def device_dtype(device: torch.device) -> str:
@@ -190,9 +196,12 @@ def stop_ids(config: GenerationConfig) -> list[int]:
 
 
 def load_causal_lm(
-    config: ModelConfig, group: str, *, dtype: Any, quantization: str = "none", **how: Any
+    config: ModelConfig, group: str, *, dtype: Any, quantization: str = "none", is_proved: bool = False, **how: Any
 ) -> PreTrainedModel:
-    """Load a model in eval mode, complete, with its adapter if it has one. Raises ModelError or MachineError."""
+    """Load a model in eval mode, complete, with its adapter if it has one. Raises ModelError or MachineError.
+
+    is_proved: whether its split was checked before. how: what else from_pretrained takes, such as a device_map.
+    """
     path = locate(config, group)
     how |= {"dtype": dtype, "revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with loading(path, "model", f"{group}.path"):
@@ -205,7 +214,7 @@ def load_causal_lm(
         raise ModelError(f"{group}.path", what, "They would be initialised at random: use a complete checkpoint")
     if unused := sorted(report["unexpected_keys"]):
         log.warning("%s: ignored %d tensors unknown to its architecture, such as %s", path, len(unused), unused[0])
-    ready(model, group)
+    ready(model, group, is_proved=is_proved)
     if adapter := getattr(config, "adapter", None):
         load_adapter(model, adapter, "teacher.adapter")
     elif config.path and adapter_base(config.path):
@@ -218,19 +227,23 @@ def load_adapter(model: Any, path: str, key: str) -> None:
     folder = resolve_path(path, key)
     model.requires_grad_(False)
     with loading(folder, "adapter", key):
-        model.load_adapter(folder, is_trainable=True)
+        report = model.load_adapter(folder, is_trainable=True)
     config = model.peft_config["default"]
     if config.peft_type != "LORA" or config.modules_to_save:
         what = f"{folder} is not LoRA alone ({config.peft_type}, modules_to_save: {config.modules_to_save})"
         raise ModelError(key, what, "Merge it into its base first")
+    if wrong := sorted(report.missing_keys | report.unexpected_keys):
+        what = f"{folder} does not fit its base: {len(wrong)} tensors are missing or unknown, the first {wrong[0]}"
+        raise ModelError(key, what, "Name the base that it was trained with")
 
 
-def ready(model: PreTrainedModel, group: str) -> PreTrainedModel:
-    """Put a model into eval mode, fuse its activations and check its split. Raises ModelError."""
+def ready(model: PreTrainedModel, group: str, *, is_proved: bool = False) -> PreTrainedModel:
+    """Put a model into eval mode, fuse its activations and check its split, on its device. Raises ModelError."""
     model.eval()  # check it without dropout
     model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None  # its look at the ids makes a GPU wait
     fuse_activations(model)
-    check_split(model, group)
+    if not is_proved:
+        check_split(model, group)
     # Merges and full fine-tunes leave the flag as it was: what the tensors say is saved.
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = is_tied
@@ -239,10 +252,9 @@ def ready(model: PreTrainedModel, group: str) -> PreTrainedModel:
 
 def fuse_activations(model: PreTrainedModel) -> None:
     """Compute GPT-2's GELU in one kernel: transformers takes eight steps, most of which save a tensor for backward."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) in (NewGELUActivation, FastGELUActivation):  # the same formula, written in two ways
-                setattr(module, name, nn.GELU(approximate="tanh"))
+    for name, part in list(model.named_modules()):
+        if type(part) in (NewGELUActivation, FastGELUActivation):  # the same formula, written in two ways
+            model.set_submodule(name, nn.GELU(approximate="tanh"))
 
 
 def check_split(model: PreTrainedModel, group: str) -> None:

@@ -75,9 +75,10 @@ def check(
             log.info("the %s row as the student sees it, counted tokens between ⟦ and ⟧ (%s):", what, row.where)
             text = printable(marked(training.tokenizer, row))
             CONSOLE.print(shortened(text, LONGEST_SHOWN), markup=False, style="dim")
-        seconds = min(a_pass(training, 1) for _ in range(2))  # the first is to warm up
-        lines = [*memory_lines(training), f"to save memory: {MEMORY}", *disk_lines(training, path)]
-        for line in [*lines, time_line(training, seconds)]:
+        rise(training, 1)  # to warm up
+        memory, size = memory_lines(training)
+        lines = [*memory, f"to save memory: {MEMORY}", *disk_lines(training, path)]
+        for line in [*lines, time_line(training, a_pass(training, size))]:
             log.info(line)
         results.check_room(training, path)  # may raise, so everything else is printed first
         return weigh.weighed(training, points, record.swept) if points else []
@@ -178,8 +179,8 @@ def predicted(measured: dict[int, int], num_rows: int) -> float:
     return max(line, *(bytes for size, bytes in measured.items() if size <= num_rows))
 
 
-def memory_lines(training: Training) -> list[str]:
-    """Say what is in memory at the peak of a step, part by part, and the largest micro-batch that fits."""
+def memory_lines(training: Training) -> tuple[list[str], int]:
+    """Say what is in memory at the peak of a step, and the largest micro-batch that fits → lines, the largest tried."""
     batches, parts, longest = training.batches, kept_in_memory(training), int(training.data.train.lengths.max())
     share, by_tokens = batches.batch_size // training.machine.num_processes, batches.micro_batch_tokens
     micro = min(share, max(1, by_tokens // longest)) if by_tokens else batches.micro_batch_size
@@ -193,7 +194,8 @@ def memory_lines(training: Training) -> list[str]:
     if fits := [size for size in sizes if predicted(measured, size) <= free]:
         best = f"train.micro_batch_tokens={fits[-1] * longest}" if by_tokens else f"train.micro_batch_size={fits[-1]}"
         best += " (the whole batch)" * (fits[-1] == share)
-    return ["memory of a step:", *lines, f"  largest fit     {best}, with {in_bytes(round(free))} free for a step"]
+    lines.append(f"  largest fit     {best}, with {in_bytes(round(free))} free for a step")
+    return ["memory of a step:", *lines], max(measured)
 
 
 def kept_in_memory(training: Training) -> dict[str, float]:
@@ -237,7 +239,7 @@ def disk_lines(training: Training, path: Path) -> list[str]:
 
 
 def time_line(training: Training, seconds: float) -> str:
-    """Estimate how long the steps would take, from what a token of one row took."""
+    """Estimate how long the steps would take, from what a token of a micro-batch took."""
     batches, max_steps = training.batches, training.max_steps
     tokens = int(max_steps / batches.steps_per_epoch * batches.rows.lengths.sum())
     total = timedelta(seconds=round(seconds * tokens / training.machine.num_processes))

@@ -55,7 +55,7 @@ class ModelConfig(Group):
     gguf_file: Text | None  # A GGUF file inside `path`; it is dequantised once and kept under $KDX_CACHE
     revision: Text | None  # Branch, tag or commit on the hub
     trust_remote_code: bool  # Run the model's own Python code; needs a `revision` that is a commit
-    attn_implementation: Text  # auto, or any name transformers knows (eager, sdpa, flash_attention_2)
+    attn_implementation: Text  # auto, or any name transformers knows (eager, sdpa)
     tokenizer: Path | None  # Where the tokenizer is, if not with the model
     base_model: Text | None  # What the student's model card names as base_model; null is `path`
     license: Text | None  # The licence for the student's model card

@@ -54,7 +54,7 @@ def cut(teacher: TeacherConfig, layers: int | list[int] | None, **how: Any) -> P
     with loading(path, "model", "teacher.path"):
         with torch.device("meta"):  # to learn its class, which may be code of the model's own
             kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=teacher.trust_remote_code))
-        prove(kind, config)
+        prove(kind, config, how["device_map"])
         return assemble(kind, config, dict(stored_tensors(path, teacher.revision)), kept, **how)
 
 
@@ -65,9 +65,6 @@ def assemble(
     config, weights = copy.deepcopy(config), {}
     text = config.get_text_config()
     total = text.num_hidden_layers
-    if (every := getattr(text, "decoder_sparse_step", 1)) > 1:  # Qwen: which layers have experts, as a rhythm
-        text.mlp_only_layers = [i for i in range(total) if i in text.mlp_only_layers or (i + 1) % every]
-        text.decoder_sparse_step = 1
     for name, value in list(vars(text).items()):
         if not PER_LAYER.search(name) or not isinstance(value, list | tuple):
             continue
@@ -111,17 +108,18 @@ def _stack_of(names: Iterable[str], total: int) -> str:
 
 
 @torch.no_grad()
-def prove(kind: type[PreTrainedModel], config: Any) -> None:
+def prove(kind: type[PreTrainedModel], config: Any, device: torch.device | str = "cpu") -> None:
     """Prove on a tiny model of this class, with all its layers and random weights, that it can be cut.
 
     With all layers it gives the same logits; with half of them, those of the model with the other layers skipped; and
     it reloads from its own files. So lists by layer that are not understood cost no training. Raises ModelError.
     """
-    row = torch.arange(3, 15).unsqueeze(0)
+    row = torch.arange(3, 15, device=device).unsqueeze(0)
     try:
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
-            whole = kind(tiny(config)).eval()
+            with torch.device(device):
+                whole = kind(tiny(config)).eval()
             for parameter in whole.parameters():  # fresh norms and biases are ones and zeros, which hide a wrong place
                 nn.init.normal_(parameter, std=0.2)
             whole.save_pretrained(folder)
@@ -131,12 +129,12 @@ def prove(kind: type[PreTrainedModel], config: Any) -> None:
             for kept in (list(range(total)), evenly_spread(total, max(1, total // 2))):
                 for i in set(range(total)) - set(kept):
                     stack[i].register_forward_hook(_skip, with_kwargs=True)
-                part = assemble(kind, whole.config, tensors, kept).eval()
+                part = assemble(kind, whole.config, tensors, kept, device_map=device).eval()
                 ours, theirs = (model(input_ids=row, use_cache=False).logits for model in (part, whole))
                 if not (ours - theirs).abs().max() < TOLERANCE * theirs.std():
                     raise ValueError(f"{len(kept)} of {total} layers give other logits than the model without the rest")
                 part.save_pretrained(Path(folder) / "part")
-                again = kind.from_pretrained(Path(folder) / "part").eval()
+                again = kind.from_pretrained(Path(folder) / "part", device_map=device).eval()
                 if not torch.equal(again(input_ids=row, use_cache=False).logits, ours):
                     raise ValueError("its config does not reload as it was saved")
     except Exception as error:  # whatever its code does with lists that were cut

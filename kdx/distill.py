@@ -177,9 +177,8 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
     A base that is frozen beside adapters is in the dtype that it computes in, or quantised.
     """
     adapter, device = config.adapter, machine.device
-    is_adapted, quantised = adapter.name != "none", dict[str, Any]()
-    if is_adapted and adapter.quantization != "none":
-        quantised = {"quantization": adapter.quantization, "device_map": str(device)}
+    is_adapted = adapter.name != "none"
+    quantised = {"quantization": adapter.quantization} if adapter.quantization != "none" else {}
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
     if is_adapted and config.student.init != "pretrained":
         log.warning("student.init=%s needs larger changes than LoRA allows; try adapter=none", config.student.init)
@@ -187,11 +186,11 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
         config.student,
         config.teacher,
         dtype=DTYPES.get(machine.mixed_precision, dtype) if is_adapted else dtype,
-        attn_implementation=attention_for(config.student, device, max_length),
         seed=config.train.seed,
+        device=device,
+        attn_implementation=attention_for(config.student, device, max_length),
         **quantised,
     )
-    student = student if quantised else student.to(device)
     if is_adapted:
         add_adapter(student, adapter, config.train.seed)
     elif adapter_base(config.student.path):
@@ -201,8 +200,7 @@ def build_student(config: Config, machine: Accelerator, max_length: int) -> Any:
         with_liger_kernels(student, device)
     if config.train.gradient_checkpointing:
         student.activation_checkpointing_enable()
-    if config.train.compile:
-        student.base_model.compile()
+    student.is_compiled = config.train.compile
     return student
 
 
@@ -211,6 +209,10 @@ def with_liger_kernels(student: Any, device: torch.device) -> None:
     where, hint = "train.use_liger_kernel", "Leave it out, or: pip install liger-kernel"
     if device.type != "cuda" or not is_liger_kernel_available():
         raise MachineError(where, "needs a CUDA GPU and the package liger-kernel", hint)
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if (kind := student.config.model_type) not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise MachineError(where, f"Liger has no kernels for {kind}", "Leave it out")
     apply_liger_kernel(student, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     check_split(student, "student")
 

@@ -92,9 +92,8 @@ def _evaluate(config: Config, run: Run, args: argparse.Namespace, teachers: dict
     saved = replaced(config.student, path=folder, tokenizer=folder, revision=None, gguf_file=None)
     shared = load_tokenizer(config) if takes_kl else None
     attention = attention_for(saved, machine.device, shared.max_length if shared else 10**9)
-    how: dict[str, Any] = {"dtype": "auto", "attn_implementation": attention}  # as it was saved
-    student: Any = load_causal_lm(saved, "student", **how)
-    student.to(machine.device).eval()
+    how: dict[str, Any] = {"attn_implementation": attention, "device_map": machine.device}
+    student: Any = load_causal_lm(saved, "student", dtype="auto", **how)  # as it was saved
     found: dict[str, dict[str, Any]] = {}
     if shared:
         said = _on_policy(config, run, student, shared, machine, teachers)

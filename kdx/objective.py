@@ -219,7 +219,7 @@ def summed_loss(
     ]
 
     with torch.no_grad():
-        head = head.detached(head.weight, head.bias).in_compute_dtype()
+        head = head.in_compute_dtype()
         for rows in chunks_of(len(labels), chunk_size):
             product = head.product(hidden[rows])
             theirs = answer.head.product(answer.hidden[rows]).to(product.device) if answer else None

@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def load_student(
-    config: StudentConfig, teacher: TeacherConfig, *, dtype: torch.dtype, seed: int, **how: Any
+    config: StudentConfig, teacher: TeacherConfig, *, dtype: torch.dtype, seed: int, device: Any = "cpu", **how: Any
 ) -> PreTrainedModel:
-    """Return the student in eval mode, with the generation config of the model it comes from.
+    """Return the student on its device in eval mode, with the generation config of the model it comes from.
 
     how: attn_implementation, and for a pretrained base what else load_causal_lm takes. Raises ConfigError or ModelError.
     """
@@ -29,15 +29,16 @@ def load_student(
     shape = load_config(source, group)
     if getattr(shape, "quantization_config", None):
         raise ModelError(f"{group}.path", f"{source.path} is quantised and cannot be trained", "Use its full weights")
+    how["dtype"] = dtype
     if config.init == "pretrained":
-        model = load_causal_lm(config, "student", dtype=dtype, **how)
+        model = load_causal_lm(config, "student", device_map=device, **how)
     elif config.init == "cut":
-        model = ready(cut(teacher, config.layers, dtype=dtype, **how), "student")
+        model = ready(cut(teacher, config.layers, device_map=device, **how), "student")
     else:
         torch.manual_seed(seed)
-        how |= {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+        how["trust_remote_code"] = config.trust_remote_code
         with loading(str(config.path), "shape", "student.path"):
-            model = ready(AutoModelForCausalLM.from_config(shape, **how), "student")
+            model = ready(AutoModelForCausalLM.from_config(shape, **how).to(device), "student")
     freeze_unread(model)
     if getattr(model.config, "output_router_logits", False):
         log.warning("the router's auxiliary loss, which the student's config asks for, is left out")

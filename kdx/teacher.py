@@ -104,14 +104,13 @@ def load_body(
     config: TeacherConfig, dtype: torch.dtype, device: torch.device, max_length: int, *, is_compiled: bool
 ) -> Any:
     """Load the whole model onto its device, or spread over all, with its adapter merged. Raises ModelError."""
-    device_map = config.device_map or (None if config.quantization == "none" else str(device))
-    how = {"attn_implementation": attention_for(config, device, max_length), "device_map": device_map}
+    attention = attention_for(config, device, max_length)
+    how: dict[str, Any] = {"attn_implementation": attention, "device_map": config.device_map or device}
     model: Any = load_causal_lm(config, "teacher", dtype=dtype, quantization=config.quantization, **how)
     if config.adapter:
         merge_adapter(model, dtype)
-    if is_compiled:
-        model.base_model.compile()
-    return model if device_map else model.to(device)
+    model.is_compiled = is_compiled
+    return model
 
 
 def load_teacher(

@@ -232,8 +232,8 @@ class Training:
             self._parts.append(terms)
         sums = torch.stack([torch.stack([*terms.values()]) for terms in self._parts]).sum(0)
         is_late = time.monotonic() - self._saved_at > 60 * (config.save_minutes or math.inf)
-        flags = sums.new_tensor([stop.signal is not None, is_late and machine.is_main_process])
-        reduced = machine.reduce(torch.cat([sums, flags]), reduction="sum")
+        flags = (stop.signal is not None, is_late and machine.is_main_process)  # filled in: a copy would wait for a GPU
+        reduced = machine.reduce(torch.cat([sums, *(sums.new_full((1,), flag) for flag in flags)]), reduction="sum")
         clipped: Any = machine.clip_grad_norm_(self.objective.parameters(), config.max_grad_norm or math.inf)
         clipped = clipped.full_tensor() if machine.is_fsdp2 else clipped
         *values, asked, is_late, norm = torch.cat([reduced, clipped.to(reduced)[None]]).tolist()
@@ -253,6 +253,7 @@ class Training:
             self._skip_or_stop(batch, bad[0])
         else:
             self.optimizer.step()
+            self.state.num_nonfinite += self.machine.optimizer_step_was_skipped
         if bad or not self.machine.optimizer_step_was_skipped:
             self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

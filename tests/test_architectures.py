@@ -36,7 +36,7 @@ MODELS = {
     "Cohere2": {"sliding_window": 4, "logit_scale": 0.5}, "Granite": {"logits_scaling": 2.0},
     "GptOss": {"head_dim": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
     "DeepseekV3": DEEPSEEK, "Mamba": {"state_size": 8}, "Qwen3Moe": EXPERTS | {"mlp_only_layers": [0, 3]},
-    "Qwen2Moe": EXPERTS | {"shared_expert_intermediate_size": 32, "decoder_sparse_step": 2},
+    "Qwen2Moe": EXPERTS | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1]},
     "SmolLM3": {"no_rope_layers": [1, 1, 0, 1]}, "Nemotron": {},
 }  # fmt: skip
 each_model = pytest.mark.parametrize("name", MODELS)

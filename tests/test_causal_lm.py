@@ -4,6 +4,8 @@ Tiny models with fresh weights, built here from their configurations: nothing is
 N counted positions, V vocabulary, d width, B rows, T positions of a row.
 """
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,6 +125,22 @@ def test_counted_hidden_are_those_before_a_counted_token(kind):
             last = model.base_model(input_ids=torch.tensor([row.tokens])).last_hidden_state[0]
             expected += [last[t - 1] for t in range(1, len(row.tokens)) if row.counted[t]]
     torch.testing.assert_close(hidden, torch.stack(expected), rtol=1e-9, atol=1e-11)
+
+
+def test_one_graph_serves_all_lengths(monkeypatch):
+    """Of each model and mode: more would soon be past dynamo's limit, and run uncompiled."""
+    model, graphs = build("llama, tied"), []
+    rows = [Row("", list(range(3, 3 + length)), [False] + [True] * (length - 1)) for length in (4, 9, 7, 5, 8, 6)]
+    batches = [collate(rows[:num], pad_id=0) for num in range(2, 7)]
+    expected = [counted_hidden(model, batch) for batch in batches]
+    backend = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    causal_lm.compiled.cache_clear()
+    model.is_compiled = True
+    for batch, hidden in zip(batches, expected, strict=True):
+        torch.testing.assert_close(counted_hidden(model, batch), hidden)
+    assert len(graphs) == 1
+    causal_lm.compiled.cache_clear()
 
 
 # ---- the proof at load

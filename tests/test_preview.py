@@ -71,16 +71,16 @@ def test_the_largest_micro_batch_that_fits_is_said(place, made, monkeypatch):
     for size, says in ((1, "=1, with"), (4, "=4, with"), (8, "=8 (the whole batch), with")):
         free = check.predicted(measured, size) + check.kept_in_memory(training)["optimizer"] + 1
         monkeypatch.setattr(check, "free_bytes", lambda _, free=free: free)
-        assert f"train.micro_batch_size{says}" in check.memory_lines(training)[-1]
+        assert f"train.micro_batch_size{says}" in check.memory_lines(training)[0][-1]
     monkeypatch.setattr(check, "free_bytes", lambda _: 0)
-    assert "no micro-batch" in check.memory_lines(training)[-1]
+    assert "no micro-batch" in check.memory_lines(training)[0][-1]
     by_tokens = made(
         config_of(place, "train.batch_size=6", "train.micro_batch_size=auto", "train.micro_batch_tokens=1")
     )
     free = check.predicted(check.rises(by_tokens, 1, 1e12), 5) + check.kept_in_memory(by_tokens)["optimizer"] + 1
     monkeypatch.setattr(check, "free_bytes", lambda _: free)
     tokens = 5 * int(by_tokens.data.train.lengths.max())
-    assert f"train.micro_batch_tokens={tokens}, with" in check.memory_lines(by_tokens)[-1]
+    assert f"train.micro_batch_tokens={tokens}, with" in check.memory_lines(by_tokens)[0][-1]
 
 
 def test_what_alpha_would_weigh_is_what_the_first_step_logs(place, tmp_path, monkeypatch, capfd):
@@ -118,7 +118,7 @@ def test_the_teacher_is_timed_live_or_from_a_filled_store_and_no_row_is_kept(pla
     monkeypatch.chdir(tmp_path)
     words = words_of(place, "train.max_steps=4", "teacher.store=on", f"teacher.store_dir={tmp_path}/store")
     assert in_process(capfd, "check", *words)[0] == 0
-    assert len(asked) == 2 + 4  # to warm up, timed, and for the peaks of one row and of two
+    assert len(asked) == 2 + 4 + 1  # to warm up, for the peaks of one row and of two, and timed
     assert not list(tmp_path.glob("store/*/rows/*"))
     assert in_process(capfd, "store", "fill", *words)[0] == 0
     asked.clear()

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from test_causal_lm import given
 from kdx import student
 from kdx.causal_lm import DTYPES
 from kdx.config import StudentConfig, TeacherConfig
-from kdx.errors import ConfigError, ModelError
+from kdx.distill import with_liger_kernels
+from kdx.errors import ConfigError, MachineError, ModelError
 
 TINY = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2,
@@ -125,6 +128,15 @@ def test_quantised_weights_are_refused(tmp_path):
         load(keys(), teacher(tmp_path))
     with pytest.raises(ModelError, match=r"student\.path: .* is quantised"):
         load(keys(init="pretrained", path=str(tmp_path)))
+
+
+def test_kernels_that_liger_lacks_are_refused(monkeypatch):
+    monkeypatch.setattr("kdx.distill.is_liger_kernel_available", lambda: True)
+    known = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": None})
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", known)
+    model = hf.AutoModelForCausalLM.from_config(SHAPES["gpt2"]())
+    with pytest.raises(MachineError, match=r"train\.use_liger_kernel: Liger has no kernels for gpt2"):
+        with_liger_kernels(model, torch.device("cuda"))
 
 
 # ---- the generation config

@@ -35,6 +35,8 @@ def build_accelerator(config: Config) -> Accelerator:
         raise MachineError("train.precision", "fp16 needs a GPU", "Use train.precision=bf16 or fp32")
     fsdp = sharding.plugin(config, precision)
     gc.collect()  # of a job before this one: its student and accelerate's autocast hold one another on the device
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     # That job may have had another precision, too; FSDP is remembered in what is otherwise left alone.
     AcceleratorState._reset_state(reset_partial_state=fsdp is not None)
     machine = Accelerator(

@@ -22,7 +22,7 @@ from runs import (
 from safetensors.torch import load_file
 
 from kdx.evaluate import Judge
-from kdx.train import Training
+from kdx.train import State, Training
 
 WORDS = ("train.micro_batch_size=2", "train.max_steps=7", "train.save_every=2")
 
@@ -117,8 +117,9 @@ def test_final_measures_that_are_not_finite_are_no_done_run(place, tmp_path, cap
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("scaler", [None, "fp16"])
 def test_any_term_that_is_not_finite_stops_a_step(name, value, scaler):
-    """Of fp16 not the gradient's norm: its scaler skips such a step by itself."""
+    """Of fp16 not the gradient's norm: its scaler skips such a step by itself, and it is counted."""
     training, did = object.__new__(Training), []
+    training.state = State()
     training.machine = SimpleNamespace(scaler=scaler, optimizer_step_was_skipped=False)
     training.optimizer = SimpleNamespace(step=lambda: did.append("step"), zero_grad=lambda **_: None)
     training.schedule = SimpleNamespace(step=lambda: None)
@@ -128,5 +129,7 @@ def test_any_term_that_is_not_finite_stops_a_step(name, value, scaler):
     terms |= {name: value}
     norm = terms.pop("norm")
     is_step = name == "norm" and scaler is not None
+    training.machine.optimizer_step_was_skipped = is_step
     assert training.update(None, terms, norm) == is_step
     assert did == ["step", "step" if is_step else name.replace("norm", "gradient")]
+    assert training.state.num_nonfinite == is_step
