@@ -32,7 +32,7 @@ python -m kdx store stat | verify | prune        the teacher's cache ($KDX_STORE
                                                  checksums, delete damaged files; prune --unused-days N, old teachers too
 python -m kdx generate KEY=VALUE ... --out FILE  write the teacher's answers to the training prompts, as data=messages
 python -m kdx compare PATH ...                   rank runs and sweeps: a table and a page
-python -m kdx evaluate PATH ... --on-policy      KL on finished students' own answers; --tasks A,B: lm_eval scores
+python -m kdx evaluate PATH ... --on-policy      KL on the students' own answers; --tasks A,B: lm_eval scores
 python -m kdx run.resume=FOLDER                  resume a run; run.like=FOLDER starts a new one with the same settings
 
 == Groups (group=option) ==

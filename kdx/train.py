@@ -253,7 +253,7 @@ class Training:
             self._skip_or_stop(batch, bad[0])
         else:
             self.optimizer.step()
-            self.state.num_nonfinite += self.machine.optimizer_step_was_skipped
+            self.state.num_nonfinite += not math.isfinite(norm)  # the scaler of fp16 skips it
         if bad or not self.machine.optimizer_step_was_skipped:
             self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

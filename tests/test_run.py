@@ -25,7 +25,7 @@ from kdx.config import Config
 from kdx.data.encode import load_data
 from kdx.distill import Summary, distill, micro_batch_size
 from kdx.errors import ConfigError, MachineError
-from kdx.run import checkpoint, results
+from kdx.run import checkpoint, report, results
 from kdx.run.folder import Record, RunFolder
 from kdx.tokenizer import load_tokenizer
 from kdx.train import State, Training, steps_to_measure
@@ -172,6 +172,20 @@ def test_a_process_without_kdx_answers_and_measures_the_same(place: Path, finish
     assert answer["ce"] == pytest.approx(summary["student"]["ce"], abs=1e-3)  # the student is kept in fp16
     page = (finished / "samples.md").read_text()
     assert all(s["student"].splitlines()[0] in page for s in samples if s["student"].strip())
+
+
+def test_what_to_type_next_keeps_the_words_of_this_run(place: Path, tmp_path: Path) -> None:
+    words = ["--config-dir", "mine", "data=pairs", "data.path=my file.jsonl", "loss.alpha=1", "run.like=x"]
+    sweep = (
+        "  python -m kdx -m --config-dir mine data=pairs 'data.path=my file.jsonl' "
+        "loss.temperature=1,2,4 loss.alpha=0.3,0.7"
+    )
+    record = Record(command=words)
+    found = report.next_commands(tmp_path, short(place), record, has_samples=True)
+    assert found == ["next:", f"  less {tmp_path}/samples.md", sweep]
+    in_sweep = report.next_commands(tmp_path / "job", short(place, "sweep.name=s"), Record(), has_samples=False)
+    assert in_sweep == ["next:", f"  python -m kdx compare {tmp_path}"]
+    assert report.next_commands(tmp_path, short(place, "loss=cross_entropy"), record, has_samples=False) == []
 
 
 # ---- the same run, and another

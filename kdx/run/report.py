@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 from pathlib import Path
 from textwrap import indent
@@ -16,6 +17,7 @@ from kdx.causal_lm import generation_config, stop_ids
 from kdx.config import Config, replaced
 from kdx.data.encode import Data
 from kdx.errors import printable
+from kdx.run.folder import Record
 from kdx.run.identity import adapter_base
 from kdx.run.labels import num_layers, public_name
 from kdx.store import TeacherStore
@@ -116,6 +118,20 @@ def _origin(config: Config) -> str:
     if config.student.init == "cut":
         return f"{num_layers(config.student)} layers cut from the teacher" + adapter
     return ("fresh weights" if config.student.init == "random" else public_name(config.student)) + adapter
+
+
+def next_commands(run_dir: Path, config: Config, record: Record, *, has_samples: bool) -> list[str]:
+    """Suggest what to type next."""
+    folder = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+    lines = [f"less {folder}/samples.md"] if has_samples else []
+    if config.sweep.name:
+        lines.append(f"python -m kdx compare {folder.parent}")
+    elif record.command and config.teacher.path and config.loss.name != "cross_entropy":
+        varied = ("run.", "sweep.", "hydra.", "loss.temperature=", "loss.alpha=")
+        words = [word for word in record.command if not word.lstrip("+~").startswith(varied)]
+        sweep = shlex.join([*words, "loss.temperature=1,2,4", "loss.alpha=0.3,0.7"])
+        lines.append(f"python -m kdx -m {sweep}")
+    return ["next:", *(f"  {line}" for line in lines)] if lines else []
 
 
 def environment(training: Any, folder: Path) -> dict[str, Any]:

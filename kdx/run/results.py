@@ -175,6 +175,8 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
         log.info(words, pulls[0], pulls[-1])
     if store:
         log.info(report.store_line(store))
+    for line in report.next_commands(path, config, training.record, has_samples=bool(samples)):
+        log.info(line)
     return summary
 
 
