@@ -66,7 +66,7 @@ def check(
     machine, record = build_accelerator(config), record or Record()
     for point in points:
         check_loss(point.config.loss)
-    with logging_to(None, machine.is_main_process), prepared(config, record, machine) as training:
+    with logging_to(), prepared(config, record, machine) as training:
         if not machine.is_main_process:
             return []
         for line in report.header(training):

@@ -99,9 +99,7 @@ def _main(argv: list[str]) -> int:
     if args.cfg:
         import yaml
 
-        from kdx.config import as_dict
-
-        print(yaml.safe_dump(redact(as_dict(point.config)), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(redact(point.config.model_dump()), sort_keys=False, allow_unicode=True), end="")
     elif name == "check":
         from kdx.check import check_points
 

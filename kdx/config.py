@@ -214,11 +214,6 @@ class Config(Group):
     _words: list[str] = PrivateAttr(default_factory=list)  # it was composed from, for the record of a run from Python
 
 
-def as_dict(config: BaseModel) -> dict[str, Any]:
-    """Return a config, or one of its groups, as plain nested values; options are among their group's own keys."""
-    return config.model_dump()
-
-
 def replaced(config: Any, **changes: Any) -> Any:
     """Return a copy of a config, or of one of its groups, with some fields changed."""
     return config.model_copy(update=changes)

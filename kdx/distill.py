@@ -66,7 +66,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
     """
     machine = build_accelerator(config)
     (path,) = map(Path, broadcast_object_list([str(path)]))  # every process works in rank 0's folder
-    folder, is_main = RunFolder(path), machine.is_main_process
+    folder = RunFolder(path)
     record = record or Record(words=config._words, command=config._words)
     if folder.is_done(config):
         CONSOLE.print(f"{path} is already done", markup=False)
@@ -74,8 +74,8 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
     machine.wait_for_everyone()  # all have looked before rank 0 writes
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest(path))
-        stack.enter_context(folder.claim(config, record, is_main))
-        stack.enter_context(logging_to(path / "kdx.log", is_main))
+        stack.enter_context(folder.claim(config, record))
+        stack.enter_context(logging_to(path / "kdx.log"))
         training = stack.enter_context(prepared(config, record, machine))
         judge = Judge(training, stop)
         folder.max_steps = training.max_steps
@@ -84,7 +84,7 @@ def distill(config: Config, path: Path, record: Record | None = None) -> Summary
             results.check_room(training, path)
             with training.whole():
                 untouched = judge.before_training()
-            if is_main:
+            if machine.is_main_process:
                 write_json(path / "untouched.json", untouched)
         with Tracker(folder, training) as tracker:
             tracker.header(report.header(training))

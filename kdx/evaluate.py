@@ -157,7 +157,7 @@ class Judge:
         self, what: str, head: Head, hidden_of: Callable[[MicroBatch], Tensor], answers: list[Answer] | None = None
     ) -> Measures:
         rows: list[dict[str, Any]] = []
-        with working(what, len(self.groups), self.run.machine.is_main_process) as advance:
+        with working(what, len(self.groups)) as advance:
             for i, group in enumerate(self.groups):
                 batch = collate([self.rows[k] for k in group], self.pad_id).to(head.weight.device)
                 answer = None if answers is None else answers[i] if i < len(answers) else self._teachers(batch)

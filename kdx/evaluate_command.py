@@ -34,7 +34,7 @@ def main(words: list[str]) -> int:
     args = _parsed(words)
     typed = [word for word in args.paths if "=" in word and not Path(word).exists()]
     paths = [Path(word) for word in args.paths if word not in typed]
-    with logging_to(None, is_main=True):
+    with logging_to():
         asked = [(resumed(str(run.path), typed).points[0].config, run) for run in _done(paths)]
         teachers, faults = dict[str, Teacher](), []
         for config, run in sorted(asked, key=lambda pair: repr(pair[0].teacher)):  # those of one teacher together

@@ -164,7 +164,7 @@ def answers_to(
     answers = [known.get(key, []) for key in keys]
     if missing:
         model, groups = load(), groups_of([prompts[i] for i in missing], batch_size)
-        with working("Answering prompts", len(groups) // machine.num_processes, machine.is_main_process) as advance:
+        with working("Answering prompts", len(groups) // machine.num_processes) as advance:
 
             def answer(group: list[int]) -> list[list[int]]:
                 some = [missing[k] for k in group]

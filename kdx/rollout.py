@@ -297,7 +297,7 @@ def teachers_answers(
 def write_answers(config: Config, file: Path) -> None:
     """Write each training conversation up to its last turn, with the teacher's answer, as a line for data=messages."""
     machine, shared = build_accelerator(config), load_tokenizer(config)
-    with logging_to(None, machine.is_main_process):
+    with logging_to():
         given = load_data(config.data, shared)
         rows, stops = given.train, teacher_stops(config.teacher, given.stops, shared)
         answers = teachers_answers(config, rows, given.stops, shared, machine)

@@ -17,7 +17,6 @@ from kdx.errors import ConfigError, MachineError, Parser
 from kdx.evaluate import num_prompts, teacher_answers
 from kdx.generate import teacher_stops
 from kdx.rollout import with_teachers_answers
-from kdx.run import signals
 from kdx.run.files import in_bytes, read_json, size_of
 from kdx.run.launch import build_accelerator
 from kdx.run.report import store_line
@@ -33,14 +32,13 @@ def fill(configs: Sequence[Config]) -> None:
     """Run each teacher of these configs over all rows of their data, and let it answer the sample prompts."""
     # What decides the rows; the student may limit their length.
     unique = {repr((config.teacher, config.data, config.student, config.rollout)): config for config in configs}
-    with logging_to(None, signals.is_main()):
+    with logging_to():
         for config in unique.values():
             _fill(replaced(config, teacher=replaced(config.teacher, store="on")))
 
 
 def _fill(config: Config) -> None:
     machine = build_accelerator(config)
-    is_main = machine.is_main_process
     shared = load_tokenizer(config)
     data = load_data(config.data, shared, num_prompts(config))
     if config.rollout.name == "teacher":
@@ -54,13 +52,13 @@ def _fill(config: Config) -> None:
     missing = sorted((rows[digest] for digest in store.missing([*rows])), key=lambda row: -len(row.tokens))
     size = teacher.rows_at_once or FILL_ROWS
     starts = range(0, len(missing), size)[machine.process_index :: machine.num_processes]
-    with closing(store), working("Running teacher", len(starts), is_main) as advance:
+    with closing(store), working("Running teacher", len(starts)) as advance:
         for start in starts:
             teacher.answer(collate(missing[start : start + size], shared.pad_id))
             advance()
         stops = teacher_stops(config.teacher, data.stops, shared)
         teacher_answers(teacher, shared, data.prompts, machine, stops)
-    if is_main:
+    if machine.is_main_process:
         log.info(store_line(store))
     machine.wait_for_everyone()
     if store.is_full:

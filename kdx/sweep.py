@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from kdx.config import Config, as_dict, leaves, short_key
+from kdx.config import Config, leaves, short_key
 from kdx.errors import ConfigError, InUseError, KdxError, one_line, printable
 from kdx.run.claim import claim, holder
 from kdx.run.devices import num_cores, take_gpu
@@ -67,7 +67,7 @@ def sweep_name(keys: list[str], configs: list[Config]) -> str:
 def job_name(keys: list[str], words: list[str], config: Config) -> str:
     """Name a job by its point and a hash of its config: temperature-2_alpha-0.7_1a2b3c."""
     typed = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
-    flat, is_baseline = leaves(as_dict(config)), config.loss.alpha == 0
+    flat, is_baseline = leaves(config.model_dump()), config.loss.alpha == 0
     decides = used(flat)
     known = [*decides, *keys]  # a key that decides nothing here makes no other key's name longer
     parts = ["baseline"] if is_baseline and "loss.alpha" not in keys else []

@@ -206,11 +206,6 @@ class Training:
         self.objective.train()
         return means
 
-    def free(self) -> None:
-        """Drop gradients and moments: no step is left."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.state.clear()
-
     def forward_backward(self, batch: StepBatch, stop: StopRequest) -> tuple[dict[str, float], float]:
         """Accumulate one step's gradient and clip it → each term's mean over the step's counted positions, and the norm.
 

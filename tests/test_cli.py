@@ -18,7 +18,7 @@ from kdx import __version__, cli, plugins
 from kdx.checked import check_options
 from kdx.cli import compose
 from kdx.compose import Composer, Plan, alike, newest, plan, resumed
-from kdx.config import as_dict, leaves
+from kdx.config import leaves
 from kdx.errors import ConfigError, KdxError
 from kdx.run.redact import redact
 from kdx.words import MEANT, new_name
@@ -151,7 +151,7 @@ def test_a_mistake_is_one_clear_line(composer, typed, says):
 
 
 def test_what_the_words_of_other_tools_point_to_exists(composer):
-    known = [*leaves(as_dict(compose())), "hydra.run.dir", "loss.beta", "optim.eps", "optim.schedule_options"]
+    known = [*leaves(compose().model_dump()), "hydra.run.dir", "loss.beta", "optim.eps", "optim.schedule_options"]
     known += [f"data.{name}" for name in ("source_column", "target_column", "text_column", "template_options")]
     for meant in (line.rpartition(": ")[0] for line in MEANT.strip().splitlines()):
         for word in re.sub(r" \(.*|,|^No equivalent", "", meant).split():
@@ -356,7 +356,7 @@ def made_run(folder: str, state: str, *typed: str, checkpoint: bool = True) -> P
     write(f"{folder}/overrides.yaml", yaml.safe_dump(redact(point.words)))
     write(f"{folder}/record.json", json.dumps({"swept": [], "sources": point.sources}))
     write(f"{folder}/command.txt", "python -m kdx --config-dir mine train.seed=0\n")
-    write(f"{folder}/config.yaml", yaml.safe_dump(redact(as_dict(point.config))))
+    write(f"{folder}/config.yaml", yaml.safe_dump(redact(point.config.model_dump())))
     write(f"{folder}/status.json", f'{{"state": "{state}"}}')
     if checkpoint:
         (path / "checkpoints/step-00000001").mkdir(parents=True)

@@ -417,7 +417,7 @@ def test_a_client_that_changed_costs_one_line(
     config, folder = compose(["tracking.mode=online"]), RunFolder(tmp_path / "run")
     training = SimpleNamespace(config=config, record=Record(), state=state, max_steps=1)
     folder.path.mkdir()
-    with logging_to(None, is_main=True), Tracker(folder, training) as tracker:
+    with logging_to(), Tracker(folder, training) as tracker:
         tracker.log(state, {"eval/ce": 1.5})
         tracker.finish({part: {} for part in ("student", "untouched", "teacher", "run")}, [])
     assert capsys.readouterr().out.count("warning: ") == 1

@@ -24,7 +24,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from kdx.config import DataConfig, as_dict
+from kdx.config import DataConfig
 from kdx.data.batches import Row, Rows, write_rows
 from kdx.data.files import origins_of
 from kdx.data.mix import parts_of
@@ -138,7 +138,7 @@ def _load_mix(config: DataConfig, shared: SharedTokenizer, num_prompts: int) -> 
 def _digest(config: DataConfig, shared: SharedTokenizer, num_prompts: int) -> str:
     """All that decides the rows but the content of the data: keys, tokenizer, template and the code itself."""
     elsewhere = ("shuffle", "max_length", "chat_template")  # not of the rows, or resolved in the arguments
-    keys = {name: value for name, value in as_dict(config).items() if name not in elsewhere}
+    keys = {name: value for name, value in config.model_dump().items() if name not in elsewhere}
     code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))]
     tokenizer = shared.tokenizer
     words = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()]

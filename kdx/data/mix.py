@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from kdx.config import DataConfig, as_dict
+from kdx.config import DataConfig
 from kdx.errors import ConfigError
 
 ONE_SOURCES = ("name", "path", "subset", "split", "take")  # keys of a source; the mixture's others are its defaults
@@ -23,7 +23,7 @@ def parts_of(config: DataConfig) -> dict[str, tuple[DataConfig, float]]:
         raise ConfigError("data.sources", "names no sources", f"Give each a layout, a path and a weight: {hint}")
     if not config.shuffle:
         raise ConfigError("data.shuffle", "is false, but a mixture samples its rows", "Leave it out")
-    general = {key: value for key, value in as_dict(config).items() if key not in (*ONE_SOURCES, "sources")}
+    general = {key: value for key, value in config.model_dump().items() if key not in (*ONE_SOURCES, "sources")}
     found, weights = {}, {}
     for name, given in sources.items():
         where, weight = f"data.sources.{name}", given.get("weight")

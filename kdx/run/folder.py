@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 
 from kdx import plugins
-from kdx.config import Config, as_dict
+from kdx.config import Config
 from kdx.errors import ConfigError, DivergedError, user_error
 from kdx.run.claim import claim
 from kdx.run.files import read_json, remove, write_beside, write_json
 from kdx.run.identity import differences, identity, may_differ, table
 from kdx.run.redact import redact
-from kdx.run.signals import Stopped
+from kdx.run.signals import Stopped, is_main
 
 log = logging.getLogger("kdx")
 TIME = "%Y-%m-%dT%H:%M:%S%z"
@@ -50,7 +50,6 @@ class RunFolder:
         self.path = path
         self.step = 0
         self.max_steps: int | None = None
-        self.is_main = True
         self._since = time.strftime(TIME)
         self._written = 0.0
 
@@ -81,14 +80,13 @@ class RunFolder:
             raise error
 
     @contextmanager
-    def claim(self, config: Config, record: Record, is_main: bool = True) -> Iterator[None]:
+    def claim(self, config: Config, record: Record) -> Iterator[None]:
         """Hold the folder for the life of a run, write its record, and keep status.json up to date whatever happens.
 
         Raises InUseError if another process runs here, ConfigError if the folder has another run.
         """
-        self.is_main = is_main
-        with claim(self.path) if is_main else nullcontext():
-            if is_main:
+        with claim(self.path) if is_main() else nullcontext():
+            if is_main():
                 self._refuse_another(identity(config))
                 self._remove_leftovers()
                 self._write_record(config, record)
@@ -102,7 +100,7 @@ class RunFolder:
                     with suppress(OSError):  # a full disk: the error itself is printed
                         self.write_status(*self._ending(error))
                 raise
-            if is_main:
+            if is_main():
                 self.write_status("done")
 
     def _ending(self, error: BaseException) -> tuple[str, str, Any]:
@@ -115,7 +113,7 @@ class RunFolder:
 
     def _write_record(self, config: Config, record: Record) -> None:
         """Write down the config, the words and the command, without secrets, and the user's own code."""
-        asked = yaml.safe_dump(redact(as_dict(config)), sort_keys=False, allow_unicode=True)
+        asked = yaml.safe_dump(redact(config.model_dump()), sort_keys=False, allow_unicode=True)
         write_beside(self.path / "config.yaml", asked)
         write_beside(self.path / "overrides.yaml", yaml.safe_dump(redact(record.words), allow_unicode=True))
         write_json(self.path / "record.json", {"swept": record.swept, "sources": record.sources})
@@ -127,7 +125,7 @@ class RunFolder:
 
         facts: what is known only once data and models are loaded (fingerprints of the rows, number of processes).
         """
-        if self.is_main:
+        if is_main():
             now = identity(config) | facts  # models and data have been downloaded: the hub's commits are known
             self._refuse_another(now)
             if not is_resumable(self.path) and differences(self.kept("data.json"), now):
@@ -143,7 +141,7 @@ class RunFolder:
     def at(self, step: int) -> None:
         """Note the step, on disk every few seconds."""
         self.step = step
-        if self.is_main and time.monotonic() - self._written > STATUS_SECONDS:
+        if is_main() and time.monotonic() - self._written > STATUS_SECONDS:
             with suppress(OSError):
                 self.write_status("running")
 

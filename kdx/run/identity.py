@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from kdx import plugins
-from kdx.config import COMMIT, GENERATED, Config, DataConfig, ModelConfig, as_dict, leaves, replaced
+from kdx.config import COMMIT, GENERATED, Config, DataConfig, ModelConfig, leaves, replaced
 from kdx.data.files import listed, resolve_path, what_is_read
 from kdx.data.mix import parts_of
 from kdx.errors import shortened
@@ -64,7 +64,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 def config_identity(config: Config) -> dict[str, Any]:
     """Describe the part of it that is in the config, with secrets replaced."""
-    return dict(redact(used(leaves(as_dict(config)))))
+    return dict(redact(used(leaves(config.model_dump()))))
 
 
 def used(config: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdx.config import Config, ModelConfig, StudentConfig, as_dict, leaves
+from kdx.config import Config, ModelConfig, StudentConfig, leaves
 from kdx.run.folder import Record
 from kdx.run.identity import canonical, config_identity, digest
 from kdx.run.redact import redact
@@ -23,7 +23,7 @@ def short(key: str) -> str:
 
 def run_name(config: Config, record: Record) -> str:
     """Name a run by the values that its sweep varies, else by teacher, student and loss."""
-    loss, values = config.loss, _typed(record) | leaves(redact(as_dict(config)))
+    loss, values = config.loss, _typed(record) | leaves(redact(config.model_dump()))
     if record.swept:
         keys = [key for key in record.swept if loss.alpha > 0 or not key.startswith("loss")]
         return " ".join([*["baseline"] * (loss.alpha == 0), *(f"{short(k)}={_public(values.get(k))}" for k in keys)])
@@ -45,7 +45,7 @@ def config_of(training: Any, folder: Path) -> dict[str, Any]:
     from kdx.run import report  # imports torch
 
     config, record = training.config, training.record
-    tree = {group: dict(node) for group, node in as_dict(config).items() if group not in NOT_SENT}
+    tree = {group: dict(node) for group, node in config.model_dump().items() if group not in NOT_SENT}
     tree["data"]["max_length"] = training.max_length
     if config.loss.alpha == 0:  # the rest of the loss is not used
         tree["loss"] = {"alpha": 0.0}

@@ -17,6 +17,7 @@ from kdx.optim import state_bytes
 from kdx.run import checkpoint, report
 from kdx.run.files import in_bytes, read_lines, remove, usage_of, write_beside, write_json, write_lines
 from kdx.run.folder import RunFolder
+from kdx.run.signals import is_main
 from kdx.run.tracking import CONSOLE, Tracker, log
 from kdx.student import save_student
 from kdx.train import HINT, Training
@@ -73,7 +74,7 @@ def check_room(training: Training, path: Path) -> None:
 
 def warn_about(folder: RunFolder, data: Data) -> None:
     """Warn about what makes the measures, or the distillation, doubtful."""
-    if not folder.is_main:
+    if not is_main():
         return
     untouched = folder.kept("untouched.json")
     counted = int(data.held_out.num_counted.sum())
@@ -114,7 +115,8 @@ def keep_student(training: Training, folder: RunFolder) -> None:
 def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker) -> dict[str, Any]:
     """Measure the student as it was saved, and write what the run leaves → the summary. Raises DivergedError."""
     config, state, student, path = training.config, training.state, training.student, folder.path
-    training.free()
+    training.optimizer.zero_grad(set_to_none=True)
+    training.optimizer.state.clear()  # no step is left
     final = judge(student, as_saved=True)
     measures = final.means()
     _check_finite(training, measures)

@@ -22,6 +22,7 @@ from kdx.run import labels
 from kdx.run.files import read_lines
 from kdx.run.folder import RunFolder
 from kdx.run.redact import redact
+from kdx.run.signals import is_main
 
 log = logging.getLogger("kdx")
 
@@ -68,24 +69,24 @@ def _to(handler: logging.Handler, line: str = "%(message)s") -> Iterator[None]:
 
 
 @contextmanager
-def logging_to(file: Path | None, is_main: bool) -> Iterator[None]:
+def logging_to(file: Path | None = None) -> Iterator[None]:
     """Log kdx's lines in the main process: to the console and, with times, to a file if there is one."""
     log.setLevel(logging.INFO)
     log.propagate = False
     with ExitStack() as stack:
-        stack.enter_context(_to(_ConsoleHandler() if is_main else logging.NullHandler()))
-        if is_main and file:
+        stack.enter_context(_to(_ConsoleHandler() if is_main() else logging.NullHandler()))
+        if is_main() and file:
             lines = "%(asctime)s %(levelname)s %(message)s"
             stack.enter_context(_to(logging.FileHandler(file, encoding="utf-8"), lines))
         yield
 
 
 @contextmanager
-def working(what: str, total: int, is_main: bool = True, done: int = 0) -> Iterator[Callable[..., None]]:
+def working(what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """Show the progress of something long on a terminal → a function to call after each part, with words to show."""
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
     how: dict[str, Any] = {"transient": True, "speed_estimate_period": 300}
-    with Progress(*columns, console=CONSOLE, disable=not (is_main and CONSOLE.is_terminal), **how) as progress:
+    with Progress(*columns, console=CONSOLE, disable=not (is_main() and CONSOLE.is_terminal), **how) as progress:
         task = progress.add_task(what, total=total, completed=done, words="")
         yield lambda words="": progress.update(task, advance=1, words=words)
 
@@ -98,7 +99,7 @@ class Tracker:
 
     def __init__(self, folder: RunFolder, training: Any) -> None:
         self.file = folder.path / "metrics.jsonl"
-        self.folder, self.config, self.is_main = folder, training.config, folder.is_main
+        self.folder, self.config = folder, training.config
         self._run, self.name = training, labels.run_name(training.config, training.record)
         self.wandb: Any = None
         self.wandb_line, self.sync = "W&B: disabled", ""
@@ -106,12 +107,12 @@ class Tracker:
         self._has_warned = False
         self._log_tab = ExitStack()
         kept = training.state.lines  # what comes after the checkpoint goes: a resumed run has each step once
-        if self.is_main and self.file.exists() and self.file.stat().st_size > kept:
+        if is_main() and self.file.exists() and self.file.stat().st_size > kept:
             os.truncate(self.file, kept)
 
     def __enter__(self) -> "Tracker":
         try:
-            if self.is_main and (mode := wandb_mode(self.config.tracking.mode)) != "disabled":
+            if is_main() and (mode := wandb_mode(self.config.tracking.mode)) != "disabled":
                 self._open(mode)
         except Exception as error:  # a run never fails because of W&B
             self._has_warned = True
@@ -160,7 +161,7 @@ class Tracker:
 
     def log(self, state: Any, metrics: dict[str, Any]) -> None:
         """Append one line of metrics, and show it."""
-        if not self.is_main:
+        if not is_main():
             return
         line = {"step": state.step, "tokens": state.tokens, "counted_tokens": state.counted_tokens, **metrics}
         with self.file.open("a", encoding="utf-8") as file:
@@ -173,7 +174,7 @@ class Tracker:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Show a progress bar on a terminal while training; elsewhere log() prints plain lines."""
-        with working("training", self._run.max_steps, self.is_main, done=self._run.state.step) as self._show:
+        with working("training", self._run.max_steps, self._run.state.step) as self._show:
             yield
 
     def advance(self, loss: float, speed: float) -> None:
