@@ -97,7 +97,8 @@ def plan(words: list[str], config_dir: str | None = None, is_multirun: bool = Fa
     points = composer.points(every, faults)
     configs = [point.config for point in points]
     if not configs[0].sweep.name:
-        return plan([*words, f"sweep.name={sweep.sweep_name(swept, configs)}"], config_dir, is_multirun=True)
+        name = sweep.sweep_name(swept, {word.key_or_group for word in typed}, configs)
+        return plan([*words, f"sweep.name={name}"], config_dir, is_multirun=True)
     made = Plan(points, Path(str(hydra.sweep.dir)), config_dir, swept=swept)
     if not str(hydra.sweeper.get("_target_")).endswith(".BasicSweeper"):  # Optuna chooses as it goes
         made.hydra = ["--multirun", *made.flags, *(str(word.input_line) for word in typed)]

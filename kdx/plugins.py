@@ -43,8 +43,9 @@ def keep(run_dir: Path) -> None:
     """Copy the source of every plug-in into the run's folder."""
     for source, name in files().items():
         kept = run_dir / "plugins" / name
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, kept)
+        if source.resolve() != kept.resolve():  # the kept one may be used to resume
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, kept)
 
 
 def _all() -> list[str]:

@@ -312,7 +312,8 @@ def write_answers(config: Config, file: Path) -> None:
             conversations |= {f"{name}/{c.id}".removeprefix("/"): c for c in training}
         texts, left_out = list[str](), Counter[str]()
         for row, answer in zip(rows, answers, strict=True):
-            if not answer or (conversation := conversations.get(row.id)) is None:  # a later part of a long row
+            if not answer or (conversation := conversations.get(row.id)) is None:
+                left_out["without room, or a later part of a long row"] += 1
                 continue
             messages, unlearned = conversation.messages, conversation.unlearned
             turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in unlearned]

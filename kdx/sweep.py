@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -53,14 +53,15 @@ def points(words: list[Override]) -> tuple[list[list[str]], list[str]]:
     return [list(point) for point in itertools.product(*values.values())], swept
 
 
-def sweep_name(keys: list[str], configs: list[Config]) -> str:
-    """Name a sweep by its keys and a hash of what its points have in common, the same on any day."""
+def sweep_name(keys: list[str], typed: Collection[str], configs: list[Config]) -> str:
+    """Name a sweep by its keys and a hash of what its points have in common, the same on any day.
+
+    Of a swept group only what was typed counts: its options differ in the rest.
+    """
     flats = [config_identity(config) for config in configs]
     known = [key for flat in flats for key in flat]
     common = {k: v for flat in flats for k, v in flat.items() if all(other.get(k, v) == v for other in flats)}
-    # Of a swept group, a key that only some of the options have counts no more than what is swept.
-    some = [k for k in common if k.split(".")[0] in keys and not all(k in flat for flat in flats)]
-    common = {key: value for key, value in common.items() if key not in (*keys, *some)}
+    common = {k: v for k, v in common.items() if k not in keys and (k in typed or k.split(".")[0] not in keys)}
     return "-".join([*(_safe(short_key(key, known)) for key in keys), digest(common)])
 
 

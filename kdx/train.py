@@ -58,7 +58,8 @@ class State:
     best_step: int = 0
     num_worse: int = 0  # held-out measures in a row without improvement
     measured: int = 0  # the last step with held-out measures
-    num_nonfinite: int = 0  # steps that were skipped
+    num_nonfinite: int = 0  # steps that were skipped, beside those that the scaler of fp16 skips
+    num_updates: int = 0  # steps that changed the weights
     lines: int = 0  # bytes of metrics.jsonl
     elapsed: float = 0.0  # seconds of all its processes until this was saved
     versions: dict[str, str] = field(default_factory=dict)
@@ -206,6 +207,11 @@ class Training:
         self.objective.train()
         return means
 
+    def free(self) -> None:
+        """Drop gradients and moments: no step is left."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+
     def forward_backward(self, batch: StepBatch, stop: StopRequest) -> tuple[dict[str, float], float]:
         """Accumulate one step's gradient and clip it → each term's mean over the step's counted positions, and the norm.
 
@@ -248,7 +254,7 @@ class Training:
             self._skip_or_stop(batch, bad[0])
         else:
             self.optimizer.step()
-            self.state.num_nonfinite += not math.isfinite(norm)  # the scaler of fp16 skips it
+            self.state.num_updates += math.isfinite(norm)  # else the scaler of fp16 skips it
         if bad or not self.machine.optimizer_step_was_skipped:
             self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -114,6 +114,12 @@ def test_a_folder_has_the_splits_its_files_are_named_for(tmp_path):
     assert "file of the split train" in error_of(str(tmp_path / "sft"))
     assert rows_of(str(tmp_path / "sft"), "test_sft")
     assert "file of the split dev" in error_of(str(tmp_path), "dev")
+    (tmp_path / "sft/train_sft.jsonl").write_text('{"source": "a"}')
+    assert rows_of(str(tmp_path / "sft")) == [{"source": "a"}]
+    (tmp_path / "sft/train_gen.jsonl").write_text('{"source": "b"}')  # which of the two?
+    assert "file of the split train" in error_of(str(tmp_path / "sft"))
+    (tmp_path / "sft/test_sft-0.jsonl").unlink()
+    assert len(rows_of(str(tmp_path / "sft"))) == 2  # no test set among them
     saved = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": saved, "test": saved.select([1])}).save_to_disk(tmp_path / "saved")
     assert rows_of(str(tmp_path / "saved"), "test") == ROWS[1:]

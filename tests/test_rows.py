@@ -312,6 +312,21 @@ CASES = {
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}, {"from": "human", "value": "c"}, {"from": "gpt", "value": "Nine degrees."}]},
         layout="sharegpt", counted=[WHOLE],
     ),
+    "a blank system text with tools": Case(
+        chat({"role": "system", "content": "", "tools": TOOLS}, ASK, SAY), counted=[WHOLE], reads='"name": "weather"',
+        options={"chat_template": "{% for tool in messages[0]['tools'] %}{{ tool | tojson }}{% endfor %}" + CHATML},
+    ),
+    "a column that there is not, beside trl's": Case(
+        {"prompt": "How warm?", "completion": "Cold.", "response": "Nine degrees."}, layout="pairs",
+        options={"source_column": "prompt", "target_column": "respons"}, refused='"respons" is missing',
+    ),
+    "prompt and chosen as JSON text": Case(
+        {"prompt": json.dumps([ASK]), "chosen": json.dumps([SAY])}, layout="pairs", counted=[WHOLE], reads="user\nHow warm is",
+        says=["source and target are the columns prompt and chosen"],
+    ),
+    "an answer that is JSON": Case(
+        {"source": "How warm?", "target": '[{"degrees": 9}]'}, layout="pairs", counted=['[{"degrees": 9}]<|im_end|>'],
+    ),
     "sharegpt with a blank system text": Case(
         {"conversations": [{"from": "system", "value": ""}, {"from": "human", "value": "How warm?"}, {"from": "gpt", "value": "Nine degrees."}]},
         "gemma", layout="sharegpt", counted=["Nine degrees.<end_of_turn>"],

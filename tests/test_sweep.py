@@ -58,14 +58,19 @@ def test_names_are_fit_for_a_path(keys: list[str], words: list[str]) -> None:
 def test_a_sweep_is_named_by_what_its_points_have_in_common() -> None:
     keys = ["loss.temperature"]
     two = [compose([f"loss.temperature={t}"]) for t in (1, 2)]
-    made = sweep.sweep_name(keys, two)
+    made = sweep.sweep_name(keys, keys, two)
     assert re.fullmatch(r"temperature-[0-9a-f]{6}", made)
-    assert sweep.sweep_name(keys, [*two, compose(["loss.temperature=4"])]) == made
-    assert sweep.sweep_name(keys, [compose(["train.seed=1"])]) != made
+    assert sweep.sweep_name(keys, keys, [*two, compose(["loss.temperature=4"])]) == made
+    assert sweep.sweep_name(keys, keys, [compose(["train.seed=1"])]) != made
     groups = [[compose([f"loss={n}", f"loss.alpha={a}"]) for n in ("jsd", "tvd")] for a in (0.3, 0.7)]
-    assert sweep.sweep_name(["loss"], groups[0]) != sweep.sweep_name(["loss"], groups[1])
+    by_loss = ["loss"], ["loss", "loss.alpha"]
+    assert sweep.sweep_name(*by_loss, groups[0]) != sweep.sweep_name(*by_loss, groups[1])
     more = [*groups[0], compose(["loss=skew_forward_kl", "loss.alpha=0.3"])]  # it has a key of its own
-    assert sweep.sweep_name(["loss"], more) == sweep.sweep_name(["loss"], groups[0])
+    assert (
+        sweep.sweep_name(*by_loss, more)
+        == sweep.sweep_name(*by_loss, groups[0])
+        == sweep.sweep_name(*by_loss, more[1:])
+    )
 
 
 # Who does which job

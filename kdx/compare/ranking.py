@@ -41,6 +41,8 @@ ANSWERS = {  # the same of what the students say themselves, in a table of its o
 }  # fmt: skip
 EVERY = COLUMNS | ANSWERS
 RANKED = {name: column for name, column in EVERY.items() if column.best}
+# Keys of data.json that count as keys of the config. Plug-ins are part of the loss: a baseline uses none of it.
+DIGESTS = {"student.weights": "student", "loss.plugins": "plugins"}
 NUM_RESAMPLES = 4000
 DIGITS = 6  # values that agree to so many decimals are tied
 SAME_BUDGET = 0.05  # relative difference in trained tokens; the order of rows alone changes a few percent

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from rich.markdown import Markdown
 
-from kdx.compare.ranking import COLUMNS, Comparison, Run, compared, make_ranking
+from kdx.compare.ranking import COLUMNS, DIGESTS, Comparison, Run, compared, make_ranking
 from kdx.compare.tables import as_csv, as_json, as_markdown
 from kdx.config import leaves
 from kdx.errors import ConfigError, Parser, one_line
@@ -85,9 +85,8 @@ def read_run(name: str, folder: Path) -> Run:
         run.state = status["state"]
         run.config = leaves(_load(folder / "config.yaml"))
         run.swept = _load(folder / "record.json")["swept"]
-        kept = read_json(folder / "data.json")  # plug-ins count as part of the loss: a baseline uses none
-        digests = {"student.weights": kept.get("student"), "loss.plugins": kept.get("plugins")}
-        run.config |= {key: digest[:8] for key, digest in digests.items() if digest}
+        kept = read_json(folder / "data.json")
+        run.config |= {key: digest[:8] for key, name in DIGESTS.items() if (digest := kept.get(name))}
         if run.state != "done":  # only then are all measures finite
             run.reason = status.get("reason") or f"step {status['step']} of {status['max_steps']}"
             return run

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from kdx.compare.page import STYLE, drawings
-from kdx.compare.ranking import COLUMNS, MOST_KEYS, RANKED, Comparison, Run
+from kdx.compare.ranking import COLUMNS, DIGESTS, MOST_KEYS, RANKED, Comparison, Run
 from kdx.compare.tables import as_json, row_of
 from kdx.errors import ConfigError, MachineError, one_line
 from kdx.run.files import read_json, write_json
@@ -140,7 +140,8 @@ def _sections(comparison: Comparison) -> list[Any]:
     import wandb_workspaces.workspaces as ws
 
     held_out = [f"eval/{name}" for name, column in COLUMNS.items() if column.best]
-    axes = [*map(wr.Config, comparison.differing[:MOST_KEYS]), *map(wr.SummaryMetric, held_out)]
+    keys = [key for key in comparison.differing if key not in DIGESTS][:MOST_KEYS]
+    axes = [*map(wr.Config, keys), *map(wr.SummaryMetric, held_out)]
     kl, ce = map(wr.SummaryMetric, ("eval/kl", "eval/ce"))
     alpha, temperature = map(wr.Config, ("loss.alpha", "loss.temperature"))
     columns = [wr.ParallelCoordinatesPlotColumn(axis) for axis in axes]

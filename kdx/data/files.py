@@ -19,7 +19,7 @@ from kdx.errors import DataError, KdxError, MachineError, of_hub, shortened, tog
 LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's default of 131,072 characters is less than a book's chapter
 FROM_FILES = ("pairs", "messages", "text", "chitchat")  # the sources that read data.path from disk
 SAVED = ("dataset_info.json", "state.json")  # beside the .arrow files of datasets' save_to_disk
-OF_SPLIT = re.compile("train[.-]|(test|validation|valid|val|dev|eval)[._-]")  # names of files in a folder with splits
+HELD_OUT = re.compile("(test|validation|valid|val|dev|eval)[._-]")  # names of files in a folder that has splits
 
 Item = tuple[str, Any] | DataError  # (file:line, row), or what is wrong with that row
 
@@ -90,14 +90,17 @@ def read_rows(path: str | list[str], subset: str | None, split: str) -> Iterator
 
 
 def _expand(given: str, split: str) -> list[Path] | None:
-    """The files of a path, or None for a hub data set. A folder may have splits: its files NAME.* and NAME-*."""
+    """The files of a path, or None for a hub data set. A folder may have splits: its files NAME.*, NAME-* or NAME_MORE.*."""
     path = Path(resolve_path(given, "data.path"))
     if path.is_dir():
         is_saved = (path / "dataset_dict.json").is_file()  # by datasets, which give each split a folder
         files = sorted((path / split if is_saved else path).glob("*"))
         files = [p for p in files if _suffix(p) in READERS and p.name not in SAVED and not p.is_dir()]
-        if not is_saved and (split != "train" or any(OF_SPLIT.match(p.name) for p in files)):
-            files = [p for p in files if p.name.startswith((f"{split}.", f"{split}-"))]
+        if not is_saved and (split != "train" or any(HELD_OUT.match(p.name) for p in files)):
+            stems = {p: re.split("[.-]", p.name)[0] for p in files}
+            longer = {stem for stem in stems.values() if stem.startswith(f"{split}_")}
+            name = longer.pop() if split not in stems.values() and len(longer) == 1 else split
+            files = [p for p in files if stems[p] == name]
         if not files:
             what = f"the folder {path} has no {', '.join(READERS)} file of the split {split} (data.split)"
             raise DataError("data.path", what, nearby(path))

@@ -331,16 +331,25 @@ def _messages(
             hint = f"Roles are {', '.join(ROLES)}; map others with data.roles, as in data.roles.bot=assistant"
             raise DataError(place, f"the role is {kind_of(role)}", hint)
         content = _joined_parts(turn.get(content_key))
+        own = (role_key, content_key, "role", "content")
+        more = {k: v for k, v in (turn | {"tool_calls": calls}).items() if k not in own and v not in (None, [], {})}
         if role in ("system", "developer") and not str(content or "").strip():
-            continue
-        if not (calls and content in (None, "")) and not (role not in ROLES[:4] and content == ""):
+            if not more:
+                continue
+            content = ""
+        elif not (calls and content in (None, "")) and not (role not in ROLES[:4] and content == ""):
             content = text_in(content, content_key, place)
         if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
             raise DataError(place, f'"tool_calls" is {kind_of(calls)}, expected a list of objects', "Fix the row")
-        own = (role_key, content_key, "role", "content")
-        more = {k: v for k, v in (turn | {"tool_calls": calls}).items() if k not in own and v not in (None, [], {})}
         messages.append({"role": role, "content": content, **more})
     return messages
+
+
+def _chat_in(value: Any, role_key: str = "role") -> list[Any] | None:
+    """Return a list of messages, which may be JSON text; None of anything else, such as an answer that is JSON."""
+    turns = _parsed(value)
+    is_chat = isinstance(turns, list) and turns and isinstance(turns[0], dict) and role_key in turns[0]
+    return turns if is_chat else None
 
 
 def _joined_parts(content: Any) -> Any:
@@ -461,17 +470,17 @@ def pairs(
     wanted = {column for name, column in zip(("source", "target"), own, strict=True) if name in needed}
 
     def read(row: RawRow) -> Messages:
-        names = own
-        if not wanted <= row.columns.keys():
+        names, is_default = own, own == ("source", "target")
+        if not {*own} & row.columns.keys() or (is_default and not wanted <= row.columns.keys()):
             names = next((pair for pair in PREFERENCES if {*pair} <= row.columns.keys()), own)
         if names != own:
             row.note = f"source and target are the columns {' and '.join(names)}"
-        sides = [row.columns.get(name) for name in names]
-        if any(isinstance(side, list) and side and isinstance(side[0], dict) for side in sides):
+        chats = [_chat_in(row.columns.get(name)) for name in names]
+        if any(chats):
             row.used.add(names[1])
             opening, answer = (
-                _messages(side if isinstance(side, list) else [{"role": role, "content": side}], name, row.where)
-                for role, side, name in zip(templates, sides, names, strict=True)
+                _messages(chat or [{"role": role, "content": row.columns.get(name)}], name, row.where)
+                for role, chat, name in zip(templates, chats, names, strict=True)
             )
             return row.after_prompt(names[0], opening, answer)
         row.used |= needed | {*names}
@@ -506,8 +515,8 @@ def messages(
         prompt = row.columns.get("prompt") if messages_column in ("completion", "chosen") else None
         if not prompt or not isinstance(prompt, str | list):
             return turns
-        opening = prompt if isinstance(prompt, list) else [prompt]
-        whole = row.after_prompt("prompt", _messages(opening, "prompt", row.where, *how), turns)
+        opening = _messages(_chat_in(prompt, role_key) or [prompt], "prompt", row.where, *how)
+        whole = row.after_prompt("prompt", opening, turns)
         row.note = f"the column prompt goes before {messages_column}" if len(whole) > len(turns) else ""
         return whole
 

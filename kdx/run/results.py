@@ -115,8 +115,7 @@ def keep_student(training: Training, folder: RunFolder) -> None:
 def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker) -> dict[str, Any]:
     """Measure the student as it was saved, and write what the run leaves → the summary. Raises DivergedError."""
     config, state, student, path = training.config, training.state, training.student, folder.path
-    training.optimizer.zero_grad(set_to_none=True)
-    training.optimizer.state.clear()  # no step is left
+    training.free()
     final = judge(student, as_saved=True)
     measures = final.means()
     _check_finite(training, measures)
@@ -184,7 +183,7 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
 
 def _check_finite(training: Training, measures: dict[str, float | None]) -> None:
     """Refuse to call a run done whose measures could rank anywhere. Raises DivergedError."""
-    if 0 < training.state.step == training.state.num_nonfinite:
+    if training.state.step and not training.state.num_updates:
         what = "every step was skipped: the student learnt nothing"
         raise DivergedError(f"step {training.state.step}", what, HINT)
     wrong = [name for name, value in measures.items() if not math.isfinite(value or 0.0)]

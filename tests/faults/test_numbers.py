@@ -117,7 +117,7 @@ def test_final_measures_that_are_not_finite_are_no_done_run(place, tmp_path, cap
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("scaler", [None, "fp16"])
 def test_any_term_that_is_not_finite_stops_a_step(name, value, scaler):
-    """Of fp16 not the gradient's norm: its scaler skips such a step by itself, and it is counted."""
+    """Of fp16 not the gradient's norm: its scaler skips such a step by itself, and it counts as no update."""
     training, did = object.__new__(Training), []
     training.state = State()
     training.machine = SimpleNamespace(scaler=scaler, optimizer_step_was_skipped=False)
@@ -132,4 +132,4 @@ def test_any_term_that_is_not_finite_stops_a_step(name, value, scaler):
     training.machine.optimizer_step_was_skipped = is_step
     assert training.update(None, terms, norm) == is_step
     assert did == ["step", "step" if is_step else name.replace("norm", "gradient")]
-    assert training.state.num_nonfinite == is_step
+    assert training.state.num_updates == 1
