@@ -20,9 +20,9 @@ from typing import Any
 from rich import print
 
 from kdx.cli import compose
-from kdx.data.batches import StepBatch
+from kdx.data.batches import StepBatch, by_length
 from kdx.distill import prepared
-from kdx.generate import Sampling, generate, groups_of
+from kdx.generate import Sampling, generate
 from kdx.run.folder import Record
 from kdx.run.launch import build_accelerator
 from kdx.train import Training
@@ -45,7 +45,7 @@ def compare_generation(training: Training, num_prompts: int, batch_size: int) ->
 
     def answer(size: int) -> list[list[int]]:
         answers: dict[int, list[int]] = {}
-        for group in groups_of(prompts, size):
+        for group in by_length([*map(len, prompts)], size):
             some = [prompts[i] for i in group]
             answers |= zip(group, generate(student, some, Sampling(48), shared), strict=True)
         return [answers[i] for i in range(len(prompts))]

@@ -120,7 +120,7 @@ class Judge:
         self.num_samples, self.num_measured = NUM_SAMPLES * run.config.tracking.samples, num_measured(run)
         self.prompts: list[dict[str, Any]] = run.data.prompts[: max(self.num_samples, self.num_measured)]
         rows, like = run.data.held_out, run.batches
-        groups = by_length(rows, max(like.micro_batch_size, MIN_ROWS), like.micro_batch_tokens)
+        groups = by_length(rows.lengths, max(like.micro_batch_size, MIN_ROWS), like.micro_batch_tokens)
         groups = groups[like.rank :: like.num_processes]
         self.rows, self.groups, self.pad_id = rows, groups, like.pad_id
         self.answers: list[Answer] | None = None  # of the teacher to the first batches, taken once; in main memory
@@ -254,7 +254,7 @@ def teacher_answers(
 ) -> list[list[int]]:
     """Let the teacher answer prompts greedily, or read its answers from its store."""
     of_rows, inputs = teacher.store, [prompt["tokens"] for prompt in prompts]
-    store = of_rows and TeacherStore(of_rows.root, teacher.identity, name=of_rows.name, part="said")
+    store = of_rows and TeacherStore(of_rows.root, teacher.identity, part="said")
     greedy = replace(GREEDY, stops=stops)
     return answers_to(inputs, lambda: teacher.model, greedy, shared, machine, store=store, about=shared.num_ids)
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from kdx.causal_lm import generation_config, num_positions, stop_ids
 from kdx.config import TeacherConfig
-from kdx.data.batches import in_groups
+from kdx.data.batches import by_length
 from kdx.run.tracking import working
 from kdx.store import TeacherStore
 from kdx.tokenizer import SharedTokenizer
@@ -124,12 +124,6 @@ def teacher_stops(config: TeacherConfig, stops: Sequence[int], shared: SharedTok
     return tuple(dict.fromkeys([*stops_of(generation_config(config, "teacher"), shared), *stops]))
 
 
-def groups_of(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Group prompts of similar length, the longest first → numbers of prompts."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    return in_groups(order, batch_size)
-
-
 def shared_out(
     groups: Sequence[list[int]], answer: Callable[[list[int]], list[list[int]]], machine: Accelerator
 ) -> list[list[int]]:
@@ -163,7 +157,7 @@ def answers_to(
     known, missing = broadcast_object_list([known, missing])  # the same for all, whatever others write meanwhile
     answers = [known.get(key, []) for key in keys]
     if missing:
-        model, groups = load(), groups_of([prompts[i] for i in missing], batch_size)
+        model, groups = load(), by_length([len(prompts[i]) for i in missing], batch_size)
         with working("Answering prompts", len(groups) // machine.num_processes) as advance:
 
             def answer(group: list[int]) -> list[list[int]]:

@@ -5,25 +5,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 from accelerate import Accelerator
 
 from kdx.causal_lm import stop_ids
 from kdx.config import Config, RolloutConfig
-from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, collate, write_rows
+from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, by_length, collate, write_rows
 from kdx.data.encode import Data, Encoder, load_data
 from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
 from kdx.evaluate import NUM_SAMPLES
-from kdx.generate import Sampling, answers_to, generate, groups_of, shared_out, stops_of, teacher_stops
+from kdx.generate import Sampling, answers_to, generate, shared_out, stops_of, teacher_stops
 from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import log, logging_to
@@ -52,21 +50,8 @@ def check_rollout(config: Config) -> None:
     if sampler is not None and sampler not in _SAMPLERS:
         hint = f"{did_you_mean(sampler, list(_SAMPLERS))}. Your own: KDX_PLUGINS=module"
         raise ConfigError("rollout.sampler", f"no sampler is named {sampler!r}", hint)
-    parts = [part for part, _ in parts_of(data).values()] if data.name == "mix" else [data]
-    if config.rollout.name != "none" and any(part.name == "text" for part in parts):
+    if config.rollout.name != "none" and any(part.name == "text" for part, _ in parts_of(data).values()):
         raise ConfigError("rollout", "needs prompts to answer, and plain text has none", "Leave that source out")
-
-
-class StepRows(list[Row]):
-    """The rows of a step in memory, with the columns that `Rows` has in its file."""
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(row.tokens) for row in self])
-
-    @cached_property
-    def num_counted(self) -> np.ndarray:
-        return np.array([row.num_counted for row in self])
 
 
 @dataclass(frozen=True)
@@ -102,7 +87,7 @@ class Rollouts(Batches):
         pairs = [(step, i) for step, rows in steps.items() for i in rows if self._is_own(step, self.rows[i])]
         seeds = [self._number("answer", step, self.rows[i].id) for step, i in pairs]
         prompts = [prompt_of(self.rows[i]) for _, i in pairs]
-        groups = groups_of(prompts, words.batch_size)
+        groups = by_length([*map(len, prompts)], words.batch_size)
         if words.sampler is not None:  # all prompts of a process at once
             groups = [[*range(rank, len(prompts), self.num_processes)] for rank in range(self.num_processes)]
 
@@ -141,7 +126,7 @@ class Rollouts(Batches):
     def _mixed(self, step: int, numbers: list[int], seconds: float) -> StepBatch:
         """Put the student's answers into the rows of a step; the denominator is counted then."""
         answers = self.kept[str(step)]
-        rows = StepRows(answered(self.rows[i], answers.get(str(i)), is_own=True) for i in numbers)
+        rows = [answered(self.rows[i], answers.get(str(i)), is_own=True) for i in numbers]
         own = [row for row in rows if row.start is not None]
         stops = stops_of(self.objective.model.generation_config, self.shared)
         num_finished = sum(row.tokens[-1] in stops for row in own)
@@ -155,7 +140,7 @@ class Rollouts(Batches):
             "finished": num_finished,
             "generation": seconds,
         }
-        return replace(self._shared_out(step, list(range(len(rows))), rows), figures=figures)
+        return replace(self._shared_out(step, rows), figures=figures)
 
     def _collated(self, rows: Sequence[Row], step: int) -> MicroBatch:
         """Pad rows, and weigh what the student said: the divergence counts in full, and there is no cross-entropy."""
@@ -278,7 +263,7 @@ def teachers_answers(
     if teacher.store != "off":
         root = Path(teacher.store_dir).expanduser().resolve()
         identity = identity_of(teacher, machine.device)
-        store = TeacherStore(root, identity, name=str(teacher.base_model or teacher.path), part="said")
+        store = TeacherStore(root, identity, part="said")
 
     prompts = [tuple(prompt) if len(prompt) < shared.max_length else () for prompt in map(prompt_of, rows)]
     unique = [list(prompt) for prompt in dict.fromkeys(prompts)]
@@ -303,9 +288,8 @@ def write_answers(config: Config, file: Path) -> None:
         answers = teachers_answers(config, rows, given.stops, shared, machine)
         if not machine.is_main_process:
             return
-        parts = parts_of(config.data) if config.data.name == "mix" else {"": (config.data, 1.0)}
         conversations: dict[str, Conversation] = {}
-        for name, (data, _) in parts.items():
+        for name, (data, _) in parts_of(config.data).items():
             encoder = Encoder(shared, data)
             found = read_conversations(data, encoder)
             training = map(found.__getitem__, range(found.num_train))

@@ -77,7 +77,7 @@ class TeacherStore:
     """One teacher's folder in the store, as one process sees it."""
 
     def __init__(
-        self, root: Path, identity: Identity, *, name: str, limit_gb: float | None = None, part: str = "rows"
+        self, root: Path, identity: Identity, *, name: str = "", limit_gb: float | None = None, part: str = "rows"
     ) -> None:
         self.root, self.identity, self.name, self.limit_gb = root, identity, name, limit_gb
         self.folder, self.rows = root / identity.key, root / identity.key / part

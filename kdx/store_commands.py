@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from kdx.config import Config, replaced
-from kdx.data.batches import collate
+from kdx.data.batches import by_length, collate
 from kdx.data.encode import load_data
 from kdx.errors import ConfigError, MachineError, Parser
 from kdx.evaluate import num_prompts, teacher_answers
@@ -49,12 +49,12 @@ def _fill(config: Config) -> None:
     if teacher is None or (store := teacher.store) is None:
         raise ConfigError("teacher", "is none, so there is nothing to store", "Choose a teacher")
     log.info("teacher cache: %s", teacher.store_words)
-    missing = sorted((rows[digest] for digest in store.missing([*rows])), key=lambda row: -len(row.tokens))
-    size = teacher.rows_at_once or FILL_ROWS
-    starts = range(0, len(missing), size)[machine.process_index :: machine.num_processes]
-    with closing(store), working("Running teacher", len(starts)) as advance:
-        for start in starts:
-            teacher.answer(collate(missing[start : start + size], shared.pad_id))
+    missing = [rows[digest] for digest in store.missing([*rows])]
+    groups = by_length([len(row.tokens) for row in missing], teacher.rows_at_once or FILL_ROWS)
+    groups = groups[machine.process_index :: machine.num_processes]
+    with closing(store), working("Running teacher", len(groups)) as advance:
+        for group in groups:
+            teacher.answer(collate([missing[i] for i in group], shared.pad_id))
             advance()
         stops = teacher_stops(config.teacher, data.stops, shared)
         teacher_answers(teacher, shared, data.prompts, machine, stops)

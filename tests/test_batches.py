@@ -167,7 +167,7 @@ def test_processes_share_the_rows_of_a_step(processes, micro):
 
 def test_by_length_has_every_row_once_longest_first():
     rows = plain.Rows(make_rows(23))
-    batches = by_length(rows, 4)
+    batches = by_length(rows.lengths, 4)
     order = [i for batch in batches for i in batch]
     assert sorted(order) == list(range(23))
     lengths = [len(rows[i].tokens) for i in order]

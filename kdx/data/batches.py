@@ -257,7 +257,8 @@ class Batches:
 
         The next batch is prepared in a thread while the caller is busy with the current one.
         """
-        batches = (self._shared_out(step, numbers, self.rows) for step, numbers in self.plan(first, last))
+        plan = self.plan(first, last)
+        batches = (self._shared_out(step, [self.rows[i] for i in numbers]) for step, numbers in plan)
         with ThreadPoolExecutor(1) as thread:
             upcoming = thread.submit(next, batches, None)
             while (batch := upcoming.result()) is not None:
@@ -278,18 +279,19 @@ class Batches:
                 yield step, [rows[i] for i in batch]
                 step += 1
 
-    def _shared_out(self, step: int, numbers: list[int], rows: Any) -> StepBatch:
+    def _shared_out(self, step: int, rows: Sequence[Row]) -> StepBatch:
         """Make this process's share of a step of these rows."""
-        size, most = self.micro_batch_size, self.micro_batch_tokens
-        shares = [by_length(rows, size, most, numbers[i :: self.num_processes]) for i in range(self.num_processes)]
+        lengths, size, most = [len(row.tokens) for row in rows], self.micro_batch_size, self.micro_batch_tokens
+        num = self.num_processes
+        shares = [by_length(lengths, size, most, range(i, len(rows), num)) for i in range(num)]
         # Every process runs the same number of micro-batches, if need be one that counts nothing: collectives must match.
         no_row = Row("", [self.pad_id] * 2, [False] * 2)
         parts = shares[self.rank] + [[]] * (max(map(len, shares)) - len(shares[self.rank]))
         return StepBatch(
             epoch=(step + 1) / self.steps_per_epoch,
             micro_batches=[self._collated([rows[i] for i in part] or [no_row], step) for part in parts],
-            num_tokens=int(rows.num_counted[numbers].sum()),
-            num_input_tokens=int(rows.lengths[numbers].sum()),
+            num_tokens=sum(row.num_counted for row in rows),
+            num_input_tokens=sum(lengths),
         )
 
     def _collated(self, rows: Sequence[Row], step: int) -> MicroBatch:
@@ -309,16 +311,18 @@ class Batches:
 
 
 def by_length(
-    rows: Rows, batch_size: int, max_tokens: int | None = None, numbers: Sequence[int] | None = None
+    lengths: Sequence[int] | np.ndarray,
+    batch_size: int,
+    max_tokens: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Group row numbers into batches of similar length, the longest first.
+    """Group the numbers of rows of these lengths into batches of similar length, the longest first.
 
     batch_size: rows of a batch, or with max_tokens as many as fit into so many tokens, padding included; at least one.
     numbers: of the rows; all by default.
     """
-    lengths = rows.lengths
     groups: list[list[int]] = []
-    for i in sorted(range(len(rows)) if numbers is None else numbers, key=lambda i: lengths[i], reverse=True):
+    for i in sorted(range(len(lengths)) if numbers is None else numbers, key=lambda i: lengths[i], reverse=True):
         most = max_tokens // int(lengths[groups[-1][0]]) if max_tokens and groups else batch_size
         if not groups or len(groups[-1]) >= most:
             groups.append([])

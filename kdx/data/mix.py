@@ -15,8 +15,11 @@ ONE_SOURCES = ("name", "path", "subset", "split", "take")  # keys of a source; t
 def parts_of(config: DataConfig) -> dict[str, tuple[DataConfig, float]]:
     """Return each source of a mixture as a config of its own, and its share of the counted tokens. Raises ConfigError.
 
-    A source has what it says, else what its layout in conf/data says, else what the mixture says.
+    A source has what it says, else what its layout in conf/data says, else what the mixture says. Data that is no mixture
+    is its own only source, without a name.
     """
+    if config.name != "mix":
+        return {"": (config, 1.0)}
     sources = config.options.get("sources")
     hint = "data.sources.a='{layout: messages, path: chat.jsonl, weight: 0.7}'"
     if not isinstance(sources, dict) or not sources or not all(isinstance(given, dict) for given in sources.values()):

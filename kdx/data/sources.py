@@ -126,16 +126,14 @@ def register_source(function: Source) -> Source:
     return function
 
 
-def check_source(config: DataConfig, where: str = "data") -> None:
+def check_source(config: DataConfig) -> None:
     """Refuse a source or options that the registry does not know, before anything is read. Raises ConfigError."""
-    if config.name == "mix":
-        for name, (part, _) in parts_of(config).items():
-            check_source(part, f"data.sources.{name}")
-        return
-    if config.name not in _SOURCES:
-        hint = did_you_mean(config.name, sorted(_SOURCES)) + ". For your own: KDX_PLUGINS=module"
-        raise ConfigError(f"{where}.name", f"no source is named {config.name!r}", hint)
-    check_options(_SOURCES[config.name], _options(config), f"{where}.")
+    for name, (part, _) in parts_of(config).items():
+        where = f"data.sources.{name}" if name else "data"
+        if part.name not in _SOURCES:
+            hint = did_you_mean(part.name, sorted(_SOURCES)) + ". For your own: KDX_PLUGINS=module"
+            raise ConfigError(f"{where}.name", f"no source is named {part.name!r}", hint)
+        check_options(_SOURCES[part.name], _options(part), f"{where}.")
 
 
 def read_conversations(config: DataConfig, encoder: Any = None) -> Conversations:
