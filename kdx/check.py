@@ -23,7 +23,7 @@ from kdx.errors import MEMORY, printable, shortened
 from kdx.objective import check_loss
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report, results
-from kdx.run.files import in_bytes, usage_of
+from kdx.run.files import Lines, in_bytes, usage_of
 from kdx.run.folder import Record
 from kdx.run.identity import canonical, config_identity
 from kdx.run.launch import build_accelerator
@@ -45,7 +45,7 @@ def check_points(plan: "Plan") -> None:
     for point in plan.points:  # the loss changes neither data nor time, and memory little, but for having a teacher
         same = {k: v for k, v in config_identity(point.config).items() if not k.startswith("loss.")}
         groups.setdefault(canonical([same, point.config.loss.alpha > 0]), []).append(point)
-    is_loss_swept, rows = any(key.split(".")[0] == "loss" for key in plan.swept), list[dict[str, Any]]()
+    is_loss_swept, rows = any(key.split(".")[0] == "loss" for key in plan.swept), Lines()
     for points in groups.values():
         first = points[0]
         print("", *(word for word in first.words if key_of(word) in plan.swept), flush=True)
@@ -56,9 +56,7 @@ def check_points(plan: "Plan") -> None:
         weigh.show(rows, alphas, Path("outputs/check") / str(plan.points[0].config.sweep.name), plan.flags)
 
 
-def check(
-    config: Config, path: Path, record: Record | None = None, points: Sequence["Point"] = ()
-) -> list[dict[str, Any]]:
+def check(config: Config, path: Path, record: Record | None = None, points: Sequence["Point"] = ()) -> Lines:
     """Say what a run of this config in a folder would be. Raises KdxError for all that the run would refuse.
 
     points: those of a sweep that differ from it in the loss: what alpha weighs there.

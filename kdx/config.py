@@ -31,6 +31,7 @@ Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts",
     "cosine_with_min_lr", "warmup_stable_decay",
 ]  # fmt: skip
+Fault = tuple[str, str, str]  # where, what, hint
 
 
 class Group(BaseModel):
@@ -234,7 +235,7 @@ def short_key(key: str, keys: list[str]) -> str:
     return next((t for t in tails if sum(k == t or k.endswith(f".{t}") for k in {*keys, key}) == 1), key)
 
 
-def contradictions(config: Config, typed: Collection[str]) -> Iterator[tuple[str, str, str]]:
+def contradictions(config: Config, typed: Collection[str]) -> Iterator[Fault]:
     """Find values that are fine alone and wrong together → where, what, hint for each. typed: keys."""
     teacher, student, loss, train, rollout = config.teacher, config.student, config.loss, config.train, config.rollout
     yield from _of_code(config, typed)
@@ -293,7 +294,7 @@ def contradictions(config: Config, typed: Collection[str]) -> Iterator[tuple[str
         yield from unmeasured(config)
 
 
-def _of_code(config: Config, typed: Collection[str]) -> Iterator[tuple[str, str, str]]:
+def _of_code(config: Config, typed: Collection[str]) -> Iterator[Fault]:
     """A model's own Python code that is to run: that must be typed, and of the hub it must be one commit's."""
     for group, model in (("teacher", config.teacher), ("student", config.student)):
         key, path = f"{group}.trust_remote_code", model.path or ""
@@ -305,7 +306,7 @@ def _of_code(config: Config, typed: Collection[str]) -> Iterator[tuple[str, str,
             yield key, what, f"Pin it: {group}.revision=COMMIT"
 
 
-def _without_effect(config: Config, typed: Collection[str]) -> Iterator[tuple[str, str, str]]:
+def _without_effect(config: Config, typed: Collection[str]) -> Iterator[Fault]:
     """Typed keys that change nothing, because of a choice that was not typed."""
     for choice, of, is_off, why in (
         ("adapter=lora", "adapter.", config.adapter.name == "none", "the student has no adapter"),
@@ -318,7 +319,7 @@ def _without_effect(config: Config, typed: Collection[str]) -> Iterator[tuple[st
             yield from ((key, f"has no effect: {why}", f"Add {choice}") for key in keys)
 
 
-def unmeasured(config: Config) -> list[tuple[str, str, str]]:
+def unmeasured(config: Config) -> list[Fault]:
     """Say what needs held-out measures during training, where there are none → where, what, hint for each."""
     train = config.train
     needs = {"train.keep=best": train.keep == "best", "train.early_stopping.patience": train.early_stopping.patience}

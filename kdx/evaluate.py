@@ -27,9 +27,10 @@ from kdx import loss
 from kdx.causal_lm import Head, counted_hidden, head_of
 from kdx.config import Config
 from kdx.data.batches import MicroBatch, Row, by_length, collate
-from kdx.data.encode import MAX_NEW_TOKENS
-from kdx.generate import Sampling, answers_to, stops_of, teacher_stops
+from kdx.data.encode import MAX_NEW_TOKENS, Prompts
+from kdx.generate import Answers, Sampling, answers_to, stops_of, teacher_stops
 from kdx.objective import blocks_of, chunk_size_of, chunks_of
+from kdx.run.files import Lines
 from kdx.run.signals import StopRequest
 from kdx.run.tracking import log, working
 from kdx.store import TeacherStore
@@ -46,15 +47,17 @@ UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 NUM_SAMPLES = 3  # answers that a run shows
 GREEDY = Sampling(MAX_NEW_TOKENS)
 
+Means = dict[str, float | None]  # by measure; None where it was not taken
+
 
 @dataclass(frozen=True)
 class Measures:
     """Sums over the counted positions of each held-out row, and their means over all of them."""
 
-    rows: list[dict[str, Any]]  # row, counted, and the sum of each measure (None where there is no teacher)
+    rows: Lines  # row, counted, and the sum of each measure (None where there is no teacher)
     sources: tuple[str, ...] = ()  # of a mixture; the id of a row begins with its source
 
-    def means(self) -> dict[str, float | None]:
+    def means(self) -> Means:
         """Average each measure over all counted positions, None where it was not taken; with the perplexity of ce.
 
         Those of each source of a mixture are named `SOURCE/MEASURE`.
@@ -65,9 +68,9 @@ class Measures:
             means |= {f"{source}/{name}": value for name, value in self._means(some).items()}
         return means
 
-    def _means(self, rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    def _means(self, rows: Lines) -> Means:
         counted = sum(row["counted"] for row in rows)
-        means: dict[str, float | None] = dict.fromkeys((*MEASURES, "perplexity"))
+        means: Means = dict.fromkeys((*MEASURES, "perplexity"))
         for name in MEASURES:
             if rows and rows[0][name] is not None:
                 means[name] = math.fsum(row[name] for row in rows) / counted
@@ -89,10 +92,10 @@ class Words:
 class Said:
     """Greedy answers of a model to prompts, and a row of measures for each of those that are measured, the first."""
 
-    answers: list[list[int]]
-    rows: list[dict[str, Any]]  # row, rouge_l, answer_length, finished; on_policy_kl, the sum over its tokens, or None
+    answers: Answers
+    rows: Lines  # row, rouge_l, answer_length, finished; on_policy_kl, the sum over its tokens, or None
 
-    def means(self) -> dict[str, float | None]:
+    def means(self) -> Means:
         """Average each measure over the answers, on_policy_kl over their tokens; empty if none is measured.
 
         distinct_2 is the share of the bigrams of all answers that are different ones.
@@ -100,7 +103,7 @@ class Said:
         if not self.rows:
             return {}
         sums = {name: math.fsum(row[name] for row in self.rows) for name in ("rouge_l", "answer_length", "finished")}
-        means: dict[str, float | None] = {name: value / len(self.rows) for name, value in sums.items()}
+        means: Means = {name: value / len(self.rows) for name, value in sums.items()}
         bigrams = [pair for answer in self.answers[: len(self.rows)] for pair in pairwise(answer)]
         means["distinct_2"] = len(set(bigrams)) / len(bigrams) if bigrams else None
         kls = [row["on_policy_kl"] for row in self.rows]
@@ -118,7 +121,7 @@ class Judge:
     def __init__(self, run: Any, stop: StopRequest) -> None:
         self.run, self.stop = run, stop
         self.num_samples, self.num_measured = NUM_SAMPLES * run.config.tracking.samples, num_measured(run)
-        self.prompts: list[dict[str, Any]] = run.data.prompts[: max(self.num_samples, self.num_measured)]
+        self.prompts: Prompts = run.data.prompts[: max(self.num_samples, self.num_measured)]
         rows, like = run.data.held_out, run.batches
         groups = by_length(rows.lengths, max(like.micro_batch_size, MIN_ROWS), like.micro_batch_tokens)
         groups = groups[like.rank :: like.num_processes]
@@ -160,7 +163,7 @@ class Judge:
     def _measured(
         self, what: str, head: Head, hidden_of: Callable[[MicroBatch], Tensor], answers: list[Answer] | None = None
     ) -> Measures:
-        rows: list[dict[str, Any]] = []
+        rows: Lines = []
         with working(what, len(self.groups)) as advance:
             for i, group in enumerate(self.groups):
                 batch = collate([self.rows[k] for k in group], self.pad_id).to(head.weight.device)
@@ -233,7 +236,7 @@ def num_measured(run: Any) -> int:
 def answered(
     student: Any,
     shared: SharedTokenizer,
-    prompts: list[dict[str, Any]],
+    prompts: Prompts,
     num_measured: int,
     machine: Accelerator,
     teacher: Teacher | None = None,
@@ -248,10 +251,10 @@ def answered(
 def teacher_answers(
     teacher: Teacher,
     shared: SharedTokenizer,
-    prompts: list[dict[str, Any]],
+    prompts: Prompts,
     machine: Accelerator,
     stops: tuple[int, ...],
-) -> list[list[int]]:
+) -> Answers:
     """Let the teacher answer prompts greedily, or read its answers from its store."""
     of_rows, inputs = teacher.store, [prompt["tokens"] for prompt in prompts]
     store = of_rows and TeacherStore(of_rows.root, teacher.identity, part="said")
@@ -260,8 +263,8 @@ def teacher_answers(
 
 
 def said_of(
-    answers: list[list[int]],
-    prompts: list[dict[str, Any]],
+    answers: Answers,
+    prompts: Prompts,
     tokenizer: Any,
     stops: Sequence[int],
     kls: list[float] | None = None,
@@ -287,7 +290,7 @@ def said_of(
 
 @torch.no_grad()
 def on_policy_kls(
-    student: Any, teacher: Teacher, prompts: list[list[int]], answers: list[list[int]], shared: SharedTokenizer
+    student: Any, teacher: Teacher, prompts: list[list[int]], answers: Answers, shared: SharedTokenizer
 ) -> list[float]:
     """Sum KL(student ‖ teacher) over the tokens of each of the student's own answers, with the teacher's body."""
     student.eval()
@@ -321,7 +324,7 @@ def score(hidden: Tensor, head: Head, batch: MicroBatch, answer: Answer | None =
     return {name: torch.cat([part[name].flatten() for part in parts]) for name in (parts[0] if parts else ())}
 
 
-def by_row(values: dict[str, Tensor], batch: MicroBatch) -> list[dict[str, Any]]:
+def by_row(values: dict[str, Tensor], batch: MicroBatch) -> Lines:
     """Sum each measure over the positions of each row, in float64."""
     row_of, zeros = batch.row_of.cpu(), torch.zeros(len(batch.row_ids), dtype=torch.float64)
     sums = {name: zeros.index_add(0, row_of, value.double().cpu()).tolist() for name, value in values.items()}

@@ -25,6 +25,8 @@ from kdx.tokenizer import SharedTokenizer
 
 AT_ONCE = 32  # prompts; a step of generation takes hardly longer for many
 
+Answers = list[list[int]]  # token ids
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -60,7 +62,7 @@ class Drawn(LogitsProcessor):
 
 def generate(
     model: Any, prompts: Sequence[list[int]], sampling: Sampling, shared: SharedTokenizer, seeds: Sequence[int] = ()
-) -> list[list[int]]:
+) -> Answers:
     """Continue prompts in one batch, padded on the left, in eval mode → the new tokens, with the stop token if one was said.
 
     Of the model's generation config only the stop tokens are used. No random generator but those of the rows is used.
@@ -71,7 +73,7 @@ def generate(
     """
     seeds, length = seeds or [0] * len(prompts), num_positions(model.config) or math.inf
     rooms = [int(min(sampling.max_new_tokens, length - len(prompt))) for prompt in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: Answers = [[] for _ in prompts]
     for room in sorted({room for room in rooms if room > 0}):
         some = [i for i, own in enumerate(rooms) if own == room]
         drawn = Drawn(sampling, shared.num_ids, [seeds[i] for i in some], model.device)
@@ -84,7 +86,7 @@ def generate(
 @torch.no_grad()
 def _continued(
     model: Any, prompts: list[list[int]], num_tokens: int, drawn: Drawn, shared: SharedTokenizer, stops: list[int]
-) -> list[list[int]]:
+) -> Answers:
     """Continue prompts, each by at most `num_tokens` tokens. stops: as in Sampling."""
     longest, own, was_training = max(map(len, prompts)), model.generation_config, model.training
     input_ids, stops = torch.full((len(prompts), longest), shared.pad_id), stops or stops_of(own, shared)
@@ -124,9 +126,7 @@ def teacher_stops(config: TeacherConfig, stops: Sequence[int], shared: SharedTok
     return tuple(dict.fromkeys([*stops_of(generation_config(config, "teacher"), shared), *stops]))
 
 
-def shared_out(
-    groups: Sequence[list[int]], answer: Callable[[list[int]], list[list[int]]], machine: Accelerator
-) -> list[list[int]]:
+def shared_out(groups: Sequence[list[int]], answer: Callable[[list[int]], Answers], machine: Accelerator) -> Answers:
     """Have each process answer some of these groups of prompts → the answers to all, in the order of the prompts."""
     said: list[tuple[int, list[int]]] = []
     for group in filter(None, groups[machine.process_index :: machine.num_processes]):
@@ -144,7 +144,7 @@ def answers_to(
     batch_size: int = AT_ONCE,
     store: TeacherStore | None = None,
     about: object = None,
-) -> list[list[int]]:
+) -> Answers:
     """Return a model's answer to each prompt, from a store or generated now; an empty prompt has an empty one.
 
     load: gives the model, if it is needed. about: what else the answers depend on; with the rest it decides the seeds.
@@ -160,7 +160,7 @@ def answers_to(
         model, groups = load(), by_length([len(prompts[i]) for i in missing], batch_size)
         with working("Answering prompts", len(groups) // machine.num_processes) as advance:
 
-            def answer(group: list[int]) -> list[list[int]]:
+            def answer(group: list[int]) -> Answers:
                 some = [missing[k] for k in group]
                 seeds = [int(keys[i][:15], 16) for i in some]
                 said = generate(model, [prompts[i] for i in some], sampling, shared, seeds)

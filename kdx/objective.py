@@ -37,6 +37,8 @@ PULLS = ("grad_kd_squared", "grad_ce_squared", "grad_kd_times_grad_ce")
 HEAD_ROWS = 2**14  # rows of the head's gradient summed at once in float32, without a second matrix of the head's size
 COMPILED_ON = {"cuda"}  # kinds of device where a chunk's stage is compiled; emptied if that fails
 
+Terms = dict[str, Tensor]  # something of each term of the loss, by name
+
 log = logging.getLogger(__name__)
 
 
@@ -131,7 +133,7 @@ class Objective(nn.Module):
         mix: Mix | None = None,
         *,
         with_pulls: bool = False,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Terms]:
         """Sum the loss over the batch's counted positions → factor · total, and each term's sum without the factor.
 
         answer: the teacher's hidden states at the same positions; None trains on the labels alone (alpha 0). mix: that
@@ -192,10 +194,10 @@ def summed_loss(
     labels: Tensor,
     mix: Mix,
     chunk_size: int = 256,
-    weights: dict[str, Tensor] | None = None,
+    weights: Terms | None = None,
     *,
     with_pulls: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Terms]:
     """Sum the loss over positions that all count → total, and without gradient each term (kd includes τ²).
 
     weights: by term, a factor [N] for each position: the student's own words, say, have no cross-entropy. Those of
@@ -330,7 +332,7 @@ class Chunk(NamedTuple):
     theirs: Tensor | None  # [n, V], of the teacher
     teacher_head: Head | None
     labels: Tensor  # [n]
-    weights: dict[str, Tensor]  # by term, [n]
+    weights: Terms  # by term, [n]
 
 
 def replace_by_gradient(chunk: Chunk, mix: Mix) -> tuple[Tensor, Tensor]:
@@ -362,7 +364,7 @@ def replace_by_gradient(chunk: Chunk, mix: Mix) -> tuple[Tensor, Tensor]:
 
 
 def _loss_and_gradient(
-    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, mix: Mix, weights: dict[str, Tensor]
+    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, mix: Mix, weights: Terms
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute one block: kd (without τ²) and ce of each position, and the gradient [n, V] of the loss by the logits."""
     s1 = loss.log_probabilities(logits)

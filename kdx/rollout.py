@@ -20,8 +20,8 @@ from kdx.data.encode import Data, Encoder, load_data
 from kdx.data.mix import parts_of
 from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
-from kdx.evaluate import NUM_SAMPLES
-from kdx.generate import Sampling, answers_to, generate, shared_out, stops_of, teacher_stops
+from kdx.evaluate import NUM_SAMPLES, Means
+from kdx.generate import Answers, Sampling, answers_to, generate, shared_out, stops_of, teacher_stops
 from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import log, logging_to
@@ -29,7 +29,7 @@ from kdx.store import TeacherStore
 from kdx.teacher import identity_of, load_teacher
 from kdx.tokenizer import SharedTokenizer, load_tokenizer
 
-Sampler = Callable[[Any, list[list[int]], int], list[list[int]]]
+Sampler = Callable[[Any, list[list[int]], int], Answers]
 _SAMPLERS: dict[str, Sampler] = {}
 ENOUGH = 64  # answers, before a warning that most of them are cut
 
@@ -91,7 +91,7 @@ class Rollouts(Batches):
         if words.sampler is not None:  # all prompts of a process at once
             groups = [[*range(rank, len(prompts), self.num_processes)] for rank in range(self.num_processes)]
 
-        def answer(group: list[int]) -> list[list[int]]:
+        def answer(group: list[int]) -> Answers:
             return self._sampled([prompts[k] for k in group], [seeds[k] for k in group], first)
 
         said = shared_out(groups, answer, self.machine)
@@ -101,7 +101,7 @@ class Rollouts(Batches):
             self.kept[str(step)][str(i)] = tokens[: min(self.shared.max_length - len(prompt), words.max_new_tokens)]
         return time.perf_counter() - started
 
-    def _sampled(self, prompts: list[list[int]], seeds: list[int], step: int) -> list[list[int]]:
+    def _sampled(self, prompts: list[list[int]], seeds: list[int], step: int) -> Answers:
         student, words = self.objective.model, self.words
         with self.machine.autocast():
             if words.sampler is None:
@@ -200,7 +200,7 @@ def answered(row: Row, answer: list[int] | None, *, is_own: bool = False) -> Row
     return Row(row.id, tokens, counted, row.where, start if is_own else None)
 
 
-def figures(window: list[dict[str, Any]]) -> dict[str, float | None]:
+def figures(window: list[dict[str, Any]]) -> Means:
     """Average what the log says of the student's own answers since the last line: kl is the loss's own divergence."""
     some = [part for part in window if part.get("own_rows")]
     if not any("own_rows" in part for part in window):
@@ -254,7 +254,7 @@ def with_teachers_answers(
 
 def teachers_answers(
     config: Config, rows: Iterable[Row], row_stops: list[int], shared: SharedTokenizer, machine: Accelerator
-) -> list[list[int]]:
+) -> Answers:
     """Have the teacher answer the prompt of each row → token ids, with the stop token; none where there is no room.
 
     row_stops: tokens that end the rows; they end its answers as well.

@@ -23,7 +23,7 @@ from kdx.config import GENERATED, Config, TrainConfig, unmeasured
 from kdx.data.batches import Batches, StepBatch
 from kdx.data.encode import Data
 from kdx.errors import ConfigError, DivergedError, MachineError, together
-from kdx.evaluate import Judge, peak_memory, to_minimise
+from kdx.evaluate import Judge, Means, peak_memory, to_minimise
 from kdx.objective import PULLS, Objective, pulls_of
 from kdx.optim import build_optimizer, build_schedule
 from kdx.rollout import figures, write_samples
@@ -66,7 +66,7 @@ class State:
     other_versions: list[str] = field(default_factory=list)  # with which a part of the run was made
     kept: dict[str, Any] = field(default_factory=dict)  # of the batches: what the student said for the steps to come
 
-    def count(self, batch: StepBatch, values: dict[str, float | None], seconds: float, *, is_skipped: bool) -> None:
+    def count(self, batch: StepBatch, values: Means, seconds: float, *, is_skipped: bool) -> None:
         """Count one finished step. values: its terms, norm and rate; those of a skipped step count in no mean."""
         self.step += 1
         self.tokens += batch.num_input_tokens
@@ -191,7 +191,7 @@ class Training:
         self.machine.wait_for_everyone()
         self._saved_step, self._saved_at, self.is_save_due = self.state.step, time.monotonic(), False
 
-    def measure(self, judge: Judge, folder: RunFolder) -> dict[str, float | None]:
+    def measure(self, judge: Judge, folder: RunFolder) -> Means:
         """Take the held-out measures of the student as it is, and keep its weights if they are the best so far."""
         state, config = self.state, self.config.train
         with self.whole():
@@ -353,7 +353,7 @@ def train(run: Training, judge: Judge, tracker: Tracker, folder: RunFolder, stop
         raise
 
 
-def means(run: Training) -> dict[str, float | None]:
+def means(run: Training) -> Means:
     """Average the steps since the last line of metrics, weighted by their counted tokens, and start anew."""
     window, mix, last = run.state.window, run.objective.mix, run.state.window[-1]
     used = [part for part in window if part["counted"]]

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from kdx.causal_lm import counted_hidden, head_of
 from kdx.compare.page import heat_map
 from kdx.objective import PULLS, Mix, chunk_size_of, mix_of, pulls_of, summed_loss
-from kdx.run.files import write_json
+from kdx.run.files import Lines, write_json
 from kdx.run.tracking import CONSOLE
 from kdx.train import Training
 from kdx.words import key_of
@@ -27,7 +27,7 @@ NORMS = ("grad_kd", "grad_ce", "grad_cosine")
 
 
 @torch.no_grad()
-def weighed(training: Training, points: Sequence["Point"], swept: Sequence[str]) -> list[dict[str, Any]]:
+def weighed(training: Training, points: Sequence["Point"], swept: Sequence[str]) -> Lines:
     """Measure each divergence and temperature of these points, which differ in the loss alone, on the run's first rows.
 
     A row has the norms of the gradients of τ²·KD and CE, each with weight 1, for the untouched student: means over the
@@ -41,7 +41,7 @@ def weighed(training: Training, points: Sequence["Point"], swept: Sequence[str])
     assert training.teacher is not None
     torch.manual_seed(training.config.train.seed)  # dropout
     objective.train()
-    steps, found = replace(training.batches, rank=0, num_processes=1), {name: list[dict[str, Any]]() for name in asked}
+    steps, found = replace(training.batches, rank=0, num_processes=1), {name: Lines() for name in asked}
     for step in steps.steps(0, min(NUM_STEPS, training.max_steps)):
         if step is None:
             break
@@ -74,7 +74,7 @@ def _share(one: float, other: float) -> float | None:
     return one / (one + other) if one + other > 0 else None
 
 
-def show(rows: Sequence[dict[str, Any]], alphas: Sequence[float], folder: Path, flags: Sequence[str]) -> None:
+def show(rows: Lines, alphas: Sequence[float], folder: Path, flags: Sequence[str]) -> None:
     """Print the table and a grid to type, with these flags; write check.json and effective_alpha.png into a folder."""
     heads = ["τ", "grad KD", "grad CE", "cosine", *(f"α {alpha:g}" for alpha in alphas), "equal at α"]
     title = f"effective alpha of the untouched student over its first {NUM_STEPS} steps"

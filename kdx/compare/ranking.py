@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from kdx.run.files import Lines
 from kdx.run.identity import canonical, used
 from kdx.run.labels import short
 
@@ -69,10 +70,10 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)  # dotted key → value
     swept: Sequence[str] = ()
     summary: dict[str, Any] = field(default_factory=dict)
-    rows: Sequence[dict[str, Any]] = ()  # of eval_rows.jsonl, ordered by row id
-    answers: Sequence[dict[str, Any]] = ()  # of eval_answers.jsonl, in the order of the prompts
-    curve: Sequence[dict[str, Any]] = ()  # the lines of metrics.jsonl with held-out measures
-    samples: Sequence[dict[str, Any]] = ()
+    rows: Lines = field(default_factory=list)  # of eval_rows.jsonl, ordered by row id
+    answers: Lines = field(default_factory=list)  # of eval_answers.jsonl, in the order of the prompts
+    curve: Lines = field(default_factory=list)  # the lines of metrics.jsonl with held-out measures
+    samples: Lines = field(default_factory=list)
 
     @cached_property
     def used(self) -> dict[str, Any]:
@@ -301,7 +302,7 @@ def rank(points: Sequence[Point]) -> None:
         point.other_budget = not math.isclose(point.measures["tokens"] or 0, usual, rel_tol=SAME_BUDGET)
 
 
-def _rank_by(measure: str, points: Sequence[Point], lines: dict[Run, Sequence[dict[str, Any]]]) -> None:
+def _rank_by(measure: str, points: Sequence[Point], lines: dict[Run, Lines]) -> None:
     """Rank by one measure, and bootstrap the difference of each point to the best and to its baseline, lines paired."""
     column = RANKED[measure]
     sign = -1 if column.best == "max" else 1

@@ -28,7 +28,7 @@ from kdx.config import DataConfig
 from kdx.data.batches import Row, Rows, write_rows
 from kdx.data.files import origins_of
 from kdx.data.mix import parts_of
-from kdx.data.sources import COUNTERS, Conversation, Conversations, Counts, read_conversations, split
+from kdx.data.sources import COUNTERS, Conversation, Conversations, Counts, Messages, read_conversations, split
 from kdx.errors import DataError, first_of, one_line
 from kdx.run.devices import num_cores
 from kdx.run.files import cache_dir, locked, whole_folder
@@ -49,6 +49,7 @@ ENDLESS = "turns that do not end with a special token: the student will not lear
 
 NOT_COLUMNS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "dict", "range"}
 REASONING = {"reasoning_content", "reasoning", "thinking"}  # names of one thing, which transformers gives templates
+Prompts = list[dict[str, Any]]  # {"messages", "text", "tokens", "reference"}
 Span = tuple[int, int, int]  # of an assistant turn in the text: start, end of its words, end
 
 
@@ -68,7 +69,7 @@ class Data:
 
     train: Rows
     held_out: Rows
-    prompts: list[dict[str, Any]]  # of the sample answers: {"messages", "text", "tokens", "reference"}
+    prompts: Prompts  # of the sample answers
     dropped: dict[str, int]  # rule → number of rows
     changed: dict[str, int]
     said: dict[str, int]  # how rows were read, and what the template leaves out → number of rows
@@ -346,9 +347,7 @@ class Encoder:
             words_end, end = closing[-1 if message.get("tool_calls") else 0].span()
         return start, words_end, end
 
-    def _behind(
-        self, text: str, conversation: Conversation, messages: list[dict[str, Any]], i: int, **options: Any
-    ) -> str:
+    def _behind(self, text: str, conversation: Conversation, messages: Messages, i: int, **options: Any) -> str:
         """Return what a text of these messages has behind the words of the i-th: it is the same if that says more."""
         longer, _ = self._render(conversation, _saying_more(messages, i), **options)
         if longer.count(MARK) != 1:
@@ -399,7 +398,7 @@ class Encoder:
         return sorted(said)
 
     def _render(
-        self, conversation: Conversation, messages: list[dict[str, Any]], **options: Any
+        self, conversation: Conversation, messages: Messages, **options: Any
     ) -> tuple[str, list[tuple[int, int]]]:
         """Render messages → the text, and what {% generation %} blocks mark in it. Raises DataError."""
         try:
@@ -420,7 +419,7 @@ class Encoder:
         template = self.tokenizer.get_chat_template(tools=conversation.variables.get("tools"))
         return CLOCK.sub(lambda found: json.dumps(self.day.strftime(found[1] or found[2])), template)
 
-    def _prefix(self, conversation: Conversation, messages: list[dict[str, Any]], **options: Any) -> str:
+    def _prefix(self, conversation: Conversation, messages: Messages, **options: Any) -> str:
         """The first messages of a conversation alone; empty if the template refuses them."""
         try:
             return self._render(conversation, messages, **options)[0] if messages else ""
@@ -461,7 +460,7 @@ def texts_in(value: Any) -> list[Any]:
     return [] if value is None or isinstance(value, bool) else [value]
 
 
-def _saying_more(messages: list[dict[str, Any]], i: int) -> list[dict[str, Any]]:
+def _saying_more(messages: Messages, i: int) -> Messages:
     """Put a mark at the end of what the i-th message says: of its last tool call's arguments, or of its content."""
     message = messages[i]
     more = {**message, "content": f"{message['content']}{MARK}"}

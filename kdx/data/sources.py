@@ -35,6 +35,7 @@ PREFERENCES = (("prompt", "completion"), ("prompt", "chosen"))  # columns of a p
 OWN_KEYS = ("messages", "text", "source", "target", "id", "where")  # of what a source yields
 COUNTERS = ("dropped", "changed", "said", "unused")  # rows left out, altered, how rows were read, what nothing reads
 
+Messages = list[dict[str, Any]]
 Counts = list[tuple[str, str]]  # a counter, and for what it is
 
 
@@ -48,7 +49,7 @@ class Conversation:
     """
 
     id: str
-    messages: list[dict[str, Any]]
+    messages: Messages
     where: str
     text: str = ""
     variables: dict[str, Any] = field(default_factory=dict)
@@ -111,7 +112,6 @@ class Conversations:
 
 
 Source = Callable[..., Iterable[Any]]
-Messages = list[dict[str, Any]]
 _SOURCES: dict[str, Source] = {}
 
 

@@ -18,6 +18,8 @@ from kdx.errors import MachineError, out_of_memory
 
 FREE_SHARE = 0.1  # of a disk that is left to others
 
+Lines = list[dict[str, Any]]  # those of a .jsonl file, or what becomes one
+
 
 @contextlib.contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
@@ -95,7 +97,7 @@ def write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> None:
     write_beside(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> Lines:
     """Read a JSON object a line; nothing if there is no file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 

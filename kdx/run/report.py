@@ -17,6 +17,7 @@ from kdx.causal_lm import generation_config, stop_ids
 from kdx.config import Config, replaced
 from kdx.data.encode import Data
 from kdx.errors import printable
+from kdx.run.files import Lines
 from kdx.run.folder import Record
 from kdx.run.identity import adapter_base
 from kdx.run.labels import num_layers, public_name
@@ -182,7 +183,7 @@ def store_line(store: TeacherStore) -> str:
     return f"teacher cache: {hits:,} rows read, {computed:,} computed{damaged}"
 
 
-def samples_page(samples: list[dict[str, Any]], max_new_tokens: int, own: list[dict[str, Any]]) -> str:
+def samples_page(samples: Lines, max_new_tokens: int, own: Lines) -> str:
     """Write samples.md: each prompt, and the greedy answers of teacher, untouched student and student.
 
     own: answers of the student's own that it was trained on, by step.

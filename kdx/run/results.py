@@ -12,7 +12,7 @@ from kdx.causal_lm import DTYPES
 from kdx.config import GENERATED
 from kdx.data.encode import MAX_NEW_TOKENS, Data
 from kdx.errors import DivergedError, MachineError
-from kdx.evaluate import Judge, peak_memory
+from kdx.evaluate import Judge, Means, peak_memory
 from kdx.optim import state_bytes
 from kdx.run import checkpoint, report
 from kdx.run.files import in_bytes, read_lines, remove, usage_of, write_beside, write_json, write_lines
@@ -181,7 +181,7 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
     return summary
 
 
-def _check_finite(training: Training, measures: dict[str, float | None]) -> None:
+def _check_finite(training: Training, measures: Means) -> None:
     """Refuse to call a run done whose measures could rank anywhere. Raises DivergedError."""
     if training.state.step and not training.state.num_updates:
         what = "every step was skipped: the student learnt nothing"

@@ -19,7 +19,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from kdx.errors import DivergedError, one_line, printable
 from kdx.run import labels
-from kdx.run.files import read_lines
+from kdx.run.files import Lines, read_lines
 from kdx.run.folder import RunFolder
 from kdx.run.redact import redact
 from kdx.run.signals import is_main
@@ -181,7 +181,7 @@ class Tracker:
         """Move the progress bar."""
         self._show(f"loss {loss:.3f}  {speed:.0f} tokens/s")
 
-    def finish(self, summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    def finish(self, summary: dict[str, Any], samples: Lines) -> None:
         """Send final scalars, which dashboards compare and a W&B sweep optimises, the student, and the sample answers."""
         scalars = {
             f"{'eval' if part == 'student' else part}/{key}": value
