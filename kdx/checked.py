@@ -10,14 +10,14 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
-from kdx.config import OPEN_GROUPS, Config, contradictions, leaves
+from kdx.config import OPEN_GROUPS, Config, Tree, contradictions, leaves
 from kdx.errors import ConfigError, did_you_mean, together
 from kdx.words import FOREIGN, hint_for
 
 OPTIONS = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 
 
-def checked(tree: dict[str, Any], in_yaml: dict[str, Any], typed: Collection[str], faults: list[ConfigError]) -> Config:
+def checked(tree: Tree, in_yaml: Tree, typed: Collection[str], faults: list[ConfigError]) -> Config:
     """Check a tree of plain values. Raises one ConfigError with these faults and all others.
 
     in_yaml: what the YAML of the chosen options says. typed: the keys on the command line.
@@ -40,7 +40,7 @@ def checked(tree: dict[str, Any], in_yaml: dict[str, Any], typed: Collection[str
     return config
 
 
-def _odd_options(tree: dict[str, Any], in_yaml: dict[str, Any], typed: Collection[str]) -> list[str]:
+def _odd_options(tree: Tree, in_yaml: Tree, typed: Collection[str]) -> list[str]:
     """Find options of the open groups that look like a typo of a key, or are another tool's word."""
     found = []
     for group in OPEN_GROUPS:
@@ -84,7 +84,7 @@ def check_options(
 
 
 def faults_of(
-    error: ValidationError, tree: dict[str, Any], unknown: Callable[[str], ConfigError], prefix: str = ""
+    error: ValidationError, tree: Tree, unknown: Callable[[str], ConfigError], prefix: str = ""
 ) -> list[ConfigError]:
     """Say what pydantic found in a tree of values, once for each key. unknown: what to say of one that does not exist."""
     found: dict[str, ConfigError] = {}

@@ -25,7 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from kdx import sweep
 from kdx.checked import checked
-from kdx.config import Config, leaves
+from kdx.config import Config, Tree, leaves
 from kdx.data.sources import check_source
 from kdx.errors import ConfigError, did_you_mean, one_line, together
 from kdx.run.claim import holder
@@ -233,7 +233,7 @@ class Composer:
 composer_for = functools.cache(Composer)
 
 
-def plain(node: Any) -> dict[str, Any]:
+def plain(node: Any) -> Tree:
     """Return a node of a composed config as plain values, with its interpolations unresolved."""
     return {str(k): v for k, v in OmegaConf.to_container(OmegaConf.create(node)).items()}  # type: ignore[union-attr]
 
@@ -275,7 +275,7 @@ def _checked_over(base: Any, values: list[Override], typed: set[str], faults: li
     return config
 
 
-def _resolved(cfg: DictConfig, faults: list[ConfigError]) -> dict[str, Any]:
+def _resolved(cfg: DictConfig, faults: list[ConfigError]) -> Tree:
     """Return plain values. One that is missing or cannot be resolved is a fault, and null."""
     try:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]

@@ -31,6 +31,7 @@ Schedule = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts",
     "cosine_with_min_lr", "warmup_stable_decay",
 ]  # fmt: skip
+Tree = dict[str, Any]  # plain values by name, nested or by dotted key
 Fault = tuple[str, str, str]  # where, what, hint
 
 
@@ -220,9 +221,9 @@ def replaced(config: Any, **changes: Any) -> Any:
     return config.model_copy(update=changes)
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(tree: Tree, prefix: str = "") -> Tree:
     """Flatten a nested dict to its values by dotted key."""
-    flat: dict[str, Any] = {}
+    flat: Tree = {}
     for name, value in tree.items():
         flat |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

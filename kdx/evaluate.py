@@ -3,7 +3,6 @@
 N counted positions, n positions of a chunk, V vocabulary.
 """
 
-import json
 import math
 import re
 import resource
@@ -30,7 +29,7 @@ from kdx.data.batches import MicroBatch, Row, by_length, collate
 from kdx.data.encode import MAX_NEW_TOKENS, Prompts
 from kdx.generate import Answers, Sampling, answers_to, stops_of, teacher_stops
 from kdx.objective import blocks_of, chunk_size_of, chunks_of
-from kdx.run.files import Lines
+from kdx.run.files import Lines, hash_json
 from kdx.run.signals import StopRequest
 from kdx.run.tracking import log, working
 from kdx.store import TeacherStore
@@ -278,7 +277,7 @@ def said_of(
         text = tokenizer.decode(answer, skip_special_tokens=True)
         rows.append(
             {
-                "row": xxhash.xxh3_64_hexdigest(json.dumps([prompt["text"], prompt["reference"]]).encode()),
+                "row": hash_json([prompt["text"], prompt["reference"]], xxhash.xxh3_64_hexdigest),
                 "rouge_l": scorer.score(prompt["reference"], text)["rougeL"].fmeasure,
                 "answer_length": len(answer),
                 "finished": int(bool(answer) and answer[-1] in stops),

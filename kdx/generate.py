@@ -3,14 +3,12 @@
 A row's answer depends on its prompt and seed; other rows of the batch change rounding alone.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-import xxhash
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
@@ -19,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from kdx.causal_lm import generation_config, num_positions, stop_ids
 from kdx.config import TeacherConfig
 from kdx.data.batches import by_length
+from kdx.run.files import hash_json
 from kdx.run.tracking import working
 from kdx.store import TeacherStore
 from kdx.tokenizer import SharedTokenizer
@@ -95,12 +94,8 @@ def _continued(
         input_ids[i, longest - len(prompt) :] = torch.tensor(prompt)
         mask[i, longest - len(prompt) :] = 1
     # Not arguments of generate(): unset values would be taken from the model's own.
-    limits: dict[str, Any] = {
-        "max_new_tokens": num_tokens,
-        "eos_token_id": stops or None,
-        "pad_token_id": shared.pad_id,
-    }
-    model.generation_config = GenerationConfig(do_sample=False, **limits)
+    ids: dict[str, Any] = {"eos_token_id": stops or None, "pad_token_id": shared.pad_id}
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=num_tokens, **ids)
     model.eval()
     try:
         output = model.generate(
@@ -149,8 +144,7 @@ def answers_to(
 
     load: gives the model, if it is needed. about: what else the answers depend on; with the rest it decides the seeds.
     """
-    texts = (json.dumps([prompt, *astuple(sampling), about]) for prompt in prompts)
-    keys = [xxhash.xxh3_128_hexdigest(text.encode()) for text in texts]
+    keys = [hash_json([prompt, *astuple(sampling), about]) for prompt in prompts]
     there = {*keys} - {*store.missing(keys)} if store else set[str]()
     known = {key: rows[0].tolist() for key in there if store and (rows := store.read([key]))}
     missing = [i for i, prompt in enumerate(prompts) if prompt and keys[i] not in known]

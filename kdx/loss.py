@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 Divergence = Callable[..., Tensor]
+ValueAndGradient = tuple[Tensor, Tensor]  # a divergence [n] and its gradient [n, V]
 _REGISTRY: dict[str, Divergence] = {}
 
 # What the log-probability of a token that the teacher excludes (logit −inf) counts as where the student does not:
@@ -103,7 +104,7 @@ def _labels_for(function: Divergence, labels: Tensor | None) -> dict[str, Any]:
 
 def value_and_gradient(
     name: str, s: Tensor, t: Tensor, options: dict[str, Any], labels: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> ValueAndGradient:
     """Return a divergence [n] and its gradient [n, V] with respect to the student's logits at the temperature of `s`.
 
     Takes the closed form where there is one, autograd otherwise. `s` need not require grad.
@@ -156,7 +157,7 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return _kl(teacher, student)
 
 
-def _forward_kl(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_kl(s: Tensor, t: Tensor) -> ValueAndGradient:
     p = t.exp()
     value = (p * _zero_where_excluded(t, t - s)).sum(-1)
     return value, s.exp().sub_(p)
@@ -168,7 +169,7 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return _kl(student, _excluded_as_tiny(teacher, student))
 
 
-def _reverse_kl(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def _reverse_kl(s: Tensor, t: Tensor) -> ValueAndGradient:
     ratio = _zero_where_excluded(s, s - _excluded_as_tiny(t, s))
     p = s.exp()
     value = (p * ratio).sum(-1)
@@ -190,7 +191,7 @@ def jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
     return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
 
 
-def _jsd(s: Tensor, t: Tensor, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+def _jsd(s: Tensor, t: Tensor, beta: float = 0.5) -> ValueAndGradient:
     if beta in (0, 1):
         return _reverse_kl(s, t) if beta else _forward_kl(s, t)
     mixture = _log_mixture(t, s, beta)
@@ -208,7 +209,7 @@ def skew_forward_kl(student: Tensor, teacher: Tensor, skew: float = 0.1) -> Tens
     return _kl(teacher, _log_mixture(teacher, student, skew))
 
 
-def _skew_forward_kl(s: Tensor, t: Tensor, skew: float = 0.1) -> tuple[Tensor, Tensor]:
+def _skew_forward_kl(s: Tensor, t: Tensor, skew: float = 0.1) -> ValueAndGradient:
     mixture = _log_mixture(t, s, skew)
     moved = (t + s + math.log1p(-skew) - mixture).exp()  # T, times the student's share of the mixture
     return _kl(t, mixture), s.exp() * moved.sum(-1, keepdim=True) - moved
@@ -221,7 +222,7 @@ def skew_reverse_kl(student: Tensor, teacher: Tensor, skew: float = 0.1) -> Tens
     return _kl(student, _log_mixture(student, teacher, skew))
 
 
-def _skew_reverse_kl(s: Tensor, t: Tensor, skew: float = 0.1) -> tuple[Tensor, Tensor]:
+def _skew_reverse_kl(s: Tensor, t: Tensor, skew: float = 0.1) -> ValueAndGradient:
     mixture = _log_mixture(s, t, skew)
     p, ratio = s.exp(), _zero_where_excluded(s, s - mixture)
     slope = ratio - (s + math.log(skew) - mixture).exp()  # less the student's share of the mixture
@@ -255,7 +256,7 @@ def adaptive_kl(student: Tensor, teacher: Tensor, head_mass: float = 0.5) -> Ten
 
 
 # By name: (s, t, **options) → value [n] and its gradient [n, V] with respect to the logits behind s, in one pass.
-CLOSED_FORMS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+CLOSED_FORMS: dict[str, Callable[..., ValueAndGradient]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jsd": _jsd,

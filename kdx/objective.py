@@ -141,8 +141,8 @@ class Objective(nn.Module):
         """
         hidden = counted_hidden(self.model, batch)
         head = head_of(self.model).cut(self.num_ids)
-        size, labels, mix = chunk_size_of(head), batch.counted_labels, mix or self.mix
-        total, sums = summed_loss(hidden, head, answer, labels, mix, size, batch.weights, with_pulls=with_pulls)
+        how: dict[str, Any] = {"weights": batch.weights, "with_pulls": with_pulls}
+        total, sums = summed_loss(hidden, head, answer, batch.counted_labels, mix or self.mix, **how)
         return factor * total, sums
 
 
@@ -193,7 +193,7 @@ def summed_loss(
     answer: Answer | None,
     labels: Tensor,
     mix: Mix,
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
     weights: Terms | None = None,
     *,
     with_pulls: bool = False,
@@ -204,7 +204,7 @@ def summed_loss(
     `own` say how much of kd is summed once more, to be logged.
     with_pulls: also return PULLS.
     """
-    weights = weights or {}
+    weights, chunk_size = weights or {}, chunk_size or chunk_size_of(head)
     if answer:  # one tokenizer, heads padded differently: keep the ids that both have
         num_ids = min(head.num_ids, answer.head.num_ids)
         head, answer = head.cut(num_ids), Answer(answer.hidden, answer.head.cut(num_ids))

@@ -22,7 +22,7 @@ from kdx.data.sources import Conversation, read_conversations
 from kdx.errors import ConfigError, did_you_mean
 from kdx.evaluate import NUM_SAMPLES, Means
 from kdx.generate import Answers, Sampling, answers_to, generate, shared_out, stops_of, teacher_stops
-from kdx.run.files import cache_dir, locked, read_lines, whole_folder, write_beside, write_lines
+from kdx.run.files import cache_dir, hash_json, locked, read_lines, whole_folder, write_beside, write_lines
 from kdx.run.launch import build_accelerator
 from kdx.run.tracking import log, logging_to
 from kdx.store import TeacherStore
@@ -238,8 +238,7 @@ def with_teachers_answers(
     asked = (data.train[i] for i in numbers)
     answers = dict(zip(numbers, teachers_answers(config, asked, data.stops, shared, machine), strict=True))
     root, settings = cache_dir() / "data", [config.data.seed, *astuple(sampling_of(config.rollout))]
-    about = json.dumps([data.fingerprint, shared.max_length, sorted(answers.items())])
-    folder = root / xxhash.xxh3_128_hexdigest(about.encode())
+    folder = root / hash_json([data.fingerprint, shared.max_length, sorted(answers.items())])
 
     with locked(root / f"{folder.name}.lock"):
         if not folder.is_dir():
@@ -248,8 +247,7 @@ def with_teachers_answers(
     train = Rows(folder / "train")
     train.sources, train.drawn = data.train.sources, data.train.drawn
     # Of how rows were answered, not of the answers: a run of another length reads other rows of the same data.
-    fingerprint = xxhash.xxh3_64_hexdigest(json.dumps([data.fingerprint, settings]).encode())
-    return replace(data, train=train, fingerprint=fingerprint)
+    return replace(data, train=train, fingerprint=hash_json([data.fingerprint, settings], xxhash.xxh3_64_hexdigest))
 
 
 def teachers_answers(

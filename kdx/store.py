@@ -32,12 +32,13 @@ from xxhash import xxh3_64
 from kdx.causal_lm import DTYPES, Head, load_config
 from kdx.config import TeacherConfig
 from kdx.errors import MachineError
-from kdx.run.files import in_bytes, open_to_umask, room, size_of, whole_file, write_json
+from kdx.run.files import in_bytes, open_to_umask, size_of, usage_of, whole_file, write_json
 
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20  # a writer's buffer is flushed when it holds so much,
 FLUSH_SECONDS = 30.0  # or so long after the last flush: what a kill may cost
+FREE_SHARE = 0.1  # of a disk that is left to others
 HEAD = "head.safetensors"
 REFUSALS = (OSError, SafetensorError)  # safetensors wraps a full disk in an error of its own
 
@@ -174,7 +175,7 @@ class TeacherStore:
         try:
             yield
         except REFUSALS as error:
-            self._stop(f"{error}; {in_bytes(room(self.root)[1])} free")
+            self._stop(f"{error}; {in_bytes(usage_of(self.root).free)} free")
 
     def _stop(self, why: str) -> None:
         if not self.is_full:
@@ -199,7 +200,8 @@ def open_store(
     shape = load_config(config, "teacher").get_text_config()
     num_vectors = sum(counted[d] for d in missing) + (0 if (store.folder / HEAD).exists() else shape.vocab_size)
     grows = num_vectors * shape.hidden_size * DTYPES[identity.dtype].itemsize
-    may_take, free = room(root)
+    usage = usage_of(root)
+    may_take = max(0, int(usage.free - FREE_SHARE * usage.total))
     if grows > may_take:
         fault = f"needs {in_bytes(grows)} in {root}, but may take {in_bytes(may_take)}: a tenth of the disk stays free"
         if config.store == "on":
@@ -207,7 +209,7 @@ def open_store(
             raise MachineError("teacher.store", fault, hint)
         return None, f"off (it {fault})"
     words = f"{len(counted) - len(missing):,} of {len(counted):,} rows in {store.folder}"
-    return store, words + (f", {in_bytes(grows)} to be written ({in_bytes(free)} free)" if grows else "")
+    return store, words + (f", {in_bytes(grows)} to be written ({in_bytes(usage.free)} free)" if grows else "")
 
 
 def write_shard(path: Path, rows: dict[str, Tensor]) -> None:

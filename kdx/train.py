@@ -265,7 +265,7 @@ class Training:
         state, config = self.state, self.config.train
         parts = zip(batch.micro_batches, self._parts, strict=True)  # of a term, those where its sum is not finite
         is_bad = [micro for micro, terms in parts if name not in terms or not terms[name].isfinite()]
-        rows = gather_object([where for micro_batch in is_bad for where in micro_batch.where if where])
+        rows = gather_object([where for micro in is_bad for row in micro.rows if (where := row.where or row.id)])
         more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
         what = f"{TERMS.get(name, f'the {name}')} is not finite; the weights are still those of step {state.step}"
         what += f" (rows: {', '.join(rows[:8])}{more})"

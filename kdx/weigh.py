@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from kdx.causal_lm import counted_hidden, head_of
 from kdx.compare.page import heat_map
-from kdx.objective import PULLS, Mix, chunk_size_of, mix_of, pulls_of, summed_loss
+from kdx.objective import PULLS, Mix, mix_of, pulls_of, summed_loss
 from kdx.run.files import Lines, write_json
 from kdx.run.tracking import CONSOLE
 from kdx.train import Training
@@ -50,7 +50,7 @@ def weighed(training: Training, points: Sequence["Point"], swept: Sequence[str])
             answer, batch = training.teacher.answer(micro_batch, is_kept=False), micro_batch.to(machine.device)
             with machine.autocast():
                 hidden, head = counted_hidden(objective.model, batch), head_of(objective.model).cut(objective.num_ids)
-                how: dict[str, Any] = {"chunk_size": chunk_size_of(head), "weights": batch.weights, "with_pulls": True}
+                how: dict[str, Any] = {"weights": batch.weights, "with_pulls": True}
                 for name, (mix, _) in asked.items():
                     _, terms = summed_loss(hidden, head, answer, batch.counted_labels, mix, **how)
                     sums[name] = {pull: sums[name][pull] + float(terms[pull]) for pull in PULLS}

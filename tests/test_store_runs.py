@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -106,7 +107,7 @@ class TestRoom:
         assert sum(figures(often, "computed", "hits")) == NUM_HELD_OUT + 5 * 8
 
     def test_a_disk_that_is_too_small(self, place, tmp_path, monkeypatch):
-        monkeypatch.setattr("kdx.store.room", lambda root: (10_000, 20_000))
+        monkeypatch.setattr("kdx.store.usage_of", lambda root: SimpleNamespace(total=100_000, free=20_000))
         summary = distill(config_of(place, tmp_path / "store", "teacher.store=auto"), tmp_path / "auto")
         assert summary.run["store"] is None
         assert (tmp_path / "auto" / "kdx.log").read_text().count("a tenth of the disk stays free") == 1
@@ -115,7 +116,7 @@ class TestRoom:
         """One warning, and the same student; where disks cannot be mounted it is the limit that is reached."""
         store, words = small_disk / "store", ["data.shuffle=false", "tracking.samples=false"]
         if os.path.ismount(small_disk):
-            monkeypatch.setattr("kdx.store.room", lambda root: (10**9, 10**9))
+            monkeypatch.setattr("kdx.store.usage_of", lambda root: SimpleNamespace(total=0, free=10**9))
             monkeypatch.setattr("kdx.store.SHARD_BYTES", 100_000)
             (small_disk / "full").write_bytes(bytes(shutil.disk_usage(small_disk).free - 350_000))
         else:

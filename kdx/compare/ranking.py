@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from kdx.config import Tree
 from kdx.run.files import Lines
 from kdx.run.identity import canonical, used
 from kdx.run.labels import short
@@ -67,21 +68,21 @@ class Run:
     path: Path
     reason: str = ""  # why it is not ranked; empty if it is
     state: str = "unknown"
-    config: dict[str, Any] = field(default_factory=dict)  # dotted key → value
+    config: Tree = field(default_factory=dict)  # dotted key → value
     swept: Sequence[str] = ()
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: Tree = field(default_factory=dict)
     rows: Lines = field(default_factory=list)  # of eval_rows.jsonl, ordered by row id
     answers: Lines = field(default_factory=list)  # of eval_answers.jsonl, in the order of the prompts
     curve: Lines = field(default_factory=list)  # the lines of metrics.jsonl with held-out measures
     samples: Lines = field(default_factory=list)
 
     @cached_property
-    def used(self) -> dict[str, Any]:
+    def used(self) -> Tree:
         """The keys of its config that decide the student; that it has no adapter or rollout tells it apart, too."""
         return {key: self.config.get(key, "none") for key in ("adapter.name", "rollout.name")} | used(self.config)
 
     @property
-    def measured_on(self) -> dict[str, Any]:
+    def measured_on(self) -> Tree:
         """Measures compare only where all of this is equal."""
         data, environment = self.summary["data"], self.summary["environment"]
         return {
@@ -103,12 +104,12 @@ class Point:
 
     label: str
     baseline: bool  # trained without a teacher
-    values: dict[str, Any]  # the keys that differ between students
+    values: Tree  # the keys that differ between students
     runs: list[Run]
-    measures: dict[str, Any]  # EVERY, and scores in tasks with their standard errors; None if a run lacks it
+    measures: Tree  # EVERY, and scores in tasks with their standard errors; None if a run lacks it
     number: int = 0  # its line in the table
     rank: dict[str, int] = field(default_factory=dict)
-    # (measure, "minus_best" or "minus_baseline") → of the difference; (measure, "seeds") → seeds around their mean
+    # (measure, "minus_best" or "minus_baseline") → of the difference
     intervals: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
     pareto_front: bool = False
     other_budget: bool = False  # trained on more or fewer tokens than most of the table
@@ -131,7 +132,7 @@ class Ranking:
     """Students that were measured on the same held-out rows with the same teacher."""
 
     points: list[Point]  # by KL, or by CE without a teacher
-    references: dict[str, dict[str, Any]]  # measures of the teacher and the untouched students
+    references: dict[str, Tree]  # measures of the teacher and the untouched students
     title: str
 
     @property
@@ -271,9 +272,7 @@ def make_points(runs: Sequence[Run]) -> list[Point]:
         measures = [run.summary["run"] | run.summary["student"] | run.summary.get("tasks", {}) for run in group]
         for name in names:
             found = [of_run.get(name) for of_run in measures]
-            mean = point.measures[name] = None if None in found else math.fsum(found) / len(group)
-            if name in RANKED and mean is not None and len(group) > 1:
-                point.intervals[name, "seeds"] = min(found) - mean, max(found) - mean
+            point.measures[name] = None if None in found else math.fsum(found) / len(group)
         points.append(point)
     return points
 

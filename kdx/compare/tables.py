@@ -60,8 +60,8 @@ def decimals(values: Iterable[float]) -> int:
 
 
 def intervals(ranking: Ranking, names: dict[str, Column]) -> Grid:
-    """Lay out the differences to the best and to the baseline, and those of seeds to their mean."""
-    pairs = [(name, kind) for name in names for kind in ("seeds", "minus_best", "minus_baseline")]
+    """Lay out the differences to the best and to the baseline."""
+    pairs = [(name, kind) for name in names for kind in ("minus_best", "minus_baseline")]
     pairs = [pair for pair in pairs if any(pair in point.intervals for point in ranking.points)]
     headings = ("student", *(f"{names[measure].heading} {kind.replace('_', ' ')}" for measure, kind in pairs))
     rows = ((str(p), *(difference(p.intervals.get(pair)) for pair in pairs)) for p in ordered(ranking, names))

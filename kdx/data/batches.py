@@ -152,11 +152,6 @@ class MicroBatch:
         return tuple(row.digest for row in self.rows)
 
     @property
-    def where(self) -> tuple[str, ...]:
-        """File and line of each row."""
-        return tuple(row.where or row.id for row in self.rows)
-
-    @property
     def num_counted(self) -> list[int]:
         """Counted positions of each row, in the order of the rows."""
         return torch.bincount(self.row_of, minlength=len(self.rows)).tolist()

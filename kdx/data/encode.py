@@ -31,7 +31,7 @@ from kdx.data.mix import parts_of
 from kdx.data.sources import COUNTERS, Conversation, Conversations, Counts, Messages, read_conversations, split
 from kdx.errors import DataError, first_of, one_line
 from kdx.run.devices import num_cores
-from kdx.run.files import cache_dir, locked, whole_folder
+from kdx.run.files import cache_dir, hash_json, locked, whole_folder
 from kdx.run.identity import content_hash
 from kdx.tokenizer import SharedTokenizer
 
@@ -99,7 +99,7 @@ def load_data(config: DataConfig, shared: SharedTokenizer, num_prompts: int = 0)
             found = read_conversations(config, encoder)
             origins = [found.content()]
         content = "".join(one if isinstance(one, str) else content_hash(one) for one in origins)
-        folder = root / xxhash.xxh3_128_hexdigest((about + content).encode())
+        folder = root / hash_json([about, content])
         if not folder.is_dir():
             with whole_folder(folder) as beside:
                 found = found or read_conversations(config, encoder)
@@ -129,7 +129,7 @@ def _load_mix(config: DataConfig, shared: SharedTokenizer, num_prompts: int) -> 
         Rows.joined({name: data.held_out for name, data in loaded.items()}),
         [prompt for turn in turns for prompt in turn if prompt][:num_prompts],
         fingerprint=xxhash.xxh3_64_hexdigest(json.dumps([fingerprints, drawn]).encode()),
-        held_out_fingerprint=xxhash.xxh3_64_hexdigest(json.dumps(fingerprints).encode()),
+        held_out_fingerprint=hash_json(fingerprints, xxhash.xxh3_64_hexdigest),
         template=next(iter(loaded.values())).template,
         stops=list(dict.fromkeys(stop for data in loaded.values() for stop in data.stops)),
         **counters,
@@ -144,8 +144,7 @@ def _digest(config: DataConfig, shared: SharedTokenizer, num_prompts: int) -> st
     tokenizer = shared.tokenizer
     words = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()]
     limits = [shared.max_length, sorted(shared.foreign), num_prompts]
-    made = [version("transformers"), version("tokenizers"), code, words, keys, limits]
-    return xxhash.xxh3_128_hexdigest(json.dumps(made, sort_keys=True, default=str).encode())
+    return hash_json([version("transformers"), version("tokenizers"), code, words, keys, limits])
 
 
 def _encode_all(config: DataConfig, found: Conversations, encoder: "Encoder", folder: Path, num_prompts: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from kdx.config import DataConfig
+from kdx.config import DataConfig, Tree
 from kdx.errors import ConfigError
 
 ONE_SOURCES = ("name", "path", "subset", "split", "take")  # keys of a source; the mixture's others are its defaults
@@ -45,14 +45,14 @@ def parts_of(config: DataConfig) -> dict[str, tuple[DataConfig, float]]:
     return {name: (part, weights[name] / sum(weights.values())) for name, part in found.items()}
 
 
-def _layout(name: Any, where: str) -> dict[str, Any]:
+def _layout(name: Any, where: str) -> Tree:
     """Read the keys that a layout of conf/data and those it builds on set themselves. Raises ConfigError."""
     folder = resources.files("kdx.conf") / "data"
     names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
     if name not in names:
         raise ConfigError(f"{where}.layout", f"is {name!r}", f"Choices: {', '.join(set(names) - {'mix'})}")
     keys = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
-    below: dict[str, Any] = {}
+    below: Tree = {}
     for base in keys.pop("defaults", []):
         if base not in ("_self_", "custom"):
             below |= _layout(base, where)

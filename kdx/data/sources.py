@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -26,7 +25,7 @@ from kdx.config import DataConfig
 from kdx.data.files import Item, kind_of, read_rows, resolve_path, text_in, what_is_read
 from kdx.data.mix import parts_of
 from kdx.errors import ConfigError, DataError, did_you_mean
-from kdx.run.files import cache_dir
+from kdx.run.files import cache_dir, hash_json
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +107,7 @@ class Conversations:
     def content(self) -> str:
         """A digest of all that was read: messages, ids, places, and what was dropped or changed."""
         found = [self.digests, self.ids, self.where, self.num_train, self.counts]
-        return xxhash.xxh3_128_hexdigest(json.dumps(found, sort_keys=True).encode())
+        return hash_json(found)
 
 
 Source = Callable[..., Iterable[Any]]

@@ -16,6 +16,7 @@ from kdx.adapter import is_adapted, trained
 from kdx.errors import MachineError
 from kdx.run.files import digest_of, fsync, read_json, remove, saving, whole_file, whole_folder
 
+Saved = dict[str, Any]  # plain values and tensors, as they are kept
 FOLDER = "checkpoints"
 KEPT = 2
 MANIFEST = "MANIFEST.json"  # size and xxhash of every other file
@@ -34,9 +35,9 @@ def found(run_dir: Path) -> list[Path]:
 def save(
     run_dir: Path,
     model: nn.Module,
-    state: dict[str, Any],
-    optimizer: dict[str, Any],
-    rest: dict[str, Any],
+    state: Saved,
+    optimizer: Saved,
+    rest: Saved,
     describe: Callable[[Path], None],
 ) -> None:
     """Save a checkpoint of `state["step"]` and remove all older ones but one.
@@ -60,7 +61,7 @@ def save(
         remove(old)
 
 
-def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+def _manifest(folder: Path) -> dict[str, Saved]:
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name != MANIFEST]
     return {file.name: {"size": file.stat().st_size, "xxh3": digest_of(file)} for file in files}
 
@@ -88,7 +89,7 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def load(folder: Path, model: nn.Module, rank: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def load(folder: Path, model: nn.Module, rank: int) -> tuple[Saved, Saved, Saved]:
     """Load a verified checkpoint's weights and this process's random numbers → state, optimizer and rest, as saved."""
     load_weights(folder / "model.safetensors", model)
     optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
@@ -123,7 +124,7 @@ def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensors[name].detach().contiguous() for name in first_names.values()}
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> Saved:
     """Return this process's random generators as plain values, which load with weights_only=True."""
     generator: Any = numpy.random.get_state(legacy=True)
     name, keys, *rest = generator
@@ -135,7 +136,7 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def _set_random_state(state: Saved) -> None:
     random.setstate(state["python"])
     numpy.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["cpu"])

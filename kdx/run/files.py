@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from rich.filesize import decimal as in_bytes
 from safetensors import SafetensorError
 
 from kdx.errors import MachineError, out_of_memory
-
-FREE_SHARE = 0.1  # of a disk that is left to others
 
 Lines = list[dict[str, Any]]  # those of a .jsonl file, or what becomes one
 
@@ -102,6 +100,11 @@ def read_lines(file: Path) -> Lines:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
+def hash_json(value: Any, hashed: Callable[[bytes], str] = xxhash.xxh3_128_hexdigest) -> str:
+    """Hash plain values: as JSON with sorted keys."""
+    return hashed(json.dumps(value, sort_keys=True, default=str).encode())
+
+
 def digest_of(file: Path) -> str:
     """Hash a file's content (xxh3, 128 bits, in hex)."""
     with open(file, "rb") as stream:
@@ -135,12 +138,6 @@ def fsync(path: Path) -> None:
 def usage_of(path: Path) -> Any:
     """Return total, used and free bytes of the disk that a path is on, or would be."""
     return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists()))
-
-
-def room(path: Path) -> tuple[int, int]:
-    """Return the bytes that a cache may take on its disk, a tenth of which is left to others, and the bytes free."""
-    usage = usage_of(path)
-    return max(0, int(usage.free - FREE_SHARE * usage.total)), usage.free
 
 
 def size_of(folder: Path) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from kdx import plugins
-from kdx.config import Config
+from kdx.config import Config, Tree
 from kdx.errors import ConfigError, DivergedError, user_error
 from kdx.run.claim import claim
 from kdx.run.files import read_json, remove, write_beside, write_json
@@ -66,7 +66,7 @@ class RunFolder:
             for path in folder.glob(".tmp-*"):
                 remove(path)
 
-    def _refuse_another(self, now: dict[str, Any]) -> None:
+    def _refuse_another(self, now: Tree) -> None:
         """Raise ConfigError, with a diff, if the folder has a run of another identity that saved something."""
         was = self.kept("data.json")
         if not was or not is_resumable(self.path):
@@ -120,7 +120,7 @@ class RunFolder:
         write_beside(self.path / "command.txt", shlex.join(["python", "-m", "kdx", *redact(record.command)]) + "\n")
         plugins.keep(self.path)
 
-    def begin(self, config: Config, facts: dict[str, Any]) -> None:
+    def begin(self, config: Config, facts: Tree) -> None:
         """Keep what decides which student comes out, or compare it with what was kept. Raises ConfigError.
 
         facts: what is known only once data and models are loaded (fingerprints of the rows, number of processes).
@@ -153,6 +153,6 @@ class RunFolder:
         status |= {"owner": {"pid": os.getpid(), "host": platform.node()}}
         write_json(self.path / "status.json", status if code is None else status | {"exit_code": code})
 
-    def kept(self, name: str) -> dict[str, Any]:
+    def kept(self, name: str) -> Tree:
         """Read a JSON file of the run; empty if there is none."""
         return read_json(self.path / name)

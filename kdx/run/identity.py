@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from kdx import plugins
-from kdx.config import COMMIT, GENERATED, Config, DataConfig, ModelConfig, leaves, replaced
+from kdx.config import COMMIT, GENERATED, Config, DataConfig, ModelConfig, Tree, leaves, replaced
 from kdx.data.files import listed, resolve_path, what_is_read
 from kdx.data.mix import parts_of
 from kdx.errors import shortened
@@ -42,7 +42,7 @@ BLOCK = 2**20  # bytes; a file that is smaller is hashed each time
 Differences = list[tuple[str, Any, Any]]  # key, was, now
 
 
-def identity(config: Config) -> dict[str, Any]:
+def identity(config: Config) -> Tree:
     """Describe what decides the student: config_identity, and a digest of each of CONTENTS.
 
     A digest is None where there is nothing, or nothing yet, such as a model that will be downloaded.
@@ -62,12 +62,12 @@ def identity(config: Config) -> dict[str, Any]:
     }
 
 
-def config_identity(config: Config) -> dict[str, Any]:
+def config_identity(config: Config) -> Tree:
     """Describe the part of it that is in the config, with secrets replaced."""
     return dict(redact(used(leaves(config.model_dump()))))
 
 
-def used(config: dict[str, Any]) -> dict[str, Any]:
+def used(config: Tree) -> Tree:
     """Return those dotted keys of a flat config that decide the student."""
     unused = [*FREE, *(unused for (key, off), unused in UNUSED.items() if config.get(key, off) == off)]
     if config.get("eval.metric") in GENERATED:  # it may choose the weights
@@ -84,12 +84,12 @@ def canonical(value: Any) -> str:
     return json.dumps(json.loads(json.dumps(value, default=str), parse_float=_number), sort_keys=True)
 
 
-def digest(identity: dict[str, Any]) -> str:
+def digest(identity: Tree) -> str:
     """Return six hex digits of what is canonical."""
     return hashlib.sha256(canonical(identity).encode()).hexdigest()[:6]
 
 
-def differences(was: dict[str, Any], now: dict[str, Any]) -> Differences:
+def differences(was: Tree, now: Tree) -> Differences:
     """Return what differs between two identities. Contents that are unknown in one of them are left out."""
     unknown = [key for key in CONTENTS if was.get(key) is None or now.get(key) is None]
     keys = [key for key in {**was, **now} if key not in unknown]

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdx.config import Config, ModelConfig, StudentConfig, leaves
+from kdx.config import Config, ModelConfig, leaves
 from kdx.run.folder import Record
 from kdx.run.identity import canonical, config_identity, digest
 from kdx.run.redact import redact
@@ -28,13 +28,13 @@ def run_name(config: Config, record: Record) -> str:
         keys = [key for key in record.swept if loss.alpha > 0 or not key.startswith("loss")]
         return " ".join([*["baseline"] * (loss.alpha == 0), *(f"{short(k)}={_public(values.get(k))}" for k in keys)])
     teacher = f"{_model(config.teacher)} → " if config.teacher.path else ""
-    return redact(f"{teacher}{_student(config)} · {_objective(config)}")
+    return redact(f"{teacher}{student_name(config)} · {_objective(config)}")
 
 
 def tags(config: Config, record: Record) -> list[str]:
     """Tag a run with its divergence, teacher, student, adapter and experiment; a baseline as one."""
     chosen = {"adapter": config.adapter.name} | _typed(record)
-    found = ["baseline" if config.loss.alpha == 0 else config.loss.name, _student(config)]
+    found = ["baseline" if config.loss.alpha == 0 else config.loss.name, student_name(config)]
     found += [_model(config.teacher)] if config.teacher.path else []
     found += [chosen[group] for group in ("adapter", "experiment") if chosen.get(group, "") not in ("", "none", "null")]
     return [tag[:LONGEST] for tag in dict.fromkeys(found)]
@@ -80,18 +80,15 @@ def public_name(source: Any) -> str:
     return name.rpartition("/")[2] if is_local else name
 
 
-def num_layers(student: StudentConfig) -> int:
-    """Count the layers of a student that is cut."""
-    return student.layers if isinstance(student.layers, int) else len(student.layers or ())
-
-
 def _model(model: ModelConfig) -> str:
     return public_name(model).rpartition("/")[2].removesuffix("-Instruct")
 
 
-def _student(config: Config) -> str:
+def student_name(config: Config) -> str:
+    """Name a student by its layers if it is cut, else by its model."""
     if config.student.init == "cut":
-        return f"{num_layers(config.student)} layers"
+        layers = config.student.layers
+        return f"{len(layers) if isinstance(layers, list) else layers} layers"
     return "fresh " * (config.student.init == "random") + _model(config.student)
 
 

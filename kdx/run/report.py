@@ -20,7 +20,7 @@ from kdx.errors import printable
 from kdx.run.files import Lines
 from kdx.run.folder import Record
 from kdx.run.identity import adapter_base
-from kdx.run.labels import num_layers, public_name
+from kdx.run.labels import public_name, student_name
 from kdx.store import TeacherStore
 from kdx.version import __version__
 
@@ -117,7 +117,7 @@ def _origin(config: Config) -> str:
     """Say what the student is made of."""
     adapter = f", LoRA adapters of rank {config.adapter.r}" if config.adapter.name != "none" else ""
     if config.student.init == "cut":
-        return f"{num_layers(config.student)} layers cut from the teacher" + adapter
+        return f"{student_name(config)} cut from the teacher" + adapter
     return ("fresh weights" if config.student.init == "random" else public_name(config.student)) + adapter
 
 

@@ -28,9 +28,7 @@ FEW_TOKENS = 2000  # below so many counted held-out tokens, measures vary more t
 def facts(training: Training) -> dict[str, Any]:
     """Return what a started run knows of itself beside its identity; a resumed run must have the same."""
     data, teacher, machine = training.data, training.teacher, training.machine
-    is_answered = (
-        training.config.rollout.name == "teacher"
-    )  # where nothing is stored, it may answer otherwise next time
+    is_answered = training.config.rollout.name == "teacher"  # if nothing is stored, perhaps otherwise next time
     return {
         "fingerprint": data.fingerprint,
         "validation_fingerprint": data.held_out_fingerprint,

@@ -54,7 +54,7 @@ def test_not_finite_at_step_5(place, tmp_path, capfd, fault, term, num_rows):
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("kdx: error: ")]
     assert line.startswith(f"kdx: error: step 5: {term} is not finite; the weights are still those of step 4 (rows: ")
     blamed = seen[4].micro_batches[: 1 if fault is nan_in_teacher else None]
-    expected = [where for micro in blamed for where in micro.where]
+    expected = [where for micro in blamed for row in micro.rows if (where := row.where or row.id)]
     assert [f"{file}:{number}" for file, number in rows_named(line)] == expected
     assert len(expected) == num_rows
     assert {file for file, _ in rows_named(line)} == {str(place / "pairs.jsonl")}
