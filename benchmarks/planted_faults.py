@@ -97,7 +97,7 @@ FAULTS = {
     "resume_optimizer": Fault(
         "a resumed run starts with empty moments",
         "kdx/train.py",
-        "sharding.set_optimizer_state(self.objective, self.optimizer, optimizer)",
+        "launch.set_optimizer_state(self.objective, self.optimizer, optimizer)",
         "pass",
         ("faults/test_exact.py",),
     ),

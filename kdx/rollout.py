@@ -17,8 +17,7 @@ from kdx.causal_lm import stop_ids
 from kdx.config import Config, RolloutConfig
 from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, by_length, collate, write_rows
 from kdx.data.encode import Data, Encoder, load_data
-from kdx.data.mix import parts_of
-from kdx.data.sources import Conversation, read_conversations
+from kdx.data.sources import Conversation, parts_of, read_conversations
 from kdx.errors import ConfigError, did_you_mean
 from kdx.evaluate import NUM_SAMPLES, Means
 from kdx.generate import Answers, Sampling, answers_to, generate, shared_out, stops_of, teacher_stops

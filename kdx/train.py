@@ -27,7 +27,7 @@ from kdx.evaluate import Judge, Means, peak_memory, to_minimise
 from kdx.objective import PULLS, Objective, pulls_of
 from kdx.optim import build_optimizer, build_schedule
 from kdx.rollout import figures, write_samples
-from kdx.run import checkpoint, sharding
+from kdx.run import checkpoint, launch
 from kdx.run.devices import keep_memory
 from kdx.run.files import fsync
 from kdx.run.folder import Record, RunFolder
@@ -103,8 +103,8 @@ class Training:
         self.tokenizer, self.max_length = self.shared.tokenizer, self.shared.max_length
         optimizer = build_optimizer(config.optim, objective)
         self.schedule = build_schedule(config.optim, optimizer, self.max_steps)
-        self.module, self.optimizer, self.student = sharding.prepare(machine, objective, optimizer)
-        self.whole = partial(sharding.whole, objective, self.student)
+        self.module, self.optimizer, self.student = launch.prepare(machine, objective, optimizer)
+        self.whole = partial(launch.whole, objective, self.student)
         torch.manual_seed(config.train.seed + machine.process_index)  # dropout; fresh weights are drawn by now
         plain = "fp64" if config.train.precision == "fp64" else "fp32"
         mixed = machine.mixed_precision
@@ -138,7 +138,7 @@ class Training:
                 folder.begin_again()
                 return False
             state, optimizer, rest = checkpoint.load(newest, self.student, self.machine.process_index)
-            sharding.set_optimizer_state(self.objective, self.optimizer, optimizer)
+            launch.set_optimizer_state(self.objective, self.optimizer, optimizer)
             self.schedule.load_state_dict(rest["schedule"])
             if self.machine.scaler:
                 self.machine.scaler.load_state_dict(rest["scaler"])
@@ -147,7 +147,7 @@ class Training:
             self._saved_step = self.state.step
             self.machine.wait_for_everyone()  # all may read the best weights at once, if no step is left
             log.info("resuming from %s", newest)
-        sharding.spread(self.student, self.objective)
+        launch.spread(self.student, self.objective)
         folder.step = self.state.step
         return True
 
@@ -183,7 +183,7 @@ class Training:
         scaler = self.machine.scaler
         rest = {"schedule": self.schedule.state_dict(), "scaler": scaler.state_dict() if scaler else None}
         rest["random"] = gather_object([checkpoint.random_state()])
-        optimizer = sharding.optimizer_state(self.objective, self.optimizer)
+        optimizer = launch.optimizer_state(self.objective, self.optimizer)
         with self.whole():
             if self.machine.is_main_process:
                 described = partial(describe, self.student, self.tokenizer)

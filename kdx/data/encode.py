@@ -27,8 +27,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from kdx.config import DataConfig
 from kdx.data.batches import Row, Rows, write_rows
 from kdx.data.files import origins_of
-from kdx.data.mix import parts_of
-from kdx.data.sources import COUNTERS, Conversation, Conversations, Counts, Messages, read_conversations, split
+from kdx.data.sources import COUNTERS, Conversation, Conversations, Messages, parts_of, read_conversations, split
 from kdx.errors import DataError, first_of, one_line
 from kdx.run.devices import num_cores
 from kdx.run.files import cache_dir, hash_json, locked, whole_folder
@@ -59,7 +58,7 @@ class Encoded:
 
     rows: list[Row] = field(default_factory=list)
     fault: DataError | None = None
-    counts: Counts = field(default_factory=list)
+    counts: list[tuple[str, str]] = field(default_factory=list)
     stops: list[int] = field(default_factory=list)  # the token that ends each counted turn, the last turn's last
 
 

@@ -14,16 +14,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import ValidationError
 
 from kdx.checked import check_options
-from kdx.config import DataConfig
+from kdx.config import DataConfig, Tree
 from kdx.data.files import Item, kind_of, read_rows, resolve_path, text_in, what_is_read
-from kdx.data.mix import parts_of
 from kdx.errors import ConfigError, DataError, did_you_mean
 from kdx.run.files import cache_dir, hash_json
 
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "observation", "ipython")
 PREFERENCES = (("prompt", "completion"), ("prompt", "chosen"))  # columns of a pair, as trl names them
 OWN_KEYS = ("messages", "text", "source", "target", "id", "where")  # of what a source yields
+ONE_SOURCES = ("name", "path", "subset", "split", "take")  # keys of a source; the mixture's others are its defaults
 COUNTERS = ("dropped", "changed", "said", "unused")  # rows left out, altered, how rows were read, what nothing reads
 
 Messages = list[dict[str, Any]]
@@ -133,6 +136,53 @@ def check_source(config: DataConfig) -> None:
             hint = did_you_mean(part.name, sorted(_SOURCES)) + ". For your own: KDX_PLUGINS=module"
             raise ConfigError(f"{where}.name", f"no source is named {part.name!r}", hint)
         check_options(_SOURCES[part.name], _options(part), f"{where}.")
+
+
+def parts_of(config: DataConfig) -> dict[str, tuple[DataConfig, float]]:
+    """Return each source of a mixture as a config of its own, and its share of the counted tokens. Raises ConfigError.
+
+    A source has what it says, else what its layout in conf/data says, else what the mixture says. Data that is no mixture
+    is its own only source, without a name.
+    """
+    if config.name != "mix":
+        return {"": (config, 1.0)}
+    sources = config.options.get("sources")
+    hint = "data.sources.a='{layout: messages, path: chat.jsonl, weight: 0.7}'"
+    if not isinstance(sources, dict) or not sources or not all(isinstance(given, dict) for given in sources.values()):
+        raise ConfigError("data.sources", "names no sources", f"Give each a layout, a path and a weight: {hint}")
+    if not config.shuffle:
+        raise ConfigError("data.shuffle", "is false, but a mixture samples its rows", "Leave it out")
+    general = {key: value for key, value in config.model_dump().items() if key not in (*ONE_SOURCES, "sources")}
+    found, weights = {}, {}
+    for name, given in sources.items():
+        where, weight = f"data.sources.{name}", given.get("weight")
+        if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise ConfigError(f"{where}.weight", f"is {weight!r}, expected a number above 0", hint)
+        if "chat_template" in given:
+            raise ConfigError(f"{where}.chat_template", "cannot be set for one source", "Set data.chat_template")
+        own = {key: value for key, value in given.items() if key not in ("layout", "weight")}
+        keys = {"subset": None, "split": "train", "take": None} | general | _layout(given.get("layout"), where) | own
+        try:
+            found[name] = DataConfig(**keys)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise ConfigError(f"{where}.{fault['loc'][0]}", fault["msg"], "conf/data has its keys") from None
+        weights[name] = float(weight)
+    return {name: (part, weights[name] / sum(weights.values())) for name, part in found.items()}
+
+
+def _layout(name: Any, where: str) -> Tree:
+    """Read the keys that a layout of conf/data and those it builds on set themselves. Raises ConfigError."""
+    folder = resources.files("kdx.conf") / "data"
+    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    if name not in names:
+        raise ConfigError(f"{where}.layout", f"is {name!r}", f"Choices: {', '.join(set(names) - {'mix'})}")
+    keys = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+    below: Tree = {}
+    for base in keys.pop("defaults", []):
+        if base not in ("_self_", "custom"):
+            below |= _layout(base, where)
+    return {key: value for key, value in (below | keys).items() if value != "???"}
 
 
 def read_conversations(config: DataConfig, encoder: Any = None) -> Conversations:

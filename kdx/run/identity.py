@@ -18,7 +18,7 @@ import xxhash
 from kdx import plugins
 from kdx.config import COMMIT, GENERATED, Config, DataConfig, ModelConfig, Tree, leaves, replaced
 from kdx.data.files import listed, resolve_path, what_is_read
-from kdx.data.mix import parts_of
+from kdx.data.sources import parts_of
 from kdx.errors import shortened
 from kdx.run.files import cache_dir, digest_of, read_json, write_beside
 from kdx.run.redact import redact

@@ -1,19 +1,33 @@
-"""How torchrun or accelerate launched this process: its device, its precision, and the other processes."""
+"""What accelerate does for a run: its device and precision, the other processes, and FSDP.
 
+Under FSDP torch's fully_shard splits what is trained over the processes. Only training knows of shards. To be measured,
+sampled and saved the student is gathered into an ordinary model that every process has in main memory, and moves to its
+device while it is used. Without FSDP that model is the one trained.
+"""
+
+import copy
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import AutocastKwargs, FullyShardedDataParallelPlugin, broadcast_object_list
+from torch import nn
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from kdx import causal_lm, plugins
 from kdx.config import Config
 from kdx.errors import MachineError
-from kdx.run import sharding
+from kdx.objective import Objective
 from kdx.run.tracking import quiet_libraries
+
+FSDP = "ACCELERATE_USE_FSDP"
+OPTIMIZERS = ("torch.Adam", "torch.AdamW", "torch.Adamax", "torch.RAdam", "torch.RMSprop")  # elementwise: shards do
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -24,7 +38,7 @@ def build_accelerator(config: Config) -> Accelerator:
     quiet_libraries()
     plugins.load()
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if sharding.is_asked(f"ACCELERATE_USE_{name}"):
+        if is_asked(f"ACCELERATE_USE_{name}"):
             raise MachineError(f"ACCELERATE_USE_{name}", "is not supported", "Start without it, or with FSDP")
     cpu = not _has_gpu()
     precision: str = config.train.precision
@@ -33,7 +47,7 @@ def build_accelerator(config: Config) -> Accelerator:
     precision = precision or causal_lm.device_dtype(PartialState(cpu=cpu).device)
     if precision == "fp16" and cpu:
         raise MachineError("train.precision", "fp16 needs a GPU", "Use train.precision=bf16 or fp32")
-    fsdp = sharding.plugin(config, precision)
+    fsdp = sharding_plugin(config, precision)
     gc.collect()  # of a job before this one: its student and accelerate's autocast hold one another on the device
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
@@ -46,7 +60,7 @@ def build_accelerator(config: Config) -> Accelerator:
         step_scheduler_with_optimizer=False,
     )
     if fsdp and not machine.is_fsdp2:
-        raise MachineError(sharding.ASKED, "needs several GPUs", "Start without it")
+        raise MachineError(FSDP, "needs several GPUs", "Start without it")
     return machine
 
 
@@ -58,3 +72,83 @@ def agreed(decide: Callable[[], str]) -> str:
 
 def _has_gpu() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def is_asked(variable: str = FSDP) -> bool:
+    """Return whether accelerate's environment asks for FSDP, or for what `variable` names."""
+    return os.environ.get(variable, "").lower() == "true"
+
+
+def sharding_plugin(config: Config, precision: str) -> FullyShardedDataParallelPlugin | None:
+    """Build accelerate's plug-in if FSDP is asked for. Raises MachineError for what cannot be combined with it."""
+    if not is_asked():
+        return None
+    refused = {
+        "fsdp_version: 1": os.environ.get("FSDP_VERSION") != "2",
+        "FSDP_OFFLOAD_PARAMS": is_asked("FSDP_OFFLOAD_PARAMS"),
+        "FSDP_ACTIVATION_CHECKPOINTING": is_asked("FSDP_ACTIVATION_CHECKPOINTING"),
+        f"adapter={config.adapter.name}": config.adapter.name != "none",
+        "rollout=student": config.rollout.is_on_policy,
+        "train.compile": config.train.compile,
+        "train.precision=fp16": precision == "fp16",
+        f"optim.name={config.optim.name}": config.optim.name not in OPTIMIZERS,
+    }
+    for name, is_so in refused.items():
+        if is_so:
+            raise MachineError(name, "cannot be combined with FSDP", "Start without it")
+    # The arithmetic of any run: autocast over fp32 weights, gradients summed in fp32. Every process loads the models
+    # itself: accelerate would leave all but the first without weights, the teacher's too.
+    return FullyShardedDataParallelPlugin(
+        mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False
+    )
+
+
+def prepare(machine: Accelerator, objective: Objective, optimizer: Any) -> tuple[Any, Any, Any]:
+    """Have accelerate prepare what is trained → the module to call, the optimizer, and the student as a whole model."""
+    whole: Any = objective.model
+    if is_asked():
+        whole = copy.deepcopy(whole).to("cpu")
+        # Autocast as accelerate applies it without FSDP, but without a cache, which would keep every weight whole.
+        uncached = machine.autocast(AutocastKwargs(cache_enabled=False))
+        objective.forward = uncached(objective.forward)  # type: ignore[method-assign]
+    return *machine.prepare(objective, optimizer), whole
+
+
+@contextmanager
+def whole(objective: Objective, student: nn.Module) -> Iterator[None]:
+    """Have what is trained as the whole student of every process, on its device. All processes must call it."""
+    if objective.model is student:
+        yield
+        return
+    shards: list[Any] = list(objective.model.parameters())
+    student.to(shards[0].device).train(objective.model.training)
+    with torch.no_grad():
+        for weight, shard in zip(student.parameters(), shards, strict=True):
+            weight.copy_(shard.full_tensor())
+    yield
+    student.to("cpu")
+
+
+def spread(student: nn.Module, objective: Objective) -> None:
+    """Copy the whole student into what is trained."""
+    if objective.model is not student:
+        states.set_model_state_dict(
+            objective.model, student.state_dict(), options=states.StateDictOptions(full_state_dict=True)
+        )
+
+
+def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Any]:
+    """Return the optimizer's state with whole tensors; under FSDP in the main process alone."""
+    if not is_asked():
+        return dict(optimizer.state_dict())
+    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return states.get_optimizer_state_dict(objective, optimizer.optimizer, options=options)
+
+
+def set_optimizer_state(objective: Objective, optimizer: Any, state: dict[str, Any]) -> None:
+    """Load what optimizer_state returned."""
+    if is_asked():
+        options = states.StateDictOptions(full_state_dict=True)
+        states.set_optimizer_state_dict(objective, optimizer.optimizer, state, options=options)
+    else:
+        optimizer.load_state_dict(state)
