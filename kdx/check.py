@@ -56,12 +56,12 @@ def check_points(plan: "Plan") -> None:
         weigh.show(rows, alphas, Path("outputs/check") / str(plan.points[0].config.sweep.name), plan.flags)
 
 
-def check(config: Config, path: Path, record: Record | None = None, points: Sequence["Point"] = ()) -> Lines:
+def check(config: Config, path: Path, record: Record, points: Sequence["Point"]) -> Lines:
     """Say what a run of this config in a folder would be. Raises KdxError for all that the run would refuse.
 
     points: those of a sweep that differ from it in the loss: what alpha weighs there.
     """
-    machine, record = build_accelerator(config), record or Record()
+    machine = build_accelerator(config)
     for point in points:
         check_loss(point.config.loss)
     with logging_to(), prepared(config, record, machine) as training:

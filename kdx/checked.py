@@ -100,10 +100,8 @@ def faults_of(
         if fault["type"] == "extra_forbidden":
             found |= {name: unknown(name) for name in leaves({key: value}) or [key]}
         elif fault["type"] == "missing":
-            hint = (
-                "" if prefix else f", or begin your own {key.partition('.')[0]} option with: defaults: [NAME, _self_]"
-            )
-            found[key] = ConfigError(key, "is missing", f"Set it: {key}=...{hint}")
+            begin = f", or begin your own {key.partition('.')[0]} option with: defaults: [NAME, _self_]"
+            found[key] = ConfigError(key, "is missing", f"Set it: {key}=...{'' if prefix else begin}")
         else:
             wish = re.sub(r"^\w+ should | or instance of \w+", "", fault["msg"])
             wanted.setdefault(key, {})[wish] = None

@@ -317,9 +317,8 @@ def resumed(name: str, words: list[str], config_dir: str | None = None) -> Plan:
     values = [word for word in overrides if not word.key_or_group.startswith("hydra")]
     keys = {word.key_or_group for word in values}
     if group := next((word.input_line for word in values if "." not in word.key_or_group), None):
-        raise ConfigError(
-            where, f"cannot resume with another option: {group}", f"Start a new run: run.like={folder} {group}"
-        )
+        hint = f"Start a new run: run.like={folder} {group}"
+        raise ConfigError(where, f"cannot resume with another option: {group}", hint)
     hidden = [key for key, value in leaves(tree).items() if HIDDEN in str(value) and key not in keys]
     faults += [ConfigError(key, "was redacted in the record", f"Give it again: {key}=...") for key in hidden]
     config = _checked_over(tree, values, {key_of(word) for word in words}, faults)

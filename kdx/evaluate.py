@@ -25,7 +25,7 @@ from torch import Tensor
 from kdx import loss
 from kdx.causal_lm import Head, counted_hidden, head_of
 from kdx.config import Config
-from kdx.data.batches import MicroBatch, Row, by_length, collate
+from kdx.data.batches import MicroBatch, Row, by_length, collate, in_groups
 from kdx.data.encode import MAX_NEW_TOKENS, Prompts
 from kdx.generate import Answers, Sampling, answers_to, stops_of, teacher_stops
 from kdx.objective import blocks_of, chunk_size_of, chunks_of
@@ -248,11 +248,7 @@ def answered(
 
 
 def teacher_answers(
-    teacher: Teacher,
-    shared: SharedTokenizer,
-    prompts: Prompts,
-    machine: Accelerator,
-    stops: tuple[int, ...],
+    teacher: Teacher, shared: SharedTokenizer, prompts: Prompts, machine: Accelerator, stops: tuple[int, ...]
 ) -> Answers:
     """Let the teacher answer prompts greedily, or read its answers from its store."""
     of_rows, inputs = teacher.store, [prompt["tokens"] for prompt in prompts]
@@ -262,11 +258,7 @@ def teacher_answers(
 
 
 def said_of(
-    answers: Answers,
-    prompts: Prompts,
-    tokenizer: Any,
-    stops: Sequence[int],
-    kls: list[float] | None = None,
+    answers: Answers, prompts: Prompts, tokenizer: Any, stops: Sequence[int], kls: list[float] | None = None
 ) -> Said:
     """Measure the answers to these prompts: ROUGE-L (F) to the people's answer, tokens, whether a stop token was said.
 
@@ -297,8 +289,8 @@ def on_policy_kls(
     pairs = zip(prompts, answers, strict=False)
     rows = [Row("", prompt + said, [False] * len(prompt) + [True] * len(said)) for prompt, said in pairs]
     kls: list[float] = []
-    for start in range(0, len(rows), MIN_ROWS):
-        batch = collate(rows[start : start + MIN_ROWS], shared.pad_id).to(student.device)
+    for some in in_groups(rows, MIN_ROWS):
+        batch = collate(some, shared.pad_id).to(student.device)
         values = score(counted_hidden(student, batch), head, batch, Answer(teacher.live(batch), teacher_head))
         kls += [row["reverse_kl"] for row in by_row(values, batch)]
     return kls

@@ -114,12 +114,7 @@ def _keep(run: Run, part: str, new: dict[str, Any]) -> None:
 
 
 def _on_policy(
-    config: Config,
-    run: Run,
-    student: Any,
-    shared: SharedTokenizer,
-    machine: Accelerator,
-    teachers: dict[str, Teacher],
+    config: Config, run: Run, student: Any, shared: SharedTokenizer, machine: Accelerator, teachers: dict[str, Teacher]
 ) -> Said:
     """Let a student answer the prompts of its run, and take its KL to the teacher there.
 

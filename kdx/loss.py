@@ -44,7 +44,6 @@ def register(function: Divergence) -> Divergence:
 
 
 def names() -> list[str]:
-    """Return the registered divergences."""
     return sorted(_REGISTRY)
 
 

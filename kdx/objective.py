@@ -95,7 +95,6 @@ class Mix:
 
 
 def mix_of(config: LossConfig) -> Mix:
-    """Return the mix that a config asks for."""
     return Mix(**{part.name: getattr(config, part.name) for part in fields(Mix)})
 
 

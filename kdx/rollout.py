@@ -169,7 +169,6 @@ def last_turn(row: Row) -> int:
 
 
 def prompt_of(row: Row) -> list[int]:
-    """Return a row's tokens before its last turn."""
     return row.tokens[: last_turn(row)]
 
 

@@ -13,7 +13,6 @@ another batch, is given the stored ones, so a resumed run repeats the straight o
 import hashlib
 import json
 import logging
-import math
 import os
 import time
 import uuid
@@ -32,7 +31,7 @@ from xxhash import xxh3_64
 from kdx.causal_lm import DTYPES, Head, load_config
 from kdx.config import TeacherConfig
 from kdx.errors import MachineError
-from kdx.run.files import in_bytes, open_to_umask, size_of, usage_of, whole_file, write_json
+from kdx.run.files import in_bytes, open_to_umask, read_json, size_of, usage_of, whole_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -139,11 +138,10 @@ class TeacherStore:
 
     def save_head(self, head: Head, num_parameters: int) -> None:
         """Store the teacher's name, head and size."""
-        numbers = [head.scale, math.nan if head.softcap is None else head.softcap, num_parameters]
-        parts = {"weight": head.weight, "numbers": torch.tensor(numbers, dtype=torch.float64)}
-        parts |= {} if head.bias is None else {"bias": head.bias}
+        about = {"name": self.name, **asdict(self.identity), "num_parameters": num_parameters}
+        parts = {name: part for name, part in vars(head).items() if isinstance(part, Tensor)}
         with self._writing():
-            write_json(self.folder / "teacher.json", {"name": self.name, **asdict(self.identity)})
+            write_json(self.folder / "teacher.json", about | {"scale": head.scale, "softcap": head.softcap})
             write_shard(self.folder / HEAD, {k: v.detach().cpu().contiguous() for k, v in parts.items()})
 
     def _flush_if_due(self) -> None:
@@ -245,15 +243,14 @@ def whole(path: Path) -> dict[str, Tensor] | None:
 
 def load_head(folder: Path, device: torch.device | None = None) -> tuple[Head, int] | None:
     """Load a teacher's head and its number of parameters; None if they are not there or damaged."""
-    if (parts := whole(folder / HEAD)) is None:
+    about, parts = read_json(folder / "teacher.json"), whole(folder / HEAD)
+    if parts is None or "num_parameters" not in about:
         return None
-    scale, softcap, num_parameters = parts.pop("numbers").tolist()
     tensors = {name: tensor.to(device=device) for name, tensor in parts.items()}
-    return Head(**tensors, scale=scale, softcap=None if math.isnan(softcap) else softcap), int(num_parameters)
+    return Head(**tensors, scale=about["scale"], softcap=about["softcap"]), about["num_parameters"]
 
 
 def count_rows(folder: Path) -> int:
-    """Count a teacher's rows."""
     return sum(len(shard.checksums) for path in paths_in(folder / "rows") if (shard := open_shard(path)))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdx.adapter import merge_adapter
 from kdx.causal_lm import DTYPES, Head, attention_for, counted_hidden, device_dtype, head_of, load_causal_lm
 from kdx.config import TeacherConfig
-from kdx.data.batches import MicroBatch, collate, merged
+from kdx.data.batches import MicroBatch, collate, in_groups, merged
 from kdx.run.identity import model_digest
 from kdx.store import Identity, TeacherStore, load_head, open_store
 
@@ -57,8 +57,7 @@ class Teacher:
         """Yield the answer to each micro-batch; several are computed in one pass if `rows_at_once` allows."""
         size = max(len(batch.row_ids) for batch in micro_batches)
         at_once = max(1, (self.rows_at_once or size) // size)
-        for start in range(0, len(micro_batches), at_once):
-            group = micro_batches[start : start + at_once]
+        for group in in_groups(micro_batches, at_once):
             hidden = self.answer(merged(group)).hidden
             for part in hidden.split([len(batch.counted_labels) for batch in group]):
                 yield Answer(part, self.head)
@@ -66,7 +65,7 @@ class Teacher:
     def answer(self, batch: MicroBatch, *, is_kept: bool = True) -> Answer:
         """Answer a batch; if the store lacks one of its rows all are computed, in one layout, and stored if is_kept."""
         if (most := self.rows_at_once) and len(batch.rows) > most:
-            parts = [collate(batch.rows[i : i + most], pad_id=0) for i in range(0, len(batch.rows), most)]
+            parts = [collate(some, pad_id=0) for some in in_groups(batch.rows, most)]
             return Answer(torch.cat([self.answer(part, is_kept=is_kept).hidden for part in parts]), self.head)
         store = None if "" in batch.row_digests else self.store  # what the student said is never stored
         if (rows := store.read(batch.row_digests) if store else None) is None:

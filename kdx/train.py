@@ -377,7 +377,6 @@ def means(run: Training) -> Means:
 
 
 def num_steps(config: TrainConfig, batches: Batches) -> int:
-    """Return the number of optimizer steps of a run."""
     if config.max_steps is not None:
         return config.max_steps
     assert config.epochs is not None

@@ -31,7 +31,7 @@ def made():
 
 def test_it_says_what_would_be_trained_and_trains_nothing(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    check.check(config_of(place, "train.max_steps=4", "train.save_every=2"), Path("run"))
+    check.check(config_of(place, "train.max_steps=4", "train.save_every=2"), Path("run"), Record(), ())
     told = capsys.readouterr().out
     for part in ("objective", "⟦", "⟧", "activations", "optimizer", "teacher", "gradients", "total", "fits",
                  "lower train.micro_batch_size", "tokens in 4 steps", "checkpoints", "free"):  # fmt: skip

@@ -31,7 +31,6 @@ STYLE: dict[Any, Any] = {
 
 
 def page(comparison: Comparison) -> str:
-    """Render the whole page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

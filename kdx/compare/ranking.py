@@ -151,15 +151,13 @@ class Ranking:
     def same_mixtures(self) -> str:
         """Which students' terms really pulled alike, whatever alpha, temperature and divergence were typed; or nothing."""
         groups: list[list[Point]] = []
+        pulls = {p: [p.measures[name] for name in EFFECTIVE_ALPHAS] for p in self.points if not p.baseline}
 
         def is_like(one: Point, other: Point) -> bool:
-            pulls = (abs(one.measures[name] - other.measures[name]) for name in EFFECTIVE_ALPHAS)
-            return max(pulls) < SAME_MIXTURE and one.besides("loss.") == other.besides("loss.")
+            apart = max(abs(a - b) for a, b in zip(pulls[one], pulls[other], strict=True))
+            return apart < SAME_MIXTURE and one.besides("loss.") == other.besides("loss.")
 
-        mixed = [
-            p for p in self.points if not p.baseline and None not in [p.measures[name] for name in EFFECTIVE_ALPHAS]
-        ]
-        for point in sorted(mixed, key=lambda p: [p.measures[name] for name in EFFECTIVE_ALPHAS]):
+        for point in sorted((p for p, both in pulls.items() if None not in both), key=lambda p: pulls[p]):
             group = next((group for group in groups if is_like(group[0], point)), [])
             if not group:
                 groups.append(group)
@@ -185,13 +183,13 @@ class Comparison:
 # Statistics
 
 
-def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
+def resampled_means(counted: np.ndarray, sums: np.ndarray, num: int = NUM_RESAMPLES) -> np.ndarray:
     """Draw R of R rows with replacement, `num` times, and return each run's mean per counted position, [B, N].
 
     counted, sums: [R, N]. A mean is a ratio of sums, and a draw takes the same rows for all runs: rows that are hard for all
     of them cancel in the differences. The same runs give the same intervals.
     """
-    generator, size = np.random.default_rng(seed), len(counted)
+    generator, size = np.random.default_rng(0), len(counted)
     both = np.hstack([sums, counted]).astype(float)
     draws = (np.bincount(generator.integers(size, size=size), minlength=size) for _ in range(num))
     totals, of_counted = np.split(np.array([times @ both for times in draws]), 2, axis=1)

@@ -42,7 +42,6 @@ def main(words: list[str]) -> int:
 
 
 def show(paths: Sequence[Path], out: Path) -> Comparison:
-    """Compare, and print the table."""
     comparison = compare(paths, out)
     CONSOLE.print(Markdown(as_markdown(comparison, IN_TERMINAL)))
     CONSOLE.print(f"Wrote {out / 'compare.html'}, .csv, .json and .md", markup=False)

@@ -51,7 +51,6 @@ def tracked(comparison: Comparison) -> dict[str, Run]:
 
 
 def name_of(runs: dict[str, Run]) -> str:
-    """Name a comparison by its sweeps."""
     return ", ".join(sorted({str(run.config.get("sweep.name") or run.name) for run in runs.values()}))
 
 

@@ -212,9 +212,9 @@ def epoch_batches(
     return batches + in_groups(rest, batch_size)
 
 
-def in_groups(numbers: list[int], size: int) -> list[list[int]]:
-    """Cut a list into groups of `size` numbers; the last may be smaller."""
-    return [numbers[i : i + size] for i in range(0, len(numbers), size)]
+def in_groups(items: Sequence[Any], size: int) -> list[Any]:
+    """Cut a sequence into groups of `size` items; the last may be smaller."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 @dataclass(frozen=True)

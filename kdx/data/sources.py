@@ -419,10 +419,8 @@ class RawRow:
         self.used.add(column)
         if column not in self.columns:
             what = f'"{column}" is missing; the row is {kind_of(self.columns)}'
-            hint = (
-                f"Choose a layout (data=pairs, messages, sharegpt or text), or name the column: data.{name}_column=..."
-            )
-            raise DataError(self.where, what, hint)
+            hint = "Choose a layout (data=pairs, messages, sharegpt or text), or name the column"
+            raise DataError(self.where, what, f"{hint}: data.{name}_column=...")
         return self.columns[column]
 
     def after_prompt(self, column: str, prompt: Messages, answer: Messages) -> Messages:

@@ -33,12 +33,7 @@ def found(run_dir: Path) -> list[Path]:
 
 
 def save(
-    run_dir: Path,
-    model: nn.Module,
-    state: Saved,
-    optimizer: Saved,
-    rest: Saved,
-    describe: Callable[[Path], None],
+    run_dir: Path, model: nn.Module, state: Saved, optimizer: Saved, rest: Saved, describe: Callable[[Path], None]
 ) -> None:
     """Save a checkpoint of `state["step"]` and remove all older ones but one.
 

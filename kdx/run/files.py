@@ -91,7 +91,6 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON object a line."""
     write_beside(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 

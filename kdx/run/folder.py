@@ -146,7 +146,6 @@ class RunFolder:
                 self.write_status("running")
 
     def write_status(self, state: str, reason: str = "", code: int | None = None) -> None:
-        """Write status.json."""
         self._written = time.monotonic()
         status = {"state": state, "reason": redact(reason), "step": self.step, "max_steps": self.max_steps}
         status |= {"updated": time.strftime(TIME), "since": self._since}

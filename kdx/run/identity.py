@@ -49,14 +49,13 @@ def identity(config: Config) -> Tree:
     """
     template = config.data.chat_template or ""
     groups = {"teacher": config.teacher, "student": config.student}
-    own = {name: model for name, model in groups.items() if model.tokenizer != "teacher"}
+    own = {name: m for name, m in groups.items() if m.tokenizer != "teacher" and (m.tokenizer or m.path)}
+    tokenizers = [_model(m, name, TOKENIZER, m.tokenizer) for name, m in own.items()]
     return config_identity(config) | {
         "data": _data(config.data),
         "teacher": _model(config.teacher, "teacher", WEIGHTS),
         "student": _model(config.student, "student", WEIGHTS[: 1 if config.student.init == "random" else None]),
-        "tokenizer": _joined(
-            [_model(m, name, TOKENIZER, m.tokenizer) for name, m in own.items() if m.tokenizer or m.path]
-        ),
+        "tokenizer": _joined(tokenizers),
         "chat_template": content_hash(Path(template)) if os.path.isfile(template) else None,
         "plugins": _joined([content_hash(file) for file in plugins.files()]),
     }

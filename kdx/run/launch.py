@@ -98,9 +98,8 @@ def sharding_plugin(config: Config, precision: str) -> FullyShardedDataParallelP
             raise MachineError(name, "cannot be combined with FSDP", "Start without it")
     # The arithmetic of any run: autocast over fp32 weights, gradients summed in fp32. Every process loads the models
     # itself: accelerate would leave all but the first without weights, the teacher's too.
-    return FullyShardedDataParallelPlugin(
-        mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False
-    )
+    how: dict[str, Any] = {"mixed_precision_policy": MixedPrecisionPolicy(), "cpu_ram_efficient_loading": False}
+    return FullyShardedDataParallelPlugin(**how)
 
 
 def prepare(machine: Accelerator, objective: Objective, optimizer: Any) -> tuple[Any, Any, Any]:
@@ -132,9 +131,8 @@ def whole(objective: Objective, student: nn.Module) -> Iterator[None]:
 def spread(student: nn.Module, objective: Objective) -> None:
     """Copy the whole student into what is trained."""
     if objective.model is not student:
-        states.set_model_state_dict(
-            objective.model, student.state_dict(), options=states.StateDictOptions(full_state_dict=True)
-        )
+        options = states.StateDictOptions(full_state_dict=True)
+        states.set_model_state_dict(objective.model, student.state_dict(), options=options)
 
 
 def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from kdx.adapter import trained
 from kdx.causal_lm import generation_config, stop_ids
+from kdx.compare.ranking import EVERY, Column
 from kdx.config import Config, replaced
-from kdx.data.encode import Data
+from kdx.data.encode import MAX_NEW_TOKENS, Data
 from kdx.errors import printable
 from kdx.run.files import Lines
 from kdx.run.folder import Record
@@ -24,20 +25,7 @@ from kdx.run.labels import public_name, student_name
 from kdx.store import TeacherStore
 from kdx.version import __version__
 
-ROWS = (
-    ("KL to the teacher", "kl", "{:.4f}"),
-    ("reverse KL", "reverse_kl", "{:.4f}"),
-    ("agreement", "agreement", "{:.4f}"),
-    ("CE of the labels", "ce", "{:.4f}"),
-    ("perplexity", "perplexity", "{:,.5g}"),
-    ("accuracy", "accuracy", "{:.4f}"),
-    ("KL on own answers", "on_policy_kl", "{:.4f}"),
-    ("ROUGE-L", "rouge_l", "{:.4f}"),
-    ("tokens of an answer", "answer_length", "{:.1f}"),
-    ("answers that end", "finished", "{:.0%}"),
-    ("distinct bigrams", "distinct_2", "{:.4f}"),
-    ("parameters", "num_parameters", "{:,}"),
-)
+MEASURES = EVERY | {"num_parameters": Column("parameters", places=0)}  # rows of the table after a run
 
 
 def counts(data: Data) -> dict[str, Any]:
@@ -167,12 +155,13 @@ def closing_table(summary: dict[str, Any]) -> Table:
 
 
 def measures(summary: dict[str, Any]) -> list[list[str]]:
-    """Lay out the measures that were taken: a label, and the values of teacher, untouched student and student."""
+    """Lay out the measures that were taken: a name as in a comparison, and the values of teacher, untouched student and student."""
     table = []
-    for label, key, form in ROWS:
-        values = [summary[who].get(key) for who in ("teacher", "untouched", "student")]
+    for name, column in MEASURES.items():
+        values = [summary[who].get(name) for who in ("teacher", "untouched", "student")]
+        form = ",.5g" if name == "perplexity" else f",.{4 if column.places is None else column.places}f"
         if any(value is not None for value in values):
-            table.append([label, *("" if value is None else form.format(value) for value in values)])
+            table.append([column.heading, *("" if value is None else format(value, form) for value in values)])
     return table
 
 
@@ -183,7 +172,7 @@ def store_line(store: TeacherStore) -> str:
     return f"teacher cache: {hits:,} rows read, {computed:,} computed{damaged}"
 
 
-def samples_page(samples: Lines, max_new_tokens: int, own: Lines) -> str:
+def samples_page(samples: Lines, own: Lines) -> str:
     """Write samples.md: each prompt, and the greedy answers of teacher, untouched student and student.
 
     own: answers of the student's own that it was trained on, by step.
@@ -192,7 +181,7 @@ def samples_page(samples: Lines, max_new_tokens: int, own: Lines) -> str:
     def quoted(text: str) -> str:  # as a block, so that no markup in it takes effect
         return indent(printable(text), "    ")
 
-    parts = [f"# Samples\n\nGreedy answers of at most {max_new_tokens} tokens to held-out prompts.\n"]
+    parts = [f"# Samples\n\nGreedy answers of at most {MAX_NEW_TOKENS} tokens to held-out prompts.\n"]
     for i, sample in enumerate(samples, 1):
         parts.append(f"## {i}\n")
         parts += [f"**{m['role']}**\n\n{quoted(m['content'])}\n" for m in sample["prompt"]]

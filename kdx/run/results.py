@@ -10,7 +10,7 @@ import xxhash
 from kdx.adapter import is_adapted, trained
 from kdx.causal_lm import DTYPES
 from kdx.config import GENERATED
-from kdx.data.encode import MAX_NEW_TOKENS, Data
+from kdx.data.encode import Data
 from kdx.errors import DivergedError, MachineError
 from kdx.evaluate import Judge, Means, peak_memory
 from kdx.optim import state_bytes
@@ -162,7 +162,7 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
         write_lines(path / "eval_answers.jsonl", said.rows)
     write_json(path / "samples.json", samples)
     own = read_lines(path / "rollouts.jsonl")
-    write_beside(path / "samples.md", report.samples_page(samples, MAX_NEW_TOKENS, own))
+    write_beside(path / "samples.md", report.samples_page(samples, own))
     write_json(path / "summary.json", summary)
     if not config.train.keep_checkpoints:
         remove(path / checkpoint.FOLDER)

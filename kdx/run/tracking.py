@@ -178,7 +178,6 @@ class Tracker:
             yield
 
     def advance(self, loss: float, speed: float) -> None:
-        """Move the progress bar."""
         self._show(f"loss {loss:.3f}  {speed:.0f} tokens/s")
 
     def finish(self, summary: dict[str, Any], samples: Lines) -> None:
