@@ -267,15 +267,14 @@ def said_of(
     scorer, rows = RougeScorer(["rougeL"], tokenizer=Words()), []
     for prompt, answer, kl in zip(prompts, answers, kls or repeat(None), strict=False):
         text = tokenizer.decode(answer, skip_special_tokens=True)
-        rows.append(
-            {
-                "row": hash_json([prompt["text"], prompt["reference"]], xxhash.xxh3_64_hexdigest),
-                "rouge_l": scorer.score(prompt["reference"], text)["rougeL"].fmeasure,
-                "answer_length": len(answer),
-                "finished": int(bool(answer) and answer[-1] in stops),
-                "on_policy_kl": kl,
-            }
-        )
+        row = {
+            "row": hash_json([prompt["text"], prompt["reference"]], xxhash.xxh3_64_hexdigest),
+            "rouge_l": scorer.score(prompt["reference"], text)["rougeL"].fmeasure,
+            "answer_length": len(answer),
+            "finished": int(bool(answer) and answer[-1] in stops),
+            "on_policy_kl": kl,
+        }
+        rows.append(row)
     return Said(answers, rows)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 AT_ONCE = 1024  # rows written together
 IGNORED = -100  # the label of a position that does not count, as everywhere in the field
 WINDOW = 16  # batches that are grouped by length together: enough for little padding, few enough to stay shuffled
+Lengths = Sequence[int] | np.ndarray  # tokens of each row
 
 
 @dataclass(frozen=True)
@@ -190,9 +191,7 @@ def merged(batches: Sequence[MicroBatch]) -> MicroBatch:
     return batches[0] if len(batches) == 1 else collate(rows, pad_id=0)  # nothing looks at padding, so any id does
 
 
-def epoch_batches(
-    lengths: Sequence[int] | np.ndarray, batch_size: int, *, seed: int, epoch: int, shuffle: bool
-) -> list[list[int]]:
+def epoch_batches(lengths: Lengths, batch_size: int, *, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
     """Order one epoch → a list of row numbers for each optimizer step; the last may be smaller.
 
     The order depends on seed and epoch alone. Within windows of a few batches, rows of similar length are grouped, so
@@ -306,10 +305,7 @@ class Batches:
 
 
 def by_length(
-    lengths: Sequence[int] | np.ndarray,
-    batch_size: int,
-    max_tokens: int | None = None,
-    numbers: Sequence[int] | None = None,
+    lengths: Lengths, batch_size: int, max_tokens: int | None = None, numbers: Sequence[int] | None = None
 ) -> list[list[int]]:
     """Group the numbers of rows of these lengths into batches of similar length, the longest first.
 
