@@ -155,7 +155,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
 
 
 def measures(summary: dict[str, Any]) -> list[list[str]]:
-    """Lay out the measures that were taken: a name as in a comparison, and the values of teacher, untouched student and student."""
+    """Lay out the measures that were taken: a name, and the values of teacher, untouched student and student."""
     table = []
     for name, column in MEASURES.items():
         values = [summary[who].get(name) for who in ("teacher", "untouched", "student")]
