@@ -108,7 +108,7 @@ MISTAKES = {
     "loss=jds": "Did you mean jsd? Choices: adaptive_kl, cross_entropy",
     "data.validation=0": "be greater than or equal to 1 or be greater than 0 or be a valid string",
     "data.path=foo.jsonl": "data=pairs or data=messages",
-    "data=pairs data.path=x data.prompt=q": "data.prompt: is not an option here. Did you mean system_prompt?",
+    "data=pairs data.path=x data.prompt=q": "data.prompt: is not an option here. Did you mean data.system_prompt?",
     "train.compile=yes": 'is "yes". It should be a valid boolean',
     "train.early_stopping.patiense=2": "Did you mean train.early_stopping.patience?",
     "teacher=nope": "Any other model: teacher=hf teacher.path=org/name or a folder",

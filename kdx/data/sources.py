@@ -135,7 +135,8 @@ def check_source(config: DataConfig, where: str = "data") -> None:
     if config.name not in _SOURCES:
         hint = did_you_mean(config.name, sorted(_SOURCES)) + ". For your own: KDX_PLUGINS=module"
         raise ConfigError(f"{where}.name", f"no source is named {config.name!r}", hint)
-    check_options(_SOURCES[config.name], _options(config), f"{where}.")
+    given = ("path", "subset", "split", "raw_rows")  # of which a source gets what it has parameters for
+    check_options(_SOURCES[config.name], config.options, f"{where}.", given=given)
 
 
 def read_conversations(config: DataConfig, encoder: Any = None) -> Conversations:
