@@ -74,7 +74,7 @@ def check_options(
     names = [parameter.name for parameter in parameters]
 
     def unknown(key: str) -> ConfigError:
-        hint = did_you_mean(key.removeprefix(prefix), names) if names else "It takes none"
+        hint = did_you_mean(key, [prefix + name for name in names]) if names else "It takes none"
         return ConfigError(key, "is not an option here", f"{hint}. To leave it out: ~{key}")
 
     try:

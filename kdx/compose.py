@@ -39,6 +39,7 @@ PAIRS = {"train.max_steps": "train.epochs", "train.epochs": "train.max_steps"}  
 MODELS = ("teacher", "student")
 OTHERS = {
     **dict.fromkeys(MODELS, "Any other model: {0}=hf {0}.path=org/name or a folder"),
+    "loss": "A function of your own: KDX_PLUGINS=module loss.name=NAME",
     "data": "Your own rows: data=pairs data.path=FILE, or data=messages, data=text, …",
 }
 TEXTS = ("data.template", "data.chat_template", "data.system_prompt")  # here a typed \n is a line break

@@ -181,6 +181,7 @@ class Judge:
             answers = teacher_answers(teacher, run.shared, self.prompts, run.machine, stops)
             of_teacher = said_of(answers, self.prompts[: self.num_measured], run.tokenizer, stops)
         of_student = self.answered(student)
+        self.stop.check()
         num = teacher and teacher.num_parameters
         return {
             "untouched": untouched | of_student.means() | {"num_parameters": student.num_parameters()},
@@ -191,6 +192,7 @@ class Judge:
 
     def answered(self, student: Any, *, is_final: bool = False) -> Said:
         """Let a student answer the prompts greedily. is_final: whether training is over, so the teacher may be loaded."""
+        self.stop.check()
         run, asked = self.run, self.run.config.eval.on_policy_kl
         teacher = run.teacher if self.num_measured and self.prompts and asked is not False else None
         if teacher and not teacher.is_loaded and not (asked is True and is_final):

@@ -23,7 +23,7 @@ def load() -> None:
             raise
         except Exception as error:
             what = f"cannot import {name}: {type(error).__name__}: {error}"
-            raise ConfigError("KDX_PLUGINS", what, "Name modules whose folder is on PYTHONPATH") from error
+            raise ConfigError("KDX_PLUGINS", what, "Name modules in this folder or on PYTHONPATH") from error
 
 
 def files() -> dict[Path, Path]:

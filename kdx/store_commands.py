@@ -94,7 +94,10 @@ def _show(root: Path, teachers: dict[Path, float], *, is_verify: bool) -> None:
         cells = (f"{about.get('name')}\n{folder.name}", precision, f"{count_rows(folder):,}", in_bytes(size_of(folder)))
         table.add_row(*map(escape, cells), time.strftime("%Y-%m-%d", time.localtime(used)))
     CONSOLE.print(table)
-    if is_verify and (damaged := [file for folder in teachers for file in damaged_files(folder)]):
+    damaged = [file for folder in teachers for file in damaged_files(folder)] if is_verify else []
+    if is_verify and not damaged:
+        CONSOLE.print("All checksums are right")
+    if damaged:
         hint = "Run kdx store prune to remove them; the teacher computes their rows again when they are needed"
         raise MachineError(str(root), f"{len(damaged):,} damaged files, such as {damaged[0]}", hint)
 

@@ -99,7 +99,7 @@ def run(plan: "Plan", argv: list[str]) -> int:
     workers, num_baselines = plan.points[0].config.sweep.workers, len(plan.jobs) - len(plan.points)
     if num_baselines > 0 and is_main() and not is_worker:
         baselines = f"{num_baselines} baseline{'s' if num_baselines > 1 else ''} (alpha=0)"
-        print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false leaves them out", flush=True)
+        print(f"kdx: {len(plan.points)} points + {baselines}; sweep.baseline=false for none", flush=True)
     if workers > 1 and not is_worker:
         if plan.hydra or num_processes() > 1:
             what = f"is {workers}, which cannot be combined with torchrun, or with another sweeper or launcher"
@@ -167,6 +167,8 @@ def do_job(config: Config, record: Record, folder: Path, *, since: float, is_sha
     code = guarded(work, folder)
     # A signal, submitit's requeue (-1), or an error for which the other ranks would wait.
     if not 0 <= code <= 128 or (code and num_processes() > 1):
+        if code > 128 and is_main():
+            print("kdx: for the whole sweep, run the same command again", file=sys.stderr, flush=True)
         sys.exit(code)
     if code:
         _failed.add(folder)

@@ -108,7 +108,7 @@ MISTAKES = {
     "loss=jds": "Did you mean jsd? Choices: adaptive_kl, cross_entropy",
     "data.validation=0": "be greater than or equal to 1 or be greater than 0 or be a valid string",
     "data.path=foo.jsonl": "data=pairs or data=messages",
-    "data=pairs data.path=x data.prompt=q": "data.prompt: is not an option here. Did you mean system_prompt?",
+    "data=pairs data.path=x data.prompt=q": "data.prompt: is not an option here. Did you mean data.system_prompt?",
     "train.compile=yes": 'is "yes". It should be a valid boolean',
     "train.early_stopping.patiense=2": "Did you mean train.early_stopping.patience?",
     "teacher=nope": "Any other model: teacher=hf teacher.path=org/name or a folder",
@@ -550,7 +550,9 @@ def test_options_are_checked_against_the_signature():
 
     check_options(source, {"path": "x", "min_turns": 3, "roles": {"a": "b"}}, "data.")
     assert lines() == ["data.path: is missing. Set it: data.path=..."]
-    assert lines(path="x", min_turn=3)[0].startswith("data.min_turn: is not an option here. Did you mean min_turns?")
+    assert lines(path="x", min_turn=3)[0].startswith(
+        "data.min_turn: is not an option here. Did you mean data.min_turns?"
+    )
     assert lines(path="x", min_turns="few", roles={"a": 1}) == [
         'data.min_turns: is "few". It should be a valid integer',
         "data.roles.a: is 1. It should be a valid string",

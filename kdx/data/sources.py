@@ -130,12 +130,13 @@ def register_source(function: Source) -> Source:
 
 def check_source(config: DataConfig) -> None:
     """Refuse a source or options that the registry does not know, before anything is read. Raises ConfigError."""
+    given = ("path", "subset", "split", "raw_rows")  # of which a source gets what it has parameters for
     for name, (part, _) in parts_of(config).items():
         where = f"data.sources.{name}" if name else "data"
         if part.name not in _SOURCES:
             hint = did_you_mean(part.name, sorted(_SOURCES)) + ". For your own: KDX_PLUGINS=module"
             raise ConfigError(f"{where}.name", f"no source is named {part.name!r}", hint)
-        check_options(_SOURCES[part.name], _options(part), f"{where}.")
+        check_options(_SOURCES[part.name], part.options, f"{where}.", given=given)
 
 
 def parts_of(config: DataConfig) -> dict[str, tuple[DataConfig, float]]:

@@ -119,7 +119,8 @@ def next_commands(run_dir: Path, config: Config, record: Record, *, has_samples:
         varied = ("run.", "sweep.", "hydra.", "loss.temperature=", "loss.alpha=")
         words = [word for word in record.command if not word.lstrip("+~").startswith(varied)]
         sweep = shlex.join([*words, "loss.temperature=1,2,4", "loss.alpha=0.3,0.7"])
-        lines.append(f"python -m kdx -m {sweep}")
+        own = os.environ.get("KDX_PLUGINS")
+        lines.append(f"KDX_PLUGINS={own} " * bool(own) + f"python -m kdx -m {sweep}")
     return ["next:", *(f"  {line}" for line in lines)] if lines else []
 
 
