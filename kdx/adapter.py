@@ -20,7 +20,6 @@ def is_adapted(model: Any) -> bool:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that are trained, by name."""
     return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 

@@ -226,7 +226,6 @@ def free_bytes(device: torch.device) -> float:
 
 
 def disk_lines(training: Training, path: Path) -> list[str]:
-    """Say what the run writes, and what is free."""
     student, best, one = results.bytes_on_disk(training)
     what = "the student" + (" and its best weights" if best else "")
     lines = [f"  disk            {what} {in_bytes(student + best)}; {in_bytes(usage_of(path).free)} free"]

@@ -16,7 +16,7 @@ from transformers.utils import is_liger_kernel_available
 
 from kdx.adapter import add_adapter
 from kdx.causal_lm import DTYPES, attention_for, check_split, head_of, stop_ids
-from kdx.config import GENERATED, Config, TrainConfig
+from kdx.config import GENERATED, Config, TrainConfig, Tree
 from kdx.data.batches import Batches
 from kdx.data.encode import MAX_NEW_TOKENS, Data, load_data
 from kdx.data.sources import check_source
@@ -42,12 +42,12 @@ from kdx.train import Training, num_steps, steps_to_measure, train
 class Summary:
     """What a run leaves in summary.json."""
 
-    student: dict[str, Any]
-    untouched: dict[str, Any]
-    teacher: dict[str, Any]
-    run: dict[str, Any]
-    data: dict[str, Any]
-    environment: dict[str, Any]
+    student: Tree
+    untouched: Tree
+    teacher: Tree
+    run: Tree
+    data: Tree
+    environment: Tree
     tasks: dict[str, float] = field(default_factory=dict)  # by kdx evaluate
     metric: str = "kl"  # eval.metric; not in the file
 

@@ -131,7 +131,6 @@ def printable(text: str, keep: str = "\n\t\xa0\u200d") -> str:
 
 
 def shortened(text: str, most: int = 300) -> str:
-    """Shorten a long text so that it fits on a line."""
     return text if len(text) <= most else f"{text[:most]} … ({len(text):,} characters)"
 
 

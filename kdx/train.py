@@ -169,7 +169,6 @@ class Training:
         state.versions, state.other_versions = now, [*state.other_versions, *notes]
 
     def saved_state(self, folder: RunFolder) -> dict[str, Any]:
-        """Return the state as it is saved."""
         self.state.lines = num_bytes(folder.path / "metrics.jsonl")
         self.state.elapsed = time.time() - self.started
         return asdict(self.state)

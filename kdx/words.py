@@ -115,7 +115,6 @@ def new_name(key: str) -> str:
 
 
 def key_of(word: str) -> str:
-    """Return the key of a word as typed."""
     return word.lstrip("+~").partition("=")[0]
 
 

@@ -101,9 +101,8 @@ def heat_maps(ranking: Ranking) -> Iterator[Any]:
         values = measured.pivot_table("measure", *keys[:2], aggfunc=column.best)
         title = f"{column.heading}, {'lower' if column.best == 'min' else 'higher'} is better"
         colors = "Blues_r" if column.best == "min" else "Blues"
-        yield heat_map(
-            values.rename_axis(index=short(keys[0]), columns=short(keys[1])), title, cmap=colors, origin="lower"
-        )
+        names = {"index": short(keys[0]), "columns": short(keys[1])}
+        yield heat_map(values.rename_axis(**names), title, cmap=colors, origin="lower")
 
 
 def heat_map(values: pd.DataFrame, title: str, places: int = 3, **look: Any) -> Any:

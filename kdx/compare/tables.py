@@ -103,7 +103,6 @@ def row_of(point: Point, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Write a line for each student."""
     tables = enumerate(comparison.rankings, 1)
     rows = [{"table": i, **row_of(p, comparison.differing)} for i, ranking in tables for p in ranking.points]
     return str(pd.DataFrame(rows, dtype=object).to_csv(index=False))

@@ -23,6 +23,7 @@ from torch import Tensor
 AT_ONCE = 1024  # rows written together
 IGNORED = -100  # the label of a position that does not count, as everywhere in the field
 WINDOW = 16  # batches that are grouped by length together: enough for little padding, few enough to stay shuffled
+Groups = list[list[int]]  # of the numbers of rows
 Lengths = Sequence[int] | np.ndarray  # tokens of each row
 
 
@@ -191,7 +192,7 @@ def merged(batches: Sequence[MicroBatch]) -> MicroBatch:
     return batches[0] if len(batches) == 1 else collate(rows, pad_id=0)  # nothing looks at padding, so any id does
 
 
-def epoch_batches(lengths: Lengths, batch_size: int, *, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
+def epoch_batches(lengths: Lengths, batch_size: int, *, seed: int, epoch: int, shuffle: bool) -> Groups:
     """Order one epoch → a list of row numbers for each optimizer step; the last may be smaller.
 
     The order depends on seed and epoch alone. Within windows of a few batches, rows of similar length are grouped, so
@@ -306,13 +307,13 @@ class Batches:
 
 def by_length(
     lengths: Lengths, batch_size: int, max_tokens: int | None = None, numbers: Sequence[int] | None = None
-) -> list[list[int]]:
+) -> Groups:
     """Group the numbers of rows of these lengths into batches of similar length, the longest first.
 
     batch_size: rows of a batch, or with max_tokens as many as fit into so many tokens, padding included; at least one.
     numbers: of the rows; all by default.
     """
-    groups: list[list[int]] = []
+    groups: Groups = []
     for i in sorted(range(len(lengths)) if numbers is None else numbers, key=lambda i: lengths[i], reverse=True):
         most = max_tokens // int(lengths[groups[-1][0]]) if max_tokens and groups else batch_size
         if not groups or len(groups[-1]) >= most:

@@ -55,7 +55,6 @@ def visible_gpus() -> list[str]:
 
 
 def num_cores() -> int:
-    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -144,7 +144,6 @@ def optimizer_state(objective: Objective, optimizer: Any) -> dict[str, Any]:
 
 
 def set_optimizer_state(objective: Objective, optimizer: Any, state: dict[str, Any]) -> None:
-    """Load what optimizer_state returned."""
     if is_asked():
         options = states.StateDictOptions(full_state_dict=True)
         states.set_optimizer_state_dict(objective, optimizer.optimizer, state, options=options)

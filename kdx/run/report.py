@@ -15,7 +15,7 @@ from rich.table import Table
 from kdx.adapter import trained
 from kdx.causal_lm import generation_config, stop_ids
 from kdx.compare.ranking import EVERY, Column
-from kdx.config import Config, replaced
+from kdx.config import Config, Tree, replaced
 from kdx.data.encode import MAX_NEW_TOKENS, Data
 from kdx.errors import printable
 from kdx.run.files import Lines
@@ -28,7 +28,7 @@ from kdx.version import __version__
 MEASURES = EVERY | {"num_parameters": Column("parameters", places=0)}  # rows of the table after a run
 
 
-def counts(data: Data) -> dict[str, Any]:
+def counts(data: Data) -> Tree:
     """Count rows, counted tokens, and the rows that each rule left out or changed; and identify the rows."""
     return {
         "num_rows": len(data.train),
@@ -124,7 +124,7 @@ def next_commands(run_dir: Path, config: Config, record: Record, *, has_samples:
     return ["next:", *(f"  {line}" for line in lines)] if lines else []
 
 
-def environment(training: Any, folder: Path) -> dict[str, Any]:
+def environment(training: Any, folder: Path) -> Tree:
     """Return versions, device, precision and commit: what a colleague needs to repeat the run."""
     machine, teacher = training.machine, training.teacher
     status, commit = subprocess.getstatusoutput("git rev-parse HEAD")
@@ -143,8 +143,7 @@ def environment(training: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def closing_table(summary: dict[str, Any]) -> Table:
-    """Lay out the measures of teacher, untouched student and student."""
+def closing_table(summary: Tree) -> Table:
     data = summary["data"]
     title = f"held out: {data['num_validation_rows']} rows, {data['counted_validation_tokens']:,} counted tokens, τ = 1"
     table = Table("", title=title, title_justify="left")
@@ -155,7 +154,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def measures(summary: dict[str, Any]) -> list[list[str]]:
+def measures(summary: Tree) -> list[list[str]]:
     """Lay out the measures that were taken: a name, and the values of teacher, untouched student and student."""
     table = []
     for name, column in MEASURES.items():
@@ -194,13 +193,13 @@ def samples_page(samples: Lines, own: Lines) -> str:
     return "\n".join(parts)
 
 
-def model_card(config: Config, summary: dict[str, Any]) -> str:
+def model_card(config: Config, summary: Tree) -> str:
     """Write the student's README.md: metadata that the hub reads, how it was made, and how well it does."""
     teacher, student, run, rows = config.teacher, config.student, summary["run"], public_name(config.data)
     base = teacher if student.init == "cut" else student
     base = replaced(base, path=adapter_base(base.path) or base.path)  # of an adapter that is trained further
     is_adapter = config.adapter.name != "none" and config.adapter.save == "adapter"
-    relation: dict[str, Any] = {"base_model_relation": "adapter"} if is_adapter else {}
+    relation: Tree = {"base_model_relation": "adapter"} if is_adapter else {}
     metadata = ModelCardData(
         base_model=public_name(base), license=base.license or "unknown", library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation", datasets=[rows], tags=["distillation", "kdx"],
