@@ -137,6 +137,8 @@ def _print_to(log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    # A forked torch makes its thread pool anew when it is first asked: two threads that ask at once would race.
+    torch.set_num_threads(torch.get_num_threads())
 
 
 # ---- faults
