@@ -234,7 +234,8 @@ def with_teachers_answers(
     as they are. Held-out rows keep the people's words.
     """
     asked = (data.train[i] for i in numbers)
-    answers = dict(zip(numbers, teachers_answers(config, asked, data.stops, shared, machine), strict=True))
+    stops = teacher_stops(config.teacher, data.stops, shared)
+    answers = dict(zip(numbers, teachers_answers(config, asked, stops, shared, machine), strict=True))
     root, settings = cache_dir() / "data", [config.data.seed, *astuple(sampling_of(config.rollout))]
     folder = root / hash_json([data.fingerprint, shared.max_length, sorted(answers.items())])
 
@@ -249,12 +250,9 @@ def with_teachers_answers(
 
 
 def teachers_answers(
-    config: Config, rows: Iterable[Row], row_stops: list[int], shared: SharedTokenizer, machine: Accelerator
+    config: Config, rows: Iterable[Row], stops: tuple[int, ...], shared: SharedTokenizer, machine: Accelerator
 ) -> Answers:
-    """Have the teacher answer the prompt of each row → token ids, with the stop token; none where there is no room.
-
-    row_stops: tokens that end the rows; they end its answers as well.
-    """
+    """Have the teacher answer the prompt of each row → token ids, with the stop token; none where there is no room."""
     words, teacher, store = config.rollout, config.teacher, None
     if teacher.store != "off":
         root = Path(teacher.store_dir).expanduser().resolve()
@@ -264,7 +262,6 @@ def teachers_answers(
     prompts = [tuple(prompt) if len(prompt) < shared.max_length else () for prompt in map(prompt_of, rows)]
     unique = [list(prompt) for prompt in dict.fromkeys(prompts)]
     how: dict[str, Any] = {"batch_size": words.batch_size, "store": store, "about": config.data.seed}
-    stops = teacher_stops(teacher, row_stops, shared)
 
     def load() -> Any:
         return load_teacher(teacher, machine.device, shared.max_length).model  # type: ignore[union-attr]
@@ -281,7 +278,7 @@ def write_answers(config: Config, file: Path) -> None:
     with logging_to():
         given = load_data(config.data, shared)
         rows, stops = given.train, teacher_stops(config.teacher, given.stops, shared)
-        answers = teachers_answers(config, rows, given.stops, shared, machine)
+        answers = teachers_answers(config, rows, stops, shared, machine)
         if not machine.is_main_process:
             return
         conversations: dict[str, Conversation] = {}

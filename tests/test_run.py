@@ -213,14 +213,21 @@ def test_done_is_done_and_another_config_is_refused(place: Path, finished: Path,
     assert not RunFolder(tmp_path / "none").is_done(config)
 
 
+def with_another_state(run: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
+    """Copy a stopped run and change the state in its checkpoint → the state as it was."""
+    shutil.copytree(run, copy)
+    file = copy / "checkpoints/step-00000005/state.json"
+    state: dict[str, Any] = json.loads(file.read_text())
+    file.write_text(json.dumps(state | changes))
+    monkeypatch.setattr(checkpoint, "verify", lambda folder: None)
+    return state
+
+
 def test_a_state_of_another_version_is_refused(
     stopped: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, words = stopped
-    shutil.copytree(folder / "run", tmp_path / "run")
-    file = tmp_path / "run/checkpoints/step-00000005/state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"more": 1}))
-    monkeypatch.setattr(checkpoint, "verify", lambda folder: None)
+    with_another_state(folder / "run", tmp_path / "run", monkeypatch, more=1)
     with pytest.raises(MachineError, match=r"state\.json: was written by another version of kdx"):
         distill(config_of(folder / "place", *words), tmp_path / "run")
 
@@ -229,19 +236,15 @@ def test_seconds_are_those_of_all_processes_of_a_run(
     stopped: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, words = stopped
-    shutil.copytree(folder / "run", tmp_path / "run")
-    file = tmp_path / "run/checkpoints/step-00000005/state.json"
-    state = json.loads(file.read_text())
+    state = with_another_state(folder / "run", tmp_path / "run", monkeypatch, elapsed=1000.0)
     assert 0 < state["seconds"] < state["elapsed"]
-    file.write_text(json.dumps(state | {"elapsed": 1000.0}))
-    monkeypatch.setattr(checkpoint, "verify", lambda folder: None)
     summary = distill(config_of(folder / "place", *words), tmp_path / "run")
     kept = json.loads((tmp_path / "run/trained.json").read_text())["state"]["elapsed"]
     assert 1000 < kept < summary.run["seconds"] < 1100
 
 
 def test_another_run_in_the_same_folder_is_another_one_in_wandb(place: Path, tmp_path: Path) -> None:
-    """Unless it goes on from a checkpoint of the first."""
+    """Unless it resumes from a checkpoint of the first."""
     folder, file = RunFolder(tmp_path), tmp_path / "wandb_id.txt"
     for words, is_same in (([], False), ([], True), (["train.seed=1"], False)):
         folder.begin(short(place, *words), {"fingerprint": "a"})

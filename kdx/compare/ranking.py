@@ -306,10 +306,10 @@ def _rank_by(measure: str, points: Sequence[Point], lines: dict[Run, Lines]) -> 
     values = {point: sign * round(point.measures[measure], DIGITS) for point in points}
     for point, value in values.items():
         point.rank[measure] = 1 + sum(other < value for other in values.values())
-    sums = np.array([[line[measure] for line in of_run] for of_run in lines.values()]).T
-    counted = np.array([[line[column.per] if column.per else 1 for line in of_run] for of_run in lines.values()]).T
     if len(points) == 1:
         return
+    sums = np.array([[line[measure] for line in of_run] for of_run in lines.values()]).T
+    counted = np.array([[line[column.per] if column.per else 1 for line in of_run] for of_run in lines.values()]).T
     drawn = dict(zip(lines, resampled_means(counted, sums).T, strict=True))
     means = {point: np.mean([drawn[run] for run in point.runs], axis=0) for point in points}
     alone = [p for p in points if p.baseline]
