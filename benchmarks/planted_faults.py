@@ -48,8 +48,8 @@ FAULTS = {
     "temperature_squared": Fault(
         "τ² is in the value, not in the gradient",
         "kdx/objective.py",
-        "grad.mul_(mix.alpha * mix.factor / mix.temperature)",
-        "grad.mul_(mix.alpha / mix.temperature)",
+        "kd_weights * (mix.alpha * mix.factor / mix.temperature)",
+        "kd_weights * (mix.alpha / mix.temperature)",
         ("test_objective.py",),
     ),
     "shift": Fault(

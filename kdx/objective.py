@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -221,23 +221,23 @@ def summed_loss(
 
     with torch.no_grad():
         head = head.in_compute_dtype()
+        heads = (head, answer.head if answer else None)
         for rows in chunks_of(len(labels), chunk_size):
             product = head.product(hidden[rows])
             theirs = answer.head.product(answer.hidden[rows]).to(product.device) if answer else None
             part = {name: weight[rows] for name, weight in weights.items()}
-            chunk = Chunk(product, head, theirs, answer.head if answer else None, labels[rows], part)
             by_ce = None  # [n, V], the gradient of the cross-entropy alone
             if with_pulls and mix.alpha < 1:
                 by_ce = product.clone()
-                replace_by_gradient(chunk._replace(product=by_ce, theirs=None, teacher_head=None), mix)
-            kd, ce = replace_by_gradient(chunk, mix)
+                replace_by_gradient(by_ce, None, labels[rows], (head, None), mix, part)
+            kd, ce = replace_by_gradient(product, theirs, labels[rows], heads, mix, part)
             sums["kd"] += mix.factor * kd.sum(dtype=sum_dtype)
             sums["ce"] += ce.sum(dtype=sum_dtype)
             if "own" in weights:
                 sums["own"] += mix.factor * (kd * part["own"]).sum(dtype=sum_dtype)
             if grad_bias is not None:
                 grad_bias += product.sum(0, dtype=grad_dtype)
-            del theirs, chunk  # the peak of a step's memory is about here
+            del theirs  # the peak of a step's memory is about here
             by_hidden = product @ head.weight
             if with_pulls:
                 of_ce = (torch.zeros_like(by_hidden) if by_ce is None else by_ce @ head.weight).to(sum_dtype)
@@ -323,87 +323,47 @@ def blocks_of(product: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-class Chunk(NamedTuple):
-    """What the loss reads at n positions; a student that is not taught there has no `theirs` and no `teacher_head`."""
-
-    product: Tensor  # [n, V], h·Wᵀ of the student
-    head: Head
-    theirs: Tensor | None  # [n, V], of the teacher
-    teacher_head: Head | None
-    labels: Tensor  # [n]
-    weights: Terms  # by term, [n]
-
-
-def replace_by_gradient(chunk: Chunk, mix: Mix) -> tuple[Tensor, Tensor]:
+def replace_by_gradient(
+    product: Tensor,
+    theirs: Tensor | None,
+    labels: Tensor,
+    heads: tuple[Head, Head | None],
+    mix: Mix,
+    weights: Terms,
+) -> tuple[Tensor, Tensor]:
     """Replace a chunk's product h·Wᵀ [n, V] by the gradient of the loss by it → kd (without τ²) and ce [n].
 
-    In blocks, or on a GPU as one compiled function. Step by step the softmaxes pass over float32 copies of a chunk some
-    thirty times; compiled, they read the products two or three times and write the gradient once.
+    theirs: the teacher's product; None leaves the distillation term out. heads: of student and teacher. weights: by
+    term, [n]. In blocks of rows, or on a GPU as one compiled function: step by step the softmaxes pass over float32
+    copies of a chunk some thirty times; compiled, they read the products two or three times and write the gradient once.
     """
-    has_form = chunk.teacher_head is None or mix.name in loss.CLOSED_FORMS
-    if chunk.product.device.type in COMPILED_ON and has_form:
+    dtype = torch.float64 if product.dtype == torch.float64 else torch.float32
+    ones = torch.ones(len(labels), dtype=dtype, device=product.device)
+    kd_weights, ce_weights = weights.get("kd", ones), weights.get("ce", ones)
+    of_kd, of_ce = kd_weights * (mix.alpha * mix.factor / mix.temperature), ce_weights * (1 - mix.alpha)
+    tensors = (product, theirs, labels, of_kd, of_ce)
+    inverse_temperature = None
+    if mix.temperature != 1:  # a tensor, like the weights: no point of a sweep compiles anew
+        inverse_temperature = torch.full((), 1 / mix.temperature, dtype=dtype, device=product.device)
+    how: tuple[Any, ...] = (*heads, inverse_temperature, mix.name, mix.options)
+    if product.device.type in COMPILED_ON and (theirs is None or mix.name in loss.CLOSED_FORMS):
+        for tensor in tensors:
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
-            return _compiled_gradient(chunk, mix)
+            with torch._dynamo.config.patch(recompile_limit=64):  # of a process: a sweep may try every divergence
+                kd, ce = compiled()(*tensors, *how)
+            return kd * kd_weights, ce * ce_weights
         except torch._dynamo.exc.TorchDynamoException as error:
             COMPILED_ON.clear()
             why = str(error).strip().split("\n")[0]
             log.warning("the loss cannot be compiled here, and is slower without: %s", why)
-    kds, ces = [], []
     # The softmaxes pass over [n, V] many times: a few rows at once stay in the processor's cache.
-    for block in blocks_of(chunk.product):
-        logits, teacher_logits = chunk.head.finish(chunk.product[block]), None
-        if chunk.teacher_head is not None and chunk.theirs is not None:
-            teacher_logits = chunk.teacher_head.finish(chunk.theirs[block])
-        weights = {name: weight[block] for name, weight in chunk.weights.items()}
-        kd, ce, grad = _loss_and_gradient(logits, teacher_logits, chunk.labels[block], mix, weights)
-        chunk.product[block] = chunk.head.through(logits, grad)
-        kds.append(kd)
-        ces.append(ce)
-    return torch.cat(kds), torch.cat(ces)
-
-
-def _loss_and_gradient(
-    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, mix: Mix, weights: Terms
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute one block: kd (without τ²) and ce of each position, and the gradient [n, V] of the loss by the logits."""
-    s1 = loss.log_probabilities(logits)
-    rows = torch.arange(len(labels), device=labels.device)
-    ce = -s1[rows, labels]
-    kd, grad = torch.zeros_like(ce), None
-    if teacher_logits is not None:
-        t = loss.log_probabilities(teacher_logits, mix.temperature)
-        s = s1 if mix.temperature == 1 else loss.log_probabilities(logits, mix.temperature)
-        kd, grad = loss.value_and_gradient(mix.name, s, t, mix.options, labels)
-        grad.mul_(mix.alpha * mix.factor / mix.temperature)  # the logits are divided by τ on the way in
-        if "kd" in weights:
-            kd = kd * weights["kd"]
-            grad.mul_(weights["kd"].unsqueeze(-1))
-    if mix.alpha < 1:
-        by_label = s1.exp_()
-        by_label[rows, labels] -= 1
-        if "ce" in weights:
-            by_label.mul_(weights["ce"].unsqueeze(-1))
-        grad = by_label.mul_(1 - mix.alpha) if grad is None else grad.add_(by_label, alpha=1 - mix.alpha)
-    if "ce" in weights:
-        ce = ce * weights["ce"]
-    assert grad is not None
-    return kd, ce, grad
-
-
-def _compiled_gradient(chunk: Chunk, mix: Mix) -> tuple[Tensor, Tensor]:
-    """Do the same at once. Numbers are tensors and positions dynamic: no batch or point of a sweep compiles anew."""
-    product, head, theirs, teacher_head, labels, weights = chunk
-    dtype = torch.float64 if product.dtype == torch.float64 else torch.float32
-    ones = torch.ones(len(labels), dtype=dtype, device=product.device)
-    kd_weights, ce_weights = weights.get("kd", ones), weights.get("ce", ones)
-    inverse_temperature = torch.full((), 1 / mix.temperature, dtype=dtype, device=product.device)
-    of_kd, of_ce = kd_weights * (mix.alpha * mix.factor / mix.temperature), ce_weights * (1 - mix.alpha)
-    for tensor in (product, theirs, labels, of_kd, of_ce):
-        if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    parts = (product, theirs, labels, head, teacher_head, inverse_temperature, of_kd, of_ce)
-    with torch._dynamo.config.patch(recompile_limit=64):  # of a process: a sweep may try every divergence
-        kd, ce = compiled()(*parts, mix.name, mix.options)
+    parts = []
+    for block in blocks_of(product):
+        rows: list[Any] = [None if x is None else x[block] for x in tensors]
+        parts.append(gradient_in_place(*rows, *how))
+    kd, ce = map(torch.cat, zip(*parts, strict=True))
     return kd * kd_weights, ce * ce_weights
 
 
@@ -417,25 +377,34 @@ def gradient_in_place(
     product: Tensor,
     theirs: Tensor | None,
     labels: Tensor,
-    head: Head,
-    teacher_head: Head | None,
-    inverse_temperature: Tensor,
     kd_weights: Tensor,
     ce_weights: Tensor,
+    head: Head,
+    teacher_head: Head | None,
+    inverse_temperature: Tensor | None,
     name: str,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Write the gradient of Σ kd_weights·kd + ce_weights·ce over the product → kd and ce of each position."""
-    logits = head.finish(product)
+    """Write the gradient of Σ kd_weights·kd + ce_weights·ce over the product → kd and ce of each position.
+
+    inverse_temperature: None at τ = 1, where both terms share one softmax of the student.
+    """
+    logits, at = head.finish(product), labels.unsqueeze(-1)
     s1 = loss.log_probabilities(logits)
-    ce = -s1.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    is_label = torch.arange(product.shape[1], device=labels.device) == labels.unsqueeze(-1)
-    grad = (s1.exp() - is_label.to(s1.dtype)) * ce_weights.unsqueeze(-1)
-    kd = torch.zeros_like(ce)
+    ce = -s1.gather(-1, at).squeeze(-1)
+    kd, grad = torch.zeros_like(ce), None
     if teacher_head is not None and theirs is not None:
-        s = loss.log_probabilities(logits * inverse_temperature)
-        t = loss.log_probabilities(teacher_head.finish(theirs) * inverse_temperature)
-        kd, by_kd = loss.value_and_gradient(name, s, t, options)
-        grad = grad + by_kd * kd_weights.unsqueeze(-1)
-    product.copy_(head.through(logits, grad))
+        s, their_logits = s1, teacher_head.finish(theirs)
+        if inverse_temperature is not None:
+            s, their_logits = loss.log_probabilities(logits * inverse_temperature), their_logits * inverse_temperature
+        t = loss.log_probabilities(their_logits)
+        kd, grad = loss.value_and_gradient(name, s, t, options, labels)
+        grad = grad.mul_(kd_weights.unsqueeze(-1))
+    by_label = s1.exp_()
+    if torch.compiler.is_compiling():  # a mask is fused with what is around it
+        by_label.sub_((torch.arange(product.shape[1], device=labels.device) == at).to(s1.dtype))
+    else:
+        by_label.scatter_add_(-1, at, by_label.new_full((), -1.0).expand_as(at))
+    by_label.mul_(ce_weights.unsqueeze(-1))
+    product.copy_(head.through(logits, by_label if grad is None else grad.add_(by_label)))
     return kd, ce
