@@ -1,5 +1,6 @@
 """What alpha would weigh at each swept temperature and divergence: the end of `kdx check -m` over the loss."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,7 +36,7 @@ def weighed(training: Training, points: Sequence["Point"], swept: Sequence[str])
     """
     asked: dict[str, tuple[Mix, Point]] = {}
     for point in points:
-        mix = replace(mix_of(point.config.loss), alpha=0.5, alpha_end=None)
+        mix = replace(mix_of(point.config.loss), alpha=0.5, alpha_end=None, temperature_end=None)
         asked.setdefault(repr(mix), (mix, point))  # several alphas: one is enough
     objective, machine = training.objective, training.machine
     assert training.teacher is not None
@@ -57,15 +58,20 @@ def weighed(training: Training, points: Sequence["Point"], swept: Sequence[str])
         for name, pulls in sums.items():
             found[name].append(pulls_of(pulls, step.num_tokens))
     rows = []
-    for name, (_, point) in asked.items():
+    varied = ("loss.alpha", *({"loss.alpha_end", "loss.temperature_end"} & {*swept}))  # in one row
+    for name, (mix, point) in asked.items():
         known = {key: [pulls[key] for pulls in found[name] if pulls[key] is not None] for key in NORMS}
         kd, ce, cosine = (fmean(values) if values else None for values in known.values())
         loss, words = point.config.loss, point.words
         others = [word for word in words if key_of(word) in swept and not word.startswith("loss")]
-        label = " ".join([*others, loss.name, *(f"{key}={value}" for key, value in loss.options.items())])
-        row = {"divergence": label, "temperature": loss.temperature}
+        options = [f"{key}={value}" for key, value in loss.options.items()] + ["without τ²"] * (
+            not mix.scale_by_temperature
+        )
+        label = " ".join([*others, loss.name, *options])
+        row = {"divergence": label, "temperature": loss.temperature, "num_steps": len(found[name])}
         row |= {"grad_kd": 2 * (kd or 0.0), "grad_ce": 2 * (ce or 0.0), "grad_cosine": cosine}  # alpha was a half
-        rows.append(row | {"words": [word for word in words if not word.startswith(("loss.alpha=", "sweep."))]})
+        kept = [word for word in words if key_of(word) not in varied and not word.startswith("sweep.")]
+        rows.append(row | {"words": kept})
     labels = [row["divergence"] for row in rows]
     return sorted(rows, key=lambda row: labels.index(row["divergence"]))  # the temperatures of a divergence together
 
@@ -74,10 +80,15 @@ def _share(one: float, other: float) -> float | None:
     return one / (one + other) if one + other > 0 else None
 
 
+def _digits(alpha: float) -> str:
+    """Write an alpha so that both it and 1 − alpha keep three digits."""
+    return f"{alpha:.{max(3, 2 - math.floor(math.log10(min(alpha, 1 - alpha))))}f}".rstrip("0")
+
+
 def show(rows: Lines, alphas: Sequence[float], folder: Path, flags: Sequence[str]) -> None:
     """Print the table and a grid to type, with these flags; write check.json and effective_alpha.png into a folder."""
     heads = ["τ", "grad KD", "grad CE", "cosine", *(f"α {alpha:g}" for alpha in alphas), "equal at α"]
-    title = f"effective alpha of the untouched student over its first {NUM_STEPS} steps"
+    title = f"effective alpha of the untouched student over its first {rows[0]['num_steps']} steps"
     columns = [Column(head, justify="right") for head in heads]
     table, texts = Table("divergence", *columns, title=title, title_justify="left"), []
     num = len(alphas) if len(alphas) > 1 else 3
@@ -89,15 +100,16 @@ def show(rows: Lines, alphas: Sequence[float], folder: Path, flags: Sequence[str
         values = [row["grad_cosine"], *effective.values(), row["equal_at_alpha"]]
         shown = ["" if value is None else f"{value:.2f}" for value in values]
         table.add_row(row["divergence"], f"{row['temperature']:g}", f"{kd:.4g}", f"{ce:.4g}", *shown)
-        even = [f"{alpha:.4g}" for share in shares if (alpha := _share(share * ce, (1 - share) * kd)) is not None]
-        grid = [f"loss.alpha={','.join(even)}", f"sweep.name={folder.name}-even"]
-        texts.append("python -m kdx -m " + shlex.join([*flags, *words, *grid]))
+        if kd > 0 and ce > 0:
+            even = [share * ce / (share * ce + (1 - share) * kd) for share in shares]
+            grid = [f"loss.alpha={','.join(map(_digits, even))}", f"sweep.name={folder.name}-even"]
+            texts.append("python -m kdx -m " + shlex.join([*flags, *words, *grid]))
     CONSOLE.print(table)
     CONSOLE.print("grad KD and grad CE have weight 1; effective alpha is α·KD ÷ (α·KD + (1−α)·CE) by these norms")
     CONSOLE.print(f"effective alphas {', '.join(f'{share:.2f}' for share in shares)}, one line for each row:")
     CONSOLE.print("\n".join(f"  {text}" for text in texts), markup=False)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "check.json", {"num_steps": NUM_STEPS, "rows": rows, "suggested": texts})
+    write_json(folder / "check.json", {"rows": rows, "suggested": texts})
     names = [f"{row['divergence']}, τ {row['temperature']:g}" for row in rows]
     values = pd.DataFrame([row["effective_alpha"] for row in rows], names, dtype=float).rename_axis(columns="alpha")
     figure = heat_map(values, "Effective alpha", 2, cmap="PuOr_r", vmin=0, vmax=1).figure

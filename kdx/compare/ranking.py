@@ -157,7 +157,8 @@ class Ranking:
             apart = max(abs(a - b) for a, b in zip(pulls[one], pulls[other], strict=True))
             return apart < SAME_MIXTURE and one.besides("loss.") == other.besides("loss.")
 
-        for point in sorted((p for p, both in pulls.items() if None not in both), key=lambda p: pulls[p]):
+        mixed = [p for p, both in pulls.items() if None not in both and {*both} - {0, 1}]  # not a term alone
+        for point in sorted(mixed, key=lambda p: pulls[p]):
             group = next((group for group in groups if is_like(group[0], point)), [])
             if not group:
                 groups.append(group)

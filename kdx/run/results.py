@@ -169,8 +169,8 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
     folder.write_status("done")
     tracker.finish(summary, samples)
     CONSOLE.print(report.closing_table(summary))
-    if pulls and 0 < config.loss.alpha < 1:
-        words = "effective alpha (the teacher's share of the gradient): %.2f at the start, %.2f at the end"
+    if {*pulls} - {0, 1}:
+        words = "effective alpha (the teacher's share of the gradient): %.2f when first logged, %.2f at the end"
         log.info(words, pulls[0], pulls[-1])
     if store:
         log.info(report.store_line(store))

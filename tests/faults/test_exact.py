@@ -29,7 +29,9 @@ from kdx.run import checkpoint
 from kdx.train import Training
 
 KINDS = {
-    "dropout, accumulation 4, 1.5 epochs": (),
+    "dropout, accumulation 4, 1.5 epochs, alpha and temperature that move": (
+        "loss.alpha_end=0.2", "loss.temperature_end=1",
+    ),
     "8-bit optimizer": ("optim=adamw_8bit",),
     "bf16 autocast": ("train.precision=bf16",),
     "keep=best, early stopping": (
