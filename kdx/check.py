@@ -45,13 +45,21 @@ def check_points(plan: "Plan") -> None:
     for point in plan.points:  # the loss changes neither data nor time, and memory little, but for having a teacher
         same = {k: v for k, v in config_identity(point.config).items() if not k.startswith("loss.")}
         groups.setdefault(canonical([same, point.config.loss.alpha > 0]), []).append(point)
-    is_loss_swept, rows = any(key.split(".")[0] == "loss" for key in plan.swept), Lines()
+    is_loss_swept, rows, weighed = any(key.split(".")[0] == "loss" for key in plan.swept), Lines(), set[str]()
     for points in groups.values():
         first = points[0]
-        print("", *(word for word in first.words if key_of(word) in plan.swept), flush=True)
-        weighed = [point for point in points if is_loss_swept and point.config.loss.alpha > 0]
-        rows += check(first.config, plan.folder, Record(first.words, plan.swept, first.sources), weighed)
+        swept = [word for word in first.words if key_of(word) in plan.swept]
+        print("", *swept, flush=True)
+        known = canonical([word for word in swept if not word.startswith(("loss", *weigh.UNSEEN))])
+        taught = [p for p in points if is_loss_swept and p.config.loss.alpha > 0 and known not in weighed]
+        weighed |= {known} if taught else set()
+        rows += check(first.config, plan.folder, Record(first.words, plan.swept, first.sources), taught)
     if rows:
+        for key in (key for key in plan.swept if key.startswith(weigh.UNSEEN)):
+            values = (word.partition("=")[2] for point in plan.points for word in point.words if key_of(word) == key)
+            together = f"{key}={','.join(dict.fromkeys(values))}"
+            for row in rows:
+                row["words"] = [together if key_of(word) == key else word for word in row["words"]]
         alphas = sorted({point.config.loss.alpha for point in plan.points} - {0.0})
         weigh.show(rows, alphas, Path("outputs/check") / str(plan.points[0].config.sweep.name), plan.flags)
 

@@ -1,7 +1,6 @@
 """What alpha would weigh at each swept temperature and divergence: the end of `kdx check -m` over the loss."""
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+from rich.measure import Measurement
 from rich.table import Column, Table
 
 from kdx.causal_lm import counted_hidden, head_of
 from kdx.compare.page import heat_map
 from kdx.objective import PULLS, Mix, mix_of, pulls_of, summed_loss
 from kdx.run.files import Lines, write_json
+from kdx.run.report import sweep_line
 from kdx.run.tracking import CONSOLE
 from kdx.train import Training
 from kdx.words import key_of
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from kdx.compose import Point
 
 NUM_STEPS = 4  # first steps of the run whose rows are looked at
+UNSEEN = ("optim", "train.seed")  # keys that do not change what an untouched student sees, but for the order of rows
+IN_TABLE = ("loss.alpha", "loss.temperature", "loss.alpha_end", "loss.temperature_end")
 NORMS = ("grad_kd", "grad_ce", "grad_cosine")
 
 
@@ -58,20 +61,17 @@ def weighed(training: Training, points: Sequence["Point"], swept: Sequence[str])
         for name, pulls in sums.items():
             found[name].append(pulls_of(pulls, step.num_tokens))
     rows = []
-    varied = ("loss.alpha", *({"loss.alpha_end", "loss.temperature_end"} & {*swept}))  # in one row
-    for name, (mix, point) in asked.items():
+    for name, (_, point) in asked.items():
         known = {key: [pulls[key] for pulls in found[name] if pulls[key] is not None] for key in NORMS}
         kd, ce, cosine = (fmean(values) if values else None for values in known.values())
-        loss, words = point.config.loss, point.words
-        others = [word for word in words if key_of(word) in swept and not word.startswith("loss")]
-        options = [f"{key}={value}" for key, value in loss.options.items()] + ["without τ²"] * (
-            not mix.scale_by_temperature
-        )
-        label = " ".join([*others, loss.name, *options])
-        row = {"divergence": label, "temperature": loss.temperature, "num_steps": len(found[name])}
+        typed = {key_of(word): word for word in point.words if key_of(word) in swept}
+        more = [word for key, word in typed.items() if key not in (*IN_TABLE, "loss") and not key.startswith(UNSEEN)]
+        label = " ".join([typed.get("loss", point.config.loss.name).removeprefix("loss="), *more])
+        row = {"divergence": label, "temperature": point.config.loss.temperature, "num_steps": len(found[name])}
         row |= {"grad_kd": 2 * (kd or 0.0), "grad_ce": 2 * (ce or 0.0), "grad_cosine": cosine}  # alpha was a half
-        kept = [word for word in words if key_of(word) not in varied and not word.startswith("sweep.")]
-        rows.append(row | {"words": kept})
+        in_row = {"loss.alpha", *typed.keys() & {"loss.alpha_end", "loss.temperature_end"}}  # with all their values
+        words = [word for word in point.words if key_of(word) not in in_row and not word.startswith("sweep.")]
+        rows.append(row | {"words": words})
     labels = [row["divergence"] for row in rows]
     return sorted(rows, key=lambda row: labels.index(row["divergence"]))  # the temperatures of a divergence together
 
@@ -89,8 +89,8 @@ def show(rows: Lines, alphas: Sequence[float], folder: Path, flags: Sequence[str
     """Print the table and a grid to type, with these flags; write check.json and effective_alpha.png into a folder."""
     heads = ["τ", "grad KD", "grad CE", "cosine", *(f"α {alpha:g}" for alpha in alphas), "equal at α"]
     title = f"effective alpha of the untouched student over its first {rows[0]['num_steps']} steps"
-    columns = [Column(head, justify="right") for head in heads]
-    table, texts = Table("divergence", *columns, title=title, title_justify="left"), []
+    columns = [Column(head, justify="right", no_wrap=True) for head in heads]
+    table, texts = Table(Column("divergence", no_wrap=True), *columns, title=title, title_justify="left"), []
     num = len(alphas) if len(alphas) > 1 else 3
     shares = [i / (num + 1) for i in range(1, num + 1)]
     for row in rows:
@@ -98,13 +98,14 @@ def show(rows: Lines, alphas: Sequence[float], folder: Path, flags: Sequence[str
         effective = {f"{alpha:g}": _share(alpha * kd, (1 - alpha) * ce) for alpha in alphas}
         row |= {"effective_alpha": effective, "equal_at_alpha": _share(ce, kd)}
         values = [row["grad_cosine"], *effective.values(), row["equal_at_alpha"]]
-        shown = ["" if value is None else f"{value:.2f}" for value in values]
+        shown = ["" if value is None else f"{value:.3f}" for value in values]
         table.add_row(row["divergence"], f"{row['temperature']:g}", f"{kd:.4g}", f"{ce:.4g}", *shown)
         if kd > 0 and ce > 0:
             even = [share * ce / (share * ce + (1 - share) * kd) for share in shares]
             grid = [f"loss.alpha={','.join(map(_digits, even))}", f"sweep.name={folder.name}-even"]
-            texts.append("python -m kdx -m " + shlex.join([*flags, *words, *grid]))
-    CONSOLE.print(table)
+            texts.append(sweep_line([*flags, *words, *grid]))
+    width = Measurement.get(CONSOLE, CONSOLE.options.update(max_width=1000), table).maximum
+    CONSOLE.print(table, width=width, crop=False)  # whole in a log, too, which is taken for 80 columns wide
     CONSOLE.print("grad KD and grad CE have weight 1; effective alpha is α·KD ÷ (α·KD + (1−α)·CE) by these norms")
     CONSOLE.print(f"effective alphas {', '.join(f'{share:.2f}' for share in shares)}, one line for each row:")
     CONSOLE.print("\n".join(f"  {text}" for text in texts), markup=False)
@@ -113,6 +114,6 @@ def show(rows: Lines, alphas: Sequence[float], folder: Path, flags: Sequence[str
     names = [f"{row['divergence']}, τ {row['temperature']:g}" for row in rows]
     values = pd.DataFrame([row["effective_alpha"] for row in rows], names, dtype=float).rename_axis(columns="alpha")
     figure = heat_map(values, "Effective alpha", 2, cmap="PuOr_r", vmin=0, vmax=1).figure
-    figure.set_size_inches(2.6 + 0.7 * len(alphas), 1.2 + 0.32 * len(rows))
-    figure.savefig(folder / "effective_alpha.png", dpi=150)
+    figure.set_size_inches(1.6 + 0.7 * len(alphas) + 0.07 * max(map(len, names)), 1.2 + 0.32 * len(rows))
+    figure.savefig(folder / "effective_alpha.png", dpi=150, bbox_inches="tight")  # the title may be the widest
     CONSOLE.print(f"Wrote {folder / 'effective_alpha.png'} and check.json", markup=False)

@@ -32,7 +32,7 @@ COLUMNS = {  # by name in summary.json; what matters most comes first. Lines of 
     "kl": Column("KL", "min", "counted"), "ce": Column("CE", "min", "counted"),
     "agreement": Column("agreement", "max", "counted"),
     "steps": Column("steps", places=0), "tokens": Column("tokens", places=0), "reverse_kl": Column("reverse KL"),
-    "effective_alpha_start": Column("effective α", places=2), "effective_alpha_end": Column("at the end", places=2),
+    "effective_alpha_start": Column("eff. α, start", places=2), "effective_alpha_end": Column("eff. α, end", places=2),
     "accuracy": Column("accuracy"), "perplexity": Column("perplexity"),
     "tokens_per_second": Column("tokens/s", places=0), "seconds": Column("seconds", places=0),
 }  # fmt: skip
@@ -149,7 +149,7 @@ class Ranking:
 
     @property
     def same_mixtures(self) -> str:
-        """Which students' terms really pulled alike, whatever alpha, temperature and divergence were typed; or nothing."""
+        """Which students' terms pulled equally hard, whatever alpha, temperature and divergence were typed; or nothing."""
         groups: list[list[Point]] = []
         pulls = {p: [p.measures[name] for name in EFFECTIVE_ALPHAS] for p in self.points if not p.baseline}
 
@@ -163,9 +163,11 @@ class Ranking:
             if not group:
                 groups.append(group)
             group.append(point)
-        alike = " — ".join("; ".join(map(str, group)) for group in groups if len(group) > 1)
-        what = f"Effectively the same mixture of losses (effective alpha within {SAME_MIXTURE} at start and end)"
-        return f"{what}: {alike}." if alike else ""
+        alike = "; ".join(", ".join(f"#{p.number}" for p in group) for group in groups if len(group) > 1)
+        what = (
+            f"Really the same mixture of distillation and CE (effective alpha within {SAME_MIXTURE} at start and end)"
+        )
+        return f"{what}, so that only divergence and temperature differ: {alike}." if alike else ""
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,8 @@ def make_points(runs: Sequence[Run]) -> list[Point]:
         first, baseline = group[0], group[0].used["loss.alpha"] == 0
         values = {key: first.used[key] for key in keys if key in first.used}
         label = ["baseline (alpha = 0)"] * baseline
-        label += [f"{short(k)} {shown(v)}" for k, v in values.items() if not (baseline and k == "loss.alpha")]
+        named = {k: v for k, v in values.items() if v is not None and not (baseline and k == "loss.alpha")}
+        label += [f"{short(key)} {shown(value)}" for key, value in named.items()]
         point = Point(", ".join(label[:MOST_KEYS]) or first.name, baseline, values, group, {})
         measures = [run.summary["run"] | run.summary["student"] | run.summary.get("tasks", {}) for run in group]
         for name in names:

@@ -126,7 +126,7 @@ def as_markdown(comparison: Comparison, names: Sequence[str] = ()) -> str:
     parts: list[str | Grid] = [APART] if len(comparison.rankings) > 1 else []
     for ranking in comparison.rankings:
         if names:
-            parts += [ranking.title, grid(ranking, names)]
+            parts += [ranking.title, grid(ranking, names), ranking.same_mixtures]
             continue
         for title, columns in ranking.sections.items():
             parts += [title, grid(ranking, columns), intervals(ranking, columns)]

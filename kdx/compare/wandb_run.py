@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from kdx.compare.page import STYLE, drawings
-from kdx.compare.ranking import COLUMNS, DIGESTS, MOST_KEYS, RANKED, Comparison, Run
+from kdx.compare.ranking import COLUMNS, DIGESTS, EFFECTIVE_ALPHAS, MOST_KEYS, RANKED, Comparison, Run
 from kdx.compare.tables import as_json, row_of
 from kdx.errors import ConfigError, MachineError, one_line
 from kdx.run.files import read_json, write_json
@@ -78,7 +78,7 @@ def _media(comparison: Comparison, folder: Path) -> Iterator[tuple[str, Any]]:
 
     yield "page", wandb.Html(str(folder / "compare.html"), inject=False)
     intervals = [f"{name}_minus_best_{end}" for name in RANKED for end in ("low", "high")]
-    names = ["table", "point", *RANKED, *intervals, "pareto", "tied", "runs"]
+    names = ["table", "point", *RANKED, *intervals, *EFFECTIVE_ALPHAS, "pareto", "tied", "runs"]
     rows: list[list[Any]] = []
     with matplotlib.rc_context(STYLE):
         for number, ranking in enumerate(comparison.rankings, 1):
@@ -143,9 +143,10 @@ def _sections(comparison: Comparison) -> list[Any]:
     axes = [*map(wr.Config, keys), *map(wr.SummaryMetric, held_out)]
     kl, ce = map(wr.SummaryMetric, ("eval/kl", "eval/ce"))
     alpha, temperature = map(wr.Config, ("loss.alpha", "loss.temperature"))
+    pull = wr.SummaryMetric("run/effective_alpha_end")
     columns = [wr.ParallelCoordinatesPlotColumn(axis) for axis in axes]
     students = [
-        wr.ScatterPlot(title="CE against KL, coloured by α", x=kl, y=ce, z=alpha),
+        wr.ScatterPlot(title="CE against KL, coloured by effective α at the end", x=kl, y=ce, z=pull),
         wr.ScatterPlot(title="KL over τ and α", x=temperature, y=alpha, z=kl),
         wr.ParallelCoordinatesPlot(title="From settings to measures", columns=columns),
     ]
@@ -153,7 +154,8 @@ def _sections(comparison: Comparison) -> list[Any]:
     # `point` is what a run is but for its seed.
     band = {"groupby": wr.Config("point"), "groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
     curves = [wr.LinePlot(title=name, y=[name], **most, **band) for name in held_out]
-    training = [wr.LinePlot(title=name, y=[name], **most) for name in ("train/loss", "train/kd", "train/ce")]
+    names = ("train/loss", "train/kd", "train/ce", "train/effective_alpha")
+    training = [wr.LinePlot(title=name, y=[name], **most) for name in names]
     return [
         ws.Section("Which is better", panels=students, is_open=True),
         ws.Section("Held out, at temperature 1", panels=curves, is_open=True),

@@ -4,6 +4,7 @@ import os
 import platform
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -118,10 +119,14 @@ def next_commands(run_dir: Path, config: Config, record: Record, *, has_samples:
     elif record.command and config.teacher.path and config.loss.name != "cross_entropy":
         varied = ("run.", "sweep.", "hydra.", "loss.temperature=", "loss.alpha=")
         words = [word for word in record.command if not word.lstrip("+~").startswith(varied)]
-        sweep = shlex.join([*words, "loss.temperature=1,2,4", "loss.alpha=0.3,0.7"])
-        own = os.environ.get("KDX_PLUGINS")
-        lines.append(f"KDX_PLUGINS={own} " * bool(own) + f"python -m kdx -m {sweep}")
+        lines.append(sweep_line([*words, "loss.temperature=1,2,4", "loss.alpha=0.3,0.7"]))
     return ["next:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def sweep_line(words: Sequence[str]) -> str:
+    """Write the command of a sweep, with the plug-ins of this process."""
+    own = os.environ.get("KDX_PLUGINS")
+    return f"KDX_PLUGINS={own} " * bool(own) + f"python -m kdx -m {shlex.join(words)}"
 
 
 def environment(training: Any, folder: Path) -> Tree:
