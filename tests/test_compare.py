@@ -256,7 +256,7 @@ class TestRanking:
             edit(run / "summary.json", lambda s, found=found: s["run"].update(found))
         table = only(compare([tmp_path], tmp_path))
         assert table.same_mixtures.endswith("temperature differ: #2, #3.")
-        assert "start and end): \\#2 τ 2; \\#3 τ 4." in (tmp_path / "compare.md").read_text()
+        assert "differ: \\#2, \\#3." in (tmp_path / "compare.md").read_text()
 
 
 class TestAnswers:
