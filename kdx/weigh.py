@@ -104,8 +104,8 @@ def show(rows: Lines, alphas: Sequence[float], folder: Path, flags: Sequence[str
             even = [share * ce / (share * ce + (1 - share) * kd) for share in shares]
             grid = [f"loss.alpha={','.join(map(_digits, even))}", f"sweep.name={folder.name}-even"]
             texts.append(sweep_line([*flags, *words, *grid]))
-    width = Measurement.get(CONSOLE, CONSOLE.options.update(max_width=1000), table).maximum
-    CONSOLE.print(table, width=width, crop=False)  # whole in a log, too, which is taken for 80 columns wide
+    table.width = Measurement.get(CONSOLE, CONSOLE.options.update(max_width=1000), table).maximum
+    CONSOLE.print(table, crop=False)  # whole in a log, too, which rich takes for 80 columns wide
     CONSOLE.print("grad KD and grad CE have weight 1; effective alpha is α·KD ÷ (α·KD + (1−α)·CE) by these norms")
     CONSOLE.print(f"effective alphas {', '.join(f'{share:.2f}' for share in shares)}, one line for each row:")
     CONSOLE.print("\n".join(f"  {text}" for text in texts), markup=False)

@@ -57,13 +57,12 @@ def ce_against_kl(ranking: Ranking) -> Iterator[Any]:
     if not pairs:
         return
     axes = _axes("CE against KL; the line is the Pareto front", xlabel="KL", ylabel="CE")
-    axes.figure.set_figwidth(5.6)
     front = sorted(pair for point, pair in pairs.items() if point.pareto_front)
     axes.step(*zip(*front, strict=True), where="post", color="#888888", linewidth=1)
     alphas = np.array([None if p.baseline else p.measures["effective_alpha_end"] for p in pairs], dtype=float)
     shades = matplotlib.colormaps["viridis"].with_extremes(bad=BASELINE)
     dots = axes.scatter(*zip(*pairs.values(), strict=True), c=alphas, cmap=shades, vmin=0, vmax=1, plotnonfinite=True)
-    axes.figure.colorbar(dots, label="effective α at the end")
+    axes.figure.colorbar(dots, label="effective α at the end", aspect=30, pad=0.02)
     for point in colors_of(ranking):  # a number on each of many would hide them
         axes.annotate(f"#{point.number}", pairs[point], xytext=(4, 3), textcoords="offset points", fontsize=8)
     yield axes
