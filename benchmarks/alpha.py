@@ -4,7 +4,8 @@
 
 Asks `kdx check` how strongly each term pulls, chooses for each divergence and temperature the alphas with these effective
 ones, runs them beside the nominal ones in one sweep folder, the two best again with a second seed, and compares all of
-them. Runs that are done are skipped, so the same command resumes where it stopped. A run takes three to five minutes on
+them, with a picture of KL and CE over effective alpha. Runs that are done are skipped, so the same command resumes where
+it stopped. A run takes three to five minutes on
 two cores; two runs at once, with a core each, take less than one after the other.
 """
 
@@ -17,7 +18,11 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas as pd
+from matplotlib.figure import Figure
+
 NAMES, TEMPERATURES = ("forward_kl", "reverse_kl", "jsd"), (1, 2, 4)
+COLORS, MARKERS = ("#0072B2", "#D55E00", "#009E73"), ("o", "s", "^")  # of divergences and temperatures
 PLAIN = ["eval.every=0", "eval.num_prompts=0", "tracking.samples=false", "tracking.mode=disabled", "teacher.store=on"]
 
 
@@ -52,6 +57,26 @@ def main() -> None:
     best = [run_name for s in students if not s["baseline"] for run_name in s["runs"].split()[:1]][: args.best]
     run_all(args, [(point, "1") for point in points if folder_of(point, "0") in best], words)
     kdx("compare", str(args.out))
+    draw(args.out)
+
+
+def draw(folder: Path) -> None:
+    """Draw KL and CE of a comparison over effective alpha, the mean of its start and end, into alpha.png."""
+    students = pd.read_csv(folder / "compare.csv").query("not baseline")
+    students["pull"] = (students["effective_alpha_start"] + students["effective_alpha_end"]) / 2
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    both = figure.subplots(1, 2)
+    for (name, temperature), group in students.groupby(["loss.name", "loss.temperature"]):
+        color, marker = COLORS[NAMES.index(name)], MARKERS[TEMPERATURES.index(temperature)]
+        for axes, measure in zip(both, ("kl", "ce"), strict=True):
+            group = group.sort_values("pull")
+            axes.plot(
+                group["pull"], group[measure], marker, color=color, linestyle=":", label=f"{name}, τ {temperature:g}"
+            )
+    for axes, measure in zip(both, ("kl", "ce"), strict=True):
+        axes.set(xlabel="effective alpha, mean of start and end", ylabel=f"held-out {measure.upper()}", yscale="log")
+    both[1].legend(fontsize=8, frameon=False)
+    figure.savefig(folder / "alpha.png", dpi=110)
 
 
 def folder_of(point: list[str], seed: str) -> str:
