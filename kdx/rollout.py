@@ -216,8 +216,8 @@ def figures(window: list[dict[str, Any]]) -> Means:
 
 def warn_about(config: Config, student: Any, teacher_stops: list[int]) -> None:
     """Warn about what makes training on own answers go wrong."""
-    if set(stop_ids(student.generation_config)) != set(teacher_stops):
-        log.warning("student and teacher stop at different tokens: the student's answers may never end")
+    if not {*stop_ids(student.generation_config)} & {*teacher_stops}:
+        log.warning("student and teacher share no stop token: the student's answers may never end")
     if config.rollout.share == 1 and config.student.init != "pretrained":
         log.warning(
             "rollout.share=1 with an untrained student: its own answers teach it little. Train it on the data first, "

@@ -324,6 +324,16 @@ def test_generate_writes_whole_answers_as_data(
         _main(["generate", *words])
 
 
+def test_a_student_that_shares_no_stop_token_with_the_teacher_is_warned_of(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(place, *ON_POLICY)
+    rollout.warn_about(config, gpt2(0), [7, 9])  # it stops at 0 and 7
+    assert not caplog.records
+    rollout.warn_about(config, gpt2(0), [9])
+    assert "share no stop token" in caplog.text
+
+
 def test_generation_is_measured_of_all_three(place: Path, tmp_path: Path) -> None:
     """ROUGE-L, length, share that ended, distinct bigrams, and the KL on own answers, against their definitions."""
     words = ["train.max_steps=2", "eval.num_prompts=3", "eval.on_policy_kl=true", "student.save_dtype=fp32"]
