@@ -408,7 +408,7 @@ def test_the_student_learns_what_the_row_says_or_it_is_said(name, make_tokenizer
             load_data(config, shared)
         assert case.refused in str(caught.value)
         return
-    data = load_data(config, shared)
+    data = load_data(config, shared, 1)
     (row,) = data.train
     text = tokenizer.decode(row.tokens)
     said = {*data.said, *data.unused, *data.changed}
@@ -418,6 +418,9 @@ def test_the_student_learns_what_the_row_says_or_it_is_said(name, make_tokenizer
     assert case.reads in text
     if case.counted is not None:
         assert counted_of(tokenizer, row) == case.counted
+        for prompt in data.prompts:  # the reference is what the student learns, with thinking and tool calls
+            first = counted_of(tokenizer, row, skip_special_tokens=True)[0].strip().removeprefix("assistant\n")
+            assert prompt["reference"] == first or "weight" in name  # the first turn, even one of weight 0
     if case.stops is not None:
         assert tokenizer.convert_ids_to_tokens(data.stops) == case.stops
     if (
@@ -437,10 +440,10 @@ def read_json(value):
     return json.loads(value) if isinstance(value, str) else value
 
 
-def counted_of(tokenizer, row):
+def counted_of(tokenizer, row, **how):
     """The text of each unbroken run of counted tokens."""
     runs = groupby(zip(row.tokens, row.counted, strict=True), key=lambda pair: pair[1])
-    return [tokenizer.decode([token for token, _ in run]) for counts, run in runs if counts]
+    return [tokenizer.decode([token for token, _ in run], **how) for counts, run in runs if counts]
 
 
 def test_a_prompt_ends_where_the_answer_of_a_row_begins(make_tokenizer, data_config, tmp_path):

@@ -267,17 +267,27 @@ class Encoder:
             yield first + tokens[start : start + size], [False] * head + counted[start + 1 : start + size]
 
     def prompts(self, conversations: Iterable[Conversation]) -> Iterator[dict[str, Any]]:
-        """Yield conversations up to the assistant's first turn that leave room for an answer, and that turn."""
+        """Yield conversations up to the assistant's first turn that leave room for an answer, and that turn, rendered."""
         for conversation in conversations:
             messages = list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
             if not any(m["role"] == "user" for m in messages):
                 continue
-            reference = conversation.messages[len(messages)]["content"]
+            reference = self.turn_of(conversation, len(messages))
             text = self._prefix(conversation, messages, add_generation_prompt=True)
             text += self.header if text else ""
             tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if reference and text and len(tokens) + MAX_NEW_TOKENS <= self.max_length:
                 yield {"messages": messages, "text": text, "tokens": tokens, "reference": reference}
+
+    def turn_of(self, conversation: Conversation, i: int) -> str:
+        """Return the assistant's i-th turn as a student that learnt it says it; empty if the template rewrites it."""
+        try:
+            text, _ = self._render(conversation, conversation.messages)
+            start, _, end = self._turn(conversation, text, i, set())
+        except DataError:
+            return ""
+        tokens = self.tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def rendered(self, conversation: Conversation) -> tuple[str, list[Span], set[str]]:
         """Render a conversation → text, where each counted turn is in it, and what is to be noted, such as what is left out.
