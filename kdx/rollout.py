@@ -299,12 +299,28 @@ def write_answers(config: Config, file: Path) -> None:
             said = shared.tokenizer.decode(words)
             if last not in stops:
                 left_out["cut before their end"] += 1
-            elif encoder.end_ids.intersection(words) or not said.strip():
+            elif encoder.end_ids.intersection(words) or not said.rpartition("</think>")[2].strip():
                 left_out["with special tokens or no text"] += 1
             elif number < len(turns):
-                asked = [m | {"weight": 0} if i in unlearned else m for i, m in enumerate(messages[: turns[number]])]
-                line = {"messages": [*asked, {"role": "assistant", "content": said}], **conversation.variables}
+                asked = replace(conversation, messages=messages[: turns[number]])
+                if (message := as_message(encoder, asked, said)) is None:
+                    left_out["that the chat template rewrites"] += 1
+                    continue
+                before = [m | {"weight": 0} if i in unlearned else m for i, m in enumerate(asked.messages)]
+                line = {"messages": [*before, message], **conversation.variables}
                 texts.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_beside(file.expanduser(), "".join(texts))
         notes = ", ".join(f"{num} {what}" for what, num in left_out.items()) or "none"
         log.info("%s: %d answers to the %d training rows; left out: %s", file, len(texts), len(rows), notes)
+
+
+def as_message(encoder: Encoder, asked: Conversation, said: str) -> dict[str, str] | None:
+    """Return an answer as a message that the chat template writes as it was said, its thinking apart if need be, or None."""
+    thinking, _, words = said.rpartition("</think>")
+    apart = {"content": words.strip(), "reasoning_content": thinking.strip().removeprefix("<think>").strip()}
+    for keys in ({"content": said}, apart):
+        message = {"role": "assistant", **keys}
+        whole = replace(asked, messages=[*asked.messages, message])
+        if encoder.turn_of(whole, len(asked.messages)) == said.strip():
+            return message
+    return None
