@@ -216,8 +216,8 @@ def figures(window: list[dict[str, Any]]) -> Means:
 
 def warn_about(config: Config, student: Any, teacher_stops: list[int]) -> None:
     """Warn about what makes training on own answers go wrong."""
-    if set(stop_ids(student.generation_config)) != set(teacher_stops):
-        log.warning("student and teacher stop at different tokens: the student's answers may never end")
+    if not {*stop_ids(student.generation_config)} & {*teacher_stops}:
+        log.warning("student and teacher share no stop token: the student's answers may never end")
     if config.rollout.share == 1 and config.student.init != "pretrained":
         log.warning(
             "rollout.share=1 with an untrained student: its own answers teach it little. Train it on the data first, "
@@ -299,12 +299,28 @@ def write_answers(config: Config, file: Path) -> None:
             said = shared.tokenizer.decode(words)
             if last not in stops:
                 left_out["cut before their end"] += 1
-            elif encoder.end_ids.intersection(words) or not said.strip():
+            elif encoder.end_ids.intersection(words) or not said.rpartition("</think>")[2].strip():
                 left_out["with special tokens or no text"] += 1
             elif number < len(turns):
-                asked = [m | {"weight": 0} if i in unlearned else m for i, m in enumerate(messages[: turns[number]])]
-                line = {"messages": [*asked, {"role": "assistant", "content": said}], **conversation.variables}
+                asked = replace(conversation, messages=messages[: turns[number]])
+                if (message := as_message(encoder, asked, said)) is None:
+                    left_out["that the chat template rewrites"] += 1
+                    continue
+                before = [m | {"weight": 0} if i in unlearned else m for i, m in enumerate(asked.messages)]
+                line = {"messages": [*before, message], **conversation.variables}
                 texts.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_beside(file.expanduser(), "".join(texts))
         notes = ", ".join(f"{num} {what}" for what, num in left_out.items()) or "none"
         log.info("%s: %d answers to the %d training rows; left out: %s", file, len(texts), len(rows), notes)
+
+
+def as_message(encoder: Encoder, asked: Conversation, said: str) -> dict[str, str] | None:
+    """Return an answer as a message that the chat template writes as it was said, its thinking apart if need be, or None."""
+    thinking, _, words = said.rpartition("</think>")
+    apart = {"content": words.strip(), "reasoning_content": thinking.strip().removeprefix("<think>").strip()}
+    for keys in ({"content": said}, apart):
+        message = {"role": "assistant", **keys}
+        whole = replace(asked, messages=[*asked.messages, message])
+        if encoder.turn_of(whole, len(asked.messages)) == said.strip():
+            return message
+    return None

@@ -22,11 +22,13 @@ from kdx import distill, rollout, teacher
 from kdx.causal_lm import head_of
 from kdx.cli import _main, compose
 from kdx.data.batches import Row
+from kdx.data.encode import Encoder
+from kdx.data.sources import Conversation
 from kdx.errors import ConfigError
 from kdx.evaluate import said_of
 from kdx.generate import Sampling, generate
 from kdx.objective import Mix, Objective
-from kdx.rollout import Rollouts, register_sampler
+from kdx.rollout import Rollouts, as_message, register_sampler
 from kdx.run.folder import Record
 from kdx.run.identity import config_identity
 from kdx.run.launch import build_accelerator
@@ -298,8 +300,9 @@ def test_the_teachers_answers_take_the_place_of_the_last_turns(
 def test_generate_writes_whole_answers_as_data(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those that are cut or not plain text are left out. Held-out rows may have the ids of training rows."""
-    (tmp_path / "chat.jinja").write_text("{{ part }}" + DIALOGPT_TEMPLATE)
+    """Those that are cut, not plain text or rewritten are left out. Held-out rows may have the ids of training rows."""
+    template = DIALOGPT_TEMPLATE.replace("message.content", "message.content.replace('K', 'k')")
+    (tmp_path / "chat.jinja").write_text("{{ part }}" + template)
     for part in ("train", "held"):
         with (tmp_path / f"{part}.jsonl").open("w") as stream:
             for i in range(8):
@@ -307,13 +310,13 @@ def test_generate_writes_whole_answers_as_data(
                 turns = [{"role": role, "content": content, "weight": 0} for role, content in said.items()]
                 turns += [{"role": role, "content": f"Since {i}."} for role in said]
                 stream.write(json.dumps({"id": i, "part": part, "messages": turns}) + "\n")
-    kinds = [[40, 41, 0], [40, 41], [40, 0, 41, 0], [0]]  # 0 is the end of text
-    monkeypatch.setattr(kdx.generate, "generate", lambda model, some, *a: [kinds[i % 4] for i in range(len(some))])
+    kinds = [[40, 41, 0], [40, 41], [40, 0, 41, 0], [0], [43, 0]]  # 0 is the end of text, 43 is K
+    monkeypatch.setattr(kdx.generate, "generate", lambda model, some, *a: [kinds[i % 5] for i in range(len(some))])
     out, words = tmp_path / "answers.jsonl", words_of(place, "data=messages", f"data.path={tmp_path}/train.jsonl")
     words += [f"data.validation={tmp_path}/held.jsonl", f"data.chat_template={tmp_path}/chat.jinja"]
     assert _main(["generate", *words, "--out", str(out)]) == 0
-    says = "2 answers to the 8 training rows; left out: 2 cut before their end, 4 with special tokens or no text"
-    assert says in capsys.readouterr().out
+    says = "2 cut before their end, 3 with special tokens or no text, 1 that the chat template rewrites"
+    assert f"2 answers to the 8 training rows; left out: {says}" in capsys.readouterr().out
     for row in lines(out):
         asked, unlearned, _, answer = row["messages"]
         assert row["part"] == "train"
@@ -322,6 +325,38 @@ def test_generate_writes_whole_answers_as_data(
         assert answer["role"] == "assistant"
     with pytest.raises(ConfigError, match="required: --out"):
         _main(["generate", *words])
+
+
+def test_an_answer_becomes_a_message_that_is_rendered_as_it_was_said(make_tokenizer: Any, data_config: Any) -> None:
+    """Qwen's template would write a second thought before one that is in the content."""
+    thought = "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+    plain = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    plain += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    asked = Conversation("", [{"role": "user", "content": "Where is Cairo?"}], "")
+    said = "<think>\nHm.\n</think>\n\nIn Egypt."
+    apart = {"content": "In Egypt.", "reasoning_content": "Hm."}
+    thinks = plain.replace("{{ m.content }}", thought + "{{ m.content }}")
+    prompted = thinks.replace("<|assistant|>", "<|assistant|><think>\n")
+    for template, answer, expected in (
+        (plain, said, {"content": said}),
+        (thinks, said, apart),
+        (prompted, said.removeprefix("<think>\n"), apart),
+        (thinks, "In Egypt.", None),  # it would begin with a thought
+    ):
+        tokenizer = make_tokenizer(template, ("<|user|>", "<|assistant|>", "<|end|>"))
+        encoder = Encoder(SharedTokenizer(tokenizer, 100), data_config("messages"))
+        message = as_message(encoder, asked, answer)
+        assert message == (expected and {"role": "assistant", **expected})
+
+
+def test_a_student_that_shares_no_stop_token_with_the_teacher_is_warned_of(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(place, *ON_POLICY)
+    rollout.warn_about(config, gpt2(0), [7, 9])  # it stops at 0 and 7
+    assert not caplog.records
+    rollout.warn_about(config, gpt2(0), [9])
+    assert "share no stop token" in caplog.text
 
 
 def test_generation_is_measured_of_all_three(place: Path, tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ QWEN = (
     '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}'
     "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# enable_thinking=false changes the prompt alone.
+SWITCH = QWEN.replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+)
 LLAMA = (
     "{{ bos_token }}{% set today = date_string if date_string is defined else strftime_now('%d %b %Y') %}"
     "<|start_header_id|>system<|end_header_id|>\n\nToday is {{ today }}<|eot_id|>"
@@ -92,6 +97,7 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if
 TOKENIZERS = {  # a template, special tokens, end of text
     "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), {}),
     "qwen": (QWEN, ("<|im_start|>", "<|im_end|>"), {}),
+    "switch": (SWITCH, ("<|im_start|>", "<|im_end|>"), {}),
     "llama": (LLAMA, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), {"bos_token": "<|begin|>"}),
     "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>"), {"bos_token": "<bos>", "eos_token": "<eos>"}),
     "mistral": (MISTRAL, ("[INST]", "[/INST]"), {"bos_token": "<s>", "eos_token": "</s>"}),
@@ -161,7 +167,8 @@ CASES = {
     ),
     "a template that knows no prompts": Case(chat(ASK, SAY, ASK, SAY), "unprompted", counted=[WHOLE, WHOLE]),
     "words that begin like what the prompt ends with": Case(
-        chat(ASK, {"role": "assistant", "content": "<b>x</b>"}), "prompted", counted=["<b>x</b><|im_end|>"]
+        chat(ASK, {"role": "assistant", "content": "<b>x</b>"}), "prompted", counted=["<b>x</b><|im_end|>"],
+        says=["turns that do not begin with the chat template's generation prompt"],
     ),
     "an assistant that opens": Case(chat(SAY, ASK, SAY), counted=[WHOLE, WHOLE]),
     "a template without ends": Case(
@@ -252,6 +259,11 @@ CASES = {
     "thinking": Case(
         chat(ASK, SAY | {"reasoning_content": "It says 9."}), "qwen",
         counted=["<think>\nIt says 9.\n</think>\n\nNine degrees.<|im_end|>"],
+    ),
+    "thinking that the prompt rules out": Case(
+        chat(ASK, SAY | {"reasoning_content": "It says 9."}), "switch", counted=["It says 9.\n</think>\n\nNine degrees.<|im_end|>"],
+        says=["turns that do not begin with the chat template's generation prompt"],
+        options={"template_options": {"enable_thinking": False}},
     ),
     "thinking by another name": Case(
         chat(ASK, SAY | {"reasoning": "It says 9."}), "gpt-oss", stops=["<|return|>"],
@@ -396,7 +408,7 @@ def test_the_student_learns_what_the_row_says_or_it_is_said(name, make_tokenizer
             load_data(config, shared)
         assert case.refused in str(caught.value)
         return
-    data = load_data(config, shared)
+    data = load_data(config, shared, 1)
     (row,) = data.train
     text = tokenizer.decode(row.tokens)
     said = {*data.said, *data.unused, *data.changed}
@@ -406,6 +418,9 @@ def test_the_student_learns_what_the_row_says_or_it_is_said(name, make_tokenizer
     assert case.reads in text
     if case.counted is not None:
         assert counted_of(tokenizer, row) == case.counted
+        for prompt in data.prompts:  # the reference is what the student learns, with thinking and tool calls
+            first = counted_of(tokenizer, row, skip_special_tokens=True)[0].strip().removeprefix("assistant\n")
+            assert prompt["reference"] == first or "weight" in name  # the first turn, even one of weight 0
     if case.stops is not None:
         assert tokenizer.convert_ids_to_tokens(data.stops) == case.stops
     if (
@@ -425,10 +440,10 @@ def read_json(value):
     return json.loads(value) if isinstance(value, str) else value
 
 
-def counted_of(tokenizer, row):
+def counted_of(tokenizer, row, **how):
     """The text of each unbroken run of counted tokens."""
     runs = groupby(zip(row.tokens, row.counted, strict=True), key=lambda pair: pair[1])
-    return [tokenizer.decode([token for token, _ in run]) for counts, run in runs if counts]
+    return [tokenizer.decode([token for token, _ in run], **how) for counts, run in runs if counts]
 
 
 def test_a_prompt_ends_where_the_answer_of_a_row_begins(make_tokenizer, data_config, tmp_path):

@@ -45,6 +45,7 @@ JOINED_BY_END_OF_TEXT = "{% for message in messages %}{{ message['content'] }}{{
 LONG = "longer than data.max_length"
 QUOTED = "tool_calls arguments given as a string, which the chat template quotes again: use objects"
 ENDLESS = "turns that do not end with a special token: the student will not learn where to stop"
+UNPROMPTED = "turns that do not begin with the chat template's generation prompt, which the student will be given"
 
 NOT_COLUMNS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "dict", "range"}
 REASONING = {"reasoning_content", "reasoning", "thinking"}  # names of one thing, which transformers gives templates
@@ -231,7 +232,7 @@ class Encoder:
             tokens, counted = [*first, *tokens, *stops], [False] * len(first) + [True] * (len(tokens) + len(stops))
         else:
             counted, stops = self._count(tokens, encoding["offset_mapping"], spans)
-        found = Encoded(counts=[("said", what) for what in [*said, *([] if stops else [ENDLESS])]], stops=stops)
+        found = Encoded(counts=[("said", what) for what in sorted(said | (set() if stops else {ENDLESS}))], stops=stops)
         if alien := self.foreign.intersection(tokens):
             what = f"the token {self.tokenizer.convert_ids_to_tokens(min(alien))!r} is unknown to one of the two models"
             return Encoded(fault=DataError(where, what, "Use a data.chat_template that both models know"))
@@ -266,25 +267,35 @@ class Encoder:
             yield first + tokens[start : start + size], [False] * head + counted[start + 1 : start + size]
 
     def prompts(self, conversations: Iterable[Conversation]) -> Iterator[dict[str, Any]]:
-        """Yield conversations up to the assistant's first turn that leave room for an answer, and that turn."""
+        """Yield conversations up to the assistant's first turn that leave room for an answer, and that turn, rendered."""
         for conversation in conversations:
             messages = list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
             if not any(m["role"] == "user" for m in messages):
                 continue
-            reference = conversation.messages[len(messages)]["content"]
+            reference = self.turn_of(conversation, len(messages))
             text = self._prefix(conversation, messages, add_generation_prompt=True)
             text += self.header if text else ""
             tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if reference and text and len(tokens) + MAX_NEW_TOKENS <= self.max_length:
                 yield {"messages": messages, "text": text, "tokens": tokens, "reference": reference}
 
-    def rendered(self, conversation: Conversation) -> tuple[str, list[Span], list[str]]:
-        """Render a conversation → text, where each counted turn is in it, and what the template leaves out, in words.
+    def turn_of(self, conversation: Conversation, i: int) -> str:
+        """Return the assistant's i-th turn as a student that learnt it says it; empty if the template rewrites it."""
+        try:
+            text, _ = self._render(conversation, conversation.messages)
+            start, _, end = self._turn(conversation, text, i, set())
+        except DataError:
+            return ""
+        tokens = self.tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def rendered(self, conversation: Conversation) -> tuple[str, list[Span], set[str]]:
+        """Render a conversation → text, where each counted turn is in it, and what is to be noted, such as what is left out.
 
         Raises DataError if the template refuses the row, or leaves out what must not be.
         """
         if conversation.text:
-            return conversation.text, [], []
+            return conversation.text, [], set()
         text, marked = self._render(conversation, conversation.messages)
         said, unlearned = self._left_out(conversation, text), conversation.unlearned
         turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
@@ -294,7 +305,7 @@ class Encoder:
                 raise DataError(conversation.where, what, "Set data.assistant_only=true")
             return text, [(0, len(text), len(text))], said
         if not self.marks_generation:
-            return text, [self._turn(conversation, text, i) for i in turns if i not in unlearned], said
+            return text, [self._turn(conversation, text, i, said) for i in turns if i not in unlearned], said
         if unlearned:
             if len(marked) != len(turns):
                 raise _unfit(conversation)
@@ -309,7 +320,7 @@ class Encoder:
             words_end, end = close.start(), max(end, close.end())
         return start, words_end, end
 
-    def _turn(self, conversation: Conversation, text: str, i: int) -> Span:
+    def _turn(self, conversation: Conversation, text: str, i: int, said: set[str]) -> Span:
         """Find the assistant's i-th message in the rendered text: all behind its prompt. Raises DataError.
 
         It ends where the conversation that stops here does. A token that is there only because the conversation goes
@@ -326,7 +337,10 @@ class Encoder:
         else:  # it writes earlier messages otherwise than in the prompt, as tools before the last question
             rest = self._behind(text, conversation, messages, i - 1)
             asked = self._behind(prompt, conversation, messages[:i], i - 1, add_generation_prompt=True)
-            start = len(text) - len(rest) + num_same(rest, asked)
+            same = num_same(rest, asked)
+            if same < len(asked):
+                said.add(UNPROMPTED)
+            start = len(text) - len(rest) + same
             marked = {**message, "content": f"{MARK}{message['content'] or ''}"}
             marked_text = self._prefix(conversation, [*messages[:i], marked, *messages[i + 1 :]])
             if MARK in marked_text:  # the prompt and the words may begin alike, as <think> and <b>
@@ -360,9 +374,9 @@ class Encoder:
         header = self._prefix(chat, chat.messages).partition(MARK)[0].removeprefix(prompt)
         return header if prompt == without and header.strip() else ""
 
-    def _left_out(self, conversation: Conversation, text: str) -> list[str]:
+    def _left_out(self, conversation: Conversation, text: str) -> set[str]:
         """Find what the template leaves out of a rendered conversation → in words. Raises DataError for a whole turn."""
-        said, messages = set(), conversation.messages
+        said, messages = set[str](), conversation.messages
 
         def is_there(words: Any) -> bool:
             return str(words).strip() in text or json.dumps(words, ensure_ascii=False).strip('"') in text
@@ -393,7 +407,7 @@ class Encoder:
                 look_for("tool_calls", [function.get("name"), *texts_in(arguments := function.get("arguments"))])
                 if isinstance(arguments, str) and is_there(arguments) and arguments.strip() not in text:
                     said.add(QUOTED)
-        return sorted(said)
+        return said
 
     def _render(
         self, conversation: Conversation, messages: Messages, **options: Any
