@@ -45,6 +45,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of check_split; lower 
 HINTS = {  # words of transformers' errors, in small letters → what helps
     "for this kind of automodel: automodelforcausallm": "kdx distils causal language models (decoders): choose one",
     "fp8": "fp8 weights need a GPU that has it: choose the model's bf16 weights",
+    "target modules {": "Name the base that the adapter was trained with: its adapter_config.json names it",
     "deserializing header": "Copy the weights again; from git: git lfs pull",
 }
 
@@ -227,14 +228,16 @@ def load_adapter(model: Any, path: str, key: str) -> None:
     folder = resolve_path(path, key)
     model.requires_grad_(False)
     with loading(folder, "adapter", key):
-        report = model.load_adapter(folder, is_trainable=True)
+        report = model.load_adapter(folder, is_trainable=True, ignore_mismatched_sizes=True)
     config = model.peft_config["default"]
     if config.peft_type != "LORA" or config.modules_to_save:
         what = f"{folder} is not LoRA alone ({config.peft_type}, modules_to_save: {config.modules_to_save})"
         raise ModelError(key, what, "Merge it into its base first")
-    if wrong := sorted(report.missing_keys | report.unexpected_keys):
-        what = f"{folder} does not fit its base: {len(wrong)} tensors are missing or unknown, the first {wrong[0]}"
-        raise ModelError(key, what, "Name the base that it was trained with")
+    mismatched = {name for name, *_ in report.mismatched_keys}
+    if wrong := sorted(report.missing_keys | report.unexpected_keys | mismatched):
+        what = f"{folder} does not fit its base: {len(wrong)} tensors are missing, unknown or of another shape"
+        hint = f"Name the base that it was trained with: {config.base_model_name_or_path}"
+        raise ModelError(key, f"{what}, the first {wrong[0]}", hint)
 
 
 def ready(model: PreTrainedModel, group: str, *, is_proved: bool = False) -> PreTrainedModel:

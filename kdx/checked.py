@@ -14,6 +14,7 @@ from kdx.config import OPEN_GROUPS, Config, Tree, contradictions, leaves
 from kdx.errors import ConfigError, did_you_mean, together
 from kdx.words import FOREIGN, hint_for
 
+WISHES = {"data.validation": "a number of rows, a share below 1, a file, split:NAME, or null"}  # in place of pydantic's
 OPTIONS = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 
 
@@ -25,7 +26,9 @@ def checked(tree: Tree, in_yaml: Tree, typed: Collection[str], faults: list[Conf
     known = [key for key in leaves(in_yaml) if "." in key]
 
     def unknown(key: str) -> ConfigError:
-        return ConfigError(key, "is not a key of kdx", hint_for(key, [name for name in known if name != key]))
+        hint, group = hint_for(key, [name for name in known if name != key]), key.split(".")[0]
+        what = f"an option of {group}={tree[group].get('name')}" if f"{key}, with" in hint else "a key of kdx"
+        return ConfigError(key, f"is not {what}", hint)
 
     faults = [*faults, *map(unknown, _odd_options(tree, in_yaml, typed))]
     try:
@@ -108,6 +111,6 @@ def faults_of(
             shown = json.dumps(value, ensure_ascii=False, default=str)
             near = get_close_matches(str(value), re.findall(r"'(\w+)'", fault["msg"]), n=1)
             near = ["null"] if value == "None" else near
-            hint = f"It should {' or '.join(wanted[key])}"
+            hint = f"It should be {WISHES[key]}" if key in WISHES else f"It should {' or '.join(wanted[key])}"
             found[key] = ConfigError(key, f"is {shown}", f"Did you mean {near[0]}? {hint}" if near else hint)
     return list(found.values())

@@ -22,7 +22,7 @@ MEMORY = (
 )
 NO_MEMORY = ("out of memory", "not enough memory", "cannot allocate memory", "can't allocate memory", "alloc_failed")
 SHOWN = 20  # invalid rows that are printed; the rest are counted
-SKIP = "Fix them, or set data.on_bad_row=skip"
+SKIP = "Fix them, or set data.on_bad_row=skip, which leaves out at most data.max_bad_rows"
 
 
 class KdxError(Exception):
@@ -116,12 +116,16 @@ def together(errors: Sequence[KdxError]) -> KdxError:
     return first
 
 
-def first_of(faults: Sequence[DataError]) -> KdxError:
-    """Join faults of rows into one error that prints the first of them, a line each, and their number."""
+def first_of(faults: Sequence[DataError], num_rows: int) -> KdxError:
+    """Join faults of rows into one error that prints the first of them, a line each, and their number.
+
+    num_rows: all that were read. Where all are invalid, a few lines say why.
+    """
     total, error = sum(len(fault.lines) for fault in faults), together(faults)
     if total > 1:
-        more = f", first {SHOWN} shown" if total > SHOWN else ""
-        error.lines[SHOWN:] = [f"data: {total} invalid rows{more}. {SKIP}"]
+        shown, hint = (3, "Fix them: no row is valid") if 0 < num_rows <= total else (SHOWN, SKIP)
+        more = f", first {shown} shown" if total > shown else ""
+        error.lines[shown:] = [f"data: {total} invalid rows{more}. {hint}"]
     return error
 
 

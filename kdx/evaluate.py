@@ -184,7 +184,7 @@ class Judge:
         self.stop.check()
         num = teacher and teacher.num_parameters
         return {
-            "untouched": untouched | of_student.means() | {"num_parameters": student.num_parameters()},
+            "untouched": untouched | of_student.means(),
             "teacher": self.teacher_measures.means() | of_teacher.means() | {"num_parameters": num},
             "teacher_samples": self.samples(of_teacher) if teacher else [None] * self.num_samples,
             "untouched_samples": self.samples(of_student),

@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
+from kdx import plugins
 from kdx.config import Config, leaves, short_key
-from kdx.errors import ConfigError, InUseError, KdxError, one_line, printable
+from kdx.errors import ConfigError, InUseError, KdxError, did_you_mean, one_line, printable
 from kdx.run.claim import claim, holder
 from kdx.run.devices import num_cores, take_gpu
 from kdx.run.folder import Record, RunFolder
 from kdx.run.identity import FREE, config_identity, digest, used
 from kdx.run.signals import STOPS, is_main, num_processes
+from kdx.words import groups_in
 
 if TYPE_CHECKING:
     from kdx.compose import Plan
@@ -95,6 +97,10 @@ def run(plan: "Plan", argv: list[str]) -> int:
     argv: what was typed; the workers run it too, and share the time at which the command started.
     """
     _failed.clear()
+    unknown = {point.config.loss.name for point in plan.points} - {*(known := groups_in()["loss"])}
+    if unknown and not plugins.files():  # before the baseline is trained, and without torch
+        name, hint = min(unknown), "Your own: KDX_PLUGINS=module"
+        raise ConfigError("loss.name", f"no divergence is named {name!r}", f"{did_you_mean(name, known)}. {hint}")
     since, code, is_worker = float(os.environ.get(STARTED) or time.time()), 0, STARTED in os.environ
     workers, num_baselines = plan.points[0].config.sweep.workers, len(plan.jobs) - len(plan.points)
     if num_baselines > 0 and is_main() and not is_worker:

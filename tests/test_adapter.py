@@ -231,6 +231,7 @@ def test_a_merged_student_is_an_ordinary_model_and_is_measured_as_saved(place, t
     assert run_here(config, tmp_path / "run") == 0
     assert "training is finished" in log_of(tmp_path / "run")
     assert summary_of(tmp_path / "run")["student"] == before["student"]
+    assert before["untouched"]["num_parameters"] == before["student"]["num_parameters"] == student.num_parameters()
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks
@@ -270,6 +271,13 @@ def test_an_adapter_folder_loads_with_peft_is_trained_further_and_teaches(place,
         torch.testing.assert_close(taught.teacher.model(ids).logits, expected, rtol=1e-4, atol=1e-5)
     untaught = made(config_of(place, f"teacher.path={place / 'student'}"))
     assert taught.teacher.identity.teacher != untaught.teacher.identity.teacher
+    wide = write_dialogpt(tmp_path / "wide", 2, 32, pickled=False)
+    with pytest.raises(ModelError, match=r"teacher\.adapter: .* of another shape, .*trained with: .*student$"):
+        made(config_of(place, f"teacher.path={wide}", f"teacher.adapter={folder}"))
+    with pytest.raises(
+        ModelError, match=r"cannot load the adapter .*\. Name the base that the adapter was trained with"
+    ):
+        made(config_of(place, f"teacher.path={write_llama(tmp_path / 'llama')}", f"teacher.adapter={folder}"))
 
     words = json.loads((folder / "adapter_config.json").read_text()) | {"modules_to_save": ["ln_f"]}
     (folder / "adapter_config.json").write_text(json.dumps(words))
@@ -279,7 +287,7 @@ def test_an_adapter_folder_loads_with_peft_is_trained_further_and_teaches(place,
     file = folder / "adapter_model.safetensors"
     save_file({name.replace("lora_A", "lora_X"): tensor for name, tensor in load_file(file).items()}, file)
     (folder / "adapter_config.json").write_text(json.dumps(words | {"modules_to_save": None}))
-    with pytest.raises(ModelError, match=r"does not fit its base: 16 tensors are missing or unknown"):
+    with pytest.raises(ModelError, match=r"does not fit its base: 16 tensors are missing, unknown or of another shape"):
         made(further)
 
 

@@ -44,7 +44,7 @@ def test_any_row_is_a_conversation_or_a_fault_with_its_place(tmp_path, data_conf
     found = read_conversations(config)
     try:
         if found.faults:
-            raise first_of(found.faults)
+            raise first_of(found.faults, found.num_read)
         _, second = found
     except DataError as error:
         (line,) = error.lines

@@ -54,7 +54,7 @@ def refused(place: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., lis
 WORDS = {
     "data.path=data/trian.jsonl": "data.path: data/trian.jsonl does not exist. Did you mean data/t.jsonl?",
     "data.path=t.josnl": "data.path: t.josnl does not exist on disk, and loading it from the hub failed: *. Check the name, data.subset, data.split and the network. Did you mean t.jsonl?",
-    "data.path=notes": "data.path: the folder notes has no .jsonl, .json, .csv, .parquet, .arrow file of the split train (data.split). notes has: a.txt",
+    "data.path=notes": "data.path: the folder notes has no .jsonl, .json, .csv, .parquet, .arrow file. notes has: a.txt",
     "loss.name=forwad_kl": "loss.name: no divergence is named 'forwad_kl'. Did you mean forward_kl? Choices: adaptive_kl, *",
     "loss=jsd loss.beta=7": "loss: beta is 7; it must be between 0 and 1. See the function kdx.loss.jsd",
     "optim.schedule=polynomial +optim.schedule_options.powr=2": "optim.schedule_options: polynomial: * unexpected keyword argument 'powr'. Set one with optim.schedule_options.NAME=...",

@@ -81,11 +81,13 @@ def test_csv_is_read_with_the_delimiter_of_its_header(load, sign):
 # ---- rows. (choice, row, what is said of it)
 CHAT = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
 LAYOUT = "Choose a layout (data=pairs, messages, sharegpt or text), or name the column: data."
+CHOSEN = "Choose data=pairs if there is a prompt, else data=messages data.messages_column=chosen"
 OTHER = "Fix the row, or name another column: data."
 FIX = "expected text that is not blank. Fix the row, or remove it"
 ROLES = "Roles are system, developer, user, assistant, tool, function, observation, ipython; map others with data.roles, as in data.roles.bot=assistant"
 ROWS = [
     ("pairs", {"q": "a", "a": "b"}, f'"source" is missing; the row is an object with q, a. {LAYOUT}source_column=...'),
+    ("pairs", {"chosen": TALK}, f'"source" is missing; the row is an object with chosen. {CHOSEN}'),
     ("pairs", {}, f'"source" is missing; the row is an object with no keys. {LAYOUT}source_column=...'),
     ("pairs", {**GOOD, "target": None}, f'"target" is null (NoneType), expected text that is not blank. {OTHER}target_column=...'),
     ("pairs", {**GOOD, "target": 5}, f'"target" is 5 (int), expected text that is not blank. {OTHER}target_column=...'),
@@ -94,6 +96,7 @@ ROWS = [
     ("pairs", {**GOOD, "source": "a\ud83d"}, '"source" has half of a surrogate pair, which is not text. Was the text cut in the middle of an emoji? Fix it'),
     ("pairs", ["a", "b"], 'is ["a", "b"] (list), expected an object. Write one JSON object a row'),
     ("messages", {"text": "a"}, f'"messages" is missing; the row is an object with text. {LAYOUT}messages_column=...'),
+    ("messages", {"prompt": "a", "chosen": "b"}, f'"messages" is missing; the row is an object with prompt, chosen. {CHOSEN}'),
     ("messages", {"messages": "oops"}, f'"messages" is "oops" (str), expected a list of messages. {CHAT}'),
     ("messages", {"messages": []}, f'"messages" is [] (list), expected a list of messages. {CHAT}'),
     ("messages", {"messages": ["hi", *TALK]}, 'messages[0]: is "hi" (str), expected an object with "role" and "content". Name them: data.role_key, data.content_key'),
@@ -117,7 +120,7 @@ def test_rows(refused, choice):
     *lines, total = refused(choice)
     assert lines == [f"t.jsonl:{2 * i}: {says}" for i, (_, says) in enumerate(bad, 1)]
     assert total.startswith(f"data: {len(bad)} ")
-    assert total.endswith("set data.on_bad_row=skip")
+    assert total.endswith("set data.on_bad_row=skip, which leaves out at most data.max_bad_rows")
 
 
 def test_parsing_encoding_and_held_out_rows_are_one_pass(refused):
@@ -145,6 +148,11 @@ def test_the_first_20_of_all_faults_and_how_many(refused):
     ]  # fmt: skip
     assert total.startswith("data: 30 ")
     assert "first 20 shown" in total
+    Path("t.jsonl").write_bytes(jsonl(*[{"prompt": "a", "chosen": "b"}] * 30))
+    *lines, total = refused("messages", messages_column="chosen")
+    assert len(lines) == 3
+    assert lines[0].endswith(f"{CHAT}, or choose data=pairs for a prompt and a text")
+    assert total == "data: 30 invalid rows, first 3 shown. Fix them: no row is valid"
 
 
 ALTERNATING = (

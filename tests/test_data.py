@@ -54,7 +54,7 @@ def read(config):
     """Read, check and split → the conversations to train on and those held out, and how many fell to which rule."""
     found = read_conversations(config)
     if found.faults:
-        raise first_of(found.faults)
+        raise first_of(found.faults, found.num_read)
     train, held_out = ([found[i] for i in part] for part in split(config, found))
     return types.SimpleNamespace(
         train=train, held_out=held_out, **{name: +counter for name, counter in found.counts.items()}

@@ -60,6 +60,7 @@ def test_on_policy_kl_is_filled_in_for_a_sweep(
         assert 0 < read(sweep / name / "summary.json")["student"]["on_policy_kl"] != expected["on_policy_kl"]
     assert "on-policy KL" in (sweep / "compare.md").read_text()
     said = capsys.readouterr().out
+    assert "on-policy KL" in said[said.index("Greedy answers to") :]
     assert "skipped: stopped is not done" in said
     assert f"Wrote {sweep / 'compare.html'}" in said
     assert _main(["evaluate", str(sweep), "--on-policy"]) == 0

@@ -31,10 +31,11 @@ def made():
 
 def test_it_says_what_would_be_trained_and_trains_nothing(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    check.check(config_of(place, "train.max_steps=4", "train.save_every=2"), Path("run"), Record(), ())
+    record = Record(sources={"train.epochs": "typed", "train.max_steps": "conf/config.yaml"})
+    check.check(config_of(place, "train.epochs=0.5", "train.save_every=2"), Path("run"), record, ())
     told = capsys.readouterr().out
     for part in ("objective", "⟦", "⟧", "activations", "optimizer", "teacher", "gradients", "total", "fits",
-                 "lower train.micro_batch_size", "tokens in 4 steps", "checkpoints", "free"):  # fmt: skip
+                 "lower train.micro_batch_size", "tokens in 5 steps", "checkpoints", "free", " 5, batch size", " epochs (typed)"):  # fmt: skip
         assert part in told
     assert list(tmp_path.iterdir()) == []
 

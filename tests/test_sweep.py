@@ -159,6 +159,15 @@ def test_a_job_that_submitit_requeues_has_not_failed(
     assert not sweep._failed
 
 
+def test_a_loss_that_nothing_defines_is_refused_before_the_first_job(folders: Folders) -> None:
+    plan = folders.plan("baseline", "0")
+    config = compose(["loss.name=mine"])
+    plan.points[1] = replace(plan.points[1], config=config)
+    with pytest.raises(ConfigError, match=r"no divergence is named 'mine'.*Your own: KDX_PLUGINS=module"):
+        sweep.run(plan, [])
+    assert not folders.runs
+
+
 # Several processes
 
 

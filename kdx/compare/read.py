@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from rich.markdown import Markdown
 
-from kdx.compare.ranking import COLUMNS, DIGESTS, Comparison, Run, compared, make_ranking
+from kdx.compare.ranking import DIGESTS, Comparison, Run, compared, make_ranking
 from kdx.compare.tables import as_csv, as_json, as_markdown
 from kdx.config import leaves
 from kdx.errors import ConfigError, Parser, one_line
@@ -20,7 +20,6 @@ from kdx.run.files import read_json, read_lines, write_beside
 from kdx.run.tracking import CONSOLE
 
 MARK = "status.json"  # a folder with it is a run's
-IN_TERMINAL = [*COLUMNS][:5]  # as many as fit into 80 letters
 EXAMPLE = "Example: kdx compare outputs/sweeps/NAME"
 
 
@@ -43,7 +42,7 @@ def main(words: list[str]) -> int:
 
 def show(paths: Sequence[Path], out: Path) -> Comparison:
     comparison = compare(paths, out)
-    CONSOLE.print(Markdown(as_markdown(comparison, IN_TERMINAL)))
+    CONSOLE.print(Markdown(as_markdown(comparison, is_brief=True)))
     CONSOLE.print(f"Wrote {out / 'compare.html'}, .csv, .json and .md", markup=False)
     return comparison
 

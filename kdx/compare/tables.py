@@ -14,6 +14,7 @@ APART = (
     "Measures can be compared only on the same held-out rows and with the same teacher at the same precision, "
     "so there is one table for each such set."
 )
+IN_TERMINAL = 5  # columns, as many as fit into 80 letters
 Grid = list[tuple[str, ...]]  # a header, then rows of cells; the first cell labels the row
 
 
@@ -121,15 +122,13 @@ def as_json(comparison: Comparison) -> str:
     return json.dumps({"tables": tables, "not_ranked": left_out}, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
-def as_markdown(comparison: Comparison, names: Sequence[str] = ()) -> str:
-    """Write the tables for an issue, a pull request or the terminal. names: these COLUMNS alone, without intervals."""
+def as_markdown(comparison: Comparison, *, is_brief: bool = False) -> str:
+    """Write the tables for an issue, a pull request or, in brief, the terminal: fewer columns, no intervals."""
     parts: list[str | Grid] = [APART] if len(comparison.rankings) > 1 else []
     for ranking in comparison.rankings:
-        if names:
-            parts += [ranking.title, grid(ranking, names), ranking.same_mixtures]
-            continue
         for title, columns in ranking.sections.items():
-            parts += [title, grid(ranking, columns), intervals(ranking, columns)]
+            names = [*columns][: IN_TERMINAL if is_brief else None]
+            parts += [title, grid(ranking, names), [] if is_brief else intervals(ranking, columns)]
         parts.append(ranking.same_mixtures)
     parts += [CAVEAT if comparison.rankings else "", not_ranked(comparison)]
     return "\n\n".join(_markdown(part) for part in parts if part) + "\n"

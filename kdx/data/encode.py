@@ -164,7 +164,7 @@ def _encode_all(config: DataConfig, found: Conversations, encoder: "Encoder", fo
     train, held_out = (range(len(found)), range(0)) if found.faults else split(config, found)
     digests = [write_rows(folder / "train", rows_of(train)), write_rows(folder / "held_out", rows_of(held_out))]
     if found.faults:
-        raise first_of(found.faults)
+        raise first_of(found.faults, found.num_read)
     counts = {name: +counter for name, counter in found.counts.items()}
     for name, kind in (("train", "training"), ("held_out", "held-out")):
         if not len(Rows(folder / name)) and (name == "train" or config.validation is not None):

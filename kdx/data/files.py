@@ -96,13 +96,14 @@ def _expand(given: str, split: str) -> list[Path] | None:
         is_saved = (path / "dataset_dict.json").is_file()  # by datasets, which give each split a folder
         files = sorted((path / split if is_saved else path).glob("*"))
         files = [p for p in files if _suffix(p) in READERS and p.name not in SAVED and not p.is_dir()]
+        of_split = f" of the split {split} (data.split)" if files or is_saved else ""
         if not is_saved and (split != "train" or any(HELD_OUT.match(p.name) for p in files)):
             stems = {p: re.split("[.-]", p.name)[0] for p in files}
             longer = {stem for stem in stems.values() if stem.startswith(f"{split}_")}
             name = longer.pop() if split not in stems.values() and len(longer) == 1 else split
             files = [p for p in files if stems[p] == name]
         if not files:
-            what = f"the folder {path} has no {', '.join(READERS)} file of the split {split} (data.split)"
+            what = f"the folder {path} has no {', '.join(READERS)} file{of_split}"
             raise DataError("data.path", what, nearby(path))
         return files
     files = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))

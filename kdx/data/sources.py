@@ -80,6 +80,7 @@ class Conversations:
         self.ids, self.where, self.digests = list[str](), list[str](), list[str]()
         self.num_train = 0  # rows of data.path; those after are data.validation's, if that is a file or split
         self.faults: list[DataError] = []
+        self.num_read = 0  # rows, bad ones too
         self.counts = {name: Counter[str]() for name in COUNTERS}
         # Without a name, so that nothing is left; read at offsets, so that forked processes may share it.
         self._file = tempfile.TemporaryFile(dir=cache_dir(), buffering=0)  # noqa: SIM115
@@ -256,6 +257,7 @@ def _read(config: DataConfig, found: Conversations, encoder: Any) -> None:
                 faults.append(error)
     except DataError as error:  # not of a row: a file that cannot be read, which on_bad_row does not excuse
         found.faults.append(error)
+    found.num_read += num_rows
     most = config.max_bad_rows * num_rows if isinstance(config.max_bad_rows, float) else config.max_bad_rows
     if config.on_bad_row == "stop":
         found.faults += faults
@@ -362,6 +364,7 @@ def _messages(
     turns = _parsed(turns) if isinstance(turns, str) else turns
     if not isinstance(turns, list) or not turns:
         hint = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+        hint += ", or choose data=pairs for a prompt and a text" if column == "chosen" else ""
         raise DataError(where, f'"{column}" is {kind_of(turns)}, expected a list of messages', hint)
     if all(isinstance(turn, str) for turn in turns):
         turns = [{role_key: ("user", "assistant")[i % 2], content_key: said} for i, said in enumerate(turns)]
@@ -420,8 +423,11 @@ class RawRow:
         self.used.add(column)
         if column not in self.columns:
             what = f'"{column}" is missing; the row is {kind_of(self.columns)}'
-            hint = "Choose a layout (data=pairs, messages, sharegpt or text), or name the column"
-            raise DataError(self.where, what, f"{hint}: data.{name}_column=...")
+            choices = "Choose a layout (data=pairs, messages, sharegpt or text), or name the column"
+            hint = f"{choices}: data.{name}_column=..."
+            if "chosen" in self.columns:
+                hint = "Choose data=pairs if there is a prompt, else data=messages data.messages_column=chosen"
+            raise DataError(self.where, what, hint)
         return self.columns[column]
 
     def after_prompt(self, column: str, prompt: Messages, answer: Messages) -> Messages:

@@ -57,7 +57,7 @@ def header(training: Any) -> list[str]:
     micro = f" in {num_micro} micro-batches of {batches.micro_batch_size}" if num_micro > 1 else ""
     if batches.micro_batch_tokens:
         micro = f" in micro-batches of at most {batches.micro_batch_tokens:,} tokens"
-    steps_from = came.get("train.epochs" if config.train.max_steps is None else "train.max_steps", "")
+    came.pop("train.max_steps" if config.train.max_steps is None else "train.epochs", None)  # one of them is null
     length_from = came.get("data.max_length", "") if training.max_length == config.data.max_length else ""
     epochs, warmup = training.max_steps / batches.steps_per_epoch, optim.warmup_steps
     lines = {}
@@ -84,7 +84,8 @@ def header(training: Any) -> list[str]:
         "chat template": data.template,
         "stops at": _stops(config, training),
         "objective": training.objective.mix.formula(),
-        "steps": f"{training.max_steps:,}{steps_from}, batch size {batches.batch_size}{micro}, {epochs:,.2f} epochs",
+        "steps": f"{training.max_steps:,}{came.get('train.max_steps', '')}, batch size {batches.batch_size}{micro}, "
+        + f"{epochs:,.2f} epochs{came.get('train.epochs', '')}",
         "optimizer": f"{optim.name.partition('.')[2]}, lr {optim.lr:g}{came.get('optim.lr', '')}, {optim.schedule}, "
         + (f"{warmup:.0%} warm-up" if warmup < 1 else f"{warmup} steps of warm-up"),
         "row length": f"at most {training.max_length} tokens{length_from}",
