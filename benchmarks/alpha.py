@@ -22,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 NAMES, TEMPERATURES = ("forward_kl", "reverse_kl", "jsd"), (1, 2, 4)
-COLORS, MARKERS = ("#0072B2", "#D55E00", "#009E73"), ("o", "s", "^")  # of divergences and temperatures
+COLORS = ("#0072B2", "#D55E00", "#009E73")
 PLAIN = ["eval.every=0", "eval.num_prompts=0", "tracking.samples=false", "tracking.mode=disabled", "teacher.store=on"]
 
 
@@ -62,20 +62,20 @@ def main() -> None:
 
 def draw(folder: Path) -> None:
     """Draw KL and CE of a comparison over effective alpha, the mean of its start and end, into alpha.png."""
-    students = pd.read_csv(folder / "compare.csv").query("not baseline")
+    rows = pd.read_csv(folder / "compare.csv")
+    students = rows[
+        ~rows["baseline"] & (rows["kl"] < rows.loc[rows["baseline"], "kl"].min())
+    ].copy()  # of those that recovered
     students["pull"] = (students["effective_alpha_start"] + students["effective_alpha_end"]) / 2
+    markers = dict(zip(sorted(students["loss.temperature"].unique()), "osD^", strict=False))
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     both = figure.subplots(1, 2)
-    for (name, temperature), group in students.groupby(["loss.name", "loss.temperature"]):
-        color, marker = COLORS[NAMES.index(name)], MARKERS[TEMPERATURES.index(temperature)]
-        for axes, measure in zip(both, ("kl", "ce"), strict=True):
-            group = group.sort_values("pull")
-            axes.plot(
-                group["pull"], group[measure], marker, color=color, linestyle=":", label=f"{name}, τ {temperature:g}"
-            )
     for axes, measure in zip(both, ("kl", "ce"), strict=True):
-        axes.set(xlabel="effective alpha, mean of start and end", ylabel=f"held-out {measure.upper()}", yscale="log")
-    both[1].legend(fontsize=8, frameon=False)
+        for (name, temperature), group in students.sort_values("pull").groupby(["loss.name", "loss.temperature"]):
+            look = {"color": COLORS[NAMES.index(name)], "marker": markers[temperature], "linestyle": ":"}
+            axes.plot(group["pull"], group[measure], label=f"{name}, τ {temperature:g}", **look)
+        axes.set(xlabel="effective alpha, mean of start and end", ylabel=f"held-out {measure.upper()}")
+    both[0].legend(fontsize=8, frameon=False, loc="upper right")
     figure.savefig(folder / "alpha.png", dpi=110)
 
 
