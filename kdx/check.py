@@ -50,18 +50,17 @@ def check_points(plan: "Plan") -> None:
         first = points[0]
         swept = [word for word in first.words if key_of(word) in plan.swept]
         print("", *swept, flush=True)
-        known = canonical([word for word in swept if not word.startswith(("loss", *weigh.UNSEEN))])
+        known = canonical([word for word in swept if not word.startswith("loss") and weigh.makes_rows(word)])
         taught = [p for p in points if is_loss_swept and p.config.loss.alpha > 0 and known not in weighed]
         weighed |= {known} if taught else set()
         rows += check(first.config, plan.folder, Record(first.words, plan.swept, first.sources), taught)
     if rows:
-        for key in (key for key in plan.swept if key.startswith(weigh.UNSEEN)):
+        more = list(plan.flags)
+        for key in (key for key in plan.swept if key != "loss.alpha" and not weigh.makes_rows(key)):
             values = (word.partition("=")[2] for point in plan.points for word in point.words if key_of(word) == key)
-            together = f"{key}={','.join(dict.fromkeys(values))}"
-            for row in rows:
-                row["words"] = [together if key_of(word) == key else word for word in row["words"]]
+            more.append(f"{key}={','.join(dict.fromkeys(values))}")
         alphas = sorted({point.config.loss.alpha for point in plan.points} - {0.0})
-        weigh.show(rows, alphas, Path("outputs/check") / str(plan.points[0].config.sweep.name), plan.flags)
+        weigh.show(rows, alphas, Path("outputs/check") / str(plan.points[0].config.sweep.name), more)
 
 
 def check(config: Config, path: Path, record: Record, points: Sequence["Point"]) -> Lines:

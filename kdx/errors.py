@@ -119,13 +119,13 @@ def together(errors: Sequence[KdxError]) -> KdxError:
 def first_of(faults: Sequence[DataError], num_rows: int) -> KdxError:
     """Join faults of rows into one error that prints the first of them, a line each, and their number.
 
-    num_rows: all that were read. Where all are invalid, a few lines say why.
+    num_rows: all that were read. Where all are invalid, a few lines tell why.
     """
     total, error = sum(len(fault.lines) for fault in faults), together(faults)
     if total > 1:
-        shown, hint = (3, "Fix them: no row is valid") if 0 < num_rows <= total else (SHOWN, SKIP)
+        shown = 3 if 0 < num_rows <= total else SHOWN
         more = f", first {shown} shown" if total > shown else ""
-        error.lines[shown:] = [f"data: {total} invalid rows{more}. {hint}"]
+        error.lines[shown:] = [f"data: {total} invalid rows{more}. {SKIP}"]
     return error
 
 

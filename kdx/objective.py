@@ -343,7 +343,7 @@ def replace_by_gradient(
     of_kd, of_ce = kd_weights * (mix.alpha * mix.factor / mix.temperature), ce_weights * (1 - mix.alpha)
     tensors = (product, theirs, labels, of_kd, of_ce)
     inverse_temperature = None
-    if mix.temperature != 1:  # a tensor, like the weights: no point of a sweep compiles anew
+    if mix.temperature != 1:  # a tensor, like the weights: other points of a sweep do not compile anew
         inverse_temperature = torch.full((), 1 / mix.temperature, dtype=dtype, device=product.device)
     how: tuple[Any, ...] = (*heads, inverse_temperature, mix.name, mix.options)
     if product.device.type in COMPILED_ON and (theirs is None or mix.name in loss.CLOSED_FORMS):

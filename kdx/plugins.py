@@ -16,7 +16,7 @@ def load() -> None:
     """Import every plug-in. Raises ConfigError."""
     if os.environ.get("KDX_PLUGINS") and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    for name in _all():
+    for name in modules():
         try:
             importlib.import_module(name)
         except KdxError:
@@ -29,7 +29,7 @@ def load() -> None:
 def files() -> dict[Path, Path]:
     """Find the files of the user's modules, of a package all, without importing them → their names below its folder."""
     found: dict[Path, Path] = {}
-    for name in sorted({name.partition(".")[0] for name in _all()}):
+    for name in sorted({name.partition(".")[0] for name in modules()}):
         spec = find_spec(name) or PathFinder.find_spec(name, [os.getcwd()])
         if spec and spec.origin:
             file = Path(spec.origin)
@@ -48,7 +48,7 @@ def keep(run_dir: Path) -> None:
             shutil.copyfile(source, kept)
 
 
-def _all() -> list[str]:
+def modules() -> list[str]:
     """List the modules that KDX_PLUGINS names and those of installed packages."""
     named = [name.strip() for name in os.environ.get("KDX_PLUGINS", "").split(",") if name.strip()]
     return list(dict.fromkeys([*named, *(entry.module for entry in entry_points(group="kdx.plugins"))]))

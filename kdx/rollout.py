@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +19,7 @@ from kdx.config import Config, RolloutConfig
 from kdx.data.batches import Batches, MicroBatch, Row, Rows, StepBatch, by_length, collate, write_rows
 from kdx.data.encode import Data, Encoder, load_data
 from kdx.data.sources import Conversation, parts_of, read_conversations
-from kdx.errors import ConfigError, did_you_mean
+from kdx.errors import ConfigError, DataError, did_you_mean
 from kdx.evaluate import NUM_SAMPLES, Means
 from kdx.generate import Answers, Sampling, answers_to, generate, shared_out, stops_of, teacher_stops
 from kdx.run.files import cache_dir, hash_json, locked, read_lines, whole_folder, write_beside, write_lines
@@ -321,6 +322,7 @@ def as_message(encoder: Encoder, asked: Conversation, said: str) -> dict[str, st
     for keys in ({"content": said}, apart):
         message = {"role": "assistant", **keys}
         whole = replace(asked, messages=[*asked.messages, message])
-        if encoder.turn_of(whole, len(asked.messages)) == said.strip():
-            return message
+        with suppress(DataError):  # it is refused
+            if encoder.turn_of(whole, len(asked.messages)) == said.strip():
+                return message
     return None

@@ -98,7 +98,7 @@ def run(plan: "Plan", argv: list[str]) -> int:
     """
     _failed.clear()
     unknown = {point.config.loss.name for point in plan.points} - {*(known := groups_in()["loss"])}
-    if unknown and not plugins.files():  # before the baseline is trained, and without torch
+    if unknown and not plugins.modules():  # before the baseline is trained, and without torch
         name, hint = min(unknown), "Your own: KDX_PLUGINS=module"
         raise ConfigError("loss.name", f"no divergence is named {name!r}", f"{did_you_mean(name, known)}. {hint}")
     since, code, is_worker = float(os.environ.get(STARTED) or time.time()), 0, STARTED in os.environ

@@ -1,6 +1,5 @@
 """What alpha would weigh at each swept temperature and divergence: the end of `kdx check -m` over the loss."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +24,14 @@ if TYPE_CHECKING:
     from kdx.compose import Point
 
 NUM_STEPS = 4  # first steps of the run whose rows are looked at
-UNSEEN = ("optim", "train.seed")  # keys that do not change what an untouched student sees, but for the order of rows
-IN_TABLE = ("loss.alpha", "loss.temperature", "loss.alpha_end", "loss.temperature_end")
-NORMS = ("grad_kd", "grad_ce", "grad_cosine")
+CHOSEN = ("loss", "loss.name", "loss.temperature")  # what every row of the table names
+# Keys that make no rows: of their values the first is measured.
+UNSEEN = ("loss.alpha", "loss.temperature_end", "optim", "train.seed", "sweep.")
+
+
+def makes_rows(key: str) -> bool:
+    """Whether the table has a row for each value of a swept key."""
+    return not key.startswith(UNSEEN)
 
 
 @torch.no_grad()
@@ -62,15 +66,16 @@ def weighed(training: Training, points: Sequence["Point"], swept: Sequence[str])
             found[name].append(pulls_of(pulls, step.num_tokens))
     rows = []
     for name, (_, point) in asked.items():
-        known = {key: [pulls[key] for pulls in found[name] if pulls[key] is not None] for key in NORMS}
-        kd, ce, cosine = (fmean(values) if values else None for values in known.values())
+        kd, ce = (fmean(pulls[norm] for pulls in found[name]) for norm in ("grad_kd", "grad_ce"))
+        cosines = [pulls["grad_cosine"] for pulls in found[name] if pulls["grad_cosine"] is not None]
+        cosine = fmean(cosines) if cosines else None
         typed = {key_of(word): word for word in point.words if key_of(word) in swept}
-        more = [word for key, word in typed.items() if key not in (*IN_TABLE, "loss") and not key.startswith(UNSEEN)]
+        more = [word for key, word in typed.items() if makes_rows(key) and key not in CHOSEN]
         label = " ".join([typed.get("loss", point.config.loss.name).removeprefix("loss="), *more])
         row = {"divergence": label, "temperature": point.config.loss.temperature, "num_steps": len(found[name])}
-        row |= {"grad_kd": 2 * (kd or 0.0), "grad_ce": 2 * (ce or 0.0), "grad_cosine": cosine}  # alpha was a half
-        in_row = {"loss.alpha", *typed.keys() & {"loss.alpha_end", "loss.temperature_end"}}  # with all their values
-        words = [word for word in point.words if key_of(word) not in in_row and not word.startswith("sweep.")]
+        row |= {"grad_kd": 2 * kd, "grad_ce": 2 * ce, "grad_cosine": cosine}  # alpha was a half
+        others = {"loss.alpha", *(key for key in swept if not makes_rows(key))}
+        words = [word for word in point.words if key_of(word) not in others and not word.startswith("sweep.")]
         rows.append(row | {"words": words})
     labels = [row["divergence"] for row in rows]
     return sorted(rows, key=lambda row: labels.index(row["divergence"]))  # the temperatures of a divergence together
@@ -80,13 +85,8 @@ def _share(one: float, other: float) -> float | None:
     return one / (one + other) if one + other > 0 else None
 
 
-def _digits(alpha: float) -> str:
-    """Write an alpha so that both it and 1 − alpha keep three digits."""
-    return f"{alpha:.{max(3, 2 - math.floor(math.log10(min(alpha, 1 - alpha))))}f}".rstrip("0")
-
-
-def show(rows: Lines, alphas: Sequence[float], folder: Path, flags: Sequence[str]) -> None:
-    """Print the table and a grid to type, with these flags; write check.json and effective_alpha.png into a folder."""
+def show(rows: Lines, alphas: Sequence[float], folder: Path, more: Sequence[str]) -> None:
+    """Print the table and a grid to type, with more words in each line; write check.json and effective_alpha.png into a folder."""
     heads = ["τ", "grad KD", "grad CE", "cosine", *(f"α {alpha:g}" for alpha in alphas), "equal at α"]
     title = f"effective alpha of the untouched student over its first {rows[0]['num_steps']} steps"
     columns = [Column(head, justify="right", no_wrap=True) for head in heads]
@@ -101,14 +101,15 @@ def show(rows: Lines, alphas: Sequence[float], folder: Path, flags: Sequence[str
         shown = ["" if value is None else f"{value:.3f}" for value in values]
         table.add_row(row["divergence"], f"{row['temperature']:g}", f"{kd:.4g}", f"{ce:.4g}", *shown)
         if kd > 0 and ce > 0:
-            even = [share * ce / (share * ce + (1 - share) * kd) for share in shares]
-            grid = [f"loss.alpha={','.join(map(_digits, even))}", f"sweep.name={folder.name}-even"]
-            texts.append(sweep_line([*flags, *words, *grid]))
+            even = [f"{share * ce / (share * ce + (1 - share) * kd):.6g}" for share in shares]
+            grid = [f"loss.alpha={','.join(even)}", f"sweep.name={folder.name}-even"]
+            texts.append(sweep_line([*more, *words, *grid]))
     table.width = Measurement.get(CONSOLE, CONSOLE.options.update(max_width=1000), table).maximum
     CONSOLE.print(table, crop=False)  # whole in a log, too, which rich takes for 80 columns wide
     CONSOLE.print("grad KD and grad CE have weight 1; effective alpha is α·KD ÷ (α·KD + (1−α)·CE) by these norms")
-    CONSOLE.print(f"effective alphas {', '.join(f'{share:.2f}' for share in shares)}, one line for each row:")
-    CONSOLE.print("\n".join(f"  {text}" for text in texts), markup=False)
+    if texts:
+        CONSOLE.print(f"effective alphas {', '.join(f'{share:.2f}' for share in shares)}, one line for each row:")
+        CONSOLE.print("\n".join(f"  {text}" for text in texts), markup=False)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "check.json", {"rows": rows, "suggested": texts})
     names = [f"{row['divergence']}, τ {row['temperature']:g}" for row in rows]

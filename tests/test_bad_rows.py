@@ -152,7 +152,10 @@ def test_the_first_20_of_all_faults_and_how_many(refused):
     *lines, total = refused("messages", messages_column="chosen")
     assert len(lines) == 3
     assert lines[0].endswith(f"{CHAT}, or choose data=pairs for a prompt and a text")
-    assert total == "data: 30 invalid rows, first 3 shown. Fix them: no row is valid"
+    assert (
+        total
+        == "data: 30 invalid rows, first 3 shown. Fix them, or set data.on_bad_row=skip, which leaves out at most data.max_bad_rows"
+    )
 
 
 ALTERNATING = (

@@ -87,7 +87,7 @@ def test_the_largest_micro_batch_that_fits_is_said(place, made, monkeypatch):
 def test_what_alpha_would_weigh_is_what_the_first_step_logs(place, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = words_of(place, "loss=forward_kl,jsd", "loss.temperature=1,2", "loss.alpha=0.3,0.7", "train.max_steps=1")
-    code, out, _ = in_process(capfd, "check", "-m", *words, "sweep.name=seen")
+    code, out, _ = in_process(capfd, "check", "-m", *words, "train.seed=0,1", "sweep.name=seen")
     assert code == 0
     assert "equal at α" in out
     found = json.loads(Path("outputs/check/seen/check.json").read_text())
@@ -99,8 +99,9 @@ def test_what_alpha_would_weigh_is_what_the_first_step_logs(place, tmp_path, mon
         assert first[f"train/grad_{name}"] == pytest.approx(value, rel=1e-4)
     assert first["train/effective_alpha"] == pytest.approx(row["effective_alpha"]["0.7"], rel=1e-4)
     assert first["train/grad_cosine"] == pytest.approx(row["grad_cosine"], rel=1e-4)
-    assert [text.count("loss.alpha=") for text in found["suggested"]] == [1] * 4
-    assert out.count("memory of a step") == 1  # the points differ in the loss alone
+    both = [(text.count("loss.alpha="), text.count("train.seed=0,1 ")) for text in found["suggested"]]
+    assert both == [(1, 1)] * 4  # of the seeds the first is measured, and each line runs both
+    assert out.count("memory of a step") == 2  # for each seed; other points differ in the loss alone
     assert in_process(capfd, "check", "-m", *words, "loss.beta=2")[0] == 2  # of each divergence, not of the first alone
 
 

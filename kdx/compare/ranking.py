@@ -164,10 +164,8 @@ class Ranking:
                 groups.append(group)
             group.append(point)
         alike = "; ".join(", ".join(f"#{p.number}" for p in group) for group in groups if len(group) > 1)
-        what = (
-            f"Really the same mixture of distillation and CE (effective alpha within {SAME_MIXTURE} at start and end)"
-        )
-        return f"{what}, so that only divergence and temperature differ: {alike}." if alike else ""
+        what = f"Really the same mixture of distillation and CE, effective alpha within {SAME_MIXTURE} at start and end"
+        return f"{what}: {alike}." if alike else ""
 
 
 @dataclass(frozen=True)
@@ -268,7 +266,8 @@ def make_points(runs: Sequence[Run]) -> list[Point]:
         first, baseline = group[0], group[0].used["loss.alpha"] == 0
         values = {key: first.used[key] for key in keys if key in first.used}
         label = ["baseline (alpha = 0)"] * baseline
-        named = {k: v for k, v in values.items() if v is not None and not (baseline and k == "loss.alpha")}
+        named = {key: value for key, value in values.items() if value is not None} or values
+        named = {key: value for key, value in named.items() if not (baseline and key == "loss.alpha")}
         label += [f"{short(key)} {shown(value)}" for key, value in named.items()]
         point = Point(", ".join(label[:MOST_KEYS]) or first.name, baseline, values, group, {})
         measures = [run.summary["run"] | run.summary["student"] | run.summary.get("tasks", {}) for run in group]

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice, takewhile, zip_longest
@@ -272,7 +273,9 @@ class Encoder:
             messages = list(takewhile(lambda message: message["role"] != "assistant", conversation.messages))
             if not any(m["role"] == "user" for m in messages):
                 continue
-            reference = self.turn_of(conversation, len(messages))
+            reference = str(conversation.messages[len(messages)]["content"] or "")
+            with suppress(DataError):  # of a template that repeats the turn elsewhere
+                reference = self.turn_of(conversation, len(messages))
             text = self._prefix(conversation, messages, add_generation_prompt=True)
             text += self.header if text else ""
             tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -280,12 +283,9 @@ class Encoder:
                 yield {"messages": messages, "text": text, "tokens": tokens, "reference": reference}
 
     def turn_of(self, conversation: Conversation, i: int) -> str:
-        """Return the assistant's i-th turn as a student that learnt it says it; empty if the template rewrites it."""
-        try:
-            text, _ = self._render(conversation, conversation.messages)
-            start, _, end = self._turn(conversation, text, i, set())
-        except DataError:
-            return ""
+        """Return the assistant's i-th turn as a student that learnt it says it. Raises DataError if it is not found."""
+        text, _ = self._render(conversation, conversation.messages)
+        start, _, end = self._turn(conversation, text, i, set())
         tokens = self.tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
