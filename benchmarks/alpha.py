@@ -5,8 +5,8 @@
 Asks `kdx check` how strongly each term pulls, chooses for each divergence and temperature the alphas with these effective
 ones, runs them beside the nominal ones in one sweep folder, the two best again with a second seed, and compares all of
 them, with a picture of KL and CE over effective alpha. Runs that are done are skipped, so the same command resumes where
-it stopped. A run takes three to five minutes on
-two cores; two runs at once, with a core each, take less than one after the other.
+it stopped. A run takes three to five minutes on two cores; two runs at once, with a core each, take less than one after the
+other.
 """
 
 import argparse
