@@ -78,7 +78,7 @@ def check_options(
 
     def unknown(key: str) -> ConfigError:
         hint = did_you_mean(key, [prefix + name for name in names]) if names else "It takes none"
-        return ConfigError(key, "is not an option here", f"{hint}. To leave it out: ~{key}")
+        return ConfigError(key, f"is not an option of {function.__name__}", f"{hint}. To leave it out: ~{key}")
 
     try:
         create_model("Options", __config__=OPTIONS, **fields).model_validate(options)

@@ -26,7 +26,8 @@ python -m kdx                                    the default run: SmolLM2-135M t
 python -m kdx teacher=NAME student=NAME          choose from the groups below; org/name is any model of the hub
 python -m kdx -m loss.temperature=1,2,4          a sweep: one run for each combination of the values
 python -m kdx --cfg job                          print the composed configuration
-python -m kdx check [-m] KEY=VALUE ...           report data, memory and time of a run, or of each point of a sweep
+python -m kdx check [-m] KEY=VALUE ...           report data, memory and time of a run, or of each point of a sweep, and
+                                                 over loss.* what alpha would really weigh there
 python -m kdx store fill KEY=VALUE ...           run the teacher over all rows in advance
 python -m kdx store stat | verify | prune        the teacher's cache ($KDX_STORE, else outputs/teacher-store): list, verify
                                                  checksums, delete damaged files; prune --unused-days N, old teachers too

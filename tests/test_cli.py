@@ -109,7 +109,7 @@ MISTAKES = {
     "data.validation=0": "is 0. It should be a number of rows, a share below 1, a file, split:NAME, or null",
     "loss=reverse_kl loss.beta=0.1": "is not an option of loss=reverse_kl. Did you mean loss.beta, with loss=jsd?",
     "data.path=foo.jsonl": "data=pairs or data=messages",
-    "data=pairs data.path=x data.prompt=q": "data.prompt: is not an option here. Did you mean data.system_prompt?",
+    "data=pairs data.path=x data.prompt=q": "data.prompt: is not an option of pairs. Did you mean data.system_prompt?",
     "train.compile=yes": 'is "yes". It should be a valid boolean',
     "train.early_stopping.patiense=2": "Did you mean train.early_stopping.patience?",
     "teacher=nope": "Any other model: teacher=hf teacher.path=org/name or a folder",
@@ -552,7 +552,7 @@ def test_options_are_checked_against_the_signature():
     check_options(source, {"path": "x", "min_turns": 3, "roles": {"a": "b"}}, "data.")
     assert lines() == ["data.path: is missing. Set it: data.path=..."]
     assert lines(path="x", min_turn=3)[0].startswith(
-        "data.min_turn: is not an option here. Did you mean data.min_turns?"
+        "data.min_turn: is not an option of chitchat. Did you mean data.min_turns?"
     )
     assert lines(path="x", min_turns="few", roles={"a": 1}) == [
         'data.min_turns: is "few". It should be a valid integer',

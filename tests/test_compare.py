@@ -255,8 +255,8 @@ class TestRanking:
             found = {"effective_alpha_start": pulls[0], "effective_alpha_end": pulls[1]}
             edit(run / "summary.json", lambda s, found=found: s["run"].update(found))
         table = only(compare([tmp_path], tmp_path))
-        assert table.same_mixtures.endswith("at start and end: #2, #3.")
-        assert "end: \\#2, \\#3." in (tmp_path / "compare.md").read_text()
+        assert table.same_mixtures.endswith("last logged step: #2, #3.")
+        assert "step: \\#2, \\#3." in (tmp_path / "compare.md").read_text()
 
 
 class TestAnswers:

@@ -32,7 +32,7 @@ COLUMNS = {  # by name in summary.json; what matters most comes first. Lines of 
     "kl": Column("KL", "min", "counted"), "ce": Column("CE", "min", "counted"),
     "agreement": Column("agreement", "max", "counted"),
     "steps": Column("steps", places=0), "tokens": Column("tokens", places=0), "reverse_kl": Column("reverse KL"),
-    "effective_alpha_start": Column("eff. α, start", places=2), "effective_alpha_end": Column("eff. α, end", places=2),
+    "effective_alpha_start": Column("eff. α, first", places=2), "effective_alpha_end": Column("eff. α, last", places=2),
     "accuracy": Column("accuracy"), "perplexity": Column("perplexity"),
     "tokens_per_second": Column("tokens/s", places=0), "seconds": Column("seconds", places=0),
 }  # fmt: skip
@@ -164,7 +164,7 @@ class Ranking:
                 groups.append(group)
             group.append(point)
         alike = "; ".join(", ".join(f"#{p.number}" for p in group) for group in groups if len(group) > 1)
-        what = f"Really the same mixture of distillation and CE, effective alpha within {SAME_MIXTURE} at start and end"
+        what = f"Really the same mixture of distillation and CE, effective alpha within {SAME_MIXTURE} at the first and last logged step"
         return f"{what}: {alike}." if alike else ""
 
 
