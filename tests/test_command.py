@@ -51,7 +51,7 @@ def test_the_documented_run(place: Path) -> None:
     assert "wandb sync " in told.stdout and kept.name in told.stdout
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(kept)]
     record = json.loads(subprocess.run(inspect, capture_output=True, text=True, check=True).stdout)
-    assert record["config"]["loss"]["temperature"] == 1.5
+    assert record["config"]["loss"]["temperature"] == 2
     values = record["summary"]
     flat = (
         values

@@ -66,7 +66,7 @@ def test_the_files_of_a_finished_run(finished: Path) -> None:
         "optim.lr", "loss.alpha", "data", "teacher", "student", "tokenizer", "plugins", "fingerprint",
         "validation_fingerprint", "teacher_precision", "processes", "shards",
     }  # fmt: skip
-    assert yaml.safe_load((finished / "config.yaml").read_text())["loss"]["temperature"] == 1.5
+    assert yaml.safe_load((finished / "config.yaml").read_text())["loss"]["temperature"] == 2.0
 
 
 def test_what_was_typed_is_kept(place: Path, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ COMMITTED = {
 @pytest.mark.parametrize("words", [("loss=forward_kl",), ("loss=jsd", "loss.beta=0.2"), ("loss.alpha=0",)])
 def test_committed_losses(place: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     fp64 = ("train.precision=fp64", "teacher.precision=fp64", "student.save_dtype=fp32", llama(place))
-    summary = distill(short(place, *fp64, *words, "loss.temperature=2"), tmp_path)
+    summary = distill(short(place, *fp64, *words), tmp_path)
     found = [*losses_of(tmp_path), summary.student["ce"], summary.student["kl"]]
     assert found == pytest.approx(COMMITTED[" ".join(words)], abs=1e-5)
 

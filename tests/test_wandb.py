@@ -427,14 +427,14 @@ def test_a_client_that_changed_costs_one_line(
 @pytest.mark.parametrize(
     ("words", "swept", "name", "tags"),
     [
-        (["loss=jsd"], [], "SmolLM2-135M → 10 layers · jsd α0.7 τ1.5 beta=0.5", ["jsd", "10 layers", "SmolLM2-135M"]),
+        (["loss=jsd"], [], "SmolLM2-135M → 10 layers · jsd α0.7 τ2 beta=0.5", ["jsd", "10 layers", "SmolLM2-135M"]),
         (
             ["loss=cross_entropy", "experiment=demo"],
             [],
             "SmolLM2-135M → 10 layers · cross_entropy",
             ["baseline", "10 layers", "SmolLM2-135M", "demo"],
         ),
-        (["loss.alpha=0.5"], ["loss.temperature", "loss.alpha", "train.seed"], "τ=1.5 α=0.5 seed=0", None),
+        (["loss.alpha=0.5"], ["loss.temperature", "loss.alpha", "train.seed"], "τ=2 α=0.5 seed=0", None),
         (["loss.alpha=0", "train.seed=1"], ["loss.temperature", "train.seed"], "baseline seed=1", None),
         (
             ["data=pairs", "data.path=[/home/me/a.jsonl,/b.jsonl]", "+loss.api_key=abc", "student=/home/me/gpt/"],
