@@ -130,7 +130,7 @@ def finish(training: Training, judge: Judge, folder: RunFolder, tracker: Tracker
     ]  # none if tracking.samples was off when the run began
     store = training.teacher.store if training.teacher else None
     pulls = [value for line in read_lines(tracker.file) if (value := line.get("train/effective_alpha")) is not None]
-    size = {"num_parameters": student.num_parameters()}  # of both: an adapter to be merged stood beside it before
+    size = {"num_parameters": student.num_parameters()}  # of both: before training it counted adapters, too
     summary = {
         "student": measures | said.means() | size,
         "untouched": before["untouched"] | size,
