@@ -552,7 +552,7 @@ def test_options_are_checked_against_the_signature():
     check_options(source, {"path": "x", "min_turns": 3, "roles": {"a": "b"}}, "data.")
     assert lines() == ["data.path: is missing. Set it: data.path=..."]
     assert lines(path="x", min_turn=3)[0].startswith(
-        "data.min_turn: is not an option of chitchat. Did you mean data.min_turns?"
+        "data.min_turn: is not an option of source. Did you mean data.min_turns?"
     )
     assert lines(path="x", min_turns="few", roles={"a": 1}) == [
         'data.min_turns: is "few". It should be a valid integer',

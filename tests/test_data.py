@@ -106,7 +106,7 @@ def test_a_wrong_option_names_the_key_and_the_known_ones(registry, data_config):
         raise AssertionError("read before it was checked")
 
     for options, says in (
-        ({"min_turn": 3}, "data.min_turn: is not an option of chitchat. Did you mean data.min_turns? "),
+        ({"min_turn": 3}, "data.min_turn: is not an option of tickets. Did you mean data.min_turns? "),
         ({"min_turns": "many"}, 'data.min_turns: is "many". It should be a valid integer'),
         ({}, "data.min_turns: is missing"),
     ):
