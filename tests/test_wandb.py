@@ -355,7 +355,8 @@ def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> Non
     assert sorted(kinds) == ["Parallel Coordinates Plot", "Run History Line Plot", "Scatter Plot"]
     (scatter, plane), (parallel,) = kinds["Scatter Plot"], kinds["Parallel Coordinates Plot"]
     assert {scatter["xAxis"], scatter["yAxis"]} == {"summary:eval/kl", "summary:eval/ce"}
-    assert scatter["zAxis"] == "config:loss.value.alpha"
+    assert scatter["zAxis"] == "summary:run/effective_alpha_end"
+    assert all("run/effective_alpha_end" in server.runs[name].summary for name in ids)
     assert (plane["xAxis"], plane["yAxis"]) == ("config:loss.value.temperature", "config:loss.value.alpha")
     assert [part["isOpen"] for part in section["panelBankConfig"]["sections"]] == [True, True, False]
     bands = [curve for curve in kinds["Run History Line Plot"] if curve["metrics"][0].startswith("eval/")]
@@ -365,7 +366,7 @@ def test_a_dashboard_of_a_sweep(place: Path, swept: Path, server: Server) -> Non
     assert {"summary:eval/kl", "summary:eval/ce"} <= set(axes)
     assert {curve["xAxis"] for curve in kinds["Run History Line Plot"]} == {"tokens"}
     curves = {name for curve in kinds["Run History Line Plot"] for name in curve["metrics"]}
-    assert {"eval/kl", "eval/ce", "train/loss"} <= curves
+    assert {"eval/kl", "eval/ce", "train/loss", "train/effective_alpha"} <= curves
 
     runs = [server.runs[name] for name in ids]  # all that the panels name has been logged
     assert curves <= {key for kept in runs for row in kept.history for key in row}

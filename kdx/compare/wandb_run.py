@@ -146,7 +146,7 @@ def _sections(comparison: Comparison) -> list[Any]:
     pull = wr.SummaryMetric("run/effective_alpha_end")
     columns = [wr.ParallelCoordinatesPlotColumn(axis) for axis in axes]
     students = [
-        wr.ScatterPlot(title="CE against KL, coloured by effective α at the end", x=kl, y=ce, z=pull),
+        wr.ScatterPlot(title="CE against KL, coloured by the last effective α", x=kl, y=ce, z=pull),
         wr.ScatterPlot(title="KL over τ and α", x=temperature, y=alpha, z=kl),
         wr.ParallelCoordinatesPlot(title="From settings to measures", columns=columns),
     ]
