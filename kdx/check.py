@@ -86,10 +86,8 @@ def check(config: Config, path: Path, record: Record, points: Sequence["Point"])
         for line in [*lines, time_line(training, a_pass(training, size))]:
             log.info(line)
         results.check_room(training, path)  # may raise, so everything else is printed first
-        if points and config.rollout.is_on_policy:  # there the answer differs for each alpha
-            log.info(
-                "effective alpha: train/effective_alpha of a run; the student's own answers pull alike at any alpha"
-            )
+        if points and config.rollout.is_on_policy:  # whose own answers pull alike at any alpha
+            log.info("no table of effective alpha with rollout=student: see train/effective_alpha of a run")
             return []
         return weigh.weighed(training, points, record.swept) if points else []
 
